@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Installs the package with the known-good versions into a virtual environment and runs every check on it.
+#   scripts/test.sh [VENV]     VENV: made when missing, default .venv
+# PYTHON names the interpreter that makes it (default python3.11, which the known-good set was recorded with, else
+# python3). Only pip uses the network.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+venv=${1:-.venv}
+python=${PYTHON:-$(command -v python3.11 || command -v python3)}
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+
+step() { printf '\n== %s\n' "$1"; }
+
+step "install"
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+venv=$(cd "$venv" && pwd)
+"$venv/bin/python" -m pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt ".[test]"
+export HF_HUB_OFFLINE=1 MPLBACKEND=Agg
+
+step "ruff"
+"$venv/bin/ruff" check .
+
+step "tests (kernels on a CPU run in Triton's interpreter)"
+"$venv/bin/python" -m pytest -q
+
+# The next two run away from the checkout, so they see the installed package and its data files.
+cd "$scratch"
+step "kernels compile without a GPU"
+"$venv/bin/python" -m specedit_kernels.compile_check
+
+step "demo, small"
+"$venv/bin/specedit" demo --size 256 --out "$scratch/demo"
+ls "$scratch/demo"
+step "all checks passed"
