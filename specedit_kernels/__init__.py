@@ -1,0 +1,24 @@
+"""GPU kernels for token sequences of mixed resolution, with a plain PyTorch path for CPUs.
+
+Needs PyTorch alone; Triton is imported when a CUDA tensor first arrives.
+"""
+
+from .api import (
+    available_backends,
+    contract_tokens,
+    expand_tokens,
+    gather_tokens,
+    mixed_attention,
+    qk_norm_rope,
+    scatter_tokens,
+)
+
+__all__ = [
+    "available_backends",
+    "contract_tokens",
+    "expand_tokens",
+    "gather_tokens",
+    "mixed_attention",
+    "qk_norm_rope",
+    "scatter_tokens",
+]

@@ -1,0 +1,280 @@
+"""The public functions: check the arguments, then one dispatch each.
+
+CUDA tensors run Triton, CPU tensors the plain PyTorch reference. `backend="triton"` or `"torch"` chooses explicitly
+and raises where the choice cannot run; nothing ever falls back silently. All of it is for inference: no gradients.
+
+Wrong dtypes and types raise TypeError; wrong shapes, devices and values raise ValueError; both say what was expected
+and what came. Values inside CUDA tensors (indices, cu_seqlens) are not read, because that would make the host wait:
+the kernels skip what is out of range instead of touching memory outside, and SPECEDIT_KERNELS_DEBUG=1 makes such
+calls raise as they do on the CPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+
+import torch
+
+from . import checks, ops, reference
+
+
+def available_backends() -> tuple[str, ...]:
+    """The backends that can run on this machine: always "torch", and "triton" where Triton is installed and there is
+    a CUDA device (or Triton's interpreter is on, TRITON_INTERPRET=1)."""
+    has_triton = importlib.util.find_spec("triton") is not None
+    if has_triton and (torch.cuda.is_available() or _interpreting()):
+        return ("triton", "torch")
+    return ("torch",)
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _call(backend: str | None, name: str, tensor: torch.Tensor, args: tuple):
+    """Runs an operator on the chosen backend; None lets the device of `tensor` choose."""
+    if backend is None:
+        return getattr(torch.ops.specedit_kernels, name)(*args)
+    if backend == "triton" and tensor.device.type == "cuda":
+        return getattr(torch.ops.specedit_kernels, name)(*args)
+    if backend == "triton" and not _interpreting():
+        raise ValueError(f'backend: expected CUDA tensors for "triton", got {tensor.device}')
+    return ops.run(backend, name, args)
+
+
+def _check_backend(backend: str | None) -> None:
+    if backend is not None and backend not in checks.BACKENDS:
+        raise ValueError(f"backend: expected one of {checks.BACKENDS} or None, got {backend!r}")
+
+
+def gather_tokens(x: torch.Tensor, index: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
+    """Selects tokens: `y[..., m, :] = x[..., index[m], :]`.
+
+    Args:
+        x: (N, C) or (B, N, C), any float dtype, int32 or int64, any strides.
+        index: (M,), shared by the batch, or (B, M); int32 or int64, values in [0, N). On CUDA a row whose index is
+            out of range comes out as zeros (or raises, see the module's note on SPECEDIT_KERNELS_DEBUG).
+        backend: "triton", "torch" or None (by device).
+
+    Returns:
+        (M, C) or (B, M, C), contiguous, dtype of `x`. A (N, C) `x` with a (B, M) index is read B times.
+
+    Raises:
+        TypeError: not a tensor, or an index that is not int32 or int64.
+        ValueError: shapes or devices that do not fit, an index out of range, an unknown backend.
+    """
+    _check_backend(backend)
+    checks.check_gather(x, index)
+    return _call(backend, "gather_tokens", x, (x, index))
+
+
+def scatter_tokens(
+    src: torch.Tensor, index: torch.Tensor, out: torch.Tensor, *, backend: str | None = None
+) -> torch.Tensor:
+    """Places tokens: `out[..., index[m], :] = src[..., m, :]`, in place; rows not named stay as they are.
+
+    Args:
+        src: (M, C) or (B, M, C), dtype of `out`.
+        index: (M,), shared by the batch, or (B, M) for a batched `out`; int32 or int64, values in [0, N), each at most
+            once per sample (which of several rows wins is not defined). On CUDA a row out of range is skipped.
+        out: (N, C) or (B, N, C), written in place, any strides.
+        backend: "triton", "torch" or None (by device).
+
+    Returns:
+        `out` itself.
+
+    Raises:
+        TypeError: dtypes that differ, or an index that is not int32 or int64.
+        ValueError: shapes or devices that do not fit, an index out of range, an unknown backend.
+    """
+    _check_backend(backend)
+    checks.check_scatter(src, index, out)
+    _call(backend, "scatter_tokens", out, (src, index, out))
+    return out
+
+
+def expand_tokens(
+    coarse: torch.Tensor,
+    sigma: float,
+    *,
+    noise: torch.Tensor | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    detail: torch.Tensor | None = None,
+    patch: int = 2,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, float]:
+    """Splits every coarse token of a flow-matching state into four fine ones, with exactly the noise they need.
+
+    A state is `x_s = (1 - s) x0 + s e`. Every latent pixel z of a coarse token becomes a 2x2 block of pixels through
+    the orthonormal 4x4 Hadamard matrix, whose three detail coefficients carry fresh noise:
+
+        s' = 2s / (1 + s)
+        c = [2 / (1 + s) * z, d1, d2, d3],  d = (1 - s') * detail + s' * noise
+        f00 = (c0 + c1 + c2 + c3) / 2    f01 = (c0 - c1 + c2 - c3) / 2
+        f10 = (c0 + c1 - c2 - c3) / 2    f11 = (c0 - c1 - c2 + c3) / 2
+
+    If the noise of z is white with standard deviation s, that of the block is white with s'. The block has the energy
+    of its coefficients.
+
+    Args:
+        coarse: (..., M, C), packed tokens in diffusers' order: C = channels * 2 * 2, channel slowest, so pixel (a, b)
+            of a channel is at `channel * 4 + a * 2 + b`. Pixel (a, b) becomes child token (a, b).
+        sigma: noise level s of `coarse`, inside (0, 1).
+        noise: (..., M, 4, channels, 3) standard normal, or None to draw it.
+        generator: where the noise comes from: one generator, or one per sample (the axes before M are the batch). A
+            sample's numbers do not depend on the samples after it; with one generator per sample they depend on none.
+            On CUDA the kernel draws from Philox, seeded from the generator; on the CPU it is `torch.randn`.
+        detail: (..., M, 4, channels, 3) Hadamard detail of known content (clean, noise level 0), or None for 0.
+        patch: side of a token's patch in latent pixels; 2 is the only one these kernels know.
+        backend: "triton", "torch" or None (by device).
+
+    Returns:
+        `fine` (..., M, 4, C), children row-major, dtype of `coarse`, contiguous; and s'.
+
+    Raises:
+        TypeError: dtypes or types that do not fit.
+        ValueError: shapes, devices or a patch that do not fit, sigma outside (0, 1) or NaN, both noise and generator.
+
+    Source: derived from the flow-matching state and the orthonormal Haar basis; docs/kernels.md has the derivation.
+    """
+    _check_backend(backend)
+    checks.check_expand(coarse, noise, generator, detail, patch)
+    sigma = checks.check_sigma("sigma", sigma)
+    seed = None
+    if noise is None:
+        if backend == "torch" or (coarse.device.type == "cpu" and backend is None):
+            noise = reference.draw_noise(
+                (*coarse.shape[:-1], 4, coarse.shape[-1] // 4, 3), generator,
+                dtype=torch.float64 if coarse.dtype == torch.float64 else torch.float32, device=coarse.device,
+            )  # fmt: skip
+        else:
+            seed = reference.draw_seeds(generator, coarse)
+    fine = _call(backend, "expand_tokens", coarse, (coarse, sigma, noise, seed, detail))
+    return fine, reference.fine_sigma(sigma)
+
+
+def contract_tokens(
+    fine: torch.Tensor, sigma_fine: float, *, backend: str | None = None
+) -> tuple[torch.Tensor, float]:
+    """Merges four fine tokens into their coarse one: the inverse of `expand_tokens` on the mean of every 2x2 block.
+
+        s = s' / (2 - s'),  z = (1 + s) * (f00 + f01 + f10 + f11) / 4
+
+    Args:
+        fine: (..., M, 4, C), children row-major, C = channels * 2 * 2, channel slowest.
+        sigma_fine: noise level s' of `fine`, inside (0, 1).
+        backend: "triton", "torch" or None (by device).
+
+    Returns:
+        `coarse` (..., M, C), dtype of `fine`, contiguous; and s.
+
+    Raises:
+        TypeError: dtypes or types that do not fit.
+        ValueError: shapes that do not fit, sigma_fine outside (0, 1) or NaN, an unknown backend.
+    """
+    _check_backend(backend)
+    checks.check_contract(fine)
+    sigma_fine = checks.check_sigma("sigma_fine", sigma_fine)
+    return _call(backend, "contract_tokens", fine, (fine, sigma_fine)), reference.coarse_sigma(sigma_fine)
+
+
+def mixed_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    key_bias: torch.Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Non-causal attention with a bias per key, over packed or dense sequences.
+
+        out_i = sum_j softmax_j(scale * q_i . k_j + key_bias_j) v_j
+
+    Args:
+        q: packed (T_q, H, D) with cu_seqlens, or dense (B, N_q, H, D) without. float16, bfloat16 or float32 (float64
+            on the CPU); the last axis contiguous on CUDA, any strides otherwise. D a multiple of 16 up to 256 on CUDA.
+        k, v: packed (T_k, H, D) or dense (B, N_k, H, D), dtype of `q`.
+        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, both or neither: sequence b has queries
+            `cu_seqlens_q[b]:cu_seqlens_q[b + 1]`, and keys likewise. They start at 0, never decrease and end at T.
+        max_seqlen_q: at least the longest query sequence. Optional: it makes the launch grid smaller when sequences
+            are many and short.
+        key_bias: float32 (T_k,) or (B, N_k), added to the logits of that key after scaling; -inf hides the key.
+        scale: factor of the logits; D ** -0.5 when None.
+        return_lse: also return the natural logarithm of the softmax denominators.
+        backend: "triton", "torch" or None (by device).
+
+    Returns:
+        `out`, shape and dtype of `q`, contiguous; with `return_lse` also `lse` float32 (float64 for float64 inputs),
+        (H, T_q) or (B, H, N_q). A query that sees no key gets 0, and -inf as its lse.
+
+    Raises:
+        TypeError: dtypes or types that do not fit.
+        ValueError: shapes or devices that do not fit, only one cu_seqlens, cu_seqlens that do not start at 0, go
+            backwards or do not end at T, an unknown backend.
+
+    Source: FlashAttention-2 (arXiv 2307.08691), Algorithm 1, with the bias added to the scores; proportional attention
+    (arXiv 2210.09461) is `key_bias = log(area)`.
+    """
+    _check_backend(backend)
+    checks.check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias, scale)
+    scale = ops.default_scale(q.shape[-1]) if scale is None else float(scale)
+    args = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias, scale, return_lse)
+    out, lse = _call(backend, "mixed_attention", q, args)
+    return (out, lse) if return_lse else out
+
+
+def qk_norm_rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    eps: float = 1e-6,
+    v: torch.Tensor | None = None,
+    out_index: torch.Tensor | None = None,
+    out: Sequence[torch.Tensor] | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """RMSNorm of queries and keys, rotary embedding, and placement into a joint layout, in one pass.
+
+        y = x * rsqrt(mean(x ** 2) + eps) * weight                               per head, over D
+        (y[2i], y[2i+1]) -> (y[2i] cos_i - y[2i+1] sin_i, y[2i+1] cos_i + y[2i] sin_i)
+
+    Args:
+        q, k: (T, H, D) packed or (B, N, H, D) dense, float; D even. Computed in float32 and rounded once.
+        q_weight, k_weight: (D,), float.
+        cos, sin: float32 (T, D/2); for a dense q (N, D/2), shared by the batch, or (B, N, D/2).
+        eps: added to the mean square.
+        v: values to be copied along into the same rows, shape of `q`, or None.
+        out_index: (T,) (or (N,), shared by the batch) int32 or int64: row t is written to row `out_index[t]` of `out`,
+            each row at most once. Needs `out`. On CUDA a row out of range is skipped.
+        out: (q_out, k_out), with `v` (q_out, k_out, v_out), to write into: (T_out, H, D) or (B, N_out, H, D). Without
+            `out_index` they have the shape of `q` and may be `q` and `k` themselves.
+        backend: "triton", "torch" or None (by device).
+
+    Returns:
+        (q, k), or (q, k, v) when `v` is given; the tensors of `out` when given.
+
+    Raises:
+        TypeError: dtypes or types that do not fit.
+        ValueError: shapes or devices that do not fit, `out_index` out of range or without `out`, an unknown backend.
+
+    Source: RMSNorm (arXiv 1910.07467) and RoPE (arXiv 2104.09864), in the order and pairing of FLUX and Qwen-Image.
+    """
+    _check_backend(backend)
+    checks.check_norm_rope(q, k, q_weight, k_weight, cos, sin, eps, v, out_index, out)
+    if out is None:
+        out = tuple(torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(2 if v is None else 3))
+    q_out, k_out, *v_out = out
+    args = (q, k, v, q_weight, k_weight, cos, sin, float(eps), out_index, q_out, k_out, v_out[0] if v_out else None)
+    _call(backend, "qk_norm_rope", q, args)
+    return tuple(out)

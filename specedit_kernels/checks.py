@@ -1,0 +1,223 @@
+"""Argument checks of the public functions. Every failure says what was expected and what came.
+
+Shapes, dtypes and devices are checked on every call. Values that live in tensors (`check_index_values`,
+`check_cu_seqlens_values`) are checked whenever they are on the CPU, and on a GPU only in debug mode, because reading
+them there would make the host wait.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Sequence
+
+import torch
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INDEX_DTYPES = (torch.int32, torch.int64)
+BACKENDS = ("triton", "torch")
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def expect_tensor(name: str, value, *, dtypes: Sequence[torch.dtype], dims: Sequence[int], device=None) -> None:
+    """Raises unless `value` is a tensor of one of the dtypes and dimensionalities, on `device` when given."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name}: expected dtype {_names(dtypes)}, got {_names([value.dtype])}")
+    if value.dim() not in dims:
+        wanted = " or ".join(str(d) for d in dims)
+        raise ValueError(f"{name}: expected {wanted} dimensions, got shape {tuple(value.shape)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {value.device}")
+
+
+def expect_shape(name: str, value: torch.Tensor, shape: Sequence[int]) -> None:
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
+
+
+def expect_dtype(name: str, value: torch.Tensor, dtype: torch.dtype) -> None:
+    if value.dtype != dtype:
+        raise TypeError(f"{name}: expected dtype {_names([dtype])}, got {_names([value.dtype])}")
+
+
+def debug_enabled() -> bool:
+    """True when SPECEDIT_KERNELS_DEBUG=1: values on a GPU are then checked too, at the cost of a wait per call."""
+    return os.environ.get("SPECEDIT_KERNELS_DEBUG", "0") not in ("", "0")
+
+
+def values_are_checked(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" or debug_enabled()
+
+
+# --- gather and scatter ----------------------------------------------------------------------------------------------
+
+
+def check_gather(x, index) -> None:
+    expect_tensor("x", x, dtypes=(*FLOATS, torch.int32, torch.int64), dims=(2, 3))
+    expect_tensor("index", index, dtypes=INDEX_DTYPES, dims=(1, 2), device=x.device)
+    if x.dim() == 3 and index.dim() == 2 and index.shape[0] != x.shape[0]:
+        raise ValueError(f"index: expected batch {x.shape[0]} as in x, got shape {tuple(index.shape)}")
+
+
+def check_scatter(src, index, out) -> None:
+    expect_tensor("out", out, dtypes=(*FLOATS, torch.int32, torch.int64), dims=(2, 3))
+    expect_tensor("src", src, dtypes=(out.dtype,), dims=(out.dim(),), device=out.device)
+    expect_tensor("index", index, dtypes=INDEX_DTYPES, dims=(1, 2) if out.dim() == 3 else (1,), device=out.device)
+    batch = tuple(out.shape[:-2])
+    if index.dim() == 2:
+        expect_shape("index", index, (*batch, src.shape[-2]))
+    expect_shape("src", src, (*batch, index.shape[-1], out.shape[-1]))
+
+
+def check_index_values(name: str, index: torch.Tensor, rows: int, *, unique: bool = False) -> None:
+    """Raises ValueError unless every entry lies in [0, rows); with `unique`, unless they differ along the last axis."""
+    if index.numel() == 0 or not values_are_checked(index):
+        return
+    low, high = (int(value) for value in index.aminmax())
+    if low < 0 or high >= rows:
+        raise ValueError(f"{name}: expected values in [0, {rows}), got values from {low} to {high}")
+    if unique and debug_enabled():
+        ordered = index.sort(dim=-1).values
+        if bool((ordered[..., 1:] == ordered[..., :-1]).any()):
+            raise ValueError(f"{name}: expected unique values, got repeated ones")
+
+
+# --- expand and contract ---------------------------------------------------------------------------------------------
+
+
+def check_sigma(name: str, sigma) -> float:
+    """The noise level as a Python float; a tensor of one element is read (on a GPU the host waits for it)."""
+    if isinstance(sigma, torch.Tensor):
+        if sigma.numel() != 1:
+            raise ValueError(f"{name}: expected a number or a tensor of one element, got shape {tuple(sigma.shape)}")
+        sigma = sigma.item()
+    if isinstance(sigma, bool) or not isinstance(sigma, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(sigma).__name__}")
+    if not 0 < sigma < 1:  # also catches NaN
+        raise ValueError(f"{name}: expected a value inside (0, 1), got {sigma}")
+    return float(sigma)
+
+
+def check_expand(coarse, noise, generator, detail, patch) -> None:
+    expect_tensor("coarse", coarse, dtypes=FLOATS, dims=range(2, 9))
+    if patch != 2:
+        raise ValueError(f"patch: expected 2 (a token is a 2x2 patch of latent pixels), got {patch}")
+    if coarse.shape[-1] % 4:
+        raise ValueError(f"coarse: expected a channel count divisible by patch*patch = 4, got {coarse.shape[-1]}")
+    shape = (*coarse.shape[:-1], 4, coarse.shape[-1] // 4, 3)
+    for name, value in (("noise", noise), ("detail", detail)):
+        if value is not None:
+            expect_tensor(name, value, dtypes=FLOATS, dims=(len(shape),), device=coarse.device)
+            expect_shape(name, value, shape)
+    if generator is None:
+        return
+    if noise is not None:
+        raise ValueError("generator: expected None when noise is given, got both")
+    many = isinstance(generator, (list, tuple))
+    for one in generator if many else [generator]:
+        if not isinstance(one, torch.Generator):
+            raise TypeError(f"generator: expected torch.Generator or a list of them, got {type(one).__name__}")
+    batch = math.prod(coarse.shape[:-2])
+    if many and len(generator) != batch:
+        raise ValueError(f"generator: expected one per sample ({batch}), got a list of {len(generator)}")
+
+
+def check_contract(fine) -> None:
+    expect_tensor("fine", fine, dtypes=FLOATS, dims=range(3, 10))
+    if fine.shape[-2] != 4:
+        raise ValueError(f"fine: expected 4 children on axis -2, got shape {tuple(fine.shape)}")
+    if fine.shape[-1] % 4:
+        raise ValueError(f"fine: expected a channel count divisible by 4, got {fine.shape[-1]}")
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+def check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias, scale) -> None:
+    if (cu_seqlens_q is None) != (cu_seqlens_k is None):
+        given, missing = ("cu_seqlens_q", "cu_seqlens_k") if cu_seqlens_k is None else ("cu_seqlens_k", "cu_seqlens_q")
+        raise ValueError(f"expected both cu_seqlens_q and cu_seqlens_k or neither, got {given} without {missing}")
+    packed = cu_seqlens_q is not None
+    expect_tensor("q", q, dtypes=FLOATS, dims=(3,) if packed else (4,))
+    for name, value in (("k", k), ("v", v)):
+        expect_tensor(name, value, dtypes=(q.dtype,), dims=(q.dim(),), device=q.device)
+    expect_shape("k", k, (*q.shape[:-3], k.shape[-3], *q.shape[-2:]))
+    expect_shape("v", v, k.shape)
+    if q.shape[-1] == 0:
+        raise ValueError("q: expected a head dim of at least 1, got 0")
+    if packed:
+        for name, value in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+            expect_tensor(name, value, dtypes=(torch.int32,), dims=(1,), device=q.device)
+        if cu_seqlens_q.shape[0] < 2:
+            raise ValueError(f"cu_seqlens_q: expected at least 2 entries, got {cu_seqlens_q.shape[0]}")
+        expect_shape("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape)
+    if max_seqlen_q is not None:
+        if not packed:
+            raise ValueError("max_seqlen_q: expected None without cu_seqlens, got a value")
+        if isinstance(max_seqlen_q, bool) or not isinstance(max_seqlen_q, (int, torch.SymInt)):
+            raise TypeError(f"max_seqlen_q: expected an int, got {type(max_seqlen_q).__name__}")
+        if max_seqlen_q < 0:
+            raise ValueError(f"max_seqlen_q: expected at least 0, got {max_seqlen_q}")
+    if key_bias is not None:
+        expect_tensor("key_bias", key_bias, dtypes=(torch.float32,), dims=(1,) if packed else (2,), device=q.device)
+        expect_shape("key_bias", key_bias, k.shape[:-2])
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
+
+
+def check_cu_seqlens_values(name: str, cu_seqlens: torch.Tensor, total: int, longest: int | None = None) -> None:
+    """Raises ValueError unless the offsets start at 0, never go backwards, end at `total` and respect `longest`."""
+    if not values_are_checked(cu_seqlens):
+        return
+    ends = cu_seqlens.tolist()
+    if ends[0] != 0 or ends[-1] != total:
+        raise ValueError(f"{name}: expected offsets from 0 to {total}, got {ends[0]} to {ends[-1]}")
+    lengths = [b - a for a, b in itertools.pairwise(ends)]
+    if min(lengths) < 0:
+        at = next(i for i, n in enumerate(lengths) if n < 0)
+        raise ValueError(f"{name}: expected offsets that never decrease, got {ends[at]} then {ends[at + 1]}")
+    if longest is not None and max(lengths) > longest:
+        raise ValueError(f"max_seqlen_q: expected at least the longest sequence ({max(lengths)}), got {longest}")
+
+
+# --- query and key preparation ---------------------------------------------------------------------------------------
+
+
+def check_norm_rope(q, k, q_weight, k_weight, cos, sin, eps, v, out_index, out) -> None:
+    expect_tensor("q", q, dtypes=FLOATS, dims=(3, 4))
+    same = [("k", k)] + ([("v", v)] if v is not None else [])
+    for name, value in same:
+        expect_tensor(name, value, dtypes=(q.dtype,), dims=(q.dim(),), device=q.device)
+        expect_shape(name, value, q.shape)
+    dim = q.shape[-1]
+    if dim % 2:
+        raise ValueError(f"q: expected an even head dim, got {dim}")
+    for name, value in (("q_weight", q_weight), ("k_weight", k_weight)):
+        expect_tensor(name, value, dtypes=FLOATS, dims=(1,), device=q.device)
+        expect_shape(name, value, (dim,))
+    for name, value in (("cos", cos), ("sin", sin)):
+        expect_tensor(name, value, dtypes=(torch.float32,), dims=(2, 3) if q.dim() == 4 else (2,), device=q.device)
+        expect_shape(name, value, (*q.shape[q.dim() - 1 - value.dim() : -2], dim // 2))
+    if not eps >= 0:
+        raise ValueError(f"eps: expected a number of at least 0, got {eps}")
+    if out_index is not None and out is None:
+        raise ValueError("out: expected tensors to write into when out_index is given, got None")
+    if out is None:
+        return
+    count = 2 if v is None else 3
+    if not isinstance(out, (tuple, list)) or len(out) != count:
+        got = f"{len(out)} entries" if isinstance(out, (tuple, list)) else type(out).__name__
+        raise ValueError(f"out: expected {count} tensors, one for each of q, k and v as given, got {got}")
+    for i, value in enumerate(out):
+        expect_tensor(f"out[{i}]", value, dtypes=(q.dtype,), dims=(q.dim(),), device=q.device)
+        rows = q.shape[-3] if out_index is None else out[0].shape[-3]
+        expect_shape(f"out[{i}]", value, (*q.shape[:-3], rows, *q.shape[-2:]))
+    if out_index is not None:
+        expect_tensor("out_index", out_index, dtypes=INDEX_DTYPES, dims=(1,), device=q.device)
+        expect_shape("out_index", out_index, (q.shape[-3],))

@@ -1,0 +1,153 @@
+"""Operators of `torch.library`: one schema per kernel, with a CUDA, a CPU and a shape-only implementation.
+
+Registered this way the kernels are opaque to `torch.compile` (no graph break, dynamic lengths) and may be captured in
+CUDA graphs. Values inside tensors are checked here, below the compiler, so a compiled call checks them too.
+Operators return fresh tensors or write into arguments marked `(a!)`; nothing returned aliases an argument.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from . import checks, reference
+
+_LIBRARY = torch.library.Library("specedit_kernels", "DEF")
+
+_SCHEMAS = {
+    "gather_tokens": "(Tensor x, Tensor index) -> Tensor",
+    "scatter_tokens": "(Tensor src, Tensor index, Tensor(a!) out) -> ()",
+    "expand_tokens": "(Tensor coarse, float sigma, Tensor? noise, Tensor? seed, Tensor? detail) -> Tensor",
+    "contract_tokens": "(Tensor fine, float sigma_fine) -> Tensor",
+    "mixed_attention": (
+        "(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q,"
+        " Tensor? key_bias, float scale, bool return_lse) -> (Tensor, Tensor)"
+    ),
+    "qk_norm_rope": (
+        "(Tensor q, Tensor k, Tensor? v, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps,"
+        " Tensor? out_index, Tensor(a!) q_out, Tensor(b!) k_out, Tensor(c!)? v_out) -> ()"
+    ),
+}
+
+
+# --- the CPU implementations: plain PyTorch behind the operators' schemas --------------------------------------------
+
+
+def _scatter_tokens_torch(src, index, out):
+    reference.scatter_tokens(src, index, out)
+
+
+def _expand_tokens_torch(coarse, sigma, noise, seed, detail):
+    if noise is None:
+        noise = reference.philox_noise(seed, (*coarse.shape[:-1], 4, coarse.shape[-1] // 4, 3))
+    return reference.expand_tokens(coarse, sigma, noise=noise, detail=detail)[0]
+
+
+def _contract_tokens_torch(fine, sigma_fine):
+    return reference.contract_tokens(fine, sigma_fine)[0]
+
+
+def _mixed_attention_torch(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias, scale, return_lse):
+    result = reference.mixed_attention(
+        q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, key_bias=key_bias, scale=scale,
+        return_lse=return_lse,
+    )  # fmt: skip
+    return result if return_lse else (result, q.new_empty(0, dtype=torch.float32))
+
+
+def _qk_norm_rope_torch(q, k, v, q_weight, k_weight, cos, sin, eps, out_index, q_out, k_out, v_out):
+    out = (q_out, k_out) if v is None else (q_out, k_out, v_out)
+    reference.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps=eps, v=v, out_index=out_index, out=out)
+
+
+_TORCH = {
+    "gather_tokens": reference.gather_tokens,
+    "scatter_tokens": _scatter_tokens_torch,
+    "expand_tokens": _expand_tokens_torch,
+    "contract_tokens": _contract_tokens_torch,
+    "mixed_attention": _mixed_attention_torch,
+    "qk_norm_rope": _qk_norm_rope_torch,
+}
+
+
+# --- shapes only -----------------------------------------------------------------------------------------------------
+
+
+def _gather_tokens_fake(x, index):
+    batch = x.shape[:1] if x.dim() == 3 else index.shape[:-1]
+    return x.new_empty((*batch, index.shape[-1], x.shape[-1]))
+
+
+def _expand_tokens_fake(coarse, sigma, noise, seed, detail):
+    return coarse.new_empty((*coarse.shape[:-1], 4, coarse.shape[-1]))
+
+
+def _contract_tokens_fake(fine, sigma_fine):
+    return fine.new_empty((*fine.shape[:-2], fine.shape[-1]))
+
+
+def _mixed_attention_fake(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias, scale, return_lse):
+    shape = (*q.shape[:-3], q.shape[-2], q.shape[-3]) if return_lse else (0,)
+    dtype = torch.float64 if return_lse and q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty(shape, dtype=dtype)
+
+
+def _nothing(*args):
+    return None
+
+
+_FAKE = {
+    "gather_tokens": _gather_tokens_fake,
+    "scatter_tokens": _nothing,
+    "expand_tokens": _expand_tokens_fake,
+    "contract_tokens": _contract_tokens_fake,
+    "mixed_attention": _mixed_attention_fake,
+    "qk_norm_rope": _nothing,
+}
+
+
+# --- value checks, and putting it together ---------------------------------------------------------------------------
+
+
+def _check_values(name: str, args: tuple) -> None:
+    if name == "gather_tokens":
+        x, index = args
+        checks.check_index_values("index", index, x.shape[-2])
+    elif name == "scatter_tokens":
+        _, index, out = args
+        checks.check_index_values("index", index, out.shape[-2], unique=True)
+    elif name == "mixed_attention" and args[3] is not None:
+        checks.check_cu_seqlens_values("cu_seqlens_q", args[3], args[0].shape[0], args[5])
+        checks.check_cu_seqlens_values("cu_seqlens_k", args[4], args[1].shape[0])
+    elif name == "qk_norm_rope" and args[8] is not None:
+        checks.check_index_values("out_index", args[8], args[9].shape[-3], unique=True)
+
+
+def run(backend: str, name: str, args: tuple):
+    """Runs one operator on one backend, outside the dispatcher. Triton is imported here and not before."""
+    _check_values(name, args)
+    if backend == "torch":
+        return _TORCH[name](*args)
+    from . import gpu
+
+    return gpu.launcher(name)(*args)
+
+
+def _implementation(backend: str, name: str) -> Callable:
+    def call(*args):
+        return run(backend, name, args)
+
+    return call
+
+
+for _name, _schema in _SCHEMAS.items():
+    _LIBRARY.define(_name + _schema)
+    _LIBRARY.impl(_name, _implementation("torch", _name), "CPU")
+    _LIBRARY.impl(_name, _implementation("triton", _name), "CUDA")
+    torch.library.register_fake(f"specedit_kernels::{_name}", _FAKE[_name], lib=_LIBRARY)
+
+
+def default_scale(head_dim: int) -> float:
+    return 1 / math.sqrt(head_dim)

@@ -1,0 +1,298 @@
+"""The kernels' functions in plain PyTorch: the oracle of the tests and the path that CPU tensors take.
+
+Half-precision inputs are computed in float32 (float64 inputs in float64) and rounded once on output. Nothing here
+builds a queries-by-keys matrix for more than one block of queries, so memory stays linear in the sequence length.
+Values are trusted here; `specedit_kernels.api` checks them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+# Explicit attention works through the queries in blocks whose float32 logits stay below this many elements.
+_LOGITS_PER_BLOCK = 1 << 24
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# --- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def gather_tokens(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`y[..., m, :] = x[..., index[m], :]`; see `specedit_kernels.gather_tokens`."""
+    if x.dim() == 2:
+        flat = x.index_select(0, index.reshape(-1))
+        return flat.view(*index.shape, x.shape[-1])
+    if index.dim() == 1:
+        return x.index_select(1, index)
+    rows = index.long().unsqueeze(-1).expand(-1, -1, x.shape[-1])
+    return x.gather(1, rows)
+
+
+def scatter_tokens(src: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """`out[..., index[m], :] = src[..., m, :]` in place; see `specedit_kernels.scatter_tokens`."""
+    if index.dim() == 1:
+        return out.index_copy_(-2, index.long(), src)
+    rows = index.long().unsqueeze(-1).expand(-1, -1, out.shape[-1])
+    return out.scatter_(1, rows, src)
+
+
+# --- noise-exact resolution changes ----------------------------------------------------------------------------------
+
+
+def fine_sigma(sigma: float) -> float:
+    """Noise level after an expansion: `s' = 2s / (1 + s)`."""
+    return 2 * sigma / (1 + sigma)
+
+
+def coarse_sigma(sigma_fine: float) -> float:
+    """Noise level after a contraction, the inverse of `fine_sigma`: `s = s' / (2 - s')`."""
+    return sigma_fine / (2 - sigma_fine)
+
+
+def draw_noise(
+    shape: tuple[int, ...],
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> torch.Tensor:
+    """Standard normal noise of `shape`, whose last four axes belong to one sample and whose others are the batch.
+
+    Samples are drawn one after the other, so a sample's numbers do not depend on how many others follow it; with a
+    list of generators, one per sample, they do not depend on the others at all.
+    """
+    batch = math.prod(shape[:-4])
+    generators = generator if isinstance(generator, (list, tuple)) else [generator] * batch
+    noise = torch.empty((batch, *shape[-4:]), dtype=dtype, device=device)
+    for sample, source in zip(noise, generators):
+        if source is None or source.device.type == device.type:
+            sample.normal_(generator=source)
+        else:
+            sample.copy_(torch.randn(sample.shape, generator=source, dtype=dtype, device=source.device))
+    return noise.view(shape)
+
+
+def draw_seeds(
+    generator: torch.Generator | Sequence[torch.Generator] | None, coarse: torch.Tensor
+) -> torch.Tensor:
+    """Philox keys for in-kernel noise: int64, one per sample for a list of generators, otherwise one for all."""
+    generators = generator if isinstance(generator, (list, tuple)) else [generator]
+    device = coarse.device
+    keys = [
+        torch.randint(2**62, (1,), generator=g, device=device if g is None else g.device).to(device)
+        for g in generators
+    ]
+    return keys[0] if len(keys) == 1 else torch.cat(keys)
+
+
+def _multiply_high_low(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """High and low 32 bits of the product of two 32-bit unsigned numbers, held in int64 without overflow."""
+    low = (b & 0xFFFF) * a
+    middle = (b >> 16) * a + (low >> 16)
+    return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def philox_noise(seed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """The standard normal noise that the CUDA kernel draws, float32 of `shape` (..., M, 4, channels, 3).
+
+    Philox 4x32-10 (Salmon et al., SC 2011) with the 64-bit key of the sample and counter (n, m, 0, 0), where m is the
+    token's number and n = child * channels + channel its pixel: one call gives the four uniforms from which Box-Muller
+    makes the three normals of a pixel. With one key for the whole batch, m runs on over all samples.
+    """
+    *lead, tokens, children, channels, _ = shape
+    batch = math.prod(lead)
+    token = torch.arange(batch * tokens, device=seed.device)
+    if seed.numel() > 1:
+        token = token % tokens
+    pixel = torch.arange(children * channels, device=seed.device)
+    c0 = pixel.expand(batch * tokens, -1)
+    c1 = token[:, None].expand_as(c0)
+    c2 = c3 = torch.zeros_like(c0)
+    key = seed.reshape(-1, 1, 1).expand(batch if seed.numel() > 1 else 1, -1, -1)
+    key = key.expand(batch, tokens, 1).reshape(-1, 1)
+    k0, k1 = key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF
+    for _ in range(10):
+        high0, low0 = _multiply_high_low(0xD2511F53, c0)
+        high1, low1 = _multiply_high_low(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    # As Triton does: a signed 32-bit number x gives |x| / 2^31, kept away from 0 for the logarithm.
+    signed = [torch.where(c >= 2**31, c - 2**32, c) for c in (c0, c1, c2, c3)]
+    u0, u1, u2, u3 = (torch.where(c < 0, -c - 1, c).float() * 4.6566127342e-10 for c in signed)
+    first = torch.sqrt(-2 * torch.log(u0.clamp_min(1e-7)))
+    second = torch.sqrt(-2 * torch.log(u2.clamp_min(1e-7)))
+    angle = 6.283185307179586
+    normals = [first * torch.cos(angle * u1), first * torch.sin(angle * u1), second * torch.cos(angle * u3)]
+    return torch.stack(normals, dim=-1).view(*shape)
+
+
+def expand_tokens(
+    coarse: torch.Tensor,
+    sigma: float,
+    *,
+    noise: torch.Tensor | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    detail: torch.Tensor | None = None,
+    patch: int = 2,
+) -> tuple[torch.Tensor, float]:
+    """Splits every coarse token into its four children; see `specedit_kernels.expand_tokens`."""
+    dtype = _compute_dtype(coarse.dtype)
+    channels = coarse.shape[-1] // (patch * patch)
+    lead = coarse.shape[:-1]
+    sigma_fine = fine_sigma(sigma)
+    if noise is None:
+        noise = draw_noise((*lead, 4, channels, 3), generator, dtype=dtype, device=coarse.device)
+    d = noise.to(dtype) * sigma_fine
+    if detail is not None:
+        d += (1 - sigma_fine) * detail.to(dtype)
+    # Channels are slowest and the pixel becomes the child: (..., channels, 4) -> (..., 4, channels).
+    c0 = coarse.to(dtype).unflatten(-1, (channels, 4)).transpose(-1, -2) * (2 / (1 + sigma))
+    d1, d2, d3 = d.unbind(-1)
+    plus, minus = c0 + d1, c0 - d1
+    total, difference = d2 + d3, d2 - d3
+    fine = torch.empty((*lead, 4, channels, 4), dtype=coarse.dtype, device=coarse.device)
+    fine[..., 0] = (plus + total) / 2
+    fine[..., 1] = (minus + difference) / 2
+    fine[..., 2] = (plus - total) / 2
+    fine[..., 3] = (minus - difference) / 2
+    return fine.flatten(-2), sigma_fine
+
+
+def contract_tokens(fine: torch.Tensor, sigma_fine: float) -> tuple[torch.Tensor, float]:
+    """Merges four children into their coarse token; see `specedit_kernels.contract_tokens`."""
+    sigma = coarse_sigma(sigma_fine)
+    channels = fine.shape[-1] // 4
+    mean = fine.to(_compute_dtype(fine.dtype)).unflatten(-1, (channels, 4)).mean(-1)  # (..., M, 4, channels)
+    coarse = mean.transpose(-1, -2).flatten(-2) * (1 + sigma)
+    return coarse.to(fine.dtype), sigma
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+def _attention_with_lse(q, k, v, key_bias, scale):
+    """Softmax attention written out, block of queries by block of queries.
+
+    q (B, N, H, D), k and v (B, K, H, D), key_bias (B, K) or None -> out (B, N, H, D), lse (B, H, N).
+    """
+    dtype = _compute_dtype(q.dtype)
+    batch, queries, heads, _ = q.shape
+    keys = k.shape[1]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, heads, queries), dtype=dtype, device=q.device)
+    kt = k.to(dtype).permute(0, 2, 3, 1)  # (B, H, D, K)
+    vt = v.to(dtype).transpose(1, 2)  # (B, H, K, D)
+    bias = None if key_bias is None else key_bias.to(dtype)[:, None, None, :]
+    block = max(1, _LOGITS_PER_BLOCK // max(1, batch * heads * keys))
+    for start in range(0, queries, block):
+        rows = slice(start, min(start + block, queries))
+        logits = (q[:, rows].to(dtype).transpose(1, 2) * scale) @ kt
+        if bias is not None:
+            logits += bias
+        row_lse = torch.logsumexp(logits, dim=-1, keepdim=True)
+        # exp(-inf - -inf) would be NaN: a row without keys subtracts 0 and keeps weights of exp(-inf) = 0.
+        weights = (logits - row_lse.masked_fill(row_lse == -math.inf, 0)).exp_()
+        out[:, rows] = (weights @ vt).transpose(1, 2)
+        lse[:, :, rows] = row_lse.squeeze(-1)
+    return out, lse
+
+
+def _attention(q, k, v, key_bias, scale, return_lse):
+    """Dense attention; q (B, N, H, D), k and v (B, K, H, D), key_bias (B, K) or None."""
+    # SDPA takes a float32 mask beside half-precision queries only on the CPU, where a broadcast mask costs nothing.
+    mask_fits = key_bias is None or q.device.type == "cpu" or q.dtype == torch.float32
+    if return_lse or not mask_fits or k.shape[1] == 0:
+        return _attention_with_lse(q, k, v, key_bias, scale)
+    mask = None
+    if key_bias is not None:
+        mask = key_bias.to(_compute_dtype(q.dtype))[:, None, None, :]
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def mixed_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    key_bias: torch.Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+):
+    """Non-causal attention with a per-key bias, packed or dense; see `specedit_kernels.mixed_attention`.
+
+    `max_seqlen_q` only bounds a launch grid, which plain PyTorch does not have.
+    """
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if cu_seqlens_q is None:
+        out, lse = _attention(q, k, v, key_bias, scale, return_lse)
+        return (out, lse.to(_compute_dtype(q.dtype))) if return_lse else out
+    q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    if len(q_ends) == 2:
+        bias = None if key_bias is None else key_bias[None]
+        out, lse = _attention(q[None], k[None], v[None], bias, scale, return_lse)
+        return (out[0], lse[0]) if return_lse else out[0]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((q.shape[1], q.shape[0]), dtype=_compute_dtype(q.dtype), device=q.device)
+    for i in range(len(q_ends) - 1):
+        rows, cols = slice(q_ends[i], q_ends[i + 1]), slice(k_ends[i], k_ends[i + 1])
+        bias = None if key_bias is None else key_bias[None, cols]
+        part, part_lse = _attention(q[None, rows], k[None, cols], v[None, cols], bias, scale, return_lse)
+        out[rows] = part[0]
+        if return_lse:
+            lse[:, rows] = part_lse[0]
+    return (out, lse) if return_lse else out
+
+
+# --- query and key preparation ---------------------------------------------------------------------------------------
+
+
+def _norm_rope(x, weight, cos, sin, eps):
+    """RMSNorm over the last axis, then rotation of interleaved pairs; x (..., H, D), cos and sin (..., 1, D/2)."""
+    y = x.to(_compute_dtype(x.dtype))
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight.to(y.dtype)
+    even, odd = y[..., 0::2], y[..., 1::2]
+    rotated = torch.empty_like(y)
+    rotated[..., 0::2] = even * cos - odd * sin
+    rotated[..., 1::2] = odd * cos + even * sin
+    return rotated.to(x.dtype)
+
+
+def qk_norm_rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    eps: float = 1e-6,
+    v: torch.Tensor | None = None,
+    out_index: torch.Tensor | None = None,
+    out: tuple[torch.Tensor, ...] | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """RMSNorm and rotary embedding of queries and keys; see `specedit_kernels.qk_norm_rope`."""
+    angles = [t.to(_compute_dtype(q.dtype)).unsqueeze(-2) for t in (cos, sin)]
+    rows = [_norm_rope(q, q_weight, *angles, eps), _norm_rope(k, k_weight, *angles, eps)]
+    if v is not None:
+        rows.append(v)
+    if out is None:
+        return tuple(rows[:2]) if v is None else (*rows[:2], v.clone(memory_format=torch.contiguous_format))
+    for source, target in zip(rows, out):
+        if out_index is None:
+            target.copy_(source)
+        else:
+            target.index_copy_(-3, out_index.long(), source)
+    return tuple(out)
