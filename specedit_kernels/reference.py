@@ -31,16 +31,19 @@ def gather_tokens(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         return flat.view(*index.shape, x.shape[-1])
     if index.dim() == 1:
         return x.index_select(1, index)
-    rows = index.long().unsqueeze(-1).expand(-1, -1, x.shape[-1])
-    return x.gather(1, rows)
+    y = x.new_empty((*index.shape, x.shape[-1]))
+    for sample, rows, target in zip(x, index, y):
+        torch.index_select(sample, 0, rows, out=target)
+    return y
 
 
 def scatter_tokens(src: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """`out[..., index[m], :] = src[..., m, :]` in place; see `specedit_kernels.scatter_tokens`."""
     if index.dim() == 1:
         return out.index_copy_(-2, index.long(), src)
-    rows = index.long().unsqueeze(-1).expand(-1, -1, out.shape[-1])
-    return out.scatter_(1, rows, src)
+    for sample, rows, target in zip(src, index, out):
+        target.index_copy_(0, rows.long(), sample)
+    return out
 
 
 # --- noise-exact resolution changes ----------------------------------------------------------------------------------
@@ -259,15 +262,13 @@ def mixed_attention(
 # --- query and key preparation ---------------------------------------------------------------------------------------
 
 
-def _norm_rope(x, weight, cos, sin, eps):
-    """RMSNorm over the last axis, then rotation of interleaved pairs; x (..., H, D), cos and sin (..., 1, D/2)."""
+def _norm_rope(x, weight, angles, eps):
+    """RMSNorm over the last axis, then rotation of interleaved pairs; x (..., H, D), angles (..., 1, D/2) complex."""
     y = x.to(_compute_dtype(x.dtype))
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight.to(y.dtype)
-    even, odd = y[..., 0::2], y[..., 1::2]
-    rotated = torch.empty_like(y)
-    rotated[..., 0::2] = even * cos - odd * sin
-    rotated[..., 1::2] = odd * cos + even * sin
-    return rotated.to(x.dtype)
+    y = F.rms_norm(y, (y.shape[-1],), weight.to(y.dtype), eps)
+    # An interleaved pair is one complex number, and its rotation one multiplication.
+    pairs = torch.view_as_complex(y.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * angles).flatten(-2).to(x.dtype)
 
 
 def qk_norm_rope(
@@ -284,8 +285,8 @@ def qk_norm_rope(
     out: tuple[torch.Tensor, ...] | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """RMSNorm and rotary embedding of queries and keys; see `specedit_kernels.qk_norm_rope`."""
-    angles = [t.to(_compute_dtype(q.dtype)).unsqueeze(-2) for t in (cos, sin)]
-    rows = [_norm_rope(q, q_weight, *angles, eps), _norm_rope(k, k_weight, *angles, eps)]
+    angles = torch.complex(*(t.to(_compute_dtype(q.dtype)).unsqueeze(-2) for t in (cos, sin)))
+    rows = [_norm_rope(q, q_weight, angles, eps), _norm_rope(k, k_weight, angles, eps)]
     if v is not None:
         rows.append(v)
     if out is None:
