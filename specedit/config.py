@@ -1,0 +1,226 @@
+"""What a run is asked to do: `SpecEditConfig`, its presets, and how overrides are applied to them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+# Threshold of the verification score (0..4) per `verify_at`. "full" is the paper's tau; the score at the draft's own
+# size has another scale (no blur from upsampling the draft), so it has its own.
+DEFAULT_THRESHOLDS = {"full": 0.75, "draft": 0.5}
+MAX_SCORE = 4.0  # squared distance of two unit vectors
+
+CHOICES = {
+    "verify_at": tuple(DEFAULT_THRESHOLDS),
+    "selector": ("semantic", "edges", "variance", "uniform"),
+    "restore": ("full", "reference"),
+    "key_bias": ("area", "none"),
+    "rope": ("scaled", "phase_aligned"),
+    "attention": ("auto", "triton", "torch", "stock"),
+}
+
+
+def _suggest(word: object, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(word), list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _integer(name: str, value: Any, low: int, what: str | None = None) -> int:
+    expected = what or f"an integer of at least {low}"
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected {expected}, got {value!r} ({type(value).__name__})")
+    if value < low:
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    return int(value)
+
+
+def _number(name: str, value: Any, expected: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected {expected}, got {value!r} ({type(value).__name__})")
+    return float(value)
+
+
+def _sequence(name: str, value: Any, length: int, expected: str) -> tuple:
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name}: expected {expected}, got {value!r} ({type(value).__name__})")
+    if len(value) != length:
+        raise ValueError(f"{name}: expected {expected}, got {len(value)} values: {value!r}")
+    return tuple(value)
+
+
+@dataclass(frozen=True)
+class SpecEditConfig:
+    """How one edit is run. Immutable; every field is checked at construction.
+
+    Args:
+        steps: model evaluations of the (coarse, mixed, full) stage. Their sum is the NFE; the draft is not counted.
+        boundaries: (s1, s2), the sigma in (0, 1) at which the coarse and the mixed stage end. The mixed stage starts
+            where expansion leaves it, at 2*s1/(1+s1), so s2 lies below that.
+        draft_steps: model evaluations of the draft.
+        draft_scale: side of the image over side of the draft, 2 or 4 (4: 16 times fewer tokens).
+        threshold: verification score (0..4) above which a cell is edited. None takes the default of `verify_at`.
+        verify_at: "full" decodes the draft upsampled to the image's size, "draft" compares at the draft's own size.
+        dilation: coarse cells by which the edited region grows on each side.
+        uniform_stride: every k-th cell of every k-th row is expanded too (eq. 9). 0 or None: none of them.
+        selector: what finds the cells to expand.
+        restore: "full" makes every token fine for the last steps; "reference" runs the mixed sequence to sigma 0 and
+            takes the locked cells from the reference.
+        keep_pixels: everything outside the feathered edit mask is the input's own pixels.
+        couple_noise: draw the main run's noise as an expansion of the draft's.
+        key_bias: "area" adds log 4 to the logits of coarse keys in mixed sequences.
+        rope: positions in mixed sequences: "scaled" ids, or "phase_aligned" per query resolution.
+        attention: implementation of attention. "auto" is Triton on CUDA and PyTorch elsewhere; "stock" leaves the
+            model's own processors in place.
+
+    Raises:
+        TypeError, ValueError: naming the field, what was expected and what came.
+    """
+
+    steps: tuple[int, int, int] = (7, 6, 5)
+    boundaries: tuple[float, float] = (0.7, 0.55)
+    draft_steps: int = 8
+    draft_scale: int = 4
+    threshold: float | None = None
+    verify_at: str = "full"
+    dilation: int = 1
+    uniform_stride: int | None = 3
+    selector: str = "semantic"
+    restore: str = "full"
+    keep_pixels: bool = False
+    couple_noise: bool = False
+    key_bias: str = "area"
+    rope: str = "scaled"
+    attention: str = "auto"
+
+    def __post_init__(self) -> None:
+        # Choices first: the default threshold depends on one of them.
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in choices:
+                listed = ", ".join(map(repr, choices))
+                raise ValueError(f"{name}: expected one of {listed}, got {value!r}{_suggest(value, choices)}")
+        for name in ("keep_pixels", "couple_noise"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        self._set("steps", self._checked_steps())
+        self._set("boundaries", self._checked_boundaries())
+        self._set("draft_steps", _integer("draft_steps", self.draft_steps, 1))
+        self._set("draft_scale", _integer("draft_scale", self.draft_scale, 1, "2 or 4"))
+        if self.draft_scale not in (2, 4):
+            raise ValueError(f"draft_scale: expected 2 or 4, got {self.draft_scale}")
+        self._set("threshold", self._checked_threshold())
+        self._set("dilation", _integer("dilation", self.dilation, 0))
+        stride = 0 if self.uniform_stride is None else self.uniform_stride
+        self._set("uniform_stride", _integer("uniform_stride", stride, 0, "an integer of at least 1, or 0 or None"))
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # the dataclass is frozen; only used while it is being built
+
+    def _checked_steps(self) -> tuple[int, int, int]:
+        expected = "three integers (coarse, mixed, full) of at least 0"
+        steps = _sequence("steps", self.steps, 3, expected)
+        steps = tuple(_integer("steps", n, 0, expected) for n in steps)
+        if sum(steps) == 0:
+            raise ValueError(f"steps: expected at least one step in all, got {steps}")
+        return steps
+
+    def _checked_boundaries(self) -> tuple[float, float]:
+        expected = "two sigmas (s1, s2) with 0 < s1 < 1 and 0 < s2 < 2*s1/(1+s1)"
+        bounds = _sequence("boundaries", self.boundaries, 2, expected)
+        s1, s2 = (_number("boundaries", s, expected) for s in bounds)
+        if not (0 < s1 < 1 and 0 < s2 < 2 * s1 / (1 + s1)):
+            raise ValueError(f"boundaries: expected {expected}, got {self.boundaries!r}")
+        return s1, s2
+
+    def _checked_threshold(self) -> float:
+        expected = f"a number from 0 to {MAX_SCORE:g}, or None for the default of verify_at"
+        if self.threshold is None:
+            return DEFAULT_THRESHOLDS[self.verify_at]
+        threshold = _number("threshold", self.threshold, expected)
+        if not (math.isfinite(threshold) and 0 <= threshold <= MAX_SCORE):
+            raise ValueError(f"threshold: expected {expected}, got {self.threshold!r}")
+        return threshold
+
+    @classmethod
+    def preset(cls, name: str) -> SpecEditConfig:
+        """The preset called `name`. ValueError lists the known ones."""
+        if not isinstance(name, str) or name not in presets:
+            raise ValueError(f"preset: expected one of {', '.join(presets)}, got {name!r}{_suggest(name, presets)}")
+        return presets[name]
+
+    @property
+    def name(self) -> str:
+        """The preset that this configuration equals, or "custom"."""
+        return next((name for name, config in presets.items() if config == self), "custom")
+
+    @property
+    def nfe(self) -> int:
+        """Model evaluations of the main run; the draft is not counted."""
+        return sum(self.steps)
+
+    def with_steps(self, n: int) -> SpecEditConfig:
+        """The same configuration with NFE `n`, in the proportions of `steps` (largest remainder).
+
+        A stage that had steps keeps at least one while `n` allows; when it does not, the last stages are kept,
+        because they make the picture. ValueError or TypeError unless `n` is an integer of at least 1.
+        """
+        n = _integer("num_inference_steps", n, 1)
+        active = [i for i, count in enumerate(self.steps) if count]
+        kept = active[-n:]
+        steps = [0, 0, 0]
+        total = sum(self.steps[i] for i in kept)
+        shares = {i: n * self.steps[i] / total for i in kept}
+        for i in kept:
+            steps[i] = max(1, math.floor(shares[i]))
+        # Raising a stage to its one step can overshoot; then the stage furthest above its share gives one back.
+        while sum(steps) > n:
+            steps[max((i for i in kept if steps[i] > 1), key=lambda i: steps[i] - shares[i])] -= 1
+        while sum(steps) < n:
+            steps[max(kept, key=lambda i: shares[i] - steps[i])] += 1
+        return dataclasses.replace(self, steps=tuple(steps))
+
+
+presets: dict[str, SpecEditConfig] = {
+    "quality": SpecEditConfig(steps=(11, 11, 8)),
+    "balanced": SpecEditConfig(steps=(7, 6, 5)),
+    "fast": SpecEditConfig(steps=(3, 3, 5)),
+    "turbo": SpecEditConfig(steps=(2, 2, 5)),
+    # For step-distilled models (FLUX.1-Kontext-Lightning and the like).
+    "lightning-8": SpecEditConfig(steps=(2, 2, 4), draft_steps=4),
+    "lightning-6": SpecEditConfig(steps=(1, 2, 3), draft_steps=4),
+}
+
+DEFAULT_PRESET = "balanced"
+
+
+def resolve(value: str | SpecEditConfig | None = None, **overrides: Any) -> SpecEditConfig:
+    """A configuration from a preset's name, a SpecEditConfig, or None (the default preset), with fields overridden.
+
+    A threshold that is the default of `verify_at` follows when `verify_at` is overridden.
+
+    Raises:
+        TypeError: `value` is something else, or an override is not a field (the closest field is suggested).
+        ValueError: no such preset, or a field's value is wrong.
+    """
+    if value is None:
+        value = DEFAULT_PRESET
+    if isinstance(value, str):
+        value = SpecEditConfig.preset(value)
+    if not isinstance(value, SpecEditConfig):
+        raise TypeError(
+            f"config: expected a preset name ({', '.join(presets)}), a SpecEditConfig or None, "
+            f"got {value!r} ({type(value).__name__})"
+        )
+    fields = [field.name for field in dataclasses.fields(SpecEditConfig)]
+    for name in overrides:
+        if name not in fields:
+            hint = _suggest(name, fields) or f"; the fields are {', '.join(fields)}"
+            raise TypeError(f"config: {name!r} is not a field{hint}")
+    if "verify_at" in overrides and value.threshold == DEFAULT_THRESHOLDS[value.verify_at]:
+        overrides.setdefault("threshold", None)
+    return dataclasses.replace(value, **overrides) if overrides else value

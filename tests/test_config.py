@@ -1,0 +1,148 @@
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specedit.config import DEFAULT_PRESET, SpecEditConfig, presets, resolve
+
+steps = st.tuples(*[st.integers(0, 20)] * 3).filter(sum)
+
+
+def test_defaults():
+    config = SpecEditConfig()
+    assert config.steps == (7, 6, 5) and config.boundaries == (0.7, 0.55)
+    assert (config.draft_steps, config.draft_scale) == (8, 4)
+    assert (config.threshold, config.verify_at) == (0.75, "full")
+    assert (config.dilation, config.uniform_stride, config.selector) == (1, 3, "semantic")
+    assert (config.restore, config.key_bias, config.rope, config.attention) == ("full", "area", "scaled", "auto")
+    assert config.keep_pixels is False and config.couple_noise is False
+
+
+def test_presets_nfe():
+    assert {name: config.nfe for name, config in presets.items()} == {
+        "quality": 30,
+        "balanced": 18,
+        "fast": 11,
+        "turbo": 9,
+        "lightning-8": 8,
+        "lightning-6": 6,
+    }
+    assert presets["lightning-8"].draft_steps == presets["lightning-6"].draft_steps == 4
+    for name, config in presets.items():
+        assert SpecEditConfig.preset(name) is config and config.name == name
+    assert SpecEditConfig(dilation=5).name == "custom"
+
+
+def test_frozen_and_hashable():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SpecEditConfig().steps = (1, 1, 1)
+    assert hash(SpecEditConfig(steps=[7, 6, 5], boundaries=[0.7, 0.55])) == hash(SpecEditConfig())
+
+
+def test_threshold_default_follows_verify_at():
+    assert SpecEditConfig(verify_at="draft").threshold == 0.5
+    assert SpecEditConfig(verify_at="draft", threshold=0.3).threshold == 0.3
+    assert resolve("turbo", verify_at="draft").threshold == 0.5
+    assert resolve(SpecEditConfig(threshold=0.2), verify_at="draft").threshold == 0.2
+    assert resolve("turbo", verify_at="draft", threshold=0.75).threshold == 0.75
+
+
+def test_uniform_stride_none_is_zero():
+    assert SpecEditConfig(uniform_stride=None).uniform_stride == 0
+    assert SpecEditConfig(uniform_stride=0) == SpecEditConfig(uniform_stride=None)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [
+        ("steps", (1, 2), ValueError),
+        ("steps", (0, 0, 0), ValueError),
+        ("steps", (1, -1, 2), ValueError),
+        ("steps", (1.5, 1, 2), TypeError),
+        ("steps", (True, 1, 2), TypeError),
+        ("steps", 9, TypeError),
+        ("boundaries", (0.7,), ValueError),
+        ("boundaries", (1.0, 0.5), ValueError),
+        ("boundaries", (0.0, 0.0), ValueError),
+        ("boundaries", (0.5, 2 / 3), ValueError),  # 2*s1/(1+s1) itself leaves the mixed stage no interval
+        ("boundaries", (0.5, float("nan")), ValueError),
+        ("boundaries", ("0.7", 0.5), TypeError),
+        ("draft_steps", 0, ValueError),
+        ("draft_steps", 2.0, TypeError),
+        ("draft_scale", 3, ValueError),
+        ("draft_scale", "4", TypeError),
+        ("threshold", -0.1, ValueError),
+        ("threshold", 4.5, ValueError),
+        ("threshold", float("nan"), ValueError),
+        ("threshold", "0.75", TypeError),
+        ("verify_at", "latent", ValueError),
+        ("dilation", -1, ValueError),
+        ("dilation", 0.5, TypeError),
+        ("uniform_stride", -3, ValueError),
+        ("selector", None, ValueError),
+        ("restore", True, ValueError),
+        ("keep_pixels", 1, TypeError),
+        ("couple_noise", "no", TypeError),
+        ("key_bias", "log4", ValueError),
+        ("rope", "", ValueError),
+        ("attention", "flash", ValueError),
+    ],
+)
+def test_wrong_values_name_field_expectation_and_value(field, value, error):
+    with pytest.raises(error) as caught:
+        SpecEditConfig(**{field: value})
+    message = str(caught.value)
+    assert message.startswith(f"{field}: expected") and "got" in message
+
+
+def test_typos_get_a_suggestion():
+    with pytest.raises(ValueError, match="did you mean 'balanced'"):
+        resolve("balancd")
+    with pytest.raises(ValueError, match="did you mean 'semantic'"):
+        SpecEditConfig(selector="semantics")
+    with pytest.raises(TypeError, match="did you mean 'threshold'"):
+        resolve("turbo", treshold=0.5)
+    with pytest.raises(TypeError, match="the fields are steps"):
+        resolve("turbo", zzz=1)
+
+
+def test_resolve():
+    assert resolve() is resolve(None) is presets[DEFAULT_PRESET]
+    config = SpecEditConfig(dilation=2)
+    assert resolve(config) is config
+    changed = resolve("turbo", restore="reference")
+    assert changed.restore == "reference" and changed.steps == (2, 2, 5)
+    assert presets["turbo"].restore == "full"
+    with pytest.raises(ValueError, match="threshold"):
+        resolve("turbo", threshold=9)
+    for wrong in (18, {"steps": (1, 1, 1)}, SpecEditConfig):
+        with pytest.raises(TypeError, match="expected a preset name"):
+            resolve(wrong)
+
+
+@given(steps, st.integers(1, 120))
+def test_with_steps_proportions(steps, n):
+    scaled = SpecEditConfig(steps=steps).with_steps(n).steps
+    active = [i for i in range(3) if steps[i]]
+    assert sum(scaled) == n
+    assert all(scaled[i] == 0 for i in range(3) if not steps[i])
+    if n >= len(active):
+        assert all(scaled[i] >= 1 for i in active)
+    # Nobody is a whole step from its share, except where a stage was raised to its one step.
+    shares = [n * steps[i] / sum(steps) for i in range(3)]
+    if all(share >= 1 for share in shares if share):
+        assert all(abs(scaled[i] - shares[i]) < 1 for i in range(3))
+
+
+def test_with_steps():
+    assert all(config.with_steps(config.nfe) == config for config in presets.values())
+    assert presets["balanced"].with_steps(36).steps == (14, 12, 10)
+    assert presets["quality"].with_steps(1).steps == (0, 0, 1)
+    assert presets["quality"].with_steps(2).steps == (0, 1, 1)
+    assert presets["quality"].with_steps(3).steps == (1, 1, 1)
+    assert SpecEditConfig(steps=(0, 0, 5)).with_steps(50).steps == (0, 0, 50)
+    assert SpecEditConfig(threshold=0.1, restore="reference").with_steps(9).threshold == 0.1
+    for wrong, error in ((0, ValueError), (-4, ValueError), (2.5, TypeError), (True, TypeError)):
+        with pytest.raises(error, match="num_inference_steps"):
+            presets["fast"].with_steps(wrong)
