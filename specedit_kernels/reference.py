@@ -102,37 +102,43 @@ def _multiply_high_low(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def philox_noise(seed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """The standard normal noise that the CUDA kernel draws, float32 of `shape` (..., M, 4, channels, 3).
-
-    Philox 4x32-10 (Salmon et al., SC 2011) with the 64-bit key of the sample and counter (n, m, 0, 0), where m is the
-    token's number and n = child * channels + channel its pixel: one call gives the four uniforms from which Box-Muller
-    makes the three normals of a pixel. With one key for the whole batch, m runs on over all samples.
-    """
-    *lead, tokens, children, channels, _ = shape
-    batch = math.prod(lead)
-    token = torch.arange(batch * tokens, device=seed.device)
-    if seed.numel() > 1:
-        token = token % tokens
-    pixel = torch.arange(children * channels, device=seed.device)
-    c0 = pixel.expand(batch * tokens, -1)
-    c1 = token[:, None].expand_as(c0)
-    c2 = c3 = torch.zeros_like(c0)
-    key = seed.reshape(-1, 1, 1).expand(batch if seed.numel() > 1 else 1, -1, -1)
-    key = key.expand(batch, tokens, 1).reshape(-1, 1)
-    k0, k1 = key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF
+def philox_4x32(counter: Sequence[torch.Tensor], key: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Philox 4x32-10 (Salmon et al., SC 2011): four counters and two keys to four unsigned 32-bit words, in int64."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
     for _ in range(10):
         high0, low0 = _multiply_high_low(0xD2511F53, c0)
         high1, low1 = _multiply_high_low(0xCD9E8D57, c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    # As Triton does: a signed 32-bit number x gives |x| / 2^31, kept away from 0 for the logarithm.
-    signed = [torch.where(c >= 2**31, c - 2**32, c) for c in (c0, c1, c2, c3)]
-    u0, u1, u2, u3 = (torch.where(c < 0, -c - 1, c).float() * 4.6566127342e-10 for c in signed)
-    first = torch.sqrt(-2 * torch.log(u0.clamp_min(1e-7)))
-    second = torch.sqrt(-2 * torch.log(u2.clamp_min(1e-7)))
-    angle = 6.283185307179586
-    normals = [first * torch.cos(angle * u1), first * torch.sin(angle * u1), second * torch.cos(angle * u3)]
+    return [c0, c1, c2, c3]
+
+
+def philox_noise(seed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """The standard normal noise that the CUDA kernel draws, float32 of `shape` (..., M, 4, channels, 3).
+
+    Philox with the 64-bit key of the sample and counter (pixel, token, 0, 0), where pixel = child * channels + channel:
+    one call gives the four uniforms from which Box-Muller makes the three normals of a pixel. With one key for the
+    whole batch the token's number runs on over all samples.
+    """
+    *lead, tokens, children, channels, _ = shape
+    rows = math.prod(lead) * tokens
+    token = torch.arange(rows, device=seed.device)
+    if seed.numel() == 1:
+        key = seed.expand(rows)
+    else:
+        token = token % tokens
+        key = seed.repeat_interleave(tokens)
+    pixel = torch.arange(children * channels, device=seed.device)
+    zero = torch.zeros_like(pixel)
+    halves = key[:, None] & 0xFFFFFFFF, (key[:, None] >> 32) & 0xFFFFFFFF
+    words = philox_4x32((pixel.expand(rows, -1), token[:, None], zero, zero), halves)
+    # As Triton does: a word read as a signed number x gives the uniform |x| / 2^31, kept off 0 for the logarithm.
+    signed = (torch.where(w >= 2**31, w - 2**32, w) for w in words)
+    u0, u1, u2, u3 = (torch.where(x < 0, -x - 1, x).float() * 4.6566127342e-10 for x in signed)
+    radius, other_radius = (torch.sqrt(-2 * torch.log(u.clamp_min(1e-7))) for u in (u0, u2))
+    turn = 2 * math.pi
+    normals = [radius * torch.cos(turn * u1), radius * torch.sin(turn * u1), other_radius * torch.cos(turn * u3)]
     return torch.stack(normals, dim=-1).view(*shape)
 
 
@@ -190,6 +196,8 @@ def _attention_with_lse(q, k, v, key_bias, scale):
     keys = k.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, queries), dtype=dtype, device=q.device)
+    if keys == 0:
+        return out.zero_(), lse.fill_(-math.inf)
     kt = k.to(dtype).permute(0, 2, 3, 1)  # (B, H, D, K)
     vt = v.to(dtype).transpose(1, 2)  # (B, H, K, D)
     bias = None if key_bias is None else key_bias.to(dtype)[:, None, None, :]
@@ -199,11 +207,12 @@ def _attention_with_lse(q, k, v, key_bias, scale):
         logits = (q[:, rows].to(dtype).transpose(1, 2) * scale) @ kt
         if bias is not None:
             logits += bias
-        row_lse = torch.logsumexp(logits, dim=-1, keepdim=True)
+        peak = logits.amax(dim=-1, keepdim=True)
         # exp(-inf - -inf) would be NaN: a row without keys subtracts 0 and keeps weights of exp(-inf) = 0.
-        weights = (logits - row_lse.masked_fill(row_lse == -math.inf, 0)).exp_()
-        out[:, rows] = (weights @ vt).transpose(1, 2)
-        lse[:, :, rows] = row_lse.squeeze(-1)
+        weights = logits.sub_(peak.masked_fill(peak == -math.inf, 0)).exp_()
+        total = weights.sum(dim=-1, keepdim=True)
+        out[:, rows] = ((weights @ vt) / total.masked_fill(total == 0, 1)).transpose(1, 2)
+        lse[:, :, rows] = (peak + total.log()).squeeze(-1)
     return out, lse
 
 

@@ -1,0 +1,62 @@
+"""What the kernel tests share: which backends run here, and how an error is judged.
+
+Every test runs on each backend of this machine: plain PyTorch always, Triton on a GPU or, with TRITON_INTERPRET=1 in
+the environment, in Triton's interpreter (which knows float32 and float16 only; test_interpreter.py starts that run).
+"""
+
+import os
+
+import pytest
+import torch
+
+import specedit_kernels
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+ON_GPU = torch.cuda.is_available() and not INTERPRETING
+DEVICE = "cuda" if ON_GPU else "cpu"
+
+
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames:
+        backends = ["triton"] if INTERPRETING else list(specedit_kernels.available_backends())
+        metafunc.parametrize("backend", backends)
+    if "dtype" in metafunc.fixturenames:
+        dtypes = [torch.float32, torch.float16] + ([] if INTERPRETING else [torch.bfloat16])
+        metafunc.parametrize("dtype", dtypes, ids=str)
+
+
+@pytest.fixture
+def device():
+    return torch.device(DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fresh memory holds NaN, so an output element that a kernel forgets to write shows up."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def rng():
+    return torch.Generator().manual_seed(1234)
+
+
+@pytest.fixture
+def as_good():
+    """Judges `got` by float64: at most twice the error of the same computation in PyTorch at the same precision."""
+
+    def check(got, exact, same_precision):
+        assert got.shape == exact.shape
+        finite = exact.isfinite()
+        assert torch.equal(got.double()[~finite], exact[~finite])
+        if not bool(finite.any()):
+            return
+        error = (got.double() - exact)[finite].abs().max().item()
+        yardstick = (same_precision.double() - exact)[finite].abs().max().item()
+        # One rounding of the largest value, for the cases where PyTorch happens to be exact.
+        rounding = torch.finfo(got.dtype).eps * exact[finite].abs().max().item()
+        assert error <= 2 * yardstick + rounding, f"error {error:.3e}, PyTorch's {yardstick:.3e}"
+
+    return check

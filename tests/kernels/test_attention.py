@@ -1,0 +1,227 @@
+"""mixed_attention against softmax attention written out in float64."""
+
+import math
+
+import pytest
+import torch
+
+from specedit_kernels import mixed_attention
+
+
+def softmax_attention(q, k, v, bias, scale, dtype):
+    """One sequence, q (N, H, D), k and v (K, H, D), bias (K,) or None -> out (N, H, D), lse (H, N), in `dtype`."""
+    q, k, v = (x.to(dtype).transpose(0, 1) for x in (q, k, v))
+    logits = q @ k.transpose(1, 2) * scale
+    if bias is not None:
+        logits = logits + bias.to(dtype)
+    peak = logits.amax(-1, keepdim=True) if logits.shape[-1] else logits.new_full((*logits.shape[:-1], 1), -math.inf)
+    weights = torch.exp(logits - peak.masked_fill(peak == -math.inf, 0))
+    total = weights.sum(-1, keepdim=True)
+    out = (weights / total.masked_fill(total == 0, 1)) @ v
+    return out.transpose(0, 1), (peak + total.log()).squeeze(-1)
+
+
+def packed(rng, device, dtype, heads, dim, q_lengths, k_lengths):
+    q, k, v = (torch.randn(sum(n), heads, dim, generator=rng).to(device, dtype)
+               for n in (q_lengths, k_lengths, k_lengths))  # fmt: skip
+    ends = [torch.tensor([0, *n]).cumsum(0).to(device, torch.int32) for n in (q_lengths, k_lengths)]
+    return q, k, v, *ends
+
+
+def expected(q, k, v, cu_q, cu_k, bias, scale, dtype):
+    outs, lses = [], []
+    for a, b, c, d in zip(cu_q, cu_q[1:], cu_k, cu_k[1:]):
+        out, lse = softmax_attention(q[a:b], k[c:d], v[c:d], None if bias is None else bias[c:d], scale, dtype)
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs), torch.cat(lses, dim=1)
+
+
+LENGTHS = [  # queries and keys of each sequence
+    ([5], [9]),
+    ([70, 0, 3, 130], [65, 40, 129, 1]),
+    ([0, 33], [17, 0]),
+    ([1] * 20, [3] * 19 + [200]),
+    ([0, 0], [0, 4]),
+    ([128, 64], [128, 64]),
+]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("dim", [16, 64])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_packed(backend, dtype, device, rng, as_good, lengths, dim, with_bias):
+    q, k, v, cu_q, cu_k = packed(rng, device, dtype, 2, dim, *lengths)
+    bias = None
+    if with_bias:
+        bias = torch.randn(k.shape[0], generator=rng).to(device)
+        bias[::3] = -math.inf
+    scale = dim**-0.5
+    exact, exact_lse = expected(q, k, v, cu_q, cu_k, bias, scale, torch.float64)
+    same, same_lse = expected(q, k, v, cu_q, cu_k, bias, scale, dtype)
+    longest = max(lengths[0])
+    out, lse = mixed_attention(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=longest, key_bias=bias,
+                               return_lse=True, backend=backend)  # fmt: skip
+    assert out.dtype == dtype and lse.dtype == torch.float32 and out.is_contiguous()
+    as_good(out, exact, same)
+    as_good(lse, exact_lse, same_lse)
+    only = mixed_attention(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, key_bias=bias, backend=backend)
+    as_good(only, exact, same)
+
+
+@pytest.mark.parametrize("dim", [32, 48, 128, 144, 256])
+def test_head_dims(backend, device, rng, as_good, dim):
+    q, k, v, cu_q, cu_k = packed(rng, device, torch.float32, 1, dim, [40], [70])
+    exact, _ = expected(q, k, v, cu_q, cu_k, None, 0.3, torch.float64)
+    same, _ = expected(q, k, v, cu_q, cu_k, None, 0.3, torch.float32)
+    out = mixed_attention(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, scale=0.3, backend=backend)
+    as_good(out, exact, same)
+
+
+@pytest.mark.parametrize("shape", [(2, 37, 70, 2), (1, 64, 128, 1), (2, 3, 0, 2), (2, 0, 5, 1)], ids=str)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_dense(backend, dtype, device, rng, as_good, shape, with_bias):
+    batch, queries, keys, heads = shape
+    q, k, v = (torch.randn(batch, n, heads, 32, generator=rng).to(device, dtype) for n in (queries, keys, keys))
+    bias = torch.randn(batch, keys, generator=rng).to(device) if with_bias else None
+    out, lse = mixed_attention(q, k, v, key_bias=bias, return_lse=True, backend=backend)
+    assert lse.shape == (batch, heads, queries)
+    only = mixed_attention(q, k, v, key_bias=bias, backend=backend)
+    for b in range(batch):
+        row = None if bias is None else bias[b]
+        exact, exact_lse = softmax_attention(q[b], k[b], v[b], row, 32**-0.5, torch.float64)
+        same, same_lse = softmax_attention(q[b], k[b], v[b], row, 32**-0.5, dtype)
+        as_good(out[b], exact, same)
+        as_good(only[b], exact, same)
+        as_good(lse[b], exact_lse, same_lse)
+
+
+def test_strided_views(backend, device, rng):
+    base = torch.randn(90, 3, 4, 2, 32, generator=rng).to(device)
+    q, k, v = (base[::2, i, ::2, 1] for i in range(3))  # (45, 2, 32)
+    cu = torch.tensor([0, 20, 45], dtype=torch.int32, device=device)
+    bias = torch.randn(90, generator=rng).to(device)[::2]
+    got = mixed_attention(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, key_bias=bias, backend=backend)
+    want = mixed_attention(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens_q=cu, cu_seqlens_k=cu,
+                           key_bias=bias.contiguous(), backend="torch")  # fmt: skip
+    torch.testing.assert_close(got, want)
+    heads_first = base[:40, :, :, 0].permute(1, 2, 0, 3).contiguous()  # (3, 4, 40, 32)
+    q, k, v = (heads_first[i].transpose(0, 1)[None] for i in range(3))
+    got = mixed_attention(q, k, v, backend=backend)
+    want = mixed_attention(q.contiguous(), k.contiguous(), v.contiguous(), backend="torch")
+    torch.testing.assert_close(got, want)
+    odd_base = torch.randn(2, 10, 2, 33, generator=rng).to(device)[..., 1:]  # rows that are not 16-byte aligned
+    got = mixed_attention(odd_base, odd_base, odd_base, backend=backend)
+    want = mixed_attention(*[odd_base.contiguous()] * 3, backend="torch")
+    torch.testing.assert_close(got, want)
+
+
+def test_all_keys_hidden(backend, dtype, device, rng):
+    q, k, v, cu_q, cu_k = packed(rng, device, dtype, 2, 32, [20, 30], [70, 10])
+    bias = torch.zeros(80, device=device)
+    bias[:70] = -math.inf
+    out, lse = mixed_attention(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, key_bias=bias, return_lse=True,
+                               backend=backend)  # fmt: skip
+    assert not out[:20].any() and torch.equal(lse[:, :20], torch.full_like(lse[:, :20], -math.inf))
+    assert out[20:].isfinite().all() and lse[:, 20:].isfinite().all()
+    only = mixed_attention(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, key_bias=bias, backend=backend)
+    assert not only[:20].any()
+
+
+def test_hidden_head_of_a_long_sequence(backend, device, rng, as_good):
+    """The first blocks of keys are hidden whole: the running maximum starts at -inf and must stay harmless."""
+    q, k, v, cu_q, cu_k = packed(rng, device, torch.float32, 1, 32, [10], [400])
+    bias = torch.zeros(400, device=device)
+    bias[:300] = -math.inf
+    exact, _ = expected(q, k, v, cu_q, cu_k, bias, 0.2, torch.float64)
+    same, _ = expected(q, k, v, cu_q, cu_k, bias, 0.2, torch.float32)
+    out = mixed_attention(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, key_bias=bias, scale=0.2, backend=backend)
+    as_good(out, exact, same)
+
+
+def test_sequences_do_not_touch(backend, device, rng):
+    """NaN in one sample of a packed batch stays in that sample."""
+    q, k, v, cu_q, cu_k = packed(rng, device, torch.float32, 2, 32, [40, 50, 7], [70, 30, 90])
+    clean = mixed_attention(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, backend=backend)
+    q[40:90], k[70:100], v[70:100] = math.nan, math.nan, math.nan
+    dirty = mixed_attention(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, backend=backend)
+    assert torch.equal(dirty[:40], clean[:40]) and torch.equal(dirty[90:], clean[90:])
+    assert dirty[40:90].isnan().all()
+
+
+def test_bias_is_the_area_of_a_key(backend, device, rng):
+    """+log 4 on a key is the same as four copies of it; scale 0 and negative scales are legal."""
+    q, k, v = (torch.randn(1, n, 2, 32, generator=rng).to(device) for n in (30, 20, 20))
+    bias = torch.zeros(1, 20, device=device)
+    bias[:, 5:] = math.log(4)
+    repeats = torch.tensor([1] * 5 + [4] * 15, device=device)
+    copies = [x.repeat_interleave(repeats, dim=1) for x in (k, v)]
+    for scale in (None, 0.0, -0.5):
+        got, lse = mixed_attention(q, k, v, key_bias=bias, scale=scale, return_lse=True, backend=backend)
+        want, want_lse = mixed_attention(q, *copies, scale=scale, return_lse=True, backend=backend)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(lse, want_lse)
+
+
+def test_lse_merges_two_halves(backend, device, rng):
+    q, k, v = (torch.randn(2, n, 2, 32, generator=rng).to(device) for n in (30, 50, 50))
+    whole = mixed_attention(q, k, v, backend=backend)
+    parts = [mixed_attention(q, k[:, s], v[:, s], return_lse=True, backend=backend)
+             for s in (slice(0, 13), slice(13, 50))]  # fmt: skip
+    weights = torch.softmax(torch.stack([lse for _, lse in parts]), dim=0).transpose(-1, -2).unsqueeze(-1)
+    torch.testing.assert_close(weights[0] * parts[0][0] + weights[1] * parts[1][0], whole)
+
+
+def test_large_logits(backend, device, rng, as_good):
+    q, k, v, cu_q, cu_k = packed(rng, device, torch.float32, 1, 32, [20], [90])
+    q *= 100
+    exact, exact_lse = expected(q, k, v, cu_q, cu_k, None, 1.0, torch.float64)
+    same, same_lse = expected(q, k, v, cu_q, cu_k, None, 1.0, torch.float32)
+    out, lse = mixed_attention(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, scale=1.0, return_lse=True,
+                               backend=backend)  # fmt: skip
+    as_good(out, exact, same)
+    as_good(lse, exact_lse, same_lse)
+
+
+def test_bad_input(backend, device):
+    q = torch.zeros(6, 2, 16, device=device)
+    cu = torch.tensor([0, 2, 6], dtype=torch.int32, device=device)
+    both = {"cu_seqlens_q": cu, "cu_seqlens_k": cu}
+    dense = q[None]
+    bias = torch.zeros(6, device=device)
+    for call, error, text in [
+        (lambda: mixed_attention(q, q, q, cu_seqlens_q=cu), ValueError, "both cu_seqlens_q and cu_seqlens_k"),
+        (lambda: mixed_attention(q, q, q, cu_seqlens_k=cu), ValueError, "both cu_seqlens_q and cu_seqlens_k"),
+        (lambda: mixed_attention(q, q, q), ValueError, "q: expected 4 dimensions"),
+        (lambda: mixed_attention(dense, dense, dense, **both), ValueError, "q: expected 3 dimensions"),
+        (lambda: mixed_attention(q, q.half(), q, **both), TypeError, "k: expected dtype float32, got float16"),
+        (lambda: mixed_attention(q.int(), q, q, **both), TypeError, "q: expected dtype"),
+        (lambda: mixed_attention(q, q[:, :1], q, **both), ValueError, r"k: expected shape \(6, 2, 16\), got \(6, 1"),
+        (lambda: mixed_attention(q, q, q[:5], **both), ValueError, r"v: expected shape \(6, 2, 16\)"),
+        (lambda: mixed_attention(q, q.to("meta"), q, **both), ValueError, "k: expected device"),
+        (lambda: mixed_attention(q, q, q, cu_seqlens_q=cu.long(), cu_seqlens_k=cu), TypeError, "expected dtype int32"),
+        (lambda: mixed_attention(q, q, q, cu_seqlens_q=cu, cu_seqlens_k=cu[:2]), ValueError, "cu_seqlens_k: expected"),
+        (lambda: mixed_attention(q, q, q, **both, key_bias=bias[:5]), ValueError, r"key_bias: expected shape \(6,\)"),
+        (lambda: mixed_attention(q, q, q, **both, key_bias=bias.half()), TypeError, "key_bias: expected dtype float32"),
+        (lambda: mixed_attention(dense, dense, dense, key_bias=bias), ValueError, "key_bias: expected 2 dimensions"),
+        (lambda: mixed_attention(q, q, q, **both, scale=math.nan), ValueError, "scale: expected a finite number"),
+        (lambda: mixed_attention(q, q, q, **both, max_seqlen_q=4.0), TypeError, "max_seqlen_q: expected an int"),
+        (lambda: mixed_attention(dense, dense, dense, max_seqlen_q=4), ValueError, "expected None without cu_seqlens"),
+        (lambda: mixed_attention(q, q, q, **both, backend="flash"), ValueError, "backend: expected one of"),
+    ]:
+        with pytest.raises(error, match=text):
+            call()
+
+
+@pytest.mark.parametrize("ends", [[0, 2, 5], [0, 7, 6], [1, 2, 6], [0, 2, 7]], ids=str)
+def test_bad_cu_seqlens(backend, device, monkeypatch, ends):
+    monkeypatch.setenv("SPECEDIT_KERNELS_DEBUG", "1")
+    q = torch.zeros(6, 2, 16, device=device)
+    good = torch.tensor([0, 2, 6], dtype=torch.int32, device=device)
+    bad = torch.tensor(ends, dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match="cu_seqlens_q: expected offsets"):
+        mixed_attention(q, q, q, cu_seqlens_q=bad, cu_seqlens_k=good, backend=backend)
+    with pytest.raises(ValueError, match="cu_seqlens_k: expected offsets"):
+        mixed_attention(q, q, q, cu_seqlens_q=good, cu_seqlens_k=bad, backend=backend)
+    with pytest.raises(ValueError, match=r"max_seqlen_q: expected at least the longest sequence \(4\), got 3"):
+        mixed_attention(q, q, q, cu_seqlens_q=good, cu_seqlens_k=good, max_seqlen_q=3, backend=backend)
