@@ -146,3 +146,12 @@ def test_with_steps():
     for wrong, error in ((0, ValueError), (-4, ValueError), (2.5, TypeError), (True, TypeError)):
         with pytest.raises(error, match="num_inference_steps"):
             presets["fast"].with_steps(wrong)
+
+
+def test_uses_draft():
+    assert all(config.uses_draft for config in presets.values())
+    assert not SpecEditConfig(selector="edges").uses_draft
+    assert not SpecEditConfig(steps=(4, 0, 5)).uses_draft
+    assert SpecEditConfig(steps=(4, 0, 5), restore="reference").uses_draft
+    assert SpecEditConfig(steps=(0, 0, 5), keep_pixels=True).uses_draft
+    assert not SpecEditConfig(steps=(4, 0, 0), restore="reference").uses_draft

@@ -1,0 +1,156 @@
+"""The cost model: floating-point operations of a transformer call, and of a whole run before it is run.
+
+One multiply-add counts as two operations. Decoder, text encoder and verification are left out, as in the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from .config import SpecEditConfig, resolve
+from .schedule import stages
+
+TOKEN_PIXELS = 16  # side of one packed token in pixels: 8x VAE, 2x2 patches
+STOCK_STEPS = 50
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """What the cost model knows of a model.
+
+    `config`: the fields of the transformer's configuration that `transformer_flops` reads. `text_tokens`: length of
+    the text stream. `passes`: transformer calls per step (2 with classifier-free guidance).
+    """
+
+    config: Mapping[str, int]
+    text_tokens: int
+    passes: int
+
+
+MODELS: Mapping[str, ModelCost] = MappingProxyType(
+    {
+        # FLUX.1-Kontext-dev: 19 double and 38 single blocks, 512 T5 tokens, distilled guidance (one pass).
+        "flux-kontext": ModelCost(
+            {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24, "attention_head_dim": 128}, 512, 1
+        ),
+        # Qwen-Image-Edit: 60 double-stream blocks; the text stream holds the 1,340 vision tokens of the reference and
+        # about 60 words; true classifier-free guidance (two passes).
+        "qwen-image-edit": ModelCost(
+            {"num_layers": 60, "num_attention_heads": 24, "attention_head_dim": 128}, 1340 + 60, 2
+        ),
+    }
+)
+
+
+def _field(config: Any, name: str, default: int | None = None) -> int:
+    value = config.get(name, default) if isinstance(config, Mapping) else getattr(config, name, default)
+    if value is None:
+        raise ValueError(f"model_config: expected a field {name!r}, got a {type(config).__name__} without it")
+    return int(value)
+
+
+def transformer_flops(model_config: Any, tokens: float) -> float:
+    """Operations of one forward pass over one sequence: tokens * (L*24*d^2 + L*4*d*tokens).
+
+    Per token and block: the four attention projections (8 d^2) and the MLP of ratio 4 (16 d^2); a FLUX single block
+    holds the same matrices fused (6 + 8 + 10 d^2). Attention adds Q K^T and P V, each 2*d per pair of tokens.
+    Modulation, norms, embeddings and the output projection are below 1 % and left out. FLUX at 8704 tokens
+    (1024 x 1024, reference, 512 text): 165.4 T; the paper's Table 5 has 8299.54 / 50 = 166.0 T.
+
+    Args:
+        model_config: a diffusers transformer config, mapping or object: num_layers, num_attention_heads,
+            attention_head_dim, and num_single_layers where the model has single blocks.
+        tokens: length of the whole sequence (text + target + reference). A mean over samples may be fractional.
+
+    Raises:
+        ValueError: a field is missing, or `tokens` is negative.
+    """
+    if not tokens >= 0:
+        raise ValueError(f"tokens: expected a number of at least 0, got {tokens!r}")
+    layers = _field(model_config, "num_layers") + _field(model_config, "num_single_layers", 0)
+    d = _field(model_config, "num_attention_heads") * _field(model_config, "attention_head_dim")
+    return float(tokens * (layers * 24 * d * d + layers * 4 * d * tokens))
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _cells(rows: int, cols: int, side: int) -> int:
+    """Cells of side x side tokens that cover a rows x cols grid; partial ones at the border count."""
+    return _ceil_div(rows, side) * _ceil_div(cols, side)
+
+
+def expanded_cells(config: SpecEditConfig, rows: int, cols: int, edit_fraction: float) -> int:
+    """Expected number of expanded cells on a rows x cols coarse grid.
+
+    The edited cells, and of the unedited ones the share that uniform coverage (eq. 9) picks anyway.
+    """
+    cells = rows * cols
+    edited = edit_fraction * cells
+    uniform = _cells(rows, cols, config.uniform_stride) / cells if config.uniform_stride else 0.0
+    return round(edited + uniform * (cells - edited))
+
+
+def plan(
+    config: SpecEditConfig | str,
+    model: str,
+    height: int,
+    width: int,
+    edit_fraction: float,
+) -> dict[str, Any]:
+    """Predict the cost of a run without running it, for one image whose reference has the output's size.
+
+    Tokens of a sequence are text + target + reference; the reference takes the target's layout in the draft, coarse
+    and mixed stages and is full in the full stage. Per coarse cell: one token when locked, four when expanded.
+
+    Args:
+        config: a SpecEditConfig or a preset's name.
+        model: "flux-kontext" or "qwen-image-edit".
+        height, width: output size in pixels, at least 16; rounded down to whole tokens of 16 pixels.
+        edit_fraction: share of the coarse cells that are edited (0..1), dilation included. Uniform coverage comes on
+            top of it.
+
+    Returns:
+        `nfe`, `flops` (draft included), `flops_stock` (50 full steps), `flops_ratio` (stock over this), and `stages`: a
+        list of {"name", "steps", "tokens", "flops"} in order, the draft first, with `tokens` per sequence and `flops`
+        of all the stage's steps and guidance passes.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    config = resolve(config)
+    if model not in MODELS:
+        raise ValueError(f"model: expected one of {', '.join(MODELS)}, got {model!r}")
+    for name, value in (("height", height), ("width", width)):
+        if value < TOKEN_PIXELS:
+            raise ValueError(f"{name}: expected at least {TOKEN_PIXELS} pixels, got {value!r}")
+    if not 0 <= edit_fraction <= 1:
+        raise ValueError(f"edit_fraction: expected a number from 0 to 1, got {edit_fraction!r}")
+
+    rows, cols = int(height) // TOKEN_PIXELS, int(width) // TOKEN_PIXELS
+    fine = rows * cols
+    coarse = _cells(rows, cols, 2)
+    expanded = expanded_cells(config, _ceil_div(rows, 2), _ceil_div(cols, 2), edit_fraction)
+    target = {
+        "draft": _cells(rows, cols, config.draft_scale),
+        "coarse": coarse,
+        "mixed": coarse - expanded + round(fine * expanded / coarse),
+        "full": fine,
+    }
+    cost = MODELS[model]
+
+    def row(name: str, steps: int) -> dict[str, Any]:
+        tokens = cost.text_tokens + 2 * target[name]
+        flops = steps * cost.passes * transformer_flops(cost.config, tokens)
+        return {"name": name, "steps": steps, "tokens": tokens, "flops": flops}
+
+    listed = [row(stage.name, stage.steps) for stage in stages(config)]
+    if config.uses_draft:
+        listed.insert(0, row("draft", config.draft_steps))
+    flops = sum(stage["flops"] for stage in listed)
+    stock = row("full", STOCK_STEPS)["flops"]
+    return {"nfe": config.nfe, "flops": flops, "flops_stock": stock, "flops_ratio": stock / flops, "stages": listed}
