@@ -16,7 +16,7 @@ step() { printf '\n== %s\n' "$1"; }
 step "install"
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 venv=$(cd "$venv" && pwd)
-"$venv/bin/python" -m pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt ".[test]"
+"$venv/bin/python" -m pip install --quiet -c constraints.txt ".[test]"
 export HF_HUB_OFFLINE=1 MPLBACKEND=Agg
 
 step "ruff"
