@@ -132,7 +132,7 @@ def run(backend: str, name: str, args: tuple):
         return _TORCH[name](*args)
     from . import gpu
 
-    return gpu.launcher(name)(*args)
+    return gpu.run(name, args)
 
 
 def _implementation(backend: str, name: str) -> Callable:

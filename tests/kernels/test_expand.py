@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specedit_kernels import contract_tokens, expand_tokens, reference
+from specedit_kernels import contract_tokens, expand_tokens, ops, reference
 
 
 def by_pixels(coarse, sigma, noise, detail):
@@ -136,15 +136,12 @@ def test_noise_is_drawn_from_the_generator_on_the_cpu():
 
 
 @pytest.mark.parametrize("lead", [(), (2,)], ids=str)
-def test_in_kernel_noise_is_philox(device, lead):
+def test_in_kernel_noise_is_philox(backend, device, lead):
     """The operator's seeded form draws the numbers of the reference's Philox, whichever device runs it."""
     coarse = torch.zeros(*lead, 6, 8, device=device)
     for seeds in ([2**61 + 12345], [3, 2**40])[: 1 + len(lead)]:
         seed = torch.tensor(seeds, device=device)
         noise = reference.philox_noise(seed, (*lead, 6, 4, 2, 3))
-        from specedit_kernels import ops
-
-        backend = "torch" if device.type == "cpu" else "triton"
         got = ops.run(backend, "expand_tokens", (coarse, 0.5, None, seed, None))
         torch.testing.assert_close(got, reference.expand_tokens(coarse, 0.5, noise=noise)[0], atol=1e-5, rtol=1e-5)
 

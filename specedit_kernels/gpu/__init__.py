@@ -1,0 +1,31 @@
+"""Triton kernels and their launches. Importing this package imports Triton."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from .attention import launch_attention
+from .expand import launch_contract, launch_expand
+from .launch import check_device
+from .norm_rope import launch_norm_rope
+from .rows import launch_gather, launch_scatter
+
+_LAUNCHES = {
+    "gather_tokens": launch_gather,
+    "scatter_tokens": launch_scatter,
+    "expand_tokens": launch_expand,
+    "contract_tokens": launch_contract,
+    "mixed_attention": launch_attention,
+    "qk_norm_rope": launch_norm_rope,
+}
+
+
+def run(name: str, args: tuple):
+    """Runs an operator's kernel on the device of its first tensor."""
+    device = args[0].device
+    check_device(device)
+    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        return _LAUNCHES[name](*args)

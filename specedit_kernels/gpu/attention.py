@@ -1,0 +1,266 @@
+"""Non-causal attention over packed or dense sequences with a bias per key: FlashAttention's forward pass."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import launch
+
+LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit(do_not_specialize=["sequences", "queries", "keys", "capacity"])
+def plan_tiles(
+    cu_q, cu_k, plan, sequences, queries, keys, capacity,
+    BLOCK_M: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Lists the query blocks of all sequences as plan[i] = (sequence, block), those with the most keys first.
+
+    Program b places the blocks of sequence b behind those of every sequence with more keys (ties by number); the
+    program after the last fills the rest of the plan with -1. The host never learns the lengths.
+    """
+    b = tl.program_id(0)
+    own_keys = -1
+    own_tiles = 0
+    if b < sequences:
+        q_start, q_stop = _span(cu_q, b, queries)
+        k_start, k_stop = _span(cu_k, b, keys)
+        own_keys = k_stop - k_start
+        own_tiles = tl.cdiv(q_stop - q_start, BLOCK_M)
+    first = 0
+    for start in range(0, sequences, BLOCK_B):
+        other = start + tl.arange(0, BLOCK_B)  # [BB]
+        real = other < sequences
+        tiles = tl.cdiv(_length(cu_q, other, real, queries), BLOCK_M)
+        length = _length(cu_k, other, real, keys)
+        before = real & ((length > own_keys) | ((length == own_keys) & (other < b)))
+        first += tl.sum(tl.where(before, tiles, 0))
+    count = own_tiles if b < sequences else capacity - first
+    for start in range(0, count, BLOCK_T):
+        block = start + tl.arange(0, BLOCK_T)  # [BT]
+        at = first + block
+        written = (block < count) & (at < capacity)
+        tl.store(plan + 2 * at, tl.where(b < sequences, b, -1) + tl.zeros_like(at), mask=written)
+        tl.store(plan + 2 * at + 1, block, mask=written)
+
+
+@triton.jit
+def _length(cu_seqlens, b, mask, total):
+    """Lengths of sequences b, clamped so that offsets which are wrong never reach outside the tensors."""
+    start = tl.load(cu_seqlens + b, mask=mask, other=0)
+    stop = tl.load(cu_seqlens + b + 1, mask=mask, other=0)
+    start, stop = tl.minimum(tl.maximum(start, 0), total), tl.minimum(tl.maximum(stop, 0), total)
+    return tl.maximum(stop - start, 0)
+
+
+@triton.jit
+def _span(cu_seqlens, b, total):
+    """First and last-plus-one row of sequence b, clamped likewise."""
+    start = tl.load(cu_seqlens + b)
+    stop = tl.load(cu_seqlens + b + 1)
+    start, stop = tl.minimum(tl.maximum(start, 0), total), tl.minimum(tl.maximum(stop, 0), total)
+    return start, tl.maximum(stop, start)
+
+
+@triton.jit
+def _attend_block(
+    query, key, value, bias_row, in_keys, peak, total, acc, scale_log2,
+    HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of the running softmax: query [BM, D], key and value [BN, D], peak and total [BM], acc [BM, D].
+
+    Everything is in base 2: s = scale * log2(e) * q.k + log2(e) * bias, p = 2^(s - peak).
+    """
+    s = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2  # [BM, BN]
+    if HAS_BIAS:
+        s += bias_row[None, :]
+    if MASKED:
+        s = tl.where(in_keys[None, :], s, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(s, axis=1))  # [BM]
+    # While every key so far is hidden the peak is -inf, and -inf - -inf would be NaN.
+    base = tl.where(new_peak == float("-inf"), 0.0, new_peak) if HAS_BIAS else new_peak
+    p = tl.exp2(s - base[:, None])  # [BM, BN]
+    shrink = tl.exp2(peak - base)  # [BM]
+    total = total * shrink + tl.sum(p, axis=1)
+    acc = tl.dot(p.to(value.dtype), value, acc * shrink[:, None], input_precision=PRECISION)
+    return new_peak, total, acc
+
+
+@triton.jit(do_not_specialize=["tiles", "queries", "keys", "scale_log2"])
+def attend(
+    q, k, v, q_desc, k_desc, v_desc, bias, out, lse, cu_q, cu_k, plan, tiles, heads, queries, keys, scale_log2,
+    q_sample, q_row, q_head, q_dim, k_sample, k_row, k_head, k_dim, v_sample, v_row, v_head, v_dim,
+    bias_sample, bias_key,
+    DIM: tl.constexpr, DIM_P2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PACKED: tl.constexpr, PLANNED: tl.constexpr, DESCRIPTORS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_LSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out_i = sum_j p_ij v_j / sum_j p_ij,  p_ij = exp(scale * q_i . k_j + bias_j),  lse_i = log sum_j p_ij
+
+    One program takes one query block of one head and runs over the keys of its sequence. The last, partial block of
+    keys is apart, so the main loop has no mask; it is read through masked pointers, so what lies behind the
+    sequence (another sample's rows) is never touched. With DESCRIPTORS the full blocks come through TMA.
+    """
+    tile = tl.program_id(0) % tiles
+    head = tl.program_id(0) // tiles
+    sample = 0
+    q_start, q_stop = 0, queries
+    k_start, k_stop = 0, keys
+    if PACKED:
+        sequence = 0
+        if PLANNED:
+            sequence = tl.load(plan + 2 * tile)
+            tile = tl.load(plan + 2 * tile + 1)
+        if sequence < 0:
+            return
+        q_start, q_stop = _span(cu_q, sequence, queries)
+        k_start, k_stop = _span(cu_k, sequence, keys)
+    else:
+        sample = head // heads
+        head = head % heads
+    first = q_start + tile * BLOCK_M
+    if first >= q_stop:
+        return
+
+    d = tl.arange(0, DIM_P2)  # [D]
+    m = first + tl.arange(0, BLOCK_M)  # [BM]
+    n = tl.arange(0, BLOCK_N)  # [BN]
+    in_dim = (d < DIM)[None, :]
+    sample = tl.cast(sample, tl.int64)
+    k += sample * k_sample + tl.cast(k_start, tl.int64) * k_row + head * k_head
+    v += sample * v_sample + tl.cast(k_start, tl.int64) * v_row + head * v_head
+    if HAS_BIAS:
+        bias += sample * bias_sample + tl.cast(k_start, tl.int64) * bias_key
+    if DESCRIPTORS:
+        query = q_desc.load([sample.to(tl.int32), head, first, 0]).reshape(BLOCK_M, DIM_P2)
+    else:
+        rows = q + sample * q_sample + head * q_head + m.to(tl.int64)[:, None] * q_row + d[None, :] * q_dim
+        query = tl.load(rows, mask=(m < q_stop)[:, None] & in_dim, other=0)  # [BM, D]
+
+    length = k_stop - k_start
+    whole = length // BLOCK_N * BLOCK_N
+    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, DIM_P2), tl.float32)
+    bias_row = 0.0
+    in_keys = True
+    k_rows = k + n[:, None].to(tl.int64) * k_row + d[None, :] * k_dim  # [BN, D]
+    v_rows = v + n[:, None].to(tl.int64) * v_row + d[None, :] * v_dim  # [BN, D]
+    for start in range(0, whole, BLOCK_N):
+        if DESCRIPTORS:
+            key = k_desc.load([sample.to(tl.int32), head, k_start + start, 0]).reshape(BLOCK_N, DIM_P2)
+            value = v_desc.load([sample.to(tl.int32), head, k_start + start, 0]).reshape(BLOCK_N, DIM_P2)
+        else:
+            offset = tl.cast(start, tl.int64)
+            if DIM == DIM_P2:
+                key = tl.load(k_rows + offset * k_row)
+                value = tl.load(v_rows + offset * v_row)
+            else:
+                key = tl.load(k_rows + offset * k_row, mask=in_dim, other=0)
+                value = tl.load(v_rows + offset * v_row, mask=in_dim, other=0)
+        if HAS_BIAS:
+            bias_row = tl.load(bias + (start + n).to(tl.int64) * bias_key) * LOG2_E
+        peak, total, acc = _attend_block(query, key, value, bias_row, in_keys, peak, total, acc, scale_log2,
+                                         HAS_BIAS, False, PRECISION)  # fmt: skip
+    if whole < length:
+        in_keys = whole + n < length  # [BN]
+        offset = tl.cast(whole, tl.int64)
+        key = tl.load(k_rows + offset * k_row, mask=in_keys[:, None] & in_dim, other=0)
+        value = tl.load(v_rows + offset * v_row, mask=in_keys[:, None] & in_dim, other=0)
+        if HAS_BIAS:
+            bias_row = tl.load(bias + (whole + n).to(tl.int64) * bias_key, mask=in_keys, other=0) * LOG2_E
+        peak, total, acc = _attend_block(query, key, value, bias_row, in_keys, peak, total, acc, scale_log2,
+                                         HAS_BIAS, True, PRECISION)  # fmt: skip
+
+    in_rows = m < q_stop
+    result = acc / tl.where(total == 0, 1.0, total)[:, None]
+    out_rows = ((sample * queries + m) * heads + head)[:, None] * DIM + d[None, :]  # [BM, D]
+    tl.store(out + out_rows, result.to(out.dtype.element_ty), mask=in_rows[:, None] & in_dim)
+    if HAS_LSE:
+        tl.store(lse + (sample * heads + head) * queries + m, (peak + tl.log2(total)) / LOG2_E, mask=in_rows)
+
+
+def _with_batch(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dim() == 4 else tensor[None]
+
+
+def _descriptor(tensor: torch.Tensor, rows: int, dim_p2: int) -> TensorDescriptor | None:
+    """A TMA descriptor of (B, H, N, D) with blocks [1, 1, rows, dim_p2], or None where TMA's alignment rules fail."""
+    view = tensor.transpose(1, 2)
+    bytes_per = tensor.element_size()
+    fits = view.stride(3) == 1 and view.data_ptr() % 16 == 0 and 0 not in view.stride()
+    if not fits or any(stride * bytes_per % 16 for stride in view.stride()[:3]):
+        return None
+    return TensorDescriptor(view, list(view.shape), list(view.stride()), [1, 1, rows, dim_p2])
+
+
+def plan(cu_q, cu_k, queries: int, keys: int, longest: int | None, block_m: int) -> torch.Tensor:
+    """The query blocks of all sequences, (capacity, 2) int32, as many as these sizes could need."""
+    sequences = cu_q.shape[0] - 1
+    capacity = queries // block_m + sequences
+    if longest is not None:
+        capacity = min(capacity, sequences * launch.ceil_div(longest, block_m))
+    tiles = torch.empty((capacity, 2), dtype=torch.int32, device=cu_q.device)
+    if capacity:
+        plan_tiles[(sequences + 1,)](
+            cu_q, cu_k, tiles, sequences, queries, keys, capacity,
+            BLOCK_M=block_m, BLOCK_B=128, BLOCK_T=128, num_warps=4,
+        )  # fmt: skip
+    return tiles
+
+
+def launch_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias, scale, return_lse):
+    launch.check_dtype("q", q)
+    dim = q.shape[-1]
+    if dim % 16 or dim > 256:
+        raise ValueError(f'q: expected a head dim that is a multiple of 16 up to 256, got {dim}; use backend="torch"')
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse_shape = (*q.shape[:-3], q.shape[-2], q.shape[-3]) if return_lse else (0,)
+    lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
+    packed = cu_seqlens_q is not None
+    q4, k4, v4 = (_with_batch(x) for x in (q, k, v))
+    batch, queries, heads, _ = q4.shape
+    keys = k4.shape[1]
+    if out.numel() == 0:
+        return out, lse
+    dim_p2 = launch.next_power_of_2(dim)
+    bits = 8 * q.element_size()
+    config = launch.config("attention", q.device, head_dim=dim_p2, bits=bits, keys=keys // max(1, _sequences(cu_seqlens_k)))
+    block_m, block_n = config["block_m"], config["block_n"]
+    tiles = launch.ceil_div(queries, block_m)
+    planned = packed and cu_seqlens_q.shape[0] > 2
+    table = None
+    if packed:
+        cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    if planned:
+        table = plan(cu_seqlens_q, cu_seqlens_k, queries, keys, max_seqlen_q, block_m)
+        tiles = table.shape[0]
+    elif packed and max_seqlen_q is not None:
+        tiles = min(tiles, launch.ceil_div(max_seqlen_q, block_m))
+    if tiles == 0:
+        return out, lse
+    descriptors = [None, None, None]
+    if config["descriptors"] and keys > 0:
+        descriptors = [_descriptor(x, rows, dim_p2) for x, rows in ((q4, block_m), (k4, block_n), (v4, block_n))]
+        if None in descriptors:
+            descriptors = [None, None, None]
+    bias = None if key_bias is None else key_bias if key_bias.dim() == 2 else key_bias[None]
+    attend[(tiles * heads * batch,)](
+        q4, k4, v4, *descriptors, bias, out, lse, cu_seqlens_q, cu_seqlens_k, table,
+        tiles, heads, queries, keys, scale * math.log2(math.e),
+        *(stride for x in (q4, k4, v4) for stride in x.stride()), *((0, 0) if bias is None else bias.stride()),
+        DIM=dim, DIM_P2=dim_p2, BLOCK_M=block_m, BLOCK_N=block_n, PACKED=packed, PLANNED=planned,
+        DESCRIPTORS=descriptors[0] is not None, HAS_BIAS=bias is not None, HAS_LSE=return_lse,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=config["num_warps"], num_stages=config["num_stages"],
+    )  # fmt: skip
+    return out, lse
+
+
+def _sequences(cu_seqlens: torch.Tensor | None) -> int:
+    return 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1

@@ -1,0 +1,141 @@
+"""Noise-exact changes of resolution: a coarse token to its four children and back, one launch each."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+
+
+@triton.jit
+def _normals(seed, pixel, token):
+    """Three standard normals per pixel from one Philox call with counter (pixel, token, 0, 0), by Box-Muller."""
+    zero = tl.zeros_like(pixel)
+    w0, w1, w2, w3 = tl.philox(seed, pixel, token, zero, zero)
+    u0, u1 = tl.random.uint_to_uniform_float(w0), tl.random.uint_to_uniform_float(w1)
+    u2, u3 = tl.random.uint_to_uniform_float(w2), tl.random.uint_to_uniform_float(w3)
+    n1, n2 = tl.random.pair_uniform_to_normal(u0, u1)
+    n3, _ = tl.random.pair_uniform_to_normal(u2, u3)
+    return n1, n2, n3
+
+
+@triton.jit(do_not_specialize=["tokens", "signal", "noise_level", "detail_level"])
+def expand(
+    coarse, fine, noise, seed, detail, tokens, signal, noise_level, detail_level,
+    coarse_sample, coarse_token, coarse_channel,
+    CHANNELS: tl.constexpr, CHANNELS_P2: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    HAS_NOISE: tl.constexpr, HAS_DETAIL: tl.constexpr, SEED_PER_SAMPLE: tl.constexpr,
+):  # fmt: skip
+    """c = [signal * z, d1, d2, d3],  d = detail_level * detail + noise_level * noise
+    f00 = (c0 + c1 + c2 + c3) / 2,  f01 = (c0 - c1 + c2 - c3) / 2
+    f10 = (c0 + c1 - c2 - c3) / 2,  f11 = (c0 - c1 - c2 + c3) / 2
+
+    One program makes the children of BLOCK_TOKENS tokens of one sample. Pixel (a, b) of a coarse token is child
+    2a + b, so moving the pixel axis in front of the channels gives the children's order.
+    """
+    PIXELS: tl.constexpr = 4 * CHANNELS_P2
+    token_tiles = tl.cdiv(tokens, BLOCK_TOKENS)
+    sample = (tl.program_id(0) // token_tiles).to(tl.int64)
+    m = (tl.program_id(0) % token_tiles) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)  # [BT]
+    flat = tl.arange(0, PIXELS)  # [P]
+    here = (m < tokens)[:, None]  # [BT, 1]
+
+    source = coarse + sample * coarse_sample + m.to(tl.int64)[:, None] * coarse_token + flat[None, :] * coarse_channel
+    z = tl.load(source, mask=here & (flat < 4 * CHANNELS)[None, :], other=0).to(tl.float32)  # [BT, channel-major P]
+    z = tl.reshape(z, (BLOCK_TOKENS, CHANNELS_P2, 4))
+    z = tl.reshape(tl.permute(z, (0, 2, 1)), (BLOCK_TOKENS, PIXELS))  # [BT, child-major P]
+
+    child = flat // CHANNELS_P2
+    channel = flat % CHANNELS_P2
+    pixel = child * CHANNELS + channel  # [P]
+    inside = here & (channel < CHANNELS)[None, :]  # [BT, P]
+    row = sample * tokens + m  # [BT], int64
+    triple = (row[:, None] * (4 * CHANNELS) + pixel[None, :]) * 3  # [BT, P]
+    if HAS_NOISE:
+        n1 = tl.load(noise + triple, mask=inside, other=0).to(tl.float32)
+        n2 = tl.load(noise + triple + 1, mask=inside, other=0).to(tl.float32)
+        n3 = tl.load(noise + triple + 2, mask=inside, other=0).to(tl.float32)
+    else:
+        counter = m[:, None] if SEED_PER_SAMPLE else row.to(tl.int32)[:, None]
+        zero = tl.zeros((BLOCK_TOKENS, PIXELS), dtype=tl.int32)
+        key = tl.load(seed + sample) if SEED_PER_SAMPLE else tl.load(seed)
+        n1, n2, n3 = _normals(key, pixel[None, :] + zero, counter + zero)
+    d1, d2, d3 = n1 * noise_level, n2 * noise_level, n3 * noise_level
+    if HAS_DETAIL:
+        d1 += detail_level * tl.load(detail + triple, mask=inside, other=0).to(tl.float32)
+        d2 += detail_level * tl.load(detail + triple + 1, mask=inside, other=0).to(tl.float32)
+        d3 += detail_level * tl.load(detail + triple + 2, mask=inside, other=0).to(tl.float32)
+
+    c0 = z * signal
+    f00, f01 = (c0 + d1 + d2 + d3) * 0.5, (c0 - d1 + d2 - d3) * 0.5
+    f10, f11 = (c0 + d1 - d2 - d3) * 0.5, (c0 - d1 - d2 + d3) * 0.5
+    block = tl.join(tl.join(f00, f10), tl.join(f01, f11))  # [BT, P, 2, 2], rows then columns
+    block = tl.reshape(block, (BLOCK_TOKENS, PIXELS, 4))
+    target = fine + (row[:, None] * (4 * CHANNELS) + pixel[None, :])[:, :, None] * 4 + tl.arange(0, 4)[None, None, :]
+    tl.store(target, block.to(fine.dtype.element_ty), mask=inside[:, :, None])
+
+
+@triton.jit(do_not_specialize=["tokens", "factor"])
+def contract(
+    fine, coarse, tokens, factor, fine_sample, fine_token, fine_child, fine_channel,
+    CHANNELS: tl.constexpr, CHANNELS_P2: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+):  # fmt: skip
+    """z = factor * (f00 + f01 + f10 + f11), where factor = (1 + s) / 4; the child's number becomes the pixel's."""
+    PIXELS: tl.constexpr = 4 * CHANNELS_P2
+    token_tiles = tl.cdiv(tokens, BLOCK_TOKENS)
+    sample = (tl.program_id(0) // token_tiles).to(tl.int64)
+    m = (tl.program_id(0) % token_tiles) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)  # [BT]
+    flat = tl.arange(0, PIXELS)  # [P]
+    here = (m < tokens)[:, None]  # [BT, 1]
+    child, channel = flat // CHANNELS_P2, flat % CHANNELS_P2
+    rows = sample * fine_sample + m.to(tl.int64)[:, None] * fine_token  # [BT, 1]
+    pixels = child[None, :] * fine_child + channel[None, :] * (4 * fine_channel)  # [1, P]
+    source = fine + (rows + pixels)[:, :, None] + tl.arange(0, 4)[None, None, :] * fine_channel  # [BT, P, 4]
+    block = tl.load(source, mask=(here & (channel < CHANNELS)[None, :])[:, :, None], other=0).to(tl.float32)
+    z = tl.reshape(tl.sum(block, axis=2) * factor, (BLOCK_TOKENS, 4, CHANNELS_P2))
+    z = tl.reshape(tl.permute(z, (0, 2, 1)), (BLOCK_TOKENS, PIXELS))  # [BT, channel-major P]
+    target = coarse + (sample * tokens + m)[:, None] * (4 * CHANNELS) + flat[None, :]
+    tl.store(target, z.to(coarse.dtype.element_ty), mask=here & (flat < 4 * CHANNELS)[None, :])
+
+
+def _tiles(kernel: str, device: torch.device, tokens: int, channels: int) -> dict:
+    """Constants and launch options of either kernel for `channels` latent channels."""
+    config = launch.config(kernel, device, channels=channels)
+    padded = launch.next_power_of_2(channels)
+    block = max(1, min(config["tile_pixels"] // (4 * padded), launch.next_power_of_2(tokens)))
+    return {"CHANNELS": channels, "CHANNELS_P2": padded, "BLOCK_TOKENS": block, "num_warps": config["num_warps"]}
+
+
+def launch_expand(coarse, sigma, noise, seed, detail) -> torch.Tensor:
+    launch.check_dtype("coarse", coarse)
+    *lead, tokens, width = coarse.shape
+    fine = torch.empty((*lead, tokens, 4, width), dtype=coarse.dtype, device=coarse.device)
+    if fine.numel() == 0:
+        return fine
+    z = coarse.reshape(-1, tokens, width)
+    sigma_fine = 2 * sigma / (1 + sigma)
+    tiles = _tiles("expand", coarse.device, tokens, width // 4)
+    grid = (z.shape[0] * launch.ceil_div(tokens, tiles["BLOCK_TOKENS"]),)
+    expand[grid](
+        z, fine, None if noise is None else noise.contiguous(), seed, None if detail is None else detail.contiguous(),
+        tokens, 2 / (1 + sigma), sigma_fine, 1 - sigma_fine, *z.stride(),
+        HAS_NOISE=noise is not None, HAS_DETAIL=detail is not None,
+        SEED_PER_SAMPLE=seed is not None and seed.numel() > 1, **tiles,
+    )  # fmt: skip
+    return fine
+
+
+def launch_contract(fine, sigma_fine) -> torch.Tensor:
+    launch.check_dtype("fine", fine)
+    *lead, tokens, _, width = fine.shape
+    coarse = torch.empty((*lead, tokens, width), dtype=fine.dtype, device=fine.device)
+    if coarse.numel() == 0:
+        return coarse
+    f = fine.reshape(-1, tokens, 4, width)
+    tiles = _tiles("contract", fine.device, tokens, width // 4)
+    grid = (f.shape[0] * launch.ceil_div(tokens, tiles["BLOCK_TOKENS"]),)
+    factor = (1 + sigma_fine / (2 - sigma_fine)) / 4
+    contract[grid](f, coarse, tokens, factor, *f.stride(), **tiles)
+    return coarse

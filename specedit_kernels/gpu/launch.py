@@ -1,0 +1,111 @@
+"""What every launch needs: which GPU this is, which launch parameters suit it, how wide its vectors may be.
+
+Launch parameters are JSON files in `configs/`: one per measured GPU, named after it, and one per architecture as the
+default. A file holds, per kernel, a list of entries `{"shape": {...}, "config": {...}}`; the entry nearest in shape is
+taken (by the sum of absolute log ratios). Nothing is tuned in a user's run; `python -m specedit_kernels.tune` writes
+such a file.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import math
+import os
+from pathlib import Path
+
+import torch
+
+CONFIG_FOLDER = Path(__file__).parent / "configs"
+MINIMUM_CAPABILITY = (8, 0)
+
+_log = logging.getLogger(__name__)
+
+
+def interpreting() -> bool:
+    """True when kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def check_device(device: torch.device) -> None:
+    """Names a GPU that the kernels cannot run on, instead of failing later without a kernel image."""
+    if device.type == "cpu" and interpreting():
+        return
+    if device.type != "cuda":
+        raise ValueError(f"expected CUDA tensors, got {device}")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MINIMUM_CAPABILITY:
+        wanted, got = (".".join(map(str, c)) for c in (MINIMUM_CAPABILITY, capability))
+        name = torch.cuda.get_device_name(device)
+        raise RuntimeError(
+            f'expected a GPU of compute capability {wanted} or newer, got {got} ({name}); use backend="torch"'
+        )
+
+
+def check_dtype(name: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype == torch.float64:
+        raise TypeError(f'{name}: expected float16, bfloat16 or float32 on a GPU, got float64; use backend="torch"')
+
+
+def config_file_name(gpu_name: str) -> str:
+    """'NVIDIA H100 80GB HBM3' -> 'nvidia_h100_80gb_hbm3.json'."""
+    return "_".join("".join(c if c.isalnum() else " " for c in gpu_name.lower()).split()) + ".json"
+
+
+def default_file_name(capability: tuple[int, int]) -> str:
+    """The newest architecture among the defaults that is not newer than the GPU; sm_120 has sm_80's memory limits."""
+    major = capability[0]
+    return "default_sm_100.json" if major in (10, 11) else "default_sm_90.json" if major == 9 else "default_sm_80.json"
+
+
+@functools.cache
+def _read(file_name: str) -> dict:
+    return json.loads((CONFIG_FOLDER / file_name).read_text())
+
+
+@functools.cache
+def _configs_of(gpu_name: str, capability: tuple[int, int]) -> dict:
+    own = config_file_name(gpu_name)
+    if (CONFIG_FOLDER / own).exists():
+        return _read(own)
+    fallback = default_file_name(capability)
+    _log.info("no tuned launch parameters for %s; using %s", gpu_name, fallback)
+    return _read(fallback)
+
+
+def nearest(entries: list[dict], shape: dict[str, int]) -> dict:
+    """The `config` of the entry whose shape is nearest, in absolute log ratios summed over the named sizes."""
+
+    def distance(entry: dict) -> float:
+        return sum(abs(math.log(max(1, shape[key]) / max(1, size))) for key, size in entry["shape"].items())
+
+    return min(entries, key=distance)["config"]
+
+
+def config(kernel: str, device: torch.device, **shape: int) -> dict:
+    """Launch parameters of a kernel for a shape on this device."""
+    if device.type == "cuda":
+        table = _configs_of(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+    else:
+        table = _read("default_sm_80.json")
+    return nearest(table[kernel], shape)
+
+
+def vector_width(itemsize: int, pointers: list[torch.Tensor], sizes: list[int]) -> int:
+    """Elements per 16-byte vector, halved until all sizes and strides (in elements) and addresses are multiples."""
+    width = max(1, 16 // itemsize)
+    while width > 1:
+        aligned = all(tensor.data_ptr() % (width * itemsize) == 0 for tensor in pointers)
+        if aligned and all(size % width == 0 for size in sizes):
+            break
+        width //= 2
+    return width
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()

@@ -1,0 +1,103 @@
+"""RMSNorm of queries and keys, rotary embedding and placement, in one launch."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+
+
+@triton.jit
+def _place(target, values, token, head, in_rows, out_index, out_tokens, target_token, target_head, target_dim,
+           DIM: tl.constexpr, DIM_P2: tl.constexpr, INDEXED: tl.constexpr):  # fmt: skip
+    """Stores rows [BR, D] at their own tokens, or at out_index[token] where that is in range."""
+    d = tl.arange(0, DIM_P2)
+    row = token
+    if INDEXED:
+        row = tl.load(out_index + token, mask=in_rows, other=-1)
+        in_rows = in_rows & (row >= 0) & (row < out_tokens)
+    offsets = (row.to(tl.int64) * target_token + head * target_head)[:, None] + d[None, :] * target_dim  # [BR, D]
+    tl.store(target + offsets, values.to(target.dtype.element_ty), mask=in_rows[:, None] & (d < DIM)[None, :])
+
+
+@triton.jit
+def _read(source, token, head, in_rows, source_token, source_head, source_dim, DIM: tl.constexpr, DIM_P2: tl.constexpr):
+    d = tl.arange(0, DIM_P2)
+    offsets = (token.to(tl.int64) * source_token + head * source_head)[:, None] + d[None, :] * source_dim  # [BR, D]
+    return tl.load(source + offsets, mask=in_rows[:, None] & (d < DIM)[None, :], other=0)
+
+
+@triton.jit
+def _norm_rotate(x, weight, cosines, sines, eps, weight_dim, DIM: tl.constexpr, DIM_P2: tl.constexpr):
+    """y = x * rsqrt(mean(x^2) + eps) * weight, then (y0, y1) -> (y0 cos - y1 sin, y1 cos + y0 sin) per pair."""
+    d = tl.arange(0, DIM_P2)
+    x = x.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, axis=1) / DIM + eps)  # [BR]
+    w = tl.load(weight + d * weight_dim, mask=d < DIM, other=0).to(tl.float32)
+    y = x * scale[:, None] * w[None, :]  # [BR, D]
+    even, odd = tl.split(tl.reshape(y, (y.shape[0], DIM_P2 // 2, 2)))  # [BR, D/2] each
+    rotated = tl.join(even * cosines - odd * sines, odd * cosines + even * sines)  # [BR, D/2, 2]
+    return tl.reshape(rotated, (y.shape[0], DIM_P2))
+
+
+@triton.jit(do_not_specialize=["tokens", "out_tokens", "eps"])
+def norm_rope(
+    q, k, v, q_weight, k_weight, cos, sin, out_index, q_out, k_out, v_out, tokens, out_tokens, eps,
+    q_sample, q_token, q_head, q_dim, k_sample, k_token, k_head, k_dim, v_sample, v_token, v_head, v_dim,
+    qo_sample, qo_token, qo_head, qo_dim, ko_sample, ko_token, ko_head, ko_dim, vo_sample, vo_token, vo_head, vo_dim,
+    q_weight_dim, k_weight_dim, angle_sample,
+    HEADS: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr, BLOCK_ROWS: tl.constexpr, INDEXED: tl.constexpr,
+):  # fmt: skip
+    """q_out[b, r(t), h] = rope_t(rmsnorm(q[b, t, h])), k likewise, v copied; r(t) = out_index[t] or t.
+
+    A row is one (token, head); a program takes BLOCK_ROWS rows of q, k or v, whichever axis 1 of the grid says.
+    Neighbouring rows share a token, so its angles come from cache.
+    """
+    tiles = tl.cdiv(tokens * HEADS, BLOCK_ROWS)
+    sample = (tl.program_id(0) // tiles).to(tl.int64)
+    row = (tl.program_id(0) % tiles) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BR]
+    token, head = row // HEADS, row % HEADS
+    in_rows = token < tokens
+    which = tl.program_id(1)
+    if which == 2:
+        x = _read(v + sample * v_sample, token, head, in_rows, v_token, v_head, v_dim, DIM, DIM_P2)
+        _place(v_out + sample * vo_sample, x, token, head, in_rows, out_index, out_tokens, vo_token, vo_head, vo_dim,
+               DIM, DIM_P2, INDEXED)  # fmt: skip
+    else:
+        half = tl.arange(0, DIM_P2 // 2)
+        angles = sample * angle_sample + token.to(tl.int64)[:, None] * (DIM // 2) + half[None, :]  # [BR, D/2]
+        in_angles = in_rows[:, None] & (half < DIM // 2)[None, :]
+        cosines = tl.load(cos + angles, mask=in_angles, other=0)
+        sines = tl.load(sin + angles, mask=in_angles, other=0)
+        if which == 0:
+            x = _read(q + sample * q_sample, token, head, in_rows, q_token, q_head, q_dim, DIM, DIM_P2)
+            y = _norm_rotate(x, q_weight, cosines, sines, eps, q_weight_dim, DIM, DIM_P2)
+            _place(q_out + sample * qo_sample, y, token, head, in_rows, out_index, out_tokens, qo_token, qo_head,
+                   qo_dim, DIM, DIM_P2, INDEXED)  # fmt: skip
+        else:
+            x = _read(k + sample * k_sample, token, head, in_rows, k_token, k_head, k_dim, DIM, DIM_P2)
+            y = _norm_rotate(x, k_weight, cosines, sines, eps, k_weight_dim, DIM, DIM_P2)
+            _place(k_out + sample * ko_sample, y, token, head, in_rows, out_index, out_tokens, ko_token, ko_head,
+                   ko_dim, DIM, DIM_P2, INDEXED)  # fmt: skip
+
+
+def launch_norm_rope(q, k, v, q_weight, k_weight, cos, sin, eps, out_index, q_out, k_out, v_out) -> None:
+    launch.check_dtype("q", q)
+    if q.numel() == 0:
+        return
+    rows = [q, k, q if v is None else v, q_out, k_out, q_out if v is None else v_out]
+    rows = [x if x.dim() == 4 else x[None] for x in rows]  # (B, N, H, D)
+    batch, tokens, heads, dim = rows[0].shape
+    cos, sin = cos.contiguous(), sin.contiguous()
+    config = launch.config("norm_rope", q.device, head_dim=dim)
+    grid = (batch * launch.ceil_div(tokens * heads, config["block_rows"]), 2 if v is None else 3)
+    norm_rope[grid](
+        rows[0], rows[1], rows[2], q_weight, k_weight, cos, sin,
+        None if out_index is None else out_index.contiguous(), rows[3], rows[4], rows[5],
+        tokens, rows[3].shape[1], eps, *(stride for x in rows for stride in x.stride()),
+        q_weight.stride(0), k_weight.stride(0), cos.stride(0) if cos.dim() == 3 else 0,
+        HEADS=heads, DIM=dim, DIM_P2=launch.next_power_of_2(dim), BLOCK_ROWS=config["block_rows"],
+        INDEXED=out_index is not None, num_warps=config["num_warps"],
+    )  # fmt: skip

@@ -1,0 +1,87 @@
+"""Gathering and scattering rows: one kernel, in both directions."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+
+
+@triton.jit(do_not_specialize=["rows", "table_rows"])
+def copy_rows(
+    source, index, target, rows, table_rows,
+    source_sample, source_row, source_channel, index_sample, index_row, target_sample, target_row, target_channel,
+    CHANNELS: tl.constexpr, VECTOR: tl.constexpr, SCATTER: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """gather:  target[b, m, :] = source[b, index[b, m], :]
+    scatter: target[b, index[b, m], :] = source[b, m, :]
+
+    Strides of samples and rows count vectors of VECTOR channels, which tells the compiler how wide it may load. A
+    gathered row whose index is out of range becomes 0; a scattered one is not written.
+    """
+    channel_tiles: tl.constexpr = (CHANNELS + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS
+    pid = tl.program_id(0)
+    row_tiles = tl.cdiv(rows, BLOCK_ROWS)
+    channel = (pid % channel_tiles) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)  # [BC]
+    m = (pid // channel_tiles % row_tiles) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BR]
+    sample = (pid // channel_tiles // row_tiles).to(tl.int64)
+
+    picked = tl.load(index + sample * index_sample + m.to(tl.int64) * index_row, mask=m < rows, other=-1)  # [BR]
+    picked = picked.to(tl.int64)
+    found = (picked >= 0) & (picked < table_rows)  # [BR]
+    if SCATTER:
+        source_at, target_at = m.to(tl.int64), picked
+        readable, writable = found, found
+    else:
+        source_at, target_at = picked, m.to(tl.int64)
+        readable, writable = found, m < rows
+    in_row = (channel < CHANNELS)[None, :]  # [1, BC]
+    source_at = (sample * source_sample + source_at * source_row) * VECTOR  # [BR]
+    target_at = (sample * target_sample + target_at * target_row) * VECTOR  # [BR]
+    source_channels = channel.to(tl.int64)[None, :] * source_channel
+    target_channels = channel.to(tl.int64)[None, :] * target_channel
+    values = tl.load(source + source_at[:, None] + source_channels, mask=readable[:, None] & in_row, other=0)  # [BR, BC]
+    tl.store(target + target_at[:, None] + target_channels, values, mask=writable[:, None] & in_row)
+
+
+def _batched(tensor: torch.Tensor, dims: int, batch: int) -> torch.Tensor:
+    """A view with a leading axis of `batch`, which has stride 0 when the tensor is shared by all samples."""
+    return tensor.expand(batch, *tensor.shape[-(dims - 1) :]) if tensor.dim() < dims else tensor
+
+
+def _launch(source, index, target, *, scatter: bool) -> None:
+    batch, rows = target.shape[0], index.shape[1]
+    channels = target.shape[-1]
+    table = target if scatter else source
+    if batch * rows * channels == 0:
+        return
+    sizes = [channels, *source.stride()[:2], *target.stride()[:2]]
+    contiguous = source.stride(2) == 1 and target.stride(2) == 1
+    vector = launch.vector_width(target.element_size(), [source, target], sizes) if contiguous else 1
+    config = launch.config("copy_rows", target.device, row_bytes=channels * target.element_size())
+    block_channels = min(launch.next_power_of_2(channels), config["block_bytes"] // target.element_size())
+    block_rows = max(1, config["tile_bytes"] // (block_channels * target.element_size()))
+    grid = (batch * launch.ceil_div(rows, block_rows) * launch.ceil_div(channels, block_channels),)
+    copy_rows[grid](
+        source, index, target, rows, table.shape[1],
+        source.stride(0) // vector, source.stride(1) // vector, source.stride(2), *index.stride(),
+        target.stride(0) // vector, target.stride(1) // vector, target.stride(2),
+        CHANNELS=channels, VECTOR=vector, SCATTER=scatter, BLOCK_ROWS=block_rows, BLOCK_CHANNELS=block_channels,
+        num_warps=config["num_warps"],
+    )  # fmt: skip
+
+
+def launch_gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    batched = x.dim() == 3 or index.dim() == 2
+    batch = x.shape[0] if x.dim() == 3 else index.shape[0] if index.dim() == 2 else 1
+    y = torch.empty((batch, index.shape[-1], x.shape[-1]), dtype=x.dtype, device=x.device)
+    _launch(_batched(x, 3, batch), _batched(index, 2, batch), y, scatter=False)
+    return y if batched else y[0]
+
+
+def launch_scatter(src: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> None:
+    batch = out.shape[0] if out.dim() == 3 else 1
+    _launch(_batched(src, 3, batch), _batched(index, 2, batch), _batched(out, 3, batch), scatter=True)
