@@ -199,7 +199,7 @@ def mixed_attention(
 
     Args:
         q: packed (T_q, H, D) with cu_seqlens, or dense (B, N_q, H, D) without. float16, bfloat16 or float32 (float64
-            on the CPU); the last axis contiguous on CUDA, any strides otherwise. D a multiple of 16 up to 256 on CUDA.
+            on the CPU), any strides. On CUDA D is a multiple of 16 up to 256 (128 in float32).
         k, v: packed (T_k, H, D) or dense (B, N_k, H, D), dtype of `q`.
         cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, both or neither: sequence b has queries
             `cu_seqlens_q[b]:cu_seqlens_q[b + 1]`, and keys likewise. They start at 0, never decrease and end at T.

@@ -147,10 +147,11 @@ def attend(
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, DIM_P2), tl.float32)
-    bias_row = 0.0
-    in_keys = True
-    k_rows = k + n[:, None].to(tl.int64) * k_row + d[None, :] * k_dim  # [BN, D]
-    v_rows = v + n[:, None].to(tl.int64) * v_row + d[None, :] * v_dim  # [BN, D]
+    bias_row = tl.zeros((BLOCK_N,), tl.float32)
+    in_keys = n < BLOCK_N  # [BN]
+    # Within a block 32 bits suffice (the launch sees to it); the block itself is reached by a 64-bit scalar.
+    k_offsets = n[:, None] * k_row + d[None, :] * k_dim  # [BN, D]
+    v_offsets = n[:, None] * v_row + d[None, :] * v_dim  # [BN, D]
     for start in range(0, whole, BLOCK_N):
         if DESCRIPTORS:
             key = k_desc.load([sample.to(tl.int32), head, k_start + start, 0]).reshape(BLOCK_N, DIM_P2)
@@ -158,22 +159,22 @@ def attend(
         else:
             offset = tl.cast(start, tl.int64)
             if DIM == DIM_P2:
-                key = tl.load(k_rows + offset * k_row)
-                value = tl.load(v_rows + offset * v_row)
+                key = tl.load(k + offset * k_row + k_offsets)
+                value = tl.load(v + offset * v_row + v_offsets)
             else:
-                key = tl.load(k_rows + offset * k_row, mask=in_dim, other=0)
-                value = tl.load(v_rows + offset * v_row, mask=in_dim, other=0)
+                key = tl.load(k + offset * k_row + k_offsets, mask=in_dim, other=0)
+                value = tl.load(v + offset * v_row + v_offsets, mask=in_dim, other=0)
         if HAS_BIAS:
-            bias_row = tl.load(bias + (start + n).to(tl.int64) * bias_key) * LOG2_E
+            bias_row = tl.load(bias + tl.cast(start, tl.int64) * bias_key + n * bias_key) * LOG2_E
         peak, total, acc = _attend_block(query, key, value, bias_row, in_keys, peak, total, acc, scale_log2,
                                          HAS_BIAS, False, PRECISION)  # fmt: skip
     if whole < length:
         in_keys = whole + n < length  # [BN]
         offset = tl.cast(whole, tl.int64)
-        key = tl.load(k_rows + offset * k_row, mask=in_keys[:, None] & in_dim, other=0)
-        value = tl.load(v_rows + offset * v_row, mask=in_keys[:, None] & in_dim, other=0)
+        key = tl.load(k + offset * k_row + k_offsets, mask=in_keys[:, None] & in_dim, other=0)
+        value = tl.load(v + offset * v_row + v_offsets, mask=in_keys[:, None] & in_dim, other=0)
         if HAS_BIAS:
-            bias_row = tl.load(bias + (whole + n).to(tl.int64) * bias_key, mask=in_keys, other=0) * LOG2_E
+            bias_row = tl.load(bias + offset * bias_key + n * bias_key, mask=in_keys, other=0) * LOG2_E
         peak, total, acc = _attend_block(query, key, value, bias_row, in_keys, peak, total, acc, scale_log2,
                                          HAS_BIAS, True, PRECISION)  # fmt: skip
 
@@ -186,16 +187,21 @@ def attend(
 
 
 def _with_batch(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.dim() == 4 else tensor[None]
+    """(B, N, H, D) of either layout, copied only where the kernel's 32-bit offsets inside a block could overflow."""
+    tensor = tensor if tensor.dim() == 4 else tensor[None]
+    return tensor.contiguous() if max(tensor.stride(1), tensor.stride(3)) >= 1 << 22 else tensor
 
 
-def _descriptor(tensor: torch.Tensor, rows: int, dim_p2: int) -> TensorDescriptor | None:
-    """A TMA descriptor of (B, H, N, D) with blocks [1, 1, rows, dim_p2], or None where TMA's alignment rules fail."""
+def _fits_descriptor(tensor: torch.Tensor) -> bool:
+    """TMA's rules: 16-byte aligned address and strides, innermost stride 1."""
+    strides = [stride * tensor.element_size() for stride in tensor.stride()[:3]]
+    aligned = tensor.data_ptr() % 16 == 0 and all(stride > 0 and stride % 16 == 0 for stride in strides)
+    return aligned and tensor.stride(3) == 1 and tensor.numel() > 0
+
+
+def _descriptor(tensor: torch.Tensor, rows: int, dim_p2: int) -> TensorDescriptor:
+    """A TMA descriptor over (B, H, N, D) with blocks [1, 1, rows, dim_p2]: unit axes first, so they fold away."""
     view = tensor.transpose(1, 2)
-    bytes_per = tensor.element_size()
-    fits = view.stride(3) == 1 and view.data_ptr() % 16 == 0 and 0 not in view.stride()
-    if not fits or any(stride * bytes_per % 16 for stride in view.stride()[:3]):
-        return None
     return TensorDescriptor(view, list(view.shape), list(view.stride()), [1, 1, rows, dim_p2])
 
 
@@ -219,6 +225,8 @@ def launch_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias
     dim = q.shape[-1]
     if dim % 16 or dim > 256:
         raise ValueError(f'q: expected a head dim that is a multiple of 16 up to 256, got {dim}; use backend="torch"')
+    if q.dtype == torch.float32 and dim > 128:
+        raise ValueError(f'q: expected a head dim up to 128 in float32, got {dim}; use backend="torch"')
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse_shape = (*q.shape[:-3], q.shape[-2], q.shape[-3]) if return_lse else (0,)
     lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
@@ -229,8 +237,15 @@ def launch_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias
     if out.numel() == 0:
         return out, lse
     dim_p2 = launch.next_power_of_2(dim)
-    bits = 8 * q.element_size()
-    config = launch.config("attention", q.device, head_dim=dim_p2, bits=bits, keys=keys // max(1, _sequences(cu_seqlens_k)))
+    sequences = cu_seqlens_k.shape[0] - 1 if packed else 1
+    shape = {"head_dim": dim_p2, "bits": 8 * q.element_size(), "keys": keys // sequences}
+    # Half precision on Hopper and newer loads through TMA where every tensor is aligned for it.
+    config = None
+    if q.element_size() == 2 and all(_fits_descriptor(x) for x in (q4, k4, v4)):
+        config = launch.config("attention_tma", q.device, **shape)
+    descriptors = config is not None
+    if not descriptors:
+        config = launch.config("attention", q.device, **shape)
     block_m, block_n = config["block_m"], config["block_n"]
     tiles = launch.ceil_div(queries, block_m)
     planned = packed and cu_seqlens_q.shape[0] > 2
@@ -244,23 +259,17 @@ def launch_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias
         tiles = min(tiles, launch.ceil_div(max_seqlen_q, block_m))
     if tiles == 0:
         return out, lse
-    descriptors = [None, None, None]
-    if config["descriptors"] and keys > 0:
-        descriptors = [_descriptor(x, rows, dim_p2) for x, rows in ((q4, block_m), (k4, block_n), (v4, block_n))]
-        if None in descriptors:
-            descriptors = [None, None, None]
+    described = [None, None, None]
+    if descriptors:
+        described = [_descriptor(x, rows, dim_p2) for x, rows in ((q4, block_m), (k4, block_n), (v4, block_n))]
     bias = None if key_bias is None else key_bias if key_bias.dim() == 2 else key_bias[None]
     attend[(tiles * heads * batch,)](
-        q4, k4, v4, *descriptors, bias, out, lse, cu_seqlens_q, cu_seqlens_k, table,
+        q4, k4, v4, *described, bias, out, lse, cu_seqlens_q, cu_seqlens_k, table,
         tiles, heads, queries, keys, scale * math.log2(math.e),
         *(stride for x in (q4, k4, v4) for stride in x.stride()), *((0, 0) if bias is None else bias.stride()),
         DIM=dim, DIM_P2=dim_p2, BLOCK_M=block_m, BLOCK_N=block_n, PACKED=packed, PLANNED=planned,
-        DESCRIPTORS=descriptors[0] is not None, HAS_BIAS=bias is not None, HAS_LSE=return_lse,
+        DESCRIPTORS=descriptors, HAS_BIAS=bias is not None, HAS_LSE=return_lse,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=config["num_warps"], num_stages=config["num_stages"],
     )  # fmt: skip
     return out, lse
-
-
-def _sequences(cu_seqlens: torch.Tensor | None) -> int:
-    return 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1

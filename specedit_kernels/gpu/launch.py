@@ -83,13 +83,13 @@ def nearest(entries: list[dict], shape: dict[str, int]) -> dict:
     return min(entries, key=distance)["config"]
 
 
-def config(kernel: str, device: torch.device, **shape: int) -> dict:
-    """Launch parameters of a kernel for a shape on this device."""
+def config(kernel: str, device: torch.device, **shape: int) -> dict | None:
+    """Launch parameters of a kernel for a shape on this device, or None where the device has no such kernel."""
     if device.type == "cuda":
         table = _configs_of(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
     else:
         table = _read("default_sm_80.json")
-    return nearest(table[kernel], shape)
+    return nearest(table[kernel], shape) if kernel in table else None
 
 
 def vector_width(itemsize: int, pointers: list[torch.Tensor], sizes: list[int]) -> int:

@@ -43,13 +43,20 @@ def copy_rows(
     target_at = (sample * target_sample + target_at * target_row) * VECTOR  # [BR]
     source_channels = channel.to(tl.int64)[None, :] * source_channel
     target_channels = channel.to(tl.int64)[None, :] * target_channel
-    values = tl.load(source + source_at[:, None] + source_channels, mask=readable[:, None] & in_row, other=0)  # [BR, BC]
+    # [BR, BC]
+    values = tl.load(source + source_at[:, None] + source_channels, mask=readable[:, None] & in_row, other=0)
     tl.store(target + target_at[:, None] + target_channels, values, mask=writable[:, None] & in_row)
 
 
 def _batched(tensor: torch.Tensor, dims: int, batch: int) -> torch.Tensor:
     """A view with a leading axis of `batch`, which has stride 0 when the tensor is shared by all samples."""
     return tensor.expand(batch, *tensor.shape[-(dims - 1) :]) if tensor.dim() < dims else tensor
+
+
+def tile(config: dict, channels: int, itemsize: int) -> tuple[int, int]:
+    """Rows and channels of one program's tile, both powers of two."""
+    block_channels = min(launch.next_power_of_2(channels), config["block_bytes"] // itemsize)
+    return max(1, config["tile_bytes"] // (block_channels * itemsize)), block_channels
 
 
 def _launch(source, index, target, *, scatter: bool) -> None:
@@ -62,8 +69,7 @@ def _launch(source, index, target, *, scatter: bool) -> None:
     contiguous = source.stride(2) == 1 and target.stride(2) == 1
     vector = launch.vector_width(target.element_size(), [source, target], sizes) if contiguous else 1
     config = launch.config("copy_rows", target.device, row_bytes=channels * target.element_size())
-    block_channels = min(launch.next_power_of_2(channels), config["block_bytes"] // target.element_size())
-    block_rows = max(1, config["tile_bytes"] // (block_channels * target.element_size()))
+    block_rows, block_channels = tile(config, channels, target.element_size())
     grid = (batch * launch.ceil_div(rows, block_rows) * launch.ceil_div(channels, block_channels),)
     copy_rows[grid](
         source, index, target, rows, table.shape[1],

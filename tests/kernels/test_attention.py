@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from specedit_kernels import mixed_attention
+from specedit_kernels import available_backends, mixed_attention
 
 
 def softmax_attention(q, k, v, bias, scale, dtype):
@@ -71,11 +71,20 @@ def test_packed(backend, dtype, device, rng, as_good, lengths, dim, with_bias):
 
 @pytest.mark.parametrize("dim", [32, 48, 128, 144, 256])
 def test_head_dims(backend, device, rng, as_good, dim):
-    q, k, v, cu_q, cu_k = packed(rng, device, torch.float32, 1, dim, [40], [70])
+    dtype = torch.float32 if dim <= 128 else torch.float16
+    q, k, v, cu_q, cu_k = packed(rng, device, dtype, 1, dim, [40], [70])
     exact, _ = expected(q, k, v, cu_q, cu_k, None, 0.3, torch.float64)
-    same, _ = expected(q, k, v, cu_q, cu_k, None, 0.3, torch.float32)
+    same, _ = expected(q, k, v, cu_q, cu_k, None, 0.3, dtype)
     out = mixed_attention(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, scale=0.3, backend=backend)
     as_good(out, exact, same)
+
+
+@pytest.mark.skipif("triton" not in available_backends(), reason="needs a GPU or Triton's interpreter")
+def test_head_dims_a_gpu_does_not_take(device):
+    for dim, dtype in ((24, torch.float16), (272, torch.float16), (144, torch.float32)):
+        q = torch.zeros(1, 4, 1, dim, dtype=dtype, device=device)
+        with pytest.raises(ValueError, match="q: expected a head dim"):
+            mixed_attention(q, q, q, backend="triton")
 
 
 @pytest.mark.parametrize("shape", [(2, 37, 70, 2), (1, 64, 128, 1), (2, 3, 0, 2), (2, 0, 5, 1)], ids=str)

@@ -1,0 +1,264 @@
+"""Compiles every shipped kernel in every shipped configuration for GPUs that need not be there.
+
+    python -m specedit_kernels.compile_check [--arch sm_80 sm_90 sm_100] [--json FILE]
+
+Prints registers, spilled bytes, shared memory and matrix instructions of each, read from the cubin with the cuobjdump
+that comes with Triton. Exits with 1 if anything fails to compile, spills, needs more shared memory than the
+architecture has, or should use the tensor cores and does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+
+# Shared memory one block may use, in bytes (CUDA programming guide, compute capabilities).
+_SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
+# The instruction that does the matrix products, as cuobjdump prints it; sm_100's tcgen05.mma is UTC*MMA.
+_MATRIX = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: r"UTC\w*MMA", 103: r"UTC\w*MMA", 120: "HMMA"}
+_STRIDES = ("_sample", "_token", "_row", "_head", "_child")
+_LAST_STRIDES = ("_dim", "_channel", "bias_key")
+
+
+@dataclass
+class Variant:
+    """One kernel with everything that decides its machine code."""
+
+    name: str
+    kernel: object
+    pointers: dict[str, str]  # argument -> element type, or a descriptor's whole type
+    constants: dict[str, object]
+    options: dict[str, int]
+    floats: tuple[str, ...] = ()
+    matrix: bool = False
+
+
+@dataclass
+class Result:
+    arch: str
+    name: str
+    config_file: str
+    registers: int = 0
+    spills: int = 0
+    shared: int = 0
+    shared_limit: int = 0
+    matrix_instructions: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def _attention(table: dict) -> Iterator[Variant]:
+    from .gpu.attention import attend, plan_tiles
+
+    everything = {"PACKED": True, "PLANNED": True, "HAS_BIAS": True, "HAS_LSE": True}
+    nothing = dict.fromkeys(everything, False) | dict.fromkeys(("bias", "cu_q", "cu_k", "plan"))
+    lengths = {"cu_q": "i32", "cu_k": "i32", "plan": "i32"}
+    entries = [(True, entry) for entry in table.get("attention_tma", [])]
+    for with_descriptors, entry in entries + [(False, entry) for entry in table["attention"]]:
+        config, width = entry["config"], entry["shape"]["head_dim"]
+        blocks = {"DIM_P2": width, "BLOCK_M": config["block_m"], "BLOCK_N": config["block_n"]}
+        options = {key: config[key] for key in ("num_warps", "num_stages")}
+        half = entry["shape"]["bits"] == 16
+        blocks["PRECISION"] = "tf32" if half else "ieee"
+        # Both half types are shipped, and head dims inside the padded one.
+        ways = [("bf16", width), ("bf16", width * 3 // 4), ("fp16", width)] if half else [("fp32", width)]
+        for element, dim in ways:
+            pointers = dict.fromkeys(("q", "k", "v", "out"), element) | {"bias": "fp32", "lse": "fp32"}
+            descriptors = {
+                f"{name}_desc": f"tensordesc<{element}[1, 1, {rows}, {width}]>"
+                for name, rows in (("q", config["block_m"]), ("k", config["block_n"]), ("v", config["block_n"]))
+            }
+            fixed = blocks | {"DIM": dim, "DESCRIPTORS": with_descriptors}
+            if with_descriptors:
+                pointers |= descriptors
+            else:
+                fixed |= dict.fromkeys(descriptors)
+            label = f"attend {element} D{dim} {'tma' if with_descriptors else 'ptr'}"
+            yield Variant(f"{label} packed bias lse", attend, pointers | lengths, fixed | everything, options,
+                          ("scale_log2",), half)  # fmt: skip
+            if dim == width and element != "fp16":
+                yield Variant(f"{label} dense", attend, pointers, fixed | nothing, options, ("scale_log2",), half)
+        blocks = {"BLOCK_M": config["block_m"], "BLOCK_B": 128, "BLOCK_T": 128}
+        yield Variant(f"plan_tiles {config['block_m']}", plan_tiles, lengths, blocks, {"num_warps": 4})
+
+
+def _rows(table: dict) -> Iterator[Variant]:
+    from .gpu.rows import copy_rows, tile
+
+    for entry in table["copy_rows"]:
+        config = entry["config"]
+        for channels in (64, 3072):
+            for scatter in (False, True):
+                block_rows, block_channels = tile(config, channels, 2)
+                constants = {"CHANNELS": channels, "VECTOR": 8, "SCATTER": scatter, "BLOCK_ROWS": block_rows,
+                             "BLOCK_CHANNELS": block_channels}  # fmt: skip
+                yield Variant(
+                    f"copy_rows bf16 C{channels} {'scatter' if scatter else 'gather'}", copy_rows,
+                    {"source": "bf16", "target": "bf16", "index": "i64"}, constants, {"num_warps": config["num_warps"]},
+                )  # fmt: skip
+
+
+def _expand(table: dict) -> Iterator[Variant]:
+    from .gpu.expand import contract, expand, tiles
+
+    for element in ("bf16", "fp32"):
+        for entry in table["expand"]:
+            constants = tiles(entry["config"], 1 << 20, entry["shape"]["channels"])
+            options = {"num_warps": constants.pop("num_warps")}
+            for noise in (True, False):
+                flags = {"HAS_NOISE": noise, "HAS_DETAIL": True, "SEED_PER_SAMPLE": not noise}
+                pointers = {"coarse": element, "fine": element, "detail": element}
+                pointers |= {"noise": "fp32"} if noise else {"seed": "i64"}
+                absent = {"seed": None} if noise else {"noise": None}
+                yield Variant(
+                    f"expand {element} {'noise given' if noise else 'philox'}", expand, pointers,
+                    constants | flags | absent, options, ("signal", "noise_level", "detail_level"),
+                )  # fmt: skip
+        for entry in table["contract"]:
+            constants = tiles(entry["config"], 1 << 20, entry["shape"]["channels"])
+            options = {"num_warps": constants.pop("num_warps")}
+            yield Variant(f"contract {element}", contract, {"coarse": element, "fine": element}, constants, options,
+                          ("factor",))  # fmt: skip
+
+
+def _norm_rope(table: dict) -> Iterator[Variant]:
+    from .gpu.norm_rope import norm_rope
+
+    for element in ("bf16", "fp32"):
+        for entry in table["norm_rope"]:
+            config, dim = entry["config"], entry["shape"]["head_dim"]
+            pointers = dict.fromkeys(("q", "k", "v", "q_weight", "k_weight", "q_out", "k_out", "v_out"), element)
+            pointers |= {"cos": "fp32", "sin": "fp32", "out_index": "i64"}
+            constants = {"HEADS": 24, "DIM": dim, "DIM_P2": dim, "BLOCK_ROWS": config["block_rows"], "INDEXED": True}
+            yield Variant(f"norm_rope {element} D{dim}", norm_rope, pointers, constants,
+                          {"num_warps": config["num_warps"]}, ("eps",))  # fmt: skip
+
+
+def variants(table: dict) -> Iterator[Variant]:
+    """Every kernel of every configuration in one file."""
+    for family in (_attention, _rows, _expand, _norm_rope):
+        yield from family(table)
+
+
+def _source(variant: Variant):
+    """The kernel with its argument types, as a launch with contiguous, 16-byte aligned tensors would give them."""
+    from triton.compiler import ASTSource
+
+    signature, constants, aligned = {}, dict(variant.constants), []
+    for at, name in enumerate(variant.kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in variant.pointers:
+            kind = variant.pointers[name]
+            signature[name] = kind if kind.startswith("tensordesc") else f"*{kind}"
+            if not kind.startswith("tensordesc"):
+                aligned.append(at)
+        elif name in variant.floats:
+            signature[name] = "fp32"
+        elif name.endswith(_LAST_STRIDES):
+            signature[name], constants[name] = "constexpr", 1
+        else:
+            signature[name] = "i32"
+            if name.endswith(_STRIDES):
+                aligned.append(at)
+    attributes = {(at,): [["tt.divisibility", 16]] for at in aligned}
+    return ASTSource(fn=variant.kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def _inspect(cubin: bytes, matrix: str) -> tuple[int, int, int]:
+    """Registers per thread, spilled bytes per thread (local loads and stores included) and matrix instructions."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def dump(flag: str) -> str:
+            command = [knobs.nvidia.cuobjdump.path, flag, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", dump("--dump-resource-usage")))
+        code = dump("--dump-sass")
+    local = len(re.findall(r"\b(?:LDL|STL)\b", code))
+    return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"]) + local, len(re.findall(rf"\b{matrix}", code))
+
+
+def check(variant: Variant, capability: int, config_file: str) -> Result:
+    """Compiles one variant for sm_<capability> and judges it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    limit = _SHARED_LIMIT[capability]
+    result = Result(f"sm_{capability}", variant.name, config_file, shared_limit=limit)
+    try:
+        compiled = triton.compile(
+            _source(variant), target=GPUTarget("cuda", capability, 32), options=dict(variant.options)
+        )
+    except Exception as error:  # whatever the compiler raises is this variant's result
+        result.problems.append(f"does not compile: {type(error).__name__}: {error}")
+        return result
+    cubin = compiled.asm["cubin"]
+    result.registers, result.spills, result.matrix_instructions = _inspect(cubin, _MATRIX[capability])
+    result.shared = compiled.metadata.shared
+    if result.spills:
+        result.problems.append("spills registers")
+    if result.shared > limit:
+        result.problems.append(f"needs {result.shared} bytes of shared memory, limit {limit}")
+    if variant.matrix and not result.matrix_instructions:
+        result.problems.append(f"no {_MATRIX[capability]} instruction")
+    return result
+
+
+def check_architecture(capability: int) -> Iterator[Result]:
+    """Checks the default configurations of an architecture and those of every measured GPU of it."""
+    from .gpu import launch
+
+    default = launch.default_file_name((capability // 10, capability % 10))
+    for path in sorted(launch.CONFIG_FOLDER.glob("*.json")):
+        table = json.loads(path.read_text())
+        tuned = not path.name.startswith("default_") and table["capability"] == [capability // 10, capability % 10]
+        if path.name == default or tuned:
+            seen = set()
+            for variant in variants(table):
+                key = (variant.name, str(variant.constants), str(variant.options))
+                if key not in seen:
+                    seen.add(key)
+                    yield check(variant, capability, path.name)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="specedit_kernels.compile_check", description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", nargs="+", default=["sm_80", "sm_90", "sm_100"],
+                        choices=[f"sm_{c}" for c in _SHARED_LIMIT])  # fmt: skip
+    parser.add_argument("--json", metavar="FILE", help="also write the rows as JSON")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
+    results = []
+    print(f"{'arch':7} {'kernel':38} {'regs':>4} {'spill':>5} {'shared':>7} {'matrix':>6}")
+    for arch in options.arch:
+        for result in check_architecture(int(arch.removeprefix("sm_"))):
+            results.append(result)
+            verdict = "; ".join(result.problems)
+            print(f"{arch:7} {result.name:38} {result.registers:4} {result.spills:5} {result.shared:7} "
+                  f"{result.matrix_instructions:6}  {verdict}".rstrip(), flush=True)  # fmt: skip
+    bad = sum(bool(result.problems) for result in results)
+    print(f"{len(results)} variants, {bad} with problems")
+    if options.json:
+        import torch
+        import triton
+
+        machine = {"torch": torch.__version__, "triton": triton.__version__}
+        with open(options.json, "w") as file:
+            json.dump({"machine": machine, "rows": [asdict(result) for result in results]}, file, indent=1)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""Launch parameters: the files, the lookup, and every attention configuration at work."""
+
+import importlib.util
+import json
+import math
+
+import pytest
+import torch
+
+from specedit_kernels import available_backends, mixed_attention
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("needs Triton", allow_module_level=True)
+
+from specedit_kernels.gpu import attention, launch
+
+runs_kernels = pytest.mark.skipif("triton" not in available_backends(), reason="needs a GPU or Triton's interpreter")
+TABLES = {path.name: json.loads(path.read_text()) for path in launch.CONFIG_FOLDER.glob("*.json")}
+ENTRIES = [
+    pytest.param(kernel, entry, id=f"{name}-{kernel}-{entry['shape']}")
+    for name, table in TABLES.items()
+    for kernel in ("attention_tma", "attention")
+    for entry in table.get(kernel, [])
+]
+
+
+def test_every_architecture_has_a_default():
+    for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)):
+        assert launch.default_file_name(capability) in TABLES
+
+
+def test_nearest_by_log_ratio():
+    entries = [{"shape": {"head_dim": d, "keys": k}, "config": {"id": (d, k)}} for d in (64, 128) for k in (1000, 8000)]
+    assert launch.nearest(entries, {"head_dim": 128, "keys": 5000}) == {"id": (128, 8000)}
+    assert launch.nearest(entries, {"head_dim": 16, "keys": 0}) == {"id": (64, 1000)}
+    assert launch.nearest(entries[:1], {"head_dim": 256, "keys": 10**6}) == {"id": (64, 1000)}
+
+
+def test_names_of_files():
+    assert launch.config_file_name("NVIDIA H100 80GB HBM3") == "nvidia_h100_80gb_hbm3.json"
+
+
+def test_an_old_architecture_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(RuntimeError, match=r"expected a GPU of compute capability 8.0 or newer, got 7.5 \(Tesla T4\)"):
+        launch.check_device(torch.device("cuda", 0))
+
+
+def test_an_unknown_gpu_is_logged_once(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Imaginary GPU 1")
+    with caplog.at_level("INFO", logger="specedit_kernels.gpu.launch"):
+        for _ in range(2):
+            assert launch.config("attention_tma", torch.device("cuda", 0), head_dim=128, bits=16, keys=9)["block_m"]
+    assert [r.message for r in caplog.records] == [
+        "no tuned launch parameters for Imaginary GPU 1; using default_sm_90.json"
+    ]
+
+
+def test_vector_width():
+    x = torch.zeros(64, dtype=torch.float16)
+    assert launch.vector_width(2, [x], [64, 3072]) == 8
+    assert launch.vector_width(2, [x], [64, 12]) == 4
+    assert launch.vector_width(2, [x[1:]], [64]) == 1
+
+
+def test_what_fits_a_descriptor():
+    x = torch.zeros(2, 8, 3, 64, dtype=torch.float16)
+    assert attention._fits_descriptor(x)
+    assert attention._fits_descriptor(x[:, ::2, 1:])
+    assert not attention._fits_descriptor(x[..., 1:])
+    assert not attention._fits_descriptor(x[:, :0])
+    assert not attention._fits_descriptor(x[..., ::2])
+    assert not attention._fits_descriptor(x[:1].expand(2, -1, -1, -1))
+
+
+@runs_kernels
+@pytest.mark.parametrize("kernel,entry", ENTRIES)
+def test_every_attention_configuration(monkeypatch, device, rng, as_good, kernel, entry):
+    """Ragged sequences with a bias through each shipped tile, by descriptors and by pointers."""
+    dim = entry["shape"]["head_dim"]
+    dtype = torch.float16 if entry["shape"]["bits"] == 16 else torch.float32
+    if device.type == "cuda" and kernel == "attention_tma" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs TMA")
+    monkeypatch.setattr(launch, "config", lambda name, *_, **__: entry["config"] if name == kernel else None)
+    q, k, v = (torch.randn(n, 1, dim, generator=rng).to(device, dtype) for n in (150, 300, 300))
+    cu_q = torch.tensor([0, 10, 150], dtype=torch.int32, device=device)
+    cu_k = torch.tensor([0, 200, 300], dtype=torch.int32, device=device)
+    bias = torch.randn(300, generator=rng).to(device)
+    bias[::5] = -math.inf
+    out, lse = mixed_attention(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, key_bias=bias, return_lse=True,
+                               backend="triton")  # fmt: skip
+    arguments = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "key_bias": bias, "return_lse": True, "backend": "torch"}
+    exact, exact_lse = mixed_attention(q.double().cpu(), k.double().cpu(), v.double().cpu(),
+                                       **{n: x.cpu() if isinstance(x, torch.Tensor) else x for n, x in arguments.items()})  # fmt: skip  # noqa: E501
+    as_good(lse.cpu(), exact_lse, exact_lse.float())
+    error = (out.cpu().double() - exact).abs().max().item()
+    assert error < 4 * torch.finfo(dtype).eps
+
+
+@runs_kernels
+@pytest.mark.parametrize("lengths", [([5, 300, 0, 64, 129], [7, 7, 100, 50, 0]), ([1] * 300, list(range(300)))], ids=str)
+def test_plan_covers_every_block_once_longest_keys_first(device, lengths):
+    queries, keys = lengths
+    cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).to(device, torch.int32) for n in lengths)
+    table = attention.plan(cu_q, cu_k, sum(queries), sum(keys), None, 64).tolist()
+    real = [tuple(row) for row in table if row[0] >= 0]
+    want = [(b, i) for b, n in enumerate(queries) for i in range(-(-n // 64))]
+    assert sorted(real) == want and table[: len(real)] == [list(row) for row in real]
+    order = [keys[b] for b, _ in real]
+    assert order == sorted(order, reverse=True)
+    bounded = attention.plan(cu_q, cu_k, sum(queries), sum(keys), max(queries), 64)
+    assert bounded.shape[0] >= len(real) and bounded[: len(real)].tolist() == table[: len(real)]
+
+
+@runs_kernels
+@pytest.mark.parametrize("ends", [[0, 40, 10, 60], [0, 10, 20, 900], [-50, 10, 20, 30], [60, 0, 60, 0]], ids=str)
+def test_wrong_offsets_stay_inside(device, ends):
+    """With the value checks below the launch, wrong cu_seqlens are clamped: nothing is read or written outside."""
+    from specedit_kernels import gpu
+
+    padded = torch.full((180, 1, 16), math.nan, device=device)
+    padded[60:120] = 0
+    q = padded[60:120]
+    bad = torch.tensor(ends, dtype=torch.int32, device=device)
+    good = torch.tensor([0, 20, 40, 60], dtype=torch.int32, device=device)
+    for cu_q, cu_k in ((bad, good), (good, bad)):
+        out, _ = gpu.run("mixed_attention", (q, q, q, cu_q, cu_k, None, None, 0.25, False))
+        assert out.shape == q.shape
+    assert not gpu.run("mixed_attention", (q, q, q, good, bad, None, None, 0.25, False))[0].isnan().any()

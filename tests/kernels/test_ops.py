@@ -1,0 +1,134 @@
+"""The operators: schemas that tell the truth, torch.compile without graph breaks, import without Triton."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+import specedit_kernels as kernels
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="operators run compiled kernels")
+
+
+def samples(device):
+    """Arguments of every operator."""
+    g = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=g).to(device)
+
+    index = torch.tensor([3, 0, 2], device=device)
+    cu = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
+    q = randn(8, 2, 16)
+    angles = randn(8, 8)
+    weight = randn(16)
+    yield "gather_tokens", (randn(2, 5, 8), index)
+    yield "gather_tokens", (randn(5, 8), index.expand(2, 3))
+    yield "scatter_tokens", (randn(2, 3, 8), index, randn(2, 5, 8))
+    yield "expand_tokens", (randn(2, 3, 8), 0.5, randn(2, 3, 4, 2, 3), None, None)
+    yield "expand_tokens", (randn(3, 8), 0.5, None, torch.tensor([5], device=device), randn(3, 4, 2, 3))
+    yield "contract_tokens", (randn(2, 3, 4, 8), 0.5)
+    yield "mixed_attention", (q, q, q, cu, cu, 5, randn(8), 0.25, True)
+    yield "mixed_attention", (q[None], q[None], q[None], None, None, None, None, 0.25, False)
+    yield "qk_norm_rope", (q, q, q, weight, weight, angles, angles, 1e-6, torch.arange(8, device=device),
+                           randn(9, 2, 16), randn(9, 2, 16), randn(9, 2, 16))  # fmt: skip
+    yield "qk_norm_rope", (q, q, None, weight, weight, angles, angles, 1e-6, None, randn(8, 2, 16), randn(8, 2, 16),
+                           None)  # fmt: skip
+
+
+@pytest.mark.parametrize("at", range(10))
+def test_opcheck(device, at):
+    name, arguments = list(samples(device))[at]
+    torch.library.opcheck(getattr(torch.ops.specedit_kernels, name).default, arguments)
+
+
+def test_fullgraph_compile_with_dynamic_lengths(device):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def edit(x, index, q, cu, bias, weight, cos, sin):
+        picked = kernels.gather_tokens(x, index)
+        fine, fine_sigma = kernels.expand_tokens(picked, 0.5, noise=torch.zeros(*picked.shape[:-1], 4, 2, 3,
+                                                                               device=x.device))  # fmt: skip
+        coarse, _ = kernels.contract_tokens(fine, fine_sigma)
+        out = kernels.scatter_tokens(coarse, index, x.clone())
+        q, k = kernels.qk_norm_rope(q, q, weight, weight, cos, sin)
+        attended, lse = kernels.mixed_attention(q, k, k, cu_seqlens_q=cu, cu_seqlens_k=cu, key_bias=bias,
+                                                return_lse=True)  # fmt: skip
+        return out, attended, lse
+
+    torch._dynamo.reset()
+    compiled = torch.compile(edit, fullgraph=True, dynamic=True, backend=backend)
+    for tokens, length in ((6, 9), (10, 21), (31, 40)):
+        arguments = [
+            torch.randn(2, tokens, 8), torch.randperm(tokens)[: tokens // 2], torch.randn(length, 2, 16),
+            torch.tensor([0, 4, length], dtype=torch.int32), torch.randn(length), torch.rand(16),
+            torch.randn(length, 8), torch.randn(length, 8),
+        ]  # fmt: skip
+        arguments = [x.to(device) for x in arguments]
+        for got, want in zip(compiled(*arguments), edit(*arguments)):
+            torch.testing.assert_close(got, want)
+    assert len(graphs) == 1, "other lengths must not compile again"
+
+
+def test_values_are_checked_in_compiled_calls(device, monkeypatch):
+    monkeypatch.setenv("SPECEDIT_KERNELS_DEBUG", "1")
+    torch._dynamo.reset()
+    compiled = torch.compile(kernels.gather_tokens, fullgraph=True, backend="eager")
+    with pytest.raises(ValueError, match="index: expected values"):
+        compiled(torch.zeros(3, 4, device=device), torch.tensor([7], device=device))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_graph_replays_with_other_lengths(rng):
+    q = torch.randn(100, 2, 64, generator=rng).to("cuda", torch.float16)
+    bias = torch.randn(100, generator=rng).to("cuda")
+    cu = torch.tensor([0, 30, 60, 100], dtype=torch.int32, device="cuda")
+
+    def attend():
+        return kernels.mixed_attention(q, q, q, cu_seqlens_q=cu, cu_seqlens_k=cu, key_bias=bias)
+
+    attend()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend()
+    for ends in ([0, 30, 60, 100], [0, 0, 99, 100], [0, 50, 50, 100]):
+        cu.copy_(torch.tensor(ends, dtype=torch.int32))
+        graph.replay()
+        torch.testing.assert_close(out, attend())
+
+
+def run_python(code):
+    return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+
+
+def test_works_without_triton():
+    result = run_python("""
+        import sys
+        sys.modules["triton"] = None  # importing it raises ImportError
+        import torch, specedit_kernels as kernels
+        assert kernels.available_backends() == ("torch",)
+        q = torch.randn(1, 5, 2, 16)
+        assert kernels.mixed_attention(q, q, q).shape == q.shape
+        try:
+            kernels.mixed_attention(q, q, q, backend="triton")
+        except ValueError as error:
+            print(error)
+    """)
+    assert result.returncode == 0, result.stderr
+    assert 'backend: expected CUDA tensors for "triton", got cpu' in result.stdout
+
+
+def test_triton_is_imported_lazily():
+    result = run_python("""
+        import sys, torch, specedit_kernels as kernels
+        kernels.gather_tokens(torch.zeros(3, 2), torch.tensor([1]))
+        print("specedit_kernels.gpu" in sys.modules)
+    """)
+    assert result.stdout.strip() == "False", result.stderr
