@@ -12,6 +12,7 @@ from .api import (
     qk_norm_rope,
     scatter_tokens,
 )
+from .diffusers_backend import register_diffusers_backend
 
 __all__ = [
     "available_backends",
@@ -20,5 +21,6 @@ __all__ = [
     "gather_tokens",
     "mixed_attention",
     "qk_norm_rope",
+    "register_diffusers_backend",
     "scatter_tokens",
 ]
