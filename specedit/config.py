@@ -167,7 +167,7 @@ class SpecEditConfig:
     def uses_draft(self) -> bool:
         """Whether a run without a caller's edit_mask needs the draft: its mask decides something."""
         mixed = self.steps[1] > 0 or (self.restore == "reference" and self.steps[2] > 0)
-        return self.selector == "semantic" and (mixed or self.keep_pixels)
+        return self.selector != "uniform" and (mixed or self.keep_pixels)
 
     def with_steps(self, n: int) -> SpecEditConfig:
         """The same configuration with NFE `n`, in the proportions of `steps` (largest remainder).

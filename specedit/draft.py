@@ -1,0 +1,61 @@
+"""The draft (paper, section 3.3.1): a complete trajectory at a fraction of the tokens, to see what the edit does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import SpecEditConfig
+from .flow import coarsen_noise
+from .grid import MixedLayout, TokenGrid, mean_pixels
+from .models.base import Adapter, EditState
+from .schedule import stage_sigmas
+
+
+def shrink(tokens: Tensor, grid: TokenGrid, scale: int) -> tuple[Tensor, TokenGrid]:
+    """Clean tokens at `scale` times less a side (eq. 4): repeated 2 x 2 means of latent pixels."""
+    while scale > 1:
+        tokens, grid, scale = mean_pixels(tokens, grid), grid.coarse(), scale // 2
+    return tokens, grid
+
+
+def generate(
+    adapter: Adapter, pipe: Any, state: EditState, config: SpecEditConfig, on_step: Callable[[], None]
+) -> tuple[Tensor, TokenGrid, int]:
+    """Denoise the draft (eq. 5).
+
+    Returns its clean tokens (B, n, C), its grid, and how many tokens the transformer saw a step. The draft is a small
+    image of its own: own positions, own schedule.
+    """
+    grid = state.grid.coarse(config.draft_scale)
+    reference, reference_grid = shrink(state.reference, state.reference_grid, config.draft_scale)
+    if config.couple_noise:
+        tokens, fine = state.noise, state.grid
+        for _ in range(config.draft_scale // 2):
+            tokens, fine = coarsen_noise(tokens, fine), fine.coarse()
+    else:
+        tokens = state.draw(grid.tokens)
+    layout = MixedLayout.all_fine(grid, state.device)
+    reference_layout = MixedLayout.all_fine(reference_grid, state.device)
+    sigmas = stage_sigmas(pipe.scheduler, grid.tokens, 1.0, 0.0, config.draft_steps).tolist()
+    rows = list(range(state.batch))
+    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        if pipe.interrupt:
+            break
+        velocity = adapter.velocity(pipe, state, tokens, sigma, rows, layout, reference, reference_layout, config)
+        tokens = tokens + (following - sigma) * velocity
+        on_step()
+    return tokens, grid, grid.tokens + reference_grid.tokens + state.text_tokens
+
+
+def upsample(tokens: Tensor, grid: TokenGrid, scale: int, target: TokenGrid) -> Tensor:
+    """Clean tokens of a draft on the fine grid it was drawn for (U_s of eq. 6): bilinear in latent pixels."""
+    b, _, c = tokens.shape
+    image = tokens.view(b, *grid.shape, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c // 4, 2 * grid.height, -1)
+    large = torch.nn.functional.interpolate(image, scale_factor=scale, mode="bilinear", align_corners=False)
+    large = large[..., : 2 * target.height, : 2 * target.width]
+    patches = large.reshape(b, c // 4, target.height, 2, target.width, 2)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(b, target.tokens, c)

@@ -1,0 +1,220 @@
+"""Pure data about tokens: where they lie, and which are coarse and which fine.
+
+A *fine* token is one packed 2 x 2 latent patch. A *coarse cell* covers 2 x 2 fine tokens; where a grid has an odd side,
+the cells of its last row or column cover fewer. Tokens are always listed row by row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """A grid of `height` x `width` tokens."""
+
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        if self.height < 1 or self.width < 1:
+            raise ValueError(f"token grid: expected at least 1 x 1, got {self.height} x {self.width}")
+
+    @property
+    def tokens(self) -> int:
+        return self.height * self.width
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.height, self.width
+
+    def coarse(self, factor: int = 2) -> TokenGrid:
+        """The grid of cells of `factor` x `factor` tokens, partial cells included."""
+        return TokenGrid(-(-self.height // factor), -(-self.width // factor))
+
+    def positions(self, device: torch.device | str = "cpu") -> Tensor:
+        """(N, 2) float32 row and column of every token."""
+        rows, columns = (torch.arange(n, dtype=torch.float32, device=device) for n in self.shape)
+        return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2)
+
+    def children(self, device: torch.device | str = "cpu") -> Tensor:
+        """(cells, 4) int64: the fine tokens of every cell, row-major, as indices into the grid padded to even sides."""
+        cells = self.coarse()
+        rows, columns = torch.meshgrid(
+            torch.arange(cells.height, device=device), torch.arange(cells.width, device=device), indexing="ij"
+        )
+        width = 2 * cells.width
+        first = (2 * rows * width + 2 * columns).reshape(-1, 1)
+        return first + torch.tensor([0, 1, width, width + 1], device=device)
+
+    def pad(self, tokens: Tensor, multiple: int = 2, mode: str = "replicate") -> Tensor:
+        """Tokens (B, N, C) of this grid on the grid whose sides are multiples: extra rows and columns at the end.
+
+        mode "replicate" repeats the last row and column (images), "circular" wraps around (noise, which must not
+        repeat its neighbour).
+        """
+        below, right = -self.height % multiple, -self.width % multiple
+        if not below and not right:
+            return tokens
+        image = tokens.transpose(1, 2).reshape(tokens.shape[0], -1, *self.shape)
+        while below or right:  # circular padding cannot add more than the side itself
+            step = (min(below, image.shape[-2]), min(right, image.shape[-1]))
+            image = F.pad(image, (0, step[1], 0, step[0]), mode=mode)
+            below, right = below - step[0], right - step[1]
+        return image.flatten(2).transpose(1, 2)
+
+
+@dataclass(frozen=True, eq=False)
+class MixedLayout:
+    """Which cells of a grid are split into fine tokens. Tokens are ordered [locked cells | fine tokens], each by rows.
+
+    grid: the fine grid. expanded: (cells_h, cells_w) bool, True where a cell is split.
+    """
+
+    grid: TokenGrid
+    expanded: Tensor
+
+    def __post_init__(self) -> None:
+        if tuple(self.expanded.shape) != self.grid.coarse().shape or self.expanded.dtype != torch.bool:
+            raise ValueError(
+                f"expanded: expected bool {self.grid.coarse().shape} for a grid of {self.grid.shape}, "
+                f"got {self.expanded.dtype} {tuple(self.expanded.shape)}"
+            )
+
+    @classmethod
+    def all_coarse(cls, grid: TokenGrid, device: torch.device | str = "cpu") -> MixedLayout:
+        return cls(grid, torch.zeros(grid.coarse().shape, dtype=torch.bool, device=device))
+
+    @classmethod
+    def all_fine(cls, grid: TokenGrid, device: torch.device | str = "cpu") -> MixedLayout:
+        return cls(grid, torch.ones(grid.coarse().shape, dtype=torch.bool, device=device))
+
+    @cached_property
+    def locked_cells(self) -> Tensor:
+        """(n,) int64 indices of cells that stay one token."""
+        return (~self.expanded).flatten().nonzero()[:, 0]
+
+    @cached_property
+    def expanded_cells(self) -> Tensor:
+        """(m,) int64 indices of cells that are split."""
+        return self.expanded.flatten().nonzero()[:, 0]
+
+    @cached_property
+    def _members(self) -> Tensor:
+        """(cells, 4) bool: which children of every cell lie inside the grid."""
+        cells = self.grid.coarse()
+        children = self.grid.children(self.expanded.device)
+        width = 2 * cells.width
+        return (children // width < self.grid.height) & (children % width < self.grid.width)
+
+    @cached_property
+    def _fine_order(self) -> tuple[Tensor, Tensor]:
+        cells = self.grid.coarse()
+        children = self.grid.children(self.expanded.device)[self.expanded_cells].flatten()
+        inside = self._members[self.expanded_cells].flatten()
+        width = 2 * cells.width
+        flat = (children // width) * self.grid.width + children % width
+        slots = inside.nonzero()[:, 0]
+        order = flat[slots].argsort()
+        return flat[slots][order], slots[order]
+
+    @property
+    def fine_tokens(self) -> Tensor:
+        """(f,) int64 indices into the fine grid of the fine tokens."""
+        return self._fine_order[0]
+
+    @property
+    def fine_slots(self) -> Tensor:
+        """(f,) int64: where each fine token stands among the 4 * m children of the expanded cells."""
+        return self._fine_order[1]
+
+    @cached_property
+    def tokens(self) -> int:
+        return len(self.locked_cells) + len(self.fine_tokens)
+
+    @cached_property
+    def is_coarse(self) -> bool:
+        return len(self.expanded_cells) == 0
+
+    @cached_property
+    def is_fine(self) -> bool:
+        return len(self.locked_cells) == 0
+
+    @property
+    def is_mixed(self) -> bool:
+        return not (self.is_coarse or self.is_fine)
+
+    @cached_property
+    def area(self) -> Tensor:
+        """(N,) float32: fine tokens that each token stands for, 1 to 4."""
+        locked = self._members.sum(1)[self.locked_cells].float()
+        return torch.cat([locked, torch.ones(len(self.fine_tokens), device=locked.device)])
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """(N, 2) float32 row and column of every token.
+
+        A grid that is all coarse has its own whole numbers, as if the image were small. In a mixed grid everything is
+        in fine units, and a locked cell sits at the middle of the tokens it covers.
+        """
+        device = self.expanded.device
+        if self.is_coarse:
+            return self.grid.coarse().positions(device)
+        fine = self.grid.positions(device)[self.fine_tokens]
+        cells = self.grid.coarse().positions(device)[self.locked_cells]
+        last = torch.tensor([self.grid.height - 1, self.grid.width - 1], device=device)
+        locked = (2 * cells + torch.minimum(2 * cells + 1, last)) / 2
+        return torch.cat([locked, fine])
+
+    def full_grid(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, N, C) of this layout on the fine grid (B, grid.tokens, C): a locked cell's pixels are repeated.
+
+        Pixel (a, b) of a coarse token fills its child (a, b).
+        """
+        batch, _, channels = tokens.shape
+        split = len(self.locked_cells)
+        out = tokens.new_empty(batch, self.grid.tokens, channels)
+        if split:
+            children = repeat_pixels(tokens[:, :split])
+            chosen = self._members[self.locked_cells]
+            flat = self.grid.children(tokens.device)[self.locked_cells]
+            width = 2 * self.grid.coarse().width
+            flat = (flat // width) * self.grid.width + flat % width
+            out[:, flat[chosen]] = children[:, chosen]
+        out[:, self.fine_tokens] = tokens[:, split:]
+        return out
+
+    def from_full_grid(self, tokens: Tensor) -> Tensor:
+        """The inverse of `full_grid`: fine tokens as they are, locked cells by the mean of their pixels."""
+        fine = tokens[:, self.fine_tokens]
+        if not len(self.locked_cells):
+            return fine
+        return torch.cat([mean_pixels(tokens, self.grid)[:, self.locked_cells], fine], 1)
+
+    def resized(self, grid: TokenGrid) -> MixedLayout:
+        """The same choice on another grid of the same picture: a cell is split where any cell it overlaps is."""
+        if grid == self.grid:
+            return self
+        size = grid.coarse().shape
+        return MixedLayout(grid, F.adaptive_max_pool2d(self.expanded[None, None].float(), size)[0, 0] > 0)
+
+
+def repeat_pixels(tokens: Tensor) -> Tensor:
+    """Coarse tokens (B, M, C) to children (B, M, 4, C): child (a, b) is filled with pixel (a, b)."""
+    b, m, c = tokens.shape
+    pixels = tokens.view(b, m, c // 4, 4).transpose(2, 3)
+    return pixels[..., None].expand(b, m, 4, c // 4, 4).reshape(b, m, 4, c)
+
+
+def mean_pixels(tokens: Tensor, grid: TokenGrid) -> Tensor:
+    """Fine tokens (B, N, C) to coarse ones (B, cells, C): every coarse pixel is the mean of its 2 x 2 latent pixels."""
+    padded = grid.pad(tokens)
+    b, _, c = padded.shape
+    means = padded.view(b, -1, c // 4, 4).mean(-1)  # a token's own 2 x 2 pixels become one
+    children = means[:, grid.children(tokens.device)]  # (B, cells, 4, channels)
+    return children.transpose(2, 3).reshape(b, -1, c)

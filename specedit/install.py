@@ -1,0 +1,274 @@
+"""Installing SpecEdit on one pipeline instance, and taking it off again."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.utils import BaseOutput
+
+from . import restore, sampler
+from .config import SpecEditConfig, resolve
+from .models import adapters
+from .models.base import Adapter
+from .report import RunReport
+from .schedule import supported
+
+STOCK_STEPS = 50
+OLDEST_DIFFUSERS = (0, 36)
+_ATTRIBUTE = "_specedit"
+
+
+@dataclass
+class Installation:
+    """What hangs on an installed pipeline."""
+
+    config: SpecEditConfig
+    adapter: Adapter
+    stock_class: type
+    report: RunReport | None = None
+    asleep: int = 0  # how many `disabled` blocks are open
+    warned: set[str] = field(default_factory=set)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+
+def install(pipe: Any, config: str | SpecEditConfig | None = None, **overrides: Any) -> Any:
+    """Make one pipeline instance edit by SpecEdit; the same call then returns the same edit faster.
+
+    Args:
+        pipe: a diffusers FluxKontextPipeline.
+        config: preset name ("quality", "balanced", "fast", "turbo", "lightning-8", "lightning-6") or SpecEditConfig.
+        overrides: any field of SpecEditConfig.
+
+    Returns:
+        `pipe` itself. Installing again replaces the configuration.
+
+    Raises:
+        TypeError: a pipeline that is not supported, or an unknown field.
+        ValueError: a preset or value that does not exist.
+        ImportError: a diffusers that is too old.
+    """
+    _check_diffusers()
+    config = resolve(config, **overrides)
+    if (old := _installation(pipe)) is not None:
+        old.config, old.report = config, None
+        return pipe
+    adapter = next((a() for a in adapters() if a.matches(pipe)), None)
+    if adapter is None:
+        known = ", ".join(a.pipelines for a in adapters())
+        raise TypeError(f"install: expected one of {known}, got {type(pipe).__name__}")
+    reason = supported(pipe.scheduler)
+    if reason:
+        warnings.warn(f"SpecEdit will run the stock pipeline: {reason}", stacklevel=2)
+    if (other := _foreign_cache(pipe)) is not None:
+        warnings.warn(
+            f"SpecEdit: {other} is enabled on this pipeline. It is bypassed by SpecEdit's own loop or mixes up its "
+            "stages; disable it, or install SpecEdit first.", stacklevel=2,
+        )  # fmt: skip
+    stock = type(pipe)
+    adapter.attach(pipe)
+    setattr(pipe, _ATTRIBUTE, Installation(config, adapter, stock))
+    # A subclass of the same name for this instance alone: save_pretrained and isinstance see what they always saw.
+    body = {
+        "__call__": _call,
+        "__module__": stock.__module__,
+        "__qualname__": stock.__qualname__,
+        "__doc__": stock.__doc__,
+    }
+    pipe.__class__ = type(stock.__name__, (stock,), body)
+    return pipe
+
+
+def uninstall(pipe: Any) -> Any:
+    """Take SpecEdit off: class and attention processors are the original objects again. Without it, nothing happens."""
+    installation = _installation(pipe)
+    if installation is not None:
+        pipe.__class__ = installation.stock_class
+        installation.adapter.detach(pipe)
+        delattr(pipe, _ATTRIBUTE)
+    return pipe
+
+
+def report(pipe: Any) -> RunReport:
+    """What the last accelerated call of an installed pipeline did.
+
+    Raises:
+        ValueError: SpecEdit is not installed, or no call has been accelerated yet.
+    """
+    installation = _installation(pipe)
+    if installation is None:
+        raise ValueError(f"report: expected a pipeline with SpecEdit installed, got a plain {type(pipe).__name__}")
+    if installation.report is None:
+        raise ValueError("report: expected at least one accelerated call, got none since install")
+    return installation.report
+
+
+@contextmanager
+def disabled(pipe: Any) -> Iterator[Any]:
+    """Inside the block the pipeline runs its stock call."""
+    installation = _installation(pipe)
+    if installation is not None:
+        installation.asleep += 1
+    try:
+        yield pipe
+    finally:
+        if installation is not None:
+            installation.asleep -= 1
+
+
+def is_active(pipe: Any) -> bool:
+    """Whether the next call would run SpecEdit's loop (unless its arguments prevent that)."""
+    installation = _installation(pipe)
+    return installation is not None and not installation.asleep
+
+
+def _installation(pipe: Any) -> Installation | None:
+    return getattr(pipe, "__dict__", {}).get(_ATTRIBUTE)
+
+
+def _check_diffusers() -> None:
+    version = tuple(int(p) for p in diffusers.__version__.split(".")[:2])
+    if version < OLDEST_DIFFUSERS:
+        wanted = ".".join(map(str, OLDEST_DIFFUSERS))
+        raise ImportError(
+            f"specedit: expected diffusers >= {wanted}, got {diffusers.__version__}; pip install -U diffusers"
+        )
+
+
+def _foreign_cache(pipe: Any) -> str | None:
+    if any("cache_dit" in c.__module__ for c in type(pipe).__mro__) or hasattr(pipe, "_cache_manager"):
+        return "cache-dit"
+    if getattr(pipe.transformer, "is_cache_enabled", False):
+        return "a diffusers cache"
+    return None
+
+
+def _call(self, *args: Any, edit_mask: Any = None, **kwargs: Any) -> Any:
+    """The stock pipeline's call, accelerated by SpecEdit. `edit_mask`: PIL image, array or tensor, nonzero = edit."""
+    installation = _installation(self)
+    stock = installation.stock_class.__call__
+    bound = inspect.signature(stock).bind(self, *args, **kwargs)  # a TypeError here is the stock call's own
+    if installation.asleep:
+        return stock(self, *args, **kwargs)
+    asked_steps = bound.arguments.get("num_inference_steps")
+    bound.apply_defaults()
+    call = {name: value for name, value in bound.arguments.items() if name != "self"}
+    reason = supported(self.scheduler) or _unsuited(self) or installation.adapter.refusal(self, call)
+    if reason:
+        if reason not in installation.warned:
+            installation.warned.add(reason)
+            warnings.warn(f"SpecEdit runs the stock pipeline: {reason}", stacklevel=2)
+        return stock(self, *args, **kwargs)
+    config = installation.config if asked_steps is None else installation.config.with_steps(asked_steps)
+    with torch.no_grad():
+        return _accelerated(self, installation, config, call, edit_mask)
+
+
+def _unsuited(pipe: Any) -> str | None:
+    if getattr(pipe.transformer, "is_cache_enabled", False):
+        return "a diffusers cache is enabled on the transformer, and it would mix up the stages"
+    return None
+
+
+def _accelerated(pipe: Any, installation: Installation, config: SpecEditConfig, call: dict, edit_mask: Any) -> Any:
+    began = time.perf_counter()
+    adapter = installation.adapter
+    adapter.attach(pipe)  # fusing projections or loading an adapter may have replaced processors since install
+    try:
+        state = adapter.prepare(pipe, call, config.attention)
+        prepared = sampler.clock(state)
+        needs_draft = config.uses_draft and edit_mask is None
+        pipe._num_timesteps = config.nfe
+        with pipe.progress_bar(total=config.nfe + (config.draft_steps if needs_draft else 0)) as bar:
+            outcome = sampler.run(adapter, pipe, state, config, edit_mask, _Listener(pipe, call, state, bar))
+        finished = sampler.clock(state)
+        images = adapter.decode(pipe, state, outcome.tokens, call["output_type"])
+        source = state.extra.get("source")
+        if config.keep_pixels and source is not None and call["output_type"] != "latent":
+            side = 2 * state.pixels_per_token
+            images = restore.keep_pixels(images, source, outcome.edited, side, call["output_type"])
+        ended = sampler.clock(state)
+        outcome.stages.insert(0, sampler.StageReport("encode", None, None, 0, 0, 0.0, prepared - began))
+        outcome.stages.append(sampler.StageReport("decode", None, None, 0, 0, 0.0, ended - finished))
+        installation.report = _report(pipe, state, config, outcome, ended - began, images, call)
+        pipe.maybe_free_model_hooks()
+    finally:
+        pipe._current_timestep = None
+    return (images,) if not call["return_dict"] else _output(pipe, images)
+
+
+class _Listener:
+    """Progress bar and the caller's callback."""
+
+    def __init__(self, pipe: Any, call: dict, state: Any, bar: Any):
+        self.pipe, self.state, self.bar = pipe, state, bar
+        self.callback = call["callback_on_step_end"]
+        self.names = call["callback_on_step_end_tensor_inputs"]
+
+    def draft_step(self) -> None:
+        self.bar.update()
+
+    def step(self, index: int, sigma: float, latents: Any) -> torch.Tensor | None:
+        """Called after step `index`; returns full-grid latents if the callback replaced them."""
+        self.bar.update()
+        timestep = torch.tensor(sigma * 1000, device=self.state.device)
+        self.pipe._current_timestep = timestep
+        if self.callback is None:
+            return None
+        positive = self.state.extra["positive"]
+        shown = {}
+        for name in self.names:
+            if name == "latents":
+                shown[name] = latents().to(self.state.extra["dtype"])
+            else:
+                shown[name] = positive["encoder_hidden_states"]
+        before = shown.get("latents")
+        # An in-place change counts as a change too.
+        snapshot = before.clone() if before is not None else None
+        answer = self.callback(self.pipe, index, timestep, dict(shown)) or {}
+        if answer.get("prompt_embeds") is not None:
+            positive["encoder_hidden_states"] = answer["prompt_embeds"]
+        after = answer.get("latents", before)
+        if after is None or (after is before and torch.equal(after, snapshot)):
+            return None
+        if after.shape != snapshot.shape if snapshot is not None else after.shape != self.state.noise.shape:
+            expected = tuple(self.state.noise.shape)
+            raise ValueError(f"callback_on_step_end: expected latents of shape {expected}, got {tuple(after.shape)}")
+        return after
+
+
+def _report(pipe, state, config, outcome, seconds: float, images: Any, call: dict) -> RunReport:
+    tokens = state.grid.tokens + state.reference_grid.tokens + state.text_tokens
+    stock = STOCK_STEPS * sampler.forward_flops(pipe, state, tokens) * state.batch
+    source = state.extra.get("source")
+    picture = None
+    if source is not None:
+        picture = pipe.image_processor.numpy_to_pil(source[:1].permute(0, 2, 3, 1).cpu().numpy())[0]
+    return RunReport(
+        nfe=config.nfe,
+        draft_steps=next((s.steps for s in outcome.stages if s.name == "draft"), 0),
+        stages=outcome.stages,
+        flops=sum(s.flops for s in outcome.stages),
+        flops_stock=stock,
+        seconds=seconds,
+        score=None if outcome.score is None else outcome.score.cpu(),
+        edit_mask=outcome.edited.cpu(),
+        expand_mask=outcome.expanded.cpu(),
+        config=config,
+        source=picture,
+        edit=images[0] if call["output_type"] == "pil" else None,
+    )
+
+
+def _output(pipe: Any, images: Any) -> BaseOutput:
+    from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
+
+    return FluxPipelineOutput(images=images)

@@ -1,0 +1,12 @@
+"""The embedded editor: a small FLUX-Kontext trained here, and the tasks it is measured on.
+
+pipe = micro.load("kontext")
+case = micro.scenes.sample(seed=7, size=512)
+image = pipe(image=case.source, prompt=case.prompt, **micro.arguments(case.source)).images[0]
+"""
+
+from . import scenes
+from .evaluate import arguments, evaluate
+from .load import load
+
+__all__ = ["arguments", "evaluate", "load", "scenes"]

@@ -1,0 +1,286 @@
+"""The embedded editor's parts, untrained: the architecture of FLUX.1-Kontext with small widths.
+
+Every part is the real class of diffusers or transformers; only configurations are made here.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxTransformer2DModel
+from diffusers.models.resnet import ResnetBlock2D
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from .vocabulary import BACKGROUNDS, COLOURS, PHRASES, PLACES, SHAPES, SIZES
+
+TEXT_TOKENS = 32  # what the T5 stream is trained with
+
+
+class CappedTokenizer(PreTrainedTokenizerFast):
+    """A tokenizer that never pads beyond `model_max_length`.
+
+    FluxKontextPipeline pads prompts to `max_sequence_length=512` by default; 480 padding tokens would dwarf
+    this editor's image tokens, and it was never trained to see them.
+    """
+
+    def __call__(self, *args, max_length: int | None = None, **kwargs):
+        if max_length is not None:
+            max_length = min(max_length, self.model_max_length)
+        return super().__call__(*args, max_length=max_length, **kwargs)
+
+
+def _sentences() -> list[str]:
+    words = [*COLOURS, *SHAPES, *PLACES, *SIZES, *BACKGROUNDS.values()]
+    return [p for group in PHRASES.values() for p in group] + words * 4
+
+
+def _tokenizer(special: dict[str, str], template: str, length: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE: every word of the vocabulary is one or two tokens, and any other text still has bytes."""
+    names = list(special.values())
+    tokenizer = Tokenizer(models.BPE(unk_token=special.get("unk_token")))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=640, special_tokens=names, initial_alphabet=alphabet, show_progress=False, min_frequency=1
+    )
+    tokenizer.train_from_iterator(_sentences(), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[(t, tokenizer.token_to_id(t)) for t in names if t in template]
+    )
+    return CappedTokenizer(tokenizer_object=tokenizer, model_max_length=length, **special)
+
+
+def text_parts() -> tuple[CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel, PreTrainedTokenizerFast]:
+    """Small CLIP and T5 encoders with tokenizers trained on the phrasings, all in memory."""
+    clip_tokenizer = _tokenizer(
+        {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<pad>"},
+        "<|startoftext|> $A <|endoftext|>",
+        TEXT_TOKENS,
+    )
+    t5_tokenizer = _tokenizer({"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}, "$A </s>", TEXT_TOKENS)
+    clip = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(clip_tokenizer),
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=TEXT_TOKENS,
+            projection_dim=128,
+            bos_token_id=clip_tokenizer.bos_token_id,
+            eos_token_id=clip_tokenizer.eos_token_id,
+            pad_token_id=clip_tokenizer.pad_token_id,
+        )
+    )
+    t5 = T5EncoderModel(
+        T5Config(
+            vocab_size=len(t5_tokenizer),
+            d_model=192,
+            d_kv=48,
+            d_ff=384,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+            is_encoder_decoder=False,
+            pad_token_id=t5_tokenizer.pad_token_id,
+            eos_token_id=t5_tokenizer.eos_token_id,
+        )
+    )
+    return clip, clip_tokenizer, t5, t5_tokenizer
+
+
+def autoencoder() -> AutoencoderKL:
+    """8x down, 16 latent channels, four levels: FLUX's autoencoder without its mid-block attention."""
+    model = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 64, 96),
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=4,
+        sample_size=512,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+        force_upcast=False,
+    )
+    start_as_thumbnail(model)
+    return model
+
+
+@torch.no_grad()
+def start_as_thumbnail(vae: AutoencoderKL) -> None:
+    """Before training, latents 0-2 are the block's mean colour and the decoder interpolates them.
+
+    From there training has only detail to learn. Residual branches start at zero, so the path is linear but for the
+    last norm and SiLU of each half. Those are made linear by two constant channels +-K in each signal's group: they fix
+    the group's scale, and their sum gives back the group's mean; an offset of 6 keeps SiLU on its straight part.
+    """
+    for module in vae.modules():
+        if isinstance(module, ResnetBlock2D):
+            module.conv2.weight.zero_()
+            module.conv2.bias.zero_()
+            if module.conv_shortcut is not None:
+                _route(module.conv_shortcut, {c: c for c in range(3)})
+    centre, area = torch.zeros(3, 3), torch.zeros(3, 3)
+    centre[1, 1] = 1.0
+    area[:2, :2] = 0.25  # the encoder pads right and below
+    smooth = torch.outer(*[torch.tensor([1.0, 2.0, 1.0]) / 4] * 2)
+    _route(vae.encoder.conv_in, {c: c for c in range(3)}, centre)
+    _route(vae.decoder.conv_in, {c: c for c in range(3)}, centre)
+    for block in vae.encoder.down_blocks[:-1]:
+        _route(block.downsamplers[0].conv, {c: c for c in range(3)}, area)
+    for block in vae.decoder.up_blocks[:-1]:
+        _route(block.upsamplers[0].conv, {c: c for c in range(3)}, smooth)
+    last = vae.encoder.down_blocks[-1].resnets[0].conv_shortcut
+    _straighten(vae.encoder, last, vae.encoder.mid_block.resnets[-1].conv2, centre)
+    last = vae.decoder.up_blocks[-1].resnets[0].conv_shortcut
+    _straighten(vae.decoder, last, vae.decoder.up_blocks[-1].resnets[-1].conv2, centre)
+    latents = vae.config.latent_channels
+    vae.encoder.conv_out.weight[latents:] = 0
+    vae.encoder.conv_out.bias[latents:] = -6  # log-variance: little noise at first
+
+
+def _route(conv: torch.nn.Conv2d, channels: dict[int, int], kernel: torch.Tensor | None = None) -> None:
+    """Let output channel `value` be input channel `key` through `kernel` and nothing else."""
+    for source, target in channels.items():
+        conv.weight[target] = 0
+        conv.weight[target, source] = 1.0 if kernel is None else kernel
+        conv.bias[target] = 0
+
+
+def _straighten(half: torch.nn.Module, shortcut, constants, centre: torch.Tensor, k: float = 4.0) -> None:
+    """Make norm, SiLU and conv_out of one half pass three signals: channel 0 of the first three groups."""
+    norm = half.conv_norm_out
+    width = norm.num_channels // norm.num_groups
+    _route(shortcut, {c: c * width for c in range(3)})
+    pairs = max(1, width // 4)  # enough that a group's standard deviation hardly depends on the image
+    spread = k * math.sqrt(2 * pairs / width)
+    for c in range(3):
+        first = c * width
+        norm.weight[first], norm.bias[first] = 2 * spread, 6.0
+        half.conv_out.weight[c] = 0
+        half.conv_out.weight[c, first] = centre / 2
+        half.conv_out.bias[c] = -3.0 + 6 * spread
+        for i in range(pairs):
+            for sign, channel in ((k, first + 1 + 2 * i), (-k, first + 2 + 2 * i)):
+                constants.bias[channel] = sign
+                shortcut.weight[channel] = 0
+                shortcut.bias[channel] = 0
+                norm.weight[channel], norm.bias[channel] = 1.0, 6.0
+                half.conv_out.weight[c, channel] = -centre * spread / (2 * pairs)
+
+
+def transformer() -> FluxTransformer2DModel:
+    """FLUX's transformer: 2 double and 5 single blocks of 4 heads of 64; axes as the real one's, halved."""
+    model = FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=2,
+        num_single_layers=5,
+        attention_head_dim=64,
+        num_attention_heads=4,
+        joint_attention_dim=192,
+        pooled_projection_dim=128,
+        guidance_embeds=True,
+        axes_dims_rope=(8, 28, 28),
+    )
+    initialise(model)
+    return model
+
+
+@torch.no_grad()
+def initialise(model: FluxTransformer2DModel) -> None:
+    """adaLN-Zero (Peebles and Xie 2023), and a head in each block that starts out looking at its place in the reference.
+
+    With constant q and k the rotary logit is sum_f w_f cos(theta_f * offset), which peaks at offset zero. Turning
+    k by one step along axis 0 moves that peak to the reference (id 1). It is only a starting point: everything
+    stays trainable; it spares training the search for the copy mechanism.
+    """
+    blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
+    for block in blocks:
+        for name in ("norm1", "norm1_context", "norm"):
+            if (norm := getattr(block, name, None)) is not None:
+                norm.linear.weight.zero_()
+                norm.linear.bias.zero_()
+    model.norm_out.linear.weight.zero_()
+    model.norm_out.linear.bias.zero_()
+    model.proj_out.weight.zero_()
+    model.proj_out.bias.zero_()
+    axes = model.config.axes_dims_rope
+    head = model.config.attention_head_dim
+    # The fastest rotary pairs resolve single tokens; two more of each spatial axis tell periods apart.
+    pairs = [0, *(axes[0] // 2 + i for i in range(3)), *((axes[0] + axes[1]) // 2 + i for i in range(3))]
+    query, key = torch.zeros(head), torch.zeros(head)
+    for pair in pairs:
+        query[2 * pair] = key[2 * pair] = 1.0
+    key[0], key[1] = math.cos(-1.0), math.sin(-1.0)  # theta_0 = 1: rotating by id 1 brings it back onto the query
+    strong = query.repeat_interleave(1).clone()
+    strong[1::2] = strong[::2]
+    for block in blocks:
+        attention = block.attn
+        for norm in (attention.norm_q, attention.norm_k):
+            norm.weight.copy_(1 + strong * 0.7)
+        for linear, constant in ((attention.to_q, query), (attention.to_k, key)):
+            linear.weight[:head] *= 0.1
+            linear.bias[:head] = constant
+
+
+def scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """FLUX's flow-match scheduler with its resolution-dependent shift."""
+    return FlowMatchEulerDiscreteScheduler(
+        shift=3.0,
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
+    )
+
+
+def kontext(seed: int = 0) -> FluxKontextPipeline:
+    """An untrained editor."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        clip, clip_tokenizer, t5, t5_tokenizer = text_parts()
+        parts = dict(
+            scheduler=scheduler(),
+            vae=autoencoder(),
+            text_encoder=clip,
+            tokenizer=clip_tokenizer,
+            text_encoder_2=t5,
+            tokenizer_2=t5_tokenizer,
+            transformer=transformer(),
+        )
+    pipe = FluxKontextPipeline(**parts)
+    for part in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.transformer):
+        part.eval().requires_grad_(False)
+    return pipe
+
+
+def load(folder: Path, **kwargs) -> FluxKontextPipeline:
+    """Read an editor from a directory that `save` wrote; `kwargs` go to `from_pretrained`."""
+    tokenizers = {
+        name: CappedTokenizer.from_pretrained(folder / name, local_files_only=True)
+        for name in ("tokenizer", "tokenizer_2")
+    }
+    return FluxKontextPipeline.from_pretrained(folder, local_files_only=True, **tokenizers, **kwargs)
+
+
+def save(pipe: FluxKontextPipeline, folder: Path) -> None:
+    """Write an editor in half precision."""
+    dtype = pipe.transformer.dtype
+    pipe.to(dtype=torch.float16)
+    pipe.save_pretrained(folder, safe_serialization=True)
+    pipe.to(dtype=dtype)
+    index = folder / "model_index.json"  # the class above is not in transformers; any reader can use its plain parent
+    parts = json.loads(index.read_text())
+    for name in ("tokenizer", "tokenizer_2"):
+        parts[name] = ["transformers", "PreTrainedTokenizerFast"]
+    index.write_text(json.dumps(parts, indent=2) + "\n")

@@ -1,0 +1,120 @@
+"""Scores a pipeline on tasks whose exact result is known."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .build import TEXT_TOKENS
+from .scenes import Case
+
+MARGIN = 16  # px around the edit mask that keep_psnr leaves out
+NEAR = 18.0  # dB that an edited region must be within of its target
+
+
+def arguments(image: Image.Image) -> dict[str, Any]:
+    """What to pass FluxKontextPipeline beside image and prompt, so that it works at the image's own size.
+
+    By default that pipeline resizes everything to about one megapixel and pads prompts to 512 tokens; the embedded
+    editor is made for 128 to 512 px.
+    """
+    width, height = (side // 16 * 16 for side in image.size)
+    return dict(
+        height=height, width=width, max_area=height * width, _auto_resize=False, max_sequence_length=TEXT_TOKENS
+    )
+
+
+def psnr(a: np.ndarray, b: np.ndarray, where: np.ndarray) -> float:
+    """dB between uint8 images (H, W, 3) over the pixels of `where` (H, W); 60 at most, so that means stay finite."""
+    if not where.any():
+        return math.nan
+    error = np.square(a[where].astype(np.float64) - b[where].astype(np.float64)).mean() / 255**2
+    return 60.0 if error == 0 else min(60.0, -10 * math.log10(error))
+
+
+def grow(mask: np.ndarray, by: int) -> np.ndarray:
+    """A bool mask (H, W) dilated by `by` px on each side."""
+    grown = torch.from_numpy(mask)[None, None].float()
+    return torch.nn.functional.max_pool2d(grown, 2 * by + 1, stride=1, padding=by)[0, 0].numpy() > 0
+
+
+def score(image: Image.Image, case: Case) -> dict[str, Any]:
+    """`success`, `edit_psnr`, `keep_psnr` of one result.
+
+    success: the edited region is nearer to the target than to the source and at least 18 dB from the target.
+    edit_psnr: dB from the target inside the edit mask. keep_psnr: dB from the source outside it, 16 px around left out;
+    nan where everything was to change.
+    """
+    result, source, target = (np.asarray(i) for i in (image, case.source, case.target))
+    edit, untouched = psnr(result, target, case.mask), psnr(result, source, case.mask)
+    return dict(
+        success=bool(edit > untouched and edit >= NEAR),
+        edit_psnr=edit,
+        keep_psnr=psnr(result, source, ~grow(case.mask, MARGIN)),
+    )
+
+
+def evaluate(pipe: Any, cases: Iterable[Case], num_inference_steps: int | None = None, **call: Any) -> dict[str, Any]:
+    """Run a pipeline on tasks and score it.
+
+    Args:
+        pipe: stock or with SpecEdit installed. A stock pipeline runs 50 steps, an installed one its preset.
+        cases: from `scenes.sample`.
+        num_inference_steps: instead.
+        call: further arguments of the pipeline's call.
+
+    Returns:
+        {"mean": {...}, "cases": [...]}: seed, kind, success, edit_psnr, keep_psnr, flops, seconds of each, and the
+        report's edit_fraction where there is one; means leave out nan. "kinds" holds the means of each kind.
+    """
+    from .. import report
+    from ..install import STOCK_STEPS, is_active
+
+    active = is_active(pipe)
+    steps = num_inference_steps or (None if active else STOCK_STEPS)
+    rows = []
+    for case in cases:
+        given = {**arguments(case.source), **call}
+        if steps is not None:
+            given["num_inference_steps"] = steps
+        given.setdefault("generator", torch.Generator().manual_seed(case.seed))
+        began = time.perf_counter()
+        image = pipe(image=case.source, prompt=case.prompt, **given).images[0]
+        seconds = time.perf_counter() - began
+        row = dict(seed=case.seed, kind=case.kind, **score(image, case), seconds=seconds)
+        if active:
+            run = report(pipe)
+            row |= dict(flops=run.flops, flops_ratio=run.flops_ratio, edit_fraction=run.edit_fraction)
+            row |= dict(mask_share=float(case.mask.mean()))
+        else:
+            row["flops"] = stock_flops(pipe, case, steps)
+        rows.append(row)
+    kinds = sorted({row["kind"] for row in rows})
+    return {
+        "mean": mean(rows),
+        "kinds": {kind: mean([r for r in rows if r["kind"] == kind]) for kind in kinds},
+        "cases": rows,
+    }
+
+
+def stock_flops(pipe: Any, case: Case, steps: int) -> float:
+    """Transformer FLOPs of a stock run: target, reference and text tokens at every step."""
+    from ..flops import transformer_flops
+
+    tokens = 2 * (case.source.width // 16) * (case.source.height // 16) + TEXT_TOKENS
+    return steps * transformer_flops(pipe.transformer.config, tokens)
+
+
+def mean(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Mean of every number, nan left out; `count` says of how many rows."""
+    out: dict[str, float] = {"count": len(rows)}
+    for name in dict.fromkeys(name for row in rows for name in row if name not in ("seed", "kind")):
+        values = [float(row[name]) for row in rows if name in row and not math.isnan(row[name])]
+        out[name] = sum(values) / len(values) if values else math.nan
+    return out

@@ -1,0 +1,85 @@
+"""What the scenes are made of: names, colours, places and the phrasings of each edit.
+
+Everything a prompt can say is listed here, so that the renderer, the tokenizer and the tests agree.
+"""
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (214, 40, 40),
+    "orange": (245, 130, 30),
+    "yellow": (250, 215, 50),
+    "green": (50, 160, 70),
+    "cyan": (60, 200, 215),
+    "blue": (45, 85, 215),
+    "purple": (130, 60, 180),
+    "pink": (245, 130, 185),
+    "white": (245, 245, 245),
+    "black": (25, 25, 25),
+}
+
+SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "diamond", "star", "hexagon", "ring", "cross")
+
+# Column and row of a 3 x 3 board laid over the image.
+PLACES: dict[str, tuple[int, int]] = {
+    "top left": (0, 0),
+    "top": (1, 0),
+    "top right": (2, 0),
+    "left": (0, 1),
+    "center": (1, 1),
+    "right": (2, 1),
+    "bottom left": (0, 2),
+    "bottom": (1, 2),
+    "bottom right": (2, 2),
+}
+
+# Radius as a share of the shorter side.
+SIZES: dict[str, float] = {"small": 0.10, "": 0.13, "large": 0.15}
+
+KINDS: tuple[str, ...] = ("recolor", "remove", "add", "shape", "background", "greyscale")
+
+# Several phrasings each; the fields are filled in by scenes.describe.
+PHRASES: dict[str, tuple[str, ...]] = {
+    "recolor": (
+        "make the {object} {colour}",
+        "change the color of the {object} to {colour}",
+        "paint the {object} {colour}",
+        "turn the {object} {colour}",
+        "recolor the {object} to {colour}",
+    ),
+    "remove": (
+        "remove the {object}",
+        "delete the {object}",
+        "take away the {object}",
+        "erase the {object} from the picture",
+    ),
+    "add": (
+        "add a {new} at the {place}",
+        "put a {new} in the {place}",
+        "place a {new} at the {place} of the image",
+        "draw a {new} at the {place}",
+    ),
+    "shape": (
+        "turn the {object} into a {shape}",
+        "replace the {object} with a {shape}",
+        "change the {object} to a {shape}",
+        "make the {object} a {shape}",
+    ),
+    "background": (
+        "change the background to {background}",
+        "replace the background with {background}",
+        "make the background {background}",
+    ),
+    "greyscale": (
+        "make it greyscale",
+        "convert the image to greyscale",
+        "turn the picture black and white",
+        "remove all color",
+    ),
+}
+
+# What a background edit may ask for; c1 and c2 are colour names.
+BACKGROUNDS: dict[str, str] = {
+    "plain": "plain {c1}",
+    "stripes": "{c1} and {c2} stripes",
+    "checks": "a {c1} and {c2} checkerboard",
+    "gradient": "a gradient from {c1} to {c2}",
+}

@@ -1,0 +1,88 @@
+"""What a model family must provide so that the sampler can run it, and the state of one edit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from ..grid import MixedLayout, TokenGrid
+
+
+@dataclass
+class EditState:
+    """One call of the pipeline, prepared: everything that the stages share.
+
+    Tokens are packed 2 x 2 latent patches, (B, N, C); noise and references are float32.
+    """
+
+    grid: TokenGrid  # the output's
+    noise: Tensor  # (B, grid.tokens, C) white noise, the call's own `latents`
+    reference: Tensor  # (B, reference_grid.tokens, C): what the model is conditioned on
+    reference_grid: TokenGrid
+    aligned: Tensor  # (B, grid.tokens, C): the reference on the output's own grid
+    generator: torch.Generator | list[torch.Generator] | None
+    text_tokens: int
+    branches: int  # transformer calls a step: 2 under true classifier-free guidance
+    pixels_per_token: int
+    backend: str | None = None  # of specedit_kernels
+    extra: dict[str, Any] = field(default_factory=dict)  # the adapter's own: embeddings, guidance, ...
+
+    @property
+    def batch(self) -> int:
+        return self.noise.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.noise.device
+
+    def draw(self, tokens: int) -> Tensor:
+        """(B, tokens, C) float32 white noise from the caller's generator."""
+        shape = (self.batch, tokens, self.noise.shape[2])
+        return randn_tensor(shape, generator=self.generator, device=self.device, dtype=torch.float32)
+
+
+class Adapter(Protocol):
+    """A model family. One instance serves one installed pipeline; what a run needs travels in the state."""
+
+    name: str
+    pipelines: str  # the classes it serves, for messages
+
+    @staticmethod
+    def matches(pipe: Any) -> bool:
+        """Whether this adapter knows the pipeline's class."""
+
+    def refusal(self, pipe: Any, call: dict[str, Any]) -> str | None:
+        """Why this call cannot be accelerated (one phrase), or None."""
+
+    def prepare(self, pipe: Any, call: dict[str, Any], attention: str) -> EditState:
+        """Check and encode the call's arguments as the stock pipeline does."""
+
+    def velocity(
+        self,
+        pipe: Any,
+        state: EditState,
+        tokens: Tensor,
+        sigma: float,
+        rows: list[int],
+        layout: MixedLayout,
+        reference: Tensor,
+        reference_layout: MixedLayout,
+        config: Any,
+    ) -> Tensor:
+        """Velocity e - x0 (b, N, C) float32 of the batch rows `rows`, whose tokens share `layout`."""
+
+    def features(self, pipe: Any, tokens: Tensor, grid: TokenGrid) -> list[Tensor]:
+        """Decoder features of clean tokens (B, N, C): conv_in, mid_block, first up block, each (B, c, h, w)."""
+
+    def decode(self, pipe: Any, state: EditState, tokens: Tensor, output_type: str) -> Any:
+        """Clean tokens (B, N, C) of the full grid to images, as the stock pipeline returns them."""
+
+    def attach(self, pipe: Any) -> None:
+        """Put this package's attention processors in place; idempotent."""
+
+    def detach(self, pipe: Any) -> None:
+        """Put back exactly what `attach` replaced."""

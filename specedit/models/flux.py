@@ -1,0 +1,288 @@
+"""FLUX.1-Kontext: how one call of its pipeline becomes an EditState, and what the sampler asks of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FluxKontextPipeline
+from diffusers.models.transformers.transformer_flux import FluxAttention
+from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
+from PIL import Image
+from torch import Tensor
+
+from ..grid import TokenGrid
+from . import attention
+from .base import EditState
+
+IP_ADAPTER = (
+    "ip_adapter_image", "ip_adapter_image_embeds", "negative_ip_adapter_image", "negative_ip_adapter_image_embeds",
+)  # fmt: skip
+
+
+class FluxKontext:
+    """Adapter of FluxKontextPipeline."""
+
+    name = "flux-kontext"
+    pipelines = "FluxKontextPipeline"
+
+    @staticmethod
+    def matches(pipe: Any) -> bool:
+        return isinstance(pipe, FluxKontextPipeline)
+
+    def refusal(self, pipe: Any, call: dict[str, Any]) -> str | None:
+        given = [name for name in IP_ADAPTER if call.get(name) is not None]
+        if given:
+            return f"{given[0]} needs the stock attention processors"
+        if call.get("image") is None:
+            return "there is no image to edit"
+        if call.get("sigmas") is not None:
+            return "sigmas were given, and SpecEdit's stages choose their own"
+        return None
+
+    # ------------------------------------------------------------------------------------------------- prepare
+
+    def prepare(self, pipe: Any, call: dict[str, Any], attention: str) -> EditState:
+        multiple = pipe.vae_scale_factor * 2
+        height, width = self._output_size(pipe, call, multiple)
+        pipe.check_inputs(
+            call["prompt"], call["prompt_2"], height, width,
+            negative_prompt=call["negative_prompt"], negative_prompt_2=call["negative_prompt_2"],
+            prompt_embeds=call["prompt_embeds"], negative_prompt_embeds=call["negative_prompt_embeds"],
+            pooled_prompt_embeds=call["pooled_prompt_embeds"],
+            negative_pooled_prompt_embeds=call["negative_pooled_prompt_embeds"],
+            callback_on_step_end_tensor_inputs=call["callback_on_step_end_tensor_inputs"],
+            max_sequence_length=call["max_sequence_length"],
+        )  # fmt: skip
+        pipe._guidance_scale = call["guidance_scale"]
+        pipe._joint_attention_kwargs = call["joint_attention_kwargs"]
+        pipe._current_timestep = None
+        pipe._interrupt = False
+        device = pipe._execution_device
+        positive, negative = self._encode(pipe, call, device)
+        prompts = positive["encoder_hidden_states"].shape[0]
+        dtype = positive["encoder_hidden_states"].dtype
+
+        image, latent_input = self._image(pipe, call, multiple)
+        channels = pipe.transformer.config.in_channels // 4
+        noise, reference, _, reference_ids = pipe.prepare_latents(
+            image, prompts, channels, height, width, dtype, device, call["generator"], call["latents"]
+        )
+        reference_grid = TokenGrid(*(int(n) + 1 for n in reference_ids[:, 1:].amax(0)))
+        grid = TokenGrid(height // multiple, width // multiple)
+        state = EditState(
+            grid=grid,
+            noise=noise.float(),
+            reference=reference.float(),
+            reference_grid=reference_grid,
+            aligned=reference.float(),
+            generator=call["generator"],
+            text_tokens=positive["encoder_hidden_states"].shape[1],
+            branches=1 if negative is None else 2,
+            pixels_per_token=multiple,
+            backend={"auto": None, "stock": None}.get(attention, attention),
+            extra=dict(
+                positive=positive, negative=negative, dtype=dtype, height=height, width=width,
+                true_cfg_scale=call["true_cfg_scale"], kwargs=call["joint_attention_kwargs"] or {},
+            ),
+        )  # fmt: skip
+        state.extra["source"] = self._source(pipe, call, image, latent_input, height, width, prompts)
+        if reference_grid != grid:
+            state.aligned = self._aligned(pipe, state, dtype, device)
+        if pipe.transformer.config.guidance_embeds:
+            guidance = torch.full([1], call["guidance_scale"], device=device, dtype=torch.float32)
+            state.extra["guidance"] = guidance.expand(prompts)
+        return state
+
+    @staticmethod
+    def _output_size(pipe: Any, call: dict[str, Any], multiple: int) -> tuple[int, int]:
+        """The stock pipeline's rule: the asked aspect ratio at `max_area`, down to whole tokens."""
+        asked = pipe.default_sample_size * pipe.vae_scale_factor
+        height, width = call["height"] or asked, call["width"] or asked
+        ratio, area = width / height, call["max_area"]
+        width, height = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+        return height // multiple * multiple, width // multiple * multiple
+
+    @staticmethod
+    def _encode(pipe: Any, call: dict[str, Any], device: torch.device) -> tuple[dict, dict | None]:
+        kwargs = call["joint_attention_kwargs"] or {}
+        shared = dict(
+            device=device, num_images_per_prompt=call["num_images_per_prompt"], lora_scale=kwargs.get("scale"),
+            max_sequence_length=call["max_sequence_length"],
+        )  # fmt: skip
+
+        def encode(prefix: str) -> dict[str, Tensor]:
+            embeds, pooled, ids = pipe.encode_prompt(
+                prompt=call[f"{prefix}prompt"], prompt_2=call[f"{prefix}prompt_2"],
+                prompt_embeds=call[f"{prefix}prompt_embeds"], pooled_prompt_embeds=call[f"{prefix}pooled_prompt_embeds"],
+                **shared,
+            )  # fmt: skip
+            return dict(encoder_hidden_states=embeds, pooled_projections=pooled, txt_ids=ids)
+
+        given = call["negative_prompt_embeds"] is not None and call["negative_pooled_prompt_embeds"] is not None
+        guided = call["true_cfg_scale"] > 1 and (call["negative_prompt"] is not None or given)
+        return encode(""), encode("negative_") if guided else None
+
+    @staticmethod
+    def _image(pipe: Any, call: dict[str, Any], multiple: int) -> tuple[Tensor, bool]:
+        """The conditioning image at the size the model takes it, as the stock pipeline prepares it."""
+        image = call["image"]
+        if isinstance(image, Tensor) and image.ndim == 4 and image.shape[1] == pipe.latent_channels:
+            return image, True
+        for one in image if isinstance(image, list) else [image]:
+            check_image(one)
+        first = image[0] if isinstance(image, list) else image
+        height, width = pipe.image_processor.get_default_height_width(first)
+        if call["_auto_resize"]:
+            ratio = width / height
+            _, width, height = min((abs(ratio - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
+        height, width = height // multiple * multiple, width // multiple * multiple
+        image = pipe.image_processor.resize(image, height, width)
+        return pipe.image_processor.preprocess(image, height, width), False
+
+    @staticmethod
+    def _source(pipe: Any, call: dict[str, Any], image: Tensor, latent: bool, height: int, width: int, prompts: int):
+        """The input picture at the output's size, (B, 3, H, W) in 0..1, or None where latents were given."""
+        if latent:
+            return None
+        if image.shape[-2:] != (height, width):
+            resized = pipe.image_processor.resize(call["image"], height, width)
+            image = pipe.image_processor.preprocess(resized, height, width)
+        image = (image.float() / 2 + 0.5).clamp(0, 1)
+        return image.repeat(prompts // image.shape[0], 1, 1, 1)
+
+    @staticmethod
+    def _aligned(pipe: Any, state: EditState, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The reference's latents on the output's grid, where the model itself sees it at another size."""
+        source = state.extra["source"]
+        if source is None:
+            return _resize_tokens(state.reference, state.reference_grid, state.grid)
+        one = source[: max(1, len(source) // max(1, state.batch // len(source)))]
+        latents = pipe._encode_vae_image((one * 2 - 1).to(device=device, dtype=dtype), state.generator)
+        return _pack(latents).float()
+
+    # ------------------------------------------------------------------------------------------------ velocity
+
+    def velocity(self, pipe, state, tokens, sigma, rows, layout, reference, reference_layout, config) -> Tensor:
+        dtype, device = state.extra["dtype"], tokens.device
+        ids = torch.cat([_ids(layout.positions, 0), _ids(reference_layout.positions, 1)]).to(device)
+        kwargs = dict(state.extra["kwargs"])
+        mixed = layout.is_mixed or reference_layout.is_mixed
+        area = torch.cat([layout.area, reference_layout.area]).to(device)
+        if mixed or config.attention in ("triton", "torch"):
+            kwargs |= self._mixed(pipe, state, ids, area, mixed, config)
+        states = torch.cat([tokens, reference], 1).to(dtype)
+        timestep = torch.full((len(rows),), sigma * 1000, device=device, dtype=torch.float32).to(dtype) / 1000
+        guidance = state.extra.get("guidance")
+
+        def run(prompt: dict[str, Tensor]) -> Tensor:
+            out = pipe.transformer(
+                hidden_states=states,
+                timestep=timestep,
+                guidance=None if guidance is None else guidance[rows],
+                pooled_projections=prompt["pooled_projections"][rows],
+                encoder_hidden_states=prompt["encoder_hidden_states"][rows],
+                txt_ids=prompt["txt_ids"],
+                img_ids=ids,
+                joint_attention_kwargs=dict(kwargs),  # the transformer takes the LoRA scale out of it
+                return_dict=False,
+            )[0]
+            return out[:, : tokens.shape[1]].float()
+
+        velocity = run(state.extra["positive"])
+        if state.extra["negative"] is not None:
+            negative = run(state.extra["negative"])
+            velocity = negative + state.extra["true_cfg_scale"] * (velocity - negative)
+        return velocity
+
+    @staticmethod
+    def _mixed(pipe, state: EditState, ids: Tensor, area: Tensor, mixed: bool, config) -> dict[str, Any]:
+        """What a mixed sequence adds to `joint_attention_kwargs`."""
+        bias = None
+        text = torch.zeros(state.text_tokens, device=area.device)
+        if mixed and config.key_bias == "area":
+            bias = torch.cat([text, area.log()])
+        if config.attention == "stock":
+            if bias is None:
+                return {}
+            return {"attention_mask": bias.to(state.extra["dtype"])[None, None, None]}
+        coarse_query = coarse_rotary = None
+        if mixed and config.rope == "phase_aligned":
+            coarse_query = torch.cat([text > 0, area > 1])
+            text_ids = state.extra["positive"]["txt_ids"].to(ids)
+            small = torch.cat([text_ids, torch.cat([ids[:, :1], ids[:, 1:] / 2], 1)])
+            coarse_rotary = pipe.transformer.pos_embed(small)
+        context = attention.MixedContext(bias, coarse_query, coarse_rotary, state.backend)
+        return {"specedit": context}
+
+    # --------------------------------------------------------------------------------------- features and images
+
+    def features(self, pipe: Any, tokens: Tensor, grid: TokenGrid) -> list[Tensor]:
+        vae = pipe.vae
+        if hasattr(vae, "_hf_hook"):  # offloaded: bring it to the device, as vae.decode would
+            vae._hf_hook.pre_forward(vae)
+        latents = self._latents(pipe, tokens, grid)
+        if getattr(vae, "post_quant_conv", None) is not None:
+            latents = vae.post_quant_conv(latents)
+        first = vae.decoder.conv_in(latents)
+        middle = vae.decoder.mid_block(first)
+        return [first, middle, vae.decoder.up_blocks[0](middle)]
+
+    def decode(self, pipe: Any, state: EditState, tokens: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return tokens.to(state.extra["dtype"])
+        image = pipe.vae.decode(self._latents(pipe, tokens, state.grid), return_dict=False)[0]
+        return pipe.image_processor.postprocess(image, output_type=output_type)
+
+    @staticmethod
+    def _latents(pipe: Any, tokens: Tensor, grid: TokenGrid) -> Tensor:
+        side = pipe.vae_scale_factor * 2
+        latents = pipe._unpack_latents(tokens, grid.height * side, grid.width * side, pipe.vae_scale_factor)
+        latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+        return latents.to(pipe.vae.dtype)
+
+    # ---------------------------------------------------------------------------------------------- processors
+
+    def attach(self, pipe: Any) -> None:
+        attention.attach(pipe.transformer, FluxAttention, attention.FluxMixedProcessor)
+
+    def detach(self, pipe: Any) -> None:
+        attention.detach(pipe.transformer, FluxAttention)
+
+
+SMALLEST = 64  # px a side: four tokens, one of the draft's
+
+
+def check_image(image: Any) -> None:
+    """ValueError or TypeError unless `image` is an RGB picture of a usable size."""
+    if isinstance(image, Image.Image):
+        if image.mode != "RGB":
+            raise ValueError(f'image: expected an RGB picture, got mode {image.mode!r}; use image.convert("RGB")')
+        width, height = image.size
+    elif isinstance(image, (np.ndarray, Tensor)):
+        shape = tuple(image.shape)
+        channels, height, width = (shape[-1], *shape[-3:-1]) if isinstance(image, np.ndarray) else shape[-3:]
+        if len(shape) not in (3, 4) or channels != 3:
+            layout = "(H, W, 3)" if isinstance(image, np.ndarray) else "(3, H, W)"
+            raise ValueError(f"image: expected {layout}, with or without a batch in front, got {shape}")
+    else:
+        raise TypeError(f"image: expected a PIL image, array or tensor, got {type(image).__name__}")
+    if min(height, width) < SMALLEST:
+        raise ValueError(f"image: expected at least {SMALLEST} px a side, got {width} x {height}")
+
+
+def _ids(positions: Tensor, image: int) -> Tensor:
+    """FLUX's position ids (N, 3) float32: image index, row, column. bf16 would round 200.5."""
+    return torch.cat([torch.full_like(positions[:, :1], image), positions], 1)
+
+
+def _pack(latents: Tensor) -> Tensor:
+    b, c, h, w = latents.shape
+    return FluxKontextPipeline._pack_latents(latents, b, c, h, w)
+
+
+def _resize_tokens(tokens: Tensor, grid: TokenGrid, target: TokenGrid) -> Tensor:
+    latents = FluxKontextPipeline._unpack_latents(tokens, grid.height * 16, grid.width * 16, 8)
+    size = (target.height * 2, target.width * 2)
+    return _pack(torch.nn.functional.interpolate(latents, size=size, mode="bilinear", antialias=True))

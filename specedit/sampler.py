@@ -1,0 +1,206 @@
+"""SpecEdit's sampler, as section 3 of the paper tells it (arXiv 2605.02152).
+
+draft (3.3.1) -> verify (3.3.2) -> coarse -> expand (3.4.1, 3.4.2) -> mixed (3.4.3) -> restore
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import draft as drafts
+from . import restore, select
+from .config import SpecEditConfig
+from .flops import transformer_flops
+from .flow import cell_detail, coarsen_noise, enter_layout
+from .grid import MixedLayout, mean_pixels
+from .models.base import Adapter, EditState
+from .report import StageReport
+from .schedule import Stage, stage_sigmas, stages
+
+ALL_EDITED = 0.9  # beyond this share of edited cells nothing is saved by locking the rest
+
+
+@dataclass
+class Outcome:
+    """What a run found: clean tokens of the full grid (B, N, C), and where it looked."""
+
+    tokens: Tensor
+    score: Tensor | None
+    edited: Tensor
+    expanded: Tensor
+    stages: list[StageReport]
+
+
+@dataclass
+class Part:
+    """Samples of the batch that share a layout, and their state (b, layout.tokens, C)."""
+
+    rows: list[int]
+    layout: MixedLayout
+    reference: Tensor
+    reference_layout: MixedLayout
+    tokens: Tensor
+    sigmas: list[float]
+
+
+def run(
+    adapter: Adapter, pipe: Any, state: EditState, config: SpecEditConfig, edit_mask: Any, listener: Any
+) -> Outcome:
+    """Edit one batch. `listener` hears of every step: `draft_step()` and `step(index, sigma, tokens) -> tokens`."""
+    log: list[StageReport] = []
+    plan = stages(config)
+
+    # Section 3.3: draft the edit at a fraction of the tokens, see which cells it changes.
+    score, edited = find_edit(adapter, pipe, state, config, edit_mask, listener, log)
+    # Eq. 10: expand what is edited, and a sparse uniform set beside it.
+    expanded = edited | select.uniform_cells(state.grid, config.uniform_stride, state.device)
+
+    # Section 3.4: coarse tokens first, then a mixed sequence, then (restore="full") every token fine.
+    known = cell_detail(state.aligned, state.grid) * ~edited.flatten(1)[:, :, None, None, None]
+    split_noise = cell_detail(state.noise, state.grid, mode="circular")
+    parts: list[Part] = []
+    done = 0
+    for stage in plan:
+        began = clock(state)
+        layouts = stage_layouts(stage, state, expanded)
+        parts = enter(parts, layouts, stage, state, split_noise, known, pipe)
+        for i in range(stage.steps):
+            if pipe.interrupt:
+                break
+            for part in parts:  # eq. 11: one Euler step of each sample's own sequence
+                velocity = adapter.velocity(
+                    pipe, state, part.tokens, part.sigmas[i], part.rows, part.layout, part.reference,
+                    part.reference_layout, config,
+                )  # fmt: skip
+                part.tokens = part.tokens + (part.sigmas[i + 1] - part.sigmas[i]) * velocity
+            notify(listener, done, parts, i, state)
+            done += 1
+        log.append(account(stage.name, parts, stage, pipe, state, clock(state) - began))
+
+    tokens = gather(parts, state)
+    if config.restore == "reference" and not pipe.interrupt:
+        tokens = restore.blend_latents(tokens, state.aligned, edited, state.grid)
+    return Outcome(tokens, score, edited, expanded, log)
+
+
+def find_edit(adapter, pipe, state, config, edit_mask, listener, log) -> tuple[Tensor | None, Tensor]:
+    """Score on the token grid and edited cells (B, cells_h, cells_w): by draft and verification, or from a mask."""
+    cells = torch.zeros((state.batch, *state.grid.coarse().shape), dtype=torch.bool, device=state.device)
+    if edit_mask is not None:
+        return None, everything_if_nearly(select.cells_of_mask(edit_mask, state))
+    if not config.uses_draft:
+        # Nothing depends on a mask, or the selector takes none.
+        return None, cells
+    began = clock(state)
+    draft, grid, tokens = drafts.generate(adapter, pipe, state, config, listener.draft_step)
+    flops = config.draft_steps * forward_flops(pipe, state, tokens) * state.batch
+    log.append(StageReport("draft", 1.0, 0.0, config.draft_steps, tokens, flops, clock(state) - began))
+    began = clock(state)
+    score, edited = select.select(adapter, pipe, state, draft, grid, config)
+    log.append(StageReport("verify", None, None, 0, 0, 0.0, clock(state) - began))
+    if config.restore == "reference":
+        # A draft that shows no change at all may have missed it; locking everything would return the input.
+        edited = edited | ~edited.flatten(1).any(1)[:, None, None]
+    return score, everything_if_nearly(edited)
+
+
+def everything_if_nearly(edited: Tensor) -> Tensor:
+    """Samples that are nearly all edited are edited as a whole: then every restore is the full one."""
+    share = edited.flatten(1).float().mean(1)
+    return edited | (share > ALL_EDITED)[:, None, None]
+
+
+def stage_layouts(stage: Stage, state: EditState, expanded: Tensor) -> list[MixedLayout]:
+    """One layout for each sample; equal masks share one object."""
+    if stage.name == "coarse":
+        return [MixedLayout.all_coarse(state.grid, state.device)] * state.batch
+    if stage.name == "full":
+        return [MixedLayout.all_fine(state.grid, state.device)] * state.batch
+    seen: dict[bytes, MixedLayout] = {}
+    keys = [mask.cpu().numpy().tobytes() for mask in expanded]
+    return [seen.setdefault(key, MixedLayout(state.grid, mask)) for key, mask in zip(keys, expanded, strict=True)]
+
+
+def enter(parts: list[Part], layouts: list[MixedLayout], stage: Stage, state: EditState, split_noise, known, pipe):
+    """Bring the state to a stage's layouts and noise level (eq. 8, and the renoising that goes with it)."""
+    fresh = state.draw(state.grid.tokens) if parts else None
+    before = {row: (part, k) for part in parts for k, row in enumerate(part.rows)}
+    groups: dict[int, list[int]] = {}
+    for row, layout in enumerate(layouts):
+        groups.setdefault(id(layout), []).append(row)
+    entered = []
+    for rows in groups.values():
+        layout = layouts[rows[0]]
+        moved = []
+        for row in rows:
+            one = slice(row, row + 1)
+            if not parts:
+                moved.append(start_tokens(state.noise[one], layout))
+                continue
+            part, k = before[row]
+            tokens, _ = enter_layout(
+                part.tokens[k : k + 1], part.layout, layout, part.sigmas[-1],
+                split_noise=split_noise[one], fresh_noise=fresh[one], known_detail=known[one], backend=state.backend,
+            )  # fmt: skip
+            moved.append(tokens)
+        # A stage whose layout did not change goes on where the last one ended.
+        same = parts and torch.equal(before[rows[0]][0].layout.expanded, layout.expanded)
+        start = before[rows[0]][0].sigmas[-1] if same else stage.start
+        reference_layout = layout.resized(state.reference_grid)
+        reference = restrict(state.reference[rows], reference_layout)
+        sigmas = stage_sigmas(pipe.scheduler, layout.tokens, start, stage.end, stage.steps).tolist()
+        entered.append(Part(rows, layout, reference, reference_layout, torch.cat(moved), sigmas))
+    return entered
+
+
+def start_tokens(noise: Tensor, layout: MixedLayout) -> Tensor:
+    """The call's white noise on a layout: white too, because the sum coefficient of four is."""
+    coarse = coarsen_noise(noise, layout.grid)[:, layout.locked_cells]
+    return torch.cat([coarse, noise[:, layout.fine_tokens]], 1)
+
+
+def restrict(reference: Tensor, layout: MixedLayout) -> Tensor:
+    """The clean reference at a layout's resolutions: coarse where the target is coarse."""
+    if layout.is_fine:
+        return reference
+    coarse = mean_pixels(reference, layout.grid)[:, layout.locked_cells]
+    return torch.cat([coarse, reference[:, layout.fine_tokens]], 1)
+
+
+def notify(listener: Any, index: int, parts: list[Part], i: int, state: EditState) -> None:
+    """Tell the listener of a step; it may hand back other full-grid latents."""
+    tokens = listener.step(index, parts[0].sigmas[i], lambda: gather(parts, state))
+    if tokens is not None:
+        for part in parts:
+            part.tokens = part.layout.from_full_grid(tokens[part.rows].to(part.tokens))
+
+
+def gather(parts: list[Part], state: EditState) -> Tensor:
+    """All samples on the full grid (B, N, C)."""
+    out = torch.empty_like(state.noise)
+    for part in parts:
+        out[part.rows] = part.layout.full_grid(part.tokens)
+    return out
+
+
+def forward_flops(pipe: Any, state: EditState, tokens: float) -> float:
+    return state.branches * transformer_flops(pipe.transformer.config, tokens)
+
+
+def account(name: str, parts: list[Part], stage: Stage, pipe: Any, state: EditState, seconds: float) -> StageReport:
+    tokens = {row: p.layout.tokens + p.reference_layout.tokens + state.text_tokens for p in parts for row in p.rows}
+    flops = stage.steps * sum(forward_flops(pipe, state, n) for n in tokens.values())
+    mean = sum(tokens.values()) / len(tokens)
+    return StageReport(name, parts[0].sigmas[0], parts[0].sigmas[-1], stage.steps, mean, flops, seconds)
+
+
+def clock(state: EditState) -> float:
+    """Seconds, after the device has finished: between stages only, never inside the loop."""
+    if state.device.type == "cuda":
+        torch.cuda.synchronize(state.device)
+    return time.perf_counter()

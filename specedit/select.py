@@ -1,0 +1,141 @@
+"""Which coarse cells are split into fine tokens (paper, sections 3.3.2 and 3.4.2).
+
+"semantic" is the paper's verification. "edges" and "variance" are the selectors it compares with (RALU's Canny edges
+of the decoded prediction, Fresco's channel variance); they rank cells and take a fixed share. "uniform" takes none
+beyond the uniform coverage.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from . import draft as drafts
+from .canny import canny
+from .config import SpecEditConfig
+from .grid import TokenGrid
+from .models.base import Adapter, EditState
+
+TOP_SHARE = 0.3  # of the cells: RALU's up_ratio for its 4x setting
+
+
+def discrepancy(first: list[Tensor], second: list[Tensor], size: tuple[int, int]) -> Tensor:
+    """Eq. 6: squared distance of channel-normalised features, resized to `size` and averaged over layers.
+
+    Features are (B, c, h, w); returns (B, *size) float32 in 0..4.
+    """
+    total = 0.0
+    for a, b in zip(first, second, strict=True):
+        distance = (F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)).square().sum(1, keepdim=True)
+        total = total + F.interpolate(distance, size=size, mode="bilinear", antialias=True, align_corners=False)[:, 0]
+    return total / len(first)
+
+
+def semantic_score(
+    adapter: Adapter, pipe: Any, state: EditState, draft: Tensor, draft_grid: TokenGrid, config: SpecEditConfig
+) -> Tensor:
+    """Token-wise discrepancy between draft and reference, (B, h, w) on the fine token grid."""
+    scale, grid = config.draft_scale, state.grid
+    if config.verify_at == "full":
+        large = drafts.upsample(draft, draft_grid, scale, grid)
+        features = (adapter.features(pipe, tokens, grid) for tokens in (large, state.aligned))
+        return discrepancy(*features, size=grid.shape)
+    reference, _ = drafts.shrink(state.aligned, grid, scale)
+    features = (adapter.features(pipe, tokens, draft_grid) for tokens in (draft, reference))
+    covered = (draft_grid.height * scale, draft_grid.width * scale)  # a draft may reach beyond an odd grid
+    return discrepancy(*features, size=covered)[:, : grid.height, : grid.width]
+
+
+def to_cells(score: Tensor) -> Tensor:
+    """Largest score of each cell's tokens: (B, h, w) to (B, cells_h, cells_w)."""
+    return F.max_pool2d(score[:, None], 2, ceil_mode=True)[:, 0]
+
+
+def dilate(cells: Tensor, by: int) -> Tensor:
+    """Grow a bool mask (B, h, w) by `by` cells on each side."""
+    if by == 0:
+        return cells
+    return F.max_pool2d(cells[:, None].float(), 2 * by + 1, stride=1, padding=by)[:, 0] > 0
+
+
+def top_cells(score: Tensor, share: float = TOP_SHARE) -> Tensor:
+    """The `share` of cells with the largest score, per sample."""
+    cells = to_cells(score)
+    count = max(1, round(share * cells[0].numel()))
+    chosen = torch.zeros_like(cells, dtype=torch.bool).flatten(1)
+    return chosen.scatter_(1, cells.flatten(1).topk(count, 1).indices, True).view_as(cells)
+
+
+def select(
+    adapter: Adapter, pipe: Any, state: EditState, draft: Tensor, draft_grid: TokenGrid, config: SpecEditConfig
+) -> tuple[Tensor | None, Tensor]:
+    """Score on the token grid (None for "uniform") and edited cells (B, cells_h, cells_w) bool."""
+    if config.selector == "semantic":
+        score = semantic_score(adapter, pipe, state, draft, draft_grid, config)
+        return score, dilate(to_cells(score) > config.threshold, config.dilation)
+    if config.selector == "uniform":
+        return None, torch.zeros((state.batch, *state.grid.coarse().shape), dtype=torch.bool, device=state.device)
+    large = drafts.upsample(draft, draft_grid, config.draft_scale, state.grid)
+    if config.selector == "variance":
+        score = large.view(state.batch, *state.grid.shape, -1).var(-1)
+    else:
+        image = adapter.decode(pipe, state, large, "pt").float()
+        score = F.adaptive_avg_pool2d(canny(image).float()[:, None], state.grid.shape)[:, 0]
+    return score, dilate(top_cells(score), config.dilation)
+
+
+def uniform_cells(grid: TokenGrid, stride: int, device: torch.device | str = "cpu") -> Tensor:
+    """Eq. 9: every `stride`-th cell of every `stride`-th row, (cells_h, cells_w) bool; 0 for none."""
+    cells = torch.zeros(grid.coarse().shape, dtype=torch.bool, device=device)
+    if stride:
+        cells[::stride, ::stride] = True
+    return cells
+
+
+def cells_of_mask(mask: Any, state: EditState) -> Tensor:
+    """A caller's mask, of any size, as edited cells: a cell is edited where any pixel of it is nonzero.
+
+    mask: PIL image, array or tensor: (H, W), (1, H, W), (B, H, W) or (B, 1, H, W); one for all samples or one each.
+    """
+    if isinstance(mask, (list, tuple)):
+        parts = [cells_of_mask(m, state)[:1] for m in mask]
+        mask_cells = torch.cat(parts) if parts else torch.zeros(0)
+        return _match_batch(mask_cells, state)
+    if isinstance(mask, Image.Image):
+        mask = np.asarray(mask.convert("L"))
+    if not isinstance(mask, (np.ndarray, Tensor)):
+        raise TypeError(f"edit_mask: expected a PIL image, array or tensor, got {type(mask).__name__}")
+    mask = torch.as_tensor(mask)
+    given = tuple(mask.shape)
+    if mask.ndim == 2:
+        mask = mask[None, None]
+    elif mask.ndim == 3:
+        mask = mask[:, None]
+    if mask.ndim != 4 or mask.shape[1] != 1 or mask.numel() == 0:
+        raise ValueError(f"edit_mask: expected (H, W), (B, H, W) or (B, 1, H, W), got {given}")
+    if mask.is_floating_point() and not bool(mask.isfinite().all()):
+        raise ValueError("edit_mask: expected finite values, got NaN or infinity")
+    wanted = (mask != 0).float().to(state.device)
+    # Whatever the mask's size, a cell is edited if any pixel that overlaps it is.
+    cells = F.adaptive_max_pool2d(
+        F.interpolate(wanted, size=_at_least(wanted, state.grid.coarse())), state.grid.coarse().shape
+    )
+    cells = cells[:, 0] > 0
+    if not bool(cells.flatten(1).any(1).all()):
+        raise ValueError("edit_mask: expected some nonzero pixels, got an empty mask; there would be nothing to edit")
+    return _match_batch(cells, state)
+
+
+def _at_least(mask: Tensor, cells: TokenGrid) -> tuple[int, int]:
+    return max(mask.shape[2], cells.height), max(mask.shape[3], cells.width)
+
+
+def _match_batch(cells: Tensor, state: EditState) -> Tensor:
+    if len(cells) not in (1, state.batch) and (len(cells) == 0 or state.batch % len(cells)):
+        raise ValueError(f"edit_mask: expected 1 mask or {state.batch}, one for each image, got {len(cells)}")
+    return cells.repeat(state.batch // len(cells), 1, 1)  # images are tiled over the batch, and so are their masks
