@@ -22,10 +22,10 @@ _LAUNCHES = {
 }
 
 
-def run(name: str, args: tuple):
-    """Runs an operator's kernel on the device of its first tensor."""
+def run(name: str, args: tuple, tuned: dict[str, dict] | None = None):
+    """Runs an operator's kernel on the device of its first tensor; `tuned` replaces its launch parameters."""
     device = args[0].device
     check_device(device)
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
-        return _LAUNCHES[name](*args)
+        return _LAUNCHES[name](*args, tuned=tuned)

@@ -220,7 +220,7 @@ def plan(cu_q, cu_k, queries: int, keys: int, longest: int | None, block_m: int)
     return tiles
 
 
-def launch_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias, scale, return_lse):
+def launch_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias, scale, return_lse, tuned=None):
     launch.check_dtype("q", q)
     dim = q.shape[-1]
     if dim % 16 or dim > 256:
@@ -242,10 +242,10 @@ def launch_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias
     # Half precision on Hopper and newer loads through TMA where every tensor is aligned for it.
     config = None
     if q.element_size() == 2 and all(_fits_descriptor(x) for x in (q4, k4, v4)):
-        config = launch.config("attention_tma", q.device, **shape)
+        config = launch.config("attention_tma", q.device, tuned, **shape)
     descriptors = config is not None
     if not descriptors:
-        config = launch.config("attention", q.device, **shape)
+        config = launch.config("attention", q.device, tuned, **shape)
     block_m, block_n = config["block_m"], config["block_n"]
     tiles = launch.ceil_div(queries, block_m)
     planned = packed and cu_seqlens_q.shape[0] > 2

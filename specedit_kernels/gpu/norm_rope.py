@@ -82,7 +82,7 @@ def norm_rope(
                    ko_dim, DIM, DIM_P2, INDEXED)  # fmt: skip
 
 
-def launch_norm_rope(q, k, v, q_weight, k_weight, cos, sin, eps, out_index, q_out, k_out, v_out) -> None:
+def launch_norm_rope(q, k, v, q_weight, k_weight, cos, sin, eps, out_index, q_out, k_out, v_out, tuned=None) -> None:
     launch.check_dtype("q", q)
     if q.numel() == 0:
         return
@@ -90,7 +90,7 @@ def launch_norm_rope(q, k, v, q_weight, k_weight, cos, sin, eps, out_index, q_ou
     rows = [x if x.dim() == 4 else x[None] for x in rows]  # (B, N, H, D)
     batch, tokens, heads, dim = rows[0].shape
     cos, sin = cos.contiguous(), sin.contiguous()
-    config = launch.config("norm_rope", q.device, head_dim=dim)
+    config = launch.config("norm_rope", q.device, tuned, head_dim=dim)
     grid = (batch * launch.ceil_div(tokens * heads, config["block_rows"]), 2 if v is None else 3)
     norm_rope[grid](
         rows[0], rows[1], rows[2], q_weight, k_weight, cos, sin,

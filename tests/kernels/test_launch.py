@@ -12,6 +12,7 @@ from specedit_kernels import available_backends, mixed_attention
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
 
+from specedit_kernels import gpu
 from specedit_kernels.gpu import attention, launch
 
 runs_kernels = pytest.mark.skipif("triton" not in available_backends(), reason="needs a GPU or Triton's interpreter")
@@ -52,7 +53,7 @@ def test_an_unknown_gpu_is_logged_once(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Imaginary GPU 1")
     with caplog.at_level("INFO", logger="specedit_kernels.gpu.launch"):
         for _ in range(2):
-            assert launch.config("attention_tma", torch.device("cuda", 0), head_dim=128, bits=16, keys=9)["block_m"]
+            assert launch.config("norm_rope", torch.device("cuda", 0), None, head_dim=128)["block_rows"]
     assert [r.message for r in caplog.records] == [
         "no tuned launch parameters for Imaginary GPU 1; using default_sm_90.json"
     ]
@@ -77,20 +78,19 @@ def test_what_fits_a_descriptor():
 
 @runs_kernels
 @pytest.mark.parametrize("kernel,entry", ENTRIES)
-def test_every_attention_configuration(monkeypatch, device, rng, as_good, kernel, entry):
+def test_every_attention_configuration(device, rng, as_good, kernel, entry):
     """Ragged sequences with a bias through each shipped tile, by descriptors and by pointers."""
     dim = entry["shape"]["head_dim"]
     dtype = torch.float16 if entry["shape"]["bits"] == 16 else torch.float32
     if device.type == "cuda" and kernel == "attention_tma" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs TMA")
-    monkeypatch.setattr(launch, "config", lambda name, *_, **__: entry["config"] if name == kernel else None)
     q, k, v = (torch.randn(n, 1, dim, generator=rng).to(device, dtype) for n in (150, 300, 300))
     cu_q = torch.tensor([0, 10, 150], dtype=torch.int32, device=device)
     cu_k = torch.tensor([0, 200, 300], dtype=torch.int32, device=device)
     bias = torch.randn(300, generator=rng).to(device)
     bias[::5] = -math.inf
-    out, lse = mixed_attention(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, key_bias=bias, return_lse=True,
-                               backend="triton")  # fmt: skip
+    arguments = (q, k, v, cu_q, cu_k, None, bias, dim**-0.5, True)
+    out, lse = gpu.run("mixed_attention", arguments, {kernel: entry["config"]})
     cpu = [x.cpu() for x in (cu_q, cu_k, bias)]
     exact, exact_lse = mixed_attention(q.double().cpu(), k.double().cpu(), v.double().cpu(), cu_seqlens_q=cpu[0],
                                        cu_seqlens_k=cpu[1], key_bias=cpu[2], return_lse=True)  # fmt: skip
@@ -118,8 +118,6 @@ def test_plan_covers_every_block_once_longest_keys_first(device, lengths):
 @pytest.mark.parametrize("ends", [[0, 40, 10, 60], [0, 10, 20, 900], [-50, 10, 20, 30], [60, 0, 60, 0]], ids=str)
 def test_wrong_offsets_stay_inside(device, ends):
     """With the value checks below the launch, wrong cu_seqlens are clamped: nothing is read or written outside."""
-    from specedit_kernels import gpu
-
     padded = torch.full((180, 1, 16), math.nan, device=device)
     padded[60:120] = 0
     q = padded[60:120]

@@ -1,0 +1,179 @@
+"""Measures launch parameters on this machine's GPU and writes the file that later runs read.
+
+    python -m specedit_kernels.tune [--out FILE] [--quick]
+
+Each kernel is timed at a few shapes from life over a small set of candidates (device time, median of repeats, L2
+flushed between them); a candidate that does not compile or whose result differs from the plain PyTorch one is out.
+The default place of the file is the package's own `gpu/configs/`, named after the GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from . import reference
+
+
+def candidates(kernel: str, shape: dict) -> Iterator[dict]:
+    """Launch parameters worth trying for a kernel at a shape."""
+    if kernel in ("attention", "attention_tma"):
+        if shape["bits"] == 32:
+            blocks = [(16, 16), (32, 16)]
+        elif shape["head_dim"] > 128:
+            blocks = [(32, 32), (64, 32), (64, 64), (128, 64)]
+        else:
+            blocks = [(64, 32), (64, 64), (128, 32), (128, 64), (64, 128), (128, 128)]
+        for (m, n), warps, stages in itertools.product(blocks, (4, 8), (2, 3, 4)):
+            yield {"block_m": m, "block_n": n, "num_warps": warps, "num_stages": stages}
+    elif kernel == "copy_rows":
+        for tile, warps in itertools.product((4096, 8192, 16384), (4, 8)):
+            yield {"tile_bytes": tile, "block_bytes": 4096, "num_warps": warps}
+    elif kernel in ("expand", "contract"):
+        for pixels, warps in itertools.product((256, 512, 1024), (2, 4, 8)):
+            yield {"tile_pixels": pixels, "num_warps": warps}
+    elif kernel == "norm_rope":
+        for rows, warps in itertools.product((8, 16, 32, 64), (4, 8)):
+            yield {"block_rows": rows, "num_warps": warps}
+
+
+def shapes(capability: tuple[int, int], quick: bool) -> Iterator[tuple[str, dict]]:
+    """The kernels and shapes that get an entry: FLUX and Qwen-Image token counts, both common head dims."""
+    lengths = (2560,) if quick else (1024, 2560, 8704)
+    tables = ["attention"] + (["attention_tma"] if capability >= (9, 0) and capability[0] < 12 else [])
+    for table, dim, keys in itertools.product(tables, (64, 128), lengths):
+        yield table, {"head_dim": dim, "bits": 16, "keys": keys}
+    for table in tables:
+        yield table, {"head_dim": 256, "bits": 16, "keys": 2560}
+    for dim in (64, 128):
+        yield "attention", {"head_dim": dim, "bits": 32, "keys": 1024}
+    for row_bytes in (128, 6144):
+        yield "copy_rows", {"row_bytes": row_bytes}
+    yield "expand", {"channels": 16}
+    yield "contract", {"channels": 16}
+    for dim in (64, 128, 256):
+        yield "norm_rope", {"head_dim": dim}
+
+
+def workload(kernel: str, shape: dict, device: str, half=torch.bfloat16, rows=65536) -> tuple[Callable, torch.Tensor]:
+    """A function from launch parameters to the kernel's result at a shape, and what that result should be."""
+    from . import gpu
+
+    g = torch.Generator(device).manual_seed(0)
+
+    def randn(*size, dtype=half):
+        return torch.randn(size, generator=g, device=device).to(dtype)
+
+    def run(name, *arguments):
+        return lambda config: gpu.run(name, arguments, {kernel: config})
+
+    if kernel in ("attention", "attention_tma"):
+        dtype = half if shape["bits"] == 16 else torch.float32
+        heads = max(1, 3072 // shape["head_dim"])
+        q, k, v = (randn(1, shape["keys"], heads, shape["head_dim"], dtype=dtype) for _ in range(3))
+        bias = randn(1, shape["keys"], dtype=torch.float32)
+        attend = run("mixed_attention", q, k, v, None, None, None, bias, shape["head_dim"] ** -0.5, False)
+        return lambda config: attend(config)[0], reference.mixed_attention(q, k, v, key_bias=bias)
+    if kernel == "copy_rows":
+        x = randn(rows, shape["row_bytes"] // 2)
+        index = torch.randperm(rows, generator=g, device=device)
+        return run("gather_tokens", x, index), x[index]
+    if kernel == "expand":
+        z, noise = randn(rows, 4 * shape["channels"]), randn(rows, 4, shape["channels"], 3)
+        return run("expand_tokens", z, 0.5, noise, None, None), reference.expand_tokens(z, 0.5, noise=noise)[0]
+    if kernel == "contract":
+        f = randn(rows, 4, 4 * shape["channels"])
+        return run("contract_tokens", f, 0.5), reference.contract_tokens(f, 0.5)[0]
+    tokens = rows // 8
+    q, k = (randn(tokens, max(1, 3072 // shape["head_dim"]), shape["head_dim"]) for _ in range(2))
+    weight, angle = randn(shape["head_dim"]), randn(tokens, shape["head_dim"] // 2, dtype=torch.float32)
+    cos, sin = angle.cos(), angle.sin()
+    out, other = torch.empty_like(q), torch.empty_like(k)
+    norm_rope = run("qk_norm_rope", q, k, None, weight, weight, cos, sin, 1e-6, None, out, other, None)
+    return lambda config: norm_rope(config) or out, reference.qk_norm_rope(q, k, weight, weight, cos, sin)[0]
+
+
+def milliseconds(call: Callable, repeats: int = 20) -> float:
+    """Median device time of a call with a cold L2 cache."""
+    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+    times = []
+    for _ in range(repeats + 3):
+        flush.zero_()
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop))
+    return statistics.median(times[3:])
+
+
+def best(kernel: str, call: Callable, want: torch.Tensor, configs: Iterable[dict], timer: Callable) -> dict | None:
+    """The fastest of `configs` with which `call(config)` gives `want`, or None when there is none."""
+    tolerance = 4 * torch.finfo(want.dtype).eps * max(1.0, want.abs().max().item())
+    found = None
+    for config in configs:
+        try:
+            if not (call(config) - want).abs().max().item() <= tolerance:
+                continue
+            time = timer(lambda config=config: call(config))
+        except Exception as error:  # out of resources, or refused by the compiler: not a candidate on this GPU
+            print(f"  {kernel} {config}: {type(error).__name__}", file=sys.stderr)
+            continue
+        if found is None or time < found[0]:
+            found = (time, config)
+    return None if found is None else found[1]
+
+
+def tune(capability: tuple[int, int], device: str, timer: Callable, quick: bool) -> dict:
+    """Tables of measured entries, in the form of the files in `gpu/configs/`."""
+    tables: dict[str, list] = {}
+    for kernel, shape in shapes(capability, quick):
+        config = best(kernel, *workload(kernel, shape, device), candidates(kernel, shape), timer)
+        print(kernel, shape, config, flush=True)
+        if config is not None:
+            tables.setdefault(kernel, []).append({"shape": shape, "config": config})
+    return tables
+
+
+def write(path: Path, header: dict, tables: dict[str, list]) -> None:
+    """One entry per line, so that a difference between two files reads well."""
+    lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in header.items()]
+    for kernel, entries in tables.items():
+        rows = ",\n".join(f"    {json.dumps(entry)}" for entry in entries)
+        lines.append(f"  {json.dumps(kernel)}: [\n{rows}\n  ]")
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="specedit_kernels.tune", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, help="file to write (default: the package's file for this GPU)")
+    parser.add_argument("--quick", action="store_true", help="one sequence length instead of three")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("specedit_kernels.tune: expected a CUDA GPU to measure on, found none", file=sys.stderr)
+        return 2
+    from .gpu import launch
+
+    name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    path = options.out or launch.CONFIG_FOLDER / launch.config_file_name(name)
+    tables = tune(capability, "cuda", milliseconds, options.quick)
+    # A kernel for which nothing could be measured keeps the architecture's default.
+    default = json.loads((launch.CONFIG_FOLDER / launch.default_file_name(capability)).read_text())
+    for kernel, entries in default.items():
+        if kernel not in tables and kernel not in ("gpu", "capability", "measured"):
+            tables[kernel] = entries
+    write(path, {"gpu": name, "capability": list(capability), "measured": True, "torch": torch.__version__}, tables)
+    print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

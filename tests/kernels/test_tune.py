@@ -1,0 +1,75 @@
+"""Tuning: what it tries, what it keeps, and the file it writes."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+
+from specedit_kernels import available_backends, tune
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("needs Triton", allow_module_level=True)
+
+from specedit_kernels.gpu import launch
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+def test_every_kernel_gets_candidates(capability):
+    default = json.loads((launch.CONFIG_FOLDER / launch.default_file_name(capability)).read_text())
+    names = set()
+    for kernel, shape in tune.shapes(capability, quick=False):
+        names.add(kernel)
+        configs = list(tune.candidates(kernel, shape))
+        wanted = launch.nearest(default[kernel], shape)
+        assert len(configs) > 1 and all(config.keys() == wanted.keys() for config in configs)
+    assert names == default.keys() - {"gpu", "capability", "measured"}
+
+
+def test_the_fastest_right_one_wins():
+    want = torch.ones(4)
+    results = {1: want, 2: want * 2, 3: want, 4: want * float("nan")}
+    times = {1: 5.0, 3: 2.0}
+
+    def call(config):
+        if config["id"] == 5:
+            raise RuntimeError("out of resources")
+        ran.append(config["id"])
+        return results[config["id"]]
+
+    ran = []
+
+    def timer(run):
+        run()
+        return times[ran[-1]]
+
+    configs = [{"id": i} for i in (1, 2, 3, 4, 5)]
+    assert tune.best("copy_rows", call, want, configs, timer) == {"id": 3}
+    assert tune.best("copy_rows", call, want, configs[3:], timer) is None
+
+
+def test_the_file_can_be_read_back(tmp_path):
+    tables = {"expand": [{"shape": {"channels": 16}, "config": {"tile_pixels": 512, "num_warps": 4}}]}
+    tune.write(tmp_path / "gpu.json", {"gpu": "x", "capability": [9, 0], "measured": True}, tables)
+    read = json.loads((tmp_path / "gpu.json").read_text())
+    assert read["gpu"] == "x" and read["expand"] == tables["expand"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would measure")
+def test_no_gpu(capsys):
+    assert tune.main([]) == 2
+    assert "expected a CUDA GPU" in capsys.readouterr().err
+
+
+@pytest.mark.skipif("triton" not in available_backends(), reason="needs a GPU or Triton's interpreter")
+@pytest.mark.parametrize(
+    "kernel,shape",
+    [("contract", {"channels": 4}), ("expand", {"channels": 4}), ("copy_rows", {"row_bytes": 128}),
+     ("norm_rope", {"head_dim": 64}), ("attention", {"head_dim": 64, "bits": 16, "keys": 100})],
+    ids=str,
+)  # fmt: skip
+def test_workloads_run(device, kernel, shape):
+    """The smallest candidate of each kernel on a small workload is accepted as right."""
+    call, want = tune.workload(kernel, shape, device.type, half=torch.float16, rows=64)
+    config = next(tune.candidates(kernel, shape))
+    assert tune.best(kernel, call, want, [config], lambda run: 1.0) == config
