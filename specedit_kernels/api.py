@@ -36,9 +36,9 @@ def _interpreting() -> bool:
 def _call(backend: str | None, name: str, tensor: torch.Tensor, args: tuple):
     """Runs an operator on the chosen backend; None lets the device of `tensor` choose."""
     if backend is None:
-        return getattr(torch.ops.specedit_kernels, name)(*args)
+        return ops.dispatch(name, args)
     if backend == "triton" and tensor.device.type == "cuda":
-        return getattr(torch.ops.specedit_kernels, name)(*args)
+        return ops.dispatch(name, args)
     if backend == "triton" and not _interpreting():
         raise ValueError(f'backend: expected CUDA tensors for "triton", got {tensor.device}')
     return ops.run(backend, name, args)

@@ -14,7 +14,9 @@ import torch
 
 from . import checks, reference
 
-_LIBRARY = torch.library.Library("specedit_kernels", "DEF")
+# Named after the package, so that copies of it under other names (the Hub's loader does that) do not collide.
+NAMESPACE = __package__.replace(".", "_")
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 _SCHEMAS = {
     "gather_tokens": "(Tensor x, Tensor index) -> Tensor",
@@ -146,7 +148,12 @@ for _name, _schema in _SCHEMAS.items():
     _LIBRARY.define(_name + _schema)
     _LIBRARY.impl(_name, _implementation("torch", _name), "CPU")
     _LIBRARY.impl(_name, _implementation("triton", _name), "CUDA")
-    torch.library.register_fake(f"specedit_kernels::{_name}", _FAKE[_name], lib=_LIBRARY)
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _FAKE[_name], lib=_LIBRARY)
+
+
+def dispatch(name: str, args: tuple):
+    """Runs one operator through PyTorch's dispatcher, which picks the implementation by device."""
+    return getattr(getattr(torch.ops, NAMESPACE), name)(*args)
 
 
 def default_scale(head_dim: int) -> float:
