@@ -1,0 +1,122 @@
+"""How kernels are measured: correctness first, then time with a cold cache, then the share of the roofline."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+TOLERANCE = 2e-2 if ON_GPU else 1e-5  # bfloat16 on a GPU, float32 on a CPU
+REPEATS = 30 if ON_GPU else 3
+# Inputs rotate through at least this many bytes, more than any L2, so every call finds its inputs in memory.
+ROTATED_BYTES = 256 << 20 if ON_GPU else 8 << 20
+
+
+def synchronize() -> None:
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def device_milliseconds(call: Callable[[], object], repeats: int = REPEATS) -> float:
+    """Median time of one call on the device (by events; by the clock on a CPU)."""
+    call()
+    times = []
+    for _ in range(repeats):
+        synchronize()
+        if ON_GPU:
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            call()
+            stop.record()
+            stop.synchronize()
+            times.append(start.elapsed_time(stop))
+        else:
+            begun = time.perf_counter()
+            call()
+            times.append(1e3 * (time.perf_counter() - begun))
+    return statistics.median(times)
+
+
+def rooflines() -> dict[str, float]:
+    """What this machine reaches now: GB/s of a large copy (read and written) and TFLOP/s of a large matmul."""
+    size = 1 << 28 if ON_GPU else 1 << 24
+    source, target = (torch.empty(size, dtype=torch.uint8, device=DEVICE) for _ in range(2))
+    copy = device_milliseconds(lambda: target.copy_(source))
+    n = 8192 if ON_GPU else 512
+    a, b = (torch.randn(n, n, device=DEVICE).to(DTYPE) for _ in range(2))
+    product = device_milliseconds(lambda: a @ b)
+    return {"gbps": 2 * size / copy / 1e6, "tflops": 2 * n**3 / product / 1e9}
+
+
+def machine() -> dict[str, str | None]:
+    """The facts a result file names."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    def of(package):
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    def output(*command):
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().split("\n")[0]
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+    return {
+        "gpu": torch.cuda.get_device_name() if ON_GPU else None,
+        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if ON_GPU else None,
+        "cpu": platform.processor() or platform.machine(),
+        "torch": torch.__version__, "triton": of("triton"), "diffusers": of("diffusers"),
+        "commit": output("git", "rev-parse", "HEAD"), "date": datetime.date.today().isoformat(),
+    }  # fmt: skip
+
+
+def measure(
+    benchmark, row: dict, inputs: Callable[[], tuple], provider: Callable, exact: Callable, roofs: dict,
+    *, flops: float | None = None, size: float | None = None, tolerance: float,
+) -> dict:  # fmt: skip
+    """Measures one provider on one case and returns its row of the result file.
+
+    Args:
+        inputs: makes one fresh set of inputs; as many are made as it takes to fill ROTATED_BYTES.
+        provider, exact: both take the inputs; `exact` gives the result in float64.
+        flops, size: the work of one call, operations or bytes; whichever is given is compared with its roofline.
+        tolerance: greatest error allowed, relative to the largest exact value. A provider beyond it has no speed.
+    """
+    first = inputs()
+    want = exact(*first)
+    got = provider(*first).to(want.device, torch.float64)
+    error = ((got - want).abs().max() / want.abs().max()).item()
+    if not error <= tolerance:
+        pytest.fail(f"{row['op']} {row['case']} {row['provider']}: error {error:.2e} > {tolerance:.2e}, not timed")
+    per_set = sum(x.numel() * x.element_size() for x in first if isinstance(x, torch.Tensor))
+    sets = [first, *(inputs() for _ in range(min(15, ROTATED_BYTES // max(1, per_set))))]
+    turn = itertools.cycle(sets)
+
+    def call():
+        return provider(*next(turn))
+
+    def wall():
+        call()
+        synchronize()
+
+    milliseconds = device_milliseconds(call)
+    benchmark.group = f"{row['op']} {row['case']}"
+    benchmark.pedantic(wall, rounds=REPEATS, warmup_rounds=1)
+    unit, work = ("tflops", flops / 1e12) if flops is not None else ("gbps", size / 1e9)
+    rate = work / (milliseconds / 1e3)
+    row = {**row, "ms": milliseconds, unit: rate, "of_roofline": rate / roofs[unit], "error": error}
+    benchmark.extra_info.update(row)
+    return row

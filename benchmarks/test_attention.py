@@ -1,0 +1,167 @@
+"""mixed_attention beside what else computes it (or the same without a bias), at the token counts of an edit.
+
+    pytest benchmarks/test_attention.py --results benchmarks/results/kernels_attention.json
+
+Without a GPU the same cases run small.
+"""
+
+import functools
+import importlib.util
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.kernel_harness import DEVICE, DTYPE, ON_GPU, TOLERANCE, measure
+from specedit_kernels import mixed_attention
+
+HEADS, DIM = (24, 128) if ON_GPU else (2, 64)
+TEXT, CELLS = (512, 1024) if ON_GPU else (32, 64)
+
+
+def mixed(edited):
+    """Coarse and fine keys of a 1024 px edit: target and reference keep `edited` of their cells as four tokens."""
+    fine = 4 * round(CELLS * edited)
+    return 2 * (CELLS - fine // 4), TEXT + 2 * fine
+
+
+CASES = {  # per sequence: keys that stand for four positions, keys that stand for one
+    "draft": [(0, TEXT + CELLS // 2)],
+    "coarse": [(0, TEXT + 2 * CELLS)],
+    "mixed 10%": [mixed(0.1)],
+    "mixed 20%": [mixed(0.2)],
+    "mixed 40%": [mixed(0.4)],
+    "full": [(0, TEXT + 8 * CELLS)],
+    "mixed 20% two halves of CFG": [mixed(0.2)] * 2,
+    "batch of 8 masks": [mixed(0.05 * (i + 1)) for i in range(8)],
+}
+
+
+def make_inputs(lengths):
+    counts = [a + b for a, b in lengths]
+    q, k, v = (torch.randn(sum(counts), HEADS, DIM, device=DEVICE).to(DTYPE) for _ in range(3))
+    bias = torch.cat([torch.tensor([math.log(4)] * a + [0.0] * b) for a, b in lengths]).to(DEVICE)
+    return q, k, v, torch.tensor([0, *counts]).cumsum(0).to(DEVICE, torch.int32), bias
+
+
+def per_sequence(attend):
+    """A provider over packed tensors from one over single dense sequences (1, H, N, D), for those without varlen."""
+
+    def run(q, k, v, cu, bias, lengths):
+        outs, at = [], 0
+        for a, b in lengths:
+            rows = slice(at, at + a + b)
+            q1, k1, v1 = (x[rows].transpose(0, 1)[None] for x in (q, k, v))
+            outs.append(attend(q1, k1, v1, bias[rows], a)[0].transpose(0, 1))
+            at += a + b
+        return torch.cat(outs)
+
+    return run
+
+
+def ours(q, k, v, cu, bias, lengths):
+    return mixed_attention(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=max(map(sum, lengths)),
+                           key_bias=bias)  # fmt: skip
+
+
+def ours_no_bias(q, k, v, cu, bias, lengths):
+    return mixed_attention(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=max(map(sum, lengths)))
+
+
+def sdpa_with(backend):
+    @per_sequence
+    def run(q, k, v, bias, coarse):
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    return run
+
+
+@per_sequence
+def sdpa_mask(q, k, v, bias, coarse):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype)[None, None, None])
+
+
+@functools.cache
+def _compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+@per_sequence
+def flex(q, k, v, bias, coarse):
+    return _compiled_flex()(q, k, v, score_mod=lambda s, b, h, i, j: s + bias[j])
+
+
+@per_sequence
+def two_passes(q, k, v, bias, coarse):
+    """Exact without a bias in the kernel: one pass per area, merged by lse + log(area)."""
+    parts = []
+    for keys, area in ((slice(0, coarse), 4), (slice(coarse, None), 1)):
+        if k[:, :, keys].shape[2]:
+            if ON_GPU:
+                out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k[:, :, keys], v[:, :, keys])
+            else:
+                out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k[:, :, keys], v[:, :, keys])
+            parts.append((out, lse + math.log(area)))
+    weights = torch.softmax(torch.stack([lse for _, lse in parts]), dim=0)
+    return sum(w.unsqueeze(-1).to(out.dtype) * out for w, (out, _) in zip(weights, parts))
+
+
+def flash_attn_varlen(q, k, v, cu, bias, lengths):
+    from flash_attn import flash_attn_varlen_func
+
+    longest = max(map(sum, lengths))
+    return flash_attn_varlen_func(q, k, v, cu, cu, longest, longest)
+
+
+# provider -> (function, whether it takes the bias)
+PROVIDERS = {
+    "specedit_kernels": (ours, True),
+    "specedit_kernels without bias": (ours_no_bias, False),
+    "SDPA broadcast mask": (sdpa_mask, True),
+    "flash, two passes merged by lse": (two_passes, True),
+}
+if ON_GPU:
+    PROVIDERS |= {
+        "SDPA cuDNN without bias": (sdpa_with(SDPBackend.CUDNN_ATTENTION), False),
+        "SDPA flash without bias": (sdpa_with(SDPBackend.FLASH_ATTENTION), False),
+        "SDPA efficient without bias": (sdpa_with(SDPBackend.EFFICIENT_ATTENTION), False),
+        "FlexAttention with bias": (flex, True),
+    }
+    if importlib.util.find_spec("flash_attn") is not None:
+        PROVIDERS["flash-attn varlen without bias"] = (flash_attn_varlen, False)
+else:
+    PROVIDERS["SDPA without bias"] = (sdpa_with(SDPBackend.FLASH_ATTENTION), False)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("case", CASES)
+@torch.inference_mode()
+def test_attention(benchmark, roofs, rows, case, provider):
+    lengths = CASES[case]
+    run, with_bias = PROVIDERS[provider]
+
+    def exact(q, k, v, cu, bias):
+        """Head by head in float64, so that the logits fit in memory."""
+        outs, at = [], 0
+        for a, b in lengths:
+            rows_ = slice(at, at + a + b)
+            at += a + b
+            heads = []
+            for h in range(HEADS):
+                q1, k1, v1 = (x[rows_, h].double() for x in (q, k, v))
+                logits = q1 @ k1.T * DIM**-0.5 + (bias[rows_].double() if with_bias else 0)
+                heads.append(torch.softmax(logits, dim=-1) @ v1)
+            outs.append(torch.stack(heads, dim=1))
+        return torch.cat(outs)
+
+    flops = sum(4 * (a + b) ** 2 * HEADS * DIM for a, b in lengths)
+    row = {"op": "mixed_attention", "case": case, "provider": provider}
+    rows.append(measure(
+        benchmark, row, lambda: make_inputs(lengths), lambda *x: run(*x, lengths), exact, roofs, flops=flops,
+        tolerance=TOLERANCE,
+    ))  # fmt: skip
