@@ -1,0 +1,66 @@
+"""The worked cases of docs/backend.md, run from the page itself."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+
+import specedit_kernels as kernels
+
+PAGE = (Path(__file__).parents[2] / "docs" / "backend.md").read_text()
+
+
+def blocks(heading):
+    """The Python blocks under a heading of the page, joined."""
+    section = PAGE.split(f"## {heading}\n")[1].split("\n## ")[0]
+    return "\n\n".join(re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL))
+
+
+@pytest.fixture
+def merging():
+    names = {"torch": torch, "kernels": kernels}
+    exec(compile(blocks("Token merging through gather and scatter"), "docs/backend.md", "exec"), names)
+    return names
+
+
+def test_merging_averages_and_gives_back(merging, rng):
+    x = torch.randn(2, 20, 16, generator=rng)
+    plan = merging["merge_plan"](x, 0.3)
+    kept, merged, destination = plan
+    for b in range(2):
+        assert sorted([*kept[b].tolist(), *merged[b].tolist()]) == list(range(20)) and merged.shape == (2, 6)
+    short, sizes = merging["merge"](x, plan)
+    torch.testing.assert_close((short * sizes.unsqueeze(-1)).sum(1), x.sum(1))
+    back = merging["unmerge"](short, plan)
+    for b in range(2):
+        torch.testing.assert_close(back[b, kept[b]], short[b])
+        torch.testing.assert_close(back[b, merged[b]], short[b, destination[b]])
+
+
+def test_merging_equal_tokens_changes_nothing(merging, rng):
+    """Pairs of equal tokens merge without loss, and the bias makes attention over them exact."""
+    x = torch.randn(2, 12, 32, generator=rng).repeat_interleave(2, dim=1)
+    out = merging["merged_attention"](x, 2, 0.5)
+    q = x.unflatten(-1, (2, -1))
+    torch.testing.assert_close(out, kernels.mixed_attention(q, q, q).flatten(-2), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_diffusers_backend_as_on_the_page(rng):
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=32, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=16, axes_dims_rope=(8, 12, 12),
+    ).eval()  # fmt: skip
+    inputs = {
+        "hidden_states": torch.randn(1, 12, 16), "encoder_hidden_states": torch.randn(1, 5, 32),
+        "pooled_projections": torch.randn(1, 16), "timestep": torch.tensor([0.5]),
+        "img_ids": torch.randint(4, (12, 3)).float(), "txt_ids": torch.zeros(5, 3),
+    }  # fmt: skip
+    want = model(**inputs).sample
+    names = {"torch": torch, "kernels": kernels, "model": model, "inputs": inputs}
+    exec(compile(blocks("The diffusers attention backend"), "docs/backend.md", "exec"), names)
+    torch.testing.assert_close(names["out"], want, atol=1e-4, rtol=1e-4)
+    assert torch.equal(model(**inputs).sample, want)
