@@ -100,7 +100,7 @@ def test_every_attention_configuration(device, rng, as_good, kernel, entry):
 
 
 @runs_kernels
-@pytest.mark.parametrize("lengths", [([5, 300, 0, 64], [7, 7, 100, 50]), ([1] * 200, list(range(200)))], ids=str)
+@pytest.mark.parametrize("lengths", [([5, 300, 0, 64], [7, 7, 100, 50]), ([1] * 200, list(range(200)))], ids=["few", "many"])
 def test_plan_covers_every_block_once_longest_keys_first(device, lengths):
     queries, keys = lengths
     cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).to(device, torch.int32) for n in lengths)
@@ -127,3 +127,45 @@ def test_wrong_offsets_stay_inside(device, ends):
         out, _ = gpu.run("mixed_attention", (q, q, q, cu_q, cu_k, None, None, 0.25, False))
         assert out.shape == q.shape
     assert not gpu.run("mixed_attention", (q, q, q, good, bad, None, None, 0.25, False))[0].isnan().any()
+
+
+@runs_kernels
+def test_wrong_indices_stay_inside(device):
+    """With the value checks below the launch, rows out of range gather as zeros and are not scattered."""
+    padded = torch.full((15, 8), math.nan, device=device)
+    padded[5:10] = torch.arange(5.0, device=device)[:, None]
+    x = padded[5:10]
+    index = torch.tensor([4, 5, -1, 0, 2**31 - 1, -(2**31)], device=device)
+    y = gpu.run("gather_tokens", (x, index))
+    assert torch.equal(y[:, 0].cpu(), torch.tensor([4.0, 0, 0, 0, 0, 0]))
+    gpu.run("scatter_tokens", (torch.full((6, 8), 9.0, device=device), index, x))
+    assert torch.equal(x[:, 0].cpu(), torch.tensor([9.0, 1, 2, 3, 9]))
+    assert padded[:5].isnan().all() and padded[10:].isnan().all()
+    rows = torch.ones(6, 1, 8, device=device)
+    out = padded[:, None]
+    weight, angle = torch.ones(8, device=device), torch.zeros(6, 4, device=device)
+    gpu.run("qk_norm_rope", (rows, rows, None, weight, weight, angle.cos(), angle.sin(), 0.0, index, out[5:10],
+                             out[5:10], None))  # fmt: skip
+    torch.testing.assert_close(x[:, 0].cpu(), torch.tensor([1.0, 1, 2, 3, 1]))
+    assert padded[:5].isnan().all() and padded[10:].isnan().all()
+
+
+@runs_kernels
+@pytest.mark.parametrize("seed", range(200 if torch.cuda.is_available() else 8))
+def test_random_ragged_batches(device, as_good, seed):
+    g = torch.Generator().manual_seed(seed)
+    scale_up = 8 if device.type == "cuda" else 1
+    batch, heads = (int(torch.randint(1, n, (1,), generator=g)) for n in (7, 4))
+    dim = 16 * int(torch.randint(1, 9, (1,), generator=g))
+    lengths = torch.randint(0, 90 * scale_up, (2, batch), generator=g) * (torch.rand(2, batch, generator=g) > 0.2)
+    cu = torch.nn.functional.pad(lengths.cumsum(1), (1, 0)).to(torch.int32)
+    q, k, v = (torch.randn(int(cu[i, -1]), heads, dim, generator=g).half() for i in (0, 1, 1))
+    bias = torch.randn(k.shape[0], generator=g)
+    bias[torch.rand(bias.shape, generator=g) < 0.2] = -math.inf
+    arguments = {"cu_seqlens_q": cu[0], "cu_seqlens_k": cu[1], "key_bias": bias, "return_lse": True}
+    exact = mixed_attention(*(x.double() for x in (q, k, v)), **arguments)
+    same = mixed_attention(q, k, v, **arguments)
+    on_device = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+    got = mixed_attention(*(x.to(device) for x in (q, k, v)), **on_device, backend="triton")
+    as_good(got[0].cpu(), exact[0], same[0])
+    as_good(got[1].cpu(), exact[1], same[1])
