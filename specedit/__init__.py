@@ -16,7 +16,8 @@ from .report import RunReport, StageReport
 
 __version__ = "0.1.0"
 __all__ = [
-    "RunReport", "SpecEditConfig", "StageReport", "disabled", "flops", "install", "micro", "presets", "report", "uninstall",
+    "RunReport", "SpecEditConfig", "StageReport", "disabled", "flops", "install", "micro", "presets", "report",
+    "uninstall",
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def generate(
     reference_layout = MixedLayout.all_fine(reference_grid, state.device)
     sigmas = stage_sigmas(pipe.scheduler, grid.tokens, 1.0, 0.0, config.draft_steps).tolist()
     rows = list(range(state.batch))
-    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, following in pairwise(sigmas):
         if pipe.interrupt:
             break
         velocity = adapter.velocity(pipe, state, tokens, sigma, rows, layout, reference, reference_layout, config)

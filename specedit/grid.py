@@ -200,8 +200,15 @@ class MixedLayout:
         """The same choice on another grid of the same picture: a cell is split where any cell it overlaps is."""
         if grid == self.grid:
             return self
-        size = grid.coarse().shape
-        return MixedLayout(grid, F.adaptive_max_pool2d(self.expanded[None, None].float(), size)[0, 0] > 0)
+        # By tokens, not by cells: both grids cover the picture exactly, while cells of an odd side reach beyond it.
+        tokens = self.expanded.repeat_interleave(2, 0).repeat_interleave(2, 1)[: self.grid.height, : self.grid.width]
+        return MixedLayout(grid, cells_touched(tokens[None].float(), grid)[0])
+
+
+def cells_touched(mask: Tensor, grid: TokenGrid) -> Tensor:
+    """(B, cells_h, cells_w) bool: cells that overlap a nonzero sample of `mask` (B, H, W), whatever its resolution."""
+    tokens = F.adaptive_max_pool2d(mask[:, None], grid.shape)
+    return F.max_pool2d(tokens, 2, ceil_mode=True)[:, 0] > 0
 
 
 def repeat_pixels(tokens: Tensor) -> Tensor:

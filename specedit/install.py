@@ -37,7 +37,7 @@ class Installation:
     report: RunReport | None = None
     asleep: int = 0  # how many `disabled` blocks are open
     warned: set[str] = field(default_factory=set)
-    lock: threading.RLock = field(default_factory=threading.RLock)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 def install(pipe: Any, config: str | SpecEditConfig | None = None, **overrides: Any) -> Any:
@@ -65,17 +65,18 @@ def install(pipe: Any, config: str | SpecEditConfig | None = None, **overrides: 
     if adapter is None:
         known = ", ".join(a.pipelines for a in adapters())
         raise TypeError(f"install: expected one of {known}, got {type(pipe).__name__}")
-    reason = supported(pipe.scheduler)
-    if reason:
-        warnings.warn(f"SpecEdit will run the stock pipeline: {reason}", stacklevel=2)
-    if (other := _foreign_cache(pipe)) is not None:
-        warnings.warn(
-            f"SpecEdit: {other} is enabled on this pipeline. It is bypassed by SpecEdit's own loop or mixes up its "
-            "stages; disable it, or install SpecEdit first.", stacklevel=2,
-        )  # fmt: skip
     stock = type(pipe)
+    installation = Installation(config, adapter, stock)
+    if (reason := supported(pipe.scheduler) or _unsuited(pipe)) is not None:
+        installation.warned.add(reason)  # said now, not again at the call
+        warnings.warn(f"SpecEdit will run the stock pipeline: {reason}", stacklevel=2)
+    elif _has_cache_dit(pipe):
+        warnings.warn(
+            "SpecEdit: cache-dit is enabled on this pipeline, and SpecEdit's own loop bypasses it; disable it, or "
+            "install SpecEdit first.", stacklevel=2,
+        )  # fmt: skip
     adapter.attach(pipe)
-    setattr(pipe, _ATTRIBUTE, Installation(config, adapter, stock))
+    setattr(pipe, _ATTRIBUTE, installation)
     # A subclass of the same name for this instance alone: save_pretrained and isinstance see what they always saw.
     body = {
         "__call__": _call,
@@ -115,13 +116,17 @@ def report(pipe: Any) -> RunReport:
 def disabled(pipe: Any) -> Iterator[Any]:
     """Inside the block the pipeline runs its stock call."""
     installation = _installation(pipe)
-    if installation is not None:
-        installation.asleep += 1
+    _sleep(installation, +1)
     try:
         yield pipe
     finally:
-        if installation is not None:
-            installation.asleep -= 1
+        _sleep(installation, -1)
+
+
+def _sleep(installation: Installation | None, change: int) -> None:
+    if installation is not None:
+        with installation.lock:  # blocks may open and close in several threads
+            installation.asleep += change
 
 
 def is_active(pipe: Any) -> bool:
@@ -143,12 +148,8 @@ def _check_diffusers() -> None:
         )
 
 
-def _foreign_cache(pipe: Any) -> str | None:
-    if any("cache_dit" in c.__module__ for c in type(pipe).__mro__) or hasattr(pipe, "_cache_manager"):
-        return "cache-dit"
-    if getattr(pipe.transformer, "is_cache_enabled", False):
-        return "a diffusers cache"
-    return None
+def _has_cache_dit(pipe: Any) -> bool:
+    return any("cache_dit" in c.__module__ for c in type(pipe).__mro__) or hasattr(pipe, "_cache_manager")
 
 
 def _call(self, *args: Any, edit_mask: Any = None, **kwargs: Any) -> Any:
@@ -253,7 +254,7 @@ def _report(pipe, state, config, outcome, seconds: float, images: Any, call: dic
     if source is not None:
         picture = pipe.image_processor.numpy_to_pil(source[:1].permute(0, 2, 3, 1).cpu().numpy())[0]
     return RunReport(
-        nfe=config.nfe,
+        nfe=sum(s.steps for s in outcome.stages if s.name != "draft"),  # fewer than asked after an interrupt
         draft_steps=next((s.steps for s in outcome.stages if s.name == "draft"), 0),
         stages=outcome.stages,
         flops=sum(s.flops for s in outcome.stages),

@@ -66,7 +66,9 @@ def run(
     parts: list[Part] = []
     done = 0
     for stage in plan:
-        began = clock(state)
+        if pipe.interrupt and parts:
+            break
+        began, first = clock(state), done
         layouts = stage_layouts(stage, state, expanded)
         parts = enter(parts, layouts, stage, state, split_noise, known, pipe)
         for i in range(stage.steps):
@@ -80,10 +82,10 @@ def run(
                 part.tokens = part.tokens + (part.sigmas[i + 1] - part.sigmas[i]) * velocity
             notify(listener, done, parts, i, state)
             done += 1
-        log.append(account(stage.name, parts, stage, pipe, state, clock(state) - began))
+        log.append(account(stage.name, parts, done - first, pipe, state, clock(state) - began))
 
     tokens = gather(parts, state)
-    if config.restore == "reference" and not pipe.interrupt:
+    if config.restore == "reference" and done == config.nfe:  # an interrupted run has nothing clean to blend
         tokens = restore.blend_latents(tokens, state.aligned, edited, state.grid)
     return Outcome(tokens, score, edited, expanded, log)
 
@@ -94,8 +96,9 @@ def find_edit(adapter, pipe, state, config, edit_mask, listener, log) -> tuple[T
     if edit_mask is not None:
         return None, everything_if_nearly(select.cells_of_mask(edit_mask, state))
     if not config.uses_draft:
-        # Nothing depends on a mask, or the selector takes none.
-        return None, cells
+        # Nothing depends on a mask, or the selector takes none. What is not edited is given back as it came, so
+        # where nothing says what to edit, everything may be.
+        return None, cells | (config.restore == "reference" or config.keep_pixels)
     began = clock(state)
     draft, grid, tokens = drafts.generate(adapter, pipe, state, config, listener.draft_step)
     flops = config.draft_steps * forward_flops(pipe, state, tokens) * state.batch
@@ -192,11 +195,11 @@ def forward_flops(pipe: Any, state: EditState, tokens: float) -> float:
     return state.branches * transformer_flops(pipe.transformer.config, tokens)
 
 
-def account(name: str, parts: list[Part], stage: Stage, pipe: Any, state: EditState, seconds: float) -> StageReport:
+def account(name: str, parts: list[Part], steps: int, pipe: Any, state: EditState, seconds: float) -> StageReport:
     tokens = {row: p.layout.tokens + p.reference_layout.tokens + state.text_tokens for p in parts for row in p.rows}
-    flops = stage.steps * sum(forward_flops(pipe, state, n) for n in tokens.values())
+    flops = steps * sum(forward_flops(pipe, state, n) for n in tokens.values())
     mean = sum(tokens.values()) / len(tokens)
-    return StageReport(name, parts[0].sigmas[0], parts[0].sigmas[-1], stage.steps, mean, flops, seconds)
+    return StageReport(name, parts[0].sigmas[0], parts[0].sigmas[steps], steps, mean, flops, seconds)
 
 
 def clock(state: EditState) -> float:

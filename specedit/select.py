@@ -18,7 +18,7 @@ from torch import Tensor
 from . import draft as drafts
 from .canny import canny
 from .config import SpecEditConfig
-from .grid import TokenGrid
+from .grid import TokenGrid, cells_touched
 from .models.base import Adapter, EditState
 
 TOP_SHARE = 0.3  # of the cells: RALU's up_ratio for its 4x setting
@@ -110,7 +110,7 @@ def cells_of_mask(mask: Any, state: EditState) -> Tensor:
         mask = np.asarray(mask.convert("L"))
     if not isinstance(mask, (np.ndarray, Tensor)):
         raise TypeError(f"edit_mask: expected a PIL image, array or tensor, got {type(mask).__name__}")
-    mask = torch.as_tensor(mask)
+    mask = mask if isinstance(mask, Tensor) else torch.from_numpy(np.ascontiguousarray(mask))
     given = tuple(mask.shape)
     if mask.ndim == 2:
         mask = mask[None, None]
@@ -121,18 +121,10 @@ def cells_of_mask(mask: Any, state: EditState) -> Tensor:
     if mask.is_floating_point() and not bool(mask.isfinite().all()):
         raise ValueError("edit_mask: expected finite values, got NaN or infinity")
     wanted = (mask != 0).float().to(state.device)
-    # Whatever the mask's size, a cell is edited if any pixel that overlaps it is.
-    cells = F.adaptive_max_pool2d(
-        F.interpolate(wanted, size=_at_least(wanted, state.grid.coarse())), state.grid.coarse().shape
-    )
-    cells = cells[:, 0] > 0
+    cells = cells_touched(wanted[:, 0], state.grid)
     if not bool(cells.flatten(1).any(1).all()):
         raise ValueError("edit_mask: expected some nonzero pixels, got an empty mask; there would be nothing to edit")
     return _match_batch(cells, state)
-
-
-def _at_least(mask: Tensor, cells: TokenGrid) -> tuple[int, int]:
-    return max(mask.shape[2], cells.height), max(mask.shape[3], cells.width)
 
 
 def _match_batch(cells: Tensor, state: EditState) -> Tensor:

@@ -197,7 +197,7 @@ def transformer() -> FluxTransformer2DModel:
 
 @torch.no_grad()
 def initialise(model: FluxTransformer2DModel) -> None:
-    """adaLN-Zero (Peebles and Xie 2023), and a head in each block that starts out looking at its place in the reference.
+    """adaLN-Zero (Peebles and Xie 2023), and in each block a head that starts out looking at its own reference token.
 
     With constant q and k the rotary logit is sum_f w_f cos(theta_f * offset), which peaks at offset zero. Turning
     k by one step along axis 0 moves that peak to the reference (id 1). It is only a starting point: everything

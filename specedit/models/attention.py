@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor, nn
 
 from specedit_kernels import mixed_attention, qk_norm_rope
@@ -28,8 +29,8 @@ class MixedContext:
 class FluxMixedProcessor:
     """Joint attention of FLUX with a bias per key. Without a context it is the processor that it replaced."""
 
-    def __init__(self, original: Any):
-        self.original = original
+    def __init__(self, original: Any = None):  # diffusers makes new processors of a class without arguments
+        self.original = original if original is not None else FluxAttnProcessor()
 
     # diffusers sets the attention backend on the processor that it finds.
     @property
@@ -127,9 +128,12 @@ def _attend(joint: list[Tensor], coarse: list[Tensor] | None, context: MixedCont
 
 
 def attach(transformer: nn.Module, attention_class: type, processor_class: type) -> None:
-    """Wrap the processor of every attention module; one that is wrapped already is left alone."""
+    """Wrap the processor of every attention module.
+
+    One that is wrapped already is left alone, and so is one with weights (an IP-Adapter's), which belongs to the model.
+    """
     for module in transformer.modules():
-        if isinstance(module, attention_class) and not isinstance(module.processor, FluxMixedProcessor):
+        if isinstance(module, attention_class) and not isinstance(module.processor, (FluxMixedProcessor, nn.Module)):
             module.processor = processor_class(module.processor)
 
 

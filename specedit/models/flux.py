@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import FluxKontextPipeline
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.transformers.transformer_flux import FluxAttention
 from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 from PIL import Image
@@ -35,6 +36,8 @@ class FluxKontext:
         given = [name for name in IP_ADAPTER if call.get(name) is not None]
         if given:
             return f"{given[0]} needs the stock attention processors"
+        if any(isinstance(processor, torch.nn.Module) for processor in pipe.transformer.attn_processors.values()):
+            return "an IP-Adapter is loaded, and it needs the stock attention processors"
         if call.get("image") is None:
             return "there is no image to edit"
         if call.get("sigmas") is not None:
@@ -87,9 +90,11 @@ class FluxKontext:
                 true_cfg_scale=call["true_cfg_scale"], kwargs=call["joint_attention_kwargs"] or {},
             ),
         )  # fmt: skip
-        state.extra["source"] = self._source(pipe, call, image, latent_input, height, width, prompts)
+        source = None if latent_input else self._source(pipe, call, height, width)
         if reference_grid != grid:
-            state.aligned = self._aligned(pipe, state, dtype, device)
+            state.aligned = self._aligned(pipe, state, source, dtype, device)
+        if source is not None:  # images are tiled over the prompts, as prepare_latents does
+            state.extra["source"] = source.repeat(prompts // len(source), 1, 1, 1)
         if pipe.transformer.config.guidance_embeds:
             guidance = torch.full([1], call["guidance_scale"], device=device, dtype=torch.float32)
             state.extra["guidance"] = guidance.expand(prompts)
@@ -115,7 +120,8 @@ class FluxKontext:
         def encode(prefix: str) -> dict[str, Tensor]:
             embeds, pooled, ids = pipe.encode_prompt(
                 prompt=call[f"{prefix}prompt"], prompt_2=call[f"{prefix}prompt_2"],
-                prompt_embeds=call[f"{prefix}prompt_embeds"], pooled_prompt_embeds=call[f"{prefix}pooled_prompt_embeds"],
+                prompt_embeds=call[f"{prefix}prompt_embeds"],
+                pooled_prompt_embeds=call[f"{prefix}pooled_prompt_embeds"],
                 **shared,
             )  # fmt: skip
             return dict(encoder_hidden_states=embeds, pooled_projections=pooled, txt_ids=ids)
@@ -130,37 +136,32 @@ class FluxKontext:
         image = call["image"]
         if isinstance(image, Tensor) and image.ndim == 4 and image.shape[1] == pipe.latent_channels:
             return image, True
-        for one in image if isinstance(image, list) else [image]:
-            check_image(one)
-        first = image[0] if isinstance(image, list) else image
-        height, width = pipe.image_processor.get_default_height_width(first)
+        if isinstance(image, list) and not image:
+            raise ValueError("image: expected at least one picture, got an empty list")
+        sizes = [check_image(one) for one in (image if isinstance(image, list) else [image])]
+        height, width = (side // multiple * multiple for side in sizes[0])
         if call["_auto_resize"]:
             ratio = width / height
             _, width, height = min((abs(ratio - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
         height, width = height // multiple * multiple, width // multiple * multiple
-        image = pipe.image_processor.resize(image, height, width)
+        image = pipe.image_processor.resize(_batched(image), height, width)
         return pipe.image_processor.preprocess(image, height, width), False
 
     @staticmethod
-    def _source(pipe: Any, call: dict[str, Any], image: Tensor, latent: bool, height: int, width: int, prompts: int):
-        """The input picture at the output's size, (B, 3, H, W) in 0..1, or None where latents were given."""
-        if latent:
-            return None
-        if image.shape[-2:] != (height, width):
-            resized = pipe.image_processor.resize(call["image"], height, width)
-            image = pipe.image_processor.preprocess(resized, height, width)
-        image = (image.float() / 2 + 0.5).clamp(0, 1)
-        return image.repeat(prompts // image.shape[0], 1, 1, 1)
+    def _source(pipe: Any, call: dict[str, Any], height: int, width: int) -> Tensor:
+        """The input pictures at the output's size, (n, 3, H, W) in 0..1, by the pipeline's own way of resizing."""
+        # Not the model's input scaled back: that would round, and keep_pixels returns these very values.
+        plain = VaeImageProcessor(vae_scale_factor=pipe.vae_scale_factor * 2, do_normalize=False)
+        image = plain.preprocess(plain.resize(_batched(call["image"]), height, width), height, width).float()
+        return (image / 2 + 0.5 if image.min() < 0 else image).clamp(0, 1)
 
     @staticmethod
-    def _aligned(pipe: Any, state: EditState, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def _aligned(pipe: Any, state: EditState, source: Tensor | None, dtype: torch.dtype, device: torch.device):
         """The reference's latents on the output's grid, where the model itself sees it at another size."""
-        source = state.extra["source"]
         if source is None:
             return _resize_tokens(state.reference, state.reference_grid, state.grid)
-        one = source[: max(1, len(source) // max(1, state.batch // len(source)))]
-        latents = pipe._encode_vae_image((one * 2 - 1).to(device=device, dtype=dtype), state.generator)
-        return _pack(latents).float()
+        latents = pipe._encode_vae_image((source * 2 - 1).to(device=device, dtype=dtype), state.generator)
+        return _pack(latents).float().repeat(state.batch // len(source), 1, 1)
 
     # ------------------------------------------------------------------------------------------------ velocity
 
@@ -254,22 +255,30 @@ class FluxKontext:
 SMALLEST = 64  # px a side: four tokens, one of the draft's
 
 
-def check_image(image: Any) -> None:
-    """ValueError or TypeError unless `image` is an RGB picture of a usable size."""
+def check_image(image: Any) -> tuple[int, int]:
+    """Height and width of `image`; ValueError or TypeError unless it is an RGB picture of a usable size."""
     if isinstance(image, Image.Image):
         if image.mode != "RGB":
             raise ValueError(f'image: expected an RGB picture, got mode {image.mode!r}; use image.convert("RGB")')
         width, height = image.size
     elif isinstance(image, (np.ndarray, Tensor)):
-        shape = tuple(image.shape)
-        channels, height, width = (shape[-1], *shape[-3:-1]) if isinstance(image, np.ndarray) else shape[-3:]
-        if len(shape) not in (3, 4) or channels != 3:
-            layout = "(H, W, 3)" if isinstance(image, np.ndarray) else "(3, H, W)"
+        shape, array = tuple(image.shape), isinstance(image, np.ndarray)
+        if len(shape) not in (3, 4) or shape[-1 if array else -3] != 3:
+            layout = "(H, W, 3)" if array else "(3, H, W)"
             raise ValueError(f"image: expected {layout}, with or without a batch in front, got {shape}")
+        if "float" not in str(image.dtype):
+            raise TypeError(f"image: expected floating point values in 0..1, got {image.dtype}")
+        height, width = shape[-3:-1] if array else shape[-2:]
     else:
         raise TypeError(f"image: expected a PIL image, array or tensor, got {type(image).__name__}")
     if min(height, width) < SMALLEST:
         raise ValueError(f"image: expected at least {SMALLEST} px a side, got {width} x {height}")
+    return height, width
+
+
+def _batched(image: Any) -> Any:
+    """A single array or tensor with the batch axis that diffusers' image processor expects."""
+    return image[None] if isinstance(image, (np.ndarray, Tensor)) and image.ndim == 3 else image
 
 
 def _ids(positions: Tensor, image: int) -> Tensor:

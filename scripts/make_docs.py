@@ -1,0 +1,210 @@
+"""Writes every figure of README.md and docs/ from the JSON files in benchmarks/results.
+
+    python scripts/make_docs.py [--check]
+
+A page marks the places: everything between `<!-- table: NAME -->` and `<!-- end -->` is replaced. --check writes
+nothing and fails if anything would change. Pictures go to docs/images.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# The paper's own figures (arXiv 2605.02152, Table 5, FLUX.1-Kontext-dev on an A100), for comparison only.
+PAPER = {"quality": (3.15, 3.31), "balanced": (4.10, 5.38), "fast": (6.40, 6.92), "turbo": (7.05, 7.37)}
+
+
+def load(name: str) -> dict | None:
+    path = RESULTS / name
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def source(result: dict, name: str) -> str:
+    m = result["machine"]
+    where = m["gpu"] or f"{m['cpu']}, {m['threads']} threads, no GPU"
+    return (
+        f"\n\nMeasured on {where}; torch {m['torch']}, diffusers {m['diffusers']}, {m['date']}. "
+        f"`{result['command']}` wrote `benchmarks/results/{name}`."
+    )
+
+
+def number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def quality(name: str) -> str:
+    result = load(name)
+    if result is None:
+        return "*not measured yet*"
+    stock = next((r["mean"] for r in result["rows"] if r["variant"] == "stock-50"), None)
+    rows = []
+    for row in result["rows"]:
+        m = row["mean"]
+        against = (
+            [f"{stock['flops'] / m['flops']:.2f}", f"{stock['seconds'] / m['seconds']:.2f}"] if stock else ["-", "-"]
+        )
+        rows.append(
+            [row["variant"], f"{m['count']:.0f}", f"{m['success']:.1%}", f"{m['edit_psnr']:.1f}", f"{m['keep_psnr']:.1f}",
+             f"{m['flops'] / 1e12:.2f}", *against]
+        )  # fmt: skip
+    header = ["variant", "tasks", "success", "edit dB", "keep dB", "TFLOPs", "FLOPs ratio", "clock ratio"]
+    return table(header, rows) + source(result, name)
+
+
+def kinds(name: str) -> str:
+    result = load(name)
+    if result is None:
+        return "*not measured yet*"
+    rows = []
+    for row in result["rows"]:
+        for kind, m in row["kinds"].items():
+            rows.append(
+                [row["variant"], kind, f"{m['count']:.0f}", f"{m['success']:.0%}", number(m["edit_psnr"], ".1f"),
+                 number(m["keep_psnr"], ".1f")]
+            )  # fmt: skip
+    return table(["variant", "kind", "tasks", "success", "edit dB", "keep dB"], rows) + source(result, name)
+
+
+def small_edits(name: str) -> str:
+    result = load(name)
+    rows = []
+    for row in (result or {"rows": []})["rows"]:
+        m = row.get("small")
+        if m and "flops_ratio" in m:
+            rows.append(
+                [row["variant"], f"{m['count']:.0f}", f"{m['edit_fraction']:.1%}", f"{m['flops_ratio']:.2f}",
+                 f"{m['success']:.1%}", f"{m['keep_psnr']:.1f}"]
+            )  # fmt: skip
+    if not rows:
+        return "*not measured yet*"
+    return table(["variant", "tasks", "edited", "FLOPs ratio", "success", "keep dB"], rows) + source(result, name)
+
+
+def sweep(name: str) -> str:
+    result = load(name)
+    if result is None:
+        return "*not measured yet*"
+    rows = []
+    for row in result["rows"]:
+        m = row["mean"]
+        change = ", ".join(f"{k}={v}" for k, v in row["change"].items()) or "turbo, restore=reference"
+        rows.append(
+            [change, f"{m['success']:.0%}", f"{m['edit_psnr']:.1f}", number(m["keep_psnr"], ".1f"),
+             f"{m['flops_ratio']:.2f}", f"{m['recall']:.0%}", f"{m['precision']:.0%}"]
+        )  # fmt: skip
+    header = ["change", "success", "edit dB", "keep dB", "FLOPs ratio", "recall", "precision"]
+    return table(header, rows) + source(result, name)
+
+
+def bench(name: str) -> str:
+    result = load(name)
+    if result is None:
+        return "*not measured yet*"
+    rows = [
+        [r["preset"], r["restore"], f"{r['edit_fraction']:.0%}", f"{r['seconds_stock']:.2f}", f"{r['seconds']:.2f}",
+         f"{r['speedup']:.2f}", f"{r['flops_ratio']:.2f}", f"{r['speedup'] / r['flops_ratio']:.2f}"]
+        for r in result["rows"]
+    ]  # fmt: skip
+    header = ["preset", "restore", "edited", "stock s", "s", "clock ratio", "FLOPs ratio", "quotient"]
+    return table(header, rows) + source(result, name)
+
+
+def plan(name: str) -> str:
+    from specedit.flops import plan as predict
+
+    rows = []
+    for preset, (clock, flops) in PAPER.items():
+        ours = [predict(preset, "flux-kontext", 1024, 1024, share)["flops_ratio"] for share in (0.1, 0.2, 0.4)]
+        rows.append([preset, *(f"{r:.2f}" for r in ours), f"{flops:.2f}", f"{clock:.2f}"])
+    header = ["preset", "10 % edited", "20 % edited", "40 % edited", "paper, FLOPs", "paper, clock (A100)"]
+    return (
+        table(header, rows)
+        + "\n\nPredicted by `specedit.flops.plan`, not measured; the last two columns are the paper's."
+    )
+
+
+def training(name: str) -> str:
+    result = load(name)
+    if result is None:
+        return "*not measured yet*"
+    last = {row["part"]: row for row in result["rows"]}
+    rows = [[part, str(row["step"]), f"{row['seconds'] / 60:.0f}"] for part, row in last.items()]
+    text = table(["part", "steps", "minutes"], rows)
+    trip = next((r["roundtrip_512"] for r in result["rows"] if "roundtrip_512" in r), None)
+    if trip is not None:
+        text += f"\n\nAutoencoder round trip at 512 px: {trip:.1f} dB."
+    return text + source(result, name)
+
+
+MAKERS = {
+    "quality": quality, "kinds": kinds, "small": small_edits, "sweep": sweep, "bench": bench, "plan": plan, "training": training,
+}  # fmt: skip
+
+
+def fill(text: str) -> str:
+    """Replace every marked place. A name is MAKER:FILE, FILE without .json."""
+
+    def place(match: re.Match) -> str:
+        maker, _, file = match["name"].partition(":")
+        return f"<!-- table: {match['name']} -->\n{MAKERS[maker](file + '.json')}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (?P<name>\S+) -->\n.*?<!-- end -->", place, text, flags=re.S)
+
+
+def pareto(name: str, path: Path) -> None:
+    """Success and edit PSNR over FLOPs of every variant."""
+    result = load(name)
+    if result is None:
+        return
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    for axis, key, label in zip(figure.subplots(1, 2), ("success", "edit_psnr"), ("success", "edit PSNR, dB")):
+        for family, marker in (("stock", "s"), ("full", "o"), ("reference", "^")):
+            rows = [r for r in result["rows"] if r["variant"].startswith(family) or r["variant"].endswith(family)]
+            if not rows:
+                continue
+            x = [r["mean"]["flops"] / 1e12 for r in rows]
+            axis.plot(x, [r["mean"][key] for r in rows], marker=marker, label=family)
+            for r, at in zip(rows, x):
+                axis.annotate(r["variant"].split("-")[-1 if family == "stock" else 0], (at, r["mean"][key]), fontsize=8)
+        axis.set_xscale("log")
+        axis.set_xlabel("TFLOPs an edit")
+        axis.set_ylabel(label)
+        axis.legend()
+    figure.savefig(path, dpi=90)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    stale = []
+    for page in PAGES:
+        text = page.read_text()
+        filled = fill(text)
+        if filled != text:
+            stale.append(page)
+            if not args.check:
+                page.write_text(filled)
+    if args.check:
+        for page in stale:
+            print(f"{page.relative_to(ROOT)} is not what the results say; run python scripts/make_docs.py")
+        return 1 if stale else 0
+    for file in sorted(RESULTS.glob("quality-*.json")):
+        pareto(file.name, ROOT / "docs" / "images" / f"{file.stem}.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

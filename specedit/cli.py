@@ -1,0 +1,210 @@
+"""The command line: `specedit demo | edit | eval | bench`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .config import CHOICES, DEFAULT_PRESET, presets
+
+
+class Failure(Exception):
+    """An error that the user can do something about: one line, exit code 2."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="specedit", description="Fast diffusion image editing.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_edit(commands)
+    _add_eval(commands)
+    _add_bench(commands)
+    args = parser.parse_args(arguments)
+    try:
+        return args.run(args) or 0
+    except KeyboardInterrupt:
+        print("specedit: stopped", file=sys.stderr)
+        return 130
+    except (Failure, ValueError, TypeError, OSError, ImportError) as error:
+        first = (str(error) or type(error).__name__).strip().splitlines()[0]
+        print(f"specedit: {first}", file=sys.stderr)
+        return 2
+
+
+def _add_demo(commands) -> None:
+    parser = commands.add_parser("demo", help="edit one photograph twice, stock and with SpecEdit; no GPU, no network")
+    parser.add_argument("--out", type=Path, default=Path("specedit-demo"), help="folder for the pictures")
+    parser.add_argument("--size", type=int, default=512, help="side in pixels, 128 to 512")
+    parser.add_argument("--preset", default="turbo", choices=list(presets))
+    parser.add_argument("--restore", default="reference", choices=CHOICES["restore"])
+    parser.add_argument("--seed", type=int, help="another task")
+    parser.set_defaults(run=_demo)
+
+
+def _demo(args) -> int:
+    if not 128 <= args.size <= 512 or args.size % 16:
+        raise Failure(f"--size: expected a multiple of 16 from 128 to 512, got {args.size}")
+    _quiet()
+    from . import demo
+
+    seed = demo.SEED if args.seed is None else args.seed
+    result = demo.run(args.size, args.preset, seed, restore=args.restore, keep_pixels=args.restore == "reference")
+    args.out.mkdir(parents=True, exist_ok=True)
+    result.case.source.save(args.out / "input.png")
+    result.stock.save(args.out / "stock.png")
+    result.edit.save(args.out / "specedit.png")
+    result.save_figure(args.out / "demo.png")
+    result.run.save_figure(args.out / "report.png")
+    print(f'\n"{result.case.prompt}", {args.size} x {args.size} px, preset {args.preset}\n')
+    print(result.table())
+    print(f"\n{result.run}\n\npictures in {args.out}: demo.png, report.png, input.png, stock.png, specedit.png")
+    return 0
+
+
+def _add_edit(commands) -> None:
+    parser = commands.add_parser("edit", help="edit a picture with a FLUX.1-Kontext model")
+    parser.add_argument("image", type=Path)
+    parser.add_argument("prompt")
+    parser.add_argument("--model", help="hub id or directory of a FluxKontextPipeline; the embedded editor without")
+    parser.add_argument("--preset", default=DEFAULT_PRESET, choices=list(presets))
+    parser.add_argument("--out", type=Path, default=Path("edit.png"))
+    parser.add_argument("--mask", type=Path, help="picture that is nonzero where to edit; instead of the draft")
+    parser.add_argument("--restore", choices=CHOICES["restore"])
+    parser.add_argument("--keep-pixels", action="store_true", help="leave every pixel outside the edit as it was")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--figure", type=Path, help="also write where the method looked and what it cost")
+    parser.set_defaults(run=_edit)
+
+
+def _edit(args) -> int:
+    if not args.image.is_file():
+        raise Failure(f"image: expected a picture file, got {args.image}, which does not exist")
+    if not args.prompt.strip():
+        raise Failure("prompt: expected what to change, got an empty text")
+    _quiet()
+    import torch
+    from PIL import Image
+
+    from . import install, report
+
+    image = Image.open(args.image).convert("RGB")
+    mask = None if args.mask is None else Image.open(args.mask)
+    pipe, image, given = _pipeline(args.model, image)
+    overrides = {} if args.restore is None else {"restore": args.restore}
+    install(pipe, args.preset, keep_pixels=args.keep_pixels, **overrides)
+    generator = torch.Generator().manual_seed(args.seed)
+    result = pipe(image=image, prompt=args.prompt, edit_mask=mask, generator=generator, **given).images[0]
+    result.save(args.out)
+    if args.figure is not None:
+        report(pipe).save_figure(args.figure)
+    print(f"{report(pipe)}\nwrote {args.out}")
+    return 0
+
+
+def _pipeline(model: str | None, image):
+    """The pipeline, the picture at a size it takes, and what to pass beside it."""
+    import torch
+
+    from . import micro
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if model is None:
+        image = _fit(image, 512)
+        return micro.load("kontext", device=device), image, micro.arguments(image)
+    from diffusers import FluxKontextPipeline
+
+    folder = Path(model)
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise Failure(f"--model: expected a pipeline directory with a model_index.json, got {model}")
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    pipe = FluxKontextPipeline.from_pretrained(model, torch_dtype=dtype).to(device)
+    if pipe.transformer.config.num_layers < 19:  # a small editor works at the picture's own size
+        image = _fit(image, 512)
+        return pipe, image, micro.arguments(image)
+    return pipe, image, dict(height=image.height, width=image.width)
+
+
+def _fit(image, largest: int):
+    """Shrink to at most `largest` px a side and crop to whole tokens of 16 px."""
+    scale = min(1.0, largest / max(image.size))
+    width, height = (max(64, round(side * scale) // 16 * 16) for side in image.size)
+    return image if (width, height) == image.size else image.resize((width, height))
+
+
+def _add_eval(commands) -> None:
+    parser = commands.add_parser("eval", help="score a preset on tasks with exact results")
+    parser.add_argument("what", choices=["micro"])
+    parser.add_argument("--preset", default=DEFAULT_PRESET, choices=[*presets, "stock"])
+    parser.add_argument("--restore", default="full", choices=CHOICES["restore"])
+    parser.add_argument("--cases", type=int, default=16)
+    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--steps", type=int, help="model evaluations, instead of the preset's (stock: 50)")
+    parser.add_argument("--json", type=Path)
+    parser.set_defaults(run=_eval)
+
+
+def _eval(args) -> int:
+    if args.cases < 1:
+        raise Failure(f"--cases: expected at least 1, got {args.cases}")
+    _quiet()
+    from tqdm.auto import tqdm
+
+    from . import install, micro, results
+
+    pipe = micro.load("kontext")
+    pipe.set_progress_bar_config(disable=True)
+    if args.preset != "stock":
+        install(pipe, args.preset, restore=args.restore)
+    cases = (micro.scenes.sample(seed, args.size) for seed in range(args.cases))
+    result = micro.evaluate(pipe, tqdm(cases, total=args.cases, desc=args.preset), args.steps)
+    print(f"{'':12}{'tasks':>6}{'success':>9}{'edit dB':>9}{'keep dB':>9}{'TFLOPs':>9}{'seconds':>9}")
+    for name, row in [*result["kinds"].items(), ("all", result["mean"])]:
+        print(
+            f"{name:12}{row['count']:6.0f}{row['success']:9.0%}{row['edit_psnr']:9.1f}{row['keep_psnr']:9.1f}"
+            f"{row['flops'] / 1e12:9.3f}{row['seconds']:9.2f}"
+        )
+    if args.json is not None:
+        command = f"specedit eval micro --preset {args.preset} --restore {args.restore} --cases {args.cases}"
+        results.write(args.json, f"{command} --size {args.size}", result["cases"], mean=result["mean"])
+    return 0
+
+
+def _add_bench(commands) -> None:
+    parser = commands.add_parser("bench", help="time every preset against the stock pipeline on this machine")
+    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--repeat", type=int, default=1, help="timed calls of each; the median counts")
+    parser.add_argument("--json", type=Path)
+    parser.set_defaults(run=_bench)
+
+
+def _bench(args) -> int:
+    if args.repeat < 1:
+        raise Failure(f"--repeat: expected at least 1, got {args.repeat}")
+    _quiet()
+    from . import bench, results
+
+    rows = bench.presets_against_stock(args.size, args.repeat)
+    print(f"{'preset':14}{'restore':11}{'edited':>8}{'seconds':>9}{'speedup':>9}{'FLOPs ratio':>13}{'quotient':>10}")
+    for row in rows:
+        quotient = row["speedup"] / row["flops_ratio"]
+        print(
+            f"{row['preset']:14}{row['restore']:11}{row['edit_fraction']:8.0%}{row['seconds']:9.2f}"
+            f"{row['speedup']:8.2f}x{row['flops_ratio']:12.2f}x{quotient:10.2f}"
+        )
+    if args.json is not None:
+        results.write(args.json, f"specedit bench --size {args.size} --repeat {args.repeat}", rows)
+    return 0
+
+
+def _quiet() -> None:
+    """Libraries' start-up chatter is not the user's concern; errors still are."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
