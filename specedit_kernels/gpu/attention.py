@@ -149,9 +149,10 @@ def attend(
     acc = tl.zeros((BLOCK_M, DIM_P2), tl.float32)
     bias_row = tl.zeros((BLOCK_N,), tl.float32)
     in_keys = n < BLOCK_N  # [BN]
-    # Within a block 32 bits suffice (the launch sees to it); the block itself is reached by a 64-bit scalar.
-    k_offsets = n[:, None] * k_row + d[None, :] * k_dim  # [BN, D]
-    v_offsets = n[:, None] * v_row + d[None, :] * v_dim  # [BN, D]
+    if not DESCRIPTORS:
+        # Within a block 32 bits suffice (the launch sees to it); the block itself is reached by a 64-bit scalar.
+        k_offsets = n[:, None] * k_row + d[None, :] * k_dim  # [BN, D]
+        v_offsets = n[:, None] * v_row + d[None, :] * v_dim  # [BN, D]
     for start in range(0, whole, BLOCK_N):
         if DESCRIPTORS:
             key = k_desc.load([sample.to(tl.int32), head, k_start + start, 0]).reshape(BLOCK_N, DIM_P2)
@@ -171,8 +172,11 @@ def attend(
     if whole < length:
         in_keys = whole + n < length  # [BN]
         offset = tl.cast(whole, tl.int64)
-        key = tl.load(k + offset * k_row + k_offsets, mask=in_keys[:, None] & in_dim, other=0)
-        value = tl.load(v + offset * v_row + v_offsets, mask=in_keys[:, None] & in_dim, other=0)
+        # Computed only here, so that with descriptors the main loop carries no offsets in registers.
+        k_last = n[:, None] * k_row + d[None, :] * k_dim  # [BN, D]
+        v_last = n[:, None] * v_row + d[None, :] * v_dim  # [BN, D]
+        key = tl.load(k + offset * k_row + k_last, mask=in_keys[:, None] & in_dim, other=0)
+        value = tl.load(v + offset * v_row + v_last, mask=in_keys[:, None] & in_dim, other=0)
         if HAS_BIAS:
             bias_row = tl.load(bias + offset * bias_key + n * bias_key, mask=in_keys, other=0) * LOG2_E
         peak, total, acc = _attend_block(query, key, value, bias_row, in_keys, peak, total, acc, scale_log2,

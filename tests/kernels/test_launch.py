@@ -100,7 +100,9 @@ def test_every_attention_configuration(device, rng, as_good, kernel, entry):
 
 
 @runs_kernels
-@pytest.mark.parametrize("lengths", [([5, 300, 0, 64], [7, 7, 100, 50]), ([1] * 200, list(range(200)))], ids=["few", "many"])
+@pytest.mark.parametrize(
+    "lengths", [([5, 300, 0, 64], [7, 7, 100, 50]), ([1] * 200, list(range(200)))], ids=["few", "many"]
+)
 def test_plan_covers_every_block_once_longest_keys_first(device, lengths):
     queries, keys = lengths
     cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).to(device, torch.int32) for n in lengths)
