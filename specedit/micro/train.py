@@ -1,10 +1,12 @@
 """Trains the embedded editor from nothing: first its autoencoder, then text encoders and transformer together.
 
-    python -m specedit.micro.train --out runs/kontext --vae-minutes 20 --minutes 100
+    python -m specedit.micro.train --out runs/kontext --vae-minutes 13 --minutes 80
+    python -m specedit.micro.train --out runs/more --start specedit/micro/weights/kontext --minutes 8 --batch-scale 8
 
-The budget is wall-clock time, so the same command fits a GPU and two cores. Run it again with the same --out to go
-on: a larger budget continues where the last run stopped. `runs/kontext/editor` always holds the newest averaged
-weights as a pipeline directory, `runs/kontext/log.json` what happened.
+The second line goes on from weights that are there. The budget is wall-clock time, so the same command fits a GPU and
+two cores. Run it again with the same --out to go on: a larger budget continues where the last run stopped.
+`runs/kontext/editor` always holds the newest averaged weights as a pipeline directory, `runs/kontext/log.json` what
+happened.
 """
 
 import argparse
@@ -70,6 +72,8 @@ class Settings:
     vae_rate: float = 6e-4  # more undoes the thumbnail start
     largest: int = 512
     save_minutes: float = 4.0
+    batch_scale: int = 1
+    start: Path | None = None
 
 
 def rate_at(progress: float, step: int, warmup: int = 100, floor: float = 0.05) -> float:
@@ -277,7 +281,7 @@ def batches(vae: nn.Module, settings: Settings, clock: Clock, start: int) -> Ite
     """Tasks without end, sizes by the curriculum, each batch coming back about REUSE times."""
     rng = random.Random(settings.seed + start)
     pools: dict[int, list[Batch]] = {}
-    drawn = start * 64
+    drawn = start * 64 * settings.batch_scale  # further on than any step so far, so that a resumed run sees new tasks
     while True:
         weights = {side: share for side, share in mixture(clock.progress).items() if side <= settings.largest}
         side = rng.choices(list(weights), list(weights.values()))[0]
@@ -286,8 +290,9 @@ def batches(vae: nn.Module, settings: Settings, clock: Clock, start: int) -> Ite
             sizes = [s for s in BATCHES if side // 2 < max(s) <= side or s == (side, side)]
             square = (side, side)
             size = square if rng.random() < 0.7 else rng.choice(sizes)
-            pool.append(encode(vae, _seeds(drawn, BATCHES[size]), size, settings.device))
-            drawn += BATCHES[size]
+            count = BATCHES[size] * settings.batch_scale
+            pool.append(encode(vae, _seeds(drawn, count), size, settings.device))
+            drawn += count
             if len(pool) > 24:
                 pool.pop(0)
             yield pool[-1]
@@ -418,8 +423,11 @@ def train(settings: Settings):
     settings.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
     log = Log(settings.out / "log.json")
-    pipe = build.kontext(settings.seed)
-    train_vae(pipe, settings, log)
+    if settings.start is None:
+        pipe = build.kontext(settings.seed)
+        train_vae(pipe, settings, log)
+    else:
+        pipe = build.load(settings.start, torch_dtype=torch.float32)
     train_editor(pipe, settings, log)
     build.save(pipe, settings.out / "editor")
     return pipe
@@ -434,6 +442,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--largest", type=int, default=Settings.largest, help="largest side trained at, in pixels")
     parser.add_argument("--rate", type=float, default=Settings.rate)
+    parser.add_argument("--batch-scale", type=int, default=1, help="times the tasks of a step; a GPU has room for 8")
+    parser.add_argument(
+        "--start",
+        type=Path,
+        help="directory of an editor to go on from; its autoencoder is kept, since the latents are what it learned",
+    )
     train(Settings(**vars(parser.parse_args(arguments))))
 
 
