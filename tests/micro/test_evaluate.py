@@ -1,0 +1,98 @@
+"""Scores against hand-made results, and the shipped editor end to end."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import specedit
+from specedit import micro
+from specedit.micro.evaluate import grow, mean, psnr, score
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = micro.load("kontext")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_psnr_of_a_known_difference():
+    a = np.zeros((4, 4, 3), np.uint8)
+    b = a.copy()
+    b[:2] = 51  # a fifth of the range
+    where = np.zeros((4, 4), bool)
+    where[:2] = True
+    assert psnr(a, b, where) == pytest.approx(-20 * math.log10(0.2))
+    assert psnr(a, b, ~where) == 60 and math.isnan(psnr(a, b, where & False))
+
+
+def test_grow_is_a_square():
+    mask = np.zeros((9, 9), bool)
+    mask[4, 4] = True
+    assert grow(mask, 2).sum() == 25
+
+
+def test_target_and_source_as_results():
+    case = micro.scenes.sample(3, 128)
+    perfect, untouched = score(case.target, case), score(case.source, case)
+    assert perfect["success"] and perfect["edit_psnr"] == 60
+    assert not untouched["success"] and untouched["keep_psnr"] == 60
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8))
+    assert not score(noise, case)["success"]
+
+
+def test_means_leave_nan_out():
+    out = mean([dict(a=1.0, kind="x"), dict(a=math.nan, kind="x"), dict(a=3.0, kind="y")])
+    assert out == {"count": 3, "a": 2.0}
+
+
+def test_weights_are_small_and_load_offline(pipe):
+    folder = micro.load.__globals__["WEIGHTS"] / "kontext"
+    assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) <= 40e6
+    assert pipe.transformer.dtype == torch.float32
+    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "FluxKontextPipeline"
+
+
+def test_unknown_editor():
+    with pytest.raises(ValueError, match="expected \"kontext\", got 'flux'"):
+        micro.load("flux")
+
+
+def test_the_autoencoder_keeps_30_db_at_512(pipe):
+    from specedit.micro.train import roundtrip
+
+    assert roundtrip(pipe.vae, "cpu", 512, 4) >= 30
+
+
+@pytest.mark.parametrize("size", [128, (128, 192)])
+def test_stock_and_installed_are_scored(pipe, size):
+    cases = [micro.scenes.sample(seed, size) for seed in (0, 1)]
+    stock = micro.evaluate(pipe, cases, num_inference_steps=4)
+    assert len(stock["cases"]) == 2 and stock["mean"]["count"] == 2
+    specedit.install(pipe, "turbo", restore="reference")
+    try:
+        fast = micro.evaluate(pipe, cases)
+        assert specedit.report(pipe).nfe == 9
+    finally:
+        specedit.uninstall(pipe)
+    for row in (*stock["cases"], *fast["cases"]):
+        assert row["flops"] > 0 and row["seconds"] > 0 and isinstance(row["success"], bool)
+    assert 0 <= fast["mean"]["edit_fraction"] <= 1
+    again = micro.evaluate(pipe, cases, num_inference_steps=4)
+    assert [r["edit_psnr"] for r in again["cases"]] == [r["edit_psnr"] for r in stock["cases"]]
+
+
+def test_reference_restore_keeps_what_was_not_edited(pipe):
+    case = micro.scenes.sample(3, 128)
+    call = dict(image=case.source, prompt=case.prompt, edit_mask=case.mask, **micro.arguments(case.source))
+    kept = {}
+    for restore in ("full", "reference"):
+        specedit.install(pipe, "turbo", restore=restore)
+        image = pipe(**call, generator=torch.Generator().manual_seed(0)).images[0]
+        kept[restore] = score(image, case)["keep_psnr"]
+    specedit.uninstall(pipe)
+    assert kept["reference"] > kept["full"]

@@ -1,0 +1,99 @@
+"""The command line: what it writes, and one line with exit code 2 for what goes wrong."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from specedit import cli
+from specedit.micro import scenes
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "in.png"
+    scenes.sample(4, 128).source.save(path)
+    return path
+
+
+def test_demo(tmp_path, capsys):
+    assert cli.main(["demo", "--size", "128", "--out", str(tmp_path / "demo")]) == 0
+    for name in ("demo.png", "report.png", "input.png", "stock.png", "specedit.png"):
+        assert Image.open(tmp_path / "demo" / name).size[0] >= 128
+    out = capsys.readouterr().out
+    assert "FLOPs" in out and "seconds" in out and "demo.png" in out
+
+
+def test_edit_with_the_embedded_editor(tmp_path, picture, capsys):
+    out = tmp_path / "out.png"
+    given = ["edit", str(picture), "make it greyscale", "--preset", "turbo", "--out", str(out)]
+    assert cli.main([*given, "--figure", str(tmp_path / "figure.png")]) == 0
+    assert Image.open(out).size == (128, 128) and (tmp_path / "figure.png").exists()
+    assert str(out) in capsys.readouterr().out
+
+
+def test_edit_keeps_pixels_outside_a_mask(tmp_path, picture):
+    mask = Image.new("L", (128, 128))
+    mask.paste(255, (0, 0, 32, 32))
+    mask.save(tmp_path / "mask.png")
+    out = tmp_path / "out.png"
+    given = ["edit", str(picture), "make it greyscale", "--mask", str(tmp_path / "mask.png"), "--keep-pixels"]
+    assert cli.main([*given, "--preset", "turbo", "--out", str(out)]) == 0
+    before, after = (np.asarray(Image.open(p)) for p in (picture, out))
+    assert np.array_equal(before[32:], after[32:]) and np.array_equal(before[:, 32:], after[:, 32:])
+    assert not np.array_equal(before[:32, :32], after[:32, :32])
+
+
+def test_eval_micro(tmp_path, capsys):
+    path = tmp_path / "eval.json"
+    given = ["eval", "micro", "--preset", "turbo", "--cases", "2", "--size", "128", "--json", str(path)]
+    assert cli.main(given) == 0
+    written = json.loads(path.read_text())
+    assert len(written["rows"]) == 2 and written["machine"]["torch"] and "--cases 2" in written["command"]
+    assert "success" in capsys.readouterr().out
+
+
+def test_bench(tmp_path):
+    path = tmp_path / "bench.json"
+    assert cli.main(["bench", "--size", "128", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert {(r["preset"], r["restore"]) for r in rows} >= {("turbo", "reference"), ("quality", "full")}
+    for row in rows:
+        assert row["speedup"] == pytest.approx(row["seconds_stock"] / row["seconds"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["edit", "nowhere.png", "make it red"], "nowhere.png"),
+        (["demo", "--size", "100"], "--size: expected a multiple of 16"),
+        (["eval", "micro", "--cases", "0"], "--cases: expected at least 1"),
+        (["bench", "--repeat", "0"], "--repeat: expected at least 1"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(arguments, says, capsys):
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert says in error and len(error.splitlines()) == 1
+
+
+def test_a_model_directory_without_a_pipeline(tmp_path, picture, capsys):
+    assert cli.main(["edit", str(picture), "x", "--model", str(tmp_path)]) == 2
+    assert "model_index.json" in capsys.readouterr().err
+
+
+def test_an_empty_prompt_and_a_file_that_is_no_picture(tmp_path, picture, capsys):
+    assert cli.main(["edit", str(picture), "  "]) == 2
+    broken = tmp_path / "broken.png"
+    broken.write_text("not a picture")
+    assert cli.main(["edit", str(broken), "make it red"]) == 2
+    assert all("specedit: " in line for line in capsys.readouterr().err.strip().splitlines())
+
+
+@pytest.mark.parametrize("arguments", [[], ["paint"], ["demo", "--preset", "warp"], ["eval", "vibes"]])
+def test_wrong_usage_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    capsys.readouterr()

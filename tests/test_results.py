@@ -1,0 +1,40 @@
+"""Result files carry their machine; pages carry what the files say."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+from specedit import results
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_a_result_file_says_where_it_comes_from(tmp_path):
+    path = tmp_path / "deep" / "x.json"
+    results.write(path, "the command", [dict(a=1.23456789, b=math.nan, c=(1, 2))], mean={"a": 1})
+    written = json.loads(path.read_text())
+    assert written["rows"] == [{"a": 1.23457, "b": None, "c": [1, 2]}] and written["mean"] == {"a": 1}
+    assert {"gpu", "driver", "cpu", "torch", "triton", "diffusers", "commit", "date"} <= set(written["machine"])
+
+
+def test_every_committed_result_names_its_machine_and_command():
+    files = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    assert files
+    for file in files:
+        content = json.loads(file.read_text())
+        assert content["machine"]["torch"] and content["command"] and content["rows"], file.name
+
+
+def test_pages_say_what_the_results_say():
+    done = subprocess.run(
+        [sys.executable, "scripts/make_docs.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_readme_opens_with_two_one_line_commands():
+    blocks = (ROOT / "README.md").read_text().split("```")[1::2]
+    assert all(block.startswith("sh\n") and block.strip().count("\n") == 1 for block in blocks[:2])
+    assert not any(block.startswith("sh\n") for block in blocks[2:])
