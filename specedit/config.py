@@ -104,6 +104,10 @@ class SpecEditConfig:
             if not isinstance(value, str) or value not in choices:
                 listed = ", ".join(map(repr, choices))
                 raise ValueError(f"{name}: expected one of {listed}, got {value!r}{_suggest(value, choices)}")
+        if self.rope == "phase_aligned" and self.attention == "stock":
+            raise ValueError(
+                "rope: expected 'scaled' with attention='stock', the model's own processors, got 'phase_aligned'"
+            )
         for name in ("keep_pixels", "couple_noise"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")

@@ -61,7 +61,9 @@ def run(
     expanded = edited | select.uniform_cells(state.grid, config.uniform_stride, state.device)
 
     # Section 3.4: coarse tokens first, then a mixed sequence, then (restore="full") every token fine.
-    known = cell_detail(state.aligned, state.grid) * ~edited.flatten(1)[:, :, None, None, None]
+    # Detail is known where somebody looked and found no edit.
+    unchanged = ~edited & (config.uses_draft or edit_mask is not None)
+    known = cell_detail(state.aligned, state.grid) * unchanged.flatten(1)[:, :, None, None, None]
     split_noise = cell_detail(state.noise, state.grid, mode="circular")
     parts: list[Part] = []
     done = 0

@@ -110,7 +110,7 @@ def cells_of_mask(mask: Any, state: EditState) -> Tensor:
         mask = np.asarray(mask.convert("L"))
     if not isinstance(mask, (np.ndarray, Tensor)):
         raise TypeError(f"edit_mask: expected a PIL image, array or tensor, got {type(mask).__name__}")
-    mask = mask if isinstance(mask, Tensor) else torch.from_numpy(np.ascontiguousarray(mask))
+    mask = mask if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask, order="C"))
     given = tuple(mask.shape)
     if mask.ndim == 2:
         mask = mask[None, None]

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Runs the tests of the diffusers adapter with several versions of diffusers, each in an environment of its own.
+#   scripts/compat.sh [FOLDER] [VERSION...]   FOLDER: keeps the environments, default .venvs; VERSION: default all
+# Everything that diffusers does not tie down comes from constraints.txt. Only pip uses the network.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+folder=${1:-.venvs}
+shift || true
+versions=("$@")
+[ ${#versions[@]} -gt 0 ] || versions=(0.36.0 0.38.0 0.42.1)
+python=${PYTHON:-$(command -v python3.11 || command -v python3)}
+export HF_HUB_OFFLINE=1 MPLBACKEND=Agg
+
+# A transformers of the same time, with the libraries that it asks for.
+transformers() {
+  case $1 in
+    0.42.*) echo "transformers==5.23.0" ;;
+    *) echo "transformers==4.57.6 huggingface_hub<1 tokenizers<0.23" ;;
+  esac
+}
+
+mkdir -p "$folder"
+failed=()
+for version in "${versions[@]}"; do
+  printf '\n== diffusers %s\n' "$version"
+  venv=$folder/diffusers-$version
+  [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+  grep -v -E '^(diffusers|transformers|tokenizers|huggingface_hub|hf-xet)==' constraints.txt > "$venv/constraints.txt"
+  read -r -a tied <<< "$(transformers "$version")"
+  "$venv/bin/python" -m pip install --quiet -c "$venv/constraints.txt" "diffusers==$version" "${tied[@]}" \
+    torch triton accelerate einops numpy safetensors pillow matplotlib pytest hypothesis
+  "$venv/bin/python" -m pytest -q -p no:cacheprovider tests/models tests/test_install.py tests/test_sampler.py \
+    || failed+=("$version")
+done
+
+if [ ${#failed[@]} -gt 0 ]; then
+  printf '\n== failed with diffusers: %s\n' "${failed[*]}"
+  exit 1
+fi
+printf '\n== passed with diffusers: %s\n' "${versions[*]}"

@@ -1,0 +1,145 @@
+"""What the tests of the editing pipeline share: a tiny FLUX-Kontext pipeline made in memory, and one call of it.
+
+The heavy imports stay inside the fixtures: the kernel tests below this folder need none of them.
+"""
+
+import copy
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+# The same examples on every run; machines that are busy need no deadline.
+hypothesis.settings.register_profile("specedit", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("specedit")
+
+
+@pytest.fixture(scope="session")
+def tiny_components():
+    """The parts of a FluxKontextPipeline: random weights, 4 latent channels, 16 px a token, byte tokenizers."""
+    from diffusers import AutoencoderKL, FluxTransformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    def seeded(make):
+        torch.manual_seed(0)
+        return make().eval()
+
+    four = (4, 4, 4, 4)
+    transformer = seeded(
+        lambda: FluxTransformer2DModel(
+            patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8),
+            guidance_embeds=True,
+        )
+    )  # fmt: skip
+    with torch.no_grad():  # as initialised its blocks hardly matter; larger weights make every mistake visible
+        for parameter in transformer.parameters():
+            parameter.mul_(1.5)
+    return dict(
+        transformer=transformer,
+        vae=seeded(
+            lambda: AutoencoderKL(
+                sample_size=32, block_out_channels=four, down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=1, latent_channels=4, norm_num_groups=1,
+                use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0609, scaling_factor=1.5035,
+            )
+        ),
+        text_encoder=seeded(
+            lambda: CLIPTextModel(
+                CLIPTextConfig(
+                    bos_token_id=0, eos_token_id=2, pad_token_id=1, hidden_size=32, intermediate_size=37,
+                    num_attention_heads=4, num_hidden_layers=1, vocab_size=300, projection_dim=32,
+                )
+            )
+        ),
+        text_encoder_2=seeded(
+            lambda: T5EncoderModel(
+                T5Config(
+                    vocab_size=300, d_model=32, d_kv=8, d_ff=37, num_layers=1, num_heads=4, is_encoder_decoder=False
+                )
+            )
+        ),
+        tokenizer=byte_tokenizer(["<s>", "<pad>", "</s>", "<unk>"], "<s> $A </s>", 77),
+        tokenizer_2=byte_tokenizer(["<pad>", "</s>", "<unk>"], "$A </s>", 512),
+    )  # fmt: skip
+
+
+def byte_tokenizer(specials, template, length):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = [*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={w: i for i, w in enumerate(words)}, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    used = [(word, i) for i, word in enumerate(specials) if word in template.split()]
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=used)
+    names = {"<s>": "bos_token", "<pad>": "pad_token", "</s>": "eos_token", "<unk>": "unk_token"}
+    special = {names[word]: word for word in specials}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=length, **special)
+
+
+@pytest.fixture(scope="session")
+def make_pipe(tiny_components):
+    """Makes pipelines with equal weights and nothing in common that an installation changes."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline
+
+    def make(cls=FluxKontextPipeline, scheduler=None):
+        # Tokenizers are copied too: two threads must not share one.
+        own = {name: copy.deepcopy(tiny_components[name]) for name in ("transformer", "tokenizer", "tokenizer_2")}
+        parts = tiny_components | own
+        scheduler = scheduler or FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+        pipe = cls(scheduler=scheduler, **parts)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def one_thread(request):
+    """Tiny tensors gain nothing from threads, and lose much where the machine is busy."""
+    if "make_pipe" not in request.fixturenames:
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def pipe(make_pipe):
+    return make_pipe()
+
+
+def make_picture(height=128, width=128, seed=0):
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="session")
+def picture():
+    """Makes smooth random RGB pictures."""
+    return make_picture
+
+
+@pytest.fixture(scope="session")
+def edit():
+    """Calls a pipeline and returns its images: by default the latents of one 128 x 128 px edit with seed 0."""
+
+    def call(pipe, size=(128, 128), seed=0, **arguments):
+        height, width = size
+        defaults = dict(
+            image=make_picture(height, width), prompt="make it red", height=height, width=width,
+            max_area=height * width, _auto_resize=False, max_sequence_length=16, output_type="latent",
+        )  # fmt: skip
+        if "generator" not in arguments:
+            defaults["generator"] = torch.Generator().manual_seed(seed)
+        return pipe(**defaults | arguments).images
+
+    return call

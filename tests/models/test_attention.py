@@ -1,0 +1,179 @@
+"""The processors, one attention module at a time, against stock attention and against sums written out."""
+
+import copy
+
+import pytest
+import torch
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, FluxPosEmbed
+
+from specedit.models.attention import FluxMixedProcessor, MixedContext, attach, detach, half_table
+
+HEADS, DIM, TEXT = 2, 16, 3
+POS_EMBED = FluxPosEmbed(theta=10000, axes_dim=(4, 4, 8))
+
+
+def make_attention(joint):
+    torch.manual_seed(0)
+    extra = dict(added_kv_proj_dim=32, context_pre_only=False) if joint else dict(pre_only=True)
+    attn = FluxAttention(query_dim=32, dim_head=DIM, heads=HEADS, out_dim=32, bias=True, eps=1e-6, **extra).eval()
+    with torch.no_grad():
+        for name, parameter in attn.named_parameters():
+            parameter.mul_(1.0 if "norm" in name else 3.0)  # logits far from uniform
+    return attn.requires_grad_(False)
+
+
+@pytest.fixture(params=[True, False], ids=["joint", "single"])
+def attn(request):
+    return make_attention(request.param)
+
+
+def some_ids(n, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 9, (n, 3), generator=generator).float() + 0.5
+    ids[:, 0] = 0
+    ids[:TEXT] = 0
+    return ids
+
+
+def run(attn, states, ids, **kwargs):
+    """All output rows, text first, of states (B, text + image, 32)."""
+    rotary = POS_EMBED(ids)
+    if attn.added_kv_proj_dim is None:
+        return attn(states, image_rotary_emb=rotary, **kwargs)
+    image, text = attn(states[:, TEXT:], states[:, :TEXT], image_rotary_emb=rotary, **kwargs)
+    return torch.cat([text, image], 1)
+
+
+def mixed(attn):
+    attn = copy.deepcopy(attn)
+    attn.set_processor(FluxMixedProcessor(attn.processor))
+    return attn
+
+
+def random_states(batch, n):
+    return torch.randn(batch, n, 32, generator=torch.Generator().manual_seed(1))
+
+
+def test_without_a_context_it_is_the_original(attn):
+    states, ids = random_states(2, 11), some_ids(11)
+    assert torch.equal(run(mixed(attn), states, ids), run(attn, states, ids))
+
+
+def test_without_a_bias_it_is_stock_attention(attn):
+    states, ids = random_states(2, 11), some_ids(11)
+    torch.testing.assert_close(
+        run(mixed(attn), states, ids, specedit=MixedContext()), run(attn, states, ids), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_log_area_bias_equals_repeating_each_token_area_times(attn):
+    area = torch.tensor([1] * TEXT + [4, 4, 1, 2, 1, 1, 4, 3])
+    n = len(area)
+    states, ids = random_states(2, n), some_ids(n)
+    got = run(mixed(attn), states, ids, specedit=MixedContext(key_bias=area.float().log()))
+    first = area.cumsum(0) - area
+    repeated = run(attn, states.repeat_interleave(area, 1), ids.repeat_interleave(area, 0))
+    torch.testing.assert_close(got, repeated[:, first], rtol=1e-4, atol=1e-5)
+    plain = run(attn, states, ids)
+    assert (got - plain).abs().max() > 0.05  # the bias matters
+
+
+def test_an_attention_mask_does_the_same_to_stock_attention(attn):
+    bias = torch.tensor([1] * TEXT + [4, 1, 1, 2, 1, 1]).float().log()
+    states, ids = random_states(2, len(bias)), some_ids(len(bias))
+    got = run(mixed(attn), states, ids, specedit=MixedContext(key_bias=bias))
+    stock = run(attn, states, ids, attention_mask=bias[None, None, None])
+    torch.testing.assert_close(got, stock, rtol=1e-4, atol=1e-5)
+
+
+def rotate(x, cos, sin):
+    """Interleaved pairs (x0, x1) of (B, N, H, D) turned by the angles of tables (N, D)."""
+    turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+    return x * cos[:, None] + turned * sin[:, None]
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_phase_aligned_against_the_sums_written_out(attn, biased):
+    coarse = torch.tensor([False] * TEXT + [True, True, False, False, True, False, False])
+    n = len(coarse)
+    states, ids = random_states(2, n), some_ids(n)
+    small = ids.clone()
+    small[TEXT:, 1:] /= 2
+    bias = torch.where(coarse, torch.tensor(4.0).log(), torch.tensor(0.0)) if biased else None
+    context = MixedContext(key_bias=bias, coarse_query=coarse, coarse_rotary=POS_EMBED(small))
+    got = run(mixed(attn), states, ids, specedit=context)
+
+    text, image = (states[:, :TEXT], states[:, TEXT:]) if attn.added_kv_proj_dim else (states[:, :0], states)
+    q, k, v = (
+        torch.cat([a, b], 1).unflatten(-1, (HEADS, DIM))
+        for a, b in zip(
+            (attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)) if text.shape[1] else (text,) * 3,
+            (attn.to_q(image), attn.to_k(image), attn.to_v(image)),
+            strict=True,
+        )
+    )
+    rms = lambda x: x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()  # noqa: E731
+    q, k = rms(q), rms(k)  # the norms' own weights are one
+    logits = []
+    for table in (POS_EMBED(ids), POS_EMBED(small)):  # every pair of tokens seen at the fine and the coarse scale
+        logits.append(torch.einsum("bihd,bjhd->bhij", rotate(q, *table), rotate(k, *table)) / DIM**0.5)
+    logits = torch.where(coarse[:, None], logits[1], logits[0])
+    if biased:
+        logits = logits + bias
+    out = torch.einsum("bhij,bjhd->bihd", logits.softmax(-1), v).flatten(2)
+    if text.shape[1]:
+        out = torch.cat([attn.to_add_out(out[:, :TEXT]), attn.to_out[0](out[:, TEXT:])], 1)
+    torch.testing.assert_close(got, out, rtol=1e-4, atol=1e-5)
+    assert (got - run(attn, states, ids)).abs().max() > 0.01
+
+
+def test_fused_projections(attn):
+    states, ids = random_states(1, 9), some_ids(9)
+    context = MixedContext(key_bias=torch.linspace(0, 1, 9))
+    expected = run(mixed(attn), states, ids, specedit=context)
+    fused = mixed(attn)
+    fused.fuse_projections()
+    assert fused.fused_projections
+    torch.testing.assert_close(run(fused, states, ids, specedit=context), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_half_table_takes_every_angle_once():
+    cos, _ = POS_EMBED(some_ids(5))
+    half = half_table(cos)
+    assert half.dtype == torch.float32 and half.is_contiguous()
+    torch.testing.assert_close(half.repeat_interleave(2, 1), cos.float())
+
+
+def test_attach_and_detach_put_back_the_very_objects():
+    model = torch.nn.ModuleList([make_attention(True), make_attention(False)])
+    before = [module.processor for module in model]
+    for _ in range(2):  # the second time nothing is left to wrap
+        attach(model, FluxAttention, FluxMixedProcessor)
+    assert [module.processor.original for module in model] == before
+    detach(model, FluxAttention)
+    assert all(module.processor is processor for module, processor in zip(model, before, strict=True))
+    detach(model, FluxAttention)
+    assert all(module.processor is processor for module, processor in zip(model, before, strict=True))
+
+
+def test_a_processor_with_weights_is_left_alone():
+    class Weighty(torch.nn.Module):
+        pass
+
+    model = torch.nn.ModuleList([make_attention(False)])
+    model[0].set_processor(Weighty())
+    attach(model, FluxAttention, FluxMixedProcessor)
+    assert isinstance(model[0].processor, Weighty)
+    assert "0.processor" in dict(model.named_modules())
+
+
+def test_an_attention_backend_reaches_the_original():
+    original = FluxAttnProcessor()
+    processor = FluxMixedProcessor(original)
+    processor._attention_backend, processor._parallel_config = "native", "parallel"
+    assert (original._attention_backend, original._parallel_config) == ("native", "parallel")
+    assert processor._attention_backend == "native" and processor._parallel_config == "parallel"
+
+
+def test_made_without_arguments_it_wraps_a_stock_processor():
+    assert isinstance(FluxMixedProcessor().original, FluxAttnProcessor)  # as loading an IP-Adapter makes it
