@@ -29,7 +29,7 @@ run_tests() {
   if command -v compute-sanitizer > /dev/null; then
     for tool in memcheck racecheck; do
       timeout 60 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-        python3 -m pytest -q -p no:cacheprovider tests/kernels/test_attention.py -k "ragged and triton" -x
+        python3 -m pytest -q -p no:cacheprovider tests/kernels/test_attention.py -k "test_packed and triton" -x
     done
   fi
 }

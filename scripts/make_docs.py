@@ -56,8 +56,8 @@ def quality(name: str) -> str:
             [f"{stock['flops'] / m['flops']:.2f}", f"{stock['seconds'] / m['seconds']:.2f}"] if stock else ["-", "-"]
         )
         rows.append(
-            [row["variant"], f"{m['count']:.0f}", f"{m['success']:.1%}", f"{m['edit_psnr']:.1f}", f"{m['keep_psnr']:.1f}",
-             f"{m['flops'] / 1e12:.2f}", *against]
+            [row["variant"], f"{m['count']:.0f}", f"{m['success']:.1%}", f"{m['edit_psnr']:.1f}",
+             f"{m['keep_psnr']:.1f}", f"{m['flops'] / 1e12:.2f}", *against]
         )  # fmt: skip
     header = ["variant", "tasks", "success", "edit dB", "keep dB", "TFLOPs", "FLOPs ratio", "clock ratio"]
     return table(header, rows) + source(result, name)
@@ -135,6 +135,22 @@ def plan(name: str) -> str:
     )
 
 
+def verification(name: str) -> str:
+    result = load(name)
+    if result is None:
+        return "*not measured yet*"
+    values: dict[tuple, dict] = {}
+    for r in result["rows"]:
+        values.setdefault(r["threshold"], {})[r["verify_at"], r["size"]] = r
+    columns = [(at, size) for size in (256, 512) for at in ("full", "draft")]
+    rows = [
+        [f"{threshold}", *(f"{cells[c]['recall']:.0%} / {cells[c]['false']:.1%}" for c in columns)]
+        for threshold, cells in values.items()
+    ]
+    header = ["threshold", *(f"{at}, {size} px" for at, size in columns)]
+    return table(header, rows) + source(result, name)
+
+
 def training(name: str) -> str:
     result = load(name)
     if result is None:
@@ -149,7 +165,9 @@ def training(name: str) -> str:
 
 
 MAKERS = {
-    "quality": quality, "kinds": kinds, "small": small_edits, "sweep": sweep, "bench": bench, "plan": plan, "training": training,
+    "quality": quality, "kinds": kinds, "small": small_edits, "sweep": sweep, "bench": bench, "plan": plan,
+    "training": training,
+    "verification": verification,
 }  # fmt: skip
 
 

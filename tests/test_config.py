@@ -41,7 +41,7 @@ def test_frozen_and_hashable():
 
 
 def test_threshold_default_follows_verify_at():
-    assert SpecEditConfig(verify_at="draft").threshold == 0.5
+    assert SpecEditConfig(verify_at="draft").threshold == 0.2
     assert SpecEditConfig(verify_at="draft", threshold=0.3).threshold == 0.3
     assert resolve("turbo", verify_at="draft").threshold == 0.5
     assert resolve(SpecEditConfig(threshold=0.2), verify_at="draft").threshold == 0.2
@@ -150,7 +150,8 @@ def test_with_steps():
 
 def test_uses_draft():
     assert all(config.uses_draft for config in presets.values())
-    assert not SpecEditConfig(selector="edges").uses_draft
+    assert SpecEditConfig(selector="edges").uses_draft  # its edges are those of the prediction
+    assert not SpecEditConfig(selector="uniform").uses_draft
     assert not SpecEditConfig(steps=(4, 0, 5)).uses_draft
     assert SpecEditConfig(steps=(4, 0, 5), restore="reference").uses_draft
     assert SpecEditConfig(steps=(0, 0, 5), keep_pixels=True).uses_draft
