@@ -43,8 +43,9 @@ def test_frozen_and_hashable():
 def test_threshold_default_follows_verify_at():
     assert SpecEditConfig(verify_at="draft").threshold == 0.2
     assert SpecEditConfig(verify_at="draft", threshold=0.3).threshold == 0.3
-    assert resolve("turbo", verify_at="draft").threshold == 0.5
-    assert resolve(SpecEditConfig(threshold=0.2), verify_at="draft").threshold == 0.2
+    assert resolve("turbo", verify_at="full").threshold == 0.75
+    assert resolve(SpecEditConfig(), verify_at="draft").threshold == 0.2
+    assert resolve(SpecEditConfig(threshold=0.3), verify_at="draft").threshold == 0.3
     assert resolve("turbo", verify_at="draft", threshold=0.75).threshold == 0.75
 
 
