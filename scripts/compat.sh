@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Runs the tests of the diffusers adapter with several versions of diffusers, each in an environment of its own.
-#   scripts/compat.sh [FOLDER] [VERSION...]   FOLDER: keeps the environments, default .venvs; VERSION: default all
+#   scripts/compat.sh [FOLDER] [VERSION...]   FOLDER: keeps the environments, default build/compat; VERSION: default all
 # Everything that diffusers does not tie down comes from constraints.txt. Only pip uses the network.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-folder=${1:-.venvs}
+folder=${1:-build/compat}
 shift || true
 versions=("$@")
 [ ${#versions[@]} -gt 0 ] || versions=(0.36.0 0.38.0 0.42.1)

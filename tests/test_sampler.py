@@ -293,6 +293,16 @@ def test_sizes_that_are_not_square_and_odd_in_tokens(pipe, edit, size, restore, 
     assert image.size == (size[1], size[0])
 
 
+@pytest.mark.parametrize("verify_at", ["full", "draft"])
+@pytest.mark.parametrize("draft_scale", [2, 4])
+def test_verification_on_an_odd_grid(pipe, edit, verify_at, draft_scale):
+    specedit.install(pipe, **QUICK, verify_at=verify_at, draft_scale=draft_scale)
+    assert edit(pipe, (144, 176)).isfinite().all()
+    report = specedit.report(pipe)
+    assert report.score.shape == (1, 9, 11) and report.edit_mask.shape == (1, 5, 6)
+    assert report.score.isfinite().all() and report.score.max() > 0
+
+
 @pytest.mark.parametrize("restore", ["full", "reference"])
 def test_a_reference_of_another_size(pipe, edit, picture, restore):
     specedit.install(pipe, **QUICK, restore=restore, selector="variance", dilation=0)
