@@ -13,7 +13,6 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers.utils import BaseOutput
 
 from . import restore, sampler
 from .config import SpecEditConfig, resolve
@@ -62,6 +61,10 @@ def install(pipe: Any, config: str | SpecEditConfig | None = None, **overrides: 
         old.config, old.report = config, None
         return pipe
     adapter = next((a() for a in adapters() if a.matches(pipe)), None)
+    if adapter is None and "Inpaint" in type(pipe).__name__:
+        # Inpainting has its own idea of what stays; the user loses nothing but the speed.
+        warnings.warn(f"SpecEdit leaves {type(pipe).__name__} as it is: inpainting runs the stock path", stacklevel=2)
+        return pipe
     if adapter is None:
         known = ", ".join(a.pipelines for a in adapters())
         raise TypeError(f"install: expected one of {known}, got {type(pipe).__name__}")
@@ -203,7 +206,7 @@ def _accelerated(pipe: Any, installation: Installation, config: SpecEditConfig, 
         pipe.maybe_free_model_hooks()
     finally:
         pipe._current_timestep = None
-    return (images,) if not call["return_dict"] else _output(pipe, images)
+    return (images,) if not call["return_dict"] else adapter.output(images)
 
 
 class _Listener:
@@ -267,9 +270,3 @@ def _report(pipe, state, config, outcome, seconds: float, images: Any, call: dic
         source=picture,
         edit=images[0] if call["output_type"] == "pil" else None,
     )
-
-
-def _output(pipe: Any, images: Any) -> BaseOutput:
-    from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
-
-    return FluxPipelineOutput(images=images)

@@ -12,15 +12,14 @@ from .grid import TokenGrid
 
 
 def feather(cells: Tensor, scale: int, radius: int, size: tuple[int, int]) -> Tensor:
-    """Weights (B, *size) in 0..1 that rise inside the edited cells: exactly 0 outside them, 1 well within.
+    """Weights (B, *size) in 0..1 that rise inside the edited cells: exactly 0 outside them, 1 from `radius` on inwards.
 
-    cells (B, h, w) bool, each `scale` x `scale` samples of the result. The ramp is 2 * radius + 1 samples wide. The
-    border of the picture is no seam.
+    cells (B, h, w) bool, each `scale` x `scale` samples of the result. The ramp is the upper half of a box blur, so
+    even a cell on its own reaches 1 in its middle. The border of the picture is no seam.
     """
     inside = cells[:, None].float().repeat_interleave(scale, 2).repeat_interleave(scale, 3)[..., : size[0], : size[1]]
-    side = 2 * radius + 1
-    eroded = -F.max_pool2d(-inside, side, stride=1, padding=radius)
-    return F.avg_pool2d(F.pad(eroded, (radius,) * 4, mode="replicate"), side, stride=1)[:, 0]
+    blurred = F.avg_pool2d(F.pad(inside, (radius,) * 4, mode="replicate"), 2 * radius + 1, stride=1)
+    return (inside * (2 * blurred - 1).clamp(0, 1))[:, 0]
 
 
 def blend_latents(tokens: Tensor, reference: Tensor, edited: Tensor, grid: TokenGrid) -> Tensor:

@@ -509,3 +509,14 @@ def test_attention_that_cannot_run_here_does_not_fall_back(pipe, edit, check_unt
 def test_the_call_keeps_the_stock_documentation(pipe):
     specedit.install(pipe)
     assert isinstance(pipe.__call__, types.MethodType) and type(pipe).__doc__ == FluxKontextPipeline.__doc__
+
+
+def test_inpaint_pipelines_stay_stock_with_one_warning(pipe):
+    from diffusers import FluxKontextInpaintPipeline
+
+    pipe = FluxKontextInpaintPipeline(**pipe.components)
+    before = dict(vars(pipe))
+    with pytest.warns(UserWarning, match="FluxKontextInpaintPipeline.*stock path") as caught:
+        assert specedit.install(pipe, "turbo") is pipe
+    assert len(caught) == 1 and type(pipe) is FluxKontextInpaintPipeline and dict(vars(pipe)).keys() == before.keys()
+    specedit.uninstall(pipe)

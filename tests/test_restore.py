@@ -90,3 +90,12 @@ def test_keep_pixels_of_an_edit_everywhere_changes_nothing(kind):
     images = as_output(pictures(0), kind)
     out = keep_pixels(images, as_output(pictures(1), "pt"), torch.ones_like(CELLS), 16, kind)
     assert np.array_equal(as_array(out, kind), as_array(images, kind))
+
+
+def test_a_cell_on_its_own_reaches_full_weight_and_nothing_leaks_out():
+    cells = torch.zeros(1, 5, 5, dtype=torch.bool)
+    cells[0, 2, 2] = True
+    for scale, radius in ((4, 1), (32, 8)):
+        weight = feather(cells, scale, radius, (5 * scale, 5 * scale))[0]
+        inside = cells[0].repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+        assert weight[inside].max() == 1 and weight[~inside].max() == 0

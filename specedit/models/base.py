@@ -81,6 +81,9 @@ class Adapter(Protocol):
     def decode(self, pipe: Any, state: EditState, tokens: Tensor, output_type: str) -> Any:
         """Clean tokens (B, N, C) of the full grid to images, as the stock pipeline returns them."""
 
+    def output(self, images: Any) -> Any:
+        """What the stock pipeline returns for `return_dict=True`."""
+
     def attach(self, pipe: Any) -> None:
         """Put this package's attention processors in place; idempotent."""
 

@@ -10,6 +10,7 @@ from diffusers import FluxKontextPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.transformers.transformer_flux import FluxAttention
 from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
+from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from PIL import Image
 from torch import Tensor
 
@@ -242,6 +243,10 @@ class FluxKontext:
         latents = pipe._unpack_latents(tokens, grid.height * side, grid.width * side, pipe.vae_scale_factor)
         latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
         return latents.to(pipe.vae.dtype)
+
+    @staticmethod
+    def output(images: Any) -> FluxPipelineOutput:
+        return FluxPipelineOutput(images=images)
 
     # ---------------------------------------------------------------------------------------------- processors
 
