@@ -18,7 +18,7 @@ from specedit import micro, results, select
 from specedit.config import SpecEditConfig
 from specedit.grid import TokenGrid
 from specedit.micro import scenes
-from specedit.micro.train import pack
+from specedit.micro.train_editor import pack
 from specedit.models.base import EditState
 from specedit.models.flux import FluxKontext
 

@@ -89,7 +89,8 @@ def _edit(args) -> int:
     import torch
     from PIL import Image
 
-    from . import install, report
+    from . import install
+    from .install import last_report
 
     image = Image.open(args.image).convert("RGB")
     mask = None if args.mask is None else Image.open(args.mask)
@@ -99,9 +100,11 @@ def _edit(args) -> int:
     generator = torch.Generator().manual_seed(args.seed)
     result = pipe(image=image, prompt=args.prompt, edit_mask=mask, generator=generator, **given).images[0]
     result.save(args.out)
-    if args.figure is not None:
-        report(pipe).save_figure(args.figure)
-    print(f"{report(pipe)}\nwrote {args.out}")
+    if (done := last_report(pipe)) is not None:
+        print(done)
+        if args.figure is not None:
+            done.save_figure(args.figure)
+    print(f"wrote {args.out}")
     return 0
 
 

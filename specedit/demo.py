@@ -70,7 +70,7 @@ class Result:
 
     def save_figure(self, path: Path) -> None:
         """Input, both edits, and where SpecEdit looked, side by side."""
-        figure = Figure(figsize=(16, 4.7), layout="constrained")
+        figure = Figure(figsize=(16, 5.0), layout="constrained")
         axes = figure.subplots(1, 4)
         gain = self.stock_seconds / self.run.seconds
         titles = (

@@ -138,6 +138,12 @@ def is_active(pipe: Any) -> bool:
     return installation is not None and not installation.asleep
 
 
+def last_report(pipe: Any) -> RunReport | None:
+    """The report of the last call, or None where it ran stock."""
+    installation = _installation(pipe)
+    return None if installation is None else installation.report
+
+
 def _installation(pipe: Any) -> Installation | None:
     return getattr(pipe, "__dict__", {}).get(_ATTRIBUTE)
 
@@ -165,6 +171,7 @@ def _call(self, *args: Any, edit_mask: Any = None, **kwargs: Any) -> Any:
     asked_steps = bound.arguments.get("num_inference_steps")
     bound.apply_defaults()
     call = {name: value for name, value in bound.arguments.items() if name != "self"}
+    installation.report = None  # a report is of the last call, whatever becomes of it
     reason = supported(self.scheduler) or _unsuited(self) or installation.adapter.refusal(self, call)
     if reason:
         if reason not in installation.warned:
@@ -194,9 +201,12 @@ def _accelerated(pipe: Any, installation: Installation, config: SpecEditConfig, 
         with pipe.progress_bar(total=config.nfe + (config.draft_steps if needs_draft else 0)) as bar:
             outcome = sampler.run(adapter, pipe, state, config, edit_mask, _Listener(pipe, call, state, bar))
         finished = sampler.clock(state)
-        images = adapter.decode(pipe, state, outcome.tokens, call["output_type"])
         source = state.extra.get("source")
-        if config.keep_pixels and source is not None and call["output_type"] != "latent":
+        in_pixels = source is not None and call["output_type"] != "latent"
+        if config.keep_pixels and not in_pixels:  # without pixels on both sides, latents are what can be kept
+            outcome.tokens = restore.blend_latents(outcome.tokens, state.aligned, outcome.edited, state.grid)
+        images = adapter.decode(pipe, state, outcome.tokens, call["output_type"])
+        if config.keep_pixels and in_pixels:
             side = 2 * state.pixels_per_token
             images = restore.keep_pixels(images, source, outcome.edited, side, call["output_type"])
         ended = sampler.clock(state)

@@ -16,7 +16,7 @@ from . import draft as drafts
 from . import restore, select
 from .config import SpecEditConfig
 from .flops import transformer_flops
-from .flow import cell_detail, coarsen_noise, enter_layout
+from .flow import cell_detail, coarsen_noise, enter_layout, renoise
 from .grid import MixedLayout, mean_pixels
 from .models.base import Adapter, EditState
 from .report import StageReport
@@ -56,7 +56,8 @@ def run(
     plan = stages(config)
 
     # Section 3.3: draft the edit at a fraction of the tokens, see which cells it changes.
-    score, edited = find_edit(adapter, pipe, state, config, edit_mask, listener, log)
+    score, found = find_edit(adapter, pipe, state, config, edit_mask, listener, log)
+    edited = everything_if_nearly(found)
     # Eq. 10: expand what is edited, and a sparse uniform set beside it.
     expanded = edited | select.uniform_cells(state.grid, config.uniform_stride, state.device)
 
@@ -89,14 +90,14 @@ def run(
     tokens = gather(parts, state)
     if config.restore == "reference" and done == config.nfe:  # an interrupted run has nothing clean to blend
         tokens = restore.blend_latents(tokens, state.aligned, edited, state.grid)
-    return Outcome(tokens, score, edited, expanded, log)
+    return Outcome(tokens, score, found, expanded, log)
 
 
 def find_edit(adapter, pipe, state, config, edit_mask, listener, log) -> tuple[Tensor | None, Tensor]:
     """Score on the token grid and edited cells (B, cells_h, cells_w): by draft and verification, or from a mask."""
     cells = torch.zeros((state.batch, *state.grid.coarse().shape), dtype=torch.bool, device=state.device)
     if edit_mask is not None:
-        return None, everything_if_nearly(select.cells_of_mask(edit_mask, state))
+        return None, select.cells_of_mask(edit_mask, state)
     if not config.uses_draft:
         # Nothing depends on a mask, or the selector takes none. What is not edited is given back as it came, so
         # where nothing says what to edit, everything may be.
@@ -108,10 +109,10 @@ def find_edit(adapter, pipe, state, config, edit_mask, listener, log) -> tuple[T
     began = clock(state)
     score, edited = select.select(adapter, pipe, state, draft, grid, config)
     log.append(StageReport("verify", None, None, 0, 0, 0.0, clock(state) - began))
-    if config.restore == "reference":
+    if config.restore == "reference" or config.keep_pixels:
         # A draft that shows no change at all may have missed it; locking everything would return the input.
         edited = edited | ~edited.flatten(1).any(1)[:, None, None]
-    return score, everything_if_nearly(edited)
+    return score, edited
 
 
 def everything_if_nearly(edited: Tensor) -> Tensor:
@@ -135,11 +136,13 @@ def enter(parts: list[Part], layouts: list[MixedLayout], stage: Stage, state: Ed
     """Bring the state to a stage's layouts and noise level (eq. 8, and the renoising that goes with it)."""
     fresh = state.draw(state.grid.tokens) if parts else None
     before = {row: (part, k) for part in parts for k, row in enumerate(part.rows)}
-    groups: dict[int, list[int]] = {}
+    # Samples run together that share a layout and come from the same noise level.
+    groups: dict[tuple[int, bool], list[int]] = {}
     for row, layout in enumerate(layouts):
-        groups.setdefault(id(layout), []).append(row)
+        same = row in before and torch.equal(before[row][0].layout.expanded, layout.expanded)
+        groups.setdefault((id(layout), same), []).append(row)
     entered = []
-    for rows in groups.values():
+    for (_, same), rows in groups.items():
         layout = layouts[rows[0]]
         moved = []
         for row in rows:
@@ -153,13 +156,17 @@ def enter(parts: list[Part], layouts: list[MixedLayout], stage: Stage, state: Ed
                 split_noise=split_noise[one], fresh_noise=fresh[one], known_detail=known[one], backend=state.backend,
             )  # fmt: skip
             moved.append(tokens)
-        # A stage whose layout did not change goes on where the last one ended.
-        same = parts and torch.equal(before[rows[0]][0].layout.expanded, layout.expanded)
-        start = before[rows[0]][0].sigmas[-1] if same else stage.start
+        tokens, start = torch.cat(moved), stage.start
+        if same:
+            # A layout that did not change goes on where the last stage ended, unless this one ends above that.
+            start = before[rows[0]][0].sigmas[-1]
+            if start <= stage.end:
+                fresh_tokens = start_tokens(fresh[rows], layout)
+                tokens, start = renoise(tokens, start, stage.start, fresh_tokens), stage.start
         reference_layout = layout.resized(state.reference_grid)
         reference = restrict(state.reference[rows], reference_layout)
         sigmas = stage_sigmas(pipe.scheduler, layout.tokens, start, stage.end, stage.steps).tolist()
-        entered.append(Part(rows, layout, reference, reference_layout, torch.cat(moved), sigmas))
+        entered.append(Part(rows, layout, reference, reference_layout, tokens, sigmas))
     return entered
 
 

@@ -107,7 +107,7 @@ def cells_of_mask(mask: Any, state: EditState) -> Tensor:
         mask_cells = torch.cat(parts) if parts else torch.zeros(0)
         return _match_batch(mask_cells, state)
     if isinstance(mask, Image.Image):
-        mask = np.asarray(mask.convert("L"))
+        mask = _nonzero(mask)
     if not isinstance(mask, (np.ndarray, Tensor)):
         raise TypeError(f"edit_mask: expected a PIL image, array or tensor, got {type(mask).__name__}")
     mask = mask if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask, order="C"))
@@ -125,6 +125,18 @@ def cells_of_mask(mask: Any, state: EditState) -> Tensor:
     if not bool(cells.flatten(1).any(1).all()):
         raise ValueError("edit_mask: expected some nonzero pixels, got an empty mask; there would be nothing to edit")
     return _match_batch(cells, state)
+
+
+def _nonzero(mask: Image.Image) -> np.ndarray:
+    """(H, W) uint8: where any colour of a picture is not zero. Where there is an alpha channel, it has to be too."""
+    if mask.mode in ("P", "PA"):
+        mask = mask.convert("RGBA")
+    values = np.asarray(mask) != 0
+    if values.ndim == 2:
+        return values.astype(np.uint8)
+    alpha = values[..., -1] if mask.mode in ("LA", "RGBA") else True
+    colours = values[..., :-1] if mask.mode in ("LA", "RGBA") else values
+    return (colours.any(-1) & alpha).astype(np.uint8)
 
 
 def _match_batch(cells: Tensor, state: EditState) -> Tensor:

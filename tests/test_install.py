@@ -520,3 +520,19 @@ def test_inpaint_pipelines_stay_stock_with_one_warning(pipe):
         assert specedit.install(pipe, "turbo") is pipe
     assert len(caught) == 1 and type(pipe) is FluxKontextInpaintPipeline and dict(vars(pipe)).keys() == before.keys()
     specedit.uninstall(pipe)
+
+
+def test_a_stock_call_leaves_no_old_report(pipe, edit):
+    specedit.install(pipe, **QUICK)
+    edit(pipe)
+    assert specedit.report(pipe).nfe == 3
+    with pytest.warns(UserWarning, match="sigmas"):
+        edit(pipe, sigmas=[1.0, 0.5])
+    with pytest.raises(ValueError, match="at least one accelerated call"):
+        specedit.report(pipe)
+
+
+def test_prompts_of_different_length_are_refused(pipe, edit):
+    specedit.install(pipe, **QUICK)
+    with pytest.raises(ValueError, match="negative prompt: expected encoder_hidden_states of shape"):
+        edit(pipe, prompt=["a", "b"], negative_prompt="c", true_cfg_scale=2.0)

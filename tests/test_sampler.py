@@ -348,10 +348,42 @@ def test_nearly_everything_edited_is_everything(pipe, edit):
     mask[3, 3] = 0
     specedit.install(pipe, **QUICK)
     edit(pipe, edit_mask=mask)
-    assert specedit.report(pipe).edit_fraction == 1
+    done = specedit.report(pipe)
+    assert done.edit_fraction == 15 / 16 and done.expand_fraction == 1  # what was asked, and what was refined
     mask[2:, 3] = 0
     edit(pipe, edit_mask=mask)
-    assert specedit.report(pipe).edit_fraction == 14 / 16
+    assert specedit.report(pipe).expand_fraction < 1
+
+
+@pytest.mark.parametrize("masks", [("all", "some"), ("some", "all")])
+def test_samples_that_reach_a_stage_at_different_levels_keep_their_own(pipe, edit, picture, masks):
+    kinds = {"all": np.ones((128, 128)), "some": CORNER}
+    masks = [kinds[m] for m in masks]
+    specedit.install(pipe, **QUICK)
+    pictures, prompts = [picture(seed=1), picture(seed=2)], ["make it red", "add a boat"]
+    both = edit(pipe, image=pictures, prompt=prompts, edit_mask=masks, generator=generators(3, 4))
+    for i in range(2):
+        one = edit(pipe, image=pictures[i], prompt=prompts[i], edit_mask=masks[i], generator=generators(3, 4)[i])
+        close(both[i], one[0])
+
+
+def test_a_stage_that_ends_above_where_its_layout_was_left(pipe, edit):
+    specedit.install(pipe, steps=(1, 1, 1), boundaries=(0.5, 0.6), threshold=4.0, uniform_stride=0, draft_steps=1)
+    assert torch.isfinite(edit(pipe)).all()
+
+
+def test_keep_pixels_does_not_believe_a_draft_without_change_either(pipe, edit, picture):
+    specedit.install(pipe, **QUICK, keep_pixels=True, threshold=4.0)
+    image = np.asarray(edit(pipe, output_type="pil")[0])
+    assert not np.array_equal(image, np.asarray(picture()))
+
+
+def test_keep_pixels_keeps_even_the_little_that_a_large_mask_leaves(pipe, edit, picture):
+    mask = np.ones((128, 128))
+    mask[96:, 96:] = 0
+    specedit.install(pipe, **QUICK, keep_pixels=True)
+    image = np.asarray(edit(pipe, edit_mask=mask, output_type="pil")[0])
+    assert np.array_equal(image[96:, 96:], np.asarray(picture())[96:, 96:])
 
 
 # ------------------------------------------------------------------------------------- the call's other arguments

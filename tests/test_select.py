@@ -219,3 +219,22 @@ def test_edges_are_those_of_the_decoded_draft(drafted):
 def test_uniform_takes_no_cells_of_its_own(drafted):
     score, edited = select(*drafted(4, 3.0), SpecEditConfig(selector="uniform"))
     assert score is None and not edited.any()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "RGB", "RGBA", "P", "F"])
+def test_any_nonzero_pixel_of_a_picture_counts(mode):
+    import numpy as np
+    from PIL import Image
+
+    from specedit.select import _nonzero
+
+    values = np.zeros((8, 8, 3), np.uint8)
+    values[2, 3] = (0, 0, 1)
+    if mode in ("1", "L"):
+        mask = Image.fromarray(values[..., 2] * 255).convert(mode)
+    elif mode == "F":
+        mask = Image.fromarray(values[..., 2].astype(np.float32) * 0.5)
+    else:
+        mask = Image.fromarray(values * (255 if mode == "P" else 1)).convert(mode)  # a palette has no room for 1
+    found = _nonzero(mask)
+    assert found[2, 3] == 1 and found.sum() == 1

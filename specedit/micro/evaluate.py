@@ -15,6 +15,7 @@ from .build import TEXT_TOKENS
 from .scenes import Case
 
 MARGIN = 16  # px around the edit mask that keep_psnr leaves out
+DEFAULT_STEPS = 28  # FluxKontextPipeline's own, when an installed pipeline had to run the stock path
 NEAR = 18.0  # dB that an edited region must be within of its target
 
 
@@ -73,8 +74,7 @@ def evaluate(pipe: Any, cases: Iterable[Case], num_inference_steps: int | None =
         {"mean": {...}, "cases": [...]}: seed, kind, success, edit_psnr, keep_psnr, flops, seconds of each, and the
         report's edit_fraction where there is one; means leave out nan. "kinds" holds the means of each kind.
     """
-    from .. import report
-    from ..install import STOCK_STEPS, is_active
+    from ..install import STOCK_STEPS, is_active, last_report
 
     active = is_active(pipe)
     steps = num_inference_steps or (None if active else STOCK_STEPS)
@@ -88,12 +88,11 @@ def evaluate(pipe: Any, cases: Iterable[Case], num_inference_steps: int | None =
         image = pipe(image=case.source, prompt=case.prompt, **given).images[0]
         seconds = time.perf_counter() - began
         row = dict(seed=case.seed, kind=case.kind, **score(image, case), seconds=seconds)
-        if active:
-            run = report(pipe)
+        if active and (run := last_report(pipe)) is not None:
             row |= dict(flops=run.flops, flops_ratio=run.flops_ratio, edit_fraction=run.edit_fraction)
             row |= dict(mask_share=float(case.mask.mean()))
         else:
-            row["flops"] = stock_flops(pipe, case, steps)
+            row["flops"] = stock_flops(pipe, case, steps or given.get("num_inference_steps", DEFAULT_STEPS))
         rows.append(row)
     kinds = sorted({row["kind"] for row in rows})
     return {

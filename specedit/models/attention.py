@@ -13,15 +13,36 @@ from specedit_kernels import mixed_attention, qk_norm_rope
 
 
 @dataclass(frozen=True, eq=False)
+class Segments:
+    """Two query segments over two copies of the keys: `order` lists fine queries, then coarse; cu_seqlens of both."""
+
+    fine: Tensor
+    coarse: Tensor
+    order: Tensor
+    cu_q: Tensor
+    cu_k: Tensor
+
+
+def segments(coarse_query: Tensor) -> Segments:
+    """Segments of a (S,) bool of which queries are coarse: made once a step, not in every block."""
+    fine, coarse = (~coarse_query).nonzero()[:, 0], coarse_query.nonzero()[:, 0]
+    n = len(coarse_query)
+    cu_q, cu_k = (
+        torch.tensor(ends, dtype=torch.int32, device=coarse_query.device) for ends in ([0, len(fine), n], [0, n, 2 * n])
+    )
+    return Segments(fine, coarse, torch.cat([fine, coarse]), cu_q, cu_k)
+
+
+@dataclass(frozen=True, eq=False)
 class MixedContext:
     """What a mixed sequence adds to an attention call; travels in `joint_attention_kwargs`.
 
-    key_bias: (S,) float32 or None, log of the area of every key. coarse_query: (S,) bool or None; with it queries of
-    coarse tokens see all positions at the coarse scale (`coarse_rotary`, cos and sin (S, D)): phase-aligned RoPE.
+    key_bias: (S,) float32 or None, log of the area of every key. segments: None, or which queries are coarse; with it
+    they see all positions at the coarse scale (`coarse_rotary`, cos and sin (S, D)): phase-aligned RoPE.
     """
 
     key_bias: Tensor | None = None
-    coarse_query: Tensor | None = None
+    segments: Segments | None = None
     coarse_rotary: tuple[Tensor, Tensor] | None = None
     backend: str | None = None
 
@@ -74,16 +95,13 @@ class FluxMixedProcessor:
             if joint is None:  # text and image are normed, rotated and placed side by side in one pass each
                 shape = (batch, length, *q.shape[2:])
                 joint = [q.new_empty(shape) for _ in range(3)]
-                coarse = [q.new_empty(shape) for _ in range(2)] if specedit.coarse_query is not None else None
+                coarse = [q.new_empty(shape) for _ in range(2)] if specedit.segments is not None else None
             stop = start + states.shape[1]
-            index = torch.arange(start, stop, device=q.device)
-            weights = dict(eps=norm_q.eps, out_index=index, backend=backend)
-            qk_norm_rope(
-                q, k, norm_q.weight, norm_k.weight, cos[start:stop], sin[start:stop], v=v, out=joint, **weights
-            )
+            rotary = [(cos, sin, joint, v)]
             if coarse is not None:
-                small_cos, small_sin = (half_table(table)[start:stop] for table in specedit.coarse_rotary)
-                qk_norm_rope(q, k, norm_q.weight, norm_k.weight, small_cos, small_sin, out=coarse, **weights)
+                rotary.append((*(half_table(table) for table in specedit.coarse_rotary), coarse, None))
+            for c, n, out, values in rotary:
+                _place(q, k, values, norm_q, norm_k, c[start:stop], n[start:stop], out, start, backend)
             start = stop
         out = _attend(joint, coarse, specedit).flatten(2, 3).to(hidden_states.dtype)
         if encoder_hidden_states is None:
@@ -91,6 +109,23 @@ class FluxMixedProcessor:
         text = encoder_hidden_states.shape[1]
         image = attn.to_out[1](attn.to_out[0](out[:, text:].contiguous()))
         return image, attn.to_add_out(out[:, :text].contiguous())
+
+
+def _place(q, k, v, norm_q, norm_k, cos, sin, out, start: int, backend: str | None) -> None:
+    """Norm and rotate q and k, and write them (and v) into rows `start` and on of the joint sequence."""
+    stop = start + q.shape[1]
+    if norm_q.weight.device == q.device:
+        index = torch.arange(start, stop, device=q.device)
+        weights = (norm_q.weight, norm_k.weight)
+        qk_norm_rope(q, k, *weights, cos, sin, eps=norm_q.eps, v=v, out_index=index, out=out, backend=backend)
+        return
+    # Offloaded module by module: a norm's weights only come to the device when the norm itself is called.
+    for x, norm, target in ((q, norm_q, out[0]), (k, norm_k, out[1])):
+        even, odd = norm(x).float().unflatten(-1, (-1, 2)).unbind(-1)
+        c, s = cos[:, None], sin[:, None]
+        target[:, start:stop] = torch.stack([even * c - odd * s, odd * c + even * s], -1).flatten(-2).to(target.dtype)
+    if v is not None:
+        out[2][:, start:stop] = v
 
 
 def _projections(attn: nn.Module, q: str, k: str, v: str, fused: str):
@@ -111,18 +146,14 @@ def _attend(joint: list[Tensor], coarse: list[Tensor] | None, context: MixedCont
         return mixed_attention(q, k, v, key_bias=bias, backend=context.backend)
     # Two query segments over two rotated copies of the keys, packed into one launch for each sample.
     out = torch.empty_like(q)
-    small, large = context.coarse_query.nonzero()[:, 0], (~context.coarse_query).nonzero()[:, 0]
-    n = q.shape[1]
-    cu_q = torch.tensor([0, len(large), n], dtype=torch.int32, device=q.device)
-    cu_k = torch.tensor([0, n, 2 * n], dtype=torch.int32, device=q.device)
-    order = torch.cat([large, small])
+    parts = context.segments
     for b in range(q.shape[0]):
-        packed_q = torch.cat([q[b, large], coarse[0][b, small]])
+        packed_q = torch.cat([q[b, parts.fine], coarse[0][b, parts.coarse]])
         packed_k = torch.cat([k[b], coarse[1][b]])
         packed_bias = None if bias is None else bias[b].repeat(2)
-        out[b, order] = mixed_attention(
-            packed_q, packed_k, v[b].repeat(2, 1, 1), cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, key_bias=packed_bias,
-            backend=context.backend,
+        out[b, parts.order] = mixed_attention(
+            packed_q, packed_k, v[b].repeat(2, 1, 1), cu_seqlens_q=parts.cu_q, cu_seqlens_k=parts.cu_k,
+            key_bias=packed_bias, backend=context.backend,
         )  # fmt: skip
     return out
 

@@ -70,10 +70,13 @@ class FluxKontext:
 
         image, latent_input = self._image(pipe, call, multiple)
         channels = pipe.transformer.config.in_channels // 4
-        noise, reference, _, reference_ids = pipe.prepare_latents(
+        if negative is not None:
+            check_negative(positive, negative)
+        noise, reference, _, _ = pipe.prepare_latents(
             image, prompts, channels, height, width, dtype, device, call["generator"], call["latents"]
         )
-        reference_grid = TokenGrid(*(int(n) + 1 for n in reference_ids[:, 1:].amax(0)))
+        side = 2 if latent_input else multiple  # ids would do, but bf16 rounds those beyond 256
+        reference_grid = TokenGrid(*(n // side for n in image.shape[-2:]))
         grid = TokenGrid(height // multiple, width // multiple)
         state = EditState(
             grid=grid,
@@ -209,22 +212,22 @@ class FluxKontext:
             if bias is None:
                 return {}
             return {"attention_mask": bias.to(state.extra["dtype"])[None, None, None]}
-        coarse_query = coarse_rotary = None
+        segments = coarse_rotary = None
         if mixed and config.rope == "phase_aligned":
-            coarse_query = torch.cat([text > 0, area > 1])
+            segments = attention.segments(torch.cat([text > 0, area > 1]))
             text_ids = state.extra["positive"]["txt_ids"].to(ids)
             small = torch.cat([text_ids, torch.cat([ids[:, :1], ids[:, 1:] / 2], 1)])
             coarse_rotary = pipe.transformer.pos_embed(small)
-        context = attention.MixedContext(bias, coarse_query, coarse_rotary, state.backend)
+        context = attention.MixedContext(bias, segments, coarse_rotary, state.backend)
         return {"specedit": context}
 
     # --------------------------------------------------------------------------------------- features and images
 
     def features(self, pipe: Any, tokens: Tensor, grid: TokenGrid) -> list[Tensor]:
         vae = pipe.vae
-        if hasattr(vae, "_hf_hook"):  # offloaded: bring it to the device, as vae.decode would
-            vae._hf_hook.pre_forward(vae)
         latents = self._latents(pipe, tokens, grid)
+        if hasattr(vae, "_hf_hook") or hasattr(vae.decoder, "_diffusers_hook"):
+            return _hooked_features(vae, latents)
         if getattr(vae, "post_quant_conv", None) is not None:
             latents = vae.post_quant_conv(latents)
         first = vae.decoder.conv_in(latents)
@@ -255,6 +258,30 @@ class FluxKontext:
 
     def detach(self, pipe: Any) -> None:
         attention.detach(pipe.transformer, FluxAttention)
+
+
+def _hooked_features(vae: Any, latents: Tensor) -> list[Tensor]:
+    """The same features of an offloaded autoencoder: only a whole decode brings every weight to the device."""
+    seen: dict[str, Tensor] = {}
+    parts = {"conv_in": vae.decoder.conv_in, "mid_block": vae.decoder.mid_block, "up": vae.decoder.up_blocks[0]}
+    hooks = [
+        part.register_forward_hook(lambda module, args, out, name=name: seen.__setitem__(name, out))
+        for name, part in parts.items()
+    ]
+    try:
+        vae.decode(latents, return_dict=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(seen.values())
+
+
+def check_negative(positive: dict[str, Tensor], negative: dict[str, Tensor]) -> None:
+    """ValueError unless both prompts of true classifier-free guidance have one shape."""
+    for name in ("encoder_hidden_states", "pooled_projections"):
+        expected, got = tuple(positive[name].shape), tuple(negative[name].shape)
+        if expected != got:
+            raise ValueError(f"negative prompt: expected {name} of shape {expected}, as the prompt's, got {got}")
 
 
 SMALLEST = 64  # px a side: four tokens, one of the draft's

@@ -63,7 +63,7 @@ def test_unknown_editor():
 
 
 def test_the_autoencoder_keeps_30_db_at_512(pipe):
-    from specedit.micro.train import roundtrip
+    from specedit.micro.train_vae import roundtrip
 
     assert roundtrip(pipe.vae, "cpu", 512, 4) >= 30
 

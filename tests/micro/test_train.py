@@ -5,43 +5,43 @@ import math
 import pytest
 import torch
 
-from specedit.micro import build, scenes, train
+from specedit.micro import build, scenes, train, train_editor, train_vae, training
 
 
 def test_mixture_is_a_distribution_at_every_moment():
     for progress in (0.0, 0.3, 0.5, 0.9, 1.0):
-        shares = train.mixture(progress)
+        shares = train_editor.mixture(progress)
         assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) >= 0
-    assert train.mixture(0.0)[512] == 0 and train.mixture(1.0)[512] > 0
+    assert train_editor.mixture(0.0)[512] == 0 and train_editor.mixture(1.0)[512] > 0
 
 
 def test_learning_rate_warms_up_and_decays():
-    assert train.rate_at(0.0, 0) < train.rate_at(0.0, 50) < train.rate_at(0.0, 100) == 1
-    assert train.rate_at(1.0, 1000) == pytest.approx(0.05)
-    assert train.rate_at(0.9, 1000) < train.rate_at(0.5, 1000) < 1
+    assert training.rate_at(0.0, 0) < training.rate_at(0.0, 50) < training.rate_at(0.0, 100) == 1
+    assert training.rate_at(1.0, 1000) == pytest.approx(0.05)
+    assert training.rate_at(0.9, 1000) < training.rate_at(0.5, 1000) < 1
 
 
 def test_training_never_sees_an_evaluation_seed():
-    assert min(train._seeds(0, 5)) >= scenes.TRAINING_SEED
+    assert min(training.seeds(0, 5)) >= scenes.TRAINING_SEED
 
 
 def test_packing_is_the_pipelines():
     from diffusers import FluxKontextPipeline
 
     latents = torch.randn(2, 16, 8, 12)
-    assert torch.equal(train.pack(latents), FluxKontextPipeline._pack_latents(latents, 2, 16, 8, 12))
+    assert torch.equal(train_editor.pack(latents), FluxKontextPipeline._pack_latents(latents, 2, 16, 8, 12))
 
 
 def test_ids_are_the_pipelines():
     from diffusers import FluxKontextPipeline
 
     expected = FluxKontextPipeline._prepare_latent_image_ids(1, 3, 5, "cpu", torch.float32)
-    assert torch.equal(train.ids((3, 5), 0, "cpu"), expected)
+    assert torch.equal(train_editor.ids((3, 5), 0, "cpu"), expected)
 
 
 def test_average_follows_and_swaps():
     module = torch.nn.Linear(2, 2)
-    average = train.Average([module], 0.5)
+    average = training.Average([module], 0.5)
     before = module.weight.detach().clone()
     with torch.no_grad():
         module.weight += 1
@@ -55,16 +55,16 @@ def test_average_follows_and_swaps():
 
 def test_edited_tokens_weigh_more():
     pipe = build.kontext()
-    batch = train.encode(pipe.vae, train._seeds(0, 4), (64, 64), "cpu")
+    batch = train_editor.encode(pipe.vae, training.seeds(0, 4), (64, 64), "cpu")
     assert batch.source.shape == (4, 16, 64) and batch.grid == (4, 4)
-    assert set(batch.weight.unique().tolist()) <= {1.0, 1.0 + train.EDIT_WEIGHT}
+    assert set(batch.weight.unique().tolist()) <= {1.0, 1.0 + train_editor.EDIT_WEIGHT}
     assert (batch.weight > 1).any()
 
 
 def test_the_loss_of_an_untrained_editor_is_that_of_predicting_nothing():
     pipe = build.kontext()
-    batch = train.encode(pipe.vae, train._seeds(0, 8), (64, 64), "cpu")
-    loss = float(train.editor_loss(pipe, batch, "cpu", torch.Generator().manual_seed(0)))
+    batch = train_editor.encode(pipe.vae, training.seeds(0, 8), (64, 64), "cpu")
+    loss = float(train_editor.editor_loss(pipe, batch, "cpu", torch.Generator().manual_seed(0)))
     expected = float(((1 + batch.target**2).mean(-1) * batch.weight).sum() / batch.weight.sum())
     assert loss == pytest.approx(expected, rel=0.15)
 
@@ -72,17 +72,17 @@ def test_the_loss_of_an_untrained_editor_is_that_of_predicting_nothing():
 def test_train_resume_and_go_on_from_weights(tmp_path):
     few = dict(vae_minutes=10.0, minutes=10.0, largest=64)
     torch.manual_seed(0)
-    train.train(train.Settings(tmp_path / "run", steps=2, **few))
+    train.train(training.Settings(tmp_path / "run", steps=2, **few))
     first = torch.load(tmp_path / "run" / "editor.pt", weights_only=True)
     assert first["step"] == 2 and (tmp_path / "run" / "editor" / "model_index.json").exists()
-    train.train(train.Settings(tmp_path / "run", steps=3, **few))
+    train.train(training.Settings(tmp_path / "run", steps=3, **few))
     second = torch.load(tmp_path / "run" / "editor.pt", weights_only=True)
     assert second["step"] == 3 and second["seconds"] > first["seconds"]
     old, new = (s["modules"][0]["x_embedder.weight"] for s in (first, second))
     assert not torch.equal(old, new) and torch.allclose(old, new, atol=0.1)
 
     start = tmp_path / "run" / "editor"
-    pipe = train.train(train.Settings(tmp_path / "more", start=start, steps=1, batch_scale=2, **few))
+    pipe = train.train(training.Settings(tmp_path / "more", start=start, steps=1, batch_scale=2, **few))
     kept = build.load(start, torch_dtype=torch.float32).vae.state_dict()
     assert all(torch.equal(kept[name], value) for name, value in pipe.vae.state_dict().items())
 
@@ -93,8 +93,8 @@ def test_the_autoencoder_learns():
     optimizer = torch.optim.AdamW(vae.parameters(), lr=5e-4)
     errors = []
     for _step in range(8):
-        images = train.vae_images(0, 4, 32, "cpu")
-        loss, error = train.vae_loss(vae, images)
+        images = train_vae.vae_images(0, 4, 32, "cpu")
+        loss, error = train_vae.vae_loss(vae, images)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

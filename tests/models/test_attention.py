@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, FluxPosEmbed
 
-from specedit.models.attention import FluxMixedProcessor, MixedContext, attach, detach, half_table
+from specedit.models.attention import FluxMixedProcessor, MixedContext, attach, detach, half_table, segments
 
 HEADS, DIM, TEXT = 2, 16, 3
 POS_EMBED = FluxPosEmbed(theta=10000, axes_dim=(4, 4, 8))
@@ -100,7 +100,7 @@ def test_phase_aligned_against_the_sums_written_out(attn, biased):
     small = ids.clone()
     small[TEXT:, 1:] /= 2
     bias = torch.where(coarse, torch.tensor(4.0).log(), torch.tensor(0.0)) if biased else None
-    context = MixedContext(key_bias=bias, coarse_query=coarse, coarse_rotary=POS_EMBED(small))
+    context = MixedContext(key_bias=bias, segments=segments(coarse), coarse_rotary=POS_EMBED(small))
     got = run(mixed(attn), states, ids, specedit=context)
 
     text, image = (states[:, :TEXT], states[:, TEXT:]) if attn.added_kv_proj_dim else (states[:, :0], states)

@@ -1,0 +1,201 @@
+"""Trains text encoders and transformer together: rectified flow on the latents, at several sizes at once."""
+
+import math
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift
+from einops import rearrange
+from torch import Tensor, nn
+
+from . import build, scenes
+from .training import Average, Clock, Log, Settings, optimizers, rate_at, write
+from .training import seeds as training_seeds
+
+# What a step sees at each size: (height, width) in pixels and how many scenes, about the same cost each.
+BATCHES: dict[tuple[int, int], int] = {
+    (64, 64): 48, (128, 128): 32, (96, 160): 32, (160, 96): 32, (256, 256): 8, (192, 320): 8, (320, 192): 8,
+    (512, 512): 2, (384, 512): 2, (512, 384): 2,
+}  # fmt: skip
+# Share of steps spent at each longer side, at the start, the middle and the end of training.
+CURRICULUM = (
+    {64: 0.3, 128: 0.6, 256: 0.1, 512: 0.0},
+    {64: 0.1, 128: 0.5, 256: 0.3, 512: 0.1},
+    {64: 0.1, 128: 0.2, 256: 0.4, 512: 0.3},
+)
+REUSE = 3  # each encoded batch is seen about this often, with fresh noise, since rendering and encoding cost too
+EDIT_WEIGHT = 4.0
+
+
+@dataclass
+class Batch:
+    """Encoded tasks of one size: packed latents (B, N, 64) of source and target, token weights (B, N), prompts."""
+
+    grid: tuple[int, int]
+    source: Tensor
+    target: Tensor
+    weight: Tensor
+    prompts: list[str]
+
+
+def pack(latents: Tensor) -> Tensor:
+    """diffusers' packing: (B, C, H, W) to (B, H/2 * W/2, C * 4), channel slowest."""
+    return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
+
+
+@torch.no_grad()
+def encode(vae: nn.Module, seeds: range, size: tuple[int, int], device: str) -> Batch:
+    batch = [scenes.describe(s) for s in seeds]
+    before, after, mask = scenes.draw(batch, *size, device=device)
+    images = torch.cat([before, after]) * 2 - 1
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
+        latents = vae.encode(images).latent_dist.mean.float()
+    latents = pack((latents - vae.config.shift_factor) * vae.config.scaling_factor)
+    edited = F.max_pool2d(mask.float()[:, None], 16).flatten(1)
+    source, target = latents.chunk(2)
+    return Batch((size[0] // 16, size[1] // 16), source, target, 1 + EDIT_WEIGHT * edited, [s.prompt for s in batch])
+
+
+def batches(vae: nn.Module, settings: Settings, clock: Clock, start: int) -> Iterator[Batch]:
+    """Tasks without end, sizes by the curriculum, each batch coming back about REUSE times."""
+    rng = random.Random(settings.seed + start)
+    pools: dict[int, list[Batch]] = {}
+    drawn = start * 64 * settings.batch_scale  # further on than any step so far, so that a resumed run sees new tasks
+    while True:
+        weights = {side: share for side, share in mixture(clock.progress).items() if side <= settings.largest}
+        side = rng.choices(list(weights), list(weights.values()))[0]
+        pool = pools.setdefault(side, [])
+        if len(pool) < 8 or rng.random() < 1 / REUSE:
+            sizes = [s for s in BATCHES if side // 2 < max(s) <= side or s == (side, side)]
+            square = (side, side)
+            size = square if rng.random() < 0.7 else rng.choice(sizes)
+            count = BATCHES[size] * settings.batch_scale
+            pool.append(encode(vae, training_seeds(drawn, count), size, settings.device))
+            drawn += count
+            if len(pool) > 24:
+                pool.pop(0)
+            yield pool[-1]
+        else:
+            yield rng.choice(pool)
+
+
+def mixture(progress: float) -> dict[int, float]:
+    """Share of steps at each size, interpolated through the curriculum."""
+    place = progress * (len(CURRICULUM) - 1)
+    i = min(int(place), len(CURRICULUM) - 2)
+    low, high, f = CURRICULUM[i], CURRICULUM[i + 1], place - i
+    return {side: (1 - f) * low[side] + f * high[side] for side in low}
+
+
+def ids(grid: tuple[int, int], image: int, device: str) -> Tensor:
+    """Position ids (N, 3) float32: image index, row, column, as FluxKontextPipeline numbers them."""
+    h, w = grid
+    axes = (torch.arange(n, device=device, dtype=torch.float32) for n in (h, w))
+    rows, columns = torch.meshgrid(*axes, indexing="ij")
+    return torch.stack([torch.full_like(rows, image), rows, columns], -1).reshape(-1, 3)
+
+
+def editor_loss(
+    pipe, batch: Batch, device: str, generator: torch.Generator | None = None, drop: float = 0.05
+) -> Tensor:
+    """Rectified flow: x = (1 - s) x0 + s e, the model predicts e - x0; edited tokens count more."""
+    n, tokens, _ = batch.target.shape
+    draw = dict(device=device, generator=generator)
+    config = pipe.scheduler.config
+    mu = calculate_shift(
+        tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
+    )
+    normal, uniform = torch.sigmoid(torch.randn(n, **draw)), torch.rand(n, **draw)
+    plain = torch.where(torch.rand(n, **draw) < 0.3, uniform, normal).clamp(1e-3, 1 - 1e-3)
+    sigma = math.exp(mu) / (math.exp(mu) + 1 / plain - 1)
+    noise = torch.randn(batch.target.shape, **draw)
+    s = sigma.view(n, 1, 1)
+    x = (1 - s) * batch.target + s * noise
+    kept = torch.rand(n, **draw) >= drop
+    prompts = [p if k else "" for p, k in zip(batch.prompts, kept.tolist(), strict=True)]
+    embeds, pooled = text(pipe, prompts, device)
+    out = pipe.transformer(
+        hidden_states=torch.cat([x, batch.source], 1),
+        encoder_hidden_states=embeds,
+        pooled_projections=pooled,
+        timestep=sigma,
+        guidance=1 + 4 * torch.rand(n, **draw),
+        img_ids=torch.cat([ids(batch.grid, 0, device), ids(batch.grid, 1, device)]),
+        txt_ids=torch.zeros(embeds.shape[1], 3, device=device),
+        return_dict=False,
+    )[0][:, :tokens]
+    error = ((out.float() - (noise - batch.target)) ** 2).mean(-1)
+    return (error * batch.weight).sum() / batch.weight.sum()
+
+
+def text(pipe, prompts: list[str], device: str) -> tuple[Tensor, Tensor]:
+    """Prompt features as FluxKontextPipeline.encode_prompt makes them, with gradients."""
+    padded = dict(padding="max_length", truncation=True, max_length=build.TEXT_TOKENS, return_tensors="pt")
+    words = pipe.tokenizer_2(prompts, **padded).input_ids.to(device)
+    pooled = pipe.text_encoder(pipe.tokenizer(prompts, **padded).input_ids.to(device)).pooler_output
+    return pipe.text_encoder_2(words)[0], pooled
+
+
+def train_editor(pipe, settings: Settings, log: Log) -> None:
+    device = settings.device
+    path = settings.out / "editor.pt"
+    modules = [pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]
+    for module in modules:
+        module.to(device).train().requires_grad_(True)
+    pipe.vae.to(device)
+    parameters = [p for m in modules for p in m.parameters()]
+    optims = optimizers(modules, settings.rate)
+    average = Average(modules)
+    step, clock = 0, Clock(settings.minutes)
+    if path.exists():
+        state = torch.load(path, map_location=device, weights_only=True)
+        for module, weights in zip(modules, state["modules"], strict=True):
+            module.load_state_dict(weights)
+        for optimizer, old in zip(optims, state["optimizers"], strict=True):
+            optimizer.load_state_dict(old)
+        average.kept, average.count = state["average"], state["count"]
+        step, clock.spent = state["step"], state["seconds"]
+
+    def save() -> None:
+        write(
+            dict(modules=[m.state_dict() for m in modules], optimizers=[o.state_dict() for o in optims],
+                 average=average.kept, count=average.count, step=step, seconds=clock.seconds), path)  # fmt: skip
+        average.swap()
+        build.save(pipe, settings.out / "editor")
+        average.swap()
+
+    saved, losses = time.monotonic(), {}
+    for batch in batches(pipe.vae, settings, clock, step):
+        if clock.progress >= 1 or (settings.steps is not None and step >= settings.steps):
+            break
+        for optimizer in optims:
+            for group in optimizer.param_groups:
+                group["lr"] = settings.rate * rate_at(clock.progress, step)
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            loss = editor_loss(pipe, batch, device)
+        for optimizer in optims:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        for optimizer in optims:
+            optimizer.step()
+        average.update()
+        step += 1
+        losses.setdefault(max(batch.grid) * 16, []).append(float(loss.detach()))
+        if step % 50 == 0:
+            means = {f"loss_{side}": sum(v) / len(v) for side, v in sorted(losses.items())}
+            log.add(
+                part="editor", step=step, seconds=round(clock.seconds, 1), rate=optims[0].param_groups[0]["lr"], **means
+            )
+            losses = {}
+        if time.monotonic() - saved > 60 * settings.save_minutes:
+            save()
+            saved = time.monotonic()
+    save()
+    average.swap()
+    for module in modules:
+        module.eval().requires_grad_(False)

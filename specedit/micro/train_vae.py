@@ -1,0 +1,112 @@
+"""Trains the autoencoder: reconstruction, a weak KL, and latents that commute with halving the image."""
+
+import math
+import random
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import scenes
+from .training import Average, Clock, Log, Settings, rate_at, seeds, write
+
+
+def vae_images(step: int, count: int, side: int, device: str) -> Tensor:
+    """Squares of `side` px cut from scenes drawn at several sizes, in -1..1: half before, half after the edit."""
+    rng = random.Random(step)
+    size = rng.choice((side, side, 2 * side, 2 * side, 4 * side))
+    batch = [scenes.describe(s) for s in seeds(step * count, count)]
+    corners = [[rng.randint(0, size - side), rng.randint(0, size - side), side, side] for _ in batch]
+    before, after, _ = scenes.draw(batch, size, size, torch.tensor(corners), device)
+    return torch.cat([before[::2], after[1::2]]) * 2 - 1
+
+
+def vae_loss(vae: nn.Module, images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, float]:
+    """Reconstruction, a weak KL, and equivariance to halving the size.
+
+    The last term (in the spirit of EQ-VAE, Kouzelis et al. 2025) asks that the mean of 2 x 2 latents be the latent of
+    the halved image and decode to it: what moving tokens between resolutions relies on.
+    """
+    posterior = vae.encode(images).latent_dist
+    latent = posterior.mean + posterior.std * torch.randn(
+        posterior.mean.shape, generator=generator, device=images.device
+    )
+    part = len(images) // 2  # the terms about halving cost as much again: half the images are enough
+    half = F.interpolate(images[:part], scale_factor=0.5, mode="area")
+    pooled = F.avg_pool2d(posterior.mean[:part], 2)
+    out = vae.decode(latent.to(images.dtype)).sample.float()
+    small = vae.decode(pooled).sample.float()
+    error = F.mse_loss(out, images)
+    loss = error + 0.1 * F.l1_loss(out, images) + 0.25 * F.mse_loss(small, half)
+    loss = loss + 0.01 * F.mse_loss(vae.encode(half).latent_dist.mean, pooled)
+    loss = loss + 1e-4 * 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+    return loss, float(error.detach())
+
+
+def train_vae(pipe, settings: Settings, log: Log) -> None:
+    vae, device = pipe.vae, settings.device
+    path = settings.out / "vae.pt"
+    vae.to(device).train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.vae_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    average = Average([vae], 0.998)
+    step, clock = 0, Clock(settings.vae_minutes)
+    if path.exists():
+        state = torch.load(path, map_location=device, weights_only=True)
+        vae.load_state_dict(state["vae"])
+        optimizer.load_state_dict(state["optimizer"])
+        average.kept, average.count = state["average"], state["count"]
+        step, clock.spent = state["step"], state["seconds"]
+
+    def save() -> None:
+        write(
+            dict(vae=vae.state_dict(), optimizer=optimizer.state_dict(), average=average.kept, count=average.count,
+                 step=step, seconds=clock.seconds), path)  # fmt: skip
+
+    saved, errors = time.monotonic(), []
+    while clock.progress < 1 and (settings.steps is None or step < settings.steps):
+        images = vae_images(step, 16, 128, device)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.vae_rate * rate_at(clock.progress, step)
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            loss, error = vae_loss(vae, images)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        average.update()
+        step += 1
+        errors.append(error)
+        if step % 50 == 0:
+            psnr = 10 * math.log10(4 / (sum(errors) / len(errors)))
+            log.add(part="vae", step=step, seconds=round(clock.seconds, 1), loss=float(loss.detach()), psnr=psnr)
+            errors = []
+        if time.monotonic() - saved > 60 * settings.save_minutes:
+            save()
+            saved = time.monotonic()
+    save()
+    average.swap()
+    vae.eval().requires_grad_(False)
+    normalise(vae, device)
+    log.add(part="vae", step=step, seconds=round(clock.seconds, 1), roundtrip_512=roundtrip(vae, device))
+
+
+@torch.no_grad()
+def normalise(vae: nn.Module, device: str) -> None:
+    """Set shift and scale so that latents have mean 0 and standard deviation 1."""
+    latents = [vae.encode(vae_images(10**6 + i, 16, 128, device)).latent_dist.mean for i in range(4)]
+    latent = torch.cat(latents).float()
+    vae.register_to_config(
+        shift_factor=round(float(latent.mean()), 4), scaling_factor=round(1 / float(latent.std()), 4)
+    )
+
+
+@torch.no_grad()
+def roundtrip(vae: nn.Module, device: str, size: int = 512, count: int = 16) -> float:
+    """Mean PSNR in dB of encode then decode on unseen scenes."""
+    values = []
+    for seed in range(count):
+        image = scenes.draw([scenes.describe(seed)], size, size, device=device)[0]
+        out = vae.decode(vae.encode(image * 2 - 1).latent_dist.mean).sample.clamp(-1, 1) / 2 + 0.5
+        values.append(-10 * math.log10(float(F.mse_loss(out.float(), image))))
+    return sum(values) / len(values)
