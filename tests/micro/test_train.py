@@ -1,7 +1,5 @@
 """The trainer: it learns, it stops, it goes on where it was."""
 
-import math
-
 import pytest
 import torch
 
@@ -88,16 +86,17 @@ def test_train_resume_and_go_on_from_weights(tmp_path):
 
 
 def test_the_autoencoder_learns():
+    """It gets one batch better than its start as an interpolated thumbnail, under the same noise."""
     torch.manual_seed(0)
     vae = build.autoencoder().train()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=5e-4)
+    images = train_vae.vae_images(0, 4, 32, "cpu")
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-4)
     errors = []
-    for _step in range(8):
-        images = train_vae.vae_images(0, 4, 32, "cpu")
+    for _ in range(30):
+        torch.manual_seed(1)
         loss, error = train_vae.vae_loss(vae, images)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         errors.append(error)
-        assert math.isfinite(error)
-    assert min(errors[4:]) < errors[0]
+    assert errors[-1] < 0.7 * errors[0]
