@@ -18,27 +18,33 @@ from .training import seeds as training_seeds
 
 # What a step sees at each size: (height, width) in pixels and how many scenes, about the same cost each.
 BATCHES: dict[tuple[int, int], int] = {
-    (64, 64): 48, (128, 128): 32, (96, 160): 32, (160, 96): 32, (256, 256): 8, (192, 320): 8, (320, 192): 8,
+    (64, 64): 64, (128, 128): 32, (96, 160): 32, (160, 96): 32, (256, 256): 8, (192, 320): 8, (320, 192): 8,
     (512, 512): 2, (384, 512): 2, (512, 384): 2,
 }  # fmt: skip
 # Share of steps spent at each longer side, at the start, the middle and the end of training.
 CURRICULUM = (
-    {64: 0.3, 128: 0.6, 256: 0.1, 512: 0.0},
-    {64: 0.1, 128: 0.5, 256: 0.3, 512: 0.1},
-    {64: 0.1, 128: 0.2, 256: 0.4, 512: 0.3},
+    {64: 0.35, 128: 0.65, 256: 0.0, 512: 0.0},
+    {64: 0.1, 128: 0.5, 256: 0.35, 512: 0.05},
+    {64: 0.02, 128: 0.13, 256: 0.45, 512: 0.4},
 )
 REUSE = 3  # each encoded batch is seen about this often, with fresh noise, since rendering and encoding cost too
 EDIT_WEIGHT = 4.0
+# Above this noise level the target can hardly be seen, so what the model draws comes from the instruction alone.
+HIGH = 0.85
+HIGH_SHARE = (0.7, 0.4)  # of the samples that are drawn from there, at the start and at the end of training
+FIND_WEIGHT = 0.1
+FIND_BLOCK = 1  # the single-stream block after which the reference tokens must know whether they change
 
 
 @dataclass
 class Batch:
-    """Encoded tasks of one size: packed latents (B, N, 64) of source and target, token weights (B, N), prompts."""
+    """Encoded tasks of one size: packed latents (B, N, 64) of source and target, which tokens
+    (B, N) the edit touches, prompts."""
 
     grid: tuple[int, int]
     source: Tensor
     target: Tensor
-    weight: Tensor
+    edited: Tensor
     prompts: list[str]
 
 
@@ -57,7 +63,7 @@ def encode(vae: nn.Module, seeds: range, size: tuple[int, int], device: str) -> 
     latents = pack((latents - vae.config.shift_factor) * vae.config.scaling_factor)
     edited = F.max_pool2d(mask.float()[:, None], 16).flatten(1)
     source, target = latents.chunk(2)
-    return Batch((size[0] // 16, size[1] // 16), source, target, 1 + EDIT_WEIGHT * edited, [s.prompt for s in batch])
+    return Batch((size[0] // 16, size[1] // 16), source, target, edited, [s.prompt for s in batch])
 
 
 def batches(vae: nn.Module, settings: Settings, clock: Clock, start: int) -> Iterator[Batch]:
@@ -99,25 +105,61 @@ def ids(grid: tuple[int, int], image: int, device: str) -> Tensor:
     return torch.stack([torch.full_like(rows, image), rows, columns], -1).reshape(-1, 3)
 
 
-def editor_loss(
-    pipe, batch: Batch, device: str, generator: torch.Generator | None = None, drop: float = 0.05
-) -> Tensor:
-    """Rectified flow: x = (1 - s) x0 + s e, the model predicts e - x0; edited tokens count more."""
-    n, tokens, _ = batch.target.shape
-    draw = dict(device=device, generator=generator)
-    config = pipe.scheduler.config
+class Finder(nn.Module):
+    """Training's second question: from a block's hidden states (B, N, d), the logit that a token's content changes.
+
+    Few tokens change, and the flow loss tells the model which only through what it draws there; asked directly, it
+    learns to find what the words mean in a fraction of the steps. Only training has it.
+    """
+
+    def __init__(self, block: nn.Module, width: int):
+        super().__init__()
+        self.norm, self.read = nn.LayerNorm(width), nn.Linear(width, 1)
+        self.seen: Tensor | None = None
+        block.register_forward_hook(self._see)
+
+    def _see(self, block: nn.Module, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        self.seen = output[1] if torch.is_grad_enabled() else None
+
+    def loss(self, tokens: int, edited: Tensor, where: Tensor) -> Tensor:
+        """Cross-entropy over the reference tokens (those after the first `tokens`) of the samples in `where` (B,)."""
+        logits = self.read(self.norm(self.seen[:, tokens:])).squeeze(-1).float()
+        self.seen = None
+        error = F.binary_cross_entropy_with_logits(logits, edited, reduction="none").mean(-1)
+        return (error * where).sum() / where.sum().clamp_min(1)
+
+
+def noise_levels(count: int, tokens: int, high: float, config, **draw) -> Tensor:
+    """Noise levels (count,): a share `high` of them uniform above `HIGH`, the others shifted as the scheduler's are."""
     mu = calculate_shift(
         tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
     )
-    normal, uniform = torch.sigmoid(torch.randn(n, **draw)), torch.rand(n, **draw)
-    plain = torch.where(torch.rand(n, **draw) < 0.3, uniform, normal).clamp(1e-3, 1 - 1e-3)
-    sigma = math.exp(mu) / (math.exp(mu) + 1 / plain - 1)
+    normal, uniform = torch.sigmoid(torch.randn(count, **draw)), torch.rand(count, **draw)
+    plain = torch.where(torch.rand(count, **draw) < 0.3, uniform, normal).clamp(1e-3, 1 - 1e-3)
+    shifted = math.exp(mu) / (math.exp(mu) + 1 / plain - 1)
+    top = HIGH + (1 - HIGH) * torch.rand(count, **draw)
+    return torch.where(torch.rand(count, **draw) < high, top, shifted)
+
+
+def editor_loss(
+    pipe,
+    batch: Batch,
+    device: str,
+    generator: torch.Generator | None = None,
+    high: float = HIGH_SHARE[1],
+    finder: Finder | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Rectified flow: x = (1 - s) x0 + s e, the model predicts e - x0; edited tokens count more.
+
+    Returns that loss and, with a `finder`, the one to train on, which asks for the place of the edit too.
+    """
+    n, tokens, _ = batch.target.shape
+    draw = dict(device=device, generator=generator)
+    sigma = noise_levels(n, tokens, high, pipe.scheduler.config, **draw)
     noise = torch.randn(batch.target.shape, **draw)
     s = sigma.view(n, 1, 1)
     x = (1 - s) * batch.target + s * noise
-    kept = torch.rand(n, **draw) >= drop
-    prompts = [p if k else "" for p, k in zip(batch.prompts, kept.tolist(), strict=True)]
-    embeds, pooled = text(pipe, prompts, device)
+    embeds, pooled = text(pipe, batch.prompts, device)
     out = pipe.transformer(
         hidden_states=torch.cat([x, batch.source], 1),
         encoder_hidden_states=embeds,
@@ -129,7 +171,11 @@ def editor_loss(
         return_dict=False,
     )[0][:, :tokens]
     error = ((out.float() - (noise - batch.target)) ** 2).mean(-1)
-    return (error * batch.weight).sum() / batch.weight.sum()
+    weight = 1 + EDIT_WEIGHT * batch.edited
+    flow = (error * weight).sum() / weight.sum()
+    if finder is None:
+        return flow, flow
+    return flow, flow + FIND_WEIGHT * finder.loss(tokens, batch.edited, (sigma > HIGH).float())
 
 
 def text(pipe, prompts: list[str], device: str) -> tuple[Tensor, Tensor]:
@@ -143,7 +189,9 @@ def text(pipe, prompts: list[str], device: str) -> tuple[Tensor, Tensor]:
 def train_editor(pipe, settings: Settings, log: Log) -> None:
     device = settings.device
     path = settings.out / "editor.pt"
-    modules = [pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]
+    width = pipe.transformer.config.num_attention_heads * pipe.transformer.config.attention_head_dim
+    finder = Finder(pipe.transformer.single_transformer_blocks[FIND_BLOCK], width)
+    modules = [pipe.transformer, pipe.text_encoder, pipe.text_encoder_2, finder]
     for module in modules:
         module.to(device).train().requires_grad_(True)
     pipe.vae.to(device)
@@ -176,7 +224,8 @@ def train_editor(pipe, settings: Settings, log: Log) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = settings.rate * rate_at(clock.progress, step)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
-            loss = editor_loss(pipe, batch, device)
+            high = HIGH_SHARE[0] + (HIGH_SHARE[1] - HIGH_SHARE[0]) * clock.progress
+            flow, loss = editor_loss(pipe, batch, device, high=high, finder=finder)
         for optimizer in optims:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -185,9 +234,11 @@ def train_editor(pipe, settings: Settings, log: Log) -> None:
             optimizer.step()
         average.update()
         step += 1
-        losses.setdefault(max(batch.grid) * 16, []).append(float(loss.detach()))
+        side = max(batch.grid) * 16
+        losses.setdefault(f"loss_{side}", []).append(float(flow.detach()))
+        losses.setdefault(f"find_{side}", []).append(float((loss - flow).detach()) / FIND_WEIGHT)
         if step % 50 == 0:
-            means = {f"loss_{side}": sum(v) / len(v) for side, v in sorted(losses.items())}
+            means = {name: sum(v) / len(v) for name, v in sorted(losses.items())}
             log.add(
                 part="editor", step=step, seconds=round(clock.seconds, 1), rate=optims[0].param_groups[0]["lr"], **means
             )
