@@ -1,6 +1,7 @@
-"""Trains the embedded editor from nothing: first its autoencoder, then text encoders and transformer together.
+"""Trains the embedded editor from nothing: its autoencoder, its text encoders on prompts alone, then text encoders and
+transformer together.
 
-    python -m specedit.micro.train --out runs/kontext --vae-minutes 13 --minutes 80
+    python -m specedit.micro.train --out runs/kontext --vae-minutes 13 --text-minutes 6 --minutes 80
     python -m specedit.micro.train --out runs/more --start specedit/micro/weights/kontext --minutes 8 --batch-scale 8
 
 The second line goes on from weights that are there. The budget is wall-clock time, so the same command fits a GPU and
@@ -16,6 +17,7 @@ import torch
 
 from . import build
 from .train_editor import train_editor
+from .train_text import train_text
 from .train_vae import train_vae
 from .training import Log, Settings
 
@@ -30,6 +32,8 @@ def train(settings: Settings):
         train_vae(pipe, settings, log)
     else:
         pipe = build.load(settings.start, torch_dtype=torch.float32)
+    if not (settings.out / "editor.pt").exists():  # a resumed run has it behind it
+        train_text(pipe, settings, log)
     train_editor(pipe, settings, log)
     build.save(pipe, settings.out / "editor")
     return pipe
@@ -39,7 +43,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--vae-minutes", type=float, default=Settings.vae_minutes)
+    parser.add_argument("--text-minutes", type=float, default=Settings.text_minutes, help="0: leave them as they are")
     parser.add_argument("--minutes", type=float, default=Settings.minutes)
+    parser.add_argument("--seed", type=int, default=0, help="another seed sees other tasks and other noise")
     parser.add_argument("--steps", type=int, help="at most this many steps of each part")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--largest", type=int, default=Settings.largest, help="largest side trained at, in pixels")

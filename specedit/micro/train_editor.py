@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from . import build, scenes
+from .questions import Answers, Questions
 from .training import Average, Clock, Log, Settings, optimizers, rate_at, write
 from .training import seeds as training_seeds
 
@@ -23,29 +24,32 @@ BATCHES: dict[tuple[int, int], int] = {
 }  # fmt: skip
 # Share of steps spent at each longer side, at the start, the middle and the end of training.
 CURRICULUM = (
-    {64: 0.35, 128: 0.65, 256: 0.0, 512: 0.0},
-    {64: 0.1, 128: 0.5, 256: 0.35, 512: 0.05},
-    {64: 0.02, 128: 0.13, 256: 0.45, 512: 0.4},
+    {64: 0.15, 128: 0.85, 256: 0.0, 512: 0.0},
+    {64: 0.05, 128: 0.6, 256: 0.3, 512: 0.05},
+    {64: 0.02, 128: 0.18, 256: 0.5, 512: 0.3},
 )
 REUSE = 3  # each encoded batch is seen about this often, with fresh noise, since rendering and encoding cost too
 EDIT_WEIGHT = 4.0
 # Above this noise level the target can hardly be seen, so what the model draws comes from the instruction alone.
 HIGH = 0.85
 HIGH_SHARE = (0.7, 0.4)  # of the samples that are drawn from there, at the start and at the end of training
-FIND_WEIGHT = 0.1
-FIND_BLOCK = 1  # the single-stream block after which the reference tokens must know whether they change
+ASK = {"said": 0.1, "seen": 0.1, "find": 0.2}  # weights of the questions beside the flow loss
 
 
 @dataclass
 class Batch:
-    """Encoded tasks of one size: packed latents (B, N, 64) of source and target, which tokens
-    (B, N) the edit touches, prompts."""
+    """Encoded tasks of one size: packed latents (B, N, 64) of source and target, prompts, and what is known of both."""
 
     grid: tuple[int, int]
     source: Tensor
     target: Tensor
-    edited: Tensor
     prompts: list[str]
+    answers: Answers
+
+    @property
+    def edited(self) -> Tensor:
+        """1 (B, N) for the tokens that the edit touches."""
+        return self.answers.edited
 
 
 def pack(latents: Tensor) -> Tensor:
@@ -63,14 +67,16 @@ def encode(vae: nn.Module, seeds: range, size: tuple[int, int], device: str) -> 
     latents = pack((latents - vae.config.shift_factor) * vae.config.scaling_factor)
     edited = F.max_pool2d(mask.float()[:, None], 16).flatten(1)
     source, target = latents.chunk(2)
-    return Batch((size[0] // 16, size[1] // 16), source, target, edited, [s.prompt for s in batch])
+    grid = (size[0] // 16, size[1] // 16)
+    return Batch(grid, source, target, [s.prompt for s in batch], Answers(batch, grid, edited))
 
 
 def batches(vae: nn.Module, settings: Settings, clock: Clock, start: int) -> Iterator[Batch]:
     """Tasks without end, sizes by the curriculum, each batch coming back about REUSE times."""
     rng = random.Random(settings.seed + start)
     pools: dict[int, list[Batch]] = {}
-    drawn = start * 64 * settings.batch_scale  # further on than any step so far, so that a resumed run sees new tasks
+    # Another seed sees other tasks, and so does a resumed run: it starts further on than any step so far.
+    drawn = start * 64 * settings.batch_scale + (settings.seed << 32)
     while True:
         weights = {side: share for side, share in mixture(clock.progress).items() if side <= settings.largest}
         side = rng.choices(list(weights), list(weights.values()))[0]
@@ -105,30 +111,6 @@ def ids(grid: tuple[int, int], image: int, device: str) -> Tensor:
     return torch.stack([torch.full_like(rows, image), rows, columns], -1).reshape(-1, 3)
 
 
-class Finder(nn.Module):
-    """Training's second question: from a block's hidden states (B, N, d), the logit that a token's content changes.
-
-    Few tokens change, and the flow loss tells the model which only through what it draws there; asked directly, it
-    learns to find what the words mean in a fraction of the steps. Only training has it.
-    """
-
-    def __init__(self, block: nn.Module, width: int):
-        super().__init__()
-        self.norm, self.read = nn.LayerNorm(width), nn.Linear(width, 1)
-        self.seen: Tensor | None = None
-        block.register_forward_hook(self._see)
-
-    def _see(self, block: nn.Module, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        self.seen = output[1] if torch.is_grad_enabled() else None
-
-    def loss(self, tokens: int, edited: Tensor, where: Tensor) -> Tensor:
-        """Cross-entropy over the reference tokens (those after the first `tokens`) of the samples in `where` (B,)."""
-        logits = self.read(self.norm(self.seen[:, tokens:])).squeeze(-1).float()
-        self.seen = None
-        error = F.binary_cross_entropy_with_logits(logits, edited, reduction="none").mean(-1)
-        return (error * where).sum() / where.sum().clamp_min(1)
-
-
 def noise_levels(count: int, tokens: int, high: float, config, **draw) -> Tensor:
     """Noise levels (count,): a share `high` of them uniform above `HIGH`, the others shifted as the scheduler's are."""
     mu = calculate_shift(
@@ -147,11 +129,11 @@ def editor_loss(
     device: str,
     generator: torch.Generator | None = None,
     high: float = HIGH_SHARE[1],
-    finder: Finder | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Rectified flow: x = (1 - s) x0 + s e, the model predicts e - x0; edited tokens count more.
+    questions: Questions | None = None,
+) -> dict[str, Tensor]:
+    """Rectified flow, `flow`: x = (1 - s) x0 + s e, the model predicts e - x0; edited tokens count more.
 
-    Returns that loss and, with a `finder`, the one to train on, which asks for the place of the edit too.
+    With `questions` their losses too. `total` is what to train on.
     """
     n, tokens, _ = batch.target.shape
     draw = dict(device=device, generator=generator)
@@ -173,9 +155,10 @@ def editor_loss(
     error = ((out.float() - (noise - batch.target)) ** 2).mean(-1)
     weight = 1 + EDIT_WEIGHT * batch.edited
     flow = (error * weight).sum() / weight.sum()
-    if finder is None:
-        return flow, flow
-    return flow, flow + FIND_WEIGHT * finder.loss(tokens, batch.edited, (sigma > HIGH).float())
+    losses = {"flow": flow}
+    if questions is not None:
+        losses |= questions.losses(tokens, batch.answers, (sigma > HIGH).float())
+    return losses | {"total": flow + sum(ASK[name] * loss for name, loss in losses.items() if name in ASK)}
 
 
 def text(pipe, prompts: list[str], device: str) -> tuple[Tensor, Tensor]:
@@ -189,9 +172,8 @@ def text(pipe, prompts: list[str], device: str) -> tuple[Tensor, Tensor]:
 def train_editor(pipe, settings: Settings, log: Log) -> None:
     device = settings.device
     path = settings.out / "editor.pt"
-    width = pipe.transformer.config.num_attention_heads * pipe.transformer.config.attention_head_dim
-    finder = Finder(pipe.transformer.single_transformer_blocks[FIND_BLOCK], width)
-    modules = [pipe.transformer, pipe.text_encoder, pipe.text_encoder_2, finder]
+    questions = Questions(pipe.transformer)
+    modules = [pipe.transformer, pipe.text_encoder, pipe.text_encoder_2, questions]
     for module in modules:
         module.to(device).train().requires_grad_(True)
     pipe.vae.to(device)
@@ -225,18 +207,18 @@ def train_editor(pipe, settings: Settings, log: Log) -> None:
                 group["lr"] = settings.rate * rate_at(clock.progress, step)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             high = HIGH_SHARE[0] + (HIGH_SHARE[1] - HIGH_SHARE[0]) * clock.progress
-            flow, loss = editor_loss(pipe, batch, device, high=high, finder=finder)
+            parts = editor_loss(pipe, batch, device, high=high, questions=questions)
         for optimizer in optims:
             optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        parts["total"].backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in optims:
             optimizer.step()
         average.update()
         step += 1
         side = max(batch.grid) * 16
-        losses.setdefault(f"loss_{side}", []).append(float(flow.detach()))
-        losses.setdefault(f"find_{side}", []).append(float((loss - flow).detach()) / FIND_WEIGHT)
+        for name, part in parts.items():
+            losses.setdefault(f"{name}_{side}", []).append(float(part.detach()))
         if step % 50 == 0:
             means = {name: sum(v) / len(v) for name, v in sorted(losses.items())}
             log.add(

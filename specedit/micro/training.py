@@ -35,11 +35,13 @@ class Settings:
 
     out: Path
     vae_minutes: float = 20.0
+    text_minutes: float = 2.0
     minutes: float = 100.0
     steps: int | None = None
     device: str = "cpu"
     seed: int = 0
     rate: float = 1.5e-3
+    text_rate: float = 1e-3
     vae_rate: float = 6e-4  # more undoes the thumbnail start
     largest: int = 512
     save_minutes: float = 4.0

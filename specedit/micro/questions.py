@@ -1,0 +1,103 @@
+"""What training asks the editor beside its pictures, so that it finds out sooner what the words mean.
+
+Few tokens change in an edit, and the flow loss speaks of colours, shapes and places only through what is drawn there.
+These linear readings of hidden states ask directly. Only training has them; the shipped editor does not.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .scenes import Scene
+from .vocabulary import COLOURS, KINDS, PLACES, SHAPES
+
+_COLOURS, _PLACES = list(COLOURS), list(PLACES)
+# What a prompt says: its kind, the object that it means, what that becomes, where. 0: not said.
+SAID = (len(KINDS), *(n + 1 for n in (len(COLOURS), len(SHAPES), len(COLOURS), len(SHAPES), len(PLACES))))
+SEEN = (len(COLOURS) + 1, len(SHAPES) + 1)  # colour and shape of the object that a token shows, 0: background
+
+
+def said(scene: Scene) -> list[int]:
+    """The answers for one prompt, in the order of `SAID`."""
+    kind = KINDS.index(scene.kind)
+    thing = {"add": scene.after}.get(scene.kind, scene.before)[0]
+    named = f"{thing.colour} {thing.shape}" in scene.prompt
+    colour, shape = 1 + _COLOURS.index(thing.colour), 1 + SHAPES.index(thing.shape)
+    if scene.kind in ("background", "greyscale"):
+        return [kind, 0, 0, 0, 0, 0]
+    if scene.kind == "add":
+        cell = (int(thing.x * 3), int(thing.y * 3))
+        place = next(i for i, p in enumerate(_PLACES) if PLACES[p] == cell)
+        return [kind, 0, 0, colour, shape, 1 + place]
+    new_colour = 1 + _COLOURS.index(scene.after[0].colour) if scene.kind == "recolor" else 0
+    new_shape = 1 + SHAPES.index(scene.after[0].shape) if scene.kind == "shape" else 0
+    return [kind, colour if named else 0, shape, new_colour, new_shape, 0]
+
+
+def seen(scene: Scene, grid: tuple[int, int]) -> Tensor:
+    """Colour and shape (N, 2) of the source's object at each token's centre, 0 where there is none."""
+    height, width = grid
+    short = min(grid)
+    rows, columns = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    out = torch.zeros(height, width, 2, dtype=torch.long)
+    for thing in scene.before:
+        # At least half a token wide, so that the token that holds a small object's centre counts.
+        reach = max(0.8 * thing.r * short, 0.5)
+        near = (rows - thing.y * height) ** 2 + (columns - thing.x * width) ** 2 <= reach**2
+        out[near] = torch.tensor([1 + _COLOURS.index(thing.colour), 1 + SHAPES.index(thing.shape)])
+    return out.flatten(0, 1)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """Mean over the questions; logits (..., sum(sizes)), labels (..., len(sizes))."""
+    parts = logits.float().split(sizes, -1)
+    return sum(F.cross_entropy(p.flatten(0, -2), labels[..., i].flatten()) for i, p in enumerate(parts)) / len(sizes)
+
+
+class Questions(nn.Module):
+    """Linear readings of two blocks' image tokens.
+
+    After the double-stream blocks every token must know what the prompt says, and a reference token what it shows;
+    after a single-stream block a reference token must know whether it is to change.
+    """
+
+    def __init__(self, transformer: nn.Module, early: int = -1, late: int = 1):
+        super().__init__()
+        width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
+        self.prompt, self.thing = nn.Linear(width, sum(SAID)), nn.Linear(width, sum(SEEN))
+        self.change = nn.Linear(width, 1)
+        self.hidden: dict[int, Tensor] = {}
+        for i, block in enumerate((transformer.transformer_blocks[early], transformer.single_transformer_blocks[late])):
+            block.register_forward_hook(lambda _block, _inputs, output, i=i: self._see(i, output))
+
+    def _see(self, i: int, output: tuple[Tensor, Tensor]) -> None:
+        if torch.is_grad_enabled():  # sampling leaves nothing behind
+            self.hidden[i] = output[1]
+
+    def losses(self, tokens: int, answers: "Answers", noisy: Tensor) -> dict[str, Tensor]:
+        """Mean cross-entropies of what the last forward left: `said`, `seen`, and `find` over the samples in `noisy`.
+
+        `tokens`: how many target tokens precede the reference tokens. `noisy` (B,) bool: a target that shows through
+        its noise would give `find` away.
+        """
+        early, late = (norm(self.hidden.pop(i)) for i, norm in enumerate(self.norms))
+        prompts = answers.said[:, None].expand(-1, early.shape[1], -1)
+        change = self.change(late[:, tokens:]).squeeze(-1).float()
+        find = F.binarycross_entropy_with_logits(change, answers.edited, reduction="none").mean(-1)
+        return {
+            "said": cross_entropy(self.prompt(early), prompts, SAID),
+            "seen": cross_entropy(self.thing(early[:, tokens:]), answers.seen, SEEN),
+            "find": (find * noisy).sum() / noisy.sum().clamp_min(1),
+        }
+
+
+class Answers:
+    """Labels of a batch: `said` (B, 6), `seen` (B, N, 2) int64, `edited` (B, N) float32."""
+
+    def __init__(self, scenes: Sequence[Scene], grid: tuple[int, int], edited: Tensor):
+        self.said = torch.tensor([said(s) for s in scenes], device=edited.device)
+        self.seen = torch.stack([seen(s, grid) for s in scenes]).to(edited.device)
+        self.edited = edited

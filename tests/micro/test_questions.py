@@ -1,0 +1,66 @@
+"""The questions of training: their answers fit the scenes, and they read what they should."""
+
+import math
+
+import pytest
+import torch
+
+from specedit.micro import build, questions, scenes
+from specedit.micro.vocabulary import COLOURS, KINDS, PLACES, SHAPES
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_said_is_what_the_prompt_says(kind):
+    for seed in range(30):
+        scene = scenes.describe(seed, kind)
+        answers = questions.said(scene)
+        assert len(answers) == len(questions.SAID)
+        assert all(0 <= a < n for a, n in zip(answers, questions.SAID, strict=True))
+        assert KINDS[answers[0]] == kind
+        words = [None, [*COLOURS], [*SHAPES], [*COLOURS], [*SHAPES], [*PLACES]]
+        for answer, names in zip(answers[1:], words[1:], strict=True):
+            if answer:
+                assert names[answer - 1] in scene.prompt
+        local = kind in ("recolor", "remove", "shape")
+        assert bool(answers[2]) == local and bool(answers[3]) == (kind in ("recolor", "add"))
+        assert bool(answers[4]) == (kind in ("shape", "add")) and bool(answers[5]) == (kind == "add")
+
+
+def test_seen_marks_the_objects_where_they_are_drawn():
+    grid = (8, 16)
+    for seed in range(20):
+        scene = scenes.describe(seed, "recolor")
+        labels = questions.seen(scene, grid).unflatten(0, grid)
+        assert labels.shape == (*grid, 2) and bool(((labels[..., 0] > 0) == (labels[..., 1] > 0)).all())
+        for thing in scene.before:
+            label = labels[int(thing.y * grid[0]), int(thing.x * grid[1])].tolist()
+            assert label == [1 + [*COLOURS].index(thing.colour), 1 + SHAPES.index(thing.shape)]
+        assert (labels == 0).any()
+
+
+def test_losses_are_those_of_what_the_blocks_put_out():
+    transformer = build.transformer()
+    asked = questions.Questions(transformer)
+    with torch.no_grad():
+        for head in (asked.prompt, asked.thing, asked.change):
+            head.weight.zero_()
+            head.bias.zero_()
+        asked.change.bias.fill_(2.0)
+    batch = [scenes.describe(seed) for seed in range(2)]
+    edited = torch.zeros(2, 6)
+    edited[0] = 1.0
+    answers = questions.Answers(batch, (2, 3), edited)
+    late = transformer.single_transformer_blocks[1]
+    for block in (transformer.transformer_blocks[-1], late):
+        for hook in block._forward_hooks.values():
+            hook(block, (), (torch.zeros(2, 3, 256), torch.randn(2, 10, 256)))
+    losses = asked.losses(4, answers, torch.tensor([1.0, 0.0]))
+    # Heads that know nothing: the entropy of a guess. Only the first sample, all of it edited, counts for `find`.
+    assert float(losses["said"]) == pytest.approx(sum(map(math.log, questions.SAID)) / 6, rel=1e-5)
+    assert float(losses["seen"]) == pytest.approx(sum(map(math.log, questions.SEEN)) / 2, rel=1e-5)
+    assert float(losses["find"]) == pytest.approx(math.log1p(math.exp(-2.0)), rel=1e-5)
+    assert not asked.hidden
+    with torch.no_grad():
+        for hook in late._forward_hooks.values():
+            hook(late, (), (None, torch.randn(2, 10, 256)))
+    assert not asked.hidden  # sampling leaves nothing behind
