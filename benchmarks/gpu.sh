@@ -48,7 +48,7 @@ run_train() {
   local scratch
   scratch=$(mktemp -d)
   timeout 530 python3 -m specedit.micro.train --out "$scratch" --start specedit/micro/weights/kontext \
-    --minutes "${TRAIN_MINUTES:-7}" --batch-scale 8 --device cuda
+    --text-minutes 0.7 --minutes "${TRAIN_MINUTES:-7}" --batch-scale 8 --device cuda
   cp "$scratch/log.json" "$out/train-log.json"
   # In pieces, because machines that are lent often hand back small files only: cat editor.tar.* | tar -x
   tar -C "$scratch" -c editor | split -b 12m - "$out/editor.tar."
