@@ -86,7 +86,7 @@ class Questions(nn.Module):
         early, late = (norm(self.hidden.pop(i)) for i, norm in enumerate(self.norms))
         prompts = answers.said[:, None].expand(-1, early.shape[1], -1)
         change = self.change(late[:, tokens:]).squeeze(-1).float()
-        find = F.binarycross_entropy_with_logits(change, answers.edited, reduction="none").mean(-1)
+        find = F.binary_cross_entropy_with_logits(change, answers.edited, reduction="none").mean(-1)
         return {
             "said": cross_entropy(self.prompt(early), prompts, SAID),
             "seen": cross_entropy(self.thing(early[:, tokens:]), answers.seen, SEEN),
