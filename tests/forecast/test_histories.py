@@ -21,6 +21,7 @@ CENTRE = np.zeros((128, 128), dtype=bool)
 CENTRE[40:90, 40:120] = True
 WHOLE = [name for name in METHODS if name not in TOKEN_WISE]
 ALONE = dict(steps=(0, 0, 9), forecast_interval=3)
+ORDER = {"taylor": {"forecast_order": 1}}
 STAGES = dict(steps=(5, 5, 5), forecast_interval=2, boundaries=(0.7, 0.55))
 
 
@@ -299,3 +300,32 @@ def test_a_cached_step_costs_next_to_nothing(forecast):
     layout = MixedLayout.all_fine(TokenGrid(4, 4))
     made = Histories(config, first=True, branches=2, layout=layout, predictor=lesa.Predictor())
     assert len(made.branches) == 2 and made.memory == 0
+
+
+@pytest.mark.parametrize("forecast", ["taylor", "toca"])
+def test_under_torch_compile(pipe, edit, forecast):
+    specedit.install(pipe, steps=(0, 3, 3), forecast=forecast, forecast_interval=2, **ORDER.get(forecast, {}))
+    expected = edit(pipe, edit_mask=CORNER)
+    torch._dynamo.reset()
+    pipe.transformer.compile(backend="eager", dynamic=True)
+    close(edit(pipe, edit_mask=CORNER), expected)
+    assert specedit.report(pipe).cached_steps > 0
+
+
+@pytest.mark.parametrize("forecast", ["foca", "duca"])
+def test_reference_restore_and_odd_sizes(pipe, edit, forecast):
+    specedit.install(pipe, steps=(4, 3, 3), restore="reference", forecast=forecast, forecast_interval=2)
+    mask = np.zeros((144, 176))
+    mask[:40, :40] = 1
+    latents = edit(pipe, (144, 176), edit_mask=mask)
+    assert latents.shape == (1, 99, 16) and latents.isfinite().all()
+    assert specedit.report(pipe).cached_steps > 0
+
+
+def test_offloaded_module_by_module(pipe, edit):
+    from accelerate import cpu_offload
+
+    specedit.install(pipe, **ALONE, forecast="toca")
+    expected = edit(pipe)
+    cpu_offload(pipe.transformer, torch.device("cpu"))
+    close(edit(pipe), expected)
