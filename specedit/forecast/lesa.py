@@ -50,21 +50,21 @@ class KANLayer(nn.Module):
 
 
 class Predictor(nn.Module):
-    """Stage experts: coefficients of the stacked differences for a gap x in steps at noise level sigma.
+    """Stage experts: coefficients of the stacked differences for a gap of x steps, from noise level `start` to `sigma`.
 
-    F(x) = F(0) + alpha * z,  z = sum_{i=1..m} x^i/i! * (1 + KAN_e(x, sigma)_i) * D_i
+    F(x) = F(0) + alpha * z,  z = sum_{i=1..m} x^i/i! * (1 + KAN_e(x, sigma, start - sigma)_i) * D_i
 
-    with one KAN (2 inputs, `width`, `order` outputs) and one alpha for each of `experts` equal intervals e of sigma.
+    with one KAN (3 inputs, `width`, `order` outputs) and one alpha for each of `experts` equal intervals e of sigma.
     The last layer starts at zero and alpha at one: untrained, it is TaylorSeer. Published: h_t + alpha * z with a KAN
     over the gap, stage experts and training in two stages; no code is public, and what z is made of is not settled by
-    the text. Learning the coefficients of the differences, not the features, keeps it a few hundred numbers, leaves
+    the text. Learning the coefficients of the differences, not the features, keeps it about a thousand numbers, leaves
     resolution, batch and channels open, and makes a forecast one pass over the cache.
     """
 
     def __init__(self, order: int = 2, experts: int = 3, width: int = 8):
         super().__init__()
         self.order, self.experts, self.width = order, experts, width
-        self.layers = nn.ModuleList(nn.ModuleList([KANLayer(2, width), KANLayer(width, order)]) for _ in range(experts))
+        self.layers = nn.ModuleList(nn.ModuleList([KANLayer(3, width), KANLayer(width, order)]) for _ in range(experts))
         self.alpha = nn.Parameter(torch.ones(experts))
         for _, last in self.layers:
             nn.init.zeros_(last.base)
@@ -74,11 +74,11 @@ class Predictor(nn.Module):
         """Which expert answers for `sigma` in [0, 1]; the first one has the highest noise."""
         return min(self.experts - 1, max(0, int((1 - sigma) * self.experts)))
 
-    def forward(self, x: float, sigma: float) -> Tensor:
+    def forward(self, x: float, sigma: float, start: float) -> Tensor:
         """(order + 1,) float32 coefficients of D_0..D_order."""
         e = self.expert(sigma)
         first, last = self.layers[e]
-        inputs = torch.tensor([[2 * x / LONGEST - 1, 2 * sigma - 1]], device=self.alpha.device)
+        inputs = torch.tensor([[2 * x / LONGEST - 1, 2 * sigma - 1, 4 * (start - sigma) - 1]], device=self.alpha.device)
         gain = last(torch.tanh(first(inputs)))[0]
         series = torch.tensor(taylor_coefficients(x, self.order + 1)[1:], device=self.alpha.device)
         return torch.cat([torch.ones_like(series[:1]), self.alpha[e] * series * (1 + gain)])
@@ -96,16 +96,18 @@ class Lesa(Forecaster):
     def reset(self) -> None:
         super().reset()
         self.differences = Differences(self.order)
+        self.start: float | None = None  # noise level of the last full step
 
     def tensors(self) -> list[Tensor]:
         return [] if self.differences.stack is None else [self.differences.stack]
 
     def _observe(self, step, feature, sigma) -> None:
         self.differences.observe(step, feature)
+        self.start = sigma
 
     def _predict(self, step, sigma) -> Tensor:
         with torch.no_grad():  # the predictor stays on the CPU: its answer is a handful of floats
-            coefficients = self.predictor(float(step - self.last), sigma).tolist()
+            coefficients = self.predictor(float(step - self.last), sigma, self.start).tolist()
         return self.differences.evaluate(coefficients, self.backend)
 
 

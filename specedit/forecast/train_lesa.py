@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import itertools
 import json
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def record(pipe: Any, steps: int, **arguments: Any) -> Trajectory:
     state = adapter.prepare(pipe, call, "auto")
     sigmas = stage_sigmas(pipe.scheduler, state.grid.tokens, 1.0, 0.0, steps).tolist()
     tokens, outputs = [state.noise], []
-    for sigma, following in pairwise(sigmas):
+    for sigma, following in itertools.pairwise(sigmas):
         outputs.append(branches(adapter, pipe, state, tokens[-1], sigma))
         tokens.append(tokens[-1] + (following - sigma) * adapter.guide(state, outputs[-1]))
     return Trajectory(adapter, pipe, state, sigmas, tokens, outputs)
@@ -90,8 +90,14 @@ class Sample:
 
     gap: float
     sigma: float
+    start: float
     gram: Tensor  # (K, K) of the differences
     product: Tensor  # (K,) of differences and true output, both over |y|^2
+
+    @property
+    def at(self) -> tuple[float, float, float]:
+        """What a predictor is asked."""
+        return self.gap, self.sigma, self.start
 
     def loss(self, coefficients: Tensor) -> Tensor:
         return coefficients @ self.gram @ coefficients - 2 * self.product @ coefficients + 1
@@ -111,7 +117,19 @@ def samples(trajectory: Trajectory, interval: int, order: int) -> Iterable[Sampl
             scale = truth.double().square().sum()
             gap = float(step - differences.steps[0])
             gram, product = rows @ rows.T / scale, rows @ truth.flatten().double() / scale
-            yield Sample(gap, trajectory.sigmas[step], gram.float().cpu(), product.float().cpu())
+            start = trajectory.sigmas[differences.steps[0]]
+            yield Sample(gap, trajectory.sigmas[step], start, gram.float().cpu(), product.float().cpu())
+
+
+def pooled(data: Iterable[Sample]) -> list[Sample]:
+    """Samples of one gap between the same noise levels as one: they share coefficients, so their errors average."""
+    groups: dict[tuple[float, float, float], list[Sample]] = {}
+    for sample in data:
+        groups.setdefault(sample.at, []).append(sample)
+    return [
+        Sample(*key, *(torch.stack([getattr(s, name) for s in group]).mean(0) for name in ("gram", "product")))
+        for key, group in groups.items()
+    ]
 
 
 def ground_truth(predictor: lesa.Predictor, data: list[Sample], epochs: int, rate: float, seed: int) -> list[float]:
@@ -121,12 +139,12 @@ def ground_truth(predictor: lesa.Predictor, data: list[Sample], epochs: int, rat
 
     def mean() -> float:
         with torch.no_grad():
-            return sum(s.loss(predictor(s.gap, s.sigma)).item() for s in data) / len(data)
+            return sum(s.loss(predictor(*s.at)).item() for s in data) / len(data)
 
     history = [mean()]
     for _ in tqdm(range(epochs), desc="ground truth"):
         for at in torch.randperm(len(data), generator=generator).split(32):
-            losses = [data[i].loss(predictor(data[i].gap, data[i].sigma)) for i in at.tolist()]
+            losses = [data[i].loss(predictor(*data[i].at)) for i in at.tolist()]
             optimizer.zero_grad()
             torch.stack(losses).mean().backward()
             optimizer.step()
@@ -150,7 +168,7 @@ def rollout(predictor: lesa.Predictor, trajectory: Trajectory, interval: int) ->
                 differences.observe(step, output)
             start = step
         else:
-            weights = predictor(float(step - histories[0].steps[0]), trajectory.sigmas[step])
+            weights = predictor(float(step - start), trajectory.sigmas[step], trajectory.sigmas[start])
             outputs = [torch.einsum("k,k...->...", weights.to(d.stack.device), d.stack) for d in histories]
         velocity = trajectory.adapter.guide(trajectory.state, outputs)
         tokens = tokens + (trajectory.sigmas[step + 1] - trajectory.sigmas[step]) * velocity
@@ -171,13 +189,16 @@ def closed_loop(
         total = []
         runs = [(trajectory, interval) for trajectory in trajectories for interval in intervals]
         for trajectory, interval in tqdm(runs, desc="closed loop"):
-            loss = torch.stack(rollout(predictor, trajectory, interval)).mean()
+            losses = rollout(predictor, trajectory, interval)
+            if not losses:
+                continue  # a run too short for any forecast
+            loss = torch.stack(losses).mean()
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(predictor.parameters(), 1.0)
             optimizer.step()
             total.append(loss.item())
-        history.append(sum(total) / len(total))
+        history.append(sum(total) / max(1, len(total)))
     return history
 
 
@@ -207,13 +228,14 @@ def file_calls(pairs: Path, cases: int) -> Iterable[dict[str, Any]]:
 def train(pipe: Any, calls: Iterable[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
     """Record, train in both stages and write `options.out`; returns the losses."""
     torch.manual_seed(options.seed)
-    trajectories = [record(pipe, options.steps, **call) for call in tqdm(list(calls), desc="trajectories")]
+    turns = zip(tqdm(list(calls), desc="trajectories"), itertools.cycle(options.steps))
+    trajectories = [record(pipe, steps, **call) for call, steps in turns]
     if not trajectories:
         raise ValueError("expected at least one case to train on, got none")
     predictor = lesa.Predictor(options.order, options.experts, options.width)
-    data = [s for t in trajectories for n in options.intervals for s in samples(t, n, options.order)]
+    data = pooled(s for t in trajectories for n in options.intervals for s in samples(t, n, options.order))
     if not data:
-        raise ValueError(f"expected more steps than {options.steps}: at these intervals nothing is forecast")
+        raise ValueError(f"expected more steps than {options.steps}, at these intervals nothing is forecast")
     losses = {"ground_truth": ground_truth(predictor, data, options.epochs, options.rate, options.seed)}
     losses["closed_loop"] = closed_loop(
         predictor, trajectories, options.intervals, options.closed_epochs, options.rate / 4
@@ -229,8 +251,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pairs", type=Path, help="pictures and prompts for another model, one JSON object a line")
     parser.add_argument("--cases", type=int, default=16)
     parser.add_argument("--size", type=int, default=128, help="side in px of the embedded editor's scenes")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--intervals", type=int, nargs="+", default=[4, 6, 9])
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=[50, 20], help="lengths of runs, one for each case in turn"
+    )
+    parser.add_argument("--intervals", type=int, nargs="+", default=[3, 4, 6, 9])
     parser.add_argument("--order", type=int, default=2)
     parser.add_argument("--experts", type=int, default=3)
     parser.add_argument("--width", type=int, default=8)
@@ -241,11 +265,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.model != "micro" and options.pairs is None:
         parser.error("--pairs: expected a file of pictures and prompts with --model, got none")
-    for name, low in (("cases", 1), ("steps", 2), ("order", 1), ("experts", 1), ("width", 1), ("epochs", 0)):
+    for name, low in (("cases", 1), ("order", 1), ("experts", 1), ("width", 1), ("epochs", 0)):
         if getattr(options, name) < low:
             parser.error(f"--{name}: expected at least {low}, got {getattr(options, name)}")
-    if min(options.intervals) < 2:
-        parser.error(f"--intervals: expected integers of at least 2, got {options.intervals}")
+    for name in ("steps", "intervals"):
+        if min(getattr(options, name)) < 2:
+            parser.error(f"--{name}: expected integers of at least 2, got {getattr(options, name)}")
     return options
 
 

@@ -1,5 +1,8 @@
 """LESA: the KAN, the experts, the file, and what an untrained predictor is."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -32,12 +35,13 @@ def test_experts_by_noise():
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_untrained_it_is_taylorseer(tokens, observed, order):
+def test_untrained_it_is_taylorseer(tokens, order):
     predictor = lesa.Predictor(order=order)
-    torch.testing.assert_close(predictor(3.0, 0.5), torch.tensor(taylor_coefficients(3.0, order + 1)))
+    torch.testing.assert_close(predictor(3.0, 0.5, 0.6), torch.tensor(taylor_coefficients(3.0, order + 1)))
     pair = lesa.Lesa(4, predictor=predictor, order=order), Taylor(4, order=order)
     for forecaster in pair:
-        observed(forecaster, lambda step: tokens * step**2, range(order + 1))
+        for step in range(order + 1):
+            forecaster.observe(step, tokens * step**2, 0.9 - 0.1 * step)
     torch.testing.assert_close(pair[0].predict(order + 2, 0.3), pair[1].predict(order + 2))
 
 
@@ -45,7 +49,7 @@ def test_experts_answer_for_themselves():
     predictor = lesa.Predictor(order=1, experts=2)
     with torch.no_grad():
         predictor.alpha[1] = 3.0
-    assert predictor(2.0, 0.9).tolist() == [1.0, 2.0] and predictor(2.0, 0.1).tolist() == [1.0, 6.0]
+    assert predictor(2.0, 0.9, 0.95).tolist() == [1.0, 2.0] and predictor(2.0, 0.1, 0.2).tolist() == [1.0, 6.0]
 
 
 def test_save_and_load(tmp_path):
@@ -54,7 +58,18 @@ def test_save_and_load(tmp_path):
         predictor.layers[0][1].base.fill_(0.3)
     lesa.save(predictor, tmp_path / "a" / "w.safetensors", MODEL)
     loaded = lesa.load(tmp_path / "a" / "w.safetensors", MODEL)
-    assert torch.equal(loaded(2.0, 0.9), predictor(2.0, 0.9)) and (loaded.order, loaded.experts) == (1, 2)
+    assert torch.equal(loaded(2.0, 0.9, 1.0), predictor(2.0, 0.9, 1.0)) and (loaded.order, loaded.experts) == (1, 2)
+
+
+def test_the_embedded_editors_weights_come_with_the_package():
+    folder = Path(lesa.__file__).parents[1] / "micro" / "weights" / "kontext" / "transformer"
+    config = json.loads((folder / "config.json").read_text())
+    predictor = lesa.load(None, config)
+    assert predictor.order == 2
+    for sigma in (0.9, 0.5, 0.1):
+        weights = predictor(3.0, sigma, sigma + 0.06)
+        assert weights.isfinite().all() and weights[0] == 1
+        assert (weights - torch.tensor(taylor_coefficients(3.0, 3))).abs().max() > 1e-2  # trained
 
 
 def test_weights_that_do_not_fit(tmp_path):

@@ -42,7 +42,18 @@ def test_samples_hold_the_squared_error_of_every_forecast(trajectory):
     truth = trajectory.outputs[4][0]  # the second cached step
     error = (forecast - truth).square().sum() / truth.square().sum()
     assert data[1].loss(coefficients).item() == pytest.approx(error.item(), rel=1e-3)
-    assert (data[1].gap, data[1].sigma) == (2.0, trajectory.sigmas[4])
+    assert data[1].at == (2.0, trajectory.sigmas[4], trajectory.sigmas[2])
+
+
+def test_pooled_samples_average(trajectory):
+    data = list(train_lesa.samples(trajectory, 3, 2))
+    other = [train_lesa.Sample(*s.at, 3 * s.gram, 2 * s.product) for s in data]
+    coefficients = torch.tensor([0.9, 1.5, -0.3])
+    pairs = train_lesa.pooled([*data, *other])
+    assert len(pairs) == len(data)
+    for both, a, b in zip(pairs, data, other, strict=True):
+        mean = (a.loss(coefficients) + b.loss(coefficients)) / 2
+        torch.testing.assert_close(both.loss(coefficients), mean)
 
 
 def test_ground_truth_learns(trajectory):
@@ -73,8 +84,8 @@ def test_a_rollout_that_forecasts_the_truth_loses_nothing(trajectory):
 
 def test_the_file_fits_the_model(pipe, picture, edit, tmp_path):
     options = argparse.Namespace(
-        out=tmp_path / "w.safetensors", steps=9, intervals=[3], order=2, experts=2, width=4, epochs=2, closed_epochs=1,
-        rate=1e-2, seed=0,
+        out=tmp_path / "w.safetensors", steps=[9, 8], intervals=[3], order=2, experts=2, width=4, epochs=2,
+        closed_epochs=1, rate=1e-2, seed=0,
     )  # fmt: skip
     losses = train_lesa.train(pipe, [call_of(picture, seed) for seed in (0, 1)], options)
     assert len(losses["ground_truth"]) == 3 and len(losses["closed_loop"]) == 1
@@ -97,7 +108,7 @@ def test_pairs_from_a_file(tmp_path, picture):
     ("arguments", "message"),
     [
         (["--out", "w", "--model", "dir"], "--pairs: expected a file"),
-        (["--out", "w", "--steps", "1"], "--steps: expected at least 2, got 1"),
+        (["--out", "w", "--steps", "1"], "--steps: expected integers of at least 2"),
         (["--out", "w", "--intervals", "1", "4"], "--intervals: expected integers of at least 2"),
         ([], "--out"),
     ],
