@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Runs on a GPU machine what only a GPU can show, each part well within 9 minutes.
-#   benchmarks/gpu.sh [--out FOLDER] [--part tests|kernels|micro|train]...     default: tests, kernels and micro
+#   benchmarks/gpu.sh [--out FOLDER] [--part tests|kernels|micro|forecast|train]...     default: tests, kernels and micro
 #
 #   tests     the kernels' tests compiled, bf16 included, and compute-sanitizer where it is installed
 #   kernels   every kernel against its peers, with the machine's own ceilings
 #   micro     the embedded editor: quality of every preset on 64 tasks, and clock against FLOPs
+#   forecast  temporal caches alone and with SpecEdit on the embedded editor, 64 tasks; goes on where it was stopped
 #   train     goes on training the embedded editor for TRAIN_MINUTES (default 7); its weights land in FOLDER/editor.tar.*
 #
 # JSON goes to FOLDER (default benchmarks/results). Uses the python3 on the PATH and whatever torch and Triton it has.
@@ -36,12 +37,16 @@ run_tests() {
 
 run_kernels() {
   timeout 500 python3 -m pytest -q -p no:cacheprovider benchmarks/test_attention.py benchmarks/test_tokens.py \
-    --benchmark-disable-gc --results "$out/kernels.json"
+    benchmarks/test_weighted_sum.py --benchmark-disable-gc --results "$out/kernels.json"
 }
 
 run_micro() {
   timeout 120 python3 -m specedit.cli bench --size 512 --repeat 5 --json "$out/end_to_end-micro-gpu.json"
   timeout 380 python3 benchmarks/quality.py --cases 64 --size 512 --out "$out/quality-512-gpu.json"
+}
+
+run_forecast() {
+  timeout 530 python3 benchmarks/forecast.py --cases 64 --size 512 --resume --out "$out/forecast-512-gpu.json"
 }
 
 run_train() {
@@ -56,7 +61,7 @@ run_train() {
 
 for part in "${parts[@]}"; do
   case $part in
-    tests | kernels | micro | train) printf '\n== %s\n' "$part"; "run_$part" ;;
-    *) echo "gpu.sh: expected a part named tests, kernels, micro or train, got $part" >&2; exit 2 ;;
+    tests | kernels | micro | forecast | train) printf '\n== %s\n' "$part"; "run_$part" ;;
+    *) echo "gpu.sh: expected a part named tests, kernels, micro, forecast or train, got $part" >&2; exit 2 ;;
   esac
 done

@@ -20,6 +20,24 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # The paper's own figures (arXiv 2605.02152, Table 5, FLUX.1-Kontext-dev on an A100), for comparison only.
 PAPER = {"quality": (3.15, 3.31), "balanced": (4.10, 5.38), "fast": (6.40, 6.92), "turbo": (7.05, 7.37)}
 
+# The paper's rows with temporal caches and distilled models (arXiv 2605.02152), likewise.
+PAPER_FORECASTS = [
+    ["FLUX.1-Kontext", "TaylorSeer, N=6", "50", "3.60x", "5.00x"],
+    ["FLUX.1-Kontext", "TaylorSeer, N=9", "50", "4.39x", "-"],
+    ["FLUX.1-Kontext", "FORA, N=6", "50", "4.09x", "-"],
+    ["FLUX.1-Kontext", "FORA, N=9", "50", "5.83x", "-"],
+    ["FLUX.1-Kontext", "SpecEdit + TaylorSeer", "30", "4.39x", "6.70x"],
+    ["FLUX.1-Kontext-Lightning", "distilled", "8", "6.09x", "6.25x"],
+    ["FLUX.1-Kontext-Lightning", "distilled", "6", "7.89x", "8.33x"],
+    ["FLUX.1-Kontext-Lightning", "distilled + SpecEdit", "8", "7.20x", "9.68x"],
+    ["FLUX.1-Kontext-Lightning", "distilled + SpecEdit", "6", "9.16x", "13.03x"],
+    ["Qwen-Image-Edit", "FORA, N=6", "50", "4.71x", "-"],
+    ["Qwen-Image-Edit", "FoCa, N=9", "50", "3.81x", "-"],
+    ["Qwen-Image-Edit", "DuCa, N=8", "50", "3.66x", "-"],
+    ["Qwen-Image-Edit", "FreqCa, N=5", "50", "3.99x", "-"],
+    ["Qwen-Image-Edit", "SpecEdit + FoCa", "18", "6.00x", "6.34x"],
+]
+
 
 def load(name: str) -> dict | None:
     path = RESULTS / name
@@ -164,7 +182,54 @@ def training(name: str) -> str:
     return text + source(result, name)
 
 
+def forecast(name: str) -> str:
+    result = load(name)
+    if result is None:
+        return "*not measured yet*"
+    stock = next((r["mean"] for r in result["rows"] if r["variant"] == "stock-50"), None)
+    rows = []
+    for row in result["rows"]:
+        m = row["mean"]
+        against = [f"{stock[k] / m[k]:.2f}" if stock else "-" for k in ("flops", "seconds")]
+        cached = f"{row['cached_steps']} of {row['nfe']}" if row.get("cached_steps") else "-"
+        held = f"{row['cache_bytes'] / 2**20:.1f}" if row.get("cache_bytes") else "-"
+        rows.append(
+            [row["variant"], f"{m['count']:.0f}", f"{m['success']:.1%}", f"{m['edit_psnr']:.1f}",
+             number(m["keep_psnr"], ".1f"), f"{m['flops'] / 1e12:.3f}", f"{m['seconds']:.1f}", *against, cached, held]
+        )  # fmt: skip
+    header = ["variant", "tasks", "success", "edit dB", "keep dB", "TFLOPs", "seconds", "FLOPs ratio", "clock ratio",
+              "cached steps", "cache MiB"]  # fmt: skip
+    picture = f"\n\n![Success and edit PSNR over FLOPs](images/{Path(name).stem}.png)"
+    return table(header, rows) + source(result, name) + picture
+
+
+def forecast_plan(name: str) -> str:
+    from specedit.config import FORECASTS, resolve
+    from specedit.flops import plan as predict
+
+    plain = predict("balanced", "flux-kontext", 1024, 1024, 0.2)["flops_ratio"]
+    rows = [["none", "1.00", "1.00", "1.00", f"{plain:.2f}"]]
+    for method, order in FORECASTS.items():
+        fields = {"forecast": method}
+        alone = [
+            predict(resolve(steps=(0, 0, 50), forecast_interval=n, **fields), "flux-kontext", 1024, 1024, 0.2)
+            for n in (4, 6, 9)
+        ]
+        fields |= {"forecast_order": 1} if order else {}
+        both = predict(resolve("balanced", forecast_interval=3, **fields), "flux-kontext", 1024, 1024, 0.2)
+        rows.append([f"`{method}`", *(f"{p['flops_ratio']:.2f}" for p in alone), f"{both['flops_ratio']:.2f}"])
+    header = ["`forecast`", "alone, N=4", "N=6", "N=9", "`balanced`, N=3, order 1"]
+    said = "FLOPs ratios to 50 stock steps, 1024 px, 20 % edited, predicted by `specedit.flops.plan`, not measured."
+    return f"{table(header, rows)}\n\n{said}"
+
+
+def forecast_paper(name: str) -> str:
+    header = ["model", "combination", "NFE", "clock", "FLOPs"]
+    return table(header, PAPER_FORECASTS) + "\n\nThe paper's figures (arXiv 2605.02152), not measured here."
+
+
 MAKERS = {
+    "forecast": forecast, "forecast-plan": forecast_plan, "forecast-paper": forecast_paper,
     "quality": quality, "kinds": kinds, "small": small_edits, "sweep": sweep, "bench": bench, "plan": plan,
     "training": training,
     "verification": verification,
@@ -203,6 +268,25 @@ def pareto(name: str, path: Path) -> None:
     figure.savefig(path, dpi=90)
 
 
+def forecast_pareto(name: str, path: Path) -> None:
+    """Success and edit PSNR over FLOPs, one mark a variant, one colour a family."""
+    rows = load(name)["rows"]
+    families = list(dict.fromkeys(row["family"] for row in rows))
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    for axis, key, label in zip(figure.subplots(1, 2), ("success", "edit_psnr"), ("success", "edit PSNR, dB")):
+        for i, family in enumerate(families):
+            members = [row for row in rows if row["family"] == family]
+            x, y = ([row["mean"][k] for row in members] for k in ("flops", key))
+            axis.scatter([value / 1e12 for value in x], y, color=f"C{i}", label=family)
+            for row, a, b in zip(members, x, y):
+                axis.annotate(row["variant"].removeprefix("specedit-"), (a / 1e12, b), fontsize=6)
+        axis.set_xscale("log")
+        axis.set_xlabel("TFLOPs an edit")
+        axis.set_ylabel(label)
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=90)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true")
@@ -221,6 +305,8 @@ def main() -> int:
         return 1 if stale else 0
     for file in sorted(RESULTS.glob("quality-*.json")):
         pareto(file.name, ROOT / "docs" / "images" / f"{file.stem}.png")
+    for file in sorted(RESULTS.glob("forecast-*.json")):
+        forecast_pareto(file.name, ROOT / "docs" / "images" / f"{file.stem}.png")
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -23,6 +24,12 @@ CHOICES = {
     "rope": ("scaled", "phase_aligned"),
     "attention": ("auto", "triton", "torch", "stock"),
 }
+
+# Temporal caches by name, and the order that each takes by default; None where a method has no order.
+FORECASTS = {
+    "reuse": None, "taylor": 2, "hermite": 2, "foca": None, "freqca": 2, "toca": None, "duca": None, "lesa": 2,
+}  # fmt: skip
+FORECAST_INTERVAL = 4
 
 
 def _suggest(word: object, known: Iterable[str]) -> str:
@@ -76,6 +83,13 @@ class SpecEditConfig:
         rope: positions in mixed sequences: "scaled" ids, or "phase_aligned" per query resolution.
         attention: implementation of attention. "auto" is Triton on CUDA and PyTorch elsewhere; "stock" leaves the
             model's own processors in place.
+        forecast: temporal cache: between full model evaluations the output is taken from earlier ones. None, "reuse"
+            (FORA), "taylor" (TaylorSeer), "hermite" (HiCache), "foca", "freqca", "toca", "duca" or "lesa". Steps and
+            NFE count cached evaluations too; the report says how many there were.
+        forecast_interval: one evaluation in this many is full (None: 4). The first steps of a stage always are.
+        forecast_order: order of taylor, hermite, freqca and lesa (None: 2).
+        forecast_weights: file of `python -m specedit.forecast.train_lesa`, for "lesa" on a model without packaged
+            weights.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
@@ -96,6 +110,10 @@ class SpecEditConfig:
     key_bias: str = "area"
     rope: str = "scaled"
     attention: str = "auto"
+    forecast: str | None = None
+    forecast_interval: int | None = None
+    forecast_order: int | None = None
+    forecast_weights: str | None = None
 
     def __post_init__(self) -> None:
         # Choices first: the default threshold depends on one of them.
@@ -121,6 +139,7 @@ class SpecEditConfig:
         self._set("dilation", _integer("dilation", self.dilation, 0))
         stride = 0 if self.uniform_stride is None else self.uniform_stride
         self._set("uniform_stride", _integer("uniform_stride", stride, 0, "an integer of at least 1, or 0 or None"))
+        self._check_forecast()
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen; only used while it is being built
@@ -149,6 +168,62 @@ class SpecEditConfig:
         if not (math.isfinite(threshold) and 0 <= threshold <= MAX_SCORE):
             raise ValueError(f"threshold: expected {expected}, got {self.threshold!r}")
         return threshold
+
+    def _check_forecast(self) -> None:
+        if self.forecast is None:
+            for name in ("forecast_interval", "forecast_order", "forecast_weights"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}: expected None without a forecast, got {getattr(self, name)!r}")
+            return
+        if not isinstance(self.forecast, str) or self.forecast not in FORECASTS:
+            listed = ", ".join(map(repr, FORECASTS))
+            raise ValueError(
+                f"forecast: expected None or one of {listed}, got {self.forecast!r}{_suggest(self.forecast, FORECASTS)}"
+            )
+        if self.forecast_order is not None:
+            if FORECASTS[self.forecast] is None:
+                raise ValueError(
+                    f"forecast_order: expected None, forecast={self.forecast!r} has no order, got {self.forecast_order}"
+                )
+            self._set("forecast_order", _integer("forecast_order", self.forecast_order, 1))
+        if self.forecast_interval is not None:
+            self._set("forecast_interval", _integer("forecast_interval", self.forecast_interval, 2))
+        if self.forecast_weights is not None:
+            if self.forecast != "lesa":
+                raise ValueError(f"forecast_weights: expected None with forecast={self.forecast!r}, which has none")
+            if not isinstance(self.forecast_weights, (str, os.PathLike)):
+                raise TypeError(f"forecast_weights: expected a file name or None, got {self.forecast_weights!r}")
+            self._set("forecast_weights", os.fspath(self.forecast_weights))
+        if self.forecast in ("toca", "duca") and (self.attention == "stock" or self.rope == "phase_aligned"):
+            raise ValueError(
+                f"forecast: {self.forecast!r} keeps keys and values of SpecEdit's own attention with scaled positions, "
+                f"expected another forecast with attention={self.attention!r} and rope={self.rope!r}"
+            )
+        coarse, mixed, full = self.steps
+        longest = max(coarse, mixed + full if self.restore == "reference" else max(mixed, full))
+        if longest <= self.forecast_history:
+            raise ValueError(
+                f"forecast: {self.forecast!r} needs {self.forecast_history} full steps before its first forecast, "
+                f"expected a stage of more steps, got steps={self.steps}; take a lower forecast_order or more steps"
+            )
+        if self.forecast_interval is not None and self.forecast_interval > longest:
+            raise ValueError(
+                f"forecast_interval: expected at most {longest}, the steps of the longest stage of steps={self.steps}, "
+                f"got {self.forecast_interval}"
+            )
+
+    @property
+    def interval(self) -> int:
+        """`forecast_interval` or its default."""
+        return FORECAST_INTERVAL if self.forecast_interval is None else self.forecast_interval
+
+    @property
+    def forecast_history(self) -> int:
+        """Full steps that a forecast needs; a history does not outlive its stage."""
+        if self.forecast == "foca":
+            return 2
+        order = self.forecast_order if self.forecast_order is not None else FORECASTS[self.forecast]
+        return 1 if order is None else order + 1
 
     @classmethod
     def preset(cls, name: str) -> SpecEditConfig:

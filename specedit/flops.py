@@ -11,9 +11,12 @@ from types import MappingProxyType
 from typing import Any
 
 from .config import SpecEditConfig, resolve
-from .schedule import stages
+from .forecast import METHODS, TOKEN_WISE, forecast_flops, full_steps, warmup
+from .forecast.toca import fresh_tokens
+from .schedule import Stage, stages
 
 TOKEN_PIXELS = 16  # side of one packed token in pixels: 8x VAE, 2x2 patches
+CHANNELS = 64  # of a packed token: 16 latent channels, 2x2 patches
 STOCK_STEPS = 50
 
 
@@ -52,7 +55,7 @@ def _field(config: Any, name: str, default: int | None = None) -> int:
     return int(value)
 
 
-def transformer_flops(model_config: Any, tokens: float) -> float:
+def transformer_flops(model_config: Any, tokens: float, keys: float | None = None) -> float:
     """Operations of one forward pass over one sequence: tokens * (L*24*d^2 + L*4*d*tokens).
 
     Per token and block: the four attention projections (8 d^2) and the MLP of ratio 4 (16 d^2); a FLUX single block
@@ -64,6 +67,7 @@ def transformer_flops(model_config: Any, tokens: float) -> float:
         model_config: a diffusers transformer config, mapping or object: num_layers, num_attention_heads,
             attention_head_dim, and num_single_layers where the model has single blocks.
         tokens: length of the whole sequence (text + target + reference). A mean over samples may be fractional.
+        keys: tokens attended to, where that is more than `tokens`: keys and values of the others come from a cache.
 
     Raises:
         ValueError: a field is missing, or `tokens` is negative.
@@ -72,7 +76,7 @@ def transformer_flops(model_config: Any, tokens: float) -> float:
         raise ValueError(f"tokens: expected a number of at least 0, got {tokens!r}")
     layers = _field(model_config, "num_layers") + _field(model_config, "num_single_layers", 0)
     d = _field(model_config, "num_attention_heads") * _field(model_config, "attention_head_dim")
-    return float(tokens * (layers * 24 * d * d + layers * 4 * d * tokens))
+    return float(tokens * (layers * 24 * d * d + layers * 4 * d * (tokens if keys is None else keys)))
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -116,8 +120,8 @@ def plan(
 
     Returns:
         `nfe`, `flops` (draft included), `flops_stock` (50 full steps), `flops_ratio` (stock over this), and `stages`: a
-        list of {"name", "steps", "tokens", "flops"} in order, the draft first, with `tokens` per sequence and `flops`
-        of all the stage's steps and guidance passes.
+        list of {"name", "steps", "cached", "tokens", "flops"} in order, the draft first, with `tokens` per sequence,
+        `flops` of all the stage's steps and guidance passes, and of the steps how many a temporal cache answers.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -143,12 +147,29 @@ def plan(
     }
     cost = MODELS[model]
 
-    def row(name: str, steps: int) -> dict[str, Any]:
+    def row(name: str, steps: int, cached: int = 0, cached_flops: float = 0.0) -> dict[str, Any]:
         tokens = cost.text_tokens + 2 * target[name]
-        flops = steps * cost.passes * transformer_flops(cost.config, tokens)
-        return {"name": name, "steps": steps, "tokens": tokens, "flops": flops}
+        flops = (steps - cached) * cost.passes * transformer_flops(cost.config, tokens) + cost.passes * cached_flops
+        return {"name": name, "steps": steps, "cached": cached, "tokens": tokens, "flops": flops}
 
-    listed = [row(stage.name, stage.steps) for stage in stages(config)]
+    def cached(stage: Stage, first: bool) -> tuple[int, float]:
+        """Steps of a stage that a temporal cache does not compute fully, and the work of all of them in one pass."""
+        if config.forecast is None:
+            return 0, 0.0
+        pattern = full_steps(stage.steps, config.interval, warmup(config, first))
+        own, flops, since = target[stage.name], 0.0, 0
+        for full in pattern:
+            since = 0 if full else since + 1
+            if full:
+                continue
+            if config.forecast in TOKEN_WISE and METHODS[config.forecast].recomputes(since):
+                queries = cost.text_tokens + fresh_tokens(own)
+                flops += transformer_flops(cost.config, queries, cost.text_tokens + 2 * own)
+            else:
+                flops += forecast_flops(config, own * CHANNELS)
+        return pattern.count(False), flops
+
+    listed = [row(stage.name, stage.steps, *cached(stage, i == 0)) for i, stage in enumerate(stages(config))]
     if config.uses_draft:
         listed.insert(0, row("draft", config.draft_steps))
     flops = sum(stage["flops"] for stage in listed)

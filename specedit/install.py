@@ -279,4 +279,5 @@ def _report(pipe, state, config, outcome, seconds: float, images: Any, call: dic
         config=config,
         source=picture,
         edit=images[0] if call["output_type"] == "pil" else None,
+        cache_bytes=outcome.cache_bytes,
     )

@@ -28,6 +28,7 @@ class StageReport:
         tokens: length of one sample's sequence (text + target + reference); the mean where samples differ.
         flops: operations of the whole stage over the whole batch, guidance passes included.
         seconds: wall-clock time of the whole stage.
+        cached: how many of the steps a temporal cache answered, wholly or for most tokens.
     """
 
     name: str
@@ -37,6 +38,7 @@ class StageReport:
     tokens: float
     flops: float
     seconds: float
+    cached: int = 0
 
 
 def _grid(name: str, value: Any, kind: str) -> torch.Tensor | None:
@@ -73,6 +75,7 @@ class RunReport:
         edit_mask, expand_mask: bool (B, hc, wc) on the coarse grid; None when the run had no mask.
         preset: name for the table and figure. Taken from `config` when left out.
         config: the configuration that ran.
+        cache_bytes: most memory that temporal caches held at once.
         source, edit: PIL images of the first sample for the figure; not part of `to_dict`.
 
     Raises:
@@ -94,6 +97,7 @@ class RunReport:
     config: SpecEditConfig | None = None
     source: Image.Image | None = dataclasses.field(default=None, repr=False)
     edit: Image.Image | None = dataclasses.field(default=None, repr=False)
+    cache_bytes: int = 0
 
     def __post_init__(self) -> None:
         self.stages = list(self.stages)
@@ -111,6 +115,11 @@ class RunReport:
     def flops_ratio(self) -> float:
         """Operations of the stock pipeline over those of this run; inf for a run that was stopped before it began."""
         return self.flops_stock / self.flops if self.flops else math.inf
+
+    @property
+    def cached_steps(self) -> int:
+        """Steps of the main run that a temporal cache answered."""
+        return sum(stage.cached for stage in self.stages)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts, ready for `json.dumps`.
@@ -134,6 +143,8 @@ class RunReport:
             "flops_stock": self.flops_stock,
             "flops_ratio": self.flops_ratio if math.isfinite(self.flops_ratio) else None,
             "seconds": self.seconds,
+            "cached_steps": self.cached_steps,
+            "cache_bytes": self.cache_bytes,
             "score": score,
             **{name: grid.tolist() if grid is not None else None for name, grid in grids.items()},
         }
@@ -156,8 +167,10 @@ class RunReport:
 
     def _title(self) -> str:
         name = f"SpecEdit {self.preset}" if self.preset else "SpecEdit"
+        cached = f" ({self.cached_steps} cached)" if self.cached_steps else ""
         return (
-            f"{name}: NFE {self.nfe} + {self.draft_steps} draft, stock takes {self.flops_ratio:.2f}x the FLOPs, "
+            f"{name}: NFE {self.nfe}{cached} + {self.draft_steps} draft, "
+            f"stock takes {self.flops_ratio:.2f}x the FLOPs, "
             f"{self.edit_fraction:.0%} edited, {self.expand_fraction:.0%} expanded"
         )
 

@@ -6,7 +6,9 @@ draft (3.3.1) -> verify (3.3.2) -> coarse -> expand (3.4.1, 3.4.2) -> mixed (3.4
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from . import restore, select
 from .config import SpecEditConfig
 from .flops import transformer_flops
 from .flow import cell_detail, coarsen_noise, enter_layout, renoise
+from .forecast import Histories, lesa
 from .grid import MixedLayout, mean_pixels
 from .models.base import Adapter, EditState
 from .report import StageReport
@@ -34,6 +37,7 @@ class Outcome:
     edited: Tensor
     expanded: Tensor
     stages: list[StageReport]
+    cache_bytes: int = 0
 
 
 @dataclass
@@ -46,6 +50,9 @@ class Part:
     reference_layout: MixedLayout
     tokens: Tensor
     sigmas: list[float]
+    histories: Histories | None = None  # of a temporal cache; made with the part, so no stage inherits another's
+    flops: float = 0.0
+    cached: int = 0  # steps that were not computed fully
 
 
 def run(
@@ -54,6 +61,7 @@ def run(
     """Edit one batch. `listener` hears of every step: `draft_step()` and `step(index, sigma, tokens) -> tokens`."""
     log: list[StageReport] = []
     plan = stages(config)
+    make_histories = forecasting(adapter, pipe, state, config)
 
     # Section 3.3: draft the edit at a fraction of the tokens, see which cells it changes.
     score, found = find_edit(adapter, pipe, state, config, edit_mask, listener, log)
@@ -67,22 +75,23 @@ def run(
     known = cell_detail(state.aligned, state.grid) * unchanged.flatten(1)[:, :, None, None, None]
     split_noise = cell_detail(state.noise, state.grid, mode="circular")
     parts: list[Part] = []
-    done = 0
+    done = cache_bytes = 0
     for stage in plan:
         if pipe.interrupt and parts:
             break
         began, first = clock(state), done
         layouts = stage_layouts(stage, state, expanded)
         parts = enter(parts, layouts, stage, state, split_noise, known, pipe)
+        if make_histories is not None:
+            for part in parts:
+                part.histories = make_histories(first=stage is plan[0], layout=part.layout)
         for i in range(stage.steps):
             if pipe.interrupt:
                 break
             for part in parts:  # eq. 11: one Euler step of each sample's own sequence
-                velocity = adapter.velocity(
-                    pipe, state, part.tokens, part.sigmas[i], part.rows, part.layout, part.reference,
-                    part.reference_layout, config,
-                )  # fmt: skip
+                velocity = part_velocity(adapter, pipe, state, part, i, config)
                 part.tokens = part.tokens + (part.sigmas[i + 1] - part.sigmas[i]) * velocity
+            cache_bytes = max(cache_bytes, sum(part.histories.memory for part in parts if part.histories))
             notify(listener, done, parts, i, state)
             done += 1
         log.append(account(stage.name, parts, done - first, pipe, state, clock(state) - began))
@@ -90,7 +99,42 @@ def run(
     tokens = gather(parts, state)
     if config.restore == "reference" and done == config.nfe:  # an interrupted run has nothing clean to blend
         tokens = restore.blend_latents(tokens, state.aligned, edited, state.grid)
-    return Outcome(tokens, score, found, expanded, log)
+    return Outcome(tokens, score, found, expanded, log, cache_bytes)
+
+
+def forecasting(
+    adapter: Adapter, pipe: Any, state: EditState, config: SpecEditConfig
+) -> Callable[..., Histories] | None:
+    """What makes a part's temporal cache, or None where the configuration has none. Errors come before any work."""
+    if config.forecast is None:
+        return None
+    if not hasattr(adapter, "branches"):
+        raise ValueError(f"forecast: expected a model whose guidance branches are known, got {adapter.name}")
+    predictor = None
+    if config.forecast == "lesa":
+        predictor = lesa.load(config.forecast_weights, pipe.transformer.config)
+    return partial(Histories, config, branches=state.branches, predictor=predictor, backend=state.backend)
+
+
+def part_velocity(adapter: Adapter, pipe: Any, state: EditState, part: Part, i: int, config: SpecEditConfig) -> Tensor:
+    """Velocity of one step of one part, computed or forecast, and its work added to the part's account."""
+    call = (
+        pipe, state, part.tokens, part.sigmas[i], part.rows, part.layout, part.reference, part.reference_layout, config,
+    )  # fmt: skip
+    whole = part.layout.tokens + part.reference_layout.tokens + state.text_tokens
+    if part.histories is None:
+        part.flops += len(part.rows) * forward_flops(pipe, state, whole)
+        return adapter.velocity(*call)
+    part.histories.of_prompt(state.extra.get("positive"))
+    outputs = part.histories.step(i, part.sigmas[i], lambda calls: adapter.branches(*call, calls))
+    done = part.histories.done
+    part.cached += not done.full
+    if done.full:
+        part.flops += len(part.rows) * forward_flops(pipe, state, whole)
+    elif done.tokens:
+        part.flops += len(part.rows) * forward_flops(pipe, state, state.text_tokens + done.tokens, whole)
+    part.flops += done.flops
+    return adapter.guide(state, outputs)
 
 
 def find_edit(adapter, pipe, state, config, edit_mask, listener, log) -> tuple[Tensor | None, Tensor]:
@@ -200,15 +244,15 @@ def gather(parts: list[Part], state: EditState) -> Tensor:
     return out
 
 
-def forward_flops(pipe: Any, state: EditState, tokens: float) -> float:
-    return state.branches * transformer_flops(pipe.transformer.config, tokens)
+def forward_flops(pipe: Any, state: EditState, tokens: float, keys: float | None = None) -> float:
+    return state.branches * transformer_flops(pipe.transformer.config, tokens, keys)
 
 
 def account(name: str, parts: list[Part], steps: int, pipe: Any, state: EditState, seconds: float) -> StageReport:
     tokens = {row: p.layout.tokens + p.reference_layout.tokens + state.text_tokens for p in parts for row in p.rows}
-    flops = steps * sum(forward_flops(pipe, state, n) for n in tokens.values())
+    flops = sum(part.flops for part in parts)
     mean = sum(tokens.values()) / len(tokens)
-    return StageReport(name, parts[0].sigmas[0], parts[0].sigmas[steps], steps, mean, flops, seconds)
+    return StageReport(name, parts[0].sigmas[0], parts[0].sigmas[steps], steps, mean, flops, seconds, parts[0].cached)
 
 
 def clock(state: EditState) -> float:

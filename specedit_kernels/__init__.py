@@ -11,6 +11,7 @@ from .api import (
     mixed_attention,
     qk_norm_rope,
     scatter_tokens,
+    weighted_sum,
 )
 from .diffusers_backend import register_diffusers_backend
 
@@ -23,4 +24,5 @@ __all__ = [
     "qk_norm_rope",
     "register_diffusers_backend",
     "scatter_tokens",
+    "weighted_sum",
 ]

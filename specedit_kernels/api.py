@@ -155,9 +155,7 @@ def expand_tokens(
     return fine, reference.fine_sigma(sigma)
 
 
-def contract_tokens(
-    fine: torch.Tensor, sigma_fine: float, *, backend: str | None = None
-) -> tuple[torch.Tensor, float]:
+def contract_tokens(fine: torch.Tensor, sigma_fine: float, *, backend: str | None = None) -> tuple[torch.Tensor, float]:
     """Merges four fine tokens into their coarse one: the inverse of `expand_tokens` on the mean of every 2x2 block.
 
         s = s' / (2 - s'),  z = (1 + s) * (f00 + f01 + f10 + f11) / 4
@@ -278,3 +276,28 @@ def qk_norm_rope(
     args = (q, k, v, q_weight, k_weight, cos, sin, float(eps), out_index, q_out, k_out, v_out[0] if v_out else None)
     _call(backend, "qk_norm_rope", q, args)
     return tuple(out)
+
+
+def weighted_sum(stack: torch.Tensor, weights: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
+    """A polynomial over stacked differences: `y = sum_k weights[k] * stack[k]`, read once and written once.
+
+    With `stack[k]` the k-th difference of a feature and `weights[k]` the basis polynomial at the wanted time
+    (x^k / k! of a Taylor series, scaled Hermite polynomials, learned coefficients), this is a temporal forecast.
+
+    Args:
+        stack: (K, ...), K >= 1, any float dtype; computed in float32 (float64 in float64) and rounded once.
+        weights: (K,) float32.
+        backend: "triton", "torch" or None (by device).
+
+    Returns:
+        (...), dtype of `stack`, contiguous.
+
+    Raises:
+        TypeError: dtypes or types that do not fit.
+        ValueError: shapes or devices that do not fit, an unknown backend.
+
+    Source: TaylorSeer (arXiv 2503.06923), eq. 4, and its relatives.
+    """
+    _check_backend(backend)
+    checks.check_weighted_sum(stack, weights)
+    return _call(backend, "weighted_sum", stack, (stack, weights))

@@ -88,6 +88,17 @@ def check_index_values(name: str, index: torch.Tensor, rows: int, *, unique: boo
             raise ValueError(f"{name}: expected unique values, got repeated ones")
 
 
+# --- polynomials over stacked differences ----------------------------------------------------------------------------
+
+
+def check_weighted_sum(stack, weights) -> None:
+    expect_tensor("stack", stack, dtypes=FLOATS, dims=range(1, 9))
+    if stack.shape[0] < 1:
+        raise ValueError(f"stack: expected at least one layer, got shape {tuple(stack.shape)}")
+    expect_tensor("weights", weights, dtypes=(torch.float32,), dims=(1,), device=stack.device)
+    expect_shape("weights", weights, (stack.shape[0],))
+
+
 # --- expand and contract ---------------------------------------------------------------------------------------------
 
 

@@ -140,9 +140,21 @@ def _norm_rope(table: dict) -> Iterator[Variant]:
                           {"num_warps": config["num_warps"]}, ("eps",))  # fmt: skip
 
 
+def _weighted_sum(table: dict) -> Iterator[Variant]:
+    from .gpu.weighted_sum import weighted_sum
+
+    for element in ("bf16", "fp32"):
+        for entry in table.get("weighted_sum", []):
+            rows, config = entry["shape"]["rows"], entry["config"]
+            pointers = {"stack": element, "weights": "fp32", "out": element}
+            constants = {"ROWS": rows, "BLOCK": config["block"]}
+            yield Variant(f"weighted_sum {element} K{rows}", weighted_sum, pointers, constants,
+                          {"num_warps": config["num_warps"]})  # fmt: skip
+
+
 def variants(table: dict) -> Iterator[Variant]:
     """Every kernel of every configuration in one file."""
-    for family in (_attention, _rows, _expand, _norm_rope):
+    for family in (_attention, _rows, _expand, _norm_rope, _weighted_sum):
         yield from family(table)
 
 

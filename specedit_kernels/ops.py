@@ -31,6 +31,7 @@ _SCHEMAS = {
         "(Tensor q, Tensor k, Tensor? v, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps,"
         " Tensor? out_index, Tensor(a!) q_out, Tensor(b!) k_out, Tensor(c!)? v_out) -> ()"
     ),
+    "weighted_sum": "(Tensor stack, Tensor weights) -> Tensor",
 }
 
 
@@ -71,6 +72,7 @@ _TORCH = {
     "contract_tokens": _contract_tokens_torch,
     "mixed_attention": _mixed_attention_torch,
     "qk_norm_rope": _qk_norm_rope_torch,
+    "weighted_sum": reference.weighted_sum,
 }
 
 
@@ -96,6 +98,10 @@ def _mixed_attention_fake(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key
     return q.new_empty(q.shape), q.new_empty(shape, dtype=dtype)
 
 
+def _weighted_sum_fake(stack, weights):
+    return stack.new_empty(stack.shape[1:])
+
+
 def _nothing(*args):
     return None
 
@@ -107,6 +113,7 @@ _FAKE = {
     "contract_tokens": _contract_tokens_fake,
     "mixed_attention": _mixed_attention_fake,
     "qk_norm_rope": _nothing,
+    "weighted_sum": _weighted_sum_fake,
 }
 
 

@@ -46,6 +46,18 @@ def scatter_tokens(src: torch.Tensor, index: torch.Tensor, out: torch.Tensor) ->
     return out
 
 
+# --- polynomials over stacked differences ----------------------------------------------------------------------------
+
+
+def weighted_sum(stack: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """`y = sum_k weights[k] * stack[k]`; see `specedit_kernels.weighted_sum`."""
+    compute = _compute_dtype(stack.dtype)
+    y = weights[0].to(compute) * stack[0]
+    for weight, row in zip(weights[1:], stack[1:]):
+        y = torch.addcmul(y, weight.to(compute), row.to(compute))
+    return y.to(stack.dtype)
+
+
 # --- noise-exact resolution changes ----------------------------------------------------------------------------------
 
 
@@ -82,15 +94,12 @@ def draw_noise(
     return noise.view(shape)
 
 
-def draw_seeds(
-    generator: torch.Generator | Sequence[torch.Generator] | None, coarse: torch.Tensor
-) -> torch.Tensor:
+def draw_seeds(generator: torch.Generator | Sequence[torch.Generator] | None, coarse: torch.Tensor) -> torch.Tensor:
     """Philox keys for in-kernel noise: int64, one per sample for a list of generators, otherwise one for all."""
     generators = generator if isinstance(generator, (list, tuple)) else [generator]
     device = coarse.device
     keys = [
-        torch.randint(2**62, (1,), generator=g, device=device if g is None else g.device).to(device)
-        for g in generators
+        torch.randint(2**62, (1,), generator=g, device=device if g is None else g.device).to(device) for g in generators
     ]
     return keys[0] if len(keys) == 1 else torch.cat(keys)
 

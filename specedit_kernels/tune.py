@@ -39,6 +39,9 @@ def candidates(kernel: str, shape: dict) -> Iterator[dict]:
     elif kernel in ("expand", "contract"):
         for pixels, warps in itertools.product((256, 512, 1024), (2, 4, 8)):
             yield {"tile_pixels": pixels, "num_warps": warps}
+    elif kernel == "weighted_sum":
+        for block, warps in itertools.product((512, 1024, 2048, 4096), (4, 8)):
+            yield {"block": block, "num_warps": warps}
     elif kernel == "norm_rope":
         for rows, warps in itertools.product((8, 16, 32, 64), (4, 8)):
             yield {"block_rows": rows, "num_warps": warps}
@@ -58,6 +61,7 @@ def shapes(capability: tuple[int, int], quick: bool) -> Iterator[tuple[str, dict
         yield "copy_rows", {"row_bytes": row_bytes}
     yield "expand", {"channels": 16}
     yield "contract", {"channels": 16}
+    yield "weighted_sum", {"rows": 3}
     for dim in (64, 128, 256):
         yield "norm_rope", {"head_dim": dim}
 
@@ -91,6 +95,9 @@ def workload(kernel: str, shape: dict, device: str, half=torch.bfloat16, rows=65
     if kernel == "contract":
         f = randn(rows, 4, 4 * shape["channels"])
         return run("contract_tokens", f, 0.5), reference.contract_tokens(f, 0.5)[0]
+    if kernel == "weighted_sum":
+        layers, weights = randn(shape["rows"], rows, 64), randn(shape["rows"], dtype=torch.float32)
+        return run("weighted_sum", layers, weights), reference.weighted_sum(layers, weights)
     tokens = rows // 8
     q, k = (randn(tokens, max(1, 3072 // shape["head_dim"]), shape["head_dim"]) for _ in range(2))
     weight, angle = randn(shape["head_dim"]), randn(tokens, shape["head_dim"] // 2, dtype=torch.float32)

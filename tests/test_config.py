@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specedit.config import DEFAULT_PRESET, SpecEditConfig, presets, resolve
+from specedit.config import DEFAULT_PRESET, FORECASTS, SpecEditConfig, presets, resolve
 
 steps = st.tuples(*[st.integers(0, 20)] * 3).filter(sum)
 
@@ -157,3 +157,53 @@ def test_uses_draft():
     assert SpecEditConfig(steps=(4, 0, 5), restore="reference").uses_draft
     assert SpecEditConfig(steps=(0, 0, 5), keep_pixels=True).uses_draft
     assert not SpecEditConfig(steps=(4, 0, 0), restore="reference").uses_draft
+
+
+# --------------------------------------------------------------------------------------------------- temporal caches
+
+
+def test_forecast_defaults():
+    config = SpecEditConfig(forecast="taylor")
+    assert (config.interval, config.forecast_history) == (4, 3)
+    histories = {"reuse": 1, "taylor": 3, "hermite": 3, "foca": 2, "freqca": 3, "toca": 1, "duca": 1, "lesa": 3}
+    assert {name: SpecEditConfig(forecast=name).forecast_history for name in FORECASTS} == histories
+    assert SpecEditConfig(forecast="taylor", forecast_order=1, forecast_interval=6).forecast_history == 2
+    assert SpecEditConfig().forecast is None and all(config.forecast is None for config in presets.values())
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        (dict(forecast="tailor"), ValueError, "forecast: expected None or one of .* did you mean 'taylor'"),
+        (dict(forecast=3), ValueError, "forecast: expected None or one of"),
+        (dict(forecast_order=2), ValueError, "forecast_order: expected None without a forecast, got 2"),
+        (dict(forecast_interval=4), ValueError, "forecast_interval: expected None without a forecast, got 4"),
+        (dict(forecast="taylor", forecast_order=0), ValueError, "forecast_order: expected an integer of at least 1"),
+        (dict(forecast="taylor", forecast_order=1.5), TypeError, "forecast_order: expected an integer of at least 1"),
+        (dict(forecast="reuse", forecast_order=1), ValueError, "forecast='reuse' has no order, got 1"),
+        (dict(forecast="foca", forecast_order=2), ValueError, "forecast='foca' has no order, got 2"),
+        (
+            dict(forecast="reuse", forecast_interval=1),
+            ValueError,
+            "forecast_interval: expected an integer of at least 2",
+        ),
+        (dict(forecast="reuse", forecast_interval=True), TypeError, "forecast_interval: expected an integer"),
+        (dict(forecast="taylor", forecast_order=6), ValueError, r"needs 7 full steps.*steps=\(7, 6, 5\)"),
+        (dict(forecast="taylor", steps=(0, 0, 3)), ValueError, "needs 3 full steps before its first forecast"),
+        (dict(forecast="reuse", forecast_interval=8), ValueError, "forecast_interval: expected at most 7"),
+        (dict(forecast="toca", attention="stock"), ValueError, "'toca' keeps keys and values of SpecEdit's own"),
+        (dict(forecast="duca", rope="phase_aligned"), ValueError, "'duca' keeps keys and values of SpecEdit's own"),
+        (dict(forecast="taylor", forecast_weights="w"), ValueError, "forecast_weights: expected None with forecast="),
+        (dict(forecast="lesa", forecast_weights=3), TypeError, "forecast_weights: expected a file name or None, got 3"),
+    ],
+)
+def test_forecasts_that_make_no_sense(fields, error, message):
+    with pytest.raises(error, match=message):
+        SpecEditConfig(**fields)
+
+
+def test_a_merged_last_stage_counts_as_one():
+    fields = dict(steps=(0, 2, 3), forecast="taylor", forecast_order=3)
+    with pytest.raises(ValueError, match="needs 4 full steps"):
+        SpecEditConfig(**fields)
+    assert SpecEditConfig(**fields, restore="reference").forecast_history == 4

@@ -143,3 +143,40 @@ def test_more_edited_never_costs_less(height, width, a, b, preset):
 def test_wrong_arguments(arguments, word):
     with pytest.raises(ValueError, match=word):
         plan(*arguments)
+
+
+# --------------------------------------------------------------------------------------------------- temporal caches
+
+
+def test_keys_from_a_cache():
+    d = 3072
+    assert transformer_flops(FLUX, 100, 900) == 100 * 57 * (24 * d * d + 4 * d * 900)
+    assert transformer_flops(FLUX, 100, 100) == transformer_flops(FLUX, 100)
+
+
+def test_plan_counts_cached_steps():
+    config = SpecEditConfig(steps=(0, 0, 50), forecast="taylor", forecast_interval=4)
+    predicted = plan(config, "flux-kontext", 1024, 1024, 0.2)
+    (stage,) = predicted["stages"]
+    full = transformer_flops(FLUX, 8704)
+    assert predicted["nfe"] == 50 and stage["cached"] == 36  # 3 full, then 1 of 4: 14 full
+    assert stage["flops"] == 14 * full + 36 * 2 * 3 * 4096 * 64
+    assert 3.56 < predicted["flops_ratio"] < 50 / 14
+
+
+@pytest.mark.parametrize(("forecast", "recomputed"), [("toca", 36), ("duca", 12)])
+def test_plan_of_token_wise_caches(forecast, recomputed):
+    config = SpecEditConfig(steps=(0, 0, 50), forecast=forecast, forecast_interval=4)
+    (stage,) = plan(config, "flux-kontext", 1024, 1024, 0.2)["stages"]
+    part = transformer_flops(FLUX, 512 + 410, 8704)
+    assert stage["flops"] == 14 * transformer_flops(FLUX, 8704) + recomputed * part
+
+
+def test_plan_resets_at_stage_boundaries():
+    plain = SpecEditConfig(steps=(7, 6, 5))
+    cached = SpecEditConfig(steps=(7, 6, 5), forecast="taylor", forecast_order=1, forecast_interval=3)
+    stages = plan(cached, "qwen-image-edit", 1024, 1024, 0.2)["stages"]
+    assert [(s["name"], s["cached"]) for s in stages] == [("draft", 0), ("coarse", 3), ("mixed", 3), ("full", 2)]
+    assert [s["tokens"] for s in stages] == [
+        s["tokens"] for s in plan(plain, "qwen-image-edit", 1024, 1024, 0.2)["stages"]
+    ]

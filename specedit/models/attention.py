@@ -39,12 +39,19 @@ class MixedContext:
 
     key_bias: (S,) float32 or None, log of the area of every key. segments: None, or which queries are coarse; with it
     they see all positions at the coarse scale (`coarse_rotary`, cos and sin (S, D)): phase-aligned RoPE.
+
+    store: None, or where every module keeps the keys and values (b, S, H, D) of its whole sequence, by its id. With
+    `rows` (b, n) the call holds those rows of the sequence alone, at positions `rotary` (cos and sin (b, n, D/2)): they
+    replace their keys and values in the store and attend to all of it.
     """
 
     key_bias: Tensor | None = None
     segments: Segments | None = None
     coarse_rotary: tuple[Tensor, Tensor] | None = None
     backend: str | None = None
+    store: dict[int, tuple[Tensor, Tensor]] | None = None
+    rows: Tensor | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
 
 
 class FluxMixedProcessor:
@@ -87,7 +94,7 @@ class FluxMixedProcessor:
             added = _projections(attn, "add_q_proj", "add_k_proj", "add_v_proj", "to_added_qkv")
             streams.insert(0, (encoder_hidden_states, added, attn.norm_added_q, attn.norm_added_k))
         batch, length = hidden_states.shape[0], sum(s[0].shape[1] for s in streams)
-        cos, sin = (half_table(table) for table in image_rotary_emb)
+        cos, sin = specedit.rotary or (half_table(table) for table in image_rotary_emb)
         joint, coarse = None, None
         start = 0
         for states, project, norm_q, norm_k in streams:
@@ -101,8 +108,10 @@ class FluxMixedProcessor:
             if coarse is not None:
                 rotary.append((*(half_table(table) for table in specedit.coarse_rotary), coarse, None))
             for c, n, out, values in rotary:
-                _place(q, k, values, norm_q, norm_k, c[start:stop], n[start:stop], out, start, backend)
+                _place(q, k, values, norm_q, norm_k, c[..., start:stop, :], n[..., start:stop, :], out, start, backend)
             start = stop
+        if specedit.store is not None:
+            joint[1:] = _stored(specedit, id(attn), *joint[1:])
         out = _attend(joint, coarse, specedit).flatten(2, 3).to(hidden_states.dtype)
         if encoder_hidden_states is None:
             return out
@@ -122,10 +131,20 @@ def _place(q, k, v, norm_q, norm_k, cos, sin, out, start: int, backend: str | No
     # Offloaded module by module: a norm's weights only come to the device when the norm itself is called.
     for x, norm, target in ((q, norm_q, out[0]), (k, norm_k, out[1])):
         even, odd = norm(x).float().unflatten(-1, (-1, 2)).unbind(-1)
-        c, s = cos[:, None], sin[:, None]
+        c, s = cos.unsqueeze(-2), sin.unsqueeze(-2)
         target[:, start:stop] = torch.stack([even * c - odd * s, odd * c + even * s], -1).flatten(-2).to(target.dtype)
     if v is not None:
         out[2][:, start:stop] = v
+
+
+@torch.compiler.disable
+def _stored(context: MixedContext, module: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of the whole sequence: these, or the kept ones with these in their rows."""
+    if context.rows is not None:
+        index = context.rows[..., None, None].expand_as(k)
+        k, v = (kept.scatter(1, index, new) for kept, new in zip(context.store[module], (k, v), strict=True))
+    context.store[module] = (k, v)
+    return k, v
 
 
 def _projections(attn: nn.Module, q: str, k: str, v: str, fused: str):

@@ -75,6 +75,20 @@ class Adapter(Protocol):
     ) -> Tensor:
         """Velocity e - x0 (b, N, C) float32 of the batch rows `rows`, whose tokens share `layout`."""
 
+    def branches(
+        self, pipe: Any, state: EditState, tokens: Tensor, sigma: float, rows: list[int], layout: MixedLayout,
+        reference: Tensor, reference_layout: MixedLayout, config: Any, calls: list[Any] | None = None,
+    ) -> list[Tensor]:  # fmt: skip
+        """What `velocity` combines: every guidance branch's own output (b, N, C) float32, the prompt's first.
+
+        `calls`: None, or for each branch a `forecast.toca.TokenCall` that has the attention modules keep keys and
+        values, and may ask for the outputs (b, m, C) of some target tokens alone. Temporal caches need this; an
+        adapter without it refuses them.
+        """
+
+    def guide(self, state: EditState, outputs: list[Tensor]) -> Tensor:
+        """Velocity from the branches' outputs: classifier-free guidance, or the only one as it is."""
+
     def features(self, pipe: Any, tokens: Tensor, grid: TokenGrid) -> list[Tensor]:
         """Decoder features of clean tokens (B, N, C): conv_in, mid_block, first up block, each (B, c, h, w)."""
 

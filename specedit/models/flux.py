@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -170,36 +171,65 @@ class FluxKontext:
     # ------------------------------------------------------------------------------------------------ velocity
 
     def velocity(self, pipe, state, tokens, sigma, rows, layout, reference, reference_layout, config) -> Tensor:
+        outputs = self.branches(pipe, state, tokens, sigma, rows, layout, reference, reference_layout, config)
+        return self.guide(state, outputs)
+
+    def branches(
+        self, pipe, state, tokens, sigma, rows, layout, reference, reference_layout, config, calls=None
+    ) -> list[Tensor]:
         dtype, device = state.extra["dtype"], tokens.device
         ids = torch.cat([_ids(layout.positions, 0), _ids(reference_layout.positions, 1)]).to(device)
         kwargs = dict(state.extra["kwargs"])
         mixed = layout.is_mixed or reference_layout.is_mixed
         area = torch.cat([layout.area, reference_layout.area]).to(device)
-        if mixed or config.attention in ("triton", "torch"):
+        if mixed or calls or config.attention in ("triton", "torch"):
             kwargs |= self._mixed(pipe, state, ids, area, mixed, config)
         states = torch.cat([tokens, reference], 1).to(dtype)
         timestep = torch.full((len(rows),), sigma * 1000, device=device, dtype=torch.float32).to(dtype) / 1000
         guidance = state.extra.get("guidance")
 
-        def run(prompt: dict[str, Tensor]) -> Tensor:
+        def run(prompt: dict[str, Tensor], call: Any) -> Tensor:
+            chosen, chosen_ids, more = states, ids, dict(kwargs)  # the transformer takes the LoRA scale out of it
+            if call is not None:
+                chosen, chosen_ids, more["specedit"] = self._part(pipe, state, states, ids, kwargs["specedit"], call)
             out = pipe.transformer(
-                hidden_states=states,
+                hidden_states=chosen,
                 timestep=timestep,
                 guidance=None if guidance is None else guidance[rows],
                 pooled_projections=prompt["pooled_projections"][rows],
                 encoder_hidden_states=prompt["encoder_hidden_states"][rows],
                 txt_ids=prompt["txt_ids"],
-                img_ids=ids,
-                joint_attention_kwargs=dict(kwargs),  # the transformer takes the LoRA scale out of it
+                img_ids=chosen_ids,
+                joint_attention_kwargs=more,
                 return_dict=False,
             )[0]
             return out[:, : tokens.shape[1]].float()
 
-        velocity = run(state.extra["positive"])
+        prompts = [state.extra["positive"]]
         if state.extra["negative"] is not None:
-            negative = run(state.extra["negative"])
+            prompts.append(state.extra["negative"])
+        return [run(prompt, call) for prompt, call in zip(prompts, calls or [None] * len(prompts), strict=True)]
+
+    def guide(self, state: EditState, outputs: list[Tensor]) -> Tensor:
+        velocity, *others = outputs
+        for negative in others:
             velocity = negative + state.extra["true_cfg_scale"] * (velocity - negative)
         return velocity
+
+    @staticmethod
+    def _part(pipe, state: EditState, states: Tensor, ids: Tensor, context: attention.MixedContext, call: Any):
+        """Hidden states, ids and attention context of a call that keeps keys and values, or computes some tokens."""
+        call.store.text_tokens = state.text_tokens
+        if call.index is None:
+            return states, ids, dataclasses.replace(context, store=call.store.entries)
+        text = torch.arange(state.text_tokens, device=ids.device).expand(len(states), -1)
+        rows = torch.cat([text, state.text_tokens + call.index], 1)  # (b, text + m) of the joint sequence
+        text_ids = state.extra["positive"]["txt_ids"].to(ids)
+        tables = [attention.half_table(t)[rows] for t in pipe.transformer.pos_embed(torch.cat([text_ids, ids]))]
+        index = call.index[..., None].expand(-1, -1, states.shape[2])
+        partial = dataclasses.replace(context, store=call.store.entries, rows=rows, rotary=tuple(tables))
+        # The processors take their positions from the context, which knows every sample's own.
+        return states.gather(1, index), ids[: call.index.shape[1]], partial
 
     @staticmethod
     def _mixed(pipe, state: EditState, ids: Tensor, area: Tensor, mixed: bool, config) -> dict[str, Any]:

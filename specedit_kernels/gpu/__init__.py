@@ -11,6 +11,7 @@ from .expand import launch_contract, launch_expand
 from .launch import check_device
 from .norm_rope import launch_norm_rope
 from .rows import launch_gather, launch_scatter
+from .weighted_sum import launch_weighted_sum
 
 _LAUNCHES = {
     "gather_tokens": launch_gather,
@@ -19,6 +20,7 @@ _LAUNCHES = {
     "contract_tokens": launch_contract,
     "mixed_attention": launch_attention,
     "qk_norm_rope": launch_norm_rope,
+    "weighted_sum": launch_weighted_sum,
 }
 
 

@@ -62,12 +62,12 @@ def test_every_kernel_is_listed():
     """A kernel somebody adds to gpu/ must also be compiled by the check."""
     from triton.runtime.jit import JITFunction
 
-    from specedit_kernels.gpu import attention, expand, launch, norm_rope, rows
+    from specedit_kernels.gpu import attention, expand, launch, norm_rope, rows, weighted_sum
 
     defaults = json.loads((launch.CONFIG_FOLDER / "default_sm_90.json").read_text())
     listed = {variant.kernel.fn.__name__ for variant in compile_check.variants(defaults)}
     launched = {
-        name for module in (attention, expand, norm_rope, rows) for name, value in vars(module).items()
+        name for module in (attention, expand, norm_rope, rows, weighted_sum) for name, value in vars(module).items()
         if isinstance(value, JITFunction) and not name.startswith("_")
     }  # fmt: skip
     assert listed == launched

@@ -37,9 +37,10 @@ def samples(device):
                            randn(9, 2, 16), randn(9, 2, 16), randn(9, 2, 16))  # fmt: skip
     yield "qk_norm_rope", (q, q, None, weight, weight, angles, angles, 1e-6, None, randn(8, 2, 16), randn(8, 2, 16),
                            None)  # fmt: skip
+    yield "weighted_sum", (randn(3, 2, 5, 8), randn(3))
 
 
-@pytest.mark.parametrize("at", range(10))
+@pytest.mark.parametrize("at", range(11))
 def test_opcheck(device, at):
     name, arguments = list(samples(device))[at]
     torch.library.opcheck(getattr(torch.ops.specedit_kernels, name).default, arguments)

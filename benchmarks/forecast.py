@@ -1,0 +1,121 @@
+"""Temporal caches alone and with SpecEdit, on the embedded editor.
+
+    python benchmarks/forecast.py --cases 64 --size 512 --out benchmarks/results/forecast-512.json
+
+Stock 50; every cache alone at N = 4, 6, 9 (50 steps, nothing spatial); SpecEdit alone; SpecEdit with taylor, hermite,
+foca and lesa; the step-distilled student at 8 and 6 steps with and without SpecEdit, once `python -m
+specedit.micro.distil` has written its weights. Every variant edits the same unseen tasks with the same seeds. The file
+is written after each, so that a run that was stopped goes on where it was (--resume). A variant that lacks trained
+weights is named and left out.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from specedit import SpecEditConfig, install, micro, report, results, uninstall
+from specedit.config import FORECASTS
+from specedit.forecast import lesa
+from specedit.micro import distil
+
+INTERVALS = (4, 6, 9)
+PRESET = "balanced"
+# Within SpecEdit's short stages: the lowest order that extrapolates, and a full step every third.
+TOGETHER = {"taylor": {"forecast_order": 1}, "hermite": {"forecast_order": 1}, "foca": {}, "lesa": {}}
+
+
+def variants(weights: Path | None, student: Path | None) -> dict[str, dict[str, Any]]:
+    """Name to how it is run: stock "steps", or "install" arguments; "student" loads the LoRA first."""
+    spec = {"config": PRESET}
+    every: dict[str, dict[str, Any]] = {"stock-50": {"family": "stock", "steps": 50}}
+    trained = {} if weights is None else {"forecast_weights": str(weights)}
+    for name in FORECASTS:
+        for interval in INTERVALS:
+            fields = dict(steps=(0, 0, 50), forecast=name, forecast_interval=interval)
+            fields |= trained if name == "lesa" else {}
+            every[f"{name}-N{interval}"] = {"family": "cache", "install": fields}
+    every["specedit"] = {"family": "specedit", "install": spec}
+    for name, fields in TOGETHER.items():
+        fields = spec | fields | dict(forecast=name, forecast_interval=3) | (trained if name == "lesa" else {})
+        every[f"specedit-{name}"] = {"family": "specedit + cache", "install": fields}
+    for steps in (8, 6):
+        every[f"student-{steps}"] = {"family": "student", "steps": steps, "student": student}
+        fields = {"config": f"lightning-{steps}", "restore": "reference"}
+        every[f"student-{steps}-specedit"] = {"family": "student + specedit", "install": fields, "student": student}
+    return every
+
+
+def lacking(settings: dict[str, Any], pipe: Any) -> str | None:
+    """Which trained weights a variant lacks, or None."""
+    if "student" in settings and settings["student"] is None:
+        return f"no student at {distil.WEIGHTS}; python -m specedit.micro.distil trains one"
+    fields = settings.get("install", {})
+    if fields.get("forecast") == "lesa":
+        try:
+            lesa.load(fields.get("forecast_weights"), pipe.transformer.config)
+        except FileNotFoundError as error:
+            return str(error)
+    return None
+
+
+def run(pipe: Any, cases: list, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """One row: the settings, mean and per-case scores, and what the last report says of the cache."""
+    if settings.get("student") is not None:
+        pipe.load_lora_weights(settings["student"])
+    try:
+        if "install" in settings:
+            install(pipe, **settings["install"])
+        result = micro.evaluate(pipe, tqdm(cases, desc=name), settings.get("steps"))
+        more = {}
+        if "install" in settings:
+            last = report(pipe)
+            more = dict(nfe=last.nfe, cached_steps=last.cached_steps, cache_bytes=last.cache_bytes)
+    finally:
+        uninstall(pipe)
+        if settings.get("student") is not None:
+            pipe.unload_lora_weights()
+    small = [r for r in result["cases"] if r.get("edit_fraction", 1) <= 0.15]
+    return dict(
+        variant=name, family=settings["family"], **more, mean=result["mean"], kinds=result["kinds"],
+        small=micro.mean(small) if small else None, cases=result["cases"],
+    )  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--cases", type=int, default=64)
+    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", help="names of variants")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--lesa", type=Path, help="predictor to use instead of the packaged one")
+    parser.add_argument("--student", type=Path, help="LoRA of the student instead of the packaged one")
+    args = parser.parse_args(arguments)
+    student = args.student or (distil.WEIGHTS if distil.WEIGHTS.exists() else None)
+    every = variants(args.lesa, student)
+    if unknown := set(args.only or ()) - set(every):
+        raise SystemExit(f"--only: expected some of {', '.join(every)}, got {', '.join(sorted(unknown))}")
+    rows = json.loads(args.out.read_text())["rows"] if args.resume and args.out.exists() else []
+    done = {row["variant"] for row in rows}
+    pipe = micro.load("kontext", device="cuda" if torch.cuda.is_available() else "cpu")
+    pipe.set_progress_bar_config(disable=True)
+    cases = [micro.scenes.sample(seed, args.size) for seed in range(args.cases)]
+    command = f"python benchmarks/forecast.py --cases {args.cases} --size {args.size}"
+    for name, settings in every.items():
+        if name in done or (args.only and name not in args.only):
+            continue
+        if (reason := lacking(settings, pipe)) is not None:
+            print(f"{name}: left out, {reason}")
+            continue
+        rows.append(run(pipe, cases, name, settings))
+        results.write(args.out, command, rows, preset=SpecEditConfig.preset(PRESET).steps)
+        mean = rows[-1]["mean"]
+        print(f"{name}: success {mean['success']:.1%}, edit {mean['edit_psnr']:.1f} dB, {mean['flops'] / 1e12:.3f} TF")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,6 @@
+"""Temporal feature caches: one small file each behind one protocol (`base.Forecaster`)."""
+
+from .base import Forecaster, full_steps
+from .histories import METHODS, TOKEN_WISE, Done, Histories, forecast_flops, warmup
+
+__all__ = ["METHODS", "TOKEN_WISE", "Done", "Forecaster", "Histories", "forecast_flops", "full_steps", "warmup"]
