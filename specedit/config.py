@@ -22,6 +22,8 @@ CHOICES = {
     "key_bias": ("area", "none"),
     "rope": ("scaled", "phase_aligned"),
     "attention": ("auto", "triton", "torch", "stock"),
+    "cfg": ("packed", "separate"),
+    "draft_condition": ("full", "small"),
 }
 
 
@@ -76,6 +78,12 @@ class SpecEditConfig:
         rope: positions in mixed sequences: "scaled" ids, or "phase_aligned" per query resolution.
         attention: implementation of attention. "auto" is Triton on CUDA and PyTorch elsewhere; "stock" leaves the
             model's own processors in place.
+        cfg: how the two halves of Qwen's classifier-free guidance run: "packed" in one forward pass without padding, or
+            "separate", one after the other. attention="stock" knows no packed sequences and always runs them one after
+            the other; so does FLUX, whose text encoders pad both prompts to one length.
+        draft_condition: the picture that Qwen's vision-language encoder sees for the draft's prompt: "full" is that of
+            the main run, "small" one that is smaller by `draft_scale` a side, so that vision tokens do not outnumber
+            the draft's own. No other model's prompt holds a picture.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
@@ -96,6 +104,8 @@ class SpecEditConfig:
     key_bias: str = "area"
     rope: str = "scaled"
     attention: str = "auto"
+    cfg: str = "packed"
+    draft_condition: str = "full"
 
     def __post_init__(self) -> None:
         # Choices first: the default threshold depends on one of them.

@@ -43,7 +43,7 @@ def install(pipe: Any, config: str | SpecEditConfig | None = None, **overrides: 
     """Make one pipeline instance edit by SpecEdit; the same call then returns the same edit faster.
 
     Args:
-        pipe: a diffusers FluxKontextPipeline.
+        pipe: a diffusers FluxKontextPipeline, QwenImageEditPipeline or QwenImageEditPlusPipeline.
         config: preset name ("quality", "balanced", "fast", "turbo", "lightning-8", "lightning-6") or SpecEditConfig.
         overrides: any field of SpecEditConfig.
 

@@ -10,7 +10,8 @@ from PIL import Image
 
 from specedit import SpecEditConfig
 from specedit.grid import MixedLayout, TokenGrid
-from specedit.models.flux import FluxKontext, check_image
+from specedit.models.flux import FluxKontext
+from specedit.models.images import check_image
 from specedit.sampler import restrict
 
 CALL = dict(
