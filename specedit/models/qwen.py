@@ -116,7 +116,7 @@ class QwenImageEdit:
             **text_counts(positive, negative),
             branches=1 if negative is None else 2,
             pixels_per_token=multiple,
-            backend={"auto": None, "stock": "stock"}.get(attention, attention),
+            backend={"auto": None, "stock": None}.get(attention, attention),
             extra=dict(
                 positive=positive, negative=negative, dtype=dtype, call=call, condition=pictures.condition,
                 true_cfg_scale=call["true_cfg_scale"], kwargs=call["attention_kwargs"] or {},
@@ -273,10 +273,11 @@ def check_pictures(image: Any) -> list[Image.Image]:
     return images
 
 
-def count_prompts(call: dict[str, Any]) -> int:
-    if call["prompt"] is not None:
-        return 1 if isinstance(call["prompt"], str) else len(call["prompt"])
-    return call["prompt_embeds"].shape[0]
+def count_prompts(call: dict[str, Any], prefix: str = "") -> int:
+    prompt = call[f"{prefix}prompt"]
+    if prompt is not None:
+        return 1 if isinstance(prompt, str) else len(prompt)
+    return call[f"{prefix}prompt_embeds"].shape[0]
 
 
 def edit_size(module: Any, image: Image.Image, area: int = EDIT_AREA) -> tuple[int, int]:
@@ -331,14 +332,12 @@ def encode(pipe: Any, call: dict[str, Any], condition: Any, device: torch.device
         logger.warning(
             f"there is a negative_prompt, but true_cfg_scale is {call['true_cfg_scale']}: there is no guidance"
         )
-    positive = one("")
     if not (call["true_cfg_scale"] > 1 and has_negative):
-        return positive, None
-    negative = one("negative_")
-    expected, got = len(positive["encoder_hidden_states"]), len(negative["encoder_hidden_states"])
+        return one(""), None
+    expected, got = count_prompts(call), count_prompts(call, "negative_")
     if expected != got:
-        raise ValueError(f"negative_prompt: expected {expected}, one for each edit, got {got}")
-    return positive, negative
+        raise ValueError(f"negative_prompt: expected {expected}, one for each prompt, got {got}")
+    return one(""), one("negative_")
 
 
 def text_counts(positive: dict[str, Any], negative: dict[str, Any] | None) -> dict[str, float | None]:

@@ -177,6 +177,16 @@ class Conformance:
         assert features[0].shape[-1] <= features[1].shape[-1] <= features[2].shape[-1]
         assert all((a - b).abs().max() > 1e-3 for a, b in zip(features, others, strict=True))
 
+    def test_every_attention_setting_gives_the_same_edit(self, family):
+        mask = torch.zeros(8, 8)
+        mask[2:5, 2:5] = 1
+        runs = []
+        for attention in ("auto", "torch", "stock"):
+            pipe = specedit.install(family.make(), attention=attention, **QUICK)
+            runs.append(family.run(pipe, edit_mask=mask))
+        self.close(runs[1], runs[0])
+        self.close(runs[2], runs[0])
+
     def test_every_stage_counts_its_tokens(self, family):
         pipe = specedit.install(family.make(), **QUICK)
         family.run(pipe)
