@@ -169,7 +169,7 @@ def plan_qwen(name: str) -> str:
     header = ["preset", "10 % edited", "20 % edited", "40 % edited", "20 %, `draft_condition=\"small\"`",
               "20 %, words only", "paper, FLOPs", "paper, clock (A100)"]  # fmt: skip
     turbo, full = PAPER_QWEN["turbo"][1] / theirs, presets["turbo"].steps[2]
-    close = {p: f"{ratio(p, model=words):.2f} to {QWEN_STOCK / PAPER_QWEN[p][1]:.2f}" for p in PAPER_QWEN}
+    close = {p: f"{ratio(p, model=words):.2f} against {QWEN_STOCK / PAPER_QWEN[p][1]:.2f}" for p in PAPER_QWEN}
     paragraphs = [
         f"Assumed: 60 blocks, 24 heads of 128, {cost.vision_tokens:,} vision tokens and "
         f"{cost.text_tokens - cost.vision_tokens} words in the text stream, {image:,} image tokens, {cost.passes} "
@@ -178,7 +178,7 @@ def plan_qwen(name: str) -> str:
         f"take {needed:,} tokens in each half instead of {cost.text_tokens + image:,}. The paper names no sizes, so "
         "ratios are compared, not sums.",
         f"- `quality`: the vision tokens are a fixed cost that no stage makes smaller; counted without them the "
-        f"prediction comes from below the paper's ratio to {close['quality']}.",
+        f"prediction is {close['quality']}.",
         f"- `balanced`: the same, and more of it, because fewer steps are full; without them {close['balanced']}.",
         f"- `fast`: the draft alone takes {share_of_draft('fast'):.0%} of the run, mostly text; without vision tokens "
         f"{close['fast']}.",

@@ -165,7 +165,7 @@ class FluxKontext:
 
     def velocity(self, pipe, state, tokens, sigma, rows, layout, reference, reference_layout, config) -> Tensor:
         dtype, device = state.extra["dtype"], tokens.device
-        ids = torch.cat([_ids(layout.positions, 0), _ids(reference_layout.positions, 1)]).to(device)
+        ids = torch.cat([position_ids(layout.positions, 0), position_ids(reference_layout.positions, 1)]).to(device)
         kwargs = dict(state.extra["kwargs"])
         mixed = layout.is_mixed or reference_layout.is_mixed
         area = torch.cat([layout.area, reference_layout.area]).to(device)
@@ -254,7 +254,7 @@ def check_negative(positive: dict[str, Tensor], negative: dict[str, Tensor]) -> 
             raise ValueError(f"negative prompt: expected {name} of shape {expected}, as the prompt's, got {got}")
 
 
-def _ids(positions: Tensor, image: int) -> Tensor:
+def position_ids(positions: Tensor, image: int) -> Tensor:
     """FLUX's position ids (N, 3) float32: image index, row, column. bf16 would round 200.5."""
     return torch.cat([torch.full_like(positions[:, :1], image), positions], 1)
 

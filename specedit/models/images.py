@@ -33,6 +33,18 @@ def check_image(image: Any) -> tuple[int, int]:
     return height, width
 
 
+def check_pictures(image: Any) -> list[Image.Image]:
+    """The pictures of a call; TypeError or ValueError unless they are RGB pictures, at least one."""
+    images = image if isinstance(image, list) else [image]
+    if not images:
+        raise ValueError("image: expected at least one picture, got an empty list")
+    for one in images:
+        if not isinstance(one, Image.Image):  # the stock pipelines ask every picture for its `size`
+            raise TypeError(f"image: expected a PIL image or a list of them, got {type(one).__name__}")
+        check_image(one)
+    return images
+
+
 def batched(image: Any) -> Any:
     """A single array or tensor with the batch axis that diffusers' image processor expects."""
     return image[None] if isinstance(image, (np.ndarray, Tensor)) and image.ndim == 3 else image

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..grid import GridSet, TokenGrid
 from . import attention, qwen_positions
 from .base import EditState
-from .images import check_image, decoder_features, source_pictures
+from .images import check_pictures, decoder_features, source_pictures
 from .qwen_velocity import Inputs, guided
 
 logger = logging.get_logger(__name__)
@@ -259,18 +259,6 @@ class QwenImageEditPlus(QwenImageEdit):
     @staticmethod
     def _edited(images: list[Image.Image], aligned: int) -> list[Image.Image]:
         return [images[aligned]]
-
-
-def check_pictures(image: Any) -> list[Image.Image]:
-    """The pictures of a call; TypeError or ValueError unless they are RGB pictures, at least one."""
-    images = image if isinstance(image, list) else [image]
-    if not images:
-        raise ValueError("image: expected at least one picture, got an empty list")
-    for one in images:
-        if not isinstance(one, Image.Image):  # the stock pipelines ask every picture for its `size`
-            raise TypeError(f"image: expected a PIL image or a list of them, got {type(one).__name__}")
-        check_image(one)
-    return images
 
 
 def count_prompts(call: dict[str, Any], prefix: str = "") -> int:

@@ -131,6 +131,52 @@ def make_qwen(qwen_components, monkeypatch):
     return make
 
 
+@pytest.fixture
+def make_longcat(qwen_components, monkeypatch):
+    """Makes LongCatImageEditPipelines: FLUX's parts with 16 latent channels, and the encoder of `qwen_components`."""
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        LongCatImageEditPipeline,
+        LongCatImageTransformer2DModel,
+    )
+    from diffusers.pipelines.longcat_image import pipeline_longcat_image_edit as edit
+
+    def dimensions(area, ratio):
+        width = (128 * 128 * ratio) ** 0.5
+        return round(width / 16) * 16, round(width / ratio / 16) * 16
+
+    monkeypatch.setattr(edit, "calculate_dimensions", dimensions)
+
+    def make():
+        torch.manual_seed(0)
+        transformer = LongCatImageTransformer2DModel(
+            in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=[4, 4, 8],
+        ).eval()  # fmt: skip
+        with torch.no_grad():
+            for parameter in transformer.parameters():
+                parameter.mul_(1.5)
+        vae = AutoencoderKL(
+            sample_size=32, block_out_channels=(4,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=1, latent_channels=16, norm_num_groups=1,
+            use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0609, scaling_factor=1.5035,
+        ).eval()  # fmt: skip
+        parts = {name: copy.deepcopy(qwen_components[name]) for name in ("text_encoder", "tokenizer")}
+        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+        processor = copy.deepcopy(qwen_components["processor"])
+        pipe = LongCatImageEditPipeline(
+            scheduler=scheduler, vae=vae, transformer=transformer, text_processor=processor, **parts
+        )
+        pipe.set_progress_bar_config(disable=True)
+        pipe.prompt_template_encode_prefix = "<|vision_start|><|image_pad|><|vision_end|>"
+        pipe.prompt_template_encode_suffix = "<|im_end|>"
+        pipe.tokenizer_max_length = 16
+        return pipe
+
+    return make
+
+
 @pytest.fixture(autouse=True)
 def one_thread_here():
     """Tiny tensors gain nothing from threads, and lose much where the machine is busy."""

@@ -3,6 +3,7 @@
 import pytest
 from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
 
+from specedit.models import LongCatImageEdit
 from specedit.models.flux import FluxKontext
 from specedit.models.qwen import QwenImageEdit, QwenImageEditPlus
 from tests.models.conformance import Conformance, Family
@@ -53,3 +54,18 @@ class TestQwenImageEditPlus(TestQwenImageEdit):
 class TestQwenImageEdit2511(TestQwenImageEditPlus):
     def make(self, make_qwen):
         return make_qwen(self.pipeline, zero_cond_t=True)
+
+
+@pytest.mark.skipif(LongCatImageEdit is None, reason="this diffusers has no LongCatImageEditPipeline")
+class TestLongCatImageEdit(Conformance):
+    """The guide's proof: an adapter that was written by it, on a pipeline without size arguments or callbacks."""
+
+    @pytest.fixture
+    def family(self, make_longcat, picture):
+        def call(height, width):
+            return dict(image=picture(height, width), prompt="make it red", guidance_scale=1.0)
+
+        return Family(
+            LongCatImageEdit, make_longcat, call, guided=dict(negative_prompt="blue", guidance_scale=2.5),
+            batch=lambda n: dict(num_images_per_prompt=n),
+        )  # fmt: skip
