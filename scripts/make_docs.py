@@ -182,7 +182,7 @@ def plan_qwen(name: str) -> str:
         f"- `balanced`: the same, and more of it, because fewer steps are full; without them {close['balanced']}.",
         f"- `fast`: the draft alone takes {share_of_draft('fast'):.0%} of the run, mostly text; without vision tokens "
         f"{close['fast']}.",
-        f"- `turbo`: not the text. The paper's run costs {turbo:.2f} of its own full steps, draft included, while the "
+        f"- `turbo`: the text explains little of it. The paper's run costs {turbo:.2f} of its own full steps, draft included, while the "
         f"preset takes {full} of them at full resolution, as the paper's run on FLUX does; on Qwen it must have taken "
         f'fewer. `restore="reference"` goes below that floor too: '
         f"{ratio('turbo', 0.15, restore='reference'):.2f} at 15 % edited, "
