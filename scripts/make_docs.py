@@ -39,6 +39,16 @@ PAPER_FORECASTS = [
 ]
 
 
+# The same on Qwen-Image-Edit (Table 1): clock ratio, and TFLOPs of the run; 50 full steps take QWEN_STOCK.
+PAPER_QWEN = {
+    "quality": (2.96, 8623.70),
+    "balanced": (5.08, 5230.34),
+    "fast": (6.04, 3992.31),
+    "turbo": (6.43, 2580.52),
+}
+QWEN_STOCK = 28219.71
+
+
 def load(name: str) -> dict | None:
     path = RESULTS / name
     return json.loads(path.read_text()) if path.exists() else None
@@ -153,6 +163,60 @@ def plan(name: str) -> str:
     )
 
 
+def plan_qwen(name: str) -> str:
+    from dataclasses import replace
+
+    from specedit.config import presets
+    from specedit.flops import MODELS, STOCK_STEPS, transformer_flops
+    from specedit.flops import plan as predict
+
+    cost = MODELS["qwen-image-edit"]
+    image = 2 * 64 * 64  # target and reference at 1024 x 1024
+    step, theirs = cost.step(image) / 1e12, QWEN_STOCK / STOCK_STEPS
+    needed = next(n for n in range(0, 100_000, 10) if transformer_flops(cost.config, n) >= theirs * 1e12 / cost.passes)
+    words = replace(cost, text_tokens=cost.text_tokens - cost.vision_tokens, vision_tokens=0)
+
+    def ratio(preset: str, share: float = 0.2, model=cost, **change) -> float:
+        return predict(replace(presets[preset], **change), model, 1024, 1024, share)["flops_ratio"]
+
+    rows = []
+    for preset, (clock, tera) in PAPER_QWEN.items():
+        ours = [ratio(preset, share) for share in (0.1, 0.2, 0.4)]
+        ours += [ratio(preset, draft_condition="small"), ratio(preset, model=words)]
+        rows.append([preset, *(f"{r:.2f}" for r in ours), f"{QWEN_STOCK / tera:.2f}", f"{clock:.2f}"])
+    header = ["preset", "10 % edited", "20 % edited", "40 % edited", "20 %, `draft_condition=\"small\"`",
+              "20 %, words only", "paper, FLOPs", "paper, clock (A100)"]  # fmt: skip
+    turbo, full = PAPER_QWEN["turbo"][1] / theirs, presets["turbo"].steps[2]
+    close = {p: f"{ratio(p, model=words):.2f} against {QWEN_STOCK / PAPER_QWEN[p][1]:.2f}" for p in PAPER_QWEN}
+    paragraphs = [
+        f"Assumed: 60 blocks, 24 heads of 128, {cost.vision_tokens:,} vision tokens and "
+        f"{cost.text_tokens - cost.vision_tokens} words in the text stream, {image:,} image tokens, {cost.passes} "
+        f"halves under guidance. A full step then takes {step:.0f} T, {step / cost.passes:.0f} T a half. The paper has "
+        f"{QWEN_STOCK:,.0f} T for {STOCK_STEPS} steps, {theirs:.0f} T a step, which these sizes do not give: it would "
+        f"take {needed:,} tokens in each half instead of {cost.text_tokens + image:,}. The paper names no sizes, so "
+        "ratios are compared, not sums.",
+        f"- `quality`: the vision tokens are a fixed cost that no stage makes smaller; counted without them the "
+        f"prediction is {close['quality']}.",
+        f"- `balanced`: the same, and more of it, because fewer steps are full; without them {close['balanced']}.",
+        f"- `fast`: the draft alone takes {share_of_draft('fast'):.0%} of the run, mostly text; without vision tokens "
+        f"{close['fast']}.",
+        f"- `turbo`: the text explains little of it. The paper's run costs {turbo:.2f} of its own full steps, draft "
+        f"included, while the preset takes {full} of them at full resolution, as the paper's run on FLUX does; on Qwen "
+        f'it must have taken fewer. `restore="reference"` goes below that floor too: '
+        f"{ratio('turbo', 0.15, restore='reference'):.2f} at 15 % edited, "
+        f"{ratio('turbo', 0.15, restore='reference', draft_condition='small'):.2f} with the small condition image.",
+        "Predicted by `specedit.flops.plan`, not measured; the last two columns are the paper's.",
+    ]
+    return table(header, rows) + "\n\n" + paragraphs[0] + "\n\n" + "\n".join(paragraphs[1:5]) + "\n\n" + paragraphs[5]
+
+
+def share_of_draft(preset: str) -> float:
+    from specedit.flops import plan as predict
+
+    run = predict(preset, "qwen-image-edit", 1024, 1024, 0.2)
+    return run["stages"][0]["flops"] / run["flops"]
+
+
 def verification(name: str) -> str:
     result = load(name)
     if result is None:
@@ -231,6 +295,7 @@ def forecast_paper(name: str) -> str:
 MAKERS = {
     "forecast": forecast, "forecast-plan": forecast_plan, "forecast-paper": forecast_paper,
     "quality": quality, "kinds": kinds, "small": small_edits, "sweep": sweep, "bench": bench, "plan": plan,
+    "plan-qwen": plan_qwen,
     "training": training,
     "verification": verification,
 }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import sys
 from collections.abc import Sequence
@@ -66,10 +67,11 @@ def _demo(args) -> int:
 
 
 def _add_edit(commands) -> None:
-    parser = commands.add_parser("edit", help="edit a picture with a FLUX.1-Kontext model")
+    parser = commands.add_parser("edit", help="edit a picture with any supported pipeline")
     parser.add_argument("image", type=Path)
     parser.add_argument("prompt")
-    parser.add_argument("--model", help="hub id or directory of a FluxKontextPipeline; the embedded editor without")
+    parser.add_argument("--model", help="hub id or directory of a supported pipeline; the embedded editor without")
+    parser.add_argument("--negative-prompt", help="what to keep away from; Qwen's guidance needs one, if only a space")
     parser.add_argument("--preset", default=DEFAULT_PRESET, choices=list(presets))
     parser.add_argument("--out", type=Path, default=Path("edit.png"))
     parser.add_argument("--mask", type=Path, help="picture that is nonzero where to edit; instead of the draft")
@@ -95,6 +97,8 @@ def _edit(args) -> int:
     image = Image.open(args.image).convert("RGB")
     mask = None if args.mask is None else Image.open(args.mask)
     pipe, image, given = _pipeline(args.model, image)
+    if args.negative_prompt is not None:
+        given["negative_prompt"] = args.negative_prompt
     overrides = {} if args.restore is None else {"restore": args.restore}
     install(pipe, args.preset, keep_pixels=args.keep_pixels, **overrides)
     generator = torch.Generator().manual_seed(args.seed)
@@ -118,17 +122,21 @@ def _pipeline(model: str | None, image):
     if model is None:
         image = _fit(image, 512)
         return micro.load("kontext", device=device), image, micro.arguments(image)
-    from diffusers import FluxKontextPipeline
+    from diffusers import DiffusionPipeline
 
     folder = Path(model)
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise Failure(f"--model: expected a pipeline directory with a model_index.json, got {model}")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    pipe = FluxKontextPipeline.from_pretrained(model, torch_dtype=dtype).to(device)
-    if pipe.transformer.config.num_layers < 19:  # a small editor works at the picture's own size
+    pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype).to(device)
+    taken = inspect.signature(type(pipe).__call__).parameters
+    if (
+        "max_area" in taken and pipe.transformer.config.num_layers < 19
+    ):  # a small editor works at the picture's own size
         image = _fit(image, 512)
         return pipe, image, micro.arguments(image)
-    return pipe, image, dict(height=image.height, width=image.width)
+    # Some pipelines choose the size themselves.
+    return pipe, image, {name: getattr(image, name) for name in ("height", "width") if name in taken}
 
 
 def _fit(image, largest: int):

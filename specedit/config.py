@@ -23,6 +23,8 @@ CHOICES = {
     "key_bias": ("area", "none"),
     "rope": ("scaled", "phase_aligned"),
     "attention": ("auto", "triton", "torch", "stock"),
+    "cfg": ("packed", "separate"),
+    "draft_condition": ("full", "small"),
 }
 
 # Temporal caches by name, and the order that each takes by default; None where a method has no order.
@@ -90,6 +92,12 @@ class SpecEditConfig:
         forecast_order: order of taylor, hermite, freqca and lesa (None: 2).
         forecast_weights: file of `python -m specedit.forecast.train_lesa`, for "lesa" on a model without packaged
             weights.
+        cfg: how the two halves of Qwen's classifier-free guidance run: "packed" in one forward pass without padding, or
+            "separate", one after the other. attention="stock" knows no packed sequences and always runs them one after
+            the other; so does FLUX, whose text encoders pad both prompts to one length.
+        draft_condition: the picture that Qwen's vision-language encoder sees for the draft's prompt: "full" is that of
+            the main run, "small" one that is smaller by `draft_scale` a side, so that vision tokens do not outnumber
+            the draft's own. No other model's prompt holds a picture.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
@@ -114,6 +122,8 @@ class SpecEditConfig:
     forecast_interval: int | None = None
     forecast_order: int | None = None
     forecast_weights: str | None = None
+    cfg: str = "packed"
+    draft_condition: str = "full"
 
     def __post_init__(self) -> None:
         # Choices first: the default threshold depends on one of them.

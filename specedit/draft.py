@@ -11,13 +11,16 @@ from torch import Tensor
 
 from .config import SpecEditConfig
 from .flow import coarsen_noise
-from .grid import MixedLayout, TokenGrid, mean_pixels
+from .grid import GridSet, MixedLayout, TokenGrid, mean_pixels
 from .models.base import Adapter, EditState
 from .schedule import stage_sigmas
 
 
-def shrink(tokens: Tensor, grid: TokenGrid, scale: int) -> tuple[Tensor, TokenGrid]:
+def shrink(tokens: Tensor, grid: TokenGrid | GridSet, scale: int) -> tuple[Tensor, TokenGrid | GridSet]:
     """Clean tokens at `scale` times less a side (eq. 4): repeated 2 x 2 means of latent pixels."""
+    if isinstance(grid, GridSet):
+        each = [shrink(one, own, scale) for one, own in zip(grid.split(tokens), grid.grids, strict=True)]
+        return torch.cat([one for one, _ in each], 1), GridSet(tuple(own for _, own in each))
     while scale > 1:
         tokens, grid, scale = mean_pixels(tokens, grid), grid.coarse(), scale // 2
     return tokens, grid
@@ -40,7 +43,7 @@ def generate(
     else:
         tokens = state.draw(grid.tokens)
     layout = MixedLayout.all_fine(grid, state.device)
-    reference_layout = MixedLayout.all_fine(reference_grid, state.device)
+    reference_layout = layout.resized(reference_grid)
     sigmas = stage_sigmas(pipe.scheduler, grid.tokens, 1.0, 0.0, config.draft_steps).tolist()
     rows = list(range(state.batch))
     for sigma, following in pairwise(sigmas):

@@ -25,12 +25,18 @@ class ModelCost:
     """What the cost model knows of a model.
 
     `config`: the fields of the transformer's configuration that `transformer_flops` reads. `text_tokens`: length of
-    the text stream. `passes`: transformer calls per step (2 with classifier-free guidance).
+    the text stream, `vision_tokens` those of them that stand for the condition image. `passes`: transformer calls per
+    step (2 with classifier-free guidance).
     """
 
     config: Mapping[str, int]
     text_tokens: int
     passes: int
+    vision_tokens: int = 0
+
+    def step(self, image_tokens: int) -> float:
+        """Operations of one step over so many image tokens beside the whole text."""
+        return self.passes * transformer_flops(self.config, self.text_tokens + image_tokens)
 
 
 MODELS: Mapping[str, ModelCost] = MappingProxyType(
@@ -39,10 +45,10 @@ MODELS: Mapping[str, ModelCost] = MappingProxyType(
         "flux-kontext": ModelCost(
             {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24, "attention_head_dim": 128}, 512, 1
         ),
-        # Qwen-Image-Edit: 60 double-stream blocks; the text stream holds the 1,340 vision tokens of the reference and
-        # about 60 words; true classifier-free guidance (two passes).
+        # Qwen-Image-Edit: 60 double-stream blocks; the text stream holds about 1,340 vision tokens of the condition
+        # image (1 MP in patches of 28 px) and about 60 words; true classifier-free guidance (two passes).
         "qwen-image-edit": ModelCost(
-            {"num_layers": 60, "num_attention_heads": 24, "attention_head_dim": 128}, 1340 + 60, 2
+            {"num_layers": 60, "num_attention_heads": 24, "attention_head_dim": 128}, 1340 + 60, 2, vision_tokens=1340
         ),
     }
 )
@@ -101,7 +107,7 @@ def expanded_cells(config: SpecEditConfig, rows: int, cols: int, edit_fraction: 
 
 def plan(
     config: SpecEditConfig | str,
-    model: str,
+    model: str | ModelCost,
     height: int,
     width: int,
     edit_fraction: float,
@@ -113,7 +119,7 @@ def plan(
 
     Args:
         config: a SpecEditConfig or a preset's name.
-        model: "flux-kontext" or "qwen-image-edit".
+        model: "flux-kontext" or "qwen-image-edit", or the ModelCost of another one.
         height, width: output size in pixels, at least 16; rounded down to whole tokens of 16 pixels.
         edit_fraction: share of the coarse cells that are edited (0..1), dilation included. Uniform coverage comes on
             top of it.
@@ -127,7 +133,7 @@ def plan(
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
     config = resolve(config)
-    if model not in MODELS:
+    if not isinstance(model, ModelCost) and model not in MODELS:
         raise ValueError(f"model: expected one of {', '.join(MODELS)}, got {model!r}")
     for name, value in (("height", height), ("width", width)):
         if value < TOKEN_PIXELS:
@@ -145,10 +151,13 @@ def plan(
         "mixed": coarse - expanded + round(fine * expanded / coarse),
         "full": fine,
     }
-    cost = MODELS[model]
+    cost = model if isinstance(model, ModelCost) else MODELS[model]
+    text = dict.fromkeys(target, cost.text_tokens)
+    if config.draft_condition == "small":  # a picture that is smaller by draft_scale a side has as many fewer tokens
+        text["draft"] -= cost.vision_tokens - _ceil_div(cost.vision_tokens, config.draft_scale**2)
 
     def row(name: str, steps: int, cached: int = 0, cached_flops: float = 0.0) -> dict[str, Any]:
-        tokens = cost.text_tokens + 2 * target[name]
+        tokens = text[name] + 2 * target[name]
         flops = (steps - cached) * cost.passes * transformer_flops(cost.config, tokens) + cost.passes * cached_flops
         return {"name": name, "steps": steps, "cached": cached, "tokens": tokens, "flops": flops}
 

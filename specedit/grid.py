@@ -69,6 +69,21 @@ class TokenGrid:
         return image.flatten(2).transpose(1, 2)
 
 
+@dataclass(frozen=True)
+class GridSet:
+    """The grids of several pictures, whose tokens are listed one picture after the other."""
+
+    grids: tuple[TokenGrid, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(grid.tokens for grid in self.grids)
+
+    def split(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """Tokens (B, N, C) of all pictures as (B, n, C) of each."""
+        return tokens.split([grid.tokens for grid in self.grids], 1)
+
+
 @dataclass(frozen=True, eq=False)
 class MixedLayout:
     """Which cells of a grid are split into fine tokens. Tokens are ordered [locked cells | fine tokens], each by rows.
@@ -196,13 +211,41 @@ class MixedLayout:
             return fine
         return torch.cat([mean_pixels(tokens, self.grid)[:, self.locked_cells], fine], 1)
 
-    def resized(self, grid: TokenGrid) -> MixedLayout:
-        """The same choice on another grid of the same picture: a cell is split where any cell it overlaps is."""
+    @property
+    def parts(self) -> tuple[MixedLayout, ...]:
+        return (self,)
+
+    def resized(self, grid: TokenGrid | GridSet) -> MixedLayout | LayoutSet:
+        """The same choice on another grid of the same picture: a cell is split where any cell it overlaps is.
+
+        Of several grids, each takes the choice by itself.
+        """
+        if isinstance(grid, GridSet):
+            return LayoutSet(tuple(self.resized(each) for each in grid.grids))
         if grid == self.grid:
             return self
         # By tokens, not by cells: both grids cover the picture exactly, while cells of an odd side reach beyond it.
         tokens = self.expanded.repeat_interleave(2, 0).repeat_interleave(2, 1)[: self.grid.height, : self.grid.width]
         return MixedLayout(grid, cells_touched(tokens[None].float(), grid)[0])
+
+
+@dataclass(frozen=True, eq=False)
+class LayoutSet:
+    """The layouts of several pictures, whose tokens are listed one picture after the other."""
+
+    parts: tuple[MixedLayout, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(part.tokens for part in self.parts)
+
+    @property
+    def is_fine(self) -> bool:
+        return all(part.is_fine for part in self.parts)
+
+    @property
+    def is_mixed(self) -> bool:
+        return any(part.is_mixed for part in self.parts)
 
 
 def cells_touched(mask: Tensor, grid: TokenGrid) -> Tensor:

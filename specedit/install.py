@@ -43,7 +43,8 @@ def install(pipe: Any, config: str | SpecEditConfig | None = None, **overrides: 
     """Make one pipeline instance edit by SpecEdit; the same call then returns the same edit faster.
 
     Args:
-        pipe: a diffusers FluxKontextPipeline.
+        pipe: a diffusers FluxKontextPipeline, QwenImageEditPipeline, QwenImageEditPlusPipeline or
+            LongCatImageEditPipeline.
         config: preset name ("quality", "balanced", "fast", "turbo", "lightning-8", "lightning-6") or SpecEditConfig.
         overrides: any field of SpecEditConfig.
 
@@ -224,8 +225,8 @@ class _Listener:
 
     def __init__(self, pipe: Any, call: dict, state: Any, bar: Any):
         self.pipe, self.state, self.bar = pipe, state, bar
-        self.callback = call["callback_on_step_end"]
-        self.names = call["callback_on_step_end_tensor_inputs"]
+        self.callback = call.get("callback_on_step_end")  # not every pipeline has one
+        self.names = call.get("callback_on_step_end_tensor_inputs")
 
     def draft_step(self) -> None:
         self.bar.update()

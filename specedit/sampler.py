@@ -20,7 +20,7 @@ from .config import SpecEditConfig
 from .flops import transformer_flops
 from .flow import cell_detail, coarsen_noise, enter_layout, renoise
 from .forecast import Histories, lesa
-from .grid import MixedLayout, mean_pixels
+from .grid import LayoutSet, MixedLayout, mean_pixels
 from .models.base import Adapter, EditState
 from .report import StageReport
 from .schedule import Stage, stage_sigmas, stages
@@ -147,8 +147,9 @@ def find_edit(adapter, pipe, state, config, edit_mask, listener, log) -> tuple[T
         # where nothing says what to edit, everything may be.
         return None, cells | (config.restore == "reference" or config.keep_pixels)
     began = clock(state)
-    draft, grid, tokens = drafts.generate(adapter, pipe, state, config, listener.draft_step)
-    flops = config.draft_steps * forward_flops(pipe, state, tokens) * state.batch
+    small = adapter.draft_state(pipe, state, config)
+    draft, grid, tokens = drafts.generate(adapter, pipe, small, config, listener.draft_step)
+    flops = config.draft_steps * forward_flops(pipe, small, tokens) * state.batch
     log.append(StageReport("draft", 1.0, 0.0, config.draft_steps, tokens, flops, clock(state) - began))
     began = clock(state)
     score, edited = select.select(adapter, pipe, state, draft, grid, config)
@@ -220,10 +221,13 @@ def start_tokens(noise: Tensor, layout: MixedLayout) -> Tensor:
     return torch.cat([coarse, noise[:, layout.fine_tokens]], 1)
 
 
-def restrict(reference: Tensor, layout: MixedLayout) -> Tensor:
+def restrict(reference: Tensor, layout: MixedLayout | LayoutSet) -> Tensor:
     """The clean reference at a layout's resolutions: coarse where the target is coarse."""
     if layout.is_fine:
         return reference
+    if isinstance(layout, LayoutSet):
+        each = reference.split([part.grid.tokens for part in layout.parts], 1)
+        return torch.cat([restrict(one, part) for one, part in zip(each, layout.parts, strict=True)], 1)
     coarse = mean_pixels(reference, layout.grid)[:, layout.locked_cells]
     return torch.cat([coarse, reference[:, layout.fine_tokens]], 1)
 
@@ -245,7 +249,15 @@ def gather(parts: list[Part], state: EditState) -> Tensor:
 
 
 def forward_flops(pipe: Any, state: EditState, tokens: float, keys: float | None = None) -> float:
-    return state.branches * transformer_flops(pipe.transformer.config, tokens, keys)
+    """Of one step of one sample whose sequence under the prompt has `tokens`; a negative prompt may have others.
+
+    `keys`: tokens that are attended to, where only some of them are computed.
+    """
+    flops = transformer_flops(pipe.transformer.config, tokens, keys)
+    if state.branches == 1:
+        return flops
+    more = 0 if state.negative_text_tokens is None else state.negative_text_tokens - state.text_tokens
+    return flops + transformer_flops(pipe.transformer.config, tokens + more, None if keys is None else keys + more)
 
 
 def account(name: str, parts: list[Part], steps: int, pipe: Any, state: EditState, seconds: float) -> StageReport:

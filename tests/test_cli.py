@@ -1,6 +1,7 @@
 """The command line: what it writes, and one line with exit code 2 for what goes wrong."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -61,6 +62,32 @@ def test_bench(tmp_path):
     assert {(r["preset"], r["restore"]) for r in rows} >= {("turbo", "reference"), ("quality", "full")}
     for row in rows:
         assert row["speedup"] == pytest.approx(row["seconds_stock"] / row["seconds"], rel=1e-3)
+
+
+@pytest.mark.parametrize("sized", [True, False])
+def test_edit_with_another_pipeline(tmp_path, picture, monkeypatch, sized):
+    heard = {}
+
+    class Sized:
+        def __call__(self, image, prompt, height, width, negative_prompt=None, edit_mask=None, generator=None):
+            heard.update(locals())
+            return SimpleNamespace(images=[image])
+
+    class Unsized(Sized):
+        def __call__(self, image, prompt, negative_prompt=None, edit_mask=None, generator=None):
+            return Sized.__call__(self, image, prompt, None, None, negative_prompt, edit_mask, generator)
+
+    def make(model, torch_dtype):
+        pipe = Sized() if sized else Unsized()
+        pipe.to = lambda device: pipe
+        return pipe
+
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", make)
+    monkeypatch.setattr("specedit.install", lambda pipe, *_, **__: pipe)
+    given = ["edit", str(picture), "make it red", "--model", "some/editor", "--negative-prompt", " "]
+    assert cli.main([*given, "--out", str(tmp_path / "out.png")]) == 0
+    assert heard["negative_prompt"] == " "
+    assert (heard["height"], heard["width"]) == ((128, 128) if sized else (None, None))
 
 
 @pytest.mark.parametrize(

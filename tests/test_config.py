@@ -88,6 +88,10 @@ def test_uniform_stride_none_is_zero():
         ("key_bias", "log4", ValueError),
         ("rope", "", ValueError),
         ("attention", "flash", ValueError),
+        ("cfg", "batched", ValueError),
+        ("cfg", True, ValueError),
+        ("draft_condition", "tiny", ValueError),
+        ("draft_condition", None, ValueError),
     ],
 )
 def test_wrong_values_name_field_expectation_and_value(field, value, error):

@@ -7,7 +7,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from specedit import SpecEditConfig
 from specedit.draft import generate, shrink, upsample
-from specedit.grid import TokenGrid
+from specedit.grid import GridSet, TokenGrid
 from specedit.models.base import EditState
 from specedit.schedule import stage_sigmas
 
@@ -25,6 +25,15 @@ def test_shrink_averages_latent_pixels(scale):
     small, smaller = shrink(tokens, grid, scale)
     assert smaller == TokenGrid(8 // scale, 12 // scale)
     torch.testing.assert_close(pixels(small, smaller), F.avg_pool2d(pixels(tokens, grid), scale))
+
+
+def test_shrink_takes_several_pictures_each_by_itself():
+    grids = GridSet((TokenGrid(8, 12), TokenGrid(5, 4)))
+    tokens = torch.randn(2, grids.tokens, 8)
+    small, smaller = shrink(tokens, grids, 4)
+    alone = [shrink(one, grid, 4) for one, grid in zip(grids.split(tokens), grids.grids, strict=True)]
+    assert smaller == GridSet(tuple(grid for _, grid in alone))
+    assert torch.equal(small, torch.cat([one for one, _ in alone], 1))
 
 
 @pytest.mark.parametrize("target", [TokenGrid(8, 12), TokenGrid(7, 9)], ids=str)

@@ -115,6 +115,25 @@ def test_qwen_counts_both_guidance_passes():
     assert 4.5 < predicted["flops_ratio"] < 5.5  # Table 1 has 5.40 at NFE 18
 
 
+def test_a_small_condition_image_makes_the_draft_cheaper_and_nothing_else():
+    full, small = (
+        plan(SpecEditConfig(draft_condition=condition), "qwen-image-edit", 1024, 1024, 0.2)["stages"]
+        for condition in ("full", "small")
+    )
+    assert full[0]["tokens"] == 1400 + 512 and small[0]["tokens"] == 60 + 84 + 512
+    assert full[1:] == small[1:]
+    for condition in ("full", "small"):  # FLUX's prompt holds no picture
+        draft = plan(SpecEditConfig(draft_condition=condition), "flux-kontext", 1024, 1024, 0.2)["stages"][0]
+        assert draft["tokens"] == 512 + 512
+
+
+def test_another_model_by_its_cost():
+    cost = MODELS["qwen-image-edit"]
+    assert plan("turbo", cost, 512, 768, 0.3) == plan("turbo", "qwen-image-edit", 512, 768, 0.3)
+    assert cost.step(8192) == 2 * transformer_flops(cost.config, 9592)
+    assert cost.step(8192) / 1e12 == pytest.approx(396.4, abs=0.1)  # about 200 T a half
+
+
 def test_no_uniform_coverage():
     config = SpecEditConfig(uniform_stride=None)
     stages = {s["name"]: s["tokens"] for s in plan(config, "flux-kontext", 512, 512, 0.0)["stages"]}

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specedit.grid import MixedLayout, TokenGrid, cells_touched, mean_pixels, repeat_pixels
+from specedit.grid import GridSet, LayoutSet, MixedLayout, TokenGrid, cells_touched, mean_pixels, repeat_pixels
 
 grids = st.builds(TokenGrid, st.integers(1, 9), st.integers(1, 9))
 
@@ -202,3 +202,24 @@ def test_a_grid_needs_tokens(side):
 def test_a_layout_needs_a_mask_of_its_cells(mask):
     with pytest.raises(ValueError, match=r"expected bool \(2, 3\).*got"):
         MixedLayout(TokenGrid(4, 5), mask)
+
+
+def test_several_grids_take_a_choice_each_by_itself():
+    grids = GridSet((TokenGrid(4, 6), TokenGrid(1, 1), TokenGrid(5, 3)))
+    assert grids.tokens == 24 + 1 + 15
+    tokens = torch.randn(2, grids.tokens, 8)
+    parts = grids.split(tokens)
+    assert [part.shape[1] for part in parts] == [24, 1, 15] and torch.equal(torch.cat(parts, 1), tokens)
+    expanded = torch.zeros(2, 3, dtype=torch.bool)
+    expanded[0, 0] = True
+    layout = MixedLayout(TokenGrid(4, 6), expanded)
+    several = layout.resized(grids)
+    assert isinstance(several, LayoutSet) and several.parts[0] is layout
+    for part, grid in zip(several.parts, grids.grids, strict=True):
+        assert torch.equal(part.expanded, layout.resized(grid).expanded)
+    assert several.tokens == sum(part.tokens for part in several.parts)
+    assert several.is_mixed and not several.is_fine
+    for whole in (MixedLayout.all_fine, MixedLayout.all_coarse):
+        same = whole(TokenGrid(4, 6)).resized(grids)
+        assert not same.is_mixed and same.is_fine == (whole == MixedLayout.all_fine)
+    assert layout.parts == (layout,)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from torch import Tensor, nn
 
 from specedit_kernels import mixed_attention, qk_norm_rope
@@ -23,22 +26,64 @@ class Segments:
     cu_k: Tensor
 
 
-def segments(coarse_query: Tensor) -> Segments:
-    """Segments of a (S,) bool of which queries are coarse: made once a step, not in every block."""
+def segments(coarse_query: Tensor, lengths: list[int] | None = None) -> Segments:
+    """Segments of a (T,) bool of which queries are coarse: made once a step, not in every block.
+
+    lengths: of the sequences that are packed in T; None for one. Every sequence has a segment of each kind, the fine
+    ones of all sequences first, and its own keys in both copies.
+    """
+    device, total = coarse_query.device, len(coarse_query)
+    lengths = lengths or [total]
     fine, coarse = (~coarse_query).nonzero()[:, 0], coarse_query.nonzero()[:, 0]
-    n = len(coarse_query)
-    cu_q, cu_k = (
-        torch.tensor(ends, dtype=torch.int32, device=coarse_query.device) for ends in ([0, len(fine), n], [0, n, 2 * n])
-    )
+    chosen = torch.stack([part.sum() for part in coarse_query.split(lengths)]).tolist()
+    queries = [n - m for n, m in zip(lengths, chosen, strict=True)] + chosen
+    cu_q, cu_k = (cumulative(each, device) for each in (queries, lengths * 2))
     return Segments(fine, coarse, torch.cat([fine, coarse]), cu_q, cu_k)
+
+
+def cumulative(lengths: list[int], device: torch.device) -> Tensor:
+    """cu_seqlens (n + 1,) int32 of sequences that lie back to back."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """Several sequences of different length in one launch, without padding.
+
+    Both streams then have a batch of one and hold the rows of all sequences; `text` (T_text,) and `image` (T_image,)
+    int64 say where each row lies in the joint sequence, [text | image] of one sequence after the other.
+    """
+
+    text: Tensor
+    image: Tensor
+    cu_seqlens: Tensor
+    longest: int
+
+
+def pack(texts: list[int], target: int, reference: int, device: torch.device) -> Packing:
+    """Sequences [text | target | reference] of `texts` tokens and as many image tokens each.
+
+    The image stream lists the target's tokens of every sequence first, then the references'.
+    """
+    lengths = [text + target + reference for text in texts]
+    ends, counts = cumulative(lengths, device), torch.tensor(texts, device=device)
+    starts = ends[:-1].long()
+    shift = (starts - (counts.cumsum(0) - counts)).repeat_interleave(counts, output_size=sum(texts))
+    behind = (starts + counts)[:, None]
+    image = [
+        (behind + torch.arange(a, b, device=device)).flatten() for a, b in ((0, target), (target, target + reference))
+    ]
+    return Packing(torch.arange(sum(texts), device=device) + shift, torch.cat(image), ends, max(lengths))
 
 
 @dataclass(frozen=True, eq=False)
 class MixedContext:
     """What a mixed sequence adds to an attention call; travels in `joint_attention_kwargs`.
 
-    key_bias: (S,) float32 or None, log of the area of every key. segments: None, or which queries are coarse; with it
-    they see all positions at the coarse scale (`coarse_rotary`, cos and sin (S, D)): phase-aligned RoPE.
+    key_bias: (S,) or (B, S) float32 or None, log of the area of every key. segments: None, or which queries are
+    coarse; with it they see all positions at the coarse scale (`coarse_rotary`, in the form of the model's own rotary
+    tables): phase-aligned RoPE. packing: None, or how the streams hold several sequences. backend: of
+    specedit_kernels, or "stock" for the model's own attention backend.
 
     store: None, or where every module keeps the keys and values (b, S, H, D) of its whole sequence, by its id. With
     `rows` (b, n) the call holds those rows of the sequence alone, at positions `rotary` (cos and sin (b, n, D/2)): they
@@ -49,16 +94,22 @@ class MixedContext:
     segments: Segments | None = None
     coarse_rotary: tuple[Tensor, Tensor] | None = None
     backend: str | None = None
+    packing: Packing | None = None
     store: dict[int, tuple[Tensor, Tensor]] | None = None
     rows: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
 
 
-class FluxMixedProcessor:
-    """Joint attention of FLUX with a bias per key. Without a context it is the processor that it replaced."""
+class MixedProcessor:
+    """Joint attention of text and image with a bias per key. Without a context it is the processor that it replaced.
+
+    A model family says which processor is its stock one, and has a `__call__` with the arguments of that one.
+    """
+
+    stock: type
 
     def __init__(self, original: Any = None):  # diffusers makes new processors of a class without arguments
-        self.original = original if original is not None else FluxAttnProcessor()
+        self.original = original if original is not None else self.stock()
 
     # diffusers sets the attention backend on the processor that it finds.
     @property
@@ -77,6 +128,89 @@ class FluxMixedProcessor:
     def _parallel_config(self, value: Any) -> None:
         self.original._parallel_config = value
 
+    def joint(
+        self,
+        attn: nn.Module,
+        head_dim: int,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
+        coarse_rotary: tuple[Tensor, Tensor] | None,
+        context: MixedContext,
+    ):
+        """Attention of both streams, as the stock processor returns it.
+
+        rotary, coarse_rotary: cos and sin (rows, D/2) float32, those of the text's rows before those of the image's.
+        """
+        rotary = context.rotary or rotary
+        kernels = "torch" if context.backend == "stock" else context.backend
+        streams = [(hidden_states, _projections(attn, "to_q", "to_k", "to_v", "to_qkv"), attn.norm_q, attn.norm_k)]
+        if encoder_hidden_states is not None:
+            added = _projections(attn, "add_q_proj", "add_k_proj", "add_v_proj", "to_added_qkv")
+            streams.insert(0, (encoder_hidden_states, added, attn.norm_added_q, attn.norm_added_k))
+        batch, length = hidden_states.shape[0], sum(s[0].shape[1] for s in streams)
+        places = None if context.packing is None else (context.packing.text, context.packing.image)
+        joint, coarse = None, None
+        start = 0
+        for i, (states, project, norm_q, norm_k) in enumerate(streams):
+            q, k, v = (x.unflatten(-1, (-1, head_dim)) for x in project(states))
+            if joint is None:  # text and image are normed, rotated and placed side by side in one pass each
+                shape = (batch, length, *q.shape[2:])
+                joint = [q.new_empty(shape) for _ in range(3)]
+                coarse = [q.new_empty(shape) for _ in range(2)] if context.segments is not None else None
+            stop = start + states.shape[1]
+            rows = torch.arange(start, stop, device=q.device) if places is None else places[i]
+            tables = [(rotary, joint, v)] + ([(coarse_rotary, coarse, None)] if coarse is not None else [])
+            for (cos, sin), out, values in tables:
+                part = (cos[..., start:stop, :], sin[..., start:stop, :])
+                _place(q, k, values, norm_q, norm_k, *part, out, rows, kernels)
+            start = stop
+        if context.store is not None:
+            joint[1:] = _stored(context, id(attn), *joint[1:])
+        out = self._attend(joint, coarse, context).flatten(2, 3).to(hidden_states.dtype)
+        if encoder_hidden_states is None:
+            return out
+        text = encoder_hidden_states.shape[1]
+        for_text, for_image = (out[:, :text], out[:, text:]) if places is None else (out[:, rows] for rows in places)
+        image = attn.to_out[0](for_image.contiguous())
+        image = attn.to_out[1](image) if len(attn.to_out) > 1 else image  # dropout
+        return image, attn.to_add_out(for_text.contiguous())
+
+    def _attend(self, joint: list[Tensor], coarse: list[Tensor] | None, context: MixedContext) -> Tensor:
+        q, k, v = joint
+        bias = None if context.key_bias is None else context.key_bias.expand(q.shape[0], -1)
+        if context.backend == "stock":
+            mask = None if bias is None else bias[:, None, None].to(q.dtype)
+            return dispatch_attention_fn(
+                q, k, v, attn_mask=mask, backend=self._attention_backend, parallel_config=self._parallel_config
+            )
+        if coarse is None and context.packing is None:
+            return mixed_attention(q, k, v, key_bias=bias, backend=context.backend)
+        if coarse is None:
+            ends = context.packing.cu_seqlens
+            return mixed_attention(
+                q[0], k[0], v[0], cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=context.packing.longest,
+                key_bias=None if bias is None else bias[0].contiguous(), backend=context.backend,
+            )[None]  # fmt: skip
+        # Two query segments over two rotated copies of the keys, packed into one launch for each sample.
+        out = torch.empty_like(q)
+        parts = context.segments
+        for b in range(q.shape[0]):
+            packed_q = torch.cat([q[b, parts.fine], coarse[0][b, parts.coarse]])
+            packed_k = torch.cat([k[b], coarse[1][b]])
+            packed_bias = None if bias is None else bias[b].repeat(2)
+            out[b, parts.order] = mixed_attention(
+                packed_q, packed_k, v[b].repeat(2, 1, 1), cu_seqlens_q=parts.cu_q, cu_seqlens_k=parts.cu_k,
+                key_bias=packed_bias, backend=context.backend,
+            )  # fmt: skip
+        return out
+
+
+class FluxMixedProcessor(MixedProcessor):
+    """Of FLUX's double and single blocks."""
+
+    stock = FluxAttnProcessor
+
     def __call__(
         self,
         attn: nn.Module,
@@ -88,53 +222,51 @@ class FluxMixedProcessor:
     ):
         if specedit is None:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        heads, backend = attn.head_dim, specedit.backend
-        streams = [(hidden_states, _projections(attn, "to_q", "to_k", "to_v", "to_qkv"), attn.norm_q, attn.norm_k)]
-        if encoder_hidden_states is not None:
-            added = _projections(attn, "add_q_proj", "add_k_proj", "add_v_proj", "to_added_qkv")
-            streams.insert(0, (encoder_hidden_states, added, attn.norm_added_q, attn.norm_added_k))
-        batch, length = hidden_states.shape[0], sum(s[0].shape[1] for s in streams)
-        cos, sin = specedit.rotary or (half_table(table) for table in image_rotary_emb)
-        joint, coarse = None, None
-        start = 0
-        for states, project, norm_q, norm_k in streams:
-            q, k, v = (x.unflatten(-1, (-1, heads)) for x in project(states))
-            if joint is None:  # text and image are normed, rotated and placed side by side in one pass each
-                shape = (batch, length, *q.shape[2:])
-                joint = [q.new_empty(shape) for _ in range(3)]
-                coarse = [q.new_empty(shape) for _ in range(2)] if specedit.segments is not None else None
-            stop = start + states.shape[1]
-            rotary = [(cos, sin, joint, v)]
-            if coarse is not None:
-                rotary.append((*(half_table(table) for table in specedit.coarse_rotary), coarse, None))
-            for c, n, out, values in rotary:
-                _place(q, k, values, norm_q, norm_k, c[..., start:stop, :], n[..., start:stop, :], out, start, backend)
-            start = stop
-        if specedit.store is not None:
-            joint[1:] = _stored(specedit, id(attn), *joint[1:])
-        out = _attend(joint, coarse, specedit).flatten(2, 3).to(hidden_states.dtype)
-        if encoder_hidden_states is None:
-            return out
-        text = encoder_hidden_states.shape[1]
-        image = attn.to_out[1](attn.to_out[0](out[:, text:].contiguous()))
-        return image, attn.to_add_out(out[:, :text].contiguous())
+        tables = [image_rotary_emb, specedit.coarse_rotary]
+        rotary, coarse = (None if pair is None else tuple(half_table(t) for t in pair) for pair in tables)
+        return self.joint(attn, attn.head_dim, hidden_states, encoder_hidden_states, rotary, coarse, specedit)
 
 
-def _place(q, k, v, norm_q, norm_k, cos, sin, out, start: int, backend: str | None) -> None:
-    """Norm and rotate q and k, and write them (and v) into rows `start` and on of the joint sequence."""
-    stop = start + q.shape[1]
+class QwenMixedProcessor(MixedProcessor):
+    """Of Qwen-Image's double-stream blocks.
+
+    With a context, `image_rotary_emb` and `coarse_rotary` are cos and sin (rows, D/2) float32, text before image.
+    """
+
+    stock = QwenDoubleStreamAttnProcessor2_0
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        specedit: MixedContext | None = None,
+    ):
+        if specedit is None:
+            return self.original(
+                attn, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, attention_mask, image_rotary_emb
+            )
+        head_dim = attn.inner_dim // attn.heads
+        coarse = specedit.coarse_rotary
+        return self.joint(attn, head_dim, hidden_states, encoder_hidden_states, image_rotary_emb, coarse, specedit)
+
+
+def _place(q, k, v, norm_q, norm_k, cos, sin, out, rows: Tensor, backend: str | None) -> None:
+    """Norm and rotate q and k, and write them (and v) into `rows` of the joint sequence."""
     if norm_q.weight.device == q.device:
-        index = torch.arange(start, stop, device=q.device)
         weights = (norm_q.weight, norm_k.weight)
-        qk_norm_rope(q, k, *weights, cos, sin, eps=norm_q.eps, v=v, out_index=index, out=out, backend=backend)
+        qk_norm_rope(q, k, *weights, cos, sin, eps=norm_q.eps, v=v, out_index=rows, out=out, backend=backend)
         return
     # Offloaded module by module: a norm's weights only come to the device when the norm itself is called.
     for x, norm, target in ((q, norm_q, out[0]), (k, norm_k, out[1])):
         even, odd = norm(x).float().unflatten(-1, (-1, 2)).unbind(-1)
         c, s = cos.unsqueeze(-2), sin.unsqueeze(-2)
-        target[:, start:stop] = torch.stack([even * c - odd * s, odd * c + even * s], -1).flatten(-2).to(target.dtype)
+        target[:, rows] = torch.stack([even * c - odd * s, odd * c + even * s], -1).flatten(-2).to(target.dtype)
     if v is not None:
-        out[2][:, start:stop] = v
+        out[2][:, rows] = v
 
 
 @torch.compiler.disable
@@ -158,37 +290,18 @@ def half_table(table: Tensor) -> Tensor:
     return table[:, ::2].float().contiguous()
 
 
-def _attend(joint: list[Tensor], coarse: list[Tensor] | None, context: MixedContext) -> Tensor:
-    q, k, v = joint
-    bias = None if context.key_bias is None else context.key_bias.expand(q.shape[0], -1)
-    if coarse is None:
-        return mixed_attention(q, k, v, key_bias=bias, backend=context.backend)
-    # Two query segments over two rotated copies of the keys, packed into one launch for each sample.
-    out = torch.empty_like(q)
-    parts = context.segments
-    for b in range(q.shape[0]):
-        packed_q = torch.cat([q[b, parts.fine], coarse[0][b, parts.coarse]])
-        packed_k = torch.cat([k[b], coarse[1][b]])
-        packed_bias = None if bias is None else bias[b].repeat(2)
-        out[b, parts.order] = mixed_attention(
-            packed_q, packed_k, v[b].repeat(2, 1, 1), cu_seqlens_q=parts.cu_q, cu_seqlens_k=parts.cu_k,
-            key_bias=packed_bias, backend=context.backend,
-        )  # fmt: skip
-    return out
-
-
 def attach(transformer: nn.Module, attention_class: type, processor_class: type) -> None:
     """Wrap the processor of every attention module.
 
     One that is wrapped already is left alone, and so is one with weights (an IP-Adapter's), which belongs to the model.
     """
     for module in transformer.modules():
-        if isinstance(module, attention_class) and not isinstance(module.processor, (FluxMixedProcessor, nn.Module)):
+        if isinstance(module, attention_class) and not isinstance(module.processor, (MixedProcessor, nn.Module)):
             module.processor = processor_class(module.processor)
 
 
 def detach(transformer: nn.Module, attention_class: type) -> None:
     """Put back what `attach` wrapped."""
     for module in transformer.modules():
-        if isinstance(module, attention_class) and isinstance(module.processor, FluxMixedProcessor):
+        if isinstance(module, attention_class) and isinstance(module.processor, MixedProcessor):
             module.processor = module.processor.original

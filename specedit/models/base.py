@@ -9,7 +9,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..grid import MixedLayout, TokenGrid
+from ..grid import GridSet, LayoutSet, MixedLayout, TokenGrid
 
 
 @dataclass
@@ -17,18 +17,23 @@ class EditState:
     """One call of the pipeline, prepared: everything that the stages share.
 
     Tokens are packed 2 x 2 latent patches, (B, N, C); noise and references are float32.
+
+    Of `extra`, which is the adapter's own, the call reads three entries: `dtype`, in which latents are shown to
+    callbacks; `source`, the pictures that the edit is compared with, (B, 3, H, W) float32 in 0..1 at the output's size,
+    or None; and `positive["encoder_hidden_states"]`, the prompt's embeddings, which a callback may replace.
     """
 
     grid: TokenGrid  # the output's
     noise: Tensor  # (B, grid.tokens, C) white noise, the call's own `latents`
     reference: Tensor  # (B, reference_grid.tokens, C): what the model is conditioned on
-    reference_grid: TokenGrid
+    reference_grid: TokenGrid | GridSet  # a GridSet where several pictures are given
     aligned: Tensor  # (B, grid.tokens, C): the reference on the output's own grid
     generator: torch.Generator | list[torch.Generator] | None
-    text_tokens: int
+    text_tokens: float  # the mean where samples differ
     branches: int  # transformer calls a step: 2 under true classifier-free guidance
     pixels_per_token: int
     backend: str | None = None  # of specedit_kernels
+    negative_text_tokens: float | None = None  # of the second branch, where its prompt has another length
     extra: dict[str, Any] = field(default_factory=dict)  # the adapter's own: embeddings, guidance, ...
 
     @property
@@ -61,6 +66,9 @@ class Adapter(Protocol):
     def prepare(self, pipe: Any, call: dict[str, Any], attention: str) -> EditState:
         """Check and encode the call's arguments as the stock pipeline does."""
 
+    def draft_state(self, pipe: Any, state: EditState, config: Any) -> EditState:
+        """The state that the draft runs with: `state` itself, or one with what a small image of its own changes."""
+
     def velocity(
         self,
         pipe: Any,
@@ -70,7 +78,7 @@ class Adapter(Protocol):
         rows: list[int],
         layout: MixedLayout,
         reference: Tensor,
-        reference_layout: MixedLayout,
+        reference_layout: MixedLayout | LayoutSet,
         config: Any,
     ) -> Tensor:
         """Velocity e - x0 (b, N, C) float32 of the batch rows `rows`, whose tokens share `layout`."""

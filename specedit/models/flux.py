@@ -5,19 +5,17 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import FluxKontextPipeline
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.transformers.transformer_flux import FluxAttention
 from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
-from PIL import Image
 from torch import Tensor
 
 from ..grid import TokenGrid
 from . import attention
 from .base import EditState
+from .images import batched, check_image, decoder_features, source_pictures
 
 IP_ADAPTER = (
     "ip_adapter_image", "ip_adapter_image_embeds", "negative_ip_adapter_image", "negative_ip_adapter_image_embeds",
@@ -95,7 +93,7 @@ class FluxKontext:
                 true_cfg_scale=call["true_cfg_scale"], kwargs=call["joint_attention_kwargs"] or {},
             ),
         )  # fmt: skip
-        source = None if latent_input else self._source(pipe, call, height, width)
+        source = None if latent_input else source_pictures(pipe, call["image"], height, width)
         if reference_grid != grid:
             state.aligned = self._aligned(pipe, state, source, dtype, device)
         if source is not None:  # images are tiled over the prompts, as prepare_latents does
@@ -149,16 +147,8 @@ class FluxKontext:
             ratio = width / height
             _, width, height = min((abs(ratio - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
         height, width = height // multiple * multiple, width // multiple * multiple
-        image = pipe.image_processor.resize(_batched(image), height, width)
+        image = pipe.image_processor.resize(batched(image), height, width)
         return pipe.image_processor.preprocess(image, height, width), False
-
-    @staticmethod
-    def _source(pipe: Any, call: dict[str, Any], height: int, width: int) -> Tensor:
-        """The input pictures at the output's size, (n, 3, H, W) in 0..1, by the pipeline's own way of resizing."""
-        # Not the model's input scaled back: that would round, and keep_pixels returns these very values.
-        plain = VaeImageProcessor(vae_scale_factor=pipe.vae_scale_factor * 2, do_normalize=False)
-        image = plain.preprocess(plain.resize(_batched(call["image"]), height, width), height, width).float()
-        return (image / 2 + 0.5 if image.min() < 0 else image).clamp(0, 1)
 
     @staticmethod
     def _aligned(pipe: Any, state: EditState, source: Tensor | None, dtype: torch.dtype, device: torch.device):
@@ -167,6 +157,10 @@ class FluxKontext:
             return _resize_tokens(state.reference, state.reference_grid, state.grid)
         latents = pipe._encode_vae_image((source * 2 - 1).to(device=device, dtype=dtype), state.generator)
         return _pack(latents).float().repeat(state.batch // len(source), 1, 1)
+
+    @staticmethod
+    def draft_state(pipe: Any, state: EditState, config: Any) -> EditState:
+        return state  # neither text nor positions depend on the image's size
 
     # ------------------------------------------------------------------------------------------------ velocity
 
@@ -178,7 +172,7 @@ class FluxKontext:
         self, pipe, state, tokens, sigma, rows, layout, reference, reference_layout, config, calls=None
     ) -> list[Tensor]:
         dtype, device = state.extra["dtype"], tokens.device
-        ids = torch.cat([_ids(layout.positions, 0), _ids(reference_layout.positions, 1)]).to(device)
+        ids = torch.cat([position_ids(layout.positions, 0), position_ids(reference_layout.positions, 1)]).to(device)
         kwargs = dict(state.extra["kwargs"])
         mixed = layout.is_mixed or reference_layout.is_mixed
         area = torch.cat([layout.area, reference_layout.area]).to(device)
@@ -254,15 +248,7 @@ class FluxKontext:
     # --------------------------------------------------------------------------------------- features and images
 
     def features(self, pipe: Any, tokens: Tensor, grid: TokenGrid) -> list[Tensor]:
-        vae = pipe.vae
-        latents = self._latents(pipe, tokens, grid)
-        if hasattr(vae, "_hf_hook") or hasattr(vae.decoder, "_diffusers_hook"):
-            return _hooked_features(vae, latents)
-        if getattr(vae, "post_quant_conv", None) is not None:
-            latents = vae.post_quant_conv(latents)
-        first = vae.decoder.conv_in(latents)
-        middle = vae.decoder.mid_block(first)
-        return [first, middle, vae.decoder.up_blocks[0](middle)]
+        return decoder_features(pipe.vae, self._latents(pipe, tokens, grid))
 
     def decode(self, pipe: Any, state: EditState, tokens: Tensor, output_type: str) -> Any:
         if output_type == "latent":
@@ -290,22 +276,6 @@ class FluxKontext:
         attention.detach(pipe.transformer, FluxAttention)
 
 
-def _hooked_features(vae: Any, latents: Tensor) -> list[Tensor]:
-    """The same features of an offloaded autoencoder: only a whole decode brings every weight to the device."""
-    seen: dict[str, Tensor] = {}
-    parts = {"conv_in": vae.decoder.conv_in, "mid_block": vae.decoder.mid_block, "up": vae.decoder.up_blocks[0]}
-    hooks = [
-        part.register_forward_hook(lambda module, args, out, name=name: seen.__setitem__(name, out))
-        for name, part in parts.items()
-    ]
-    try:
-        vae.decode(latents, return_dict=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return list(seen.values())
-
-
 def check_negative(positive: dict[str, Tensor], negative: dict[str, Tensor]) -> None:
     """ValueError unless both prompts of true classifier-free guidance have one shape."""
     for name in ("encoder_hidden_states", "pooled_projections"):
@@ -314,36 +284,7 @@ def check_negative(positive: dict[str, Tensor], negative: dict[str, Tensor]) -> 
             raise ValueError(f"negative prompt: expected {name} of shape {expected}, as the prompt's, got {got}")
 
 
-SMALLEST = 64  # px a side: four tokens, one of the draft's
-
-
-def check_image(image: Any) -> tuple[int, int]:
-    """Height and width of `image`; ValueError or TypeError unless it is an RGB picture of a usable size."""
-    if isinstance(image, Image.Image):
-        if image.mode != "RGB":
-            raise ValueError(f'image: expected an RGB picture, got mode {image.mode!r}; use image.convert("RGB")')
-        width, height = image.size
-    elif isinstance(image, (np.ndarray, Tensor)):
-        shape, array = tuple(image.shape), isinstance(image, np.ndarray)
-        if len(shape) not in (3, 4) or shape[-1 if array else -3] != 3:
-            layout = "(H, W, 3)" if array else "(3, H, W)"
-            raise ValueError(f"image: expected {layout}, with or without a batch in front, got {shape}")
-        if "float" not in str(image.dtype):
-            raise TypeError(f"image: expected floating point values in 0..1, got {image.dtype}")
-        height, width = shape[-3:-1] if array else shape[-2:]
-    else:
-        raise TypeError(f"image: expected a PIL image, array or tensor, got {type(image).__name__}")
-    if min(height, width) < SMALLEST:
-        raise ValueError(f"image: expected at least {SMALLEST} px a side, got {width} x {height}")
-    return height, width
-
-
-def _batched(image: Any) -> Any:
-    """A single array or tensor with the batch axis that diffusers' image processor expects."""
-    return image[None] if isinstance(image, (np.ndarray, Tensor)) and image.ndim == 3 else image
-
-
-def _ids(positions: Tensor, image: int) -> Tensor:
+def position_ids(positions: Tensor, image: int) -> Tensor:
     """FLUX's position ids (N, 3) float32: image index, row, column. bf16 would round 200.5."""
     return torch.cat([torch.full_like(positions[:, :1], image), positions], 1)
 

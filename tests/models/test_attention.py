@@ -4,9 +4,20 @@ import copy
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, FluxPosEmbed
+from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 
-from specedit.models.attention import FluxMixedProcessor, MixedContext, attach, detach, half_table, segments
+from specedit.models.attention import (
+    FluxMixedProcessor,
+    MixedContext,
+    QwenMixedProcessor,
+    attach,
+    detach,
+    half_table,
+    pack,
+    segments,
+)
 
 HEADS, DIM, TEXT = 2, 16, 3
 POS_EMBED = FluxPosEmbed(theta=10000, axes_dim=(4, 4, 8))
@@ -177,3 +188,86 @@ def test_an_attention_backend_reaches_the_original():
 
 def test_made_without_arguments_it_wraps_a_stock_processor():
     assert isinstance(FluxMixedProcessor().original, FluxAttnProcessor)  # as loading an IP-Adapter makes it
+
+
+# ---------------------------------------------------------------------------------------------- several sequences
+
+
+def test_pack_gives_every_row_its_place():
+    packing = pack([2, 0, 3], target=2, reference=1, device="cpu")
+    assert packing.cu_seqlens.tolist() == [0, 5, 8, 14] and packing.longest == 6
+    assert packing.text.tolist() == [0, 1, 8, 9, 10]
+    assert packing.image.tolist() == [2, 3, 5, 6, 11, 12, 4, 7, 13]  # targets of all, then references
+
+
+def test_segments_of_several_sequences():
+    coarse = torch.tensor([0, 1, 1, 0, 0, 1, 0], dtype=torch.bool)
+    parts = segments(coarse, [3, 2, 2])
+    assert parts.order.tolist() == [0, 3, 4, 6, 1, 2, 5]
+    assert parts.cu_q.tolist() == [0, 1, 3, 4, 6, 6, 7]  # fine of each, then coarse of each; the second has none
+    assert parts.cu_k.tolist() == [0, 3, 5, 7, 10, 12, 14]
+
+
+def make_qwen_attention():
+    torch.manual_seed(0)
+    attn = Attention(
+        query_dim=32, added_kv_proj_dim=32, dim_head=DIM, heads=HEADS, out_dim=32, context_pre_only=False, bias=True,
+        processor=QwenDoubleStreamAttnProcessor2_0(), qk_norm="rms_norm", eps=1e-6,
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        for name, parameter in attn.named_parameters():
+            parameter.mul_(1.0 if "norm" in name else 3.0)
+    return attn.requires_grad_(False)
+
+
+@pytest.mark.parametrize("backend", [None, "torch", "stock"])
+def test_qwen_attention_is_the_stock_one(backend):
+    stock = make_qwen_attention()
+    ours = copy.deepcopy(stock)
+    ours.set_processor(QwenMixedProcessor(ours.processor))
+    text, image = random_states(2, 3), random_states(2, 8) * 2
+    angle = torch.randn(11, DIM // 2, generator=torch.Generator().manual_seed(2))
+    phases = torch.polar(torch.ones_like(angle), angle)
+    expected = stock(image, encoder_hidden_states=text, image_rotary_emb=(phases[3:], phases[:3]))
+    same = ours(image, encoder_hidden_states=text, image_rotary_emb=(phases[3:], phases[:3]))
+    assert all(torch.equal(a, b) for a, b in zip(same, expected, strict=True))
+    context = MixedContext(backend=backend)
+    tables = angle.cos(), angle.sin()
+    got = ours(image, encoder_hidden_states=text, image_rotary_emb=tables, specedit=context)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("phase_aligned", [False, True])
+def test_packed_sequences_do_not_see_each_other(phase_aligned):
+    attn = make_qwen_attention()
+    attn.set_processor(QwenMixedProcessor(attn.processor))
+    generator = torch.Generator().manual_seed(4)
+    texts, target, reference = [1, 4, 2], 5, 3
+    images = target + reference
+    packing = pack(texts, target, reference, "cpu")
+    total = sum(texts) + 3 * images
+    text, image = (torch.randn(1, n, 32, generator=generator) for n in (sum(texts), 3 * images))
+    angle, small = (torch.randn(total, DIM // 2, generator=generator) for _ in range(2))
+    bias = torch.rand(total, generator=generator)
+    coarse = torch.zeros(total, dtype=torch.bool)
+    coarse[packing.image] = torch.rand(3 * images, generator=generator) < 0.5
+    rotary = {name: (a.cos(), a.sin()) for name, a in (("fine", angle), ("coarse", small))}
+    context = MixedContext(
+        bias[None], segments(coarse, [n + images for n in texts]) if phase_aligned else None,
+        rotary["coarse"] if phase_aligned else None, None, packing,
+    )  # fmt: skip
+    out_image, out_text = attn(image, encoder_hidden_states=text, image_rotary_emb=rotary["fine"], specedit=context)
+    for i, n in enumerate(texts):
+        words = torch.arange(n) + sum(texts[:i])
+        own = torch.cat([torch.arange(target) + i * target, torch.arange(reference) + 3 * target + i * reference])
+        rows = torch.cat([words, own + sum(texts)])  # of the streams
+        places = torch.cat([packing.text[words], packing.image[own]])
+        tables = {name: tuple(t[rows] for t in pair) for name, pair in rotary.items()}
+        alone = MixedContext(
+            bias[places][None], segments(coarse[places]) if phase_aligned else None,
+            tables["coarse"] if phase_aligned else None,
+        )  # fmt: skip
+        got = attn(image[:, own], encoder_hidden_states=text[:, words], image_rotary_emb=tables["fine"], specedit=alone)
+        torch.testing.assert_close(out_image[:, own], got[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out_text[:, words], got[1], rtol=1e-4, atol=1e-5)

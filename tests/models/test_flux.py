@@ -10,7 +10,7 @@ from PIL import Image
 
 from specedit import SpecEditConfig
 from specedit.grid import MixedLayout, TokenGrid
-from specedit.models.flux import FluxKontext, check_image
+from specedit.models.flux import FluxKontext
 from specedit.sampler import restrict
 
 CALL = dict(
@@ -310,11 +310,6 @@ def test_refusals(pipe):
 def test_bad_images(prepare, image, error, message):
     with pytest.raises(error, match=f"image: {message}"):
         prepare(image=image)
-
-
-def test_check_image_returns_the_size():
-    for image in (Image.new("RGB", (80, 64)), np.zeros((64, 80, 3)), torch.zeros(2, 3, 64, 80)):
-        assert check_image(image) == (64, 80)
 
 
 # --------------------------------------------------------------------------------------------- features and decode

@@ -1,0 +1,85 @@
+"""Pictures as every adapter takes them, and the decoder features that verification compares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+from torch import Tensor
+
+SMALLEST = 64  # px a side: four tokens, one of the draft's
+
+
+def check_image(image: Any) -> tuple[int, int]:
+    """Height and width of `image`; ValueError or TypeError unless it is an RGB picture of a usable size."""
+    if isinstance(image, Image.Image):
+        if image.mode != "RGB":
+            raise ValueError(f'image: expected an RGB picture, got mode {image.mode!r}; use image.convert("RGB")')
+        width, height = image.size
+    elif isinstance(image, (np.ndarray, Tensor)):
+        shape, array = tuple(image.shape), isinstance(image, np.ndarray)
+        if len(shape) not in (3, 4) or shape[-1 if array else -3] != 3:
+            layout = "(H, W, 3)" if array else "(3, H, W)"
+            raise ValueError(f"image: expected {layout}, with or without a batch in front, got {shape}")
+        if "float" not in str(image.dtype):
+            raise TypeError(f"image: expected floating point values in 0..1, got {image.dtype}")
+        height, width = shape[-3:-1] if array else shape[-2:]
+    else:
+        raise TypeError(f"image: expected a PIL image, array or tensor, got {type(image).__name__}")
+    if min(height, width) < SMALLEST:
+        raise ValueError(f"image: expected at least {SMALLEST} px a side, got {width} x {height}")
+    return height, width
+
+
+def check_pictures(image: Any) -> list[Image.Image]:
+    """The pictures of a call; TypeError or ValueError unless they are RGB pictures, at least one."""
+    images = image if isinstance(image, list) else [image]
+    if not images:
+        raise ValueError("image: expected at least one picture, got an empty list")
+    for one in images:
+        if not isinstance(one, Image.Image):  # the stock pipelines ask every picture for its `size`
+            raise TypeError(f"image: expected a PIL image or a list of them, got {type(one).__name__}")
+        check_image(one)
+    return images
+
+
+def batched(image: Any) -> Any:
+    """A single array or tensor with the batch axis that diffusers' image processor expects."""
+    return image[None] if isinstance(image, (np.ndarray, Tensor)) and image.ndim == 3 else image
+
+
+def source_pictures(pipe: Any, image: Any, height: int, width: int) -> Tensor:
+    """The input pictures at the output's size, (n, 3, H, W) in 0..1, by the pipeline's own way of resizing."""
+    # Not the model's input scaled back: that would round, and keep_pixels returns these very values.
+    plain = VaeImageProcessor(vae_scale_factor=pipe.vae_scale_factor * 2, do_normalize=False)
+    image = plain.preprocess(plain.resize(batched(image), height, width), height, width).float()
+    return (image / 2 + 0.5 if image.min() < 0 else image).clamp(0, 1)
+
+
+def decoder_features(vae: Any, latents: Tensor) -> list[Tensor]:
+    """What the decoder's conv_in, mid_block and first up block make of latents: the layers of eq. 6."""
+    if hasattr(vae, "_hf_hook") or hasattr(vae.decoder, "_diffusers_hook"):
+        return _hooked_features(vae, latents)
+    if getattr(vae, "post_quant_conv", None) is not None:
+        latents = vae.post_quant_conv(latents)
+    first = vae.decoder.conv_in(latents)
+    middle = vae.decoder.mid_block(first)
+    return [first, middle, vae.decoder.up_blocks[0](middle)]
+
+
+def _hooked_features(vae: Any, latents: Tensor) -> list[Tensor]:
+    """The same features of an offloaded autoencoder: only a whole decode brings every weight to the device."""
+    seen: dict[str, Tensor] = {}
+    parts = {"conv_in": vae.decoder.conv_in, "mid_block": vae.decoder.mid_block, "up": vae.decoder.up_blocks[0]}
+    hooks = [
+        part.register_forward_hook(lambda module, args, out, name=name: seen.__setitem__(name, out))
+        for name, part in parts.items()
+    ]
+    try:
+        vae.decode(latents, return_dict=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(seen.values())

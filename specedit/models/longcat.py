@@ -1,0 +1,174 @@
+"""LongCat-Image-Edit: FLUX's blocks and autoencoder, Qwen's encoder, and a picture that always has about 1 MP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from diffusers import LongCatImageEditPipeline
+from diffusers.models.transformers.transformer_longcat_image import LongCatImageAttention, LongCatImageAttnProcessor
+from diffusers.pipelines.longcat_image import pipeline_longcat_image_edit as edit
+from diffusers.pipelines.longcat_image.pipeline_output import LongCatImagePipelineOutput
+from torch import Tensor
+
+from ..grid import TokenGrid
+from . import attention
+from .base import EditState
+from .flux import FluxKontext, position_ids
+from .images import check_pictures, source_pictures
+
+EDIT_AREA = 1024 * 1024
+LATENT_CHANNELS = 16  # a constant of the stock pipeline
+# This transformer hands no arguments down to its attention; a context variable belongs to the thread that set it.
+_running: ContextVar[attention.MixedContext | None] = ContextVar("specedit_longcat", default=None)
+
+
+@contextmanager
+def running(context: attention.MixedContext | None) -> Iterator[None]:
+    """Inside the block the transformer's attention sees `context`."""
+    token = _running.set(context)
+    try:
+        yield
+    finally:
+        _running.reset(token)
+
+
+class LongCatMixedProcessor(attention.FluxMixedProcessor):
+    """FLUX's attention, with the context from `running`."""
+
+    stock = LongCatImageAttnProcessor
+
+    def __call__(
+        self,
+        attn: torch.nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ):
+        return super().__call__(
+            attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, _running.get()
+        )
+
+
+class LongCatImageEdit(FluxKontext):
+    """Adapter of LongCatImageEditPipeline."""
+
+    name = "longcat-image-edit"
+    pipelines = "LongCatImageEditPipeline"
+
+    @staticmethod
+    def matches(pipe: Any) -> bool:
+        return isinstance(pipe, LongCatImageEditPipeline)
+
+    def refusal(self, pipe: Any, call: dict[str, Any]) -> str | None:
+        if call.get("sigmas") is not None:
+            return "sigmas were given, and SpecEdit's stages choose their own"
+        if call.get("prompt") is None:
+            return "the stock pipeline cannot do without a prompt"
+        return None
+
+    def prepare(self, pipe: Any, call: dict[str, Any], attention: str) -> EditState:
+        images = check_pictures(call["image"])
+        if len(images) > 1:
+            raise ValueError(f"image: expected one picture a call for LongCatImageEditPipeline, got {len(images)}")
+        width, height = edit.calculate_dimensions(EDIT_AREA, images[0].width / images[0].height)[:2]
+        pipe.check_inputs(
+            call["prompt"], height, width, negative_prompt=call["negative_prompt"],
+            prompt_embeds=call["prompt_embeds"], negative_prompt_embeds=call["negative_prompt_embeds"],
+        )  # fmt: skip
+        pipe._guidance_scale = call["guidance_scale"]
+        pipe._joint_attention_kwargs = call["joint_attention_kwargs"] or {}
+        pipe._current_timestep = None
+        pipe._interrupt = False
+        resized = pipe.image_processor.resize(images[0], height, width)
+        condition = pipe.image_processor.resize(resized, height // 2, width // 2)
+
+        def encode(prompt: Any) -> dict[str, Tensor]:
+            embeds, ids = pipe.encode_prompt(
+                prompt=prompt, image=condition, num_images_per_prompt=call["num_images_per_prompt"]
+            )
+            return dict(encoder_hidden_states=embeds, txt_ids=ids)
+
+        positive = encode(call["prompt"])
+        negative = encode(call["negative_prompt"] or "") if pipe.do_classifier_free_guidance else None
+        embeds = positive["encoder_hidden_states"]
+        batch, length = embeds.shape[:2]
+        pixels = pipe.image_processor.preprocess(resized, height, width)
+        noise, reference, _, _ = pipe.prepare_latents(
+            pixels, batch, LATENT_CHANNELS, height, width, embeds.dtype, length, pipe._execution_device,
+            call["generator"], call["latents"],
+        )  # fmt: skip
+        multiple = pipe.vae_scale_factor * 2
+        grid = TokenGrid(height // multiple, width // multiple)
+        return EditState(
+            grid=grid,
+            noise=noise.float(),
+            reference=reference.float(),
+            reference_grid=grid,
+            aligned=reference.float(),
+            generator=call["generator"],
+            text_tokens=length,
+            branches=1 if negative is None else 2,
+            pixels_per_token=multiple,
+            backend={"auto": None, "stock": None}.get(attention, attention),
+            extra=dict(
+                positive=positive, negative=negative, dtype=embeds.dtype, scale=call["guidance_scale"],
+                source=source_pictures(pipe, images, height, width).repeat(batch, 1, 1, 1),
+            ),
+        )  # fmt: skip
+
+    def velocity(self, pipe, state, tokens, sigma, rows, layout, reference, reference_layout, config) -> Tensor:
+        dtype, device = state.extra["dtype"], tokens.device
+        # Images begin where the text ends, on both axes: the same number at every resolution.
+        start = torch.tensor([0.0, state.text_tokens, state.text_tokens], device=device)
+        places = [position_ids(each.positions, 1 + i).to(device) for i, each in enumerate((layout, reference_layout))]
+        area = torch.cat([layout.area, reference_layout.area]).to(device)
+        context = self._context(pipe, state, torch.cat(places), start, area, layout, reference_layout, config)
+        states = torch.cat([tokens, reference], 1).to(dtype)
+        timestep = torch.full((len(rows),), sigma * 1000, device=device, dtype=torch.float32).to(dtype) / 1000
+
+        def run(prompt: dict[str, Tensor]) -> Tensor:
+            with running(context):
+                out = pipe.transformer(
+                    hidden_states=states, timestep=timestep, guidance=None,
+                    encoder_hidden_states=prompt["encoder_hidden_states"][rows], txt_ids=prompt["txt_ids"],
+                    img_ids=torch.cat(places) + start, return_dict=False,
+                )[0]  # fmt: skip
+            return out[:, : tokens.shape[1]].float()
+
+        velocity = run(state.extra["positive"])
+        if state.extra["negative"] is None:
+            return velocity
+        negative = run(state.extra["negative"])
+        return negative + state.extra["scale"] * (velocity - negative)
+
+    @staticmethod
+    def _context(pipe, state: EditState, ids, start, area, layout, reference_layout, config):
+        """What a mixed sequence adds to attention, or None where the stock processors do."""
+        mixed = layout.is_mixed or reference_layout.is_mixed
+        text = torch.zeros(state.text_tokens, device=area.device)
+        bias = torch.cat([text, area.log()]) if mixed and config.key_bias == "area" else None
+        if config.attention == "stock":
+            return None if bias is None else attention.MixedContext(bias[None], backend="stock")
+        if not mixed and config.attention == "auto":
+            return None
+        segments = coarse_rotary = None
+        if mixed and config.rope == "phase_aligned":
+            segments = attention.segments(torch.cat([text > 0, area > 1]))
+            half = torch.cat([ids[:, :1], ids[:, 1:] / 2], 1) + start
+            coarse_rotary = pipe.transformer.pos_embed(torch.cat([state.extra["positive"]["txt_ids"].to(half), half]))
+        return attention.MixedContext(bias, segments, coarse_rotary, state.backend)
+
+    @staticmethod
+    def output(images: Any) -> LongCatImagePipelineOutput:
+        return LongCatImagePipelineOutput(images=images)
+
+    def attach(self, pipe: Any) -> None:
+        attention.attach(pipe.transformer, LongCatImageAttention, LongCatMixedProcessor)
+
+    def detach(self, pipe: Any) -> None:
+        attention.detach(pipe.transformer, LongCatImageAttention)

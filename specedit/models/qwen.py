@@ -1,0 +1,344 @@
+"""Qwen-Image-Edit and its Plus variant (2509, 2511): how a call becomes an EditState, and what the sampler asks."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
+from diffusers.models.attention_processor import Attention
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as edit
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as plus
+from diffusers.pipelines.qwenimage.pipeline_output import QwenImagePipelineOutput
+from diffusers.utils import logging
+from PIL import Image
+from torch import Tensor
+
+from ..grid import GridSet, TokenGrid
+from . import attention, qwen_positions
+from .base import EditState
+from .images import check_pictures, decoder_features, source_pictures
+from .qwen_velocity import Inputs, guided
+
+logger = logging.get_logger(__name__)
+EDIT_AREA = 1024 * 1024  # px to which QwenImageEditPipeline brings every picture
+VISION_TOKEN = 28  # px a side of what the vision-language encoder makes one token
+# Configurations whose transformer takes more than the edit pipelines give it.
+UNUSUAL = {
+    "guidance_embeds": "the transformer is guidance-distilled",
+    "use_additional_t_cond": "the transformer takes another condition beside the timestep",
+    "use_layer3d_rope": "the transformer places layers, not reference pictures",
+}
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The input pictures at the sizes that the pipeline takes them.
+
+    condition: what the vision-language encoder sees. reference: one (n, 3, 1, H, W) for each reference, for the VAE.
+    aligned: the reference that the output is aligned with.
+    """
+
+    condition: Any
+    reference: list[Tensor]
+    aligned: int = 0
+
+
+class QwenImageEdit:
+    """Adapter of QwenImageEditPipeline."""
+
+    name = "qwen-image-edit"
+    pipelines = "QwenImageEditPipeline"
+
+    @staticmethod
+    def matches(pipe: Any) -> bool:
+        return isinstance(pipe, QwenImageEditPipeline)
+
+    def refusal(self, pipe: Any, call: dict[str, Any]) -> str | None:
+        for option, reason in UNUSUAL.items():
+            if getattr(pipe.transformer.config, option, False):  # older versions do not have every option
+                return reason
+        if any(isinstance(processor, torch.nn.Module) for processor in pipe.transformer.attn_processors.values()):
+            return "an attention processor with weights is loaded, and SpecEdit cannot stand in for it"
+        if call.get("sigmas") is not None:
+            return "sigmas were given, and SpecEdit's stages choose their own"
+        return None
+
+    # ------------------------------------------------------------------------------------------------- prepare
+
+    def prepare(self, pipe: Any, call: dict[str, Any], attention: str) -> EditState:
+        images = check_pictures(call["image"])
+        multiple = pipe.vae_scale_factor * 2
+        height, width = self._output_size(call, images, multiple)
+        pipe.check_inputs(
+            call["prompt"], height, width, negative_prompt=call["negative_prompt"],
+            prompt_embeds=call["prompt_embeds"], negative_prompt_embeds=call["negative_prompt_embeds"],
+            prompt_embeds_mask=call["prompt_embeds_mask"],
+            negative_prompt_embeds_mask=call["negative_prompt_embeds_mask"],
+            callback_on_step_end_tensor_inputs=call["callback_on_step_end_tensor_inputs"],
+            max_sequence_length=call["max_sequence_length"],
+        )  # fmt: skip
+        self._check_batch(call, images)
+        pipe._guidance_scale = call["guidance_scale"]
+        pipe._attention_kwargs = call["attention_kwargs"] or {}
+        pipe._current_timestep = None
+        pipe._interrupt = False
+        device = pipe._execution_device
+        grid = TokenGrid(height // multiple, width // multiple)
+        pictures = self._pictures(pipe, images, grid)
+        positive, negative = encode(pipe, call, pictures.condition, device)
+        batch, dtype = positive["encoder_hidden_states"].shape[0], positive["encoder_hidden_states"].dtype
+        noise, reference = pipe.prepare_latents(
+            pictures.reference if len(pictures.reference) > 1 else pictures.reference[0], batch,
+            pipe.transformer.config.in_channels // 4, height, width, dtype, device, call["generator"], call["latents"],
+        )  # fmt: skip
+        if noise.shape[:2] != (batch, grid.tokens):
+            raise ValueError(f"latents: expected shape {(batch, grid.tokens, '...')}, got {tuple(noise.shape)}")
+        grids = GridSet(tuple(TokenGrid(*(side // multiple for side in p.shape[-2:])) for p in pictures.reference))
+        # The pictures that the output is compared with and that keep_pixels gives back, at the output's size.
+        source = source_pictures(pipe, self._edited(images, pictures.aligned), height, width)
+        if grids.grids[pictures.aligned] == grid:
+            aligned = grids.split(reference)[pictures.aligned].float()
+        else:
+            pixels = (source * 2 - 1)[:, :, None].to(device=device, dtype=dtype)
+            latents = pipe._encode_vae_image(image=pixels, generator=call["generator"])
+            aligned = pack_latents(pipe, latents).float().repeat(batch // len(source), 1, 1)
+        return EditState(
+            grid=grid,
+            noise=noise.float(),
+            reference=reference.float(),
+            reference_grid=grids.grids[0] if len(grids.grids) == 1 else grids,
+            aligned=aligned,
+            generator=call["generator"],
+            **text_counts(positive, negative),
+            branches=1 if negative is None else 2,
+            pixels_per_token=multiple,
+            backend={"auto": None, "stock": None}.get(attention, attention),
+            extra=dict(
+                positive=positive, negative=negative, dtype=dtype, call=call, condition=pictures.condition,
+                true_cfg_scale=call["true_cfg_scale"], kwargs=call["attention_kwargs"] or {},
+                source=source.repeat(batch // len(source), 1, 1, 1),
+                # The text stands beyond the largest image; it stays there in the stages with coarser ones.
+                offset=self._offset(pipe, grid, grids),
+            ),
+        )  # fmt: skip
+
+    @staticmethod
+    def _output_size(call: dict[str, Any], images: list[Image.Image], multiple: int) -> tuple[int, int]:
+        width, height = edit_size(edit, images[0])
+        return whole_tokens(call, height, width, multiple)
+
+    @staticmethod
+    def _check_batch(call: dict[str, Any], images: list[Image.Image]) -> None:
+        prompts = count_prompts(call)
+        total = prompts * call["num_images_per_prompt"]
+        if len(images) > total or total % len(images):
+            raise ValueError(f"image: expected one picture or as many as fit {total} edits, got {len(images)}")
+
+    @staticmethod
+    def _pictures(pipe: Any, images: list[Image.Image], grid: TokenGrid) -> Pictures:
+        """Every picture of the batch at the size of the first one, for both encoders."""
+        width, height = edit_size(edit, images[0])
+        resized = pipe.image_processor.resize(images if len(images) > 1 else images[0], height, width)
+        return Pictures(resized, [pipe.image_processor.preprocess(resized, height, width).unsqueeze(2)])
+
+    @staticmethod
+    def _edited(images: list[Image.Image], aligned: int) -> list[Image.Image]:
+        """The pictures being edited, one for each sample."""
+        return images
+
+    @staticmethod
+    def _offset(pipe: Any, grid: TokenGrid, references: GridSet) -> int:
+        return qwen_positions.text_offset([grid, *references.grids], pipe.transformer.pos_embed.scale_rope)
+
+    def draft_state(self, pipe: Any, state: EditState, config: Any) -> EditState:
+        """A draft is a small image of its own: its text stands closer, and may describe a smaller picture."""
+        grids = state.reference_grid.grids if isinstance(state.reference_grid, GridSet) else (state.reference_grid,)
+        scale, call = config.draft_scale, state.extra["call"]
+        small = GridSet(tuple(grid.coarse(scale) for grid in grids))
+        extra = state.extra | {"offset": self._offset(pipe, state.grid.coarse(scale), small)}
+        if config.draft_condition == "full" or call["prompt"] is None:  # embeddings that were given cannot be made anew
+            return dataclasses.replace(state, extra=extra)
+        given = state.extra["condition"]
+        less = [shrink_picture(one, scale) for one in (given if isinstance(given, list) else [given])]
+        small_call = call if call["negative_prompt"] is not None else call | {"true_cfg_scale": 1.0}
+        positive, negative = encode(pipe, small_call, less if isinstance(given, list) else less[0], state.device)
+        if state.extra["negative"] is None or negative is None:
+            negative = state.extra["negative"]
+        extra |= {"positive": positive, "negative": negative}
+        return dataclasses.replace(state, extra=extra, **text_counts(positive, negative))
+
+    # ------------------------------------------------------------------------------------------------ velocity
+
+    def velocity(self, pipe, state, tokens, sigma, rows, layout, reference, reference_layout, config) -> Tensor:
+        prompts = [p for p in (state.extra["positive"], state.extra["negative"]) if p is not None]
+        inputs = Inputs(pipe, state, tokens, reference, sigma, rows, layout, reference_layout, config)
+        plain = config.attention == "auto" and not inputs.mixed and all(p["lengths"] is None for p in prompts)
+        if config.attention == "stock":
+            halves = [inputs.dense(prompt) for prompt in prompts]
+        elif len(prompts) == 1 or config.cfg == "separate":
+            halves = [inputs.dense(prompt) if plain else inputs.packed([prompt])[0] for prompt in prompts]
+        else:
+            halves = inputs.packed(prompts)
+        return halves[0] if len(halves) == 1 else guided(*halves, state.extra["true_cfg_scale"])
+
+    # --------------------------------------------------------------------------------------- features and images
+
+    def features(self, pipe: Any, tokens: Tensor, grid: TokenGrid) -> list[Tensor]:
+        # One frame needs none of the decoder's cache of earlier frames.
+        return [part[:, :, 0] for part in decoder_features(pipe.vae, self._latents(pipe, tokens, grid))]
+
+    def decode(self, pipe: Any, state: EditState, tokens: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return tokens.to(state.extra["dtype"])
+        image = pipe.vae.decode(self._latents(pipe, tokens, state.grid), return_dict=False)[0][:, :, 0]
+        return pipe.image_processor.postprocess(image, output_type=output_type)
+
+    @staticmethod
+    def _latents(pipe: Any, tokens: Tensor, grid: TokenGrid) -> Tensor:
+        side, config = pipe.vae_scale_factor * 2, pipe.vae.config
+        latents = pipe._unpack_latents(tokens, grid.height * side, grid.width * side, pipe.vae_scale_factor)
+        latents = latents.to(pipe.vae.dtype)
+        mean, std = (
+            torch.tensor(x).view(1, -1, 1, 1, 1).to(latents) for x in (config.latents_mean, config.latents_std)
+        )
+        return latents * std + mean
+
+    @staticmethod
+    def output(images: Any) -> QwenImagePipelineOutput:
+        return QwenImagePipelineOutput(images=images)
+
+    # ------------------------------------------------------------------------------------ processors and positions
+
+    def attach(self, pipe: Any) -> None:
+        attention.attach(pipe.transformer, Attention, attention.QwenMixedProcessor)
+        qwen_positions.attach(pipe.transformer.pos_embed)
+
+    def detach(self, pipe: Any) -> None:
+        attention.detach(pipe.transformer, Attention)
+        qwen_positions.detach(pipe.transformer.pos_embed)
+
+
+class QwenImageEditPlus(QwenImageEdit):
+    """Adapter of QwenImageEditPlusPipeline: one prompt, any number of references of different sizes.
+
+    The output is aligned with the reference whose aspect ratio is nearest to its own; of several, with the last one,
+    because that is where the pipeline takes the output's size from. Only that one can serve verification and restoring.
+    """
+
+    name = "qwen-image-edit-plus"
+    pipelines = "QwenImageEditPlusPipeline"
+
+    @staticmethod
+    def matches(pipe: Any) -> bool:
+        return isinstance(pipe, QwenImageEditPlusPipeline)
+
+    @staticmethod
+    def _output_size(call: dict[str, Any], images: list[Image.Image], multiple: int) -> tuple[int, int]:
+        width, height = edit_size(plus, images[-1])
+        return whole_tokens(call, height, width, multiple)
+
+    @staticmethod
+    def _check_batch(call: dict[str, Any], images: list[Image.Image]) -> None:
+        if (prompts := count_prompts(call)) > 1:
+            raise ValueError(f"prompt: expected one prompt a call for QwenImageEditPlusPipeline, got {prompts}")
+
+    @staticmethod
+    def _pictures(pipe: Any, images: list[Image.Image], grid: TokenGrid) -> Pictures:
+        condition, reference = [], []
+        for image in images:
+            width, height = edit_size(plus, image, plus.CONDITION_IMAGE_SIZE)
+            condition.append(pipe.image_processor.resize(image, height, width))
+            width, height = edit_size(plus, image, plus.VAE_IMAGE_SIZE)
+            reference.append(pipe.image_processor.preprocess(image, height, width).unsqueeze(2))
+        return Pictures(condition, reference, nearest_shape([tuple(r.shape[-2:]) for r in reference], grid))
+
+    @staticmethod
+    def _edited(images: list[Image.Image], aligned: int) -> list[Image.Image]:
+        return [images[aligned]]
+
+
+def count_prompts(call: dict[str, Any], prefix: str = "") -> int:
+    prompt = call[f"{prefix}prompt"]
+    if prompt is not None:
+        return 1 if isinstance(prompt, str) else len(prompt)
+    return call[f"{prefix}prompt_embeds"].shape[0]
+
+
+def edit_size(module: Any, image: Image.Image, area: int = EDIT_AREA) -> tuple[int, int]:
+    """Width and height of a picture at `area` px, by the rule of the pipeline's module."""
+    width, height = module.calculate_dimensions(area, image.width / image.height)[:2]
+    if min(width, height) < 1:
+        raise ValueError(f"image: expected sides less unequal, got {image.width} x {image.height}")
+    return width, height
+
+
+def whole_tokens(call: dict[str, Any], height: int, width: int, multiple: int) -> tuple[int, int]:
+    """The asked height and width, or else the given ones, down to whole tokens."""
+    height, width = call["height"] or height, call["width"] or width
+    for name, side in (("height", height), ("width", width)):
+        if side < multiple:
+            raise ValueError(f"{name}: expected at least {multiple} px, got {side}")
+    return height // multiple * multiple, width // multiple * multiple
+
+
+def nearest_shape(sizes: list[tuple[int, int]], grid: TokenGrid) -> int:
+    """Index of the (height, width) whose aspect ratio is nearest to the grid's; of equal ones the last."""
+    distance = [abs(math.log(h * grid.width / (w * grid.height))) for h, w in sizes]
+    return max(i for i, d in enumerate(distance) if d <= min(distance) + 1e-9)
+
+
+def shrink_picture(image: Image.Image, scale: int) -> Image.Image:
+    return image.resize(tuple(max(VISION_TOKEN, side // scale) for side in image.size), Image.Resampling.LANCZOS)
+
+
+def encode(pipe: Any, call: dict[str, Any], condition: Any, device: torch.device) -> tuple[dict, dict | None]:
+    """Both prompts beside the pictures, as the stock pipelines encode them.
+
+    Of each: `encoder_hidden_states` (B, L, D), `mask` (B, L) bool and `lengths`, both None where nothing is padding.
+    """
+
+    def one(prefix: str) -> dict[str, Any]:
+        embeds, mask = pipe.encode_prompt(
+            image=condition, prompt=call[f"{prefix}prompt"], prompt_embeds=call[f"{prefix}prompt_embeds"],
+            prompt_embeds_mask=call[f"{prefix}prompt_embeds_mask"], device=device,
+            num_images_per_prompt=call["num_images_per_prompt"], max_sequence_length=call["max_sequence_length"],
+        )  # fmt: skip
+        mask = None if mask is None or bool(mask.all()) else mask.bool()
+        lengths = None if mask is None else mask.sum(1).tolist()
+        return dict(encoder_hidden_states=embeds, mask=mask, lengths=lengths)
+
+    has_negative = call["negative_prompt"] is not None or call["negative_prompt_embeds"] is not None
+    if call["true_cfg_scale"] > 1 and not has_negative:
+        logger.warning(
+            f"true_cfg_scale is {call['true_cfg_scale']}, but without a negative_prompt there is no guidance"
+        )
+    elif call["true_cfg_scale"] <= 1 and has_negative:
+        logger.warning(
+            f"there is a negative_prompt, but true_cfg_scale is {call['true_cfg_scale']}: there is no guidance"
+        )
+    if not (call["true_cfg_scale"] > 1 and has_negative):
+        return one(""), None
+    expected, got = count_prompts(call), count_prompts(call, "negative_")
+    if expected != got:
+        raise ValueError(f"negative_prompt: expected {expected}, one for each prompt, got {got}")
+    return one(""), one("negative_")
+
+
+def text_counts(positive: dict[str, Any], negative: dict[str, Any] | None) -> dict[str, float | None]:
+    """Mean text tokens of each branch, as EditState's fields."""
+
+    def mean(prompt: dict[str, Any]) -> float:
+        lengths = prompt["lengths"]
+        return prompt["encoder_hidden_states"].shape[1] if lengths is None else sum(lengths) / len(lengths)
+
+    return dict(text_tokens=mean(positive), negative_text_tokens=None if negative is None else mean(negative))
+
+
+def pack_latents(pipe: Any, latents: Tensor) -> Tensor:
+    """(B, c, 1, h, w) to tokens (B, h/2 * w/2, 4c)."""
+    b, c, _, h, w = latents.shape
+    return pipe._pack_latents(latents, b, c, h, w)

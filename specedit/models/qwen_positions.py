@@ -1,0 +1,91 @@
+"""Positions of Qwen-Image: rotary frequencies of any token, not only of those in the model's tables.
+
+`QwenEmbedRope` reads whole rows and columns, counted from the middle of each image, out of two tables. Tokens of a
+mixed sequence lie between them, so their frequencies are computed here, by the same formula and to the same bits, and
+travel inside the `img_shapes` argument. The hook on `transformer.pos_embed` hands them back; any other call goes to the
+model's own tables, which stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..grid import LayoutSet, MixedLayout, TokenGrid
+
+
+class PlacedImages(list):
+    """The `img_shapes` of a call, [[(1, target tokens, 1), (1, reference tokens, 1)]] for each sample of its batch, and
+    the frequencies that `pos_embed` returns for it."""
+
+    def __init__(self, target: int, reference: int, batch: int, frequencies: tuple[Tensor, Tensor]):
+        super().__init__([[(1, target, 1), (1, reference, 1)]] * batch)
+        self.frequencies = frequencies
+
+
+class PositionHook:
+    """Stands in for `pos_embed.forward`. Nothing is kept here: what a call needs comes with it."""
+
+    def __init__(self, stock: Callable):
+        self.stock = stock
+
+    def __call__(self, video_fhw: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if isinstance(video_fhw, PlacedImages):
+            return video_fhw.frequencies
+        return self.stock(video_fhw, *args, **kwargs)
+
+
+def attach(pos_embed: nn.Module) -> None:
+    """Put the hook in place; idempotent."""
+    if not isinstance(vars(pos_embed).get("forward"), PositionHook):
+        pos_embed.forward = PositionHook(pos_embed.forward)
+
+
+def detach(pos_embed: nn.Module) -> None:
+    """Take the hook out again."""
+    hook = vars(pos_embed).get("forward")
+    if isinstance(hook, PositionHook):
+        del pos_embed.forward
+        if pos_embed.forward != hook.stock:  # another library's own replacement, from before us
+            pos_embed.forward = hook.stock
+
+
+def image_positions(layout: MixedLayout, frame: int, scale_rope: bool) -> Tensor:
+    """(N, 3) float32 frame, row and column of a layout's tokens, counted from the middle of the image (scale_rope).
+
+    Row i of h has position i - (h - h // 2), as in the model's tables. A layout that is all coarse is a small image.
+    """
+    positions = layout.positions
+    if scale_rope:
+        grid = layout.grid.coarse() if layout.is_coarse else layout.grid
+        centre = [side - side // 2 for side in grid.shape]
+        positions = positions - torch.tensor(centre, dtype=positions.dtype, device=positions.device)
+    return torch.cat([torch.full_like(positions[:, :1], frame), positions], 1)
+
+
+def all_positions(layout: MixedLayout, reference: MixedLayout | LayoutSet, scale_rope: bool) -> tuple[Tensor, Tensor]:
+    """Positions of the target's tokens (frame 0), and of every reference's (frames 1, 2, ...)."""
+    others = [image_positions(part, 1 + i, scale_rope) for i, part in enumerate(reference.parts)]
+    return image_positions(layout, 0, scale_rope), torch.cat(others)
+
+
+def text_offset(grids: list[TokenGrid], scale_rope: bool) -> int:
+    """Where the text begins on all three axes: beyond the largest position of any image."""
+    return max(side // 2 if scale_rope else side for grid in grids for side in grid.shape)
+
+
+def angles(pos_embed: nn.Module, positions: Tensor) -> Tensor:
+    """(N, D/2) float32 rotary angles of positions (N, 3): position / theta^(2i/d) on each axis of d dimensions."""
+    parts = []
+    for axis, dim in enumerate(pos_embed.axes_dim):
+        rates = torch.arange(0, dim, 2, device=positions.device).to(torch.float32).div(dim)
+        parts.append(torch.outer(positions[:, axis], 1.0 / torch.pow(pos_embed.theta, rates)))
+    return torch.cat(parts, 1)
+
+
+def phases(angle: Tensor) -> Tensor:
+    """exp(i * angle), complex64, as the stock processors take them."""
+    return torch.polar(torch.ones_like(angle), angle)

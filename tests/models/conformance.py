@@ -1,0 +1,197 @@
+"""What every adapter must do, whatever the model: a class of tests to derive from.
+
+class TestMyModel(Conformance):
+    @pytest.fixture
+    def family(self, ...):
+        return Family(adapter=MyModel, make=..., call=...)
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+import specedit
+from specedit import SpecEditConfig
+from specedit.grid import MixedLayout
+from specedit.sampler import restrict
+
+QUICK = dict(steps=(2, 1, 1), draft_steps=2)
+
+
+@dataclass
+class Family:
+    """A model family under test.
+
+    adapter: its class. make: makes equal pipelines that share nothing. call: (height, width) to the arguments of one
+    call whose reference covers the output. guided: arguments that switch true classifier-free guidance on, or None.
+    batch: (n) to arguments that make a call edit n pictures, or None where the pipeline takes only one.
+    """
+
+    adapter: type
+    make: Callable[[], Any]
+    call: Callable[[int, int], dict[str, Any]]
+    guided: dict[str, Any] | None = None
+    batch: Callable[[int], dict[str, Any]] | None = None
+    sizes: tuple[tuple[int, int], ...] = field(default=((128, 128), (160, 96)))
+
+    def run(self, pipe, size=(128, 128), seed=0, **changes):
+        """Latents of one call."""
+        arguments = self.call(*size) | {"output_type": "latent"} | changes
+        arguments.setdefault("generator", torch.Generator().manual_seed(seed))
+        return pipe(**arguments).images
+
+    def prepare(self, pipe, size=(128, 128), attention="auto", **changes):
+        """(adapter, state) of one call, as an installation makes them."""
+        adapter = self.adapter()
+        adapter.attach(pipe)
+        arguments = self.call(*size) | {"generator": torch.Generator().manual_seed(0)} | changes
+        bound = inspect.signature(type(pipe).__call__).bind(pipe, **arguments)
+        bound.apply_defaults()
+        call = {name: value for name, value in bound.arguments.items() if name != "self"}
+        with torch.no_grad():
+            return adapter, adapter.prepare(pipe, call, attention)
+
+
+class Shuffled:
+    """A mixed layout whose tokens are listed in another order."""
+
+    is_mixed, is_coarse, is_fine = True, False, False
+
+    def __init__(self, layout: MixedLayout, order: torch.Tensor, move: bool = True):
+        self.grid, self.tokens, self.area = layout.grid, layout.tokens, layout.area[order]
+        self.positions = layout.positions[order] if move else layout.positions
+
+    @property
+    def parts(self):
+        return (self,)
+
+
+def mixed_layout(grid, share=0.4, seed=0):
+    return MixedLayout(grid, torch.rand(grid.coarse().shape, generator=torch.Generator().manual_seed(seed)) < share)
+
+
+def trace(pipe):
+    """What an installation may change on a pipeline."""
+    hooks = [vars(module).get("forward") for module in pipe.transformer.modules()]
+    return type(pipe), list(pipe.transformer.attn_processors.values()), hooks
+
+
+class Conformance:
+    """The tests. A subclass has a fixture `family`."""
+
+    def close(self, a, b, tolerance=2e-4):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+    def guides(self, family):
+        return [{}] if family.guided is None else [{}, family.guided]
+
+    # Nothing locked: a run of only full steps is the stock pipeline's.
+    @pytest.mark.parametrize("attention", ["auto", "torch", "stock"])
+    def test_nothing_locked_equals_stock(self, family, attention):
+        for size in family.sizes:
+            for guide in self.guides(family):
+                stock = family.run(family.make(), size, num_inference_steps=3, **guide)
+                pipe = specedit.install(family.make(), steps=(0, 0, 3), attention=attention)
+                self.close(family.run(pipe, size, **guide), stock)
+                assert specedit.report(pipe).draft_steps == 0
+
+    # Everything expanded: a mixed sequence without a locked cell is the stock sequence.
+    def test_everything_edited_equals_stock(self, family):
+        mask = torch.ones(8, 8)
+        stock = family.run(family.make(), num_inference_steps=3)
+        pipe = specedit.install(family.make(), steps=(0, 3, 0), restore="reference")
+        self.close(family.run(pipe, edit_mask=mask), stock)
+
+    def test_uninstall_is_bit_exact(self, family):
+        pipe = family.make()
+        before, kept = family.run(pipe, num_inference_steps=2), trace(pipe)
+        specedit.install(pipe, **QUICK)
+        accelerated = family.run(pipe)
+        assert not torch.equal(accelerated, before)
+        with specedit.disabled(pipe):
+            assert torch.equal(family.run(pipe, num_inference_steps=2), before)
+        specedit.uninstall(pipe)
+        assert torch.equal(family.run(pipe, num_inference_steps=2), before)
+        now = trace(pipe)
+        assert now[0] is kept[0]
+        assert all(a is b for first, second in zip(kept[1:], now[1:], strict=True) for a, b in zip(first, second))
+
+    @pytest.mark.parametrize("changes", [{}, {"key_bias": "none"}, {"rope": "phase_aligned"}, {"attention": "stock"}])
+    def test_permuting_tokens_with_their_positions_changes_nothing(self, family, changes):
+        config = SpecEditConfig(**changes)
+        for guide in self.guides(family):
+            pipe = family.make()
+            adapter, state = family.prepare(pipe, (144, 112), config.attention, **guide)
+            layout = mixed_layout(state.grid)
+            beside = layout.resized(state.reference_grid)
+            assert layout.is_mixed and beside.is_mixed
+            draw = torch.Generator().manual_seed(1)
+            reference = restrict(state.reference, beside)
+            tokens = torch.randn(1, layout.tokens, state.noise.shape[2], generator=draw)
+            orders = [torch.randperm(each.tokens, generator=draw) for each in (layout, beside)]
+
+            def velocity(tokens, layout, reference, beside, pipe=pipe, adapter=adapter, state=state):
+                with torch.no_grad():
+                    return adapter.velocity(pipe, state, tokens, 0.5, [0], layout, reference, beside, config)
+
+            expected = velocity(tokens, layout, reference, beside)[:, orders[0]]
+            moved = [Shuffled(each, order) for each, order in zip((layout, beside), orders, strict=True)]
+            got = velocity(tokens[:, orders[0]], moved[0], reference[:, orders[1]], moved[1])
+            self.close(got, expected)
+            stayed = Shuffled(layout, orders[0], move=False)
+            wrong = velocity(tokens[:, orders[0]], stayed, reference[:, orders[1]], moved[1])
+            assert (wrong - expected).abs().max() > 1e-3  # positions matter
+
+    def test_samples_of_a_batch_are_independent(self, family):
+        if family.batch is None:
+            pytest.skip("this pipeline takes one picture a call")
+        for guide in self.guides(family):
+            both = family.batch(2)
+            alone = [
+                {name: value[row : row + 1] if isinstance(value, list) else 1 for name, value in both.items()}
+                for row in range(2)
+            ]
+            if isinstance(both.get("prompt"), list):  # then there is a negative prompt for each of them
+                guide = {name: [value] if isinstance(value, str) else value for name, value in guide.items()}
+            twice = {name: value * 2 if isinstance(value, list) else value for name, value in guide.items()}
+            generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+            pipe = specedit.install(family.make(), **QUICK)
+            together = family.run(pipe, generator=generators, **both, **twice)
+            assert len(together) == 2
+            for row, seed in enumerate((5, 6)):
+                generator = torch.Generator().manual_seed(seed)
+                self.close(family.run(pipe, generator=generator, **alone[row], **guide)[0], together[row])
+
+    def test_features_come_at_growing_size_and_tell_pictures_apart(self, family):
+        pipe = family.make()
+        adapter, state = family.prepare(pipe, (144, 112))
+        with torch.no_grad():
+            features = adapter.features(pipe, state.aligned, state.grid)
+            others = adapter.features(pipe, state.noise, state.grid)
+        assert len(features) == 3 and all(f.ndim == 4 and len(f) == state.batch for f in features)
+        assert features[0].shape[-2:] == (2 * state.grid.height, 2 * state.grid.width)
+        assert features[0].shape[-1] <= features[1].shape[-1] <= features[2].shape[-1]
+        assert all((a - b).abs().max() > 1e-3 for a, b in zip(features, others, strict=True))
+
+    def test_every_attention_setting_gives_the_same_edit(self, family):
+        mask = torch.zeros(8, 8)
+        mask[2:5, 2:5] = 1
+        runs = []
+        for attention in ("auto", "torch", "stock"):
+            pipe = specedit.install(family.make(), attention=attention, **QUICK)
+            runs.append(family.run(pipe, edit_mask=mask))
+        self.close(runs[1], runs[0])
+        self.close(runs[2], runs[0])
+
+    def test_every_stage_counts_its_tokens(self, family):
+        pipe = specedit.install(family.make(), **QUICK)
+        family.run(pipe)
+        stages = {stage.name: stage for stage in specedit.report(pipe).stages if stage.steps}
+        assert list(stages) == ["draft", "coarse", "mixed", "full"]
+        tokens = [stage.tokens for stage in stages.values()]
+        assert tokens == sorted(tokens) and tokens[0] < tokens[-1]
+        assert all(stage.flops > 0 for stage in stages.values())

@@ -1,0 +1,71 @@
+"""Every adapter against the conformance tests."""
+
+import pytest
+from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
+
+from specedit.models import LongCatImageEdit
+from specedit.models.flux import FluxKontext
+from specedit.models.qwen import QwenImageEdit, QwenImageEditPlus
+from tests.models.conformance import Conformance, Family
+
+
+class TestFluxKontext(Conformance):
+    @pytest.fixture
+    def family(self, make_pipe, picture):
+        def call(height, width):
+            return dict(
+                image=picture(height, width), prompt="make it red", height=height, width=width,
+                max_area=height * width, _auto_resize=False, max_sequence_length=16,
+            )  # fmt: skip
+
+        return Family(
+            FluxKontext, make_pipe, call, guided=dict(negative_prompt="blue", true_cfg_scale=2.5),
+            batch=lambda n: dict(image=[picture(seed=i) for i in range(n)], prompt=["red", "make it large"][:n]),
+        )  # fmt: skip
+
+
+class TestQwenImageEdit(Conformance):
+    pipeline, adapter = QwenImageEditPipeline, QwenImageEdit
+
+    @pytest.fixture
+    def family(self, make_qwen, picture):
+        def call(height, width):
+            return dict(image=picture(height, width), prompt="make it red", height=height, width=width)
+
+        return Family(
+            self.adapter, lambda: self.make(make_qwen), call,
+            guided=dict(negative_prompt="blue and dark", true_cfg_scale=2.5), batch=self.batch(picture),
+        )  # fmt: skip
+
+    def make(self, make_qwen):
+        return make_qwen(self.pipeline)
+
+    def batch(self, picture):
+        return lambda n: dict(image=[picture(seed=i) for i in range(n)], prompt=["red", "make it large"][:n])
+
+
+class TestQwenImageEditPlus(TestQwenImageEdit):
+    pipeline, adapter = QwenImageEditPlusPipeline, QwenImageEditPlus
+
+    def batch(self, picture):  # one prompt a call, but several images of it
+        return lambda n: dict(num_images_per_prompt=n)
+
+
+class TestQwenImageEdit2511(TestQwenImageEditPlus):
+    def make(self, make_qwen):
+        return make_qwen(self.pipeline, zero_cond_t=True)
+
+
+@pytest.mark.skipif(LongCatImageEdit is None, reason="this diffusers has no LongCatImageEditPipeline")
+class TestLongCatImageEdit(Conformance):
+    """The guide's proof: an adapter that was written by it, on a pipeline without size arguments or callbacks."""
+
+    @pytest.fixture
+    def family(self, make_longcat, picture):
+        def call(height, width):
+            return dict(image=picture(height, width), prompt="make it red", guidance_scale=1.0)
+
+        return Family(
+            LongCatImageEdit, make_longcat, call, guided=dict(negative_prompt="blue", guidance_scale=2.5),
+            batch=lambda n: dict(num_images_per_prompt=n),
+        )  # fmt: skip

@@ -1,0 +1,70 @@
+"""Pictures as callers give them, and the decoder's features."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from specedit.models.images import batched, check_image, check_pictures, decoder_features, source_pictures
+
+
+def test_check_image_returns_the_size():
+    for image in (Image.new("RGB", (80, 64)), np.zeros((64, 80, 3)), torch.zeros(2, 3, 64, 80)):
+        assert check_image(image) == (64, 80)
+
+
+def test_check_pictures_lists_them():
+    one, other = Image.new("RGB", (80, 64)), Image.new("RGB", (64, 64))
+    assert check_pictures(one) == [one] and check_pictures([one, other]) == [one, other]
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        ([], ValueError, "at least one picture, got an empty list"),
+        (None, TypeError, "a PIL image or a list of them, got NoneType"),
+        ([Image.new("RGB", (80, 64)), "a.png"], TypeError, "a PIL image or a list of them, got str"),
+        (torch.zeros(3, 64, 64), TypeError, "a PIL image or a list of them, got Tensor"),
+        (Image.new("L", (80, 64)), ValueError, "an RGB picture, got mode 'L'"),
+        (Image.new("RGB", (80, 63)), ValueError, "at least 64 px a side, got 80 x 63"),
+    ],
+)
+def test_bad_pictures(image, error, message):
+    with pytest.raises(error, match=f"image: expected {message}"):
+        check_pictures(image)
+
+
+def test_batched_adds_the_axis_to_arrays_only():
+    picture = Image.new("RGB", (64, 64))
+    assert batched(picture) is picture and batched([picture]) == [picture]
+    assert batched(np.zeros((4, 5, 3))).shape == (1, 4, 5, 3) and batched(torch.zeros(1, 3, 4, 5)).shape == (1, 3, 4, 5)
+
+
+def test_source_pictures_at_their_own_size_are_the_pixels(picture):
+    pipe = SimpleNamespace(vae_scale_factor=8)
+    given = picture(64, 96)
+    pixels = torch.from_numpy(np.array(given)).permute(2, 0, 1) / 255
+    assert torch.equal(source_pictures(pipe, given, 64, 96)[0], pixels)
+    assert source_pictures(pipe, [given, given], 32, 64).shape == (2, 3, 32, 64)
+    signed = pixels[None] * 2 - 1  # values in -1..1 are taken for what they are
+    torch.testing.assert_close(source_pictures(pipe, signed, 64, 96)[0], pixels)
+
+
+@pytest.mark.parametrize("components", ["tiny_components", "qwen_components"])
+def test_features_of_an_offloaded_decoder_are_the_same(request, components):
+    vae = request.getfixturevalue(components)["vae"]
+    frame = () if components == "tiny_components" else (1,)
+    latents = torch.randn(2, 4, *frame, 6, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = decoder_features(vae, latents)
+        vae._hf_hook = object()  # what accelerate leaves behind
+        try:
+            hooked = decoder_features(vae, latents)
+        finally:
+            del vae._hf_hook
+    assert len(plain) == len(hooked) == 3
+    for a, b in zip(plain, hooked, strict=True):
+        torch.testing.assert_close(a, b)
+    assert not any(module._forward_hooks for module in vae.modules())
