@@ -82,15 +82,12 @@ def draw_noise(
     return noise.view(shape)
 
 
-def draw_seeds(
-    generator: torch.Generator | Sequence[torch.Generator] | None, coarse: torch.Tensor
-) -> torch.Tensor:
+def draw_seeds(generator: torch.Generator | Sequence[torch.Generator] | None, coarse: torch.Tensor) -> torch.Tensor:
     """Philox keys for in-kernel noise: int64, one per sample for a list of generators, otherwise one for all."""
     generators = generator if isinstance(generator, (list, tuple)) else [generator]
     device = coarse.device
     keys = [
-        torch.randint(2**62, (1,), generator=g, device=device if g is None else g.device).to(device)
-        for g in generators
+        torch.randint(2**62, (1,), generator=g, device=device if g is None else g.device).to(device) for g in generators
     ]
     return keys[0] if len(keys) == 1 else torch.cat(keys)
 
