@@ -12,8 +12,8 @@ TINY = ["--tiny", "--repeat", "1", "--size", "128x128", "--preset", "turbo", "--
 FLUX = [*TINY, "--model", "flux-kontext", "--execution", "eager"]
 KEYS = {
     "model", "preset", "restore", "edit_fraction", "height", "width", "baseline", "seconds_stock", "seconds", "speedup",
-    "flops_ratio", "peak_memory_stock", "peak_memory", "stages", "batch", "quotient", "spread", "spread_stock", "repeats",
-    "repeats_stock",
+    "flops_ratio", "peak_memory_stock", "peak_memory", "stages", "batch", "quotient", "spread", "spread_stock",
+    "repeats", "repeats_stock",
 }  # fmt: skip
 
 
