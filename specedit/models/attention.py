@@ -39,12 +39,17 @@ class MixedContext:
 
     key_bias: (S,) float32 or None, log of the area of every key. segments: None, or which queries are coarse; with it
     they see all positions at the coarse scale (`coarse_rotary`, cos and sin (S, D)): phase-aligned RoPE.
+
+    A context serves every block of every step of a stage. What is the same for all of them is made with it: `rotary`
+    and `coarse_rotary` as the kernel takes them, cos and sin (S, D/2) float32, and `index`, (S,) int64 from 0 to S - 1.
     """
 
     key_bias: Tensor | None = None
     segments: Segments | None = None
     coarse_rotary: tuple[Tensor, Tensor] | None = None
     backend: str | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+    index: Tensor | None = None
 
 
 class FluxMixedProcessor:
@@ -87,7 +92,8 @@ class FluxMixedProcessor:
             added = _projections(attn, "add_q_proj", "add_k_proj", "add_v_proj", "to_added_qkv")
             streams.insert(0, (encoder_hidden_states, added, attn.norm_added_q, attn.norm_added_k))
         batch, length = hidden_states.shape[0], sum(s[0].shape[1] for s in streams)
-        cos, sin = (half_table(table) for table in image_rotary_emb)
+        cos, sin = half_tables(specedit.rotary or image_rotary_emb, heads)
+        index = specedit.index if specedit.index is not None else torch.arange(length, device=hidden_states.device)
         joint, coarse = None, None
         start = 0
         for states, project, norm_q, norm_k in streams:
@@ -99,9 +105,10 @@ class FluxMixedProcessor:
             stop = start + states.shape[1]
             rotary = [(cos, sin, joint, v)]
             if coarse is not None:
-                rotary.append((*(half_table(table) for table in specedit.coarse_rotary), coarse, None))
+                rotary.append((*half_tables(specedit.coarse_rotary, heads), coarse, None))
             for c, n, out, values in rotary:
-                _place(q, k, values, norm_q, norm_k, c[start:stop], n[start:stop], out, start, backend)
+                rows = index[start:stop]
+                _place(q, k, values, norm_q, norm_k, c[start:stop], n[start:stop], out, start, rows, backend)
             start = stop
         out = _attend(joint, coarse, specedit).flatten(2, 3).to(hidden_states.dtype)
         if encoder_hidden_states is None:
@@ -111,11 +118,10 @@ class FluxMixedProcessor:
         return image, attn.to_add_out(out[:, :text].contiguous())
 
 
-def _place(q, k, v, norm_q, norm_k, cos, sin, out, start: int, backend: str | None) -> None:
-    """Norm and rotate q and k, and write them (and v) into rows `start` and on of the joint sequence."""
+def _place(q, k, v, norm_q, norm_k, cos, sin, out, start: int, index: Tensor, backend: str | None) -> None:
+    """Norm and rotate q and k, and write them (and v) into rows `start` and on, listed in `index`, of the sequence."""
     stop = start + q.shape[1]
     if norm_q.weight.device == q.device:
-        index = torch.arange(start, stop, device=q.device)
         weights = (norm_q.weight, norm_k.weight)
         qk_norm_rope(q, k, *weights, cos, sin, eps=norm_q.eps, v=v, out_index=index, out=out, backend=backend)
         return
@@ -132,6 +138,11 @@ def _projections(attn: nn.Module, q: str, k: str, v: str, fused: str):
     if getattr(attn, "fused_projections", False):
         return lambda x: getattr(attn, fused)(x).chunk(3, dim=-1)
     return lambda x: (getattr(attn, q)(x), getattr(attn, k)(x), getattr(attn, v)(x))
+
+
+def half_tables(tables: tuple[Tensor, Tensor], dim: int) -> tuple[Tensor, Tensor]:
+    """cos and sin (S, dim / 2), from diffusers' (S, dim) or as they are."""
+    return tuple(table if 2 * table.shape[-1] == dim else half_table(table) for table in tables)
 
 
 def half_table(table: Tensor) -> Tensor:

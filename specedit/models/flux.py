@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,27 @@ from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from PIL import Image
 from torch import Tensor
 
-from ..grid import TokenGrid
+from ..grid import MixedLayout, TokenGrid
 from . import attention
 from .base import EditState
 
 IP_ADAPTER = (
     "ip_adapter_image", "ip_adapter_image_embeds", "negative_ip_adapter_image", "negative_ip_adapter_image_embeds",
 )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Sequence:
+    """What the transformer is told alike in every step of a stage.
+
+    ids (N, 3) float32: positions of target and reference. rows: which prompts. kwargs: of attention.
+    """
+
+    layout: MixedLayout
+    reference_layout: MixedLayout
+    ids: Tensor
+    rows: slice | Tensor
+    kwargs: dict[str, Any]
 
 
 class FluxKontext:
@@ -171,12 +186,8 @@ class FluxKontext:
 
     def velocity(self, pipe, state, tokens, sigma, rows, layout, reference, reference_layout, config) -> Tensor:
         dtype, device = state.extra["dtype"], tokens.device
-        ids = torch.cat([_ids(layout.positions, 0), _ids(reference_layout.positions, 1)]).to(device)
-        kwargs = dict(state.extra["kwargs"])
-        mixed = layout.is_mixed or reference_layout.is_mixed
-        area = torch.cat([layout.area, reference_layout.area]).to(device)
-        if mixed or config.attention in ("triton", "torch"):
-            kwargs |= self._mixed(pipe, state, ids, area, mixed, config)
+        sequence = self._sequence(pipe, state, rows, layout, reference_layout, config)
+        kwargs, chosen = state.extra["kwargs"] | sequence.kwargs, sequence.rows
         states = torch.cat([tokens, reference], 1).to(dtype)
         timestep = torch.full((len(rows),), sigma * 1000, device=device, dtype=torch.float32).to(dtype) / 1000
         guidance = state.extra.get("guidance")
@@ -185,11 +196,11 @@ class FluxKontext:
             out = pipe.transformer(
                 hidden_states=states,
                 timestep=timestep,
-                guidance=None if guidance is None else guidance[rows],
-                pooled_projections=prompt["pooled_projections"][rows],
-                encoder_hidden_states=prompt["encoder_hidden_states"][rows],
+                guidance=None if guidance is None else guidance[chosen],
+                pooled_projections=prompt["pooled_projections"][chosen],
+                encoder_hidden_states=prompt["encoder_hidden_states"][chosen],
                 txt_ids=prompt["txt_ids"],
-                img_ids=ids,
+                img_ids=sequence.ids,
                 joint_attention_kwargs=dict(kwargs),  # the transformer takes the LoRA scale out of it
                 return_dict=False,
             )[0]
@@ -200,6 +211,22 @@ class FluxKontext:
             negative = run(state.extra["negative"])
             velocity = negative + state.extra["true_cfg_scale"] * (velocity - negative)
         return velocity
+
+    def _sequence(self, pipe, state: EditState, rows, layout, reference_layout, config) -> Sequence:
+        """Made by the first step of a stage for all of them."""
+        made = state.extra.setdefault("sequences", {})
+        # The entry holds the layouts, so that no other object can take their ids.
+        key = (id(layout), id(reference_layout), *rows, config.attention, config.key_bias, config.rope)
+        if key not in made:
+            device = state.device
+            ids = torch.cat([_ids(layout.positions, 0), _ids(reference_layout.positions, 1)]).to(device)
+            mixed = layout.is_mixed or reference_layout.is_mixed
+            kwargs = {}
+            if mixed or config.attention in ("triton", "torch"):
+                area = torch.cat([layout.area, reference_layout.area]).to(device)
+                kwargs = self._mixed(pipe, state, ids, area, mixed, config)
+            made[key] = Sequence(layout, reference_layout, ids, rows_index(rows, device), kwargs)
+        return made[key]
 
     @staticmethod
     def _mixed(pipe, state: EditState, ids: Tensor, area: Tensor, mixed: bool, config) -> dict[str, Any]:
@@ -212,13 +239,17 @@ class FluxKontext:
             if bias is None:
                 return {}
             return {"attention_mask": bias.to(state.extra["dtype"])[None, None, None]}
+        text_ids = state.extra["positive"]["txt_ids"].to(ids)
+
+        def rotary(image_ids: Tensor) -> tuple[Tensor, Tensor]:
+            return tuple(attention.half_table(t) for t in pipe.transformer.pos_embed(torch.cat([text_ids, image_ids])))
+
         segments = coarse_rotary = None
         if mixed and config.rope == "phase_aligned":
             segments = attention.segments(torch.cat([text > 0, area > 1]))
-            text_ids = state.extra["positive"]["txt_ids"].to(ids)
-            small = torch.cat([text_ids, torch.cat([ids[:, :1], ids[:, 1:] / 2], 1)])
-            coarse_rotary = pipe.transformer.pos_embed(small)
-        context = attention.MixedContext(bias, segments, coarse_rotary, state.backend)
+            coarse_rotary = rotary(torch.cat([ids[:, :1], ids[:, 1:] / 2], 1))
+        index = torch.arange(len(text_ids) + len(ids), device=ids.device)
+        context = attention.MixedContext(bias, segments, coarse_rotary, state.backend, rotary(ids), index)
         return {"specedit": context}
 
     # --------------------------------------------------------------------------------------- features and images
@@ -311,6 +342,14 @@ def check_image(image: Any) -> tuple[int, int]:
 def _batched(image: Any) -> Any:
     """A single array or tensor with the batch axis that diffusers' image processor expects."""
     return image[None] if isinstance(image, (np.ndarray, Tensor)) and image.ndim == 3 else image
+
+
+def rows_index(rows: list[int], device: torch.device) -> slice | Tensor:
+    """An index that picks `rows`, without copying where they are consecutive: a list would be sent to the device anew
+    by every step, and the step would wait for it."""
+    if rows == list(range(rows[0], rows[0] + len(rows))):
+        return slice(rows[0], rows[0] + len(rows))
+    return torch.tensor(rows, device=device)
 
 
 def _ids(positions: Tensor, image: int) -> Tensor:
