@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import time
 from collections.abc import Iterator
@@ -92,6 +93,7 @@ class Bench:
     def load(self, model: str) -> Any:
         if model != self.model:
             self.model = self.pipe = self.given = None  # two of them might not fit beside each other
+            gc.collect()
             if self.device == "cuda":
                 torch.cuda.empty_cache()
             dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
@@ -112,7 +114,9 @@ class Bench:
         if how == self.execution:
             return
         if how == "compiled":
-            torch._dynamo.config.recompile_limit = 64  # every stage has a length and a set of arguments of its own
+            # Every stage has a length and a set of arguments of its own. The limit's name depends on torch's version.
+            limits = ("recompile_limit", "cache_size_limit")
+            setattr(torch._dynamo.config, next(n for n in limits if hasattr(torch._dynamo.config, n)), 64)
             # Tiny runs prove the harness; tracing shows as much as generating code would.
             self.pipe.transformer.compile_repeated_blocks(**(dict(backend="eager") if self.args.tiny else {}))
         else:

@@ -7,8 +7,8 @@
 #   kernels   every kernel against its peers, with the machine's own ceilings
 #   micro     the embedded editor: quality of every preset on 64 tasks, and clock against FLOPs
 #   real      FLUX.1-Kontext and Qwen-Image-Edit at full size, stock against SpecEdit, for 8 minutes; a later run goes on
-#             where FOLDER/end_to_end-real.json ends. REAL holds more arguments of benchmarks/end_to_end.py, such as
-#             "--model flux-kontext --size 1024x1024 --batch 1"
+#             where FOLDER/end_to_end-real.json ends. REAL holds more arguments of benchmarks/end_to_end.py; all cases
+#             are hours, and REAL="--model flux-kontext --size 1024x1024 --batch 1 --preset turbo --shape blob" is a start
 #   steps     one step of their transformers against the number of tokens, into FOLDER/transformer-real.json
 #   train     goes on training the embedded editor for TRAIN_MINUTES (default 7); its weights land in FOLDER/editor.tar.*
 #
