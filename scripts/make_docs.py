@@ -47,6 +47,11 @@ PAPER_QWEN = {
     "turbo": (6.43, 2580.52),
 }
 QWEN_STOCK = 28219.71
+PAPERS = {
+    "flux-kontext": PAPER,
+    "qwen-image-edit": {preset: (clock, QWEN_STOCK / tera) for preset, (clock, tera) in PAPER_QWEN.items()},
+}
+SETTING = ("model", "height", "width", "batch", "preset", "restore", "edit_fraction", "shape")
 
 
 def load(name: str) -> dict | None:
@@ -217,6 +222,85 @@ def share_of_draft(preset: str) -> float:
     return run["stages"][0]["flops"] / run["flops"]
 
 
+def roofline(name: str) -> str:
+    from specedit.config import CHOICES, resolve
+    from specedit.plan import GPUS
+    from specedit.plan import plan as predict
+
+    rows = []
+    for model, paper in PAPERS.items():
+        for preset in paper:
+            for restore in CHOICES["restore"]:
+                config = resolve(preset, restore=restore)
+                plans = [predict(config, model, 1024, 1024, 0.2, gpu) for gpu in GPUS]
+                ratios = [f"{p['clock_ratio']:.2f} ({p['quotient']:.2f})" for p in plans]
+                rows.append([model, preset, restore, f"{plans[0]['flops_ratio']:.2f}", *ratios])
+    text = (
+        "\n\nPredicted, not measured: clock ratios over 50 stock steps if every operator ran at its roofline, and in "
+        "brackets their quotient by the FLOPs ratio. Encoding, verification and decoding are in them. "
+    )
+    peaks = "; ".join(f"{n}: {g.flops / 1e12:.0f} TFLOP/s, {g.bandwidth / 1e12:.2f} TB/s" for n, g in GPUS.items())
+    return table(["model", "preset", "restore", "FLOPs ratio", *GPUS], rows) + text + f"Published peaks: {peaks}."
+
+
+def against_faster(rows: list[dict]) -> list[dict]:
+    """Of every setting the row with the faster baseline and the faster way of running SpecEdit, in the file's order."""
+    best: dict[tuple, dict] = {}
+    for row in rows:
+        key = tuple(row[name] for name in SETTING)
+        old = best.get(key)
+        if old is None or (row["seconds_stock"], row["seconds"]) < (old["seconds_stock"], old["seconds"]):
+            best[key] = row
+    return list(best.values())
+
+
+def real(name: str) -> str:
+    files = sorted(RESULTS.glob(f"{Path(name).stem}*.json"))
+    if not files:
+        return "*not measured yet*"
+    return "\n\n".join(real_file(file.name) for file in files)
+
+
+def real_file(name: str) -> str:
+    result, stem = load(name), Path(name).stem
+    rows = []
+    for r in against_faster(result["rows"]):
+        clock, flops = PAPERS.get(r["model"], {}).get(r["preset"], (None, None))
+        if r["restore"] != "full" or (r["height"], r["width"], r["batch"]) != (1024, 1024, 1):
+            clock = flops = None  # the paper has no such row
+        memory = None if r["peak_memory"] is None else r["peak_memory"] / r["peak_memory_stock"] - 1
+        rows.append(
+            [r["model"], f"{r['height']} x {r['width']}", str(r["batch"]), r["preset"], r["restore"],
+             f"{r['edit_fraction']:.0%} {r['shape']}", f"{r['seconds_stock']:.2f}",
+             f"{r['seconds']:.3f} ± {r['spread'] / 2:.3f}", f"{r['speedup']:.2f}", f"{r['flops_ratio']:.2f}",
+             f"{r['speedup'] / r['flops_ratio']:.2f}", number(memory, "+.1%"), number(clock, ".2f"),
+             number(flops, ".2f")]
+        )  # fmt: skip
+    if not rows:
+        return "*not measured yet*"
+    header = [
+        "model", "size", "batch", "preset", "restore", "edited", "stock s", "s", "clock ratio", "FLOPs ratio",
+        "quotient", "peak memory", "paper, clock", "paper, FLOPs",
+    ]  # fmt: skip
+    text = "\n\nRandom weights at the released sizes. Medians against the faster of stock's baselines: "
+    text += ", ".join(sorted({r["baseline"] for r in against_faster(result["rows"])}))
+    pictures = f"\n\n![Clock ratio over edited share](images/{stem}-clock.png)"
+    pictures += f"\n\n![Seconds of every stage](images/{stem}-stages.png)"
+    return table(header, rows) + text + "; ± is half of what the repetitions span." + source(result, name) + pictures
+
+
+def steps(name: str) -> str:
+    result = load(name)
+    if result is None or not result["transformer"]:
+        return "*not measured yet*"
+    rows = [
+        [c["model"], c["execution"], c["layout"], f"{c['tokens']:,}", f"{r['ms']:.1f}", f"{r['tflops']:.0f}"]
+        for r in result["transformer"]
+        for c in [r["case"]]
+    ]
+    return table(["model", "execution", "sequence", "tokens", "ms a step", "TFLOP/s"], rows) + source(result, name)
+
+
 def verification(name: str) -> str:
     result = load(name)
     if result is None:
@@ -297,7 +381,7 @@ MAKERS = {
     "quality": quality, "kinds": kinds, "small": small_edits, "sweep": sweep, "bench": bench, "plan": plan,
     "plan-qwen": plan_qwen,
     "training": training,
-    "verification": verification,
+    "verification": verification, "roofline": roofline, "real": real, "steps": steps,
 }  # fmt: skip
 
 
@@ -352,6 +436,59 @@ def forecast_pareto(name: str, path: Path) -> None:
     figure.savefig(path, dpi=90)
 
 
+def clock_figure(name: str, path: Path) -> None:
+    """Clock ratio against edited share, a panel for each model, of one picture of 1024 x 1024 and one blob."""
+    rows = [r for r in against_faster(load(name)["rows"]) if r["batch"] == 1 and r["shape"] == "blob"]
+    rows = [r for r in rows if (r["height"], r["width"]) == (1024, 1024)] or rows
+    models = list(dict.fromkeys(r["model"] for r in rows))
+    if not models:
+        return
+    figure = Figure(figsize=(5.5 * len(models), 4), layout="constrained")
+    for axis, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models):
+        for preset, restore in dict.fromkeys((r["preset"], r["restore"]) for r in rows if r["model"] == model):
+            key = (model, preset, restore)
+            line = sorted((r["edit_fraction"], r["speedup"]) for r in rows if _kind(r) == key)
+            axis.plot(
+                [100 * share for share, _ in line], [ratio for _, ratio in line],
+                marker="^" if restore == "reference" else "o", label=f"{preset}, {restore}",
+            )  # fmt: skip
+        axis.set_title(model)
+        axis.set_xlabel("edited, % of the cells")
+        axis.set_ylabel("clock ratio")
+        axis.set_ylim(bottom=0)
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=90)
+
+
+def stages_figure(name: str, path: Path) -> None:
+    """Seconds of every stage, a bar for each preset and restore, of the share nearest to a fifth."""
+    rows = [r for r in against_faster(load(name)["rows"]) if r["batch"] == 1 and r["shape"] == "blob"]
+    rows = [r for r in rows if (r["height"], r["width"]) == (1024, 1024)] or rows
+    nearest: dict[tuple, dict] = {}
+    for r in rows:
+        old = nearest.get(_kind(r))
+        if old is None or abs(r["edit_fraction"] - 0.2) < abs(old["edit_fraction"] - 0.2):
+            nearest[_kind(r)] = r
+    if not nearest:
+        return
+    figure = Figure(figsize=(9, 1 + 0.35 * len(nearest)), layout="constrained")
+    axis = figure.subplots()
+    labels = [", ".join(key) for key in nearest]
+    left = [0.0] * len(labels)
+    for stage in ("encode", "draft", "verify", "coarse", "mixed", "full", "decode"):
+        seconds = [sum(s["seconds"] for s in r["stages"] if s["name"] == stage) for r in nearest.values()]
+        axis.barh(labels, seconds, left=left, label=stage)
+        left = [a + b for a, b in zip(left, seconds)]
+    axis.invert_yaxis()
+    axis.set_xlabel("seconds")
+    axis.legend(ncols=7, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    figure.savefig(path, dpi=90)
+
+
+def _kind(row: dict) -> tuple[str, str, str]:
+    return row["model"], row["preset"], row["restore"]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true")
@@ -372,6 +509,9 @@ def main() -> int:
         pareto(file.name, ROOT / "docs" / "images" / f"{file.stem}.png")
     for file in sorted(RESULTS.glob("forecast-*.json")):
         forecast_pareto(file.name, ROOT / "docs" / "images" / f"{file.stem}.png")
+    for file in sorted(RESULTS.glob("end_to_end-real*.json")):
+        clock_figure(file.name, ROOT / "docs" / "images" / f"{file.stem}-clock.png")
+        stages_figure(file.name, ROOT / "docs" / "images" / f"{file.stem}-stages.png")
     return 0
 
 

@@ -190,6 +190,7 @@ def _add_bench(commands) -> None:
     parser.add_argument("--repeat", type=int, default=1, help="timed calls of each; the median counts")
     parser.add_argument("--json", type=Path)
     parser.set_defaults(run=_bench)
+    _add_plan(parser.add_subparsers(metavar="plan"))
 
 
 def _bench(args) -> int:
@@ -208,6 +209,61 @@ def _bench(args) -> int:
         )
     if args.json is not None:
         results.write(args.json, f"specedit bench --size {args.size} --repeat {args.repeat}", rows)
+    return 0
+
+
+def _add_plan(commands) -> None:
+    parser = commands.add_parser("plan", help="predict a run of a real editor on a GPU that is not at hand")
+    parser.add_argument("--gpu", default="H100", help="A100, H100, H200 or B200")
+    parser.add_argument("--model", default="flux-kontext", help="flux-kontext or qwen-image-edit")
+    parser.add_argument("--preset", default=DEFAULT_PRESET, choices=list(presets))
+    parser.add_argument("--restore", default="full", choices=CHOICES["restore"])
+    parser.add_argument("--height", type=int, default=1024)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--edited", type=float, default=20, help="share of the picture that is edited, in percent")
+    parser.add_argument(
+        "--measured", type=Path, nargs="*", default=sorted(Path("benchmarks/results").glob("end_to_end*.json")),
+        help="result files to compare with, by default those in benchmarks/results",
+    )  # fmt: skip
+    parser.add_argument("--json", type=Path, help="also write the plan to this file")
+    parser.set_defaults(run=_plan)
+
+
+def _plan(args) -> int:
+    _quiet()
+    import json
+
+    from . import plan
+    from .config import resolve
+
+    config = resolve(args.preset, restore=args.restore)
+    asked = (args.model, args.height, args.width, args.edited / 100, args.gpu)
+    predicted = plan.plan(config, *asked)
+    row = plan.measured_row([json.loads(path.read_text()) for path in args.measured], config, *asked)
+    seconds = {} if row is None else {stage["name"]: stage["seconds"] for stage in row["stages"]}
+    print(
+        f"{args.model}, {args.preset}, restore={args.restore}, {args.height} x {args.width}, {args.edited:g} % edited"
+    )
+    print(f"predicted for {args.gpu} ({plan.GPUS[args.gpu].source}): roofline, a bound from below\n")
+    print(f"{'stage':10}{'steps':>6}{'tokens':>8}{'TFLOPs':>10}{'GB':>9}{'seconds':>10}{'measured':>10}")
+    for s in predicted["stages"]:
+        tokens = f"{s['tokens']:,}" if s["steps"] else ""
+        measured = f"{seconds[s['name']]:10.3f}" if s["name"] in seconds else f"{'-':>10}"
+        print(
+            f"{s['name']:10}{s['steps'] or '':>6}{tokens:>8}{s['flops'] / 1e12:10.2f}{s['bytes'] / 1e9:9.1f}"
+            f"{s['seconds']:10.4f}{measured}"
+        )
+    lines = [("predicted", predicted)] + ([] if row is None else [("measured", row | {"clock_ratio": row["speedup"]})])
+    print(f"\n{'':10}{'seconds':>9}{'stock':>9}{'FLOPs ratio':>13}{'clock ratio':>13}{'quotient':>10}")
+    for name, r in lines:
+        print(
+            f"{name:10}{r['seconds']:9.3f}{r['seconds_stock']:9.3f}{r['flops_ratio']:12.2f}x{r['clock_ratio']:12.2f}x"
+            f"{r['clock_ratio'] / r['flops_ratio']:10.2f}"
+        )
+    if row is None:
+        print("\nnot measured: no result file has this run on such a GPU")
+    if args.json is not None:
+        args.json.write_text(json.dumps(predicted, indent=1) + "\n")
     return 0
 
 

@@ -234,7 +234,8 @@ class _Listener:
     def step(self, index: int, sigma: float, latents: Any) -> torch.Tensor | None:
         """Called after step `index`; returns full-grid latents if the callback replaced them."""
         self.bar.update()
-        timestep = torch.tensor(sigma * 1000, device=self.state.device)
+        # Filled on the device: a copy from the host would wait for the step to end.
+        timestep = torch.full((), sigma * 1000, device=self.state.device)
         self.pipe._current_timestep = timestep
         if self.callback is None:
             return None

@@ -19,7 +19,7 @@ from . import restore, select
 from .config import SpecEditConfig
 from .flops import transformer_flops
 from .flow import cell_detail, coarsen_noise, enter_layout, renoise
-from .forecast import Histories, lesa
+from .forecast import TOKEN_WISE, Histories, lesa
 from .grid import LayoutSet, MixedLayout, mean_pixels
 from .models.base import Adapter, EditState
 from .report import StageReport
@@ -108,8 +108,11 @@ def forecasting(
     """What makes a part's temporal cache, or None where the configuration has none. Errors come before any work."""
     if config.forecast is None:
         return None
-    if not hasattr(adapter, "branches"):
-        raise ValueError(f"forecast: expected a model whose guidance branches are known, got {adapter.name}")
+    if config.forecast in TOKEN_WISE and not adapter.token_wise:
+        raise ValueError(
+            f"forecast: {config.forecast!r} computes single tokens again, which {adapter.name} does not offer; "
+            "expected another forecast"
+        )
     predictor = None
     if config.forecast == "lesa":
         predictor = lesa.load(config.forecast_weights, pipe.transformer.config)

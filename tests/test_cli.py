@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from specedit import cli
@@ -62,6 +63,31 @@ def test_bench(tmp_path):
     assert {(r["preset"], r["restore"]) for r in rows} >= {("turbo", "reference"), ("quality", "full")}
     for row in rows:
         assert row["speedup"] == pytest.approx(row["seconds_stock"] / row["seconds"], rel=1e-3)
+        for key in ("peak_memory_stock", "peak_memory"):
+            assert (row[key] > 0) if torch.cuda.is_available() else (row[key] is None)
+
+
+def test_bench_plan_predicts_without_measuring(tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    given = ["bench", "plan", "--gpu", "H200", "--preset", "turbo", "--restore", "reference", "--edited", "10"]
+    assert cli.main([*given, "--measured", "--json", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "predicted for H200" in out and "draft" in out and "mixed" in out and "not measured" in out
+    written = json.loads(path.read_text())
+    assert written["gpu"] == "H200" and written["stages"][0]["name"] == "encode"
+    assert f"{written['clock_ratio']:.2f}x" in out
+
+
+def test_bench_plan_sets_measured_beside_predicted(tmp_path, capsys):
+    path = tmp_path / "end_to_end-real.json"
+    row = dict(
+        model="flux-kontext", preset="turbo", restore="full", height=1024, width=1024, batch=1, edit_fraction=0.2,
+        seconds=2.5, seconds_stock=20.0, speedup=8.0, flops_ratio=7.0, stages=[dict(name="draft", seconds=0.321)],
+    )  # fmt: skip
+    path.write_text(json.dumps(dict(machine=dict(gpu="NVIDIA H100 80GB HBM3"), rows=[row])))
+    assert cli.main(["bench", "plan", "--preset", "turbo", "--measured", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "0.321" in out and "8.00x" in out and "not measured" not in out
 
 
 @pytest.mark.parametrize("sized", [True, False])
@@ -93,6 +119,9 @@ def test_edit_with_another_pipeline(tmp_path, picture, monkeypatch, sized):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (["bench", "plan", "--gpu", "H900"], "gpu: expected one of A100, H100, H200, B200, got 'H900'"),
+        (["bench", "plan", "--edited", "120"], "edit_fraction: expected a number from 0 to 1"),
+        (["bench", "plan", "--measured", "nowhere.json"], "nowhere.json"),
         (["edit", "nowhere.png", "make it red"], "nowhere.png"),
         (["demo", "--size", "100"], "--size: expected a multiple of 16"),
         (["eval", "micro", "--cases", "0"], "--cases: expected at least 1"),

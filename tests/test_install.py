@@ -4,6 +4,7 @@ import json
 import threading
 import types
 import warnings
+from itertools import pairwise
 
 import diffusers
 import numpy as np
@@ -18,9 +19,11 @@ from diffusers import (
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm.auto import tqdm
 
 import specedit
-from specedit.install import is_active
+from specedit.install import _Listener, is_active
 
 QUICK = dict(steps=(1, 1, 1), draft_steps=1)
 CORNER = np.zeros((128, 128), dtype=bool)
@@ -421,6 +424,31 @@ def test_cache_dit_enabled_before(make_pipe, edit):
 
 
 # ------------------------------------------------------------------------------------------------ what goes wrong
+
+
+def test_the_timestep_is_the_stages_sigma_and_is_made_on_the_device(pipe, edit):
+    seen = []
+
+    class Constants(TorchDispatchMode):
+        def __torch_dispatch__(self, function, classes, args=(), kwargs=None):
+            assert function is not torch.ops.aten.lift_fresh.default, "a value was sent from the host"
+            return function(*args, **kwargs or {})
+
+    def callback(pipe, index, timestep, kwargs):
+        seen.append(timestep)
+        return {}
+
+    specedit.install(pipe, "turbo")
+    edit(pipe, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=[])
+    assert [t.dtype for t in seen] == [torch.float32] * 9 and all(t.ndim == 0 for t in seen)
+    assert seen[0].item() == 1000 and all(a > b for a, b in pairwise(seen[2:]))
+    state = types.SimpleNamespace(device=torch.device("cpu"))
+    listener = _Listener(
+        pipe, dict(callback_on_step_end=None, callback_on_step_end_tensor_inputs=[]), state, tqdm(disable=True)
+    )
+    with Constants():
+        listener.step(0, 0.1234, lambda: None)
+    assert torch.equal(pipe.current_timestep, torch.tensor(0.1234 * 1000))
 
 
 def test_an_exception_in_a_callback(pipe, edit, check_untouched):

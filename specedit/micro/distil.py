@@ -27,7 +27,7 @@ from torch import Tensor
 from ..schedule import stage_sigmas
 from .load import WEIGHTS as EDITORS
 from .load import load
-from .train_editor import Batch, encode, ids, text
+from .train_editor import EDIT_WEIGHT, Batch, encode, ids, text
 from .training import seeds
 
 WEIGHTS = EDITORS / "kontext-lightning"
@@ -92,7 +92,8 @@ def loss_of(pipe: Any, batch: Batch, step: int, options: argparse.Namespace) -> 
     x = (1 - start) * batch.target + start * torch.randn_like(batch.target)
     wanted = target(pipe, batch, x, start, end, options.substeps, prompt)
     error = (velocity(pipe, batch, x, start, prompt) - wanted).square().mean(-1)
-    return (error * batch.weight).sum() / (wanted.square().mean(-1) * batch.weight).sum()
+    weight = 1 + EDIT_WEIGHT * batch.edited
+    return (error * weight).sum() / (wanted.square().mean(-1) * weight).sum()
 
 
 def batches(pipe: Any, options: argparse.Namespace) -> Iterator[Batch]:

@@ -85,8 +85,11 @@ class MixedContext:
     tables): phase-aligned RoPE. packing: None, or how the streams hold several sequences. backend: of
     specedit_kernels, or "stock" for the model's own attention backend.
 
+    A context serves every block of every step of a stage. What is the same for all of them is made with it: `rotary`
+    and `coarse_rotary` as the kernel takes them, cos and sin (S, D/2) float32, and `index`, (S,) int64 from 0 to S - 1.
+
     store: None, or where every module keeps the keys and values (b, S, H, D) of its whole sequence, by its id. With
-    `rows` (b, n) the call holds those rows of the sequence alone, at positions `rotary` (cos and sin (b, n, D/2)): they
+    `rows` (b, n) the call holds those rows of the sequence alone, at positions `rotary` (then (b, n, D/2)): they
     replace their keys and values in the store and attend to all of it.
     """
 
@@ -95,9 +98,10 @@ class MixedContext:
     coarse_rotary: tuple[Tensor, Tensor] | None = None
     backend: str | None = None
     packing: Packing | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+    index: Tensor | None = None
     store: dict[int, tuple[Tensor, Tensor]] | None = None
     rows: Tensor | None = None
-    rotary: tuple[Tensor, Tensor] | None = None
 
 
 class MixedProcessor:
@@ -142,7 +146,6 @@ class MixedProcessor:
 
         rotary, coarse_rotary: cos and sin (rows, D/2) float32, those of the text's rows before those of the image's.
         """
-        rotary = context.rotary or rotary
         kernels = "torch" if context.backend == "stock" else context.backend
         streams = [(hidden_states, _projections(attn, "to_q", "to_k", "to_v", "to_qkv"), attn.norm_q, attn.norm_k)]
         if encoder_hidden_states is not None:
@@ -150,6 +153,7 @@ class MixedProcessor:
             streams.insert(0, (encoder_hidden_states, added, attn.norm_added_q, attn.norm_added_k))
         batch, length = hidden_states.shape[0], sum(s[0].shape[1] for s in streams)
         places = None if context.packing is None else (context.packing.text, context.packing.image)
+        index = context.index if context.index is not None else torch.arange(length, device=hidden_states.device)
         joint, coarse = None, None
         start = 0
         for i, (states, project, norm_q, norm_k) in enumerate(streams):
@@ -159,7 +163,7 @@ class MixedProcessor:
                 joint = [q.new_empty(shape) for _ in range(3)]
                 coarse = [q.new_empty(shape) for _ in range(2)] if context.segments is not None else None
             stop = start + states.shape[1]
-            rows = torch.arange(start, stop, device=q.device) if places is None else places[i]
+            rows = index[start:stop] if places is None else places[i]
             tables = [(rotary, joint, v)] + ([(coarse_rotary, coarse, None)] if coarse is not None else [])
             for (cos, sin), out, values in tables:
                 part = (cos[..., start:stop, :], sin[..., start:stop, :])
@@ -222,8 +226,8 @@ class FluxMixedProcessor(MixedProcessor):
     ):
         if specedit is None:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        tables = [image_rotary_emb, specedit.coarse_rotary]
-        rotary, coarse = (None if pair is None else tuple(half_table(t) for t in pair) for pair in tables)
+        rotary = half_tables(specedit.rotary or image_rotary_emb, attn.head_dim)
+        coarse = None if specedit.coarse_rotary is None else half_tables(specedit.coarse_rotary, attn.head_dim)
         return self.joint(attn, attn.head_dim, hidden_states, encoder_hidden_states, rotary, coarse, specedit)
 
 
@@ -283,6 +287,11 @@ def _projections(attn: nn.Module, q: str, k: str, v: str, fused: str):
     if getattr(attn, "fused_projections", False):
         return lambda x: getattr(attn, fused)(x).chunk(3, dim=-1)
     return lambda x: (getattr(attn, q)(x), getattr(attn, k)(x), getattr(attn, v)(x))
+
+
+def half_tables(tables: tuple[Tensor, Tensor], dim: int) -> tuple[Tensor, Tensor]:
+    """cos and sin (S, dim / 2), from diffusers' (S, dim) or as they are."""
+    return tuple(table if 2 * table.shape[-1] == dim else half_table(table) for table in tables)
 
 
 def half_table(table: Tensor) -> Tensor:

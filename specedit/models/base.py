@@ -55,6 +55,7 @@ class Adapter(Protocol):
 
     name: str
     pipelines: str  # the classes it serves, for messages
+    token_wise: bool  # whether `branches` takes calls for single tokens
 
     @staticmethod
     def matches(pipe: Any) -> bool:
@@ -89,9 +90,8 @@ class Adapter(Protocol):
     ) -> list[Tensor]:  # fmt: skip
         """What `velocity` combines: every guidance branch's own output (b, N, C) float32, the prompt's first.
 
-        `calls`: None, or for each branch a `forecast.toca.TokenCall` that has the attention modules keep keys and
-        values, and may ask for the outputs (b, m, C) of some target tokens alone. Temporal caches need this; an
-        adapter without it refuses them.
+        `calls`: None, or, where the adapter is `token_wise`, for each branch a `forecast.toca.TokenCall` that has the
+        attention modules keep keys and values, and may ask for the outputs (b, m, C) of some target tokens alone.
         """
 
     def guide(self, state: EditState, outputs: list[Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RES
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from torch import Tensor
 
-from ..grid import TokenGrid
+from ..grid import MixedLayout, TokenGrid
 from . import attention
 from .base import EditState
 from .images import batched, check_image, decoder_features, source_pictures
@@ -22,11 +23,26 @@ IP_ADAPTER = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True, eq=False)
+class Sequence:
+    """What the transformer is told alike in every step of a stage.
+
+    ids (N, 3) float32: positions of target and reference. rows: which prompts. kwargs: of attention.
+    """
+
+    layout: MixedLayout
+    reference_layout: MixedLayout
+    ids: Tensor
+    rows: slice | Tensor
+    kwargs: dict[str, Any]
+
+
 class FluxKontext:
     """Adapter of FluxKontextPipeline."""
 
     name = "flux-kontext"
     pipelines = "FluxKontextPipeline"
+    token_wise = True
 
     @staticmethod
     def matches(pipe: Any) -> bool:
@@ -172,28 +188,24 @@ class FluxKontext:
         self, pipe, state, tokens, sigma, rows, layout, reference, reference_layout, config, calls=None
     ) -> list[Tensor]:
         dtype, device = state.extra["dtype"], tokens.device
-        ids = torch.cat([position_ids(layout.positions, 0), position_ids(reference_layout.positions, 1)]).to(device)
-        kwargs = dict(state.extra["kwargs"])
-        mixed = layout.is_mixed or reference_layout.is_mixed
-        area = torch.cat([layout.area, reference_layout.area]).to(device)
-        if mixed or calls or config.attention in ("triton", "torch"):
-            kwargs |= self._mixed(pipe, state, ids, area, mixed, config)
+        sequence = self._sequence(pipe, state, rows, layout, reference_layout, config, bool(calls))
+        kwargs, picked = state.extra["kwargs"] | sequence.kwargs, sequence.rows
         states = torch.cat([tokens, reference], 1).to(dtype)
         timestep = torch.full((len(rows),), sigma * 1000, device=device, dtype=torch.float32).to(dtype) / 1000
         guidance = state.extra.get("guidance")
 
         def run(prompt: dict[str, Tensor], call: Any) -> Tensor:
-            chosen, chosen_ids, more = states, ids, dict(kwargs)  # the transformer takes the LoRA scale out of it
+            chosen, ids, more = states, sequence.ids, dict(kwargs)  # the transformer takes the LoRA scale out of it
             if call is not None:
-                chosen, chosen_ids, more["specedit"] = self._part(pipe, state, states, ids, kwargs["specedit"], call)
+                chosen, ids, more["specedit"] = self._part(state, states, ids, kwargs["specedit"], call)
             out = pipe.transformer(
                 hidden_states=chosen,
                 timestep=timestep,
-                guidance=None if guidance is None else guidance[rows],
-                pooled_projections=prompt["pooled_projections"][rows],
-                encoder_hidden_states=prompt["encoder_hidden_states"][rows],
+                guidance=None if guidance is None else guidance[picked],
+                pooled_projections=prompt["pooled_projections"][picked],
+                encoder_hidden_states=prompt["encoder_hidden_states"][picked],
                 txt_ids=prompt["txt_ids"],
-                img_ids=chosen_ids,
+                img_ids=ids,
                 joint_attention_kwargs=more,
                 return_dict=False,
             )[0]
@@ -210,18 +222,33 @@ class FluxKontext:
             velocity = negative + state.extra["true_cfg_scale"] * (velocity - negative)
         return velocity
 
+    def _sequence(self, pipe, state: EditState, rows, layout, reference_layout, config, keeps: bool) -> Sequence:
+        """Made by the first step of a stage for all of them. `keeps`: a temporal cache needs our own attention."""
+        made = state.extra.setdefault("sequences", {})
+        # The entry holds the layouts, so that no other object can take their ids.
+        key = (id(layout), id(reference_layout), *rows, config.attention, config.key_bias, config.rope, keeps)
+        if key not in made:
+            device = state.device
+            ids = torch.cat([position_ids(layout.positions, 0), position_ids(reference_layout.positions, 1)]).to(device)
+            mixed = layout.is_mixed or reference_layout.is_mixed
+            kwargs = {}
+            if mixed or keeps or config.attention in ("triton", "torch"):
+                area = torch.cat([layout.area, reference_layout.area]).to(device)
+                kwargs = self._mixed(pipe, state, ids, area, mixed, config)
+            made[key] = Sequence(layout, reference_layout, ids, rows_index(rows, device), kwargs)
+        return made[key]
+
     @staticmethod
-    def _part(pipe, state: EditState, states: Tensor, ids: Tensor, context: attention.MixedContext, call: Any):
+    def _part(state: EditState, states: Tensor, ids: Tensor, context: attention.MixedContext, call: Any):
         """Hidden states, ids and attention context of a call that keeps keys and values, or computes some tokens."""
         call.store.text_tokens = state.text_tokens
         if call.index is None:
             return states, ids, dataclasses.replace(context, store=call.store.entries)
         text = torch.arange(state.text_tokens, device=ids.device).expand(len(states), -1)
         rows = torch.cat([text, state.text_tokens + call.index], 1)  # (b, text + m) of the joint sequence
-        text_ids = state.extra["positive"]["txt_ids"].to(ids)
-        tables = [attention.half_table(t)[rows] for t in pipe.transformer.pos_embed(torch.cat([text_ids, ids]))]
+        tables = tuple(table[rows] for table in context.rotary)
         index = call.index[..., None].expand(-1, -1, states.shape[2])
-        partial = dataclasses.replace(context, store=call.store.entries, rows=rows, rotary=tuple(tables))
+        partial = dataclasses.replace(context, store=call.store.entries, rows=rows, rotary=tables)
         # The processors take their positions from the context, which knows every sample's own.
         return states.gather(1, index), ids[: call.index.shape[1]], partial
 
@@ -236,13 +263,17 @@ class FluxKontext:
             if bias is None:
                 return {}
             return {"attention_mask": bias.to(state.extra["dtype"])[None, None, None]}
+        text_ids = state.extra["positive"]["txt_ids"].to(ids)
+
+        def rotary(image_ids: Tensor) -> tuple[Tensor, Tensor]:
+            return tuple(attention.half_table(t) for t in pipe.transformer.pos_embed(torch.cat([text_ids, image_ids])))
+
         segments = coarse_rotary = None
         if mixed and config.rope == "phase_aligned":
             segments = attention.segments(torch.cat([text > 0, area > 1]))
-            text_ids = state.extra["positive"]["txt_ids"].to(ids)
-            small = torch.cat([text_ids, torch.cat([ids[:, :1], ids[:, 1:] / 2], 1)])
-            coarse_rotary = pipe.transformer.pos_embed(small)
-        context = attention.MixedContext(bias, segments, coarse_rotary, state.backend)
+            coarse_rotary = rotary(torch.cat([ids[:, :1], ids[:, 1:] / 2], 1))
+        index = torch.arange(len(text_ids) + len(ids), device=ids.device)
+        context = attention.MixedContext(bias, segments, coarse_rotary, state.backend, rotary=rotary(ids), index=index)
         return {"specedit": context}
 
     # --------------------------------------------------------------------------------------- features and images
@@ -282,6 +313,14 @@ def check_negative(positive: dict[str, Tensor], negative: dict[str, Tensor]) -> 
         expected, got = tuple(positive[name].shape), tuple(negative[name].shape)
         if expected != got:
             raise ValueError(f"negative prompt: expected {name} of shape {expected}, as the prompt's, got {got}")
+
+
+def rows_index(rows: list[int], device: torch.device) -> slice | Tensor:
+    """An index that picks `rows`, without copying where they are consecutive: a list would be sent to the device anew
+    by every step, and the step would wait for it."""
+    if rows == list(range(rows[0], rows[0] + len(rows))):
+        return slice(rows[0], rows[0] + len(rows))
+    return torch.tensor(rows, device=device)
 
 
 def position_ids(positions: Tensor, image: int) -> Tensor:

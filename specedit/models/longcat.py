@@ -58,6 +58,7 @@ class LongCatImageEdit(FluxKontext):
     """Adapter of LongCatImageEditPipeline."""
 
     name = "longcat-image-edit"
+    token_wise = False
     pipelines = "LongCatImageEditPipeline"
 
     @staticmethod
@@ -121,7 +122,9 @@ class LongCatImageEdit(FluxKontext):
             ),
         )  # fmt: skip
 
-    def velocity(self, pipe, state, tokens, sigma, rows, layout, reference, reference_layout, config) -> Tensor:
+    def branches(
+        self, pipe, state, tokens, sigma, rows, layout, reference, reference_layout, config, calls=None
+    ) -> list[Tensor]:
         dtype, device = state.extra["dtype"], tokens.device
         # Images begin where the text ends, on both axes: the same number at every resolution.
         start = torch.tensor([0.0, state.text_tokens, state.text_tokens], device=device)
@@ -140,11 +143,13 @@ class LongCatImageEdit(FluxKontext):
                 )[0]  # fmt: skip
             return out[:, : tokens.shape[1]].float()
 
-        velocity = run(state.extra["positive"])
-        if state.extra["negative"] is None:
-            return velocity
-        negative = run(state.extra["negative"])
-        return negative + state.extra["scale"] * (velocity - negative)
+        return [run(prompt) for prompt in (state.extra["positive"], state.extra["negative"]) if prompt is not None]
+
+    def guide(self, state: EditState, outputs: list[Tensor]) -> Tensor:
+        if len(outputs) == 1:
+            return outputs[0]
+        positive, negative = outputs
+        return negative + state.extra["scale"] * (positive - negative)
 
     @staticmethod
     def _context(pipe, state: EditState, ids, start, area, layout, reference_layout, config):

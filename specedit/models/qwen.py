@@ -51,6 +51,7 @@ class QwenImageEdit:
     """Adapter of QwenImageEditPipeline."""
 
     name = "qwen-image-edit"
+    token_wise = False
     pipelines = "QwenImageEditPipeline"
 
     @staticmethod
@@ -174,16 +175,23 @@ class QwenImageEdit:
     # ------------------------------------------------------------------------------------------------ velocity
 
     def velocity(self, pipe, state, tokens, sigma, rows, layout, reference, reference_layout, config) -> Tensor:
+        outputs = self.branches(pipe, state, tokens, sigma, rows, layout, reference, reference_layout, config)
+        return self.guide(state, outputs)
+
+    def branches(
+        self, pipe, state, tokens, sigma, rows, layout, reference, reference_layout, config, calls=None
+    ) -> list[Tensor]:
         prompts = [p for p in (state.extra["positive"], state.extra["negative"]) if p is not None]
         inputs = Inputs(pipe, state, tokens, reference, sigma, rows, layout, reference_layout, config)
         plain = config.attention == "auto" and not inputs.mixed and all(p["lengths"] is None for p in prompts)
         if config.attention == "stock":
-            halves = [inputs.dense(prompt) for prompt in prompts]
-        elif len(prompts) == 1 or config.cfg == "separate":
-            halves = [inputs.dense(prompt) if plain else inputs.packed([prompt])[0] for prompt in prompts]
-        else:
-            halves = inputs.packed(prompts)
-        return halves[0] if len(halves) == 1 else guided(*halves, state.extra["true_cfg_scale"])
+            return [inputs.dense(prompt) for prompt in prompts]
+        if len(prompts) == 1 or config.cfg == "separate":
+            return [inputs.dense(prompt) if plain else inputs.packed([prompt])[0] for prompt in prompts]
+        return inputs.packed(prompts)
+
+    def guide(self, state: EditState, outputs: list[Tensor]) -> Tensor:
+        return outputs[0] if len(outputs) == 1 else guided(*outputs, state.extra["true_cfg_scale"])
 
     # --------------------------------------------------------------------------------------- features and images
 

@@ -278,10 +278,10 @@ def test_untrained_lesa_is_taylorseer(pipe, edit, weights):
     close(edit(pipe), image)
 
 
-def test_a_model_whose_branches_are_unknown(pipe, edit, monkeypatch):
-    monkeypatch.delattr(FluxKontext, "branches")
-    specedit.install(pipe, **ALONE, forecast="taylor")
-    with pytest.raises(ValueError, match="expected a model whose guidance branches are known, got flux-kontext"):
+def test_a_model_that_cannot_compute_single_tokens(pipe, edit, monkeypatch):
+    monkeypatch.setattr(FluxKontext, "token_wise", False)
+    specedit.install(pipe, **ALONE, forecast="toca")
+    with pytest.raises(ValueError, match="'toca' computes single tokens again, which flux-kontext does not offer"):
         edit(pipe)
 
 

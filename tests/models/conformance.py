@@ -195,3 +195,30 @@ class Conformance:
         tokens = [stage.tokens for stage in stages.values()]
         assert tokens == sorted(tokens) and tokens[0] < tokens[-1]
         assert all(stage.flops > 0 for stage in stages.values())
+
+    # Three steps are computed and the fourth is the third's output again, of every guidance branch.
+    def test_forecasts_work_on_every_branch(self, family, monkeypatch):
+        original, guided = family.adapter.guide, []
+
+        def guide_and_keep(self, state, outputs):
+            guided.append(original(self, state, outputs))
+            return guided[-1]
+
+        monkeypatch.setattr(family.adapter, "guide", guide_and_keep)
+        for guide in self.guides(family):
+            whole = specedit.install(family.make(), steps=(0, 0, 4))
+            stock = family.run(whole, **guide)
+            pipe = specedit.install(family.make(), steps=(0, 0, 4), forecast="reuse")
+            cached = family.run(pipe, **guide)
+            assert specedit.report(pipe).cached_steps == 1
+            assert specedit.report(pipe).flops == pytest.approx(0.75 * specedit.report(whole).flops, rel=1e-3)
+            assert not torch.equal(cached, stock)
+            assert torch.equal(guided[-1], guided[-2]) and not torch.equal(guided[-2], guided[-3])
+
+    def test_forecasts_of_single_tokens_are_offered_or_refused(self, family):
+        pipe = specedit.install(family.make(), steps=(0, 0, 6), forecast="toca", forecast_interval=2)
+        if family.adapter.token_wise:
+            assert family.run(pipe).isfinite().all()
+        else:
+            with pytest.raises(ValueError, match=f"which {family.adapter.name} does not offer"):
+                family.run(pipe)

@@ -1,6 +1,7 @@
 """The processors, one attention module at a time, against stock attention and against sums written out."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -136,6 +137,24 @@ def test_phase_aligned_against_the_sums_written_out(attn, biased):
         out = torch.cat([attn.to_add_out(out[:, :TEXT]), attn.to_out[0](out[:, TEXT:])], 1)
     torch.testing.assert_close(got, out, rtol=1e-4, atol=1e-5)
     assert (got - run(attn, states, ids)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_tables_made_beforehand_change_no_bit(attn, aligned, monkeypatch):
+    coarse = torch.tensor([False] * TEXT + [True, True, False, False, True, False, False])
+    n = len(coarse)
+    states, ids = random_states(2, n), some_ids(n)
+    plain = MixedContext(key_bias=coarse.float(), backend="torch")
+    if aligned:
+        plain = dataclasses.replace(plain, segments=segments(coarse), coarse_rotary=POS_EMBED(ids / 2))
+    expected = run(mixed(attn), states, ids, specedit=plain)
+    ready = dataclasses.replace(
+        plain, index=torch.arange(n), rotary=tuple(half_table(t) for t in POS_EMBED(ids)),
+        coarse_rotary=tuple(half_table(t) for t in plain.coarse_rotary) if aligned else None,
+    )  # fmt: skip
+    assert torch.equal(run(mixed(attn), states, ids, specedit=ready), expected)
+    monkeypatch.setattr("specedit.models.attention.half_table", None)  # nothing is left for it to do
+    run(mixed(attn), states, ids, specedit=ready)
 
 
 def test_fused_projections(attn):

@@ -1,5 +1,6 @@
 """The FLUX adapter against the stock pipeline's own steps."""
 
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,10 +8,12 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from specedit import SpecEditConfig
 from specedit.grid import MixedLayout, TokenGrid
-from specedit.models.flux import FluxKontext
+from specedit.models import attention
+from specedit.models.flux import FluxKontext, rows_index
 from specedit.sampler import restrict
 
 CALL = dict(
@@ -181,6 +184,74 @@ def test_rows_pick_their_own_prompts(prepare):
         alone = adapter.velocity(pipe, state, tokens[one], 0.5, [row], layout, reference[one], layout, SpecEditConfig())
         torch.testing.assert_close(alone, both[one], rtol=1e-5, atol=1e-5)
     assert (both[0] - both[1]).abs().max() > 1e-4
+
+
+class Ops(TorchDispatchMode):
+    """Names of the operators that ran inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+
+    def __torch_dispatch__(self, function, classes, args=(), kwargs=None):
+        self.names[function.overloadpacket.__name__] += 1
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("rope", ["scaled", "phase_aligned"])
+@pytest.mark.parametrize("rows", [[0, 1], [1], [0, 2]])
+def test_what_a_stage_shares_is_made_by_its_first_step(prepare, monkeypatch, rope, rows):
+    adapter, pipe, state = prepare("torch", prompt=["red", "blue and large", "no more than green"])
+    layout = mixed_layout(state.grid)
+    reference, tokens = restrict(state.reference, layout)[rows], random_like(layout, len(rows))
+    config = SpecEditConfig(rope=rope, attention="torch")
+    made = Counter()
+    for name in ("half_table", "segments"):
+        function = getattr(attention, name)
+        monkeypatch.setattr(attention, name, lambda *a, f=function, n=name: made.update([n]) or f(*a))
+    pipe.transformer.pos_embed.register_forward_hook(lambda *a: made.update(["pos_embed"]))
+
+    def step():
+        return adapter.velocity(pipe, state, tokens, 0.5, rows, layout, reference, layout, config)
+
+    first = step()
+    tables = 1 if rope == "scaled" else 2
+    assert made == {"half_table": 2 * tables, "pos_embed": tables + 1} | ({"segments": 1} if tables == 2 else {})
+    with Ops() as later:
+        again = step()
+    assert torch.equal(first, again)
+    assert made["half_table"] == 2 * tables and made["pos_embed"] == tables + 2  # the transformer's own is left
+    # Nothing that the host would have to wait for: no sizes that depend on masks, no values sent to the device.
+    assert later.names["addmm"] and not later.names["nonzero"] and not later.names["lift_fresh"]
+    state.extra.pop("sequences")
+    assert torch.equal(step(), first) and made["half_table"] == 4 * tables
+
+
+def test_stages_do_not_share_what_is_theirs(prepare):
+    adapter, pipe, state = prepare()
+    sparse, dense = mixed_layout(state.grid, 0.2), mixed_layout(state.grid, 0.6)
+    config = SpecEditConfig()
+    one, other = (velocity((adapter, pipe, state), layout, config) for layout in (sparse, dense))
+    assert len(state.extra["sequences"]) == 2
+    for layout, expected in ((sparse, one), (dense, other)):
+        assert torch.equal(velocity((adapter, pipe, state), layout, config), expected)
+        assert torch.equal(velocity(prepare(), layout, config), expected)  # another run, nothing made before
+
+
+def test_a_prompt_that_a_callback_changes_is_seen_at_once(prepare):
+    prepared = prepare()
+    layout = mixed_layout(prepared[2].grid)
+    before = velocity(prepared, layout, SpecEditConfig())
+    prepared[2].extra["positive"]["encoder_hidden_states"].mul_(2)
+    assert not torch.equal(velocity(prepared, layout, SpecEditConfig()), before)
+
+
+@pytest.mark.parametrize("rows", [[0], [3], [0, 1, 2], [2, 3], [0, 2], [2, 1], [3, 3]])
+def test_rows_index_picks_as_a_list_does(rows):
+    x = torch.arange(8).view(4, 2)
+    index = rows_index(rows, "cpu")
+    assert torch.equal(x[index], x[rows])
+    assert isinstance(index, slice) == (rows in ([0], [3], [0, 1, 2], [2, 3]))
 
 
 # -------------------------------------------------------------------------------------------------------- prepare

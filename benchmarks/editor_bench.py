@@ -1,0 +1,201 @@
+"""How one pipeline of benchmarks/real_models.py is timed: stock, or with SpecEdit on an edit of a given share."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+import specedit
+from benchmarks import real_models
+from specedit import sampler
+from specedit.install import STOCK_STEPS
+from specedit.models import adapters
+
+# Attention backends of diffusers; those that the machine lacks are passed over.
+BACKENDS = ("native", "_native_cudnn", "_native_flash", "flash", "_flash_3")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure. `preset` None is the stock pipeline, and then there is no edit to speak of."""
+
+    model: str
+    height: int
+    width: int
+    batch: int
+    execution: str
+    preset: str | None = None
+    restore: str | None = None
+    share: float | None = None
+    shape: str | None = None
+
+    @property
+    def setting(self) -> tuple:
+        return self.model, self.height, self.width, self.batch
+
+    def __str__(self) -> str:
+        what = f"{self.preset} {self.restore} {self.share:.0%} {self.shape}" if self.preset else "stock"
+        return f"{self.model} {self.height}x{self.width} batch {self.batch} {self.execution} {what}"
+
+
+def edit_cells(share: float, shape: str, rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    """(rows, columns) bool with round(share * rows * columns) cells: those nearest to a point, or random ones."""
+    rng = torch.Generator().manual_seed(seed)
+    if shape == "blob":
+        centre = 0.3 + 0.4 * torch.rand(2, generator=rng)
+        y, x = torch.meshgrid(torch.arange(rows) + 0.5, torch.arange(columns) + 0.5, indexing="ij")
+        order = ((y - centre[0] * rows) ** 2 + (x - centre[1] * columns) ** 2).flatten().argsort(stable=True)
+    else:
+        order = torch.randperm(rows * columns, generator=rng)
+    cells = torch.zeros(rows * columns, dtype=torch.bool)
+    cells[order[: round(share * rows * columns)]] = True
+    return cells.view(rows, columns)
+
+
+@contextmanager
+def found(share: float, shape: str) -> Iterator[None]:
+    """Inside, drafts are made and verified as ever, and then `share` of the cells counts as edited instead.
+
+    Every sample of a batch has a mask of its own.
+    """
+    find, ready = sampler.find_edit, {}
+
+    def find_edit(*args: Any, **kwargs: Any) -> tuple:
+        score, edited = find(*args, **kwargs)
+        if edited.shape not in ready:  # made by the warm-up call, not while the clock runs
+            masks = [edit_cells(share, shape, *edited.shape[1:], seed) for seed in range(len(edited))]
+            ready[edited.shape] = torch.stack(masks).to(edited.device)
+        return score, ready[edited.shape]
+
+    with patch.object(sampler, "find_edit", find_edit):
+        yield
+
+
+class Bench:
+    """The pipeline that is loaded, and how it is set up at the moment."""
+
+    def __init__(self, args: argparse.Namespace, backends: list[dict]):
+        self.args, self.backends = args, backends
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = self.pipe = None
+        self.execution = "eager"
+        self.given: tuple[tuple, dict] | None = None
+
+    def load(self, model: str) -> Any:
+        if model != self.model:
+            self.model = self.pipe = self.given = None  # two of them might not fit beside each other
+            gc.collect()
+            if self.device == "cuda":
+                torch.cuda.empty_cache()
+            dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+            self.pipe, self.model = real_models.MODELS[model](self.device, dtype, self.args.tiny), model
+            self.execution = "eager"
+        return self.pipe
+
+    def adapter(self) -> Any:
+        """What specedit.install would use for the pipeline, or None."""
+        return next((adapter() for adapter in adapters() if adapter.matches(self.pipe)), None)
+
+    def arguments(self, case: Case) -> dict[str, Any]:
+        if self.given is None or self.given[0] != case.setting:
+            self.given = case.setting, real_models.arguments(self.pipe, case.height, case.width, case.batch)
+        return self.given[1]
+
+    def execute(self, how: str) -> None:
+        if how == self.execution:
+            return
+        if how == "compiled":
+            # Every stage has a length and a set of arguments of its own. The limit's name depends on torch's version.
+            limits = ("recompile_limit", "cache_size_limit")
+            setattr(torch._dynamo.config, next(n for n in limits if hasattr(torch._dynamo.config, n)), 64)
+            # Tiny runs prove the harness; tracing shows as much as generating code would.
+            self.pipe.transformer.compile_repeated_blocks(**(dict(backend="eager") if self.args.tiny else {}))
+        else:
+            for module in self.pipe.transformer.modules():
+                module._compiled_call_impl = None
+        self.execution = how
+
+    def call(self, case: Case, **more: Any) -> float:
+        """Seconds of one call."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        given = self.arguments(case)
+        self.synchronize()
+        began = time.perf_counter()
+        self.pipe(**given, **more, generator=generator)
+        self.synchronize()
+        return time.perf_counter() - began
+
+    def synchronize(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def attend(self, case: Case) -> str:
+        """Put the fastest attention backend in place: a few eager stock steps with each that the machine has."""
+        known = next((b for b in self.backends if b["setting"] == list(case.setting)), None)
+        if known is None:
+            self.execute("eager")
+            seconds: dict[str, float | str] = {}
+            for name in BACKENDS if self.device == "cuda" else BACKENDS[:1]:
+                try:
+                    self.pipe.transformer.set_attention_backend(name)
+                    self.call(case, num_inference_steps=2, output_type="latent")
+                    seconds[name] = self.call(case, num_inference_steps=4, output_type="latent")
+                except Exception as error:  # each library has its own way to say that it is not there
+                    seconds[name] = first_line(error)
+            timed = {name: s for name, s in seconds.items() if isinstance(s, float)}
+            if not timed:
+                raise RuntimeError(f"no attention backend ran: {seconds}")
+            known = dict(setting=list(case.setting), seconds=seconds, fastest=min(timed, key=timed.get))
+            self.backends.append(known)
+        self.pipe.transformer.set_attention_backend(known["fastest"])
+        return known["fastest"]
+
+    def measure(self, case: Case) -> dict[str, Any]:
+        """What one case took: seconds of every repetition, peak memory, and what the report says of the last."""
+        specedit.uninstall(self.pipe)
+        attention = self.attend(case)
+        self.execute(case.execution)
+        stage_seconds: list[list[float]] = []
+        report = None
+        finding = nullcontext()
+        if case.preset is not None:
+            specedit.install(self.pipe, case.preset, restore=case.restore)
+            finding = found(case.share, case.shape)
+        with finding:
+            # Stock's steps are all alike, and two of them warm up; SpecEdit's stages each have to be seen.
+            first = self.call(case, **({} if case.preset else dict(num_inference_steps=2)))
+            if self.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            taken = []
+            for _ in range(self.args.repeat):
+                taken.append(self.call(case, **({} if case.preset else dict(num_inference_steps=STOCK_STEPS))))
+                if case.preset is not None:
+                    report = specedit.report(self.pipe)
+                    stage_seconds.append([stage.seconds for stage in report.stages])
+                if sum(taken) > self.args.enough:
+                    break
+        peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else None
+        done = dict(case=asdict(case), attention=attention, seconds=taken, first_seconds=first, peak_memory=peak)
+        if report is not None:
+            stages = [
+                dict(name=s.name, steps=s.steps, tokens=s.tokens, flops=s.flops, seconds=statistics.median(seconds))
+                for s, seconds in zip(report.stages, zip(*stage_seconds))
+            ]
+            done |= dict(
+                edit_fraction=report.edit_fraction, expand_fraction=report.expand_fraction,
+                flops_ratio=report.flops_ratio, stages=stages,
+            )  # fmt: skip
+        return done
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,87 @@
+"""Pages and pictures of the real-size benchmark, made from result files that hold known figures."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "make_docs.py"
+
+
+@pytest.fixture
+def docs(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("make_docs", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return module
+
+
+def row(**change):
+    return dict(
+        model="flux-kontext", preset="turbo", restore="full", edit_fraction=0.2, height=1024, width=1024, batch=1,
+        shape="blob", execution="eager", baseline="stock 50 steps, eager, native attention", seconds_stock=20.0,
+        seconds=4.0, speedup=5.0, flops_ratio=6.25, spread=0.5, peak_memory_stock=100, peak_memory=102,
+        stages=[dict(name="draft", seconds=1.0), dict(name="full", seconds=3.0)],
+    ) | change  # fmt: skip
+
+
+def write(folder, rows, name="end_to_end-real.json", **more):
+    machine = dict(gpu="Some GPU", torch="2", diffusers="0", date="today")
+    (folder / name).write_text(json.dumps(dict(machine=machine, command="the command", rows=rows, **more)))
+
+
+def test_nothing_is_claimed_without_a_file(docs):
+    for maker in ("real", "steps"):
+        assert docs.MAKERS[maker]("end_to_end-real.json") == "*not measured yet*"
+
+
+def test_the_faster_baseline_counts(docs, tmp_path):
+    compiled = row(
+        baseline="stock 50 steps, compiled, native attention", seconds_stock=16.0, speedup=4.0,
+        peak_memory=None, peak_memory_stock=None,
+    )  # fmt: skip
+    write(tmp_path, [row(), compiled])
+    text = docs.real("end_to_end-real.json")
+    (line,) = [line for line in text.splitlines() if line.startswith("| flux-kontext")]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells == [
+        "flux-kontext", "1024 x 1024", "1", "turbo", "full", "20% blob", "16.00", "4.000 ± 0.250", "4.00", "6.25",
+        "0.64", "-", "7.05", "7.37",
+    ]  # fmt: skip
+    assert "stock 50 steps, compiled" in text and "stock 50 steps, eager" not in text
+    assert "Some GPU" in text and "`the command`" in text
+
+
+def test_every_file_has_its_table_and_the_papers_rows_only_where_they_belong(docs, tmp_path):
+    write(tmp_path, [row(restore="reference"), row(batch=4)])
+    write(tmp_path, [row(model="qwen-image-edit", peak_memory=98)], "end_to_end-real-h200.json")
+    lines = [line for line in docs.real("end_to_end-real.json").splitlines() if line.startswith(("| flux", "| qwen"))]
+    assert [line.split("|")[-3:-1] for line in lines] == [[" 6.43 ", " 10.94 "], [" - ", " - "], [" - ", " - "]]
+    assert "| -2.0% |" in lines[0] and "| +2.0% |" in lines[1]
+
+
+def test_figures_are_drawn(docs, tmp_path):
+    shares = [row(edit_fraction=share, restore=restore) for share in (0.1, 0.2) for restore in ("full", "reference")]
+    write(tmp_path, shares)
+    for draw in (docs.clock_figure, docs.stages_figure):
+        draw("end_to_end-real.json", tmp_path / "figure.png")
+        assert Image.open(tmp_path / "figure.png").size[0] > 400
+        (tmp_path / "figure.png").unlink()
+    write(tmp_path, [])
+    docs.clock_figure("end_to_end-real.json", tmp_path / "figure.png")
+    assert not (tmp_path / "figure.png").exists()
+
+
+def test_steps(docs, tmp_path):
+    case = dict(model="flux-kontext", execution="eager", layout="fine", tokens=8704)
+    write(tmp_path, [], "transformer-real.json", transformer=[dict(case=case, ms=250.0, tflops=661.6)])
+    assert "| flux-kontext | eager | fine | 8,704 | 250.0 | 662 |" in docs.steps("transformer-real.json")
+
+
+def test_predictions_say_so(docs):
+    text = docs.roofline("plan.json")
+    assert "Predicted, not measured" in text and "H100: 989 TFLOP/s, 3.35 TB/s" in text
+    assert len([line for line in text.splitlines() if line.startswith("| qwen-image-edit")]) == 8
