@@ -182,9 +182,9 @@ def plan_qwen(name: str) -> str:
         f"- `balanced`: the same, and more of it, because fewer steps are full; without them {close['balanced']}.",
         f"- `fast`: the draft alone takes {share_of_draft('fast'):.0%} of the run, mostly text; without vision tokens "
         f"{close['fast']}.",
-        f"- `turbo`: the text explains little of it. The paper's run costs {turbo:.2f} of its own full steps, draft included, while the "
-        f"preset takes {full} of them at full resolution, as the paper's run on FLUX does; on Qwen it must have taken "
-        f'fewer. `restore="reference"` goes below that floor too: '
+        f"- `turbo`: the text explains little of it. The paper's run costs {turbo:.2f} of its own full steps, draft "
+        f"included, while the preset takes {full} of them at full resolution, as the paper's run on FLUX does; on Qwen "
+        f'it must have taken fewer. `restore="reference"` goes below that floor too: '
         f"{ratio('turbo', 0.15, restore='reference'):.2f} at 15 % edited, "
         f"{ratio('turbo', 0.15, restore='reference', draft_condition='small'):.2f} with the small condition image.",
         "Predicted by `specedit.flops.plan`, not measured; the last two columns are the paper's.",
