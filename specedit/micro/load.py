@@ -12,18 +12,26 @@ def load(name: str = "kontext", *, device: str | torch.device = "cpu", dtype: to
     """A real pipeline with weights trained here, through `from_pretrained` on a directory; no network.
 
     Args:
-        name: "kontext", a FluxKontextPipeline.
+        name: "kontext", a FluxKontextPipeline, or "qwen", a QwenImageEditPipeline.
 
     Raises:
         ValueError: an unknown name.
-        FileNotFoundError: the package was installed without its weights.
+        FileNotFoundError: the package holds no weights of that editor.
     """
-    if name != "kontext":
-        raise ValueError(f'name: expected "kontext", got {name!r}')
+    if name not in ("kontext", "qwen"):
+        raise ValueError(f'name: expected "kontext" or "qwen", got {name!r}')
     folder = WEIGHTS / name
     if not (folder / "model_index.json").exists():
-        raise FileNotFoundError(f"the embedded editor's weights are missing: expected {folder}/model_index.json")
-    from . import build
+        held = sorted(file.parent.name for file in WEIGHTS.glob("*/model_index.json"))
+        raise FileNotFoundError(
+            f"this package holds no weights of the editor {name!r}: expected {folder}/model_index.json; "
+            f"it holds {', '.join(held) or 'none'}"
+        )
+    if name == "kontext":
+        from . import build
 
-    pipe = build.load(folder, torch_dtype=dtype)
+        return build.load(folder, torch_dtype=dtype).to(device)
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
     return pipe.to(device)

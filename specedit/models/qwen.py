@@ -90,14 +90,16 @@ class QwenImageEdit:
         device = pipe._execution_device
         grid = TokenGrid(height // multiple, width // multiple)
         pictures = self._pictures(pipe, images, grid)
+        say_why_unguided(call)
         positive, negative = encode(pipe, call, pictures.condition, device)
         batch, dtype = positive["encoder_hidden_states"].shape[0], positive["encoder_hidden_states"].dtype
         noise, reference = pipe.prepare_latents(
             pictures.reference if len(pictures.reference) > 1 else pictures.reference[0], batch,
             pipe.transformer.config.in_channels // 4, height, width, dtype, device, call["generator"], call["latents"],
         )  # fmt: skip
-        if noise.shape[:2] != (batch, grid.tokens):
-            raise ValueError(f"latents: expected shape {(batch, grid.tokens, '...')}, got {tuple(noise.shape)}")
+        expected = (batch, grid.tokens, pipe.transformer.config.in_channels)
+        if noise.shape != expected:
+            raise ValueError(f"latents: expected shape {expected}, got {tuple(noise.shape)}")
         grids = GridSet(tuple(TokenGrid(*(side // multiple for side in p.shape[-2:])) for p in pictures.reference))
         # The pictures that the output is compared with and that keep_pixels gives back, at the output's size.
         source = source_pictures(pipe, self._edited(images, pictures.aligned), height, width)
@@ -303,6 +305,19 @@ def shrink_picture(image: Image.Image, scale: int) -> Image.Image:
     return image.resize(tuple(max(VISION_TOKEN, side // scale) for side in image.size), Image.Resampling.LANCZOS)
 
 
+def has_negative(call: dict[str, Any]) -> bool:
+    return call["negative_prompt"] is not None or call["negative_prompt_embeds"] is not None
+
+
+def say_why_unguided(call: dict[str, Any]) -> None:
+    """The stock pipelines' warnings, for a call that looks as if it wanted guidance."""
+    scale = call["true_cfg_scale"]
+    if scale > 1 and not has_negative(call):
+        logger.warning(f"true_cfg_scale is {scale}, but without a negative_prompt there is no guidance")
+    elif scale <= 1 and has_negative(call):
+        logger.warning(f"there is a negative_prompt, but true_cfg_scale is {scale}: there is no guidance")
+
+
 def encode(pipe: Any, call: dict[str, Any], condition: Any, device: torch.device) -> tuple[dict, dict | None]:
     """Both prompts beside the pictures, as the stock pipelines encode them.
 
@@ -319,16 +334,7 @@ def encode(pipe: Any, call: dict[str, Any], condition: Any, device: torch.device
         lengths = None if mask is None else mask.sum(1).tolist()
         return dict(encoder_hidden_states=embeds, mask=mask, lengths=lengths)
 
-    has_negative = call["negative_prompt"] is not None or call["negative_prompt_embeds"] is not None
-    if call["true_cfg_scale"] > 1 and not has_negative:
-        logger.warning(
-            f"true_cfg_scale is {call['true_cfg_scale']}, but without a negative_prompt there is no guidance"
-        )
-    elif call["true_cfg_scale"] <= 1 and has_negative:
-        logger.warning(
-            f"there is a negative_prompt, but true_cfg_scale is {call['true_cfg_scale']}: there is no guidance"
-        )
-    if not (call["true_cfg_scale"] > 1 and has_negative):
+    if not (call["true_cfg_scale"] > 1 and has_negative(call)):
         return one(""), None
     expected, got = count_prompts(call), count_prompts(call, "negative_")
     if expected != got:

@@ -58,8 +58,19 @@ def test_weights_are_small_and_load_offline(pipe):
 
 
 def test_unknown_editor():
-    with pytest.raises(ValueError, match="expected \"kontext\", got 'flux'"):
+    with pytest.raises(ValueError, match='expected "kontext" or "qwen", got \'flux\''):
         micro.load("flux")
+
+
+def test_an_editor_whose_weights_the_package_lacks(monkeypatch, tmp_path):
+    (tmp_path / "kontext").mkdir()
+    (tmp_path / "kontext" / "model_index.json").write_text("{}")
+    monkeypatch.setitem(micro.load.__globals__, "WEIGHTS", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no weights of the editor 'qwen': expected .*; it holds kontext$"):
+        micro.load("qwen")
+    monkeypatch.setitem(micro.load.__globals__, "WEIGHTS", tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"'kontext': expected .*; it holds none"):
+        micro.load("kontext")
 
 
 def test_the_autoencoder_keeps_30_db_at_512(pipe):
