@@ -56,7 +56,7 @@ class Result:
 def _attention(table: dict) -> Iterator[Variant]:
     from .gpu.attention import attend, plan_tiles
 
-    everything = {"PACKED": True, "PLANNED": True, "HAS_BIAS": True, "HAS_LSE": True}
+    everything = {"PACKED": True, "PLANNED": True, "HAS_BIAS": True, "SCALE_FIRST": True, "HAS_LSE": True}
     nothing = dict.fromkeys(everything, False) | dict.fromkeys(("bias", "cu_q", "cu_k", "plan"))
     lengths = {"cu_q": "i32", "cu_k": "i32", "plan": "i32"}
     entries = [(True, entry) for entry in table.get("attention_tma", [])]

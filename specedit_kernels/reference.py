@@ -89,7 +89,7 @@ def draw_seeds(
     generators = generator if isinstance(generator, (list, tuple)) else [generator]
     device = coarse.device
     keys = [
-        torch.randint(2**62, (1,), generator=g, device=device if g is None else g.device).to(device)
+        torch.randint(2**62, (1,), generator=g, device=device if g is None else g.device).to(device, non_blocking=True)
         for g in generators
     ]
     return keys[0] if len(keys) == 1 else torch.cat(keys)

@@ -35,6 +35,10 @@ def test_nearest_by_log_ratio():
     assert launch.nearest(entries, {"head_dim": 128, "keys": 5000}) == {"id": (128, 8000)}
     assert launch.nearest(entries, {"head_dim": 16, "keys": 0}) == {"id": (64, 1000)}
     assert launch.nearest(entries[:1], {"head_dim": 256, "keys": 10**6}) == {"id": (64, 1000)}
+    # An entry for another head dim is never taken because its length fits better.
+    assert launch.nearest(entries[:1] + entries[2:3], {"head_dim": 128, "keys": 64}) == {"id": (128, 1000)}
+    only_short = [entries[1], entries[2]]  # (64, 8000) and (128, 1000)
+    assert launch.nearest(only_short, {"head_dim": 128, "keys": 8000}) == {"id": (128, 1000)}
 
 
 def test_names_of_files():
@@ -107,9 +111,12 @@ def test_plan_covers_every_block_once_longest_keys_first(device, lengths):
     queries, keys = lengths
     cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).to(device, torch.int32) for n in lengths)
     table = attention.plan(cu_q, cu_k, sum(queries), sum(keys), None, 64).tolist()
-    real = [tuple(row) for row in table if row[0] >= 0]
-    want = [(b, i) for b, n in enumerate(queries) for i in range(-(-n // 64))]
-    assert sorted(real) == want and table[: len(real)] == [list(row) for row in real]
+    real = [row for row in table if row[0] >= 0]
+    blocks = [-(-n // 64) for n in queries]
+    assert sorted(b for b, _ in real) == [b for b, n in enumerate(blocks) for _ in range(n)]
+    assert table[: len(real)] == real, "nothing follows the end of the plan"
+    for place, (b, first) in enumerate(real):
+        assert first <= place < first + blocks[b]
     order = [keys[b] for b, _ in real]
     assert order == sorted(order, reverse=True)
     bounded = attention.plan(cu_q, cu_k, sum(queries), sum(keys), max(queries), 64)
