@@ -2,8 +2,8 @@
 
 Launch parameters are JSON files in `configs/`: one per measured GPU, named after it, and one per architecture as the
 default. A file holds, per kernel, a list of entries `{"shape": {...}, "config": {...}}`; the entry nearest in shape is
-taken (element type before head dim before length). Nothing is tuned in a user's run; `python -m specedit_kernels.tune` writes
-such a file.
+taken, element type before head dim before length. Nothing is tuned in a user's run; `python -m specedit_kernels.tune`
+writes such a file.
 """
 
 from __future__ import annotations
