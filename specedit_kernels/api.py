@@ -155,9 +155,7 @@ def expand_tokens(
     return fine, reference.fine_sigma(sigma)
 
 
-def contract_tokens(
-    fine: torch.Tensor, sigma_fine: float, *, backend: str | None = None
-) -> tuple[torch.Tensor, float]:
+def contract_tokens(fine: torch.Tensor, sigma_fine: float, *, backend: str | None = None) -> tuple[torch.Tensor, float]:
     """Merges four fine tokens into their coarse one: the inverse of `expand_tokens` on the mean of every 2x2 block.
 
         s = s' / (2 - s'),  z = (1 + s) * (f00 + f01 + f10 + f11) / 4

@@ -82,9 +82,7 @@ def draw_noise(
     return noise.view(shape)
 
 
-def draw_seeds(
-    generator: torch.Generator | Sequence[torch.Generator] | None, coarse: torch.Tensor
-) -> torch.Tensor:
+def draw_seeds(generator: torch.Generator | Sequence[torch.Generator] | None, coarse: torch.Tensor) -> torch.Tensor:
     """Philox keys for in-kernel noise: int64, one per sample for a list of generators, otherwise one for all."""
     generators = generator if isinstance(generator, (list, tuple)) else [generator]
     device = coarse.device

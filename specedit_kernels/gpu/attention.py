@@ -10,8 +10,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch
-
-LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
+from .attention_parts import LOG2_E, _attend_block, _store_rows
+from .attention_ws import attend_specialized, bias_descriptor
 
 
 @triton.jit(do_not_specialize=["sequences", "queries", "keys", "capacity"])
@@ -80,54 +80,6 @@ def _span(cu_seqlens, b, total):
     stop = tl.load(cu_seqlens + b + 1)
     start, stop = tl.minimum(tl.maximum(start, 0), total), tl.minimum(tl.maximum(stop, 0), total)
     return start, tl.maximum(stop, start)
-
-
-@triton.jit
-def _attend_block(
-    query, key, value, bias_row, in_keys, peak, total, acc, scale_log2,
-    HAS_BIAS: tl.constexpr, SCALE_FIRST: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One step of the running softmax: query [BM, D], key and value [BN, D], peak and total [BM], acc [BM, D].
-
-    Everything is in base 2: s = scale * log2(e) * q.k + log2(e) * bias, p = 2^(s - peak). The bias and the scale are
-    one multiply-add per element. With neither a bias nor a scale that turns the order of the logits around
-    (SCALE_FIRST), the maximum is taken of the plain products, and scale and peak are the one multiply-add.
-    """
-    s = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BM, BN]
-    if SCALE_FIRST:
-        s = s * scale_log2
-    if HAS_BIAS:
-        s += bias_row[None, :]
-    if MASKED:
-        s = tl.where(in_keys[None, :], s, float("-inf"))
-    highest = tl.max(s, axis=1)  # [BM]
-    if not SCALE_FIRST:
-        highest = highest * scale_log2
-        s = s * scale_log2
-    new_peak = tl.maximum(peak, highest)
-    # While every key so far is hidden the peak is -inf, and -inf - -inf would be NaN.
-    base = tl.where(new_peak == float("-inf"), 0.0, new_peak) if HAS_BIAS else new_peak
-    p = tl.exp2(s - base[:, None])  # [BM, BN]
-    shrink = tl.exp2(peak - base)  # [BM]
-    total = total * shrink + tl.sum(p, axis=1)
-    acc = tl.dot(p.to(value.dtype), value, acc * shrink[:, None], input_precision=PRECISION)
-    return new_peak, total, acc
-
-
-@triton.jit
-def _store_rows(
-    out, lse, peak, total, acc, sample, head, first, q_stop, queries, heads,
-    DIM: tl.constexpr, DIM_P2: tl.constexpr, BLOCK_M: tl.constexpr, HAS_LSE: tl.constexpr,
-):  # fmt: skip
-    """Ends the softmax and writes rows first:q_stop of one head; a row that saw no key becomes 0 with lse -inf."""
-    d = tl.arange(0, DIM_P2)  # [D]
-    m = first + tl.arange(0, BLOCK_M)  # [BM]
-    sample, in_rows = tl.cast(sample, tl.int64), m < q_stop
-    result = acc / tl.where(total == 0, 1.0, total)[:, None]
-    rows = ((sample * queries + m) * heads + head)[:, None] * DIM + d[None, :]  # [BM, D]
-    tl.store(out + rows, result.to(out.dtype.element_ty), mask=in_rows[:, None] & (d < DIM)[None, :])
-    if HAS_LSE:
-        tl.store(lse + (sample * heads + head) * queries + m, (peak + tl.log2(total)) / LOG2_E, mask=in_rows)
 
 
 @triton.jit(do_not_specialize=["tiles", "queries", "keys", "scale_log2", "bias_sample"])
@@ -225,9 +177,17 @@ def attend(
 
 
 def _with_batch(tensor: torch.Tensor) -> torch.Tensor:
-    """(B, N, H, D) of either layout, copied only where the kernel's 32-bit offsets inside a block could overflow."""
+    """(B, N, H, D) of either layout, copied only where that costs less than it saves.
+
+    Rows that no 16-byte vector can read would make the kernel spill, and a copy is small beside attention. Strides of
+    2^22 and more could overflow the 32-bit offsets inside a block.
+    """
     tensor = tensor if tensor.dim() == 4 else tensor[None]
-    return tensor.contiguous() if max(tensor.stride(1), tensor.stride(3)) >= 1 << 22 else tensor
+    # Triton tells multiples of 16 elements from others; TMA asks for 16 bytes.
+    vectors = tensor.data_ptr() % 16 == 0 and tensor.stride(3) == 1 and all(s % 16 == 0 for s in tensor.stride()[:3])
+    if tensor.stride(1) < 1 << 22 and (vectors or _fits_descriptor(tensor)):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _fits_descriptor(tensor: torch.Tensor) -> bool:
@@ -277,9 +237,23 @@ def launch_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias
     dim_p2 = launch.next_power_of_2(dim)
     sequences = cu_seqlens_k.shape[0] - 1 if packed else 1
     shape = {"bits": 8 * q.element_size(), "head_dim": dim_p2, "keys": keys // sequences}
+    bias = None if key_bias is None else key_bias if key_bias.dim() == 2 else key_bias[None]
+    scale_log2 = scale * math.log2(math.e)
     # Half precision on Hopper and newer loads through TMA where every tensor is aligned for it.
     config = None
     if q.element_size() == 2 and all(_fits_descriptor(x) for x in (q4, k4, v4)):
+        config = None if packed else launch.config("attention_ws", q.device, tuned, **shape)
+        if config is not None:
+            block_m, block_n = config["block_m"], config["block_n"]
+            tiles = launch.ceil_div(queries, block_m)
+            attend_specialized[(tiles * heads * batch,)](
+                *(_descriptor(x, rows, dim_p2) for x, rows in ((q4, block_m), (k4, block_n), (v4, block_n))),
+                None if bias is None else bias_descriptor(bias, block_n), out, lse,
+                tiles, heads, queries, keys, scale_log2,
+                DIM=dim, DIM_P2=dim_p2, BLOCK_M=block_m, BLOCK_N=block_n, HAS_BIAS=bias is not None,
+                HAS_LSE=return_lse, num_warps=config["num_warps"], num_stages=config["num_stages"],
+            )  # fmt: skip
+            return out, lse
         config = launch.config("attention_tma", q.device, tuned, **shape)
     descriptors = config is not None
     if not descriptors:
@@ -300,10 +274,9 @@ def launch_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias
     described = [None, None, None]
     if descriptors:
         described = [_descriptor(x, rows, dim_p2) for x, rows in ((q4, block_m), (k4, block_n), (v4, block_n))]
-    bias = None if key_bias is None else key_bias if key_bias.dim() == 2 else key_bias[None]
     attend[(tiles * heads * batch,)](
         q4, k4, v4, *described, bias, out, lse, cu_seqlens_q, cu_seqlens_k, table,
-        tiles, heads, queries, keys, scale * math.log2(math.e),
+        tiles, heads, queries, keys, scale_log2,
         *(stride for x in (q4, k4, v4) for stride in x.stride()), *((0, 0) if bias is None else bias.stride()),
         DIM=dim, DIM_P2=dim_p2, BLOCK_M=block_m, BLOCK_N=block_n, PACKED=packed, PLANNED=planned,
         DESCRIPTORS=descriptors, HAS_BIAS=bias is not None,

@@ -74,7 +74,7 @@ def _configs_of(gpu_name: str, capability: tuple[int, int]) -> dict:
     return _read(fallback)
 
 
-def nearest(entries: list[dict], shape: dict[str, int]) -> dict:
+def nearest(entries: list[dict], shape: dict[str, int]) -> dict | None:
     """The `config` of the entry whose shape is nearest, in absolute log ratios.
 
     The sizes of `shape` count in their order and the first that differs decides: a length never outweighs a head dim,
@@ -90,6 +90,8 @@ def nearest(entries: list[dict], shape: dict[str, int]) -> dict:
 
 def config(kernel: str, device: torch.device, tuned: dict[str, dict] | None, **shape: int) -> dict | None:
     """Launch parameters of a kernel for a shape on this device, or None where the device has no such kernel.
+
+    An entry may hold null for shapes at which another kernel is the faster one.
 
     `tuned` maps kernels to parameters and overrides the files; tuning and tests use it.
     """

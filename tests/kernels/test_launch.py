@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from specedit_kernels import available_backends, mixed_attention
+from specedit_kernels import available_backends, mixed_attention, tune
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
@@ -80,6 +80,18 @@ def test_what_fits_a_descriptor():
     assert not attention._fits_descriptor(x[:1].expand(2, -1, -1, -1))
 
 
+def test_what_attention_copies():
+    x = torch.zeros(2, 8, 3, 64, dtype=torch.float16)
+    for good in (x, x[:, ::2, 1:], x[:1].expand(2, -1, -1, -1), x[0], x.transpose(1, 2), x[..., 16:32]):
+        assert attention._with_batch(good).data_ptr() == good.data_ptr()
+    padded = torch.zeros(2, 8, 3, 65, dtype=torch.float16)
+    far = torch.empty_strided((1, 2, 1, 16), (2**23, 2**22, 16, 1), dtype=torch.float16, device="meta")
+    assert attention._with_batch(far).is_contiguous()
+    for bad in (x[..., 1:17], x[..., ::2], padded[..., :64], x.flatten()[1:-63].view(-1, 1, 64)):
+        copied = attention._with_batch(bad)
+        assert attention._fits_descriptor(copied) and torch.equal(copied, bad if bad.dim() == 4 else bad[None])
+
+
 @runs_kernels
 @pytest.mark.parametrize("kernel,entry", ENTRIES)
 def test_every_attention_configuration(device, rng, as_good, kernel, entry):
@@ -101,6 +113,44 @@ def test_every_attention_configuration(device, rng, as_good, kernel, entry):
     as_good(lse.cpu(), exact_lse, exact_lse.float())
     error = (out.cpu().double() - exact).abs().max().item()
     assert error < 16 * torch.finfo(dtype).eps
+
+
+@runs_kernels
+@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("batch,keys", [(1, 7), (2, 128), (2, 150)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_specialised_warps(device, rng, as_good, dim, batch, keys, with_bias):
+    """Every tile that the tuner may choose for the warp-specialised kernel, with and without a partial last block."""
+    if device.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs TMA")
+    q, k, v = (torch.randn(batch, n, 2, dim, generator=rng).half() for n in (70, keys, keys))
+    bias = None
+    if with_bias:
+        bias = torch.randn(batch, keys, generator=rng)
+        bias[:, ::5] = -math.inf
+        bias[-1] = -math.inf  # a sample that sees nothing
+    exact = mixed_attention(q.double(), k.double(), v.double(), key_bias=bias, return_lse=True)
+    same = mixed_attention(q, k, v, key_bias=bias, return_lse=True)
+    arguments = [x.to(device) for x in (q, k, v)]
+    arguments += [None, None, None, None if bias is None else bias.to(device), dim**-0.5, True]
+    for config in tune.candidates("attention_ws", {"head_dim": dim, "bits": 16}):
+        out, lse = gpu.run("mixed_attention", tuple(arguments), {"attention_ws": config})
+        as_good(out.cpu(), exact[0], same[0])
+        as_good(lse.cpu(), exact[1], same[1])
+
+
+@runs_kernels
+@pytest.mark.parametrize("make", [
+    lambda b: b, lambda b: b[:1], lambda b: b[:1, 1:], lambda b: b[:, 1:], lambda b: b[:, ::2],
+    lambda b: b[:1].expand(2, -1), lambda b: b[:, :38],
+])  # fmt: skip
+def test_bias_descriptors_of_any_layout(device, rng, make):
+    bias = make(torch.randn(2, 41, generator=rng).to(device))
+    keys = bias.shape[1]
+    described = attention.bias_descriptor(bias, 64)
+    base, row = described.base, described.strides[0]
+    assert base.data_ptr() % 16 == 0 and (4 * row) % 16 == 0 and list(described.shape) == list(bias.shape)
+    assert torch.equal(base.as_strided(bias.shape, (row if len(bias) > 1 else keys, 1)), bias)
 
 
 @runs_kernels
