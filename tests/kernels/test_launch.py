@@ -210,7 +210,7 @@ def test_wrong_indices_stay_inside(device):
 
 
 @runs_kernels
-@pytest.mark.parametrize("seed", range(200 if torch.cuda.is_available() else 8))
+@pytest.mark.parametrize("seed", range(8))
 def test_random_ragged_batches(device, as_good, seed):
     g = torch.Generator().manual_seed(seed)
     scale_up = 8 if device.type == "cuda" else 1
