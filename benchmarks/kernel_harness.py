@@ -18,6 +18,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 TOLERANCE = 2e-2 if ON_GPU else 1e-5  # bfloat16 on a GPU, float32 on a CPU
 REPEATS = 30 if ON_GPU else 3
+WAIT_CYCLES = 1_000_000  # about half a millisecond
 # Inputs rotate through at least this many bytes, more than any L2, so every call finds its inputs in memory.
 ROTATED_BYTES = 256 << 20 if ON_GPU else 8 << 20
 
@@ -35,6 +36,8 @@ def device_milliseconds(call: Callable[[], object], repeats: int = REPEATS) -> f
         synchronize()
         if ON_GPU:
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            # The device waits while the host enqueues, or a short kernel's time would be that of its launch.
+            torch.cuda._sleep(WAIT_CYCLES)
             start.record()
             call()
             stop.record()
@@ -97,7 +100,13 @@ def measure(
     """
     first = inputs()
     want = exact(*first)
-    got = provider(*first).to(want.device, torch.float64)
+    try:
+        got = provider(*first).to(want.device, torch.float64)
+    except Exception as failure:
+        if row["provider"].startswith("specedit_kernels"):
+            raise
+        # A peer that does not run on this machine is no failure of ours, but says so.
+        pytest.skip(f"{row['provider']} does not run here: {type(failure).__name__}: {str(failure).splitlines()[0]}")
     error = ((got - want).abs().max() / want.abs().max()).item()
     if not error <= tolerance:
         pytest.fail(f"{row['op']} {row['case']} {row['provider']}: error {error:.2e} > {tolerance:.2e}, not timed")

@@ -6,7 +6,6 @@ Without a GPU the same cases run small.
 """
 
 import functools
-import importlib.util
 import math
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks import peers
 from benchmarks.kernel_harness import DEVICE, DTYPE, ON_GPU, TOLERANCE, measure
 from specedit_kernels import mixed_attention
 
@@ -21,11 +21,14 @@ HEADS, DIM = (24, 128) if ON_GPU else (2, 64)
 TEXT, CELLS = (512, 1024) if ON_GPU else (32, 64)
 
 
-def mixed(edited):
+def mixed(edited, text=TEXT):
     """Coarse and fine keys of a 1024 px edit: target and reference keep `edited` of their cells as four tokens."""
     fine = 4 * round(CELLS * edited)
-    return 2 * (CELLS - fine // 4), TEXT + 2 * fine
+    return 2 * (CELLS - fine // 4), text + 2 * fine
 
+
+# Qwen-Image-Edit: heads and head dim of FLUX, guidance as two sequences of one launch, whose prompts differ in length.
+PROMPTS = (1280, 1216) if ON_GPU else (40, 24)
 
 CASES = {  # per sequence: keys that stand for four positions, keys that stand for one
     "draft": [(0, TEXT + CELLS // 2)],
@@ -34,7 +37,12 @@ CASES = {  # per sequence: keys that stand for four positions, keys that stand f
     "mixed 20%": [mixed(0.2)],
     "mixed 40%": [mixed(0.4)],
     "full": [(0, TEXT + 8 * CELLS)],
-    "mixed 20% two halves of CFG": [mixed(0.2)] * 2,
+    "Qwen CFG draft": [(0, text + CELLS // 2) for text in PROMPTS],
+    "Qwen CFG coarse": [(0, text + 2 * CELLS) for text in PROMPTS],
+    "Qwen CFG mixed 10%": [mixed(0.1, text) for text in PROMPTS],
+    "Qwen CFG mixed 20%": [mixed(0.2, text) for text in PROMPTS],
+    "Qwen CFG mixed 40%": [mixed(0.4, text) for text in PROMPTS],
+    "Qwen CFG full": [(0, text + 8 * CELLS) for text in PROMPTS],
     "batch of 8 masks": [mixed(0.05 * (i + 1)) for i in range(8)],
 }
 
@@ -68,6 +76,13 @@ def ours(q, k, v, cu, bias, lengths):
 
 def ours_no_bias(q, k, v, cu, bias, lengths):
     return mixed_attention(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=max(map(sum, lengths)))
+
+
+def ours_dense(q, k, v, cu, bias, lengths):
+    """One sequence as a dense batch, which also runs the warp-specialised kernel where it is tuned."""
+    if len(lengths) > 1:
+        pytest.skip("sequences of several lengths are no dense batch")
+    return mixed_attention(q[None], k[None], v[None], key_bias=bias[None])[0]
 
 
 def sdpa_with(backend):
@@ -111,19 +126,15 @@ def two_passes(q, k, v, bias, coarse):
     return sum(w.unsqueeze(-1).to(out.dtype) * out for w, (out, _) in zip(weights, parts))
 
 
-def flash_attn_varlen(q, k, v, cu, bias, lengths):
-    from flash_attn import flash_attn_varlen_func
-
-    longest = max(map(sum, lengths))
-    return flash_attn_varlen_func(q, k, v, cu, cu, longest, longest)
-
-
 # provider -> (function, whether it takes the bias)
 PROVIDERS = {
     "specedit_kernels": (ours, True),
     "specedit_kernels without bias": (ours_no_bias, False),
+    "specedit_kernels dense": (ours_dense, True),
     "SDPA broadcast mask": (sdpa_mask, True),
     "flash, two passes merged by lse": (two_passes, True),
+    "flash-attn varlen without bias": (peers.flash_attn_varlen, False),
+    "FlashAttention-4 score_mod": (peers.flash_attn_4, True),
 }
 if ON_GPU:
     PROVIDERS |= {
@@ -132,8 +143,6 @@ if ON_GPU:
         "SDPA efficient without bias": (sdpa_with(SDPBackend.EFFICIENT_ATTENTION), False),
         "FlexAttention with bias": (flex, True),
     }
-    if importlib.util.find_spec("flash_attn") is not None:
-        PROVIDERS["flash-attn varlen without bias"] = (flash_attn_varlen, False)
 else:
     PROVIDERS["SDPA without bias"] = (sdpa_with(SDPBackend.FLASH_ATTENTION), False)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import specedit_kernels as kernels
+from benchmarks import peers
 from benchmarks.kernel_harness import DEVICE, DTYPE, ON_GPU, TOLERANCE, measure
 from specedit_kernels import reference
 
@@ -119,7 +120,11 @@ def norm_rope_ours(q, k, weight, cos, sin):
     return joint
 
 
-NORM_ROPE = {"specedit_kernels": norm_rope_ours, "eager chain": norm_rope_eager}
+NORM_ROPE = {
+    "specedit_kernels": norm_rope_ours,
+    "eager chain": norm_rope_eager,
+    "FlashInfer rmsnorm and rope": peers.flashinfer_norm_rope,
+}
 if ON_GPU:
     NORM_ROPE["torch.compile of the chain"] = lambda *x: compiled(norm_rope_eager)(*x)
 
@@ -127,7 +132,7 @@ if ON_GPU:
 @pytest.mark.parametrize("provider", NORM_ROPE)
 @torch.inference_mode()
 def test_qk_norm_rope(benchmark, roofs, rows, provider):
-    if provider != "specedit_kernels" and importlib.util.find_spec("diffusers") is None:
+    if "chain" in provider and importlib.util.find_spec("diffusers") is None:
         pytest.skip("the chain is diffusers'")
 
     def inputs():

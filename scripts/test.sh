@@ -21,6 +21,7 @@ export HF_HUB_OFFLINE=1 MPLBACKEND=Agg
 
 step "ruff"
 "$venv/bin/ruff" check .
+"$venv/bin/ruff" format --check .
 
 step "tests (kernels on a CPU run in Triton's interpreter)"
 "$venv/bin/python" -m pytest -q

@@ -38,6 +38,7 @@ class Variant:
     options: dict[str, int]
     floats: tuple[str, ...] = ()
     matrix: bool = False
+    specialized: bool = False  # the compiler must have given warps different work
 
 
 @dataclass
@@ -56,25 +57,28 @@ class Result:
 def _attention(table: dict) -> Iterator[Variant]:
     from .gpu.attention import attend, plan_tiles
 
-    everything = {"PACKED": True, "PLANNED": True, "HAS_BIAS": True, "HAS_LSE": True}
+    everything = {"PACKED": True, "PLANNED": True, "HAS_BIAS": True, "SCALE_FIRST": True, "HAS_LSE": True}
     nothing = dict.fromkeys(everything, False) | dict.fromkeys(("bias", "cu_q", "cu_k", "plan"))
     lengths = {"cu_q": "i32", "cu_k": "i32", "plan": "i32"}
     entries = [(True, entry) for entry in table.get("attention_tma", [])]
     for with_descriptors, entry in entries + [(False, entry) for entry in table["attention"]]:
         config, width = entry["config"], entry["shape"]["head_dim"]
-        blocks = {"DIM_P2": width, "BLOCK_M": config["block_m"], "BLOCK_N": config["block_n"]}
+        blocks = {"BLOCK_M": config["block_m"], "BLOCK_N": config["block_n"]}
         options = {key: config[key] for key in ("num_warps", "num_stages")}
         half = entry["shape"]["bits"] == 16
         blocks["PRECISION"] = "tf32" if half else "ieee"
         # Both half types are shipped, and head dims inside the padded one.
         ways = [("bf16", width), ("bf16", width * 3 // 4), ("fp16", width)] if half else [("fp32", width)]
+        if width == 64:  # whose entry the smaller head dims take as well
+            ways += [("bf16" if half else "fp32", dim) for dim in (16, 32)]
         for element, dim in ways:
+            padded = min(width, 1 << (dim - 1).bit_length())
             pointers = dict.fromkeys(("q", "k", "v", "out"), element) | {"bias": "fp32", "lse": "fp32"}
             descriptors = {
-                f"{name}_desc": f"tensordesc<{element}[1, 1, {rows}, {width}]>"
+                f"{name}_desc": f"tensordesc<{element}[1, 1, {rows}, {padded}]>"
                 for name, rows in (("q", config["block_m"]), ("k", config["block_n"]), ("v", config["block_n"]))
             }
-            fixed = blocks | {"DIM": dim, "DESCRIPTORS": with_descriptors}
+            fixed = blocks | {"DIM": dim, "DIM_P2": padded, "DESCRIPTORS": with_descriptors}
             if with_descriptors:
                 pointers |= descriptors
             else:
@@ -86,6 +90,30 @@ def _attention(table: dict) -> Iterator[Variant]:
                 yield Variant(f"{label} dense", attend, pointers, fixed | nothing, options, ("scale_log2",), half)
         blocks = {"BLOCK_M": config["block_m"], "BLOCK_B": 128, "BLOCK_T": 128}
         yield Variant(f"plan_tiles {config['block_m']}", plan_tiles, lengths, blocks, {"num_warps": 4})
+
+
+def _attention_ws(table: dict) -> Iterator[Variant]:
+    """The warp-specialised kernel: entries of the table, and what the tuner may choose where there is TMA."""
+    from .gpu.attention_ws import attend_specialized
+    from .tune import candidates
+
+    entries = [(e["shape"]["head_dim"], e["config"]) for e in table.get("attention_ws", []) if e["config"]]
+    if "attention_tma" in table:
+        shapes = ({"head_dim": dim, "bits": 16} for dim in (64, 128))
+        entries += [(shape["head_dim"], config) for shape in shapes for config in candidates("attention_ws", shape)]
+    for dim, config in entries:
+        m, n = config["block_m"], config["block_n"]
+        blocks = {"DIM": dim, "DIM_P2": dim, "BLOCK_M": m, "BLOCK_N": n}
+        options = {key: config[key] for key in ("num_warps", "num_stages")}
+        for element, extras in (("bf16", True), ("bf16", False), ("fp16", True)):
+            pointers = {"out": element, "lse": "fp32", "bias_desc": f"tensordesc<fp32[1, {n}]>"}
+            pointers |= {
+                f"{name}_desc": f"tensordesc<{element}[1, 1, {rows}, {dim}]>"
+                for name, rows in (("q", m), ("k", n), ("v", n))
+            }
+            fixed = blocks | {"HAS_BIAS": extras, "HAS_LSE": extras} | ({} if extras else {"bias_desc": None})
+            label = f"attend {element} D{dim} ws {m}x{n}{' bias lse' if extras else ''}"
+            yield Variant(label, attend_specialized, pointers, fixed, options, ("scale_log2",), True, specialized=True)
 
 
 def _rows(table: dict) -> Iterator[Variant]:
@@ -154,7 +182,7 @@ def _weighted_sum(table: dict) -> Iterator[Variant]:
 
 def variants(table: dict) -> Iterator[Variant]:
     """Every kernel of every configuration in one file."""
-    for family in (_attention, _rows, _expand, _norm_rope, _weighted_sum):
+    for family in (_attention, _attention_ws, _rows, _expand, _norm_rope, _weighted_sum):
         yield from family(table)
 
 
@@ -177,7 +205,7 @@ def _source(variant: Variant):
             signature[name], constants[name] = "constexpr", 1
         else:
             signature[name] = "i32"
-            if name.endswith(_STRIDES):
+            if name.endswith(_STRIDES) and not variant.kernel.params[at].do_not_specialize:
                 aligned.append(at)
     attributes = {(at,): [["tt.divisibility", 16]] for at in aligned}
     return ASTSource(fn=variant.kernel, signature=signature, constexprs=constants, attrs=attributes)
@@ -224,6 +252,9 @@ def check(variant: Variant, capability: int, config_file: str) -> Result:
         result.problems.append(f"needs {result.shared} bytes of shared memory, limit {limit}")
     if variant.matrix and not result.matrix_instructions:
         result.problems.append(f"no {_MATRIX[capability]} instruction")
+    # Where the compiler cannot split a loop it says nothing and compiles it whole.
+    if variant.specialized and "setmaxnreg" not in compiled.asm["ptx"]:
+        result.problems.append("warps are not specialised")
     return result
 
 

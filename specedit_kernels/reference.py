@@ -99,7 +99,8 @@ def draw_seeds(generator: torch.Generator | Sequence[torch.Generator] | None, co
     generators = generator if isinstance(generator, (list, tuple)) else [generator]
     device = coarse.device
     keys = [
-        torch.randint(2**62, (1,), generator=g, device=device if g is None else g.device).to(device) for g in generators
+        torch.randint(2**62, (1,), generator=g, device=device if g is None else g.device).to(device, non_blocking=True)
+        for g in generators
     ]
     return keys[0] if len(keys) == 1 else torch.cat(keys)
 

@@ -1,6 +1,6 @@
 """Measures launch parameters on this machine's GPU and writes the file that later runs read.
 
-    python -m specedit_kernels.tune [--out FILE] [--quick]
+    python -m specedit_kernels.tune [--out FILE] [--quick] [--warp-specialize]
 
 Each kernel is timed at a few shapes from life over a small set of candidates (device time, median of repeats, L2
 flushed between them); a candidate that does not compile or whose result differs from the plain PyTorch one is out.
@@ -33,6 +33,10 @@ def candidates(kernel: str, shape: dict) -> Iterator[dict]:
             blocks = [(64, 32), (64, 64), (128, 32), (128, 64), (64, 128), (128, 128)]
         for (m, n), warps, stages in itertools.product(blocks, (4, 8), (2, 3, 4)):
             yield {"block_m": m, "block_n": n, "num_warps": warps, "num_stages": stages}
+    elif kernel == "attention_ws":
+        # Other tiles spill, or the compiler does not split them.
+        for n, stages in ((128, 2 if shape["head_dim"] > 64 else 3), (64, 3), (64, 2)):
+            yield {"block_m": 64, "block_n": n, "num_warps": 4, "num_stages": stages}
     elif kernel == "copy_rows":
         for tile, warps in itertools.product((4096, 8192, 16384), (4, 8)):
             yield {"tile_bytes": tile, "block_bytes": 4096, "num_warps": warps}
@@ -78,7 +82,7 @@ def workload(kernel: str, shape: dict, device: str, half=torch.bfloat16, rows=65
     def run(name, *arguments):
         return lambda config: gpu.run(name, arguments, {kernel: config})
 
-    if kernel in ("attention", "attention_tma"):
+    if kernel.startswith("attention"):
         dtype = half if shape["bits"] == 16 else torch.float32
         heads = max(1, 3072 // shape["head_dim"])
         q, k, v = (randn(1, shape["keys"], heads, shape["head_dim"], dtype=dtype) for _ in range(3))
@@ -122,9 +126,11 @@ def milliseconds(call: Callable, repeats: int = 20) -> float:
     return statistics.median(times[3:])
 
 
-def best(kernel: str, call: Callable, want: torch.Tensor, configs: Iterable[dict], timer: Callable) -> dict | None:
-    """The fastest of `configs` with which `call(config)` gives `want`, or None when there is none."""
-    tolerance = 4 * torch.finfo(want.dtype).eps * max(1.0, want.abs().max().item())
+def best(
+    kernel: str, call: Callable, want: torch.Tensor, configs: Iterable[dict], timer: Callable
+) -> tuple[float, dict] | None:
+    """Milliseconds and parameters of the fastest of `configs` with which `call(config)` gives `want`, or None."""
+    tolerance = 4 * torch.finfo(want.dtype).eps * want.abs().max().item()
     found = None
     for config in configs:
         try:
@@ -136,17 +142,29 @@ def best(kernel: str, call: Callable, want: torch.Tensor, configs: Iterable[dict
             continue
         if found is None or time < found[0]:
             found = (time, config)
-    return None if found is None else found[1]
+    return found
 
 
-def tune(capability: tuple[int, int], device: str, timer: Callable, quick: bool) -> dict:
-    """Tables of measured entries, in the form of the files in `gpu/configs/`."""
+def tune(
+    capability: tuple[int, int], device: str, timer: Callable, quick: bool, warp_specialize: bool = False
+) -> dict[str, list]:
+    """Tables of measured entries, in the form of the files in `gpu/configs/`.
+
+    With `warp_specialize` an `attention_ws` entry stands beside every `attention_tma` entry of head dim 64 and 128,
+    null where it is not the faster of the two.
+    """
     tables: dict[str, list] = {}
     for kernel, shape in shapes(capability, quick):
-        config = best(kernel, *workload(kernel, shape, device), candidates(kernel, shape), timer)
-        print(kernel, shape, config, flush=True)
-        if config is not None:
-            tables.setdefault(kernel, []).append({"shape": shape, "config": config})
+        found = best(kernel, *workload(kernel, shape, device), candidates(kernel, shape), timer)
+        print(kernel, shape, found, flush=True)
+        if found is not None:
+            tables.setdefault(kernel, []).append({"shape": shape, "config": found[1]})
+        if warp_specialize and kernel == "attention_tma" and shape["head_dim"] <= 128:
+            ws = "attention_ws"
+            other = best(ws, *workload(ws, shape, device), candidates(ws, shape), timer)
+            print(ws, shape, other, flush=True)
+            wins = other is not None and (found is None or other[0] < found[0])
+            tables.setdefault(ws, []).append({"shape": shape, "config": other[1] if wins else None})
     return tables
 
 
@@ -163,6 +181,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="specedit_kernels.tune", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, help="file to write (default: the package's file for this GPU)")
     parser.add_argument("--quick", action="store_true", help="one sequence length instead of three")
+    parser.add_argument("--warp-specialize", action="store_true",
+                        help="also try the warp-specialised attention kernel, used where it is faster")  # fmt: skip
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("specedit_kernels.tune: expected a CUDA GPU to measure on, found none", file=sys.stderr)
@@ -171,7 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     path = options.out or launch.CONFIG_FOLDER / launch.config_file_name(name)
-    tables = tune(capability, "cuda", milliseconds, options.quick)
+    tables = tune(capability, "cuda", milliseconds, options.quick, options.warp_specialize)
     # A kernel for which nothing could be measured keeps the architecture's default.
     default = json.loads((launch.CONFIG_FOLDER / launch.default_file_name(capability)).read_text())
     for kernel, entries in default.items():

@@ -10,8 +10,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch
-
-LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
+from .attention_parts import LOG2_E, _attend_block, _store_rows
+from .attention_ws import attend_specialized, bias_descriptor
 
 
 @triton.jit(do_not_specialize=["sequences", "queries", "keys", "capacity"])
@@ -19,7 +19,7 @@ def plan_tiles(
     cu_q, cu_k, plan, sequences, queries, keys, capacity,
     BLOCK_M: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Lists the query blocks of all sequences as plan[i] = (sequence, block), those with the most keys first.
+    """Gives every query block a place, the sequences with the most keys first: plan[i] = (sequence, its first place).
 
     Program b places the blocks of sequence b behind those of every sequence with more keys (ties by number); the
     program after the last fills the rest of the plan with -1. The host never learns the lengths.
@@ -46,7 +46,22 @@ def plan_tiles(
         at = first + block
         written = (block < count) & (at < capacity)
         tl.store(plan + 2 * at, tl.where(b < sequences, b, -1) + tl.zeros_like(at), mask=written)
-        tl.store(plan + 2 * at + 1, block, mask=written)
+        tl.store(plan + 2 * at + 1, first + tl.zeros_like(at), mask=written)
+
+
+@triton.jit
+def _work(pid, plan, cu_q, heads, queries, BLOCK_M: tl.constexpr):
+    """The sequence, head and query block of a program; the sequence is -1 where the plan ends.
+
+    A sequence of n blocks has the programs [first * heads, (first + n) * heads): all heads of the longest sequence
+    come before the next one, and the programs that share keys, those of one head, lie side by side.
+    """
+    sequence = tl.load(plan + 2 * (pid // heads))
+    first = tl.load(plan + 2 * (pid // heads) + 1)
+    q_start, q_stop = _span(cu_q, tl.maximum(sequence, 0), queries)
+    blocks = tl.maximum(tl.cdiv(q_stop - q_start, BLOCK_M), 1)
+    within = pid - first * heads
+    return sequence, within // blocks, within % blocks
 
 
 @triton.jit
@@ -67,38 +82,14 @@ def _span(cu_seqlens, b, total):
     return start, tl.maximum(stop, start)
 
 
-@triton.jit
-def _attend_block(
-    query, key, value, bias_row, in_keys, peak, total, acc, scale_log2,
-    HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One step of the running softmax: query [BM, D], key and value [BN, D], peak and total [BM], acc [BM, D].
-
-    Everything is in base 2: s = scale * log2(e) * q.k + log2(e) * bias, p = 2^(s - peak).
-    """
-    s = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2  # [BM, BN]
-    if HAS_BIAS:
-        s += bias_row[None, :]
-    if MASKED:
-        s = tl.where(in_keys[None, :], s, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(s, axis=1))  # [BM]
-    # While every key so far is hidden the peak is -inf, and -inf - -inf would be NaN.
-    base = tl.where(new_peak == float("-inf"), 0.0, new_peak) if HAS_BIAS else new_peak
-    p = tl.exp2(s - base[:, None])  # [BM, BN]
-    shrink = tl.exp2(peak - base)  # [BM]
-    total = total * shrink + tl.sum(p, axis=1)
-    acc = tl.dot(p.to(value.dtype), value, acc * shrink[:, None], input_precision=PRECISION)
-    return new_peak, total, acc
-
-
-@triton.jit(do_not_specialize=["tiles", "queries", "keys", "scale_log2"])
+@triton.jit(do_not_specialize=["tiles", "queries", "keys", "scale_log2", "bias_sample"])
 def attend(
     q, k, v, q_desc, k_desc, v_desc, bias, out, lse, cu_q, cu_k, plan, tiles, heads, queries, keys, scale_log2,
     q_sample, q_row, q_head, q_dim, k_sample, k_row, k_head, k_dim, v_sample, v_row, v_head, v_dim,
     bias_sample, bias_key,
     DIM: tl.constexpr, DIM_P2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PACKED: tl.constexpr, PLANNED: tl.constexpr, DESCRIPTORS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_LSE: tl.constexpr, PRECISION: tl.constexpr,
+    SCALE_FIRST: tl.constexpr, HAS_LSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out_i = sum_j p_ij v_j / sum_j p_ij,  p_ij = exp(scale * q_i . k_j + bias_j),  lse_i = log sum_j p_ij
 
@@ -114,8 +105,7 @@ def attend(
     if PACKED:
         sequence = 0
         if PLANNED:
-            sequence = tl.load(plan + 2 * tile)
-            tile = tl.load(plan + 2 * tile + 1)
+            sequence, head, tile = _work(tl.program_id(0), plan, cu_q, heads, queries, BLOCK_M)
         if sequence < 0:
             return
         q_start, q_stop = _span(cu_q, sequence, queries)
@@ -132,14 +122,15 @@ def attend(
     n = tl.arange(0, BLOCK_N)  # [BN]
     in_dim = (d < DIM)[None, :]
     sample = tl.cast(sample, tl.int64)
-    k += sample * k_sample + tl.cast(k_start, tl.int64) * k_row + head * k_head
-    v += sample * v_sample + tl.cast(k_start, tl.int64) * v_row + head * v_head
+    k += sample * k_sample + tl.cast(k_start, tl.int64) * k_row + tl.cast(head, tl.int64) * k_head
+    v += sample * v_sample + tl.cast(k_start, tl.int64) * v_row + tl.cast(head, tl.int64) * v_head
     if HAS_BIAS:
         bias += sample * bias_sample + tl.cast(k_start, tl.int64) * bias_key
     if DESCRIPTORS:
         query = q_desc.load([sample.to(tl.int32), head, first, 0]).reshape(BLOCK_M, DIM_P2)
     else:
-        rows = q + sample * q_sample + head * q_head + m.to(tl.int64)[:, None] * q_row + d[None, :] * q_dim
+        q += sample * q_sample + tl.cast(head, tl.int64) * q_head
+        rows = q + m.to(tl.int64)[:, None] * q_row + d[None, :] * q_dim
         query = tl.load(rows, mask=(m < q_stop)[:, None] & in_dim, other=0)  # [BM, D]
 
     length = k_stop - k_start
@@ -168,7 +159,7 @@ def attend(
         if HAS_BIAS:
             bias_row = tl.load(bias + tl.cast(start, tl.int64) * bias_key + n * bias_key) * LOG2_E
         peak, total, acc = _attend_block(query, key, value, bias_row, in_keys, peak, total, acc, scale_log2,
-                                         HAS_BIAS, False, PRECISION)  # fmt: skip
+                                         HAS_BIAS, SCALE_FIRST, False, PRECISION)  # fmt: skip
     if whole < length:
         in_keys = whole + n < length  # [BN]
         offset = tl.cast(whole, tl.int64)
@@ -180,20 +171,23 @@ def attend(
         if HAS_BIAS:
             bias_row = tl.load(bias + offset * bias_key + n * bias_key, mask=in_keys, other=0) * LOG2_E
         peak, total, acc = _attend_block(query, key, value, bias_row, in_keys, peak, total, acc, scale_log2,
-                                         HAS_BIAS, True, PRECISION)  # fmt: skip
+                                         HAS_BIAS, SCALE_FIRST, True, PRECISION)  # fmt: skip
 
-    in_rows = m < q_stop
-    result = acc / tl.where(total == 0, 1.0, total)[:, None]
-    out_rows = ((sample * queries + m) * heads + head)[:, None] * DIM + d[None, :]  # [BM, D]
-    tl.store(out + out_rows, result.to(out.dtype.element_ty), mask=in_rows[:, None] & in_dim)
-    if HAS_LSE:
-        tl.store(lse + (sample * heads + head) * queries + m, (peak + tl.log2(total)) / LOG2_E, mask=in_rows)
+    _store_rows(out, lse, peak, total, acc, sample, head, first, q_stop, queries, heads, DIM, DIM_P2, BLOCK_M, HAS_LSE)
 
 
 def _with_batch(tensor: torch.Tensor) -> torch.Tensor:
-    """(B, N, H, D) of either layout, copied only where the kernel's 32-bit offsets inside a block could overflow."""
+    """(B, N, H, D) of either layout, copied only where that costs less than it saves.
+
+    Rows that no 16-byte vector can read would make the kernel spill, and a copy is small beside attention. Strides of
+    2^22 and more could overflow the 32-bit offsets inside a block.
+    """
     tensor = tensor if tensor.dim() == 4 else tensor[None]
-    return tensor.contiguous() if max(tensor.stride(1), tensor.stride(3)) >= 1 << 22 else tensor
+    # Triton tells multiples of 16 elements from others; TMA asks for 16 bytes.
+    vectors = tensor.data_ptr() % 16 == 0 and tensor.stride(3) == 1 and all(s % 16 == 0 for s in tensor.stride()[:3])
+    if tensor.stride(1) < 1 << 22 and (vectors or _fits_descriptor(tensor)):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _fits_descriptor(tensor: torch.Tensor) -> bool:
@@ -210,7 +204,7 @@ def _descriptor(tensor: torch.Tensor, rows: int, dim_p2: int) -> TensorDescripto
 
 
 def plan(cu_q, cu_k, queries: int, keys: int, longest: int | None, block_m: int) -> torch.Tensor:
-    """The query blocks of all sequences, (capacity, 2) int32, as many as these sizes could need."""
+    """The plan of `plan_tiles`, (capacity, 2) int32, with as many places as these sizes could need."""
     sequences = cu_q.shape[0] - 1
     capacity = queries // block_m + sequences
     if longest is not None:
@@ -242,10 +236,24 @@ def launch_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias
         return out, lse
     dim_p2 = launch.next_power_of_2(dim)
     sequences = cu_seqlens_k.shape[0] - 1 if packed else 1
-    shape = {"head_dim": dim_p2, "bits": 8 * q.element_size(), "keys": keys // sequences}
+    shape = {"bits": 8 * q.element_size(), "head_dim": dim_p2, "keys": keys // sequences}
+    bias = None if key_bias is None else key_bias if key_bias.dim() == 2 else key_bias[None]
+    scale_log2 = scale * math.log2(math.e)
     # Half precision on Hopper and newer loads through TMA where every tensor is aligned for it.
     config = None
     if q.element_size() == 2 and all(_fits_descriptor(x) for x in (q4, k4, v4)):
+        config = None if packed else launch.config("attention_ws", q.device, tuned, **shape)
+        if config is not None:
+            block_m, block_n = config["block_m"], config["block_n"]
+            tiles = launch.ceil_div(queries, block_m)
+            attend_specialized[(tiles * heads * batch,)](
+                *(_descriptor(x, rows, dim_p2) for x, rows in ((q4, block_m), (k4, block_n), (v4, block_n))),
+                None if bias is None else bias_descriptor(bias, block_n), out, lse,
+                tiles, heads, queries, keys, scale_log2,
+                DIM=dim, DIM_P2=dim_p2, BLOCK_M=block_m, BLOCK_N=block_n, HAS_BIAS=bias is not None,
+                HAS_LSE=return_lse, num_warps=config["num_warps"], num_stages=config["num_stages"],
+            )  # fmt: skip
+            return out, lse
         config = launch.config("attention_tma", q.device, tuned, **shape)
     descriptors = config is not None
     if not descriptors:
@@ -266,13 +274,13 @@ def launch_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias
     described = [None, None, None]
     if descriptors:
         described = [_descriptor(x, rows, dim_p2) for x, rows in ((q4, block_m), (k4, block_n), (v4, block_n))]
-    bias = None if key_bias is None else key_bias if key_bias.dim() == 2 else key_bias[None]
     attend[(tiles * heads * batch,)](
         q4, k4, v4, *described, bias, out, lse, cu_seqlens_q, cu_seqlens_k, table,
-        tiles, heads, queries, keys, scale * math.log2(math.e),
+        tiles, heads, queries, keys, scale_log2,
         *(stride for x in (q4, k4, v4) for stride in x.stride()), *((0, 0) if bias is None else bias.stride()),
         DIM=dim, DIM_P2=dim_p2, BLOCK_M=block_m, BLOCK_N=block_n, PACKED=packed, PLANNED=planned,
-        DESCRIPTORS=descriptors, HAS_BIAS=bias is not None, HAS_LSE=return_lse,
+        DESCRIPTORS=descriptors, HAS_BIAS=bias is not None,
+        SCALE_FIRST=bias is not None or not scale > 0, HAS_LSE=return_lse,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=config["num_warps"], num_stages=config["num_stages"],
     )  # fmt: skip

@@ -2,8 +2,8 @@
 
 Launch parameters are JSON files in `configs/`: one per measured GPU, named after it, and one per architecture as the
 default. A file holds, per kernel, a list of entries `{"shape": {...}, "config": {...}}`; the entry nearest in shape is
-taken (by the sum of absolute log ratios). Nothing is tuned in a user's run; `python -m specedit_kernels.tune` writes
-such a file.
+taken, element type before head dim before length. Nothing is tuned in a user's run; `python -m specedit_kernels.tune`
+writes such a file.
 """
 
 from __future__ import annotations
@@ -74,17 +74,24 @@ def _configs_of(gpu_name: str, capability: tuple[int, int]) -> dict:
     return _read(fallback)
 
 
-def nearest(entries: list[dict], shape: dict[str, int]) -> dict:
-    """The `config` of the entry whose shape is nearest, in absolute log ratios summed over the named sizes."""
+def nearest(entries: list[dict], shape: dict[str, int]) -> dict | None:
+    """The `config` of the entry whose shape is nearest, in absolute log ratios.
 
-    def distance(entry: dict) -> float:
-        return sum(abs(math.log(max(1, shape[key]) / max(1, size))) for key, size in entry["shape"].items())
+    The sizes of `shape` count in their order and the first that differs decides: a length never outweighs a head dim,
+    for which another entry's tiles may not even fit into shared memory.
+    """
+
+    def distance(entry: dict) -> list[float]:
+        sizes = entry["shape"]
+        return [abs(math.log(max(1, shape[key]) / max(1, sizes[key]))) for key in shape if key in sizes]
 
     return min(entries, key=distance)["config"]
 
 
 def config(kernel: str, device: torch.device, tuned: dict[str, dict] | None, **shape: int) -> dict | None:
     """Launch parameters of a kernel for a shape on this device, or None where the device has no such kernel.
+
+    An entry may hold null for shapes at which another kernel is the faster one.
 
     `tuned` maps kernels to parameters and overrides the files; tuning and tests use it.
     """

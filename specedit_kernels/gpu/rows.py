@@ -9,7 +9,9 @@ import triton.language as tl
 from . import launch
 
 
-@triton.jit(do_not_specialize=["rows", "table_rows"])
+@triton.jit(do_not_specialize=[
+    "rows", "table_rows", "source_sample", "source_row", "index_sample", "target_sample", "target_row",
+])  # fmt: skip
 def copy_rows(
     source, index, target, rows, table_rows,
     source_sample, source_row, source_channel, index_sample, index_row, target_sample, target_row, target_channel,

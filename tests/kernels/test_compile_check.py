@@ -30,6 +30,18 @@ def test_attention_uses_the_matrix_units(capability):
     assert 0 < result.registers <= 255 and 0 < result.shared <= result.shared_limit
 
 
+@pytest.mark.parametrize("capability", [90, 100])
+def test_warps_are_specialised(capability):
+    variant = next(compile_check._attention_ws(table([capability // 10, 0]) | {"attention_tma": []}))
+    result = compile_check.check(variant, capability, "here")
+    assert result.problems == [] and result.matrix_instructions > 0
+    whole = compile_check.check(first(table([9, 0])), 90, "here")  # the same check on a kernel that is not
+    assert whole.problems == []
+    plain = first(table([9, 0]))
+    plain.specialized = True
+    assert compile_check.check(plain, 90, "here").problems == ["warps are not specialised"]
+
+
 def test_spills_are_refused():
     result = compile_check.check(first(table([8, 0], block_n=128, num_warps=4)), 80, "here")
     assert "spills registers" in result.problems and result.spills > 0
@@ -62,12 +74,13 @@ def test_every_kernel_is_listed():
     """A kernel somebody adds to gpu/ must also be compiled by the check."""
     from triton.runtime.jit import JITFunction
 
-    from specedit_kernels.gpu import attention, expand, launch, norm_rope, rows, weighted_sum
+    from specedit_kernels.gpu import attention, attention_ws, expand, launch, norm_rope, rows, weighted_sum
 
     defaults = json.loads((launch.CONFIG_FOLDER / "default_sm_90.json").read_text())
     listed = {variant.kernel.fn.__name__ for variant in compile_check.variants(defaults)}
+    modules = (attention, attention_ws, expand, norm_rope, rows, weighted_sum)
     launched = {
-        name for module in (attention, expand, norm_rope, rows, weighted_sum) for name, value in vars(module).items()
+        name for module in modules for name, value in vars(module).items()
         if isinstance(value, JITFunction) and not name.startswith("_")
     }  # fmt: skip
     assert listed == launched

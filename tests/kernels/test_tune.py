@@ -44,8 +44,27 @@ def test_the_fastest_right_one_wins():
         return times[ran[-1]]
 
     configs = [{"id": i} for i in (1, 2, 3, 4, 5)]
-    assert tune.best("copy_rows", call, want, configs, timer) == {"id": 3}
+    assert tune.best("copy_rows", call, want, configs, timer) == (2.0, {"id": 3})
     assert tune.best("copy_rows", call, want, configs[3:], timer) is None
+
+
+def test_a_wrong_result_of_small_values_is_out():
+    """The error counts against the size of the result: attention over thousands of keys gives small values."""
+    want = torch.full((4,), 0.01)
+    assert tune.best("attention", lambda config: torch.zeros(4), want, [{"id": 1}], lambda run: 1.0) is None
+
+
+@pytest.mark.parametrize("times,wins", [({"attention_tma": 2.0, "attention_ws": 1.0}, True),
+                                        ({"attention_tma": 1.0, "attention_ws": 2.0}, False)])  # fmt: skip
+def test_specialised_warps_are_used_where_they_are_faster(monkeypatch, times, wins):
+    shape = {"head_dim": 128, "bits": 16, "keys": 2560}
+    monkeypatch.setattr(tune, "shapes", lambda capability, quick: [("attention_tma", shape)])
+    monkeypatch.setattr(tune, "workload", lambda kernel, *_: (lambda config: torch.ones(1), torch.ones(1)))
+    monkeypatch.setattr(tune, "best", lambda kernel, call, want, configs, timer: (times[kernel], next(iter(configs))))
+    tables = tune.tune((9, 0), "cpu", None, quick=True, warp_specialize=True)
+    config = launch.nearest(tables["attention_ws"], shape)
+    assert (config == next(tune.candidates("attention_ws", shape))) if wins else (config is None)
+    assert "attention_ws" not in tune.tune((9, 0), "cpu", None, quick=True)
 
 
 def test_the_file_can_be_read_back(tmp_path):
@@ -65,11 +84,12 @@ def test_no_gpu(capsys):
 @pytest.mark.parametrize(
     "kernel,shape",
     [("contract", {"channels": 4}), ("expand", {"channels": 4}), ("copy_rows", {"row_bytes": 128}),
-     ("norm_rope", {"head_dim": 64}), ("attention", {"head_dim": 64, "bits": 16, "keys": 100})],
+     ("norm_rope", {"head_dim": 64}), ("attention", {"head_dim": 64, "bits": 16, "keys": 100}),
+     ("attention_ws", {"head_dim": 64, "bits": 16, "keys": 100})],
     ids=str,
 )  # fmt: skip
 def test_workloads_run(device, kernel, shape):
     """The smallest candidate of each kernel on a small workload is accepted as right."""
     call, want = tune.workload(kernel, shape, device.type, half=torch.float16, rows=64)
     config = next(tune.candidates(kernel, shape))
-    assert tune.best(kernel, call, want, [config], lambda run: 1.0) == config
+    assert tune.best(kernel, call, want, [config], lambda run: 1.0) == (1.0, config)
