@@ -79,7 +79,7 @@ def scatter_tokens(
         src: (M, C) or (B, M, C), dtype of `out`.
         index: (M,), shared by the batch, or (B, M) for a batched `out`; int32 or int64, values in [0, N), each at most
             once per sample (which of several rows wins is not defined). On CUDA a row out of range is skipped.
-        out: (N, C) or (B, N, C), written in place, any strides.
+        out: (N, C) or (B, N, C), written in place, any strides; shares no memory with `src`.
         backend: "triton", "torch" or None (by device).
 
     Returns:
@@ -256,7 +256,8 @@ def qk_norm_rope(
         out_index: (T,) (or (N,), shared by the batch) int32 or int64: row t is written to row `out_index[t]` of `out`,
             each row at most once. Needs `out`. On CUDA a row out of range is skipped.
         out: (q_out, k_out), with `v` (q_out, k_out, v_out), to write into: (T_out, H, D) or (B, N_out, H, D). Without
-            `out_index` they have the shape of `q` and may be `q` and `k` themselves.
+            `out_index` they have the shape of `q` and may be `q` and `k` themselves; with it they share no memory with
+            the inputs.
         backend: "triton", "torch" or None (by device).
 
     Returns:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import numbers
 import os
 from collections.abc import Sequence
 
@@ -44,6 +45,11 @@ def expect_shape(name: str, value: torch.Tensor, shape: Sequence[int]) -> None:
 def expect_dtype(name: str, value: torch.Tensor, dtype: torch.dtype) -> None:
     if value.dtype != dtype:
         raise TypeError(f"{name}: expected dtype {_names([dtype])}, got {_names([value.dtype])}")
+
+
+def expect_number(name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
 def debug_enabled() -> bool:
@@ -108,8 +114,7 @@ def check_sigma(name: str, sigma) -> float:
         if sigma.numel() != 1:
             raise ValueError(f"{name}: expected a number or a tensor of one element, got shape {tuple(sigma.shape)}")
         sigma = sigma.item()
-    if isinstance(sigma, bool) or not isinstance(sigma, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(sigma).__name__}")
+    expect_number(name, sigma)
     if not 0 < sigma < 1:  # also catches NaN
         raise ValueError(f"{name}: expected a value inside (0, 1), got {sigma}")
     return float(sigma)
@@ -178,8 +183,10 @@ def check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias,
     if key_bias is not None:
         expect_tensor("key_bias", key_bias, dtypes=(torch.float32,), dims=(1,) if packed else (2,), device=q.device)
         expect_shape("key_bias", key_bias, k.shape[:-2])
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale}")
+    if scale is not None:
+        expect_number("scale", scale)
+        if not math.isfinite(scale):
+            raise ValueError(f"scale: expected a finite number, got {scale}")
 
 
 def check_cu_seqlens_values(name: str, cu_seqlens: torch.Tensor, total: int, longest: int | None = None) -> None:
@@ -215,6 +222,7 @@ def check_norm_rope(q, k, q_weight, k_weight, cos, sin, eps, v, out_index, out) 
     for name, value in (("cos", cos), ("sin", sin)):
         expect_tensor(name, value, dtypes=(torch.float32,), dims=(2, 3) if q.dim() == 4 else (2,), device=q.device)
         expect_shape(name, value, (*q.shape[q.dim() - 1 - value.dim() : -2], dim // 2))
+    expect_number("eps", eps)
     if not eps >= 0:
         raise ValueError(f"eps: expected a number of at least 0, got {eps}")
     if out_index is not None and out is None:

@@ -1,22 +1,25 @@
 """Compiles every shipped kernel in every shipped configuration for GPUs that need not be there.
 
-    python -m specedit_kernels.compile_check [--arch sm_80 sm_90 sm_100] [--json FILE]
+    python -m specedit_kernels.compile_check [--arch sm_80 sm_90 sm_100] [--json FILE] [--jobs N]
 
 Prints registers, spilled bytes, shared memory and matrix instructions of each, read from the cubin with the cuobjdump
 that comes with Triton. Exits with 1 if anything fails to compile, spills, needs more shared memory than the
-architecture has, or should use the tensor cores and does not.
+architecture has, or should use the tensor cores and does not. Another Triton than the installed one is checked by
+putting its folder first: `pip install --target DIR --no-deps triton==3.6.0`, then the same command with PYTHONPATH=DIR.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 
 # Shared memory one block may use, in bytes (CUDA programming guide, compute capabilities).
@@ -94,12 +97,12 @@ def _attention(table: dict) -> Iterator[Variant]:
 
 def _attention_ws(table: dict) -> Iterator[Variant]:
     """The warp-specialised kernel: entries of the table, and what the tuner may choose where there is TMA."""
-    from .gpu.attention_ws import attend_specialized
+    from .gpu.attention_ws import SPECIALIZED_DIMS, attend_specialized
     from .tune import candidates
 
     entries = [(e["shape"]["head_dim"], e["config"]) for e in table.get("attention_ws", []) if e["config"]]
     if "attention_tma" in table:
-        shapes = ({"head_dim": dim, "bits": 16} for dim in (64, 128))
+        shapes = ({"head_dim": dim, "bits": 16} for dim in SPECIALIZED_DIMS)
         entries += [(shape["head_dim"], config) for shape in shapes for config in candidates("attention_ws", shape)]
     for dim, config in entries:
         m, n = config["block_m"], config["block_n"]
@@ -258,21 +261,36 @@ def check(variant: Variant, capability: int, config_file: str) -> Result:
     return result
 
 
-def check_architecture(capability: int) -> Iterator[Result]:
-    """Checks the default configurations of an architecture and those of every measured GPU of it."""
+def shipped(capability: int) -> list[tuple[str, Variant]]:
+    """Variants of an architecture's default configurations and of every measured GPU's, each with its file's name."""
     from .gpu import launch
 
     default = launch.default_file_name((capability // 10, capability % 10))
+    found = {}
     for path in sorted(launch.CONFIG_FOLDER.glob("*.json")):
         table = json.loads(path.read_text())
         tuned = not path.name.startswith("default_") and table["capability"] == [capability // 10, capability % 10]
         if path.name == default or tuned:
-            seen = set()
             for variant in variants(table):
-                key = (variant.name, str(variant.constants), str(variant.options))
-                if key not in seen:
-                    seen.add(key)
-                    yield check(variant, capability, path.name)
+                key = (path.name, variant.name, str(variant.constants), str(variant.options))
+                found.setdefault(key, (path.name, variant))
+    return list(found.values())
+
+
+def _check_shipped(task: tuple[int, int]) -> Result:
+    """Checks one of `shipped`, given as (capability, number), because a kernel cannot be sent to another process."""
+    capability, number = task
+    config_file, variant = shipped(capability)[number]
+    return check(variant, capability, config_file)
+
+
+def check_shipped(tasks: list[tuple[int, int]], jobs: int) -> Iterator[Result]:
+    """Checks (capability, number) of `shipped` in `jobs` processes; the results come in the order of the tasks."""
+    if jobs == 1:
+        yield from map(_check_shipped, tasks)
+        return
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(_check_shipped, tasks)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -280,22 +298,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", default=["sm_80", "sm_90", "sm_100"],
                         choices=[f"sm_{c}" for c in _SHARED_LIMIT])  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="also write the rows as JSON")
+    parser.add_argument("--jobs", type=int, metavar="N", default=min(8, os.cpu_count() or 1),
+                        help="processes that compile side by side (default: one per core, at most 8)")  # fmt: skip
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
+    if options.jobs < 1:
+        parser.error(f"--jobs: expected at least 1, got {options.jobs}")
+    import triton
+
     results = []
+    print(f"Triton {triton.__version__} from {os.path.dirname(triton.__file__)}")
     print(f"{'arch':7} {'kernel':38} {'regs':>4} {'spill':>5} {'shared':>7} {'matrix':>6}")
-    for arch in options.arch:
-        for result in check_architecture(int(arch.removeprefix("sm_"))):
-            results.append(result)
-            verdict = "; ".join(result.problems)
-            print(f"{arch:7} {result.name:38} {result.registers:4} {result.spills:5} {result.shared:7} "
-                  f"{result.matrix_instructions:6}  {verdict}".rstrip(), flush=True)  # fmt: skip
+    capabilities = [int(arch.removeprefix("sm_")) for arch in options.arch]
+    tasks = [(capability, number) for capability in capabilities for number in range(len(shipped(capability)))]
+    for result in check_shipped(tasks, options.jobs):
+        results.append(result)
+        verdict = "; ".join(result.problems)
+        print(f"{result.arch:7} {result.name:38} {result.registers:4} {result.spills:5} {result.shared:7} "
+              f"{result.matrix_instructions:6}  {verdict}".rstrip(), flush=True)  # fmt: skip
     bad = sum(bool(result.problems) for result in results)
     print(f"{len(results)} variants, {bad} with problems")
     if options.json:
         import torch
-        import triton
 
         machine = {"torch": torch.__version__, "triton": triton.__version__}
         with open(options.json, "w") as file:

@@ -139,8 +139,12 @@ def run(backend: str, name: str, args: tuple):
     _check_values(name, args)
     if backend == "torch":
         return _TORCH[name](*args)
-    from . import gpu
-
+    try:
+        from . import gpu
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise ImportError('expected Triton 3.6 or newer to run kernels, found none; use backend="torch"') from error
     return gpu.run(name, args)
 
 

@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch
 from .attention_parts import LOG2_E, _attend_block, _store_rows
-from .attention_ws import attend_specialized, bias_descriptor
+from .attention_ws import SPECIALIZED_DIMS, attend_specialized, bias_descriptor
 
 
 @triton.jit(do_not_specialize=["sequences", "queries", "keys", "capacity"])
@@ -242,7 +242,8 @@ def launch_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias
     # Half precision on Hopper and newer loads through TMA where every tensor is aligned for it.
     config = None
     if q.element_size() == 2 and all(_fits_descriptor(x) for x in (q4, k4, v4)):
-        config = None if packed else launch.config("attention_ws", q.device, tuned, **shape)
+        if not packed and dim_p2 in SPECIALIZED_DIMS:
+            config = launch.config("attention_ws", q.device, tuned, **shape)
         if config is not None:
             block_m, block_n = config["block_m"], config["block_n"]
             tiles = launch.ceil_div(queries, block_m)

@@ -20,6 +20,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import launch
 from .attention_parts import LOG2_E, _attend_block, _store_rows
 
+# Padded head dims whose tiles fit four warps and that are tuned; the nearest entry of another would not do.
+SPECIALIZED_DIMS = (64, 128)
+
 
 @triton.jit(do_not_specialize=["tiles", "queries", "keys", "scale_log2"])
 def attend_specialized(

@@ -57,7 +57,7 @@ def norm_rope(
     tiles = tl.cdiv(tokens * HEADS, BLOCK_ROWS)
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     row = (tl.program_id(0) % tiles) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BR]
-    token, head = row // HEADS, row % HEADS
+    token, head = row // HEADS, (row % HEADS).to(tl.int64)  # a head's stride may be a whole sequence
     in_rows = token < tokens
     which = tl.program_id(1)
     if which == 2:

@@ -61,13 +61,41 @@ def test_command(tmp_path, capsys, monkeypatch):
     """The whole command on the small kernels; every kernel of every configuration is CI's own step."""
     monkeypatch.setattr(compile_check, "variants", lambda table: list(compile_check._rows(table))[:2])
     file = tmp_path / "rows.json"
-    assert compile_check.main(["--arch", "sm_80", "sm_90", "--json", str(file)]) == 0
-    assert "4 variants, 0 with problems" in capsys.readouterr().out
+    assert compile_check.main(["--arch", "sm_80", "sm_90", "--jobs", "1", "--json", str(file)]) == 0
+    said = capsys.readouterr().out
+    assert "4 variants, 0 with problems" in said and said.startswith("Triton 3.")
     rows = json.loads(file.read_text())["rows"]
     assert {row["arch"] for row in rows} == {"sm_80", "sm_90"} and all(row["registers"] for row in rows)
     bad = [first(table([8, 0], block_n=128, num_warps=4))]
     monkeypatch.setattr(compile_check, "variants", lambda table: bad)
-    assert compile_check.main(["--arch", "sm_80"]) == 1
+    assert compile_check.main(["--arch", "sm_80", "--jobs", "1"]) == 1
+    with pytest.raises(SystemExit):
+        compile_check.main(["--jobs", "0"])
+    assert "--jobs: expected at least 1, got 0" in capsys.readouterr().err
+
+
+def test_processes_side_by_side_find_the_same():
+    names = [variant.name for _, variant in compile_check.shipped(80)]
+    tasks = [(80, names.index(name)) for name in ("copy_rows bf16 C64 gather", "weighted_sum fp32 K3")]
+    together = list(compile_check.check_shipped(tasks, 2))
+    assert [result.name for result in together] == [names[number] for _, number in tasks]
+    assert together == list(compile_check.check_shipped(tasks, 1)) and not any(r.problems for r in together)
+
+
+@pytest.mark.parametrize("scatter", [False, True])
+def test_rows_move_in_16_byte_vectors(scatter):
+    """Row strides are run-time numbers; the compiler still knows that rows begin at multiples of a vector."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    defaults = {"copy_rows": [{"shape": {"row_bytes": 128}, "config": {"tile_bytes": 8192, "block_bytes": 4096,
+                                                                      "num_warps": 4}}]}  # fmt: skip
+    variant = next(v for v in compile_check._rows(defaults) if v.constants["SCATTER"] == scatter)
+    compiled = triton.compile(compile_check._source(variant), target=GPUTarget("cuda", 90, 32), options=variant.options)
+    ptx = compiled.asm["ptx"]
+    for access in ("ld.global", "st.global"):
+        rows = [line for line in ptx.splitlines() if access in line and "b64" not in line]
+        assert rows and all(".v4.b32" in line for line in rows), rows
 
 
 def test_every_kernel_is_listed():

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,6 +51,10 @@ def test_an_old_architecture_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     with pytest.raises(RuntimeError, match=r"expected a GPU of compute capability 8.0 or newer, got 7.5 \(Tesla T4\)"):
         launch.check_device(torch.device("cuda", 0))
+    first = SimpleNamespace(device=torch.device("cuda", 0))  # all that a call looks at before it looks at the GPU
+    for name in gpu._LAUNCHES:
+        with pytest.raises(RuntimeError, match=r"8.0 or newer, got 7.5 \(Tesla T4\); use backend=\"torch\""):
+            gpu.run(name, (first,))
 
 
 def test_an_unknown_gpu_is_logged_once(monkeypatch, caplog):
@@ -137,6 +142,22 @@ def test_specialised_warps(device, rng, as_good, dim, batch, keys, with_bias):
         out, lse = gpu.run("mixed_attention", tuple(arguments), {"attention_ws": config})
         as_good(out.cpu(), exact[0], same[0])
         as_good(lse.cpu(), exact[1], same[1])
+
+
+@runs_kernels
+@pytest.mark.parametrize("dim", [16, 32, 144])
+def test_specialised_warps_leave_other_head_dims_alone(device, rng, monkeypatch, dim):
+    """A measured file lists them for head dims 64 and 128 only; its nearest entry must not serve another."""
+
+    def unexpected(*arguments, **options):
+        raise AssertionError("launched")
+
+    monkeypatch.setattr(attention, "attend_specialized", {(1,): unexpected})
+    q = torch.randn(1, 40, 1, dim, generator=rng).to(device, torch.float16)
+    tuned = {name: {"block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 2} for name in ("attention",)}
+    tuned["attention_ws"] = next(tune.candidates("attention_ws", {"head_dim": 128, "bits": 16}))
+    out, _ = gpu.run("mixed_attention", (q, q, q, None, None, None, None, 0.25, False), tuned)
+    torch.testing.assert_close(out.cpu(), mixed_attention(*[q.cpu()] * 3, scale=0.25), atol=2e-3, rtol=2e-3)
 
 
 @runs_kernels

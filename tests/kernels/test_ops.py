@@ -110,20 +110,35 @@ def run_python(code):
 
 
 def test_works_without_triton():
+    """Import and every function on the CPU; asking for Triton, and a CUDA tensor's call, say what is missing."""
     result = run_python("""
         import sys
         sys.modules["triton"] = None  # importing it raises ImportError
         import torch, specedit_kernels as kernels
+        from specedit_kernels import ops
         assert kernels.available_backends() == ("torch",)
-        q = torch.randn(1, 5, 2, 16)
-        assert kernels.mixed_attention(q, q, q).shape == q.shape
-        try:
-            kernels.mixed_attention(q, q, q, backend="triton")
-        except ValueError as error:
-            print(error)
+        x, index = torch.randn(5, 8), torch.tensor([3, 0])
+        q, w, angles = torch.randn(5, 2, 16), torch.ones(16), torch.zeros(5, 8)
+        cu = torch.tensor([0, 2, 5], dtype=torch.int32)
+        assert torch.equal(kernels.scatter_tokens(kernels.gather_tokens(x, index), index, x.clone()), x)
+        fine, sigma = kernels.expand_tokens(x, 0.5)
+        torch.testing.assert_close(kernels.contract_tokens(fine, sigma)[0], x)
+        assert kernels.mixed_attention(q, q, q, cu_seqlens_q=cu, cu_seqlens_k=cu).shape == q.shape
+        assert kernels.mixed_attention(q[None], q[None], q[None], key_bias=torch.zeros(1, 5)).shape == (1, 5, 2, 16)
+        assert kernels.qk_norm_rope(q, q, w, w, angles.cos(), angles.sin())[0].shape == q.shape
+        assert torch.equal(kernels.weighted_sum(x[None], torch.ones(1)), x)
+        for call in (lambda: kernels.gather_tokens(x, index, backend="triton"),
+                     lambda: ops.run("triton", "gather_tokens", (x, index))):
+            try:
+                call()
+            except (ValueError, ImportError) as error:
+                print(type(error).__name__, error)
     """)
     assert result.returncode == 0, result.stderr
-    assert 'backend: expected CUDA tensors for "triton", got cpu' in result.stdout
+    assert result.stdout.splitlines() == [
+        'ValueError backend: expected CUDA tensors for "triton", got cpu',
+        'ImportError expected Triton 3.6 or newer to run kernels, found none; use backend="torch"',
+    ]
 
 
 def test_triton_is_imported_lazily():
