@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
 # Installs the package with the known-good versions into a virtual environment and runs every check on it.
 #   scripts/test.sh [VENV]     VENV: made when missing, default .venv
+# The kernels are compiled twice: with the known-good Triton and with the oldest supported one, which goes to a folder of
+# its own that is removed afterwards.
 # PYTHON names the interpreter that makes it (default python3.11, which the known-good set was recorded with, else
 # python3). Only pip uses the network.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+oldest_triton=3.6.0
 venv=${1:-.venv}
 python=${PYTHON:-$(command -v python3.11 || command -v python3)}
 scratch=$(mktemp -d)
@@ -26,10 +29,14 @@ step "ruff"
 step "tests (kernels on a CPU run in Triton's interpreter)"
 "$venv/bin/python" -m pytest -q
 
-# The next two run away from the checkout, so they see the installed package and its data files.
+# The next ones run away from the checkout, so they see the installed package and its data files.
 cd "$scratch"
 step "kernels compile without a GPU"
 "$venv/bin/python" -m specedit_kernels.compile_check
+
+step "kernels compile with Triton $oldest_triton, the oldest supported"
+"$venv/bin/python" -m pip install --quiet --no-deps --target "$scratch/triton" "triton==$oldest_triton"
+PYTHONPATH=$scratch/triton "$venv/bin/python" -m specedit_kernels.compile_check
 
 step "demo, small"
 "$venv/bin/specedit" demo --size 256 --out "$scratch/demo"
