@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +62,14 @@ def rooflines() -> dict[str, float]:
     return {"gbps": 2 * size / copy / 1e6, "tflops": 2 * n**3 / product / 1e9}
 
 
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
 def machine() -> dict[str, str | None]:
     """The facts a result file names."""
     from importlib.metadata import PackageNotFoundError, version
@@ -80,7 +89,7 @@ def machine() -> dict[str, str | None]:
     return {
         "gpu": torch.cuda.get_device_name() if ON_GPU else None,
         "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if ON_GPU else None,
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": cpu_name(), "threads": torch.get_num_threads(),
         "torch": torch.__version__, "triton": of("triton"), "diffusers": of("diffusers"),
         "commit": output("git", "rev-parse", "HEAD"), "date": datetime.date.today().isoformat(),
     }  # fmt: skip

@@ -14,6 +14,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import kernel_pages
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -376,7 +379,29 @@ def forecast_paper(name: str) -> str:
     return table(header, PAPER_FORECASTS) + "\n\nThe paper's figures (arXiv 2605.02152), not measured here."
 
 
+def kernels(name: str) -> str:
+    files = sorted(RESULTS.glob(f"{Path(name).stem}*.json"))
+    if not any(load(file.name)["machine"]["gpu"] for file in files):
+        return "\n\n".join(["*Not measured on a GPU yet.*", *(kernels_file(file.name) for file in files)])
+    return "\n\n".join(kernels_file(file.name) for file in files)
+
+
+def kernels_file(name: str) -> str:
+    result, gpu = load(name), load(name)["machine"]["gpu"]
+    parts = [f"### {gpu or 'On a CPU, small sizes'}" + source(result, name)]
+    if gpu is None:
+        parts.append("CPU tensors take the plain PyTorch path: this shows the harness at work, not the Triton kernels.")
+    tables = [*kernel_pages.measured(result), *([kernel_pages.goals(result)] if gpu else [])]
+    for title, header, rows in tables:
+        parts.append(f"`{title}`" if title != "goals" else "Goals")
+        parts.append(table(header, rows))
+        if title != "goals":
+            parts.append(f"![Rates of {title}](images/{Path(name).stem}-{title}.png)")
+    return "\n\n".join(parts)
+
+
 MAKERS = {
+    "kernels": kernels,
     "forecast": forecast, "forecast-plan": forecast_plan, "forecast-paper": forecast_paper,
     "quality": quality, "kinds": kinds, "small": small_edits, "sweep": sweep, "bench": bench, "plan": plan,
     "plan-qwen": plan_qwen,
@@ -507,6 +532,8 @@ def main() -> int:
         return 1 if stale else 0
     for file in sorted(RESULTS.glob("quality-*.json")):
         pareto(file.name, ROOT / "docs" / "images" / f"{file.stem}.png")
+    for file in sorted(RESULTS.glob("kernels*.json")):
+        kernel_pages.draw(load(file.name), ROOT / "docs" / "images", file.stem)
     for file in sorted(RESULTS.glob("forecast-*.json")):
         forecast_pareto(file.name, ROOT / "docs" / "images" / f"{file.stem}.png")
     for file in sorted(RESULTS.glob("end_to_end-real*.json")):

@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
 # Installs the package with the known-good versions into a virtual environment and runs every check on it.
 #   scripts/test.sh [VENV]     VENV: made when missing, default .venv
-# The kernels are compiled twice: with the known-good Triton and with the oldest supported one, which goes to a folder of
-# its own that is removed afterwards.
 # PYTHON names the interpreter that makes it (default python3.11, which the known-good set was recorded with, else
-# python3). Only pip uses the network.
+# python3). Only pip uses the network. The kernels are compiled twice, with the known-good Triton and with the oldest
+# supported one, which pip puts into a folder of its own that is removed afterwards.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -35,8 +34,8 @@ step "kernels compile without a GPU"
 "$venv/bin/python" -m specedit_kernels.compile_check
 
 step "kernels compile with Triton $oldest_triton, the oldest supported"
-"$venv/bin/python" -m pip install --quiet --no-deps --target "$scratch/triton" "triton==$oldest_triton"
-PYTHONPATH=$scratch/triton "$venv/bin/python" -m specedit_kernels.compile_check
+"$venv/bin/python" -m pip install --quiet --no-deps --target "$scratch/oldest-triton" "triton==$oldest_triton"
+PYTHONPATH=$scratch/oldest-triton "$venv/bin/python" -m specedit_kernels.compile_check
 
 step "demo, small"
 "$venv/bin/specedit" demo --size 256 --out "$scratch/demo"

@@ -85,3 +85,21 @@ def test_predictions_say_so(docs):
     text = docs.roofline("plan.json")
     assert "Predicted, not measured" in text and "H100: 989 TFLOP/s, 3.35 TB/s" in text
     assert len([line for line in text.splitlines() if line.startswith("| qwen-image-edit")]) == 8
+
+
+def test_kernels_on_a_cpu_claim_nothing_about_a_gpu(docs, tmp_path):
+    assert docs.kernels("kernels.json") == "*Not measured on a GPU yet.*"
+    rows = [dict(op="gather_tokens", case="rows", provider="specedit_kernels", ms=1.0, gbps=8.0, of_roofline=0.5,
+                 error=0.0)]  # fmt: skip
+    machine = dict(gpu=None, cpu="Some CPU", threads=1, torch="2", diffusers="0", date="today")
+    content = dict(machine=machine, command="the command", rows=rows)
+    (tmp_path / "kernels-cpu.json").write_text(json.dumps(content))
+    text = docs.kernels("kernels.json")
+    assert text.startswith("*Not measured on a GPU yet.*\n\n### On a CPU, small sizes")
+    assert "Some CPU, 1 threads, no GPU" in text and "not the Triton kernels" in text and "Goals" not in text
+    assert "| rows | specedit_kernels | 1.000 | 8.0 | 50% | 0.0e+00 |" in text
+    assert "(images/kernels-cpu-gather_tokens.png)" in text
+    write(tmp_path, rows, "kernels.json")
+    text = docs.kernels("kernels.json")
+    assert "Not measured" not in text and "### Some GPU" in text and "Goals" in text
+    assert "| gather_tokens | times PyTorch's fastest | 1.00 | - | - | - |" in text
