@@ -65,9 +65,9 @@ def norm_rope(
         _place(v_out + sample * vo_sample, x, token, head, in_rows, out_index, out_tokens, vo_token, vo_head, vo_dim,
                DIM, DIM_P2, INDEXED)  # fmt: skip
     else:
-        half = tl.arange(0, DIM_P2 // 2)
-        angles = sample * angle_sample + token.to(tl.int64)[:, None] * (DIM // 2) + half[None, :]  # [BR, D/2]
-        in_angles = in_rows[:, None] & (half < DIM // 2)[None, :]
+        pair = tl.arange(0, DIM_P2 // 2)
+        angles = sample * angle_sample + token.to(tl.int64)[:, None] * (DIM // 2) + pair[None, :]  # [BR, D/2]
+        in_angles = in_rows[:, None] & (pair < DIM // 2)[None, :]
         cosines = tl.load(cos + angles, mask=in_angles, other=0)
         sines = tl.load(sin + angles, mask=in_angles, other=0)
         if which == 0:

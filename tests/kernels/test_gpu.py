@@ -190,6 +190,24 @@ def test_no_host_sync():
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_expand_and_norm_rope_are_one_launch():
+    """Nothing but the kernel itself runs on the device, whatever is given."""
+    x, _, _, q, weight, cos, sin, place, joint, *_ = edit_inputs(6)
+    noise = torch.randn(2, 40, 4, 16, 3, device="cuda")
+    calls = (
+        lambda: kernels.expand_tokens(x, 0.5, noise=noise, detail=noise),
+        lambda: kernels.qk_norm_rope(q, q, weight, weight, cos, sin, v=q, out_index=place, out=joint),
+    )
+    for call in calls:
+        call()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
+            torch.cuda.synchronize()
+        ran = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        assert len(ran) == 1, ran
+
+
 def test_work_runs_on_the_current_stream():
     """The inputs are filled late on a side stream: a launch on any other stream would read what was there before."""
     arguments, late = edit_inputs(3), edit_inputs(4)
@@ -242,9 +260,10 @@ def test_offsets_beyond_32_bits():
         bias = torch.randn(shape[:2], device="cuda")
         want = kernels.mixed_attention(*[q.contiguous()] * 3, key_bias=bias)
         assert torch.equal(kernels.mixed_attention(q, q, q, key_bias=bias), want)
-    weight, angles = torch.ones(64, device="cuda").half(), torch.rand(3, 40, 32, device="cuda")
-    q = base.as_strided((3, 40, 2, 64), (1 << 30, 128, 64, 1))
-    q.copy_(torch.randn(3, 40, 2, 64, device="cuda"))
-    want = kernels.qk_norm_rope(*[q.contiguous()] * 2, weight, weight, angles.cos(), angles.sin())
-    for got, expected in zip(kernels.qk_norm_rope(q, q, weight, weight, angles.cos(), angles.sin()), want):
-        assert torch.equal(got, expected)
+    for shape, stride in (((3, 40, 2, 64), (1 << 30, 128, 64, 1)), ((1, 40, 3, 64), (1 << 30, 64, 1 << 30, 1))):
+        weight, angles = torch.ones(64, device="cuda").half(), torch.rand(*shape[:2], 32, device="cuda")
+        q = base.as_strided(shape, stride)
+        q.copy_(torch.randn(shape, device="cuda"))
+        want = kernels.qk_norm_rope(*[q.contiguous()] * 2, weight, weight, angles.cos(), angles.sin())
+        for got, expected in zip(kernels.qk_norm_rope(q, q, weight, weight, angles.cos(), angles.sin()), want):
+            assert torch.equal(got, expected)

@@ -1,5 +1,6 @@
 """qk_norm_rope against the chain of modules it replaces in diffusers."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
@@ -82,6 +83,18 @@ def test_in_place(backend, device, rng):
     want = qk_norm_rope(q, k, qw, kw, cos, sin, backend=backend)
     got = qk_norm_rope(q, k, qw, kw, cos, sin, out=(q, k), backend=backend)
     assert got[0] is q and torch.equal(q, want[0]) and torch.equal(k, want[1])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py does it there")
+def test_heads_far_apart(backend, rng):
+    """Heads first, as (H, T, D) views have them: the third head lies behind the 2^31st element."""
+    base = torch.from_numpy(np.zeros((2 << 30) + 4096, dtype=np.float16))  # memory that nobody touches costs nothing
+    x = base.as_strided((5, 3, 16), (16, 1 << 30, 1))
+    x.copy_(torch.randn(5, 3, 16, generator=rng))
+    weight, angles = torch.ones(16), torch.rand(5, 8, generator=rng)
+    want = qk_norm_rope(*[x.contiguous()] * 2, weight, weight, angles.cos(), angles.sin(), backend=backend)
+    got = qk_norm_rope(x, x, weight, weight, angles.cos(), angles.sin(), out=(x, want[1]), backend=backend)
+    assert torch.equal(got[0], want[0])
 
 
 def test_matches_the_diffusers_chain(backend, device, rng):
