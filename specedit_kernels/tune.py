@@ -168,6 +168,21 @@ def tune(
     return tables
 
 
+def complete(tables: dict[str, list], default: dict[str, list]) -> None:
+    """Takes the architecture's default entries for kernels, head dims and element types without a measured one.
+
+    Otherwise an entry for another head dim would be the nearest, and its tiles may not fit.
+    """
+
+    def kind(entry: dict) -> tuple:
+        return entry["shape"].get("head_dim"), entry["shape"].get("bits")
+
+    for kernel, entries in default.items():
+        measured = tables.setdefault(kernel, [])
+        kinds = {kind(entry) for entry in measured}
+        measured += [entry for entry in entries if kind(entry) not in kinds]
+
+
 def write(path: Path, header: dict, tables: dict[str, list]) -> None:
     """One entry per line, so that a difference between two files reads well."""
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in header.items()]
@@ -192,11 +207,9 @@ def main(arguments: list[str] | None = None) -> int:
     name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     path = options.out or launch.CONFIG_FOLDER / launch.config_file_name(name)
     tables = tune(capability, "cuda", milliseconds, options.quick, options.warp_specialize)
-    # A kernel for which nothing could be measured keeps the architecture's default.
     default = json.loads((launch.CONFIG_FOLDER / launch.default_file_name(capability)).read_text())
-    for kernel, entries in default.items():
-        if kernel not in tables and kernel not in ("gpu", "capability", "measured"):
-            tables[kernel] = entries
+    header = ("gpu", "capability", "measured")
+    complete(tables, {kernel: entries for kernel, entries in default.items() if kernel not in header})
     write(path, {"gpu": name, "capability": list(capability), "measured": True, "torch": torch.__version__}, tables)
     print(f"wrote {path}")
     return 0

@@ -112,3 +112,15 @@ def test_every_kernel_is_listed():
         if isinstance(value, JITFunction) and not name.startswith("_")
     }  # fmt: skip
     assert listed == launched
+
+
+def test_lengths_are_run_time_numbers():
+    """No length is a constant or specialised, so one compiled kernel serves every length."""
+    from specedit_kernels.gpu import attention, attention_ws, expand, norm_rope, rows
+
+    lengths = {"queries", "keys", "tiles", "tokens", "out_tokens", "rows", "table_rows", "sequences", "capacity"}
+    kernels = (attention.attend, attention.plan_tiles, attention_ws.attend_specialized, expand.expand,
+               expand.contract, norm_rope.norm_rope, rows.copy_rows)  # fmt: skip
+    for kernel in kernels:
+        found = [parameter for parameter in kernel.params if parameter.name in lengths]
+        assert found and all(p.do_not_specialize and not p.is_constexpr for p in found), kernel.fn.__name__

@@ -46,6 +46,20 @@ def test_formula_and_layout(backend, dtype, device, rng, as_good, shape, with_de
     as_good(fine.cpu(), exact, exact.to(dtype))
 
 
+@pytest.mark.parametrize("shape", [(3, 4, 8), (1, 4, 64), (2, 5, 4, 4), (0, 4, 8)], ids=str)
+def test_contraction_by_formula(backend, dtype, device, rng, as_good, shape):
+    """The mean of every 2x2 block times 1 + s, child (a, b) becoming pixel (a, b) of its token."""
+    fine = torch.randn(shape, generator=rng).to(device, dtype)
+    coarse, sigma = contract_tokens(fine, 0.75, backend=backend)
+    assert sigma == pytest.approx(0.6) and coarse.dtype == dtype and coarse.is_contiguous()
+
+    def by_formula(x):  # in the dtype of x
+        mean = x.unflatten(-1, (-1, 4)).mean(-1)  # (..., M, 4, channels)
+        return (1.6 * mean).transpose(-1, -2).flatten(-2)
+
+    as_good(coarse, by_formula(fine.double()), by_formula(fine))
+
+
 @pytest.mark.parametrize("lead", [(), (2,), (2, 3), (0,)], ids=str)
 def test_leading_axes_and_inverse(backend, dtype, device, rng, lead):
     coarse = torch.randn(*lead, 7, 16, generator=rng).to(device, dtype)

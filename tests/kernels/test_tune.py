@@ -67,6 +67,17 @@ def test_specialised_warps_are_used_where_they_are_faster(monkeypatch, times, wi
     assert "attention_ws" not in tune.tune((9, 0), "cpu", None, quick=True)
 
 
+def test_what_could_not_be_measured_keeps_the_default():
+    def entry(dim, **config):
+        return {"shape": {"head_dim": dim, "bits": 16}, "config": config}
+
+    tables = {"attention": [entry(64, block_m=1), entry(128, block_m=2)]}
+    copied = {"shape": {"row_bytes": 128}, "config": {"num_warps": 4}}
+    tune.complete(tables, {"attention": [entry(64, block_m=3), entry(256, block_m=4)], "copy_rows": [copied]})
+    assert tables["attention"] == [entry(64, block_m=1), entry(128, block_m=2), entry(256, block_m=4)]
+    assert tables["copy_rows"] == [copied]
+
+
 def test_the_file_can_be_read_back(tmp_path):
     tables = {"expand": [{"shape": {"channels": 16}, "config": {"tile_pixels": 512, "num_warps": 4}}]}
     tune.write(tmp_path / "gpu.json", {"gpu": "x", "capability": [9, 0], "measured": True}, tables)
