@@ -23,6 +23,11 @@ def _unit(row: dict) -> str:
     return "tflops" if "tflops" in row else "gbps"
 
 
+def _rate(row: dict) -> str:
+    value = row[_unit(row)]
+    return f"{value:,.1f}" if value >= 1 else f"{value:.3f}"
+
+
 def measured(result: dict) -> Iterator[Table]:
     """One table per operator: time, rate, share of the roofline and error of every provider."""
     for op, cases in _ops(result).items():
@@ -30,7 +35,7 @@ def measured(result: dict) -> Iterator[Table]:
         for case, providers in cases.items():
             for provider, row in providers.items():
                 rows.append(
-                    [case, provider, f"{row['ms']:.3f}", f"{row[_unit(row)]:.1f}", f"{row['of_roofline']:.0%}",
+                    [case, provider, f"{row['ms']:.3f}", _rate(row), f"{row['of_roofline']:.0%}",
                      f"{row['error']:.1e}"]
                 )  # fmt: skip
         unit = {"tflops": "TFLOP/s", "gbps": "GB/s"}[_unit(row)]
@@ -96,6 +101,7 @@ def draw(result: dict, folder: Path, stem: str) -> list[Path]:
         row = next(iter(next(iter(cases.values())).values()))
         axis.axvline(row[_unit(row)] / row["of_roofline"], color="black", linestyle="--", linewidth=1)
         axis.set_yticks(range(len(cases)), list(cases))
+        axis.margins(y=0.01)
         axis.invert_yaxis()
         axis.set_xlabel(AXES[_unit(row)])
         axis.set_title(op)

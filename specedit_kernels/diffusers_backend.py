@@ -91,7 +91,7 @@ class Registration:
         for table in ("_backends", "_constraints", "_supported_arg_names"):
             getattr(_AttentionBackendRegistry, table).pop(member)
         if _AttentionBackendRegistry._active_backend == member:
-            _AttentionBackendRegistry.set_active_backend(self._active_before)
+            _AttentionBackendRegistry._active_backend = self._active_before  # 0.36 has no setter
         self._added = False
 
     def __enter__(self) -> Registration:

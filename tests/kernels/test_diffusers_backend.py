@@ -57,7 +57,7 @@ def test_registering_twice_and_the_active_backend():
     assert AttentionBackendName("specedit") is AttentionBackendName.SPECEDIT
     with attention_backend("specedit"):
         assert _AttentionBackendRegistry.get_active_backend()[1] is attention
-    _AttentionBackendRegistry.set_active_backend(AttentionBackendName("specedit"))
+    _AttentionBackendRegistry._active_backend = AttentionBackendName("specedit")
     first.remove()
     first.remove()
     assert snapshot() == before
