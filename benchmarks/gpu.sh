@@ -44,14 +44,14 @@ at_most() {
 
 run_tests() {
   local failed=0 tool
-  at_most 400 python3 -m pytest -q -p no:cacheprovider tests/kernels --ignore tests/kernels/test_interpreter.py || failed=1
+  at_most 340 python3 -m pytest -q -p no:cacheprovider tests/kernels --ignore tests/kernels/test_interpreter.py || failed=1
   if [ -z "$dry" ] && ! command -v compute-sanitizer > /dev/null; then
     echo "compute-sanitizer is not installed: memcheck and racecheck left out"
     return $failed
   fi
   for tool in memcheck racecheck; do
     # Without PyTorch's cache every tensor is an allocation of its own, whose end the sanitizer knows.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 at_most 60 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 at_most 95 compute-sanitizer --tool "$tool" --error-exitcode 9 \
       python3 -m pytest -q -p no:cacheprovider tests/kernels/test_gpu.py -k every_kernel_once || failed=1
   done
   return $failed

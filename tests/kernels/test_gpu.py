@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import specedit_kernels as kernels
-from specedit_kernels import ops, reference
+from specedit_kernels import ops, reference, tune
 
 pytestmark = [
     pytest.mark.gpu,
@@ -141,6 +141,8 @@ def on_the_cpu(arguments):
 @pytest.mark.parametrize("precision", [*HALVES, torch.float32], ids=str)
 def test_every_kernel_once(precision):
     """A small step through every kernel (compute-sanitizer runs this one), beside the CPU's."""
+    from specedit_kernels import gpu
+
     arguments = edit_inputs(1, dtype=precision)
     want = edit_step(*on_the_cpu(arguments))
     tolerance = 1e-5 if precision == torch.float32 else 4 * torch.finfo(precision).eps
@@ -156,6 +158,13 @@ def test_every_kernel_once(precision):
     noise = reference.philox_noise(seed, (2, 40, 4, 16, 3))
     same, _ = reference.expand_tokens(arguments[0], 0.5, noise=noise)
     torch.testing.assert_close(drawn, same, atol=tolerance, rtol=tolerance)
+    if precision in HALVES and torch.cuda.get_device_capability()[0] in (9, 10, 11):  # where there is TMA
+        q, bias = arguments[3][None], arguments[10][None]
+        config = next(tune.candidates("attention_ws", {"head_dim": 64, "bits": 16}))
+        dense = (q, q, q, None, None, None, bias, 0.125, False)
+        specialised, _ = gpu.run("mixed_attention", dense, {"attention_ws": config})
+        want = kernels.mixed_attention(*[q.cpu()] * 3, key_bias=bias.cpu())
+        torch.testing.assert_close(specialised.cpu(), want, atol=tolerance, rtol=tolerance)
 
 
 def test_a_graph_replays_with_other_lengths_and_indices():
