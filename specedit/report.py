@@ -242,8 +242,14 @@ class RunReport:
         extent = self._backdrop(axes, *grid.shape)
         drawn = axes.imshow(grid, cmap="magma", vmin=0, alpha=0.75, extent=extent, interpolation="nearest")
         axes.figure.colorbar(drawn, ax=axes, fraction=0.046, pad=0.02).ax.tick_params(labelsize=8)
-        threshold = "" if self.config is None else f" (threshold {self.config.threshold:g})"
-        axes.set_title(f"verification score{threshold}", fontsize=10)
+        axes.set_title(self._score_title(), fontsize=10)
+
+    def _score_title(self) -> str:
+        if self.config is None:
+            return "score"
+        if self.config.selector == "semantic":
+            return f"verification score (threshold {self.config.threshold:g})"
+        return f"score of selector {self.config.selector!r}"  # which takes the largest, whatever their values
 
     def _draw_masks(self, axes: Any, sample: int) -> None:
         from matplotlib.colors import to_rgba

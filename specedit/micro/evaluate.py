@@ -77,7 +77,9 @@ def evaluate(pipe: Any, cases: Iterable[Case], num_inference_steps: int | None =
     from ..install import STOCK_STEPS, is_active, last_report
 
     active = is_active(pipe)
-    steps = num_inference_steps or (None if active else STOCK_STEPS)
+    steps = num_inference_steps
+    if steps is None and not active:
+        steps = STOCK_STEPS
     rows = []
     for case in cases:
         given = {**arguments(case.source), **call}
@@ -92,7 +94,7 @@ def evaluate(pipe: Any, cases: Iterable[Case], num_inference_steps: int | None =
             row |= dict(flops=run.flops, flops_ratio=run.flops_ratio, edit_fraction=run.edit_fraction)
             row |= dict(mask_share=float(case.mask.mean()))
         else:
-            row["flops"] = stock_flops(pipe, case, steps or given.get("num_inference_steps", DEFAULT_STEPS))
+            row["flops"] = stock_flops(pipe, case, given.get("num_inference_steps", DEFAULT_STEPS))
         rows.append(row)
     kinds = sorted({row["kind"] for row in rows})
     return {

@@ -1,5 +1,9 @@
 """What several tests in this folder use."""
 
+import numpy as np
+
+CORNER = np.zeros((128, 128), dtype=bool)
+CORNER[:60, :60] = True
 QUICK = dict(steps=(1, 1, 1), draft_steps=1)
 
 

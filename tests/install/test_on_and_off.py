@@ -1,25 +1,21 @@
 """On and off a pipeline: what is swapped, and what comes back."""
 
+import copy
 import json
+import pickle
 import threading
 import types
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
-from diffusers import (
-    FluxKontextPipeline,
-)
+from diffusers import FluxKontextPipeline
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm.auto import tqdm
 
 import specedit
 from specedit.install import _Listener, is_active
-from tests.install.common import QUICK, processors, same_objects
-
-CORNER = np.zeros((128, 128), dtype=bool)
-CORNER[:60, :60] = True
+from tests.install.common import CORNER, QUICK, processors, same_objects
 
 
 def test_install_changes_one_instance(pipe, make_pipe, edit, check_untouched):
@@ -128,6 +124,26 @@ def test_save_pretrained_while_installed(pipe, edit, tmp_path):
     loaded.set_progress_bar_config(disable=True)
     assert type(loaded) is FluxKontextPipeline
     torch.testing.assert_close(edit(loaded, num_inference_steps=2), stock, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, copy.copy, lambda pipe: pickle.loads(pickle.dumps(pipe))],
+    ids=["deepcopy", "copy", "pickle"],
+)
+def test_a_copy_of_an_installed_pipeline(pipe, edit, duplicate, check_untouched):
+    check, stock = check_untouched(pipe), edit(pipe, num_inference_steps=3)
+    specedit.install(pipe, **QUICK)
+    expected = edit(pipe)
+    other = duplicate(pipe)
+    assert type(other) is not type(pipe) and isinstance(other, FluxKontextPipeline) and is_active(other)
+    with pytest.raises(ValueError, match="got none since install"):
+        specedit.report(other)
+    assert torch.equal(edit(other), expected)
+    specedit.uninstall(other)
+    assert type(other) is FluxKontextPipeline and torch.equal(edit(other, num_inference_steps=3), stock)
+    assert is_active(pipe) and specedit.report(pipe).nfe == 3 and torch.equal(edit(pipe), expected)
+    check()
 
 
 def test_a_pipeline_that_shares_the_transformer(pipe, edit):

@@ -1,11 +1,11 @@
 """What install refuses."""
 
+import importlib
+
 import diffusers
 import pytest
 import torch
-from diffusers import (
-    FluxKontextPipeline,
-)
+from diffusers import FluxKontextPipeline
 
 import specedit
 from specedit.install import is_active
@@ -43,6 +43,8 @@ def test_a_diffusers_that_is_too_old(pipe, monkeypatch, version):
     with pytest.raises(ImportError, match=f"expected diffusers >= 0.36, got {version}"):
         specedit.install(pipe)
     assert type(pipe) is FluxKontextPipeline
+    with pytest.raises(ImportError, match=f"expected diffusers >= 0.36, got {version}"):
+        importlib.reload(specedit.models)  # and so does the first import
 
 
 @pytest.mark.parametrize("version", ["0.36.0", "0.37.0.dev0", "1.0.0"])

@@ -1,5 +1,6 @@
 """Calls that run the stock pipeline instead, and the one warning that says why."""
 
+import functools
 import warnings
 
 import pytest
@@ -158,17 +159,56 @@ def test_a_diffusers_cache_enabled_after(pipe, edit, cached):
     assert torch.equal(edit(pipe), expected)
 
 
-def test_cache_dit_enabled_before(make_pipe, edit):
-    class Cached(FluxKontextPipeline):
-        """As cache-dit leaves it: a class of its own around the pipeline's."""
+def give_cache_dit(pipe):
+    """What cache-dit leaves: marks on the pipeline's class and the transformer, whose blocks need an open context."""
 
-    Cached.__module__ = "cache_dit.caching"
+    def forward(*args, **kwargs):
+        if not pipe.opened:
+            raise RuntimeError("no cache context")
+        return stock_forward(*args, **kwargs)
+
+    def call(self, *args, **kwargs):
+        self.opened = True
+        try:
+            return stock_call(self, *args, **kwargs)
+        finally:
+            self.opened = False
+
+    stock_forward, stock_call, pipe.opened = pipe.transformer.forward, type(pipe).__call__, False
+    pipe.transformer.forward, pipe.transformer._is_cached = forward, True
+    type(pipe).__call__ = functools.wraps(stock_call)(call)
+
+
+@pytest.mark.parametrize("first", ["install", "cache-dit"])
+def test_cache_dit(make_pipe, edit, first):
+    class Cached(FluxKontextPipeline):
+        """A class of its own, because cache-dit changes that of the pipeline."""
+
     pipe = make_pipe(Cached)
-    with pytest.warns(UserWarning, match="cache-dit is enabled on this pipeline") as caught:
+    if first == "install":
         specedit.install(pipe, **QUICK)
-    assert caught[0].filename == __file__ and len(caught) == 1
-    edit(pipe)
-    assert specedit.report(pipe).nfe == 3
+    give_cache_dit(pipe)
+    if first == "cache-dit":
+        with pytest.warns(UserWarning, match="will run the stock pipeline: cache-dit is enabled") as caught:
+            specedit.install(pipe, **QUICK)
+        assert caught[0].filename == __file__ and len(caught) == 1
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        ours = [edit(pipe, num_inference_steps=2) for _ in range(2)]
+    assert len([w for w in caught if "cache-dit is enabled" in str(w.message)]) == (first == "install")
+    stock = edit(make_pipe(), num_inference_steps=2)
+    assert torch.equal(ours[0], stock) and torch.equal(ours[1], stock)
+    with pytest.raises(ValueError, match="at least one accelerated call"):
+        specedit.report(pipe)
+
+
+def test_a_subclass_with_a_call_of_its_own(make_pipe, edit):
+    class Mine(FluxKontextPipeline):
+        def __call__(self, *args, **kwargs):
+            return super().__call__(*args, **kwargs)
+
+    pipe = specedit.install(make_pipe(Mine), **QUICK)
+    assert "Mine has a __call__ of its own" in stock_path(pipe, lambda p: edit(p, num_inference_steps=2))
 
 
 def test_inpaint_pipelines_stay_stock_with_one_warning(pipe):

@@ -112,4 +112,10 @@ def test_an_interrupt_during_the_draft(pipe, edit):
     handle = pipe.transformer.register_forward_pre_hook(stop, with_kwargs=True)
     out = edit(pipe)
     handle.remove()
-    assert len(calls) == 1 and out.shape == (1, 64, 16) and specedit.report(pipe).nfe == 0
+    done = specedit.report(pipe)
+    assert len(calls) == 1 and out.shape == (1, 64, 16) and done.nfe == 0 and done.draft_steps == 1
+    (stage,) = (s for s in done.stages if s.steps)
+    edit(pipe)
+    assert stage.name == "draft" and 2 * stage.flops == next(
+        s.flops for s in specedit.report(pipe).stages if s.name == "draft"
+    )
