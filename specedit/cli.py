@@ -169,9 +169,8 @@ def _pipeline(model: str | None, image):
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype).to(device)
     taken = inspect.signature(type(pipe).__call__).parameters
-    if (
-        "max_area" in taken and pipe.transformer.config.num_layers < 19
-    ):  # a small editor works at the picture's own size
+    # A small editor, which works at the picture's own size; FLUX.1-Kontext has 19 such layers.
+    if "max_area" in taken and pipe.transformer.config.num_layers < 19:
         image = _fit(image, 512)
         return pipe, image, micro.arguments(image)
     # Some pipelines choose the size themselves.

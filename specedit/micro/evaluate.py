@@ -51,7 +51,13 @@ def score(image: Image.Image, case: Case) -> dict[str, Any]:
     success: the edited region is nearer to the target than to the source and at least 18 dB from the target.
     edit_psnr: dB from the target inside the edit mask. keep_psnr: dB from the source outside it, 16 px around left out;
     nan where everything was to change.
+
+    Raises:
+        ValueError: an image of another size than the case's.
     """
+    if image.size != case.source.size:
+        expected, got = (f"{width} x {height}" for width, height in (case.source.size, image.size))
+        raise ValueError(f"image: expected {expected} as the case, got {got}; sides are whole tokens of 16 px")
     result, source, target = (np.asarray(i) for i in (image, case.source, case.target))
     edit, untouched = psnr(result, target, case.mask), psnr(result, source, case.mask)
     return dict(
