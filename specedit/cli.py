@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import os
 import sys
+import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -317,8 +317,12 @@ def _plan(args) -> int:
 
 def _quiet() -> None:
     """Libraries' start-up chatter is not the user's concern; errors still are."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ class Installation:
     adapter: Adapter
     stock_class: type
     report: RunReport | None = None
+    stock_reason: str | None = None  # why the last call ran the stock pipeline
     asleep: int = 0  # how many `disabled` blocks are open
     warned: set[str] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -62,7 +63,7 @@ def install(pipe: Any, config: str | SpecEditConfig | None = None, **overrides: 
     check_diffusers()
     config = resolve(config, **overrides)
     if (old := _installation(pipe)) is not None:
-        old.config, old.report = config, None
+        old.config, old.report, old.stock_reason = config, None, None
         return pipe
     adapter = next((a() for a in adapters() if a.matches(pipe)), None)
     if adapter is None and "Inpaint" in type(pipe).__name__:
@@ -119,11 +120,13 @@ def report(pipe: Any) -> RunReport:
     """What the last accelerated call of an installed pipeline did.
 
     Raises:
-        ValueError: SpecEdit is not installed, or no call has been accelerated yet.
+        ValueError: SpecEdit is not installed, no call has been accelerated yet, or the last one ran the stock pipeline.
     """
     installation = _installation(pipe)
     if installation is None:
         raise ValueError(f"report: expected a pipeline with SpecEdit installed, got a plain {type(pipe).__name__}")
+    if installation.report is None and (reason := installation.stock_reason) is not None:
+        raise ValueError(f"report: expected an accelerated call, but the last one ran the stock pipeline: {reason}")
     if installation.report is None:
         raise ValueError("report: expected at least one accelerated call, got none since install")
     return installation.report
@@ -174,7 +177,7 @@ def _call(self, *args: Any, edit_mask: Any = None, **kwargs: Any) -> Any:
     call = {name: value for name, value in bound.arguments.items() if name != "self"}
     installation.report = None  # a report is of the last call, whatever becomes of it
     reason = supported(self.scheduler) or _unsuited(self) or _unknown_call(installation.stock_class, call)
-    reason = reason or installation.adapter.refusal(self, call)
+    reason = installation.stock_reason = reason or installation.adapter.refusal(self, call)
     if reason:
         if reason not in installation.warned:
             installation.warned.add(reason)

@@ -203,10 +203,10 @@ class RunReport:
             if present
         ]
         figure = Figure(figsize=(max(8.0, 3.4 * len(panels)), 5.6 if panels else 2.4), layout="constrained")
-        bars = figure
+        titled = bars = figure
         if panels:
-            top, bars = figure.subfigures(2, 1, height_ratios=[3.4, 1.8])
-            for axes, panel in zip(top.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            titled, bars = figure.subfigures(2, 1, height_ratios=[3.4, 1.8])
+            for axes, panel in zip(titled.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
                 panel(axes, sample)
                 axes.set_xticks([])
                 axes.set_yticks([])
@@ -214,7 +214,7 @@ class RunReport:
         self._draw_bars(left, [s.seconds for s in self.stages], "seconds")
         self._draw_bars(right, [s.flops / 1e12 for s in self.stages], "TFLOPs")
         left.invert_yaxis()
-        figure.suptitle(self._title(), fontsize=11)
+        titled.suptitle(self._title(), fontsize=11)
         figure.savefig(path, dpi=120)
 
     def _draw_source(self, axes: Any, sample: int) -> None:

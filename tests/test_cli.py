@@ -1,6 +1,8 @@
 """The command line: what it writes, and one line with exit code 2 for what goes wrong."""
 
 import json
+import logging
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -167,6 +169,22 @@ def test_wrong_usage_is_one_line_and_exits_with_2(arguments, says, capsys):
         cli.main(arguments)
     error = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and says in error and len(error.splitlines()) == 1
+
+
+def test_what_libraries_say_at_the_start_is_not_the_users_concern():
+    import diffusers
+    import transformers
+
+    before = [library.utils.logging.get_verbosity() for library in (diffusers, transformers)]
+    try:
+        cli._quiet()
+        assert all(library.utils.logging.get_verbosity() == logging.ERROR for library in (diffusers, transformers))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.warn("dtype", FutureWarning, stacklevel=1)
+        assert not caught
+    finally:
+        for library, level in zip((diffusers, transformers), before, strict=True):
+            library.utils.logging.set_verbosity(level)
 
 
 @pytest.mark.parametrize("out", ["edit.xyz", "edit", "edit.txt"])

@@ -52,6 +52,8 @@ class FluxKontext:
         given = [name for name in IP_ADAPTER if call.get(name) is not None]
         if given:
             return f"{given[0]} needs the stock attention processors"
+        if not any(isinstance(module, FluxAttention) for module in pipe.transformer.modules()):
+            return f"the attention of {type(pipe.transformer).__name__} takes no processors of ours"
         if any(isinstance(processor, torch.nn.Module) for processor in pipe.transformer.attn_processors.values()):
             return "an IP-Adapter is loaded, and it needs the stock attention processors"
         if call.get("image") is None:

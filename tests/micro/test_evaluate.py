@@ -68,8 +68,15 @@ def test_means_leave_nan_out():
 def test_weights_are_small_and_load_offline(pipe):
     folder = micro.load.__globals__["WEIGHTS"] / "kontext"
     assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) <= 40e6
-    assert pipe.transformer.dtype == torch.float32
+    parts = (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)
+    assert {part.dtype for part in parts} == {torch.float32}
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "FluxKontextPipeline"
+
+
+def test_the_dtype_that_was_asked_for():
+    half = micro.load("kontext", dtype=torch.bfloat16)
+    parts = (half.transformer, half.vae, half.text_encoder, half.text_encoder_2)
+    assert {part.dtype for part in parts} == {torch.bfloat16}
 
 
 def test_unknown_editor():

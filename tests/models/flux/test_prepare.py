@@ -111,6 +111,8 @@ def test_refusals(pipe):
     processor = FluxIPAdapterAttnProcessor(hidden_size=32, cross_attention_dim=32)
     pipe.transformer.transformer_blocks[0].attn.set_processor(processor)
     assert "IP-Adapter is loaded" in adapter.refusal(pipe, call)
+    pipe.transformer = torch.nn.Linear(1, 1)  # such as a quantised engine with kernels of its own
+    assert adapter.refusal(pipe, call) == "the attention of Linear takes no processors of ours"
 
 
 @pytest.mark.parametrize(
