@@ -57,7 +57,7 @@ def install(pipe: Any, config: str | SpecEditConfig | None = None, **overrides: 
 
     Raises:
         TypeError: a pipeline that is not supported, or an unknown field.
-        ValueError: a preset or value that does not exist.
+        ValueError: a preset or value that does not exist, or a pipeline that was loaded without its transformer.
         ImportError: a diffusers that is too old.
     """
     check_diffusers()
@@ -73,6 +73,8 @@ def install(pipe: Any, config: str | SpecEditConfig | None = None, **overrides: 
     if adapter is None:
         known = ", ".join(a.pipelines for a in adapters())
         raise TypeError(f"install: expected one of {known}, got {type(pipe).__name__}")
+    if pipe.transformer is None:
+        raise ValueError(f"install: expected a {type(pipe).__name__} with a transformer, got one without")
     stock = type(pipe)
     installation = Installation(config, adapter, stock)
     if (reason := supported(pipe.scheduler) or _unsuited(pipe)) is not None:

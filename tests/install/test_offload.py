@@ -38,9 +38,13 @@ def offload_modules(pipe):
 def offload_groups(pipe):
     from diffusers.hooks import apply_group_offloading
 
-    devices = dict(onload_device=torch.device("cpu"), offload_device=torch.device("cpu"))
+    how = dict(onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level")
+    try:
+        apply_group_offloading(torch.nn.Sequential(torch.nn.Linear(1, 1)), **how)
+    except AttributeError:
+        pytest.skip("this diffusers asks torch for the accelerator, and there is none")
     for model in (pipe.transformer, pipe.vae):
-        apply_group_offloading(model, offload_type="leaf_level", **devices)
+        apply_group_offloading(model, **how)
 
 
 def compile_transformer(pipe):
@@ -81,7 +85,7 @@ def test_the_same_edit_whatever_becomes_of_the_weights(make_own, edit, change, f
         specedit.uninstall(pipe)
     change(pipe)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # nothing runs the stock path
+        warnings.filterwarnings("error", message="SpecEdit")  # nothing runs the stock path
         specedit.install(pipe, **QUICK)
         for expected, got in ((drafted, edit(pipe)), (masked, edit(pipe, edit_mask=CORNER, output_type="pt"))):
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)

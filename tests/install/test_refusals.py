@@ -37,6 +37,15 @@ def test_a_wrong_configuration_leaves_the_pipeline_alone(pipe, check_untouched):
     check()
 
 
+def test_a_pipeline_without_its_transformer(pipe):
+    transformer, pipe.transformer = pipe.transformer, None
+    with pytest.raises(ValueError, match="expected a FluxKontextPipeline with a transformer, got one without"):
+        specedit.install(pipe)
+    assert type(pipe) is FluxKontextPipeline and not is_active(pipe)
+    pipe.transformer = transformer
+    assert is_active(specedit.install(pipe))
+
+
 @pytest.mark.parametrize("version", ["0.35.2", "0.9.0", "0.35.0.dev0"])
 def test_a_diffusers_that_is_too_old(pipe, monkeypatch, version):
     monkeypatch.setattr(diffusers, "__version__", version)
