@@ -30,7 +30,7 @@ for version in "${versions[@]}"; do
   read -r -a tied <<< "$(transformers "$version")"
   "$venv/bin/python" -m pip install --quiet -c "$venv/constraints.txt" "diffusers==$version" "${tied[@]}" \
     torch triton accelerate einops numpy safetensors pillow matplotlib pytest hypothesis
-  "$venv/bin/python" -m pytest -q -p no:cacheprovider tests/models tests/test_install.py tests/test_sampler.py \
+  "$venv/bin/python" -m pytest -q -p no:cacheprovider tests/models tests/install tests/sampler \
     tests/kernels/test_diffusers_backend.py \
     || failed+=("$version")
 done

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from .config import CHOICES, DEFAULT_PRESET, presets
 
@@ -16,9 +17,14 @@ class Failure(Exception):
     """An error that the user can do something about: one line, exit code 2."""
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:  # argparse itself prints the usage too, which takes several lines
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="specedit", description="Fast diffusion image editing.")
+    parser = _Parser(prog="specedit", description="Fast diffusion image editing.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_edit(commands)
@@ -34,6 +40,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         first = (str(error) or type(error).__name__).strip().splitlines()[0]
         print(f"specedit: {first}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":  # torch's
+            raise
+        print("specedit: out of memory; a smaller picture or model takes less", file=sys.stderr)
+        return 2
+
+
+def _check_size(size: int, low: int, high: int | None = None) -> None:
+    if size < low or size % 16 or (high is not None and size > high):
+        limits = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise Failure(f"--size: expected a multiple of 16 {limits}, got {size}")
+
+
+def _check_output(path: Path, kinds: Collection[str]) -> None:
+    """Before any work: whether a picture can be written to `path`. `kinds`: suffixes with their dot."""
+    if path.suffix.lower() not in kinds:
+        raise Failure(f"expected a picture file such as {path.stem}.png, got {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _add_demo(commands) -> None:
@@ -47,14 +71,13 @@ def _add_demo(commands) -> None:
 
 
 def _demo(args) -> int:
-    if not 128 <= args.size <= 512 or args.size % 16:
-        raise Failure(f"--size: expected a multiple of 16 from 128 to 512, got {args.size}")
+    _check_size(args.size, 128, 512)
+    args.out.mkdir(parents=True, exist_ok=True)
     _quiet()
     from . import demo
 
     seed = demo.SEED if args.seed is None else args.seed
     result = demo.run(args.size, args.preset, seed, restore=args.restore, keep_pixels=args.restore == "reference")
-    args.out.mkdir(parents=True, exist_ok=True)
     result.case.source.save(args.out / "input.png")
     result.stock.save(args.out / "stock.png")
     result.edit.save(args.out / "specedit.png")
@@ -89,13 +112,17 @@ def _edit(args) -> int:
         raise Failure("prompt: expected what to change, got an empty text")
     _quiet()
     import torch
+    from matplotlib.backend_bases import FigureCanvasBase
     from PIL import Image
 
     from . import install
     from .install import last_report
 
-    image = Image.open(args.image).convert("RGB")
-    mask = None if args.mask is None else Image.open(args.mask)
+    _check_output(args.out, [suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE])
+    if args.figure is not None:
+        _check_output(args.figure, [f".{kind}" for kind in FigureCanvasBase.get_supported_filetypes()])
+    image = _open(args.image).convert("RGB")
+    mask = None if args.mask is None else _open(args.mask)
     pipe, image, given = _pipeline(args.model, image)
     if args.negative_prompt is not None:
         given["negative_prompt"] = args.negative_prompt
@@ -108,8 +135,20 @@ def _edit(args) -> int:
         print(done)
         if args.figure is not None:
             done.save_figure(args.figure)
+    elif args.figure is not None:
+        print(f"specedit: no {args.figure}, because the stock pipeline ran", file=sys.stderr)
     print(f"wrote {args.out}")
     return 0
+
+
+def _open(path: Path):
+    """A picture as its viewer shows it: cameras write which side is up beside the pixels."""
+    from PIL import Image, ImageOps
+
+    try:
+        return ImageOps.exif_transpose(Image.open(path))
+    except Image.DecompressionBombError as error:
+        raise Failure(f"{path}: {error}") from error
 
 
 def _pipeline(model: str | None, image):
@@ -130,9 +169,8 @@ def _pipeline(model: str | None, image):
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype).to(device)
     taken = inspect.signature(type(pipe).__call__).parameters
-    if (
-        "max_area" in taken and pipe.transformer.config.num_layers < 19
-    ):  # a small editor works at the picture's own size
+    # A small editor, which works at the picture's own size; FLUX.1-Kontext has 19 such layers.
+    if "max_area" in taken and pipe.transformer.config.num_layers < 19:
         image = _fit(image, 512)
         return pipe, image, micro.arguments(image)
     # Some pipelines choose the size themselves.
@@ -140,9 +178,15 @@ def _pipeline(model: str | None, image):
 
 
 def _fit(image, largest: int):
-    """Shrink to at most `largest` px a side and crop to whole tokens of 16 px."""
+    """Resize to at most `largest` px a side and whole tokens of 16 px."""
+    from .models.images import SMALLEST
+
+    if min(image.size) < SMALLEST:
+        raise Failure(f"image: expected at least {SMALLEST} px a side, got {image.width} x {image.height}")
     scale = min(1.0, largest / max(image.size))
-    width, height = (max(64, round(side * scale) // 16 * 16) for side in image.size)
+    width, height = (round(side * scale) // 16 * 16 for side in image.size)
+    if min(width, height) < SMALLEST:
+        raise Failure(f"image: expected sides less unequal, got {image.width} x {image.height}")
     return image if (width, height) == image.size else image.resize((width, height))
 
 
@@ -161,6 +205,9 @@ def _add_eval(commands) -> None:
 def _eval(args) -> int:
     if args.cases < 1:
         raise Failure(f"--cases: expected at least 1, got {args.cases}")
+    if args.steps is not None and args.steps < 1:
+        raise Failure(f"--steps: expected at least 1, got {args.steps}")
+    _check_size(args.size, 64)
     _quiet()
     from tqdm.auto import tqdm
 
@@ -196,6 +243,7 @@ def _add_bench(commands) -> None:
 def _bench(args) -> int:
     if args.repeat < 1:
         raise Failure(f"--repeat: expected at least 1, got {args.repeat}")
+    _check_size(args.size, 64)
     _quiet()
     from . import bench, results
 
@@ -269,8 +317,12 @@ def _plan(args) -> int:
 
 def _quiet() -> None:
     """Libraries' start-up chatter is not the user's concern; errors still are."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 if __name__ == "__main__":

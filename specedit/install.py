@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import diffusers
 import torch
 
 from . import restore, sampler
@@ -20,9 +20,9 @@ from .models import adapters
 from .models.base import Adapter
 from .report import RunReport
 from .schedule import supported
+from .versions import check_diffusers
 
 STOCK_STEPS = 50
-OLDEST_DIFFUSERS = (0, 36)
 _ATTRIBUTE = "_specedit"
 
 
@@ -34,9 +34,13 @@ class Installation:
     adapter: Adapter
     stock_class: type
     report: RunReport | None = None
+    stock_reason: str | None = None  # why the last call ran the stock pipeline
     asleep: int = 0  # how many `disabled` blocks are open
     warned: set[str] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __reduce__(self) -> tuple:  # a copy of a pipeline has made no calls
+        return Installation, (self.config, self.adapter, self.stock_class)
 
 
 def install(pipe: Any, config: str | SpecEditConfig | None = None, **overrides: Any) -> Any:
@@ -53,13 +57,13 @@ def install(pipe: Any, config: str | SpecEditConfig | None = None, **overrides: 
 
     Raises:
         TypeError: a pipeline that is not supported, or an unknown field.
-        ValueError: a preset or value that does not exist.
+        ValueError: a preset or value that does not exist, or a pipeline that was loaded without its transformer.
         ImportError: a diffusers that is too old.
     """
-    _check_diffusers()
+    check_diffusers()
     config = resolve(config, **overrides)
     if (old := _installation(pipe)) is not None:
-        old.config, old.report = config, None
+        old.config, old.report, old.stock_reason = config, None, None
         return pipe
     adapter = next((a() for a in adapters() if a.matches(pipe)), None)
     if adapter is None and "Inpaint" in type(pipe).__name__:
@@ -69,27 +73,39 @@ def install(pipe: Any, config: str | SpecEditConfig | None = None, **overrides: 
     if adapter is None:
         known = ", ".join(a.pipelines for a in adapters())
         raise TypeError(f"install: expected one of {known}, got {type(pipe).__name__}")
+    if pipe.transformer is None:
+        raise ValueError(f"install: expected a {type(pipe).__name__} with a transformer, got one without")
     stock = type(pipe)
     installation = Installation(config, adapter, stock)
     if (reason := supported(pipe.scheduler) or _unsuited(pipe)) is not None:
         installation.warned.add(reason)  # said now, not again at the call
         warnings.warn(f"SpecEdit will run the stock pipeline: {reason}", stacklevel=2)
-    elif _has_cache_dit(pipe):
-        warnings.warn(
-            "SpecEdit: cache-dit is enabled on this pipeline, and SpecEdit's own loop bypasses it; disable it, or "
-            "install SpecEdit first.", stacklevel=2,
-        )  # fmt: skip
     adapter.attach(pipe)
     setattr(pipe, _ATTRIBUTE, installation)
-    # A subclass of the same name for this instance alone: save_pretrained and isinstance see what they always saw.
+    pipe.__class__ = _accelerated_class(stock)
+    return pipe
+
+
+def _accelerated_class(stock: type) -> type:
+    """A subclass of the same name for one instance alone: save_pretrained and isinstance see what they always saw."""
     body = {
         "__call__": _call,
+        "__reduce_ex__": _reduce,
         "__module__": stock.__module__,
         "__qualname__": stock.__qualname__,
         "__doc__": stock.__doc__,
     }
-    pipe.__class__ = type(stock.__name__, (stock,), body)
-    return pipe
+    return type(stock.__name__, (stock,), body)
+
+
+def _reduce(self, protocol: int) -> tuple:
+    """For copy and pickle: nobody can import the class of an installed instance, so its copy gets one of its own."""
+    installation = _installation(self)
+    return _blank, (installation.stock_class,), vars(self) | {_ATTRIBUTE: copy.copy(installation)}
+
+
+def _blank(stock: type) -> Any:
+    return object.__new__(_accelerated_class(stock))
 
 
 def uninstall(pipe: Any) -> Any:
@@ -106,11 +122,13 @@ def report(pipe: Any) -> RunReport:
     """What the last accelerated call of an installed pipeline did.
 
     Raises:
-        ValueError: SpecEdit is not installed, or no call has been accelerated yet.
+        ValueError: SpecEdit is not installed, no call has been accelerated yet, or the last one ran the stock pipeline.
     """
     installation = _installation(pipe)
     if installation is None:
         raise ValueError(f"report: expected a pipeline with SpecEdit installed, got a plain {type(pipe).__name__}")
+    if installation.report is None and (reason := installation.stock_reason) is not None:
+        raise ValueError(f"report: expected an accelerated call, but the last one ran the stock pipeline: {reason}")
     if installation.report is None:
         raise ValueError("report: expected at least one accelerated call, got none since install")
     return installation.report
@@ -149,19 +167,6 @@ def _installation(pipe: Any) -> Installation | None:
     return getattr(pipe, "__dict__", {}).get(_ATTRIBUTE)
 
 
-def _check_diffusers() -> None:
-    version = tuple(int(p) for p in diffusers.__version__.split(".")[:2])
-    if version < OLDEST_DIFFUSERS:
-        wanted = ".".join(map(str, OLDEST_DIFFUSERS))
-        raise ImportError(
-            f"specedit: expected diffusers >= {wanted}, got {diffusers.__version__}; pip install -U diffusers"
-        )
-
-
-def _has_cache_dit(pipe: Any) -> bool:
-    return any("cache_dit" in c.__module__ for c in type(pipe).__mro__) or hasattr(pipe, "_cache_manager")
-
-
 def _call(self, *args: Any, edit_mask: Any = None, **kwargs: Any) -> Any:
     """The stock pipeline's call, accelerated by SpecEdit. `edit_mask`: PIL image, array or tensor, nonzero = edit."""
     installation = _installation(self)
@@ -173,7 +178,8 @@ def _call(self, *args: Any, edit_mask: Any = None, **kwargs: Any) -> Any:
     bound.apply_defaults()
     call = {name: value for name, value in bound.arguments.items() if name != "self"}
     installation.report = None  # a report is of the last call, whatever becomes of it
-    reason = supported(self.scheduler) or _unsuited(self) or installation.adapter.refusal(self, call)
+    reason = supported(self.scheduler) or _unsuited(self) or _unknown_call(installation.stock_class, call)
+    reason = installation.stock_reason = reason or installation.adapter.refusal(self, call)
     if reason:
         if reason not in installation.warned:
             installation.warned.add(reason)
@@ -187,7 +193,17 @@ def _call(self, *args: Any, edit_mask: Any = None, **kwargs: Any) -> Any:
 def _unsuited(pipe: Any) -> str | None:
     if getattr(pipe.transformer, "is_cache_enabled", False):
         return "a diffusers cache is enabled on the transformer, and it would mix up the stages"
+    # cache-dit, and the caches that it descends from, mark what they patch. Their blocks need a context that only the
+    # stock call opens.
+    if getattr(pipe.transformer, "_is_cached", False) or any("cache_dit" in c.__module__ for c in type(pipe).__mro__):
+        return "cache-dit is enabled on this pipeline, and its cache would mix up the stages; disable it first"
     return None
+
+
+def _unknown_call(stock: type, call: dict[str, Any]) -> str | None:
+    if "image" in call and "prompt" in call:
+        return None
+    return f"{stock.__qualname__} has a __call__ of its own, which takes other arguments than its base class"
 
 
 def _accelerated(pipe: Any, installation: Installation, config: SpecEditConfig, call: dict, edit_mask: Any) -> Any:
@@ -250,15 +266,23 @@ class _Listener:
         # An in-place change counts as a change too.
         snapshot = before.clone() if before is not None else None
         answer = self.callback(self.pipe, index, timestep, dict(shown)) or {}
-        if answer.get("prompt_embeds") is not None:
-            positive["encoder_hidden_states"] = answer["prompt_embeds"]
+        if not isinstance(answer, Mapping):
+            raise TypeError(f"callback_on_step_end: expected a dict or None, got {type(answer).__name__}")
+        if (embeds := answer.get("prompt_embeds")) is not None:
+            _check_answer("prompt_embeds", embeds, positive["encoder_hidden_states"].shape)
+            positive["encoder_hidden_states"] = embeds
         after = answer.get("latents", before)
         if after is None or (after is before and torch.equal(after, snapshot)):
             return None
-        if after.shape != snapshot.shape if snapshot is not None else after.shape != self.state.noise.shape:
-            expected = tuple(self.state.noise.shape)
-            raise ValueError(f"callback_on_step_end: expected latents of shape {expected}, got {tuple(after.shape)}")
+        _check_answer("latents", after, self.state.noise.shape)
         return after
+
+
+def _check_answer(name: str, value: Any, shape: torch.Size) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"callback_on_step_end: expected {name} as a tensor, got {type(value).__name__}")
+    if value.shape != shape:
+        raise ValueError(f"callback_on_step_end: expected {name} of shape {tuple(shape)}, got {tuple(value.shape)}")
 
 
 def _report(pipe, state, config, outcome, seconds: float, images: Any, call: dict) -> RunReport:

@@ -203,10 +203,10 @@ class RunReport:
             if present
         ]
         figure = Figure(figsize=(max(8.0, 3.4 * len(panels)), 5.6 if panels else 2.4), layout="constrained")
-        bars = figure
+        titled = bars = figure
         if panels:
-            top, bars = figure.subfigures(2, 1, height_ratios=[3.4, 1.8])
-            for axes, panel in zip(top.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            titled, bars = figure.subfigures(2, 1, height_ratios=[3.4, 1.8])
+            for axes, panel in zip(titled.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
                 panel(axes, sample)
                 axes.set_xticks([])
                 axes.set_yticks([])
@@ -214,7 +214,7 @@ class RunReport:
         self._draw_bars(left, [s.seconds for s in self.stages], "seconds")
         self._draw_bars(right, [s.flops / 1e12 for s in self.stages], "TFLOPs")
         left.invert_yaxis()
-        figure.suptitle(self._title(), fontsize=11)
+        titled.suptitle(self._title(), fontsize=11)
         figure.savefig(path, dpi=120)
 
     def _draw_source(self, axes: Any, sample: int) -> None:
@@ -242,8 +242,14 @@ class RunReport:
         extent = self._backdrop(axes, *grid.shape)
         drawn = axes.imshow(grid, cmap="magma", vmin=0, alpha=0.75, extent=extent, interpolation="nearest")
         axes.figure.colorbar(drawn, ax=axes, fraction=0.046, pad=0.02).ax.tick_params(labelsize=8)
-        threshold = "" if self.config is None else f" (threshold {self.config.threshold:g})"
-        axes.set_title(f"verification score{threshold}", fontsize=10)
+        axes.set_title(self._score_title(), fontsize=10)
+
+    def _score_title(self) -> str:
+        if self.config is None:
+            return "score"
+        if self.config.selector == "semantic":
+            return f"verification score (threshold {self.config.threshold:g})"
+        return f"score of selector {self.config.selector!r}"  # which takes the largest, whatever their values
 
     def _draw_masks(self, axes: Any, sample: int) -> None:
         from matplotlib.colors import to_rgba

@@ -43,7 +43,7 @@ def keep_pixels(images, source: Tensor, edited: Tensor, cell: int, output_type: 
         kept, mix = source.to(images), weight[:, None].to(images)
         return torch.where(mix == 0, kept, mix * images + (1 - mix) * kept)
     kept, mix = source.permute(0, 2, 3, 1).cpu().numpy(), weight[..., None].cpu().numpy()
-    if output_type == "np":
+    if output_type != "pil":  # as diffusers, which makes arrays of any other type's name
         return np.where(mix == 0, kept, mix * images + (1 - mix) * kept).astype(images.dtype)
     kept = (kept * 255).round().astype(np.uint8)
     out = []

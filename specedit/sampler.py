@@ -151,9 +151,16 @@ def find_edit(adapter, pipe, state, config, edit_mask, listener, log) -> tuple[T
         return None, cells | (config.restore == "reference" or config.keep_pixels)
     began = clock(state)
     small = adapter.draft_state(pipe, state, config)
-    draft, grid, tokens = drafts.generate(adapter, pipe, small, config, listener.draft_step)
-    flops = config.draft_steps * forward_flops(pipe, small, tokens) * state.batch
-    log.append(StageReport("draft", 1.0, 0.0, config.draft_steps, tokens, flops, clock(state) - began))
+    done = 0  # fewer than asked after an interrupt
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        listener.draft_step()
+
+    draft, grid, tokens = drafts.generate(adapter, pipe, small, config, step)
+    flops = done * forward_flops(pipe, small, tokens) * state.batch
+    log.append(StageReport("draft", 1.0, 0.0, done, tokens, flops, clock(state) - began))
     began = clock(state)
     score, edited = select.select(adapter, pipe, state, draft, grid, config)
     log.append(StageReport("verify", None, None, 0, 0, 0.0, clock(state) - began))

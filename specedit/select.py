@@ -100,7 +100,11 @@ def uniform_cells(grid: TokenGrid, stride: int, device: torch.device | str = "cp
 def cells_of_mask(mask: Any, state: EditState) -> Tensor:
     """A caller's mask, of any size, as edited cells: a cell is edited where any pixel of it is nonzero.
 
-    mask: PIL image, array or tensor: (H, W), (1, H, W), (B, H, W) or (B, 1, H, W); one for all samples or one each.
+    mask: PIL image, array or tensor: (H, W), (1, H, W), (B, H, W) or (B, 1, H, W); one for all samples or one each. An
+    array may be a colour picture too, (H, W, 1), (H, W, 3) or (H, W, 4).
+
+    Raises:
+        TypeError, ValueError: another type or shape, values that are not finite, nothing that is nonzero.
     """
     if isinstance(mask, (list, tuple)):
         parts = [cells_of_mask(m, state)[:1] for m in mask]
@@ -110,8 +114,12 @@ def cells_of_mask(mask: Any, state: EditState) -> Tensor:
         mask = _nonzero(mask)
     if not isinstance(mask, (np.ndarray, Tensor)):
         raise TypeError(f"edit_mask: expected a PIL image, array or tensor, got {type(mask).__name__}")
-    mask = mask if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask, order="C"))
     given = tuple(mask.shape)
+    if isinstance(mask, np.ndarray):
+        mask = _numbers(mask)
+        # Not what could be masks of a few pixels, one for each sample.
+        if mask.ndim == 3 and given[-1] in (1, 3, 4) and given[1] > 4 and given[0] not in (1, state.batch):
+            mask = _any_colour(mask, alpha=given[-1] == 4)
     if mask.ndim == 2:
         mask = mask[None, None]
     elif mask.ndim == 3:
@@ -120,6 +128,7 @@ def cells_of_mask(mask: Any, state: EditState) -> Tensor:
         raise ValueError(f"edit_mask: expected (H, W), (B, H, W) or (B, 1, H, W), got {given}")
     if mask.is_floating_point() and not bool(mask.isfinite().all()):
         raise ValueError("edit_mask: expected finite values, got NaN or infinity")
+    _check_count(len(mask), state, f", shape {given}")
     wanted = (mask != 0).float().to(state.device)
     cells = cells_touched(wanted[:, 0], state.grid)
     if not bool(cells.flatten(1).any(1).all()):
@@ -127,19 +136,32 @@ def cells_of_mask(mask: Any, state: EditState) -> Tensor:
     return _match_batch(cells, state)
 
 
-def _nonzero(mask: Image.Image) -> np.ndarray:
-    """(H, W) uint8: where any colour of a picture is not zero. Where there is an alpha channel, it has to be too."""
-    if mask.mode in ("P", "PA"):
-        mask = mask.convert("RGBA")
-    values = np.asarray(mask) != 0
-    if values.ndim == 2:
-        return values.astype(np.uint8)
-    alpha = values[..., -1] if mask.mode in ("LA", "RGBA") else True
-    colours = values[..., :-1] if mask.mode in ("LA", "RGBA") else values
-    return (colours.any(-1) & alpha).astype(np.uint8)
+def _numbers(array: np.ndarray) -> Tensor:
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"edit_mask: expected an array of numbers or booleans, got dtype {array.dtype}")
+    # torch takes neither another byte order nor negative strides.
+    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
+
+
+def _nonzero(picture: Image.Image) -> Tensor:
+    if picture.mode in ("P", "PA"):
+        picture = picture.convert("RGBA")
+    values = torch.from_numpy(np.array(picture))
+    return values if values.ndim == 2 else _any_colour(values, alpha=picture.mode in ("LA", "RGBA"))
+
+
+def _any_colour(values: Tensor, alpha: bool) -> Tensor:
+    """(H, W) bool: where any colour of (H, W, C) is not zero. Where there is an alpha channel, it has to be too."""
+    colours = values[..., :-1] if alpha else values
+    found = (colours != 0).any(-1)
+    return found & (values[..., -1] != 0) if alpha else found
+
+
+def _check_count(count: int, state: EditState, more: str = "") -> None:
+    if count == 0 or state.batch % count:
+        raise ValueError(f"edit_mask: expected 1 mask or {state.batch}, one for each image, got {count}{more}")
 
 
 def _match_batch(cells: Tensor, state: EditState) -> Tensor:
-    if len(cells) not in (1, state.batch) and (len(cells) == 0 or state.batch % len(cells)):
-        raise ValueError(f"edit_mask: expected 1 mask or {state.batch}, one for each image, got {len(cells)}")
+    _check_count(len(cells), state)
     return cells.repeat(state.batch // len(cells), 1, 1)  # images are tiled over the batch, and so are their masks

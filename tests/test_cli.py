@@ -1,6 +1,8 @@
 """The command line: what it writes, and one line with exit code 2 for what goes wrong."""
 
 import json
+import logging
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -123,7 +125,10 @@ def test_edit_with_another_pipeline(tmp_path, picture, monkeypatch, sized):
         (["bench", "plan", "--edited", "120"], "edit_fraction: expected a number from 0 to 1"),
         (["bench", "plan", "--measured", "nowhere.json"], "nowhere.json"),
         (["edit", "nowhere.png", "make it red"], "nowhere.png"),
-        (["demo", "--size", "100"], "--size: expected a multiple of 16"),
+        (["demo", "--size", "100"], "--size: expected a multiple of 16 from 128 to 512, got 100"),
+        (["eval", "micro", "--size", "100"], "--size: expected a multiple of 16 of at least 64, got 100"),
+        (["eval", "micro", "--steps", "0"], "--steps: expected at least 1, got 0"),
+        (["bench", "--size", "48"], "--size: expected a multiple of 16 of at least 64, got 48"),
         (["eval", "micro", "--cases", "0"], "--cases: expected at least 1"),
         (["bench", "--repeat", "0"], "--repeat: expected at least 1"),
     ],
@@ -147,9 +152,94 @@ def test_an_empty_prompt_and_a_file_that_is_no_picture(tmp_path, picture, capsys
     assert all("specedit: " in line for line in capsys.readouterr().err.strip().splitlines())
 
 
-@pytest.mark.parametrize("arguments", [[], ["paint"], ["demo", "--preset", "warp"], ["eval", "vibes"]])
-def test_wrong_usage_exits_with_2(arguments, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "COMMAND"),
+        (["paint"], "'paint'"),
+        (["demo", "--preset", "warp"], "'warp' (choose from"),
+        (["demo", "--seed", "x"], "'x'"),
+        (["eval", "vibes"], "'vibes'"),
+        (["edit", "in.png"], "prompt"),
+        (["bench", "plan", "--colour", "red"], "--colour"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exits_with_2(arguments, says, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
-    assert stop.value.code == 2
-    capsys.readouterr()
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and says in error and len(error.splitlines()) == 1
+
+
+def test_what_libraries_say_at_the_start_is_not_the_users_concern():
+    import diffusers
+    import transformers
+
+    before = [library.utils.logging.get_verbosity() for library in (diffusers, transformers)]
+    try:
+        cli._quiet()
+        assert all(library.utils.logging.get_verbosity() == logging.ERROR for library in (diffusers, transformers))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.warn("dtype", FutureWarning, stacklevel=1)
+        assert not caught
+    finally:
+        for library, level in zip((diffusers, transformers), before, strict=True):
+            library.utils.logging.set_verbosity(level)
+
+
+@pytest.mark.parametrize("out", ["edit.xyz", "edit", "edit.txt"])
+@pytest.mark.parametrize("option", ["--out", "--figure"])
+def test_a_file_that_cannot_be_written_is_said_before_any_work(tmp_path, picture, capsys, monkeypatch, option, out):
+    monkeypatch.setattr(cli, "_pipeline", lambda *_: pytest.fail("a pipeline was loaded"))
+    assert cli.main(["edit", str(picture), "make it red", option, str(tmp_path / out)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert f"expected a picture file such as edit.png, got {tmp_path / out}" in error and len(error.splitlines()) == 1
+
+
+def test_demo_into_a_file_is_said_before_any_work(tmp_path, capsys, monkeypatch):
+    (tmp_path / "taken").write_text("")
+    monkeypatch.setattr("specedit.demo.run", lambda *_, **__: pytest.fail("the demo ran"))
+    assert cli.main(["demo", "--out", str(tmp_path / "taken")]) == 2
+    assert "taken" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [((40, 300), "at least 64 px a side, got 40 x 300"), ((2000, 100), "sides less unequal, got 2000 x 100")],
+)
+def test_pictures_that_are_too_small_or_too_long(tmp_path, capsys, size, says):
+    Image.new("RGB", size).save(tmp_path / "in.png")
+    assert cli.main(["edit", str(tmp_path / "in.png"), "make it red", "--out", str(tmp_path / "out.png")]) == 2
+    assert f"specedit: image: expected {says}" in capsys.readouterr().err
+
+
+def test_a_decompression_bomb(tmp_path, capsys, picture, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert cli.main(["edit", str(picture), "make it red", "--out", str(tmp_path / "out.png")]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("side", "got"), [(4000, (512, 512)), (500, (496, 496)), (130, (128, 128)), (64, (64, 64))])
+def test_pictures_of_any_size_fit_the_editor(side, got):
+    assert cli._fit(Image.new("RGB", (side, side)), 512).size == got
+    assert cli._fit(Image.new("RGB", (1000, 300)), 512).size == (512, 144)
+
+
+def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the top of the picture is on the right
+    Image.new("RGB", (200, 100)).save(tmp_path / "in.jpg", exif=exif)
+    assert cli._open(tmp_path / "in.jpg").size == (100, 200)
+
+
+@pytest.mark.parametrize("error", [MemoryError("no"), torch.OutOfMemoryError("no")])
+def test_out_of_memory_is_one_line(capsys, monkeypatch, picture, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(cli, "_pipeline", fail)
+    assert cli.main(["edit", str(picture), "make it red", "--out", str(picture.parent / "out.png")]) == 2
+    assert capsys.readouterr().err == "specedit: out of memory; a smaller picture or model takes less\n"
+    monkeypatch.setattr(cli, "_pipeline", lambda *_: [][0])
+    with pytest.raises(IndexError):  # a mistake of this package keeps its traceback
+        cli.main(["edit", str(picture), "make it red", "--out", str(picture.parent / "out.png")])

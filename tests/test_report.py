@@ -137,6 +137,12 @@ def test_figure(tmp_path, missing):
     assert image.width >= 900 and low < 100 and high == 255
 
 
+def test_the_title_of_a_score_names_what_it_was_compared_with():
+    assert make()._score_title() == f"verification score (threshold {resolve('balanced').threshold:g})"
+    assert make(config=resolve(selector="variance"))._score_title() == "score of selector 'variance'"
+    assert make(config=None)._score_title() == "score"
+
+
 def test_figure_shows_the_mask_where_it_is(tmp_path):
     # With the edited cells moved, the figure changes; with another sample of the batch it changes too.
     def pixels(report, sample=0):

@@ -51,7 +51,13 @@ def score(image: Image.Image, case: Case) -> dict[str, Any]:
     success: the edited region is nearer to the target than to the source and at least 18 dB from the target.
     edit_psnr: dB from the target inside the edit mask. keep_psnr: dB from the source outside it, 16 px around left out;
     nan where everything was to change.
+
+    Raises:
+        ValueError: an image of another size than the case's.
     """
+    if image.size != case.source.size:
+        expected, got = (f"{width} x {height}" for width, height in (case.source.size, image.size))
+        raise ValueError(f"image: expected {expected} as the case, got {got}; sides are whole tokens of 16 px")
     result, source, target = (np.asarray(i) for i in (image, case.source, case.target))
     edit, untouched = psnr(result, target, case.mask), psnr(result, source, case.mask)
     return dict(
@@ -77,7 +83,9 @@ def evaluate(pipe: Any, cases: Iterable[Case], num_inference_steps: int | None =
     from ..install import STOCK_STEPS, is_active, last_report
 
     active = is_active(pipe)
-    steps = num_inference_steps or (None if active else STOCK_STEPS)
+    steps = num_inference_steps
+    if steps is None and not active:
+        steps = STOCK_STEPS
     rows = []
     for case in cases:
         given = {**arguments(case.source), **call}
@@ -92,7 +100,7 @@ def evaluate(pipe: Any, cases: Iterable[Case], num_inference_steps: int | None =
             row |= dict(flops=run.flops, flops_ratio=run.flops_ratio, edit_fraction=run.edit_fraction)
             row |= dict(mask_share=float(case.mask.mean()))
         else:
-            row["flops"] = stock_flops(pipe, case, steps or given.get("num_inference_steps", DEFAULT_STEPS))
+            row["flops"] = stock_flops(pipe, case, given.get("num_inference_steps", DEFAULT_STEPS))
         rows.append(row)
     kinds = sorted({row["kind"] for row in rows})
     return {

@@ -30,8 +30,9 @@ def load(name: str = "kontext", *, device: str | torch.device = "cpu", dtype: to
     if name == "kontext":
         from . import build
 
-        return build.load(folder, torch_dtype=dtype).to(device)
-    from diffusers import DiffusionPipeline
+        pipe = build.load(folder)
+    else:
+        from diffusers import DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
-    return pipe.to(device)
+        pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    return pipe.to(device=device, dtype=dtype)  # versions of diffusers disagree about the name of the loader's dtype

@@ -1,7 +1,11 @@
 """One adapter for each model family."""
 
-from .flux import FluxKontext
-from .qwen import QwenImageEdit, QwenImageEditPlus
+from ..versions import check_diffusers
+
+check_diffusers()  # an older one lacks what the adapters import, and python's own error would not say why
+
+from .flux import FluxKontext  # noqa: E402
+from .qwen import QwenImageEdit, QwenImageEditPlus  # noqa: E402
 
 try:
     from .longcat import LongCatImageEdit

@@ -52,6 +52,8 @@ class FluxKontext:
         given = [name for name in IP_ADAPTER if call.get(name) is not None]
         if given:
             return f"{given[0]} needs the stock attention processors"
+        if not any(isinstance(module, FluxAttention) for module in pipe.transformer.modules()):
+            return f"the attention of {type(pipe.transformer).__name__} takes no processors of ours"
         if any(isinstance(processor, torch.nn.Module) for processor in pipe.transformer.attn_processors.values()):
             return "an IP-Adapter is loaded, and it needs the stock attention processors"
         if call.get("image") is None:
@@ -84,6 +86,8 @@ class FluxKontext:
         dtype = positive["encoder_hidden_states"].dtype
 
         image, latent_input = self._image(pipe, call, multiple)
+        if prompts % len(image):
+            raise ValueError(f"image: expected one picture or as many as fit {prompts} edits, got {len(image)}")
         channels = pipe.transformer.config.in_channels // 4
         if negative is not None:
             check_negative(positive, negative)
@@ -93,6 +97,8 @@ class FluxKontext:
         side = 2 if latent_input else multiple  # ids would do, but bf16 rounds those beyond 256
         reference_grid = TokenGrid(*(n // side for n in image.shape[-2:]))
         grid = TokenGrid(height // multiple, width // multiple)
+        if tuple(noise.shape) != (expected := (prompts, grid.tokens, pipe.transformer.config.in_channels)):
+            raise ValueError(f"latents: expected shape {expected}, got {tuple(noise.shape)}")
         state = EditState(
             grid=grid,
             noise=noise.float(),
@@ -124,8 +130,13 @@ class FluxKontext:
         """The stock pipeline's rule: the asked aspect ratio at `max_area`, down to whole tokens."""
         asked = pipe.default_sample_size * pipe.vae_scale_factor
         height, width = call["height"] or asked, call["width"] or asked
+        for name, value in (("height", height), ("width", width), ("max_area", call["max_area"])):
+            if not value > 0:
+                raise ValueError(f"{name}: expected a number above 0, got {value}")
         ratio, area = width / height, call["max_area"]
         width, height = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+        if min(height, width) < multiple:
+            raise ValueError(f"height, width: expected at least {multiple} px a side, got {height} x {width}")
         return height // multiple * multiple, width // multiple * multiple
 
     @staticmethod

@@ -26,6 +26,9 @@ def check_image(image: Any) -> tuple[int, int]:
         if "float" not in str(image.dtype):
             raise TypeError(f"image: expected floating point values in 0..1, got {image.dtype}")
         height, width = shape[-3:-1] if array else shape[-2:]
+        if min(height, width) and not (image.min() >= -2 and image.max() <= 2):  # sharpened ones reach beyond 1
+            low, high = float(image.min()), float(image.max())
+            raise ValueError(f"image: expected floating point values in 0..1, got values from {low:g} to {high:g}")
     else:
         raise TypeError(f"image: expected a PIL image, array or tensor, got {type(image).__name__}")
     if min(height, width) < SMALLEST:
@@ -59,7 +62,16 @@ def source_pictures(pipe: Any, image: Any, height: int, width: int) -> Tensor:
 
 
 def decoder_features(vae: Any, latents: Tensor) -> list[Tensor]:
-    """What the decoder's conv_in, mid_block and first up block make of latents: the layers of eq. 6."""
+    """What the decoder's conv_in, mid_block and first up block make of latents: the layers of eq. 6.
+
+    Raises:
+        ValueError: a decoder without such layers, as that of AutoencoderTiny.
+    """
+    if not all(hasattr(vae.decoder, part) for part in ("conv_in", "mid_block", "up_blocks")):
+        raise ValueError(
+            f"vae: expected a decoder with conv_in, mid_block and up_blocks to verify the draft with, got "
+            f"{type(vae).__name__}; selector='variance' or an edit_mask needs none"
+        )
     if hasattr(vae, "_hf_hook") or hasattr(vae.decoder, "_diffusers_hook"):
         return _hooked_features(vae, latents)
     if getattr(vae, "post_quant_conv", None) is not None:

@@ -105,6 +105,8 @@ class LongCatImageEdit(FluxKontext):
         )  # fmt: skip
         multiple = pipe.vae_scale_factor * 2
         grid = TokenGrid(height // multiple, width // multiple)
+        if tuple(noise.shape) != (expected := (batch, grid.tokens, 4 * LATENT_CHANNELS)):
+            raise ValueError(f"latents: expected shape {expected}, got {tuple(noise.shape)}")
         return EditState(
             grid=grid,
             noise=noise.float(),

@@ -45,6 +45,21 @@ def test_target_and_source_as_results():
     assert not score(noise, case)["success"]
 
 
+def test_a_result_of_another_size():
+    case = micro.scenes.sample(3, 100)
+    with pytest.raises(ValueError, match="image: expected 100 x 100 as the case, got 96 x 96; sides are whole tokens"):
+        score(Image.new("RGB", (96, 96)), case)
+
+
+def test_no_steps_are_not_the_preset(pipe):
+    specedit.install(pipe, "turbo")
+    try:
+        with pytest.raises(ValueError, match="num_inference_steps: expected an integer of at least 1, got 0"):
+            micro.evaluate(pipe, [micro.scenes.sample(3, 128)], num_inference_steps=0)
+    finally:
+        specedit.uninstall(pipe)
+
+
 def test_means_leave_nan_out():
     out = mean([dict(a=1.0, kind="x"), dict(a=math.nan, kind="x"), dict(a=3.0, kind="y")])
     assert out == {"count": 3, "a": 2.0}
@@ -53,8 +68,15 @@ def test_means_leave_nan_out():
 def test_weights_are_small_and_load_offline(pipe):
     folder = micro.load.__globals__["WEIGHTS"] / "kontext"
     assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) <= 40e6
-    assert pipe.transformer.dtype == torch.float32
+    parts = (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)
+    assert {part.dtype for part in parts} == {torch.float32}
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "FluxKontextPipeline"
+
+
+def test_the_dtype_that_was_asked_for():
+    half = micro.load("kontext", dtype=torch.bfloat16)
+    parts = (half.transformer, half.vae, half.text_encoder, half.text_encoder_2)
+    assert {part.dtype for part in parts} == {torch.bfloat16}
 
 
 def test_unknown_editor():

@@ -6,6 +6,7 @@ class TestMyModel(Conformance):
         return Family(adapter=MyModel, make=..., call=...)
 """
 
+import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -119,6 +120,15 @@ class Conformance:
         now = trace(pipe)
         assert now[0] is kept[0]
         assert all(a is b for first, second in zip(kept[1:], now[1:], strict=True) for a, b in zip(first, second))
+
+    def test_a_copy_is_installed_by_itself(self, family):
+        pipe = specedit.install(family.make(), **QUICK)
+        expected, copied = family.run(pipe), copy.deepcopy(pipe)
+        assert torch.equal(family.run(copied), expected)
+        specedit.uninstall(copied)
+        stock = family.run(family.make(), num_inference_steps=2)
+        assert torch.equal(family.run(copied, num_inference_steps=2), stock)
+        assert torch.equal(family.run(pipe), expected)
 
     @pytest.mark.parametrize("changes", [{}, {"key_bias": "none"}, {"rope": "phase_aligned"}, {"attention": "stock"}])
     def test_permuting_tokens_with_their_positions_changes_nothing(self, family, changes):

@@ -68,3 +68,22 @@ def test_features_of_an_offloaded_decoder_are_the_same(request, components):
     for a, b in zip(plain, hooked, strict=True):
         torch.testing.assert_close(a, b)
     assert not any(module._forward_hooks for module in vae.modules())
+
+
+def test_a_decoder_without_the_layers_of_verification():
+    from diffusers import AutoencoderTiny
+
+    vae = AutoencoderTiny(encoder_block_out_channels=(4, 4), decoder_block_out_channels=(4, 4), latent_channels=4,
+                          num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))  # fmt: skip
+    with pytest.raises(ValueError, match=r"vae: expected a decoder with conv_in.*got AutoencoderTiny; selector="):
+        decoder_features(vae, torch.zeros(1, 4, 4, 4))
+
+
+@pytest.mark.parametrize("value", [200.0, -3.0, float("nan"), float("inf")])
+def test_values_of_another_scale(value):
+    for image in (np.full((64, 64, 3), value), torch.full((1, 3, 64, 64), value)):
+        with pytest.raises(
+            ValueError, match=f"image: expected floating point values in 0..1, got values from {value:g}"
+        ):
+            check_image(image)
+    assert check_image(torch.full((3, 64, 80), 1.01)) == check_image(torch.full((3, 64, 80), -1.0)) == (64, 80)

@@ -1,22 +1,21 @@
 """Pages and pictures of the real-size benchmark, made from result files that hold known figures."""
 
-import importlib.util
+import importlib
 import json
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "make_docs.py"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 @pytest.fixture
 def docs(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("make_docs", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "RESULTS", tmp_path)
-    return module
+    """make_docs, with the result files of this test."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.setattr(importlib.import_module("docs_results"), "RESULTS", tmp_path)
+    return importlib.import_module("make_docs")
 
 
 def row(**change):
@@ -44,7 +43,7 @@ def test_the_faster_baseline_counts(docs, tmp_path):
         peak_memory=None, peak_memory_stock=None,
     )  # fmt: skip
     write(tmp_path, [row(), compiled])
-    text = docs.real("end_to_end-real.json")
+    text = docs.measured.real("end_to_end-real.json")
     (line,) = [line for line in text.splitlines() if line.startswith("| flux-kontext")]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells == [
@@ -58,7 +57,11 @@ def test_the_faster_baseline_counts(docs, tmp_path):
 def test_every_file_has_its_table_and_the_papers_rows_only_where_they_belong(docs, tmp_path):
     write(tmp_path, [row(restore="reference"), row(batch=4)])
     write(tmp_path, [row(model="qwen-image-edit", peak_memory=98)], "end_to_end-real-h200.json")
-    lines = [line for line in docs.real("end_to_end-real.json").splitlines() if line.startswith(("| flux", "| qwen"))]
+    lines = [
+        line
+        for line in docs.measured.real("end_to_end-real.json").splitlines()
+        if line.startswith(("| flux", "| qwen"))
+    ]
     assert [line.split("|")[-3:-1] for line in lines] == [[" 6.43 ", " 10.94 "], [" - ", " - "], [" - ", " - "]]
     assert "| -2.0% |" in lines[0] and "| +2.0% |" in lines[1]
 
@@ -66,40 +69,40 @@ def test_every_file_has_its_table_and_the_papers_rows_only_where_they_belong(doc
 def test_figures_are_drawn(docs, tmp_path):
     shares = [row(edit_fraction=share, restore=restore) for share in (0.1, 0.2) for restore in ("full", "reference")]
     write(tmp_path, shares)
-    for draw in (docs.clock_figure, docs.stages_figure):
+    for draw in (docs.figures.clock_figure, docs.figures.stages_figure):
         draw("end_to_end-real.json", tmp_path / "figure.png")
         assert Image.open(tmp_path / "figure.png").size[0] > 400
         (tmp_path / "figure.png").unlink()
     write(tmp_path, [])
-    docs.clock_figure("end_to_end-real.json", tmp_path / "figure.png")
+    docs.figures.clock_figure("end_to_end-real.json", tmp_path / "figure.png")
     assert not (tmp_path / "figure.png").exists()
 
 
 def test_steps(docs, tmp_path):
     case = dict(model="flux-kontext", execution="eager", layout="fine", tokens=8704)
     write(tmp_path, [], "transformer-real.json", transformer=[dict(case=case, ms=250.0, tflops=661.6)])
-    assert "| flux-kontext | eager | fine | 8,704 | 250.0 | 662 |" in docs.steps("transformer-real.json")
+    assert "| flux-kontext | eager | fine | 8,704 | 250.0 | 662 |" in docs.measured.steps("transformer-real.json")
 
 
 def test_predictions_say_so(docs):
-    text = docs.roofline("plan.json")
+    text = docs.predicted.roofline("plan.json")
     assert "Predicted, not measured" in text and "H100: 989 TFLOP/s, 3.35 TB/s" in text
     assert len([line for line in text.splitlines() if line.startswith("| qwen-image-edit")]) == 8
 
 
 def test_kernels_on_a_cpu_claim_nothing_about_a_gpu(docs, tmp_path):
-    assert docs.kernels("kernels.json") == "*Not measured on a GPU yet.*"
+    assert docs.measured.kernels("kernels.json") == "*Not measured on a GPU yet.*"
     rows = [dict(op="gather_tokens", case="rows", provider="specedit_kernels", ms=1.0, gbps=8.0, of_roofline=0.5,
                  error=0.0)]  # fmt: skip
     machine = dict(gpu=None, cpu="Some CPU", threads=1, torch="2", diffusers="0", date="today")
     content = dict(machine=machine, command="the command", rows=rows)
     (tmp_path / "kernels-cpu.json").write_text(json.dumps(content))
-    text = docs.kernels("kernels.json")
+    text = docs.measured.kernels("kernels.json")
     assert text.startswith("*Not measured on a GPU yet.*\n\n### On a CPU, small sizes")
     assert "Some CPU, 1 threads, no GPU" in text and "not the Triton kernels" in text and "Goals" not in text
     assert "| rows | specedit_kernels | 1.000 | 8.0 | 50% | 0.0e+00 |" in text
     assert "(images/kernels-cpu-gather_tokens.png)" in text
     write(tmp_path, rows, "kernels.json")
-    text = docs.kernels("kernels.json")
+    text = docs.measured.kernels("kernels.json")
     assert "Not measured" not in text and "### Some GPU" in text and "Goals" in text
     assert "| gather_tokens | times PyTorch's fastest | 1.00 | - | - | - |" in text

@@ -1,0 +1,100 @@
+"""Pictures of what was measured."""
+
+from pathlib import Path
+
+from docs_results import against_faster, load
+from matplotlib.figure import Figure
+
+
+def pareto(name: str, path: Path) -> None:
+    """Success and edit PSNR over FLOPs of every variant."""
+    result = load(name)
+    if result is None:
+        return
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    for axis, key, label in zip(figure.subplots(1, 2), ("success", "edit_psnr"), ("success", "edit PSNR, dB")):
+        for family, marker in (("stock", "s"), ("full", "o"), ("reference", "^")):
+            rows = [r for r in result["rows"] if r["variant"].startswith(family) or r["variant"].endswith(family)]
+            if not rows:
+                continue
+            x = [r["mean"]["flops"] / 1e12 for r in rows]
+            axis.plot(x, [r["mean"][key] for r in rows], marker=marker, label=family)
+            for r, at in zip(rows, x):
+                axis.annotate(r["variant"].split("-")[-1 if family == "stock" else 0], (at, r["mean"][key]), fontsize=8)
+        axis.set_xscale("log")
+        axis.set_xlabel("TFLOPs an edit")
+        axis.set_ylabel(label)
+        axis.legend()
+    figure.savefig(path, dpi=90)
+
+
+def forecast_pareto(name: str, path: Path) -> None:
+    """Success and edit PSNR over FLOPs, one mark a variant, one colour a family."""
+    rows = load(name)["rows"]
+    families = list(dict.fromkeys(row["family"] for row in rows))
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    for axis, key, label in zip(figure.subplots(1, 2), ("success", "edit_psnr"), ("success", "edit PSNR, dB")):
+        for i, family in enumerate(families):
+            members = [row for row in rows if row["family"] == family]
+            x, y = ([row["mean"][k] for row in members] for k in ("flops", key))
+            axis.scatter([value / 1e12 for value in x], y, color=f"C{i}", label=family)
+            for row, a, b in zip(members, x, y):
+                axis.annotate(row["variant"].removeprefix("specedit-"), (a / 1e12, b), fontsize=6)
+        axis.set_xscale("log")
+        axis.set_xlabel("TFLOPs an edit")
+        axis.set_ylabel(label)
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=90)
+
+
+def clock_figure(name: str, path: Path) -> None:
+    """Clock ratio against edited share, a panel for each model, of one picture of 1024 x 1024 and one blob."""
+    rows = [r for r in against_faster(load(name)["rows"]) if r["batch"] == 1 and r["shape"] == "blob"]
+    rows = [r for r in rows if (r["height"], r["width"]) == (1024, 1024)] or rows
+    models = list(dict.fromkeys(r["model"] for r in rows))
+    if not models:
+        return
+    figure = Figure(figsize=(5.5 * len(models), 4), layout="constrained")
+    for axis, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models):
+        for preset, restore in dict.fromkeys((r["preset"], r["restore"]) for r in rows if r["model"] == model):
+            key = (model, preset, restore)
+            line = sorted((r["edit_fraction"], r["speedup"]) for r in rows if _kind(r) == key)
+            axis.plot(
+                [100 * share for share, _ in line], [ratio for _, ratio in line],
+                marker="^" if restore == "reference" else "o", label=f"{preset}, {restore}",
+            )  # fmt: skip
+        axis.set_title(model)
+        axis.set_xlabel("edited, % of the cells")
+        axis.set_ylabel("clock ratio")
+        axis.set_ylim(bottom=0)
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=90)
+
+
+def stages_figure(name: str, path: Path) -> None:
+    """Seconds of every stage, a bar for each preset and restore, of the share nearest to a fifth."""
+    rows = [r for r in against_faster(load(name)["rows"]) if r["batch"] == 1 and r["shape"] == "blob"]
+    rows = [r for r in rows if (r["height"], r["width"]) == (1024, 1024)] or rows
+    nearest: dict[tuple, dict] = {}
+    for r in rows:
+        old = nearest.get(_kind(r))
+        if old is None or abs(r["edit_fraction"] - 0.2) < abs(old["edit_fraction"] - 0.2):
+            nearest[_kind(r)] = r
+    if not nearest:
+        return
+    figure = Figure(figsize=(9, 1 + 0.35 * len(nearest)), layout="constrained")
+    axis = figure.subplots()
+    labels = [", ".join(key) for key in nearest]
+    left = [0.0] * len(labels)
+    for stage in ("encode", "draft", "verify", "coarse", "mixed", "full", "decode"):
+        seconds = [sum(s["seconds"] for s in r["stages"] if s["name"] == stage) for r in nearest.values()]
+        axis.barh(labels, seconds, left=left, label=stage)
+        left = [a + b for a, b in zip(left, seconds)]
+    axis.invert_yaxis()
+    axis.set_xlabel("seconds")
+    axis.legend(ncols=7, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    figure.savefig(path, dpi=90)
+
+
+def _kind(row: dict) -> tuple[str, str, str]:
+    return row["model"], row["preset"], row["restore"]

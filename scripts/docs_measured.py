@@ -1,0 +1,203 @@
+"""Tables of what was measured."""
+
+from pathlib import Path
+
+import docs_results
+import kernel_pages
+from docs_paper import PAPERS
+from docs_results import against_faster, load, number, source, table
+
+
+def quality(name: str) -> str:
+    result = load(name)
+    if result is None:
+        return "*not measured yet*"
+    stock = next((r["mean"] for r in result["rows"] if r["variant"] == "stock-50"), None)
+    rows = []
+    for row in result["rows"]:
+        m = row["mean"]
+        against = (
+            [f"{stock['flops'] / m['flops']:.2f}", f"{stock['seconds'] / m['seconds']:.2f}"] if stock else ["-", "-"]
+        )
+        rows.append(
+            [row["variant"], f"{m['count']:.0f}", f"{m['success']:.1%}", f"{m['edit_psnr']:.1f}",
+             f"{m['keep_psnr']:.1f}", f"{m['flops'] / 1e12:.2f}", *against]
+        )  # fmt: skip
+    header = ["variant", "tasks", "success", "edit dB", "keep dB", "TFLOPs", "FLOPs ratio", "clock ratio"]
+    return table(header, rows) + source(result, name)
+
+
+def kinds(name: str) -> str:
+    result = load(name)
+    if result is None:
+        return "*not measured yet*"
+    rows = []
+    for row in result["rows"]:
+        for kind, m in row["kinds"].items():
+            rows.append(
+                [row["variant"], kind, f"{m['count']:.0f}", f"{m['success']:.0%}", number(m["edit_psnr"], ".1f"),
+                 number(m["keep_psnr"], ".1f")]
+            )  # fmt: skip
+    return table(["variant", "kind", "tasks", "success", "edit dB", "keep dB"], rows) + source(result, name)
+
+
+def small_edits(name: str) -> str:
+    result = load(name)
+    rows = []
+    for row in (result or {"rows": []})["rows"]:
+        m = row.get("small")
+        if m and "flops_ratio" in m:
+            rows.append(
+                [row["variant"], f"{m['count']:.0f}", f"{m['edit_fraction']:.1%}", f"{m['flops_ratio']:.2f}",
+                 f"{m['success']:.1%}", f"{m['keep_psnr']:.1f}"]
+            )  # fmt: skip
+    if not rows:
+        return "*not measured yet*"
+    return table(["variant", "tasks", "edited", "FLOPs ratio", "success", "keep dB"], rows) + source(result, name)
+
+
+def sweep(name: str) -> str:
+    result = load(name)
+    if result is None:
+        return "*not measured yet*"
+    rows = []
+    for row in result["rows"]:
+        m = row["mean"]
+        change = ", ".join(f"{k}={v}" for k, v in row["change"].items()) or "turbo, restore=reference"
+        rows.append(
+            [change, f"{m['success']:.0%}", f"{m['edit_psnr']:.1f}", number(m["keep_psnr"], ".1f"),
+             f"{m['flops_ratio']:.2f}", f"{m['recall']:.0%}", f"{m['precision']:.0%}"]
+        )  # fmt: skip
+    header = ["change", "success", "edit dB", "keep dB", "FLOPs ratio", "recall", "precision"]
+    return table(header, rows) + source(result, name)
+
+
+def bench(name: str) -> str:
+    result = load(name)
+    if result is None:
+        return "*not measured yet*"
+    rows = [
+        [r["preset"], r["restore"], f"{r['edit_fraction']:.0%}", f"{r['seconds_stock']:.2f}", f"{r['seconds']:.2f}",
+         f"{r['speedup']:.2f}", f"{r['flops_ratio']:.2f}", f"{r['speedup'] / r['flops_ratio']:.2f}"]
+        for r in result["rows"]
+    ]  # fmt: skip
+    header = ["preset", "restore", "edited", "stock s", "s", "clock ratio", "FLOPs ratio", "quotient"]
+    return table(header, rows) + source(result, name)
+
+
+def real(name: str) -> str:
+    files = sorted(docs_results.RESULTS.glob(f"{Path(name).stem}*.json"))
+    if not files:
+        return "*not measured yet*"
+    return "\n\n".join(real_file(file.name) for file in files)
+
+
+def real_file(name: str) -> str:
+    result, stem = load(name), Path(name).stem
+    rows = []
+    for r in against_faster(result["rows"]):
+        clock, flops = PAPERS.get(r["model"], {}).get(r["preset"], (None, None))
+        if r["restore"] != "full" or (r["height"], r["width"], r["batch"]) != (1024, 1024, 1):
+            clock = flops = None  # the paper has no such row
+        memory = None if r["peak_memory"] is None else r["peak_memory"] / r["peak_memory_stock"] - 1
+        rows.append(
+            [r["model"], f"{r['height']} x {r['width']}", str(r["batch"]), r["preset"], r["restore"],
+             f"{r['edit_fraction']:.0%} {r['shape']}", f"{r['seconds_stock']:.2f}",
+             f"{r['seconds']:.3f} ± {r['spread'] / 2:.3f}", f"{r['speedup']:.2f}", f"{r['flops_ratio']:.2f}",
+             f"{r['speedup'] / r['flops_ratio']:.2f}", number(memory, "+.1%"), number(clock, ".2f"),
+             number(flops, ".2f")]
+        )  # fmt: skip
+    if not rows:
+        return "*not measured yet*"
+    header = [
+        "model", "size", "batch", "preset", "restore", "edited", "stock s", "s", "clock ratio", "FLOPs ratio",
+        "quotient", "peak memory", "paper, clock", "paper, FLOPs",
+    ]  # fmt: skip
+    text = "\n\nRandom weights at the released sizes. Medians against the faster of stock's baselines: "
+    text += ", ".join(sorted({r["baseline"] for r in against_faster(result["rows"])}))
+    pictures = f"\n\n![Clock ratio over edited share](images/{stem}-clock.png)"
+    pictures += f"\n\n![Seconds of every stage](images/{stem}-stages.png)"
+    return table(header, rows) + text + "; ± is half of what the repetitions span." + source(result, name) + pictures
+
+
+def steps(name: str) -> str:
+    result = load(name)
+    if result is None or not result["transformer"]:
+        return "*not measured yet*"
+    rows = [
+        [c["model"], c["execution"], c["layout"], f"{c['tokens']:,}", f"{r['ms']:.1f}", f"{r['tflops']:.0f}"]
+        for r in result["transformer"]
+        for c in [r["case"]]
+    ]
+    return table(["model", "execution", "sequence", "tokens", "ms a step", "TFLOP/s"], rows) + source(result, name)
+
+
+def verification(name: str) -> str:
+    result = load(name)
+    if result is None:
+        return "*not measured yet*"
+    values: dict[tuple, dict] = {}
+    for r in result["rows"]:
+        values.setdefault(r["threshold"], {})[r["verify_at"], r["size"]] = r
+    columns = [(at, size) for size in (256, 512) for at in ("full", "draft")]
+    rows = [
+        [f"{threshold}", *(f"{cells[c]['recall']:.0%} / {cells[c]['false']:.1%}" for c in columns)]
+        for threshold, cells in values.items()
+    ]
+    header = ["threshold", *(f"{at}, {size} px" for at, size in columns)]
+    return table(header, rows) + source(result, name)
+
+
+def training(name: str) -> str:
+    result = load(name)
+    if result is None:
+        return "*not measured yet*"
+    last = {row["part"]: row for row in result["rows"]}
+    rows = [[part, str(row["step"]), f"{row['seconds'] / 60:.0f}"] for part, row in last.items()]
+    text = table(["part", "steps", "minutes"], rows)
+    trip = next((r["roundtrip_512"] for r in result["rows"] if "roundtrip_512" in r), None)
+    if trip is not None:
+        text += f"\n\nAutoencoder round trip at 512 px: {trip:.1f} dB."
+    return text + source(result, name)
+
+
+def forecast(name: str) -> str:
+    result = load(name)
+    if result is None:
+        return "*not measured yet*"
+    stock = next((r["mean"] for r in result["rows"] if r["variant"] == "stock-50"), None)
+    rows = []
+    for row in result["rows"]:
+        m = row["mean"]
+        against = [f"{stock[k] / m[k]:.2f}" if stock else "-" for k in ("flops", "seconds")]
+        cached = f"{row['cached_steps']} of {row['nfe']}" if row.get("cached_steps") else "-"
+        held = f"{row['cache_bytes'] / 2**20:.1f}" if row.get("cache_bytes") else "-"
+        rows.append(
+            [row["variant"], f"{m['count']:.0f}", f"{m['success']:.1%}", f"{m['edit_psnr']:.1f}",
+             number(m["keep_psnr"], ".1f"), f"{m['flops'] / 1e12:.3f}", f"{m['seconds']:.1f}", *against, cached, held]
+        )  # fmt: skip
+    header = ["variant", "tasks", "success", "edit dB", "keep dB", "TFLOPs", "seconds", "FLOPs ratio", "clock ratio",
+              "cached steps", "cache MiB"]  # fmt: skip
+    picture = f"\n\n![Success and edit PSNR over FLOPs](images/{Path(name).stem}.png)"
+    return table(header, rows) + source(result, name) + picture
+
+
+def kernels(name: str) -> str:
+    files = sorted(docs_results.RESULTS.glob(f"{Path(name).stem}*.json"))
+    if not any(load(file.name)["machine"]["gpu"] for file in files):
+        return "\n\n".join(["*Not measured on a GPU yet.*", *(kernels_file(file.name) for file in files)])
+    return "\n\n".join(kernels_file(file.name) for file in files)
+
+
+def kernels_file(name: str) -> str:
+    result, gpu = load(name), load(name)["machine"]["gpu"]
+    parts = [f"### {gpu or 'On a CPU, small sizes'}" + source(result, name)]
+    if gpu is None:
+        parts.append("CPU tensors take the plain PyTorch path: this shows the harness at work, not the Triton kernels.")
+    tables = [*kernel_pages.measured(result), *([kernel_pages.goals(result)] if gpu else [])]
+    for title, header, rows in tables:
+        parts.append(f"`{title}`" if title != "goals" else "Goals")
+        parts.append(table(header, rows))
+        if title != "goals":
+            parts.append(f"![Rates of {title}](images/{Path(name).stem}-{title}.png)")
+    return "\n\n".join(parts)

@@ -1,0 +1,118 @@
+"""Tables of what the cost model predicts, and of what the paper reports."""
+
+from docs_paper import PAPER, PAPER_FORECASTS, PAPER_QWEN, PAPERS, QWEN_STOCK
+from docs_results import table
+
+
+def plan(name: str) -> str:
+    from specedit.flops import plan as predict
+
+    rows = []
+    for preset, (clock, flops) in PAPER.items():
+        ours = [predict(preset, "flux-kontext", 1024, 1024, share)["flops_ratio"] for share in (0.1, 0.2, 0.4)]
+        rows.append([preset, *(f"{r:.2f}" for r in ours), f"{flops:.2f}", f"{clock:.2f}"])
+    header = ["preset", "10 % edited", "20 % edited", "40 % edited", "paper, FLOPs", "paper, clock (A100)"]
+    return (
+        table(header, rows)
+        + "\n\nPredicted by `specedit.flops.plan`, not measured; the last two columns are the paper's."
+    )
+
+
+def plan_qwen(name: str) -> str:
+    from dataclasses import replace
+
+    from specedit.config import presets
+    from specedit.flops import MODELS, STOCK_STEPS, transformer_flops
+    from specedit.flops import plan as predict
+
+    cost = MODELS["qwen-image-edit"]
+    image = 2 * 64 * 64  # target and reference at 1024 x 1024
+    step, theirs = cost.step(image) / 1e12, QWEN_STOCK / STOCK_STEPS
+    needed = next(n for n in range(0, 100_000, 10) if transformer_flops(cost.config, n) >= theirs * 1e12 / cost.passes)
+    words = replace(cost, text_tokens=cost.text_tokens - cost.vision_tokens, vision_tokens=0)
+
+    def ratio(preset: str, share: float = 0.2, model=cost, **change) -> float:
+        return predict(replace(presets[preset], **change), model, 1024, 1024, share)["flops_ratio"]
+
+    rows = []
+    for preset, (clock, tera) in PAPER_QWEN.items():
+        ours = [ratio(preset, share) for share in (0.1, 0.2, 0.4)]
+        ours += [ratio(preset, draft_condition="small"), ratio(preset, model=words)]
+        rows.append([preset, *(f"{r:.2f}" for r in ours), f"{QWEN_STOCK / tera:.2f}", f"{clock:.2f}"])
+    header = ["preset", "10 % edited", "20 % edited", "40 % edited", "20 %, `draft_condition=\"small\"`",
+              "20 %, words only", "paper, FLOPs", "paper, clock (A100)"]  # fmt: skip
+    turbo, full = PAPER_QWEN["turbo"][1] / theirs, presets["turbo"].steps[2]
+    close = {p: f"{ratio(p, model=words):.2f} against {QWEN_STOCK / PAPER_QWEN[p][1]:.2f}" for p in PAPER_QWEN}
+    paragraphs = [
+        f"Assumed: 60 blocks, 24 heads of 128, {cost.vision_tokens:,} vision tokens and "
+        f"{cost.text_tokens - cost.vision_tokens} words in the text stream, {image:,} image tokens, {cost.passes} "
+        f"halves under guidance. A full step then takes {step:.0f} T, {step / cost.passes:.0f} T a half. The paper has "
+        f"{QWEN_STOCK:,.0f} T for {STOCK_STEPS} steps, {theirs:.0f} T a step, which these sizes do not give: it would "
+        f"take {needed:,} tokens in each half instead of {cost.text_tokens + image:,}. The paper names no sizes, so "
+        "ratios are compared, not sums.",
+        f"- `quality`: the vision tokens are a fixed cost that no stage makes smaller; counted without them the "
+        f"prediction is {close['quality']}.",
+        f"- `balanced`: the same, and more of it, because fewer steps are full; without them {close['balanced']}.",
+        f"- `fast`: the draft alone takes {share_of_draft('fast'):.0%} of the run, mostly text; without vision tokens "
+        f"{close['fast']}.",
+        f"- `turbo`: the text explains little of it. The paper's run costs {turbo:.2f} of its own full steps, draft "
+        f"included, while the preset takes {full} of them at full resolution, as the paper's run on FLUX does; on Qwen "
+        f'it must have taken fewer. `restore="reference"` goes below that floor too: '
+        f"{ratio('turbo', 0.15, restore='reference'):.2f} at 15 % edited, "
+        f"{ratio('turbo', 0.15, restore='reference', draft_condition='small'):.2f} with the small condition image.",
+        "Predicted by `specedit.flops.plan`, not measured; the last two columns are the paper's.",
+    ]
+    return table(header, rows) + "\n\n" + paragraphs[0] + "\n\n" + "\n".join(paragraphs[1:5]) + "\n\n" + paragraphs[5]
+
+
+def share_of_draft(preset: str) -> float:
+    from specedit.flops import plan as predict
+
+    run = predict(preset, "qwen-image-edit", 1024, 1024, 0.2)
+    return run["stages"][0]["flops"] / run["flops"]
+
+
+def roofline(name: str) -> str:
+    from specedit.config import CHOICES, resolve
+    from specedit.plan import GPUS
+    from specedit.plan import plan as predict
+
+    rows = []
+    for model, paper in PAPERS.items():
+        for preset in paper:
+            for restore in CHOICES["restore"]:
+                config = resolve(preset, restore=restore)
+                plans = [predict(config, model, 1024, 1024, 0.2, gpu) for gpu in GPUS]
+                ratios = [f"{p['clock_ratio']:.2f} ({p['quotient']:.2f})" for p in plans]
+                rows.append([model, preset, restore, f"{plans[0]['flops_ratio']:.2f}", *ratios])
+    text = (
+        "\n\nPredicted, not measured: clock ratios over 50 stock steps if every operator ran at its roofline, and in "
+        "brackets their quotient by the FLOPs ratio. Encoding, verification and decoding are in them. "
+    )
+    peaks = "; ".join(f"{n}: {g.flops / 1e12:.0f} TFLOP/s, {g.bandwidth / 1e12:.2f} TB/s" for n, g in GPUS.items())
+    return table(["model", "preset", "restore", "FLOPs ratio", *GPUS], rows) + text + f"Published peaks: {peaks}."
+
+
+def forecast_plan(name: str) -> str:
+    from specedit.config import FORECASTS, resolve
+    from specedit.flops import plan as predict
+
+    plain = predict("balanced", "flux-kontext", 1024, 1024, 0.2)["flops_ratio"]
+    rows = [["none", "1.00", "1.00", "1.00", f"{plain:.2f}"]]
+    for method, order in FORECASTS.items():
+        fields = {"forecast": method}
+        alone = [
+            predict(resolve(steps=(0, 0, 50), forecast_interval=n, **fields), "flux-kontext", 1024, 1024, 0.2)
+            for n in (4, 6, 9)
+        ]
+        fields |= {"forecast_order": 1} if order else {}
+        both = predict(resolve("balanced", forecast_interval=3, **fields), "flux-kontext", 1024, 1024, 0.2)
+        rows.append([f"`{method}`", *(f"{p['flops_ratio']:.2f}" for p in alone), f"{both['flops_ratio']:.2f}"])
+    header = ["`forecast`", "alone, N=4", "N=6", "N=9", "`balanced`, N=3, order 1"]
+    said = "FLOPs ratios to 50 stock steps, 1024 px, 20 % edited, predicted by `specedit.flops.plan`, not measured."
+    return f"{table(header, rows)}\n\n{said}"
+
+
+def forecast_paper(name: str) -> str:
+    header = ["model", "combination", "NFE", "clock", "FLOPs"]
+    return table(header, PAPER_FORECASTS) + "\n\nThe paper's figures (arXiv 2605.02152), not measured here."

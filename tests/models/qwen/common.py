@@ -1,0 +1,22 @@
+"""What several tests in this folder use."""
+
+import torch
+
+from specedit.sampler import restrict
+
+QUICK = dict(steps=(2, 1, 1), draft_steps=2)
+GUIDED = dict(negative_prompt="blue and dark", true_cfg_scale=2.5)
+
+
+def velocity(adapter, pipe, state, layout, config, rows=None, seed=3, sigma=0.6):
+    rows = list(range(state.batch)) if rows is None else rows
+    draw = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(state.batch, layout.tokens, state.noise.shape[2], generator=draw)[rows]
+    beside = layout.resized(state.reference_grid)
+    reference = restrict(state.reference, beside)[rows]
+    with torch.no_grad():
+        return adapter.velocity(pipe, state, tokens, sigma, rows, layout, reference, beside, config)
+
+
+def close(a, b, tolerance=2e-4):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)

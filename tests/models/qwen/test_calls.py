@@ -1,0 +1,127 @@
+"""What callers of the Qwen pipelines do."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from diffusers import QwenImageEditPipeline
+from PIL import Image
+
+import specedit
+from specedit.models.qwen import QwenImageEdit, QwenImageEditPlus
+from tests.models.conformance import trace
+from tests.models.qwen.common import GUIDED, QUICK, close
+
+
+def test_many_images_of_one_prompt_with_generators(edit):
+    def generators():
+        return [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+
+    stock = edit.run(edit.make(), num_inference_steps=2, num_images_per_prompt=2, generator=generators(), **GUIDED)
+    pipe = specedit.install(edit.make(), steps=(0, 0, 2))
+    close(edit.run(pipe, num_images_per_prompt=2, generator=generators(), **GUIDED), stock)
+    assert (stock[0] - stock[1]).abs().max() > 0.1
+
+
+def test_callbacks(edit):
+    heard = []
+
+    def callback(pipe, index, timestep, given):
+        heard.append((index, given["latents"].shape, given["prompt_embeds"].shape))
+        return {"latents": given["latents"] * 0} if index == 3 else {}
+
+    pipe = specedit.install(edit.make(), **QUICK)
+    names = ["latents", "prompt_embeds"]
+    tokens = edit.run(pipe, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=names, **GUIDED)
+    assert [index for index, *_ in heard] == [0, 1, 2, 3]
+    assert {shape for _, shape, _ in heard} == {(1, 64, 16)} and (tokens == 0).all()
+    length = heard[0][2][1]
+
+    def other_prompt(pipe, index, timestep, given):
+        return {"prompt_embeds": torch.zeros(1, length, 16)}
+
+    plain, changed = (edit.run(pipe, callback_on_step_end=each) for each in (None, other_prompt))
+    assert (plain - changed).abs().max() > 1e-4
+
+
+def test_two_threads(edit, plus):
+    pipes = [specedit.install(family.make(), **QUICK) for family in (edit, plus, edit)]
+    families = [edit, plus, edit]
+    expected = [
+        family.run(pipe, seed=i, **GUIDED) for i, (family, pipe) in enumerate(zip(families, pipes, strict=True))
+    ]
+    results = [None] * 3
+
+    def work(i):
+        results[i] = families[i].run(pipes[i], seed=i, **GUIDED)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+def test_an_exception_leaves_the_pipeline_usable(edit):
+    pipe = edit.make()
+    before, kept = edit.run(pipe, num_inference_steps=2), trace(pipe)
+    specedit.install(pipe, **QUICK)
+
+    def fail(*_):
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        edit.run(pipe, callback_on_step_end=fail)
+    specedit.uninstall(pipe)
+    assert torch.equal(edit.run(pipe, num_inference_steps=2), before)
+    assert trace(pipe)[0] is kept[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (dict(image=None), TypeError, "image: expected a PIL image or a list of them, got NoneType"),
+        (dict(image=[]), ValueError, "image: expected at least one picture, got an empty list"),
+        (dict(image=np.zeros((128, 128, 3))), TypeError, "image: expected a PIL image or a list of them, got ndarray"),
+        (dict(image=Image.new("RGBA", (128, 128))), ValueError, "image: expected an RGB picture, got mode 'RGBA'"),
+        (dict(image=Image.new("RGB", (64, 9000))), ValueError, "image: expected sides less unequal, got 64 x 9000"),
+        (dict(image=[Image.new("RGB", (99, 99))] * 2), ValueError, "image: expected one picture .* fit 1 edits, got 2"),
+        (dict(height=8), ValueError, "height: expected at least 16 px, got 8"),
+        (dict(prompt=None), ValueError, "Provide either `prompt` or `prompt_embeds`"),
+        (dict(prompt=3), ValueError, "`prompt` has to be of type `str` or `list`"),
+        (dict(latents=torch.zeros(1, 9, 16)), ValueError, r"latents: expected shape \(1, 64, 16\), got \(1, 9, 16\)"),
+        (dict(prompt=["a", "b"], **GUIDED), ValueError, "negative_prompt: expected 2, one for each prompt, got 1"),
+        (dict(callback_on_step_end_tensor_inputs=["noise"]), ValueError, "callback_on_step_end_tensor_inputs"),
+    ],
+)
+def test_bad_input(edit, picture, changes, error, message):
+    pipe = specedit.install(edit.make(), **QUICK)
+    if changes.get("prompt") == ["a", "b"]:
+        changes = changes | {"image": [picture(), picture()]}
+    with pytest.raises(error, match=message):
+        edit.run(pipe, **changes)
+
+
+def test_plus_takes_one_prompt(plus):
+    pipe = specedit.install(plus.make(), **QUICK)
+    with pytest.raises(ValueError, match="prompt: expected one prompt a call for QwenImageEditPlusPipeline, got 2"):
+        plus.run(pipe, prompt=["a", "b"])
+
+
+def test_what_cannot_be_accelerated_runs_stock_with_a_reason(edit):
+    pipe = edit.make()
+    stock = edit.run(pipe, sigmas=[1.0, 0.5], num_inference_steps=2)
+    specedit.install(pipe, **QUICK)
+    with pytest.warns(UserWarning, match="sigmas were given"):
+        assert torch.equal(edit.run(pipe, sigmas=[1.0, 0.5], num_inference_steps=2), stock)
+    pipe.transformer.register_to_config(guidance_embeds=True)
+    assert "guidance-distilled" in QwenImageEdit().refusal(pipe, {})
+
+
+def test_adapters_know_their_own_pipelines(edit, plus):
+    for make, adapter in ((edit.make, QwenImageEdit), (plus.make, QwenImageEditPlus)):
+        matching = [each for each in specedit.models.adapters() if each.matches(make())]
+        assert matching == [adapter]
+    assert QwenImageEditPipeline.__name__ in QwenImageEdit.pipelines

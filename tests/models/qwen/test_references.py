@@ -1,0 +1,70 @@
+"""Several references, each on its own grid."""
+
+import numpy as np
+import torch
+
+import specedit
+from specedit import SpecEditConfig
+from specedit.grid import GridSet, LayoutSet, MixedLayout, TokenGrid
+from specedit.models.qwen import nearest_shape
+from tests.models.conformance import mixed_layout
+from tests.models.qwen.common import GUIDED, QUICK, close, velocity
+
+
+def test_several_references_each_on_its_own_grid(plus, monkeypatch):
+    pipe = plus.make()
+    adapter, state = plus.prepare(pipe, (128, 128))
+    grids = state.reference_grid.grids
+    assert isinstance(state.reference_grid, GridSet) and len(set(grids)) == 2 and grids[1] == state.grid
+    assert torch.equal(state.aligned, state.reference[:, grids[0].tokens :])
+    layout = mixed_layout(state.grid)
+    beside = layout.resized(state.reference_grid)
+    assert isinstance(beside, LayoutSet) and [part.grid for part in beside.parts] == list(grids)
+    seen = []
+    forward = pipe.transformer.forward
+    monkeypatch.setattr(pipe.transformer, "forward", lambda **kwargs: seen.append(kwargs) or forward(**kwargs))
+    velocity(adapter, pipe, state, layout, SpecEditConfig())
+    assert seen[0]["hidden_states"].shape[1] == layout.tokens + sum(part.tokens for part in beside.parts)
+    coarse = MixedLayout.all_coarse(state.grid)
+    velocity(adapter, pipe, state, coarse, SpecEditConfig())
+    assert seen[1]["hidden_states"].shape[1] == 16 + sum(grid.coarse().tokens for grid in grids)
+
+
+def test_several_references_through_every_stage(plus):
+    stock = plus.run(plus.make(), num_inference_steps=2, **GUIDED)
+    pipe = specedit.install(plus.make(), steps=(0, 0, 2))
+    close(plus.run(pipe, **GUIDED), stock)
+    for restore in ("full", "reference"):
+        specedit.install(pipe, restore=restore, **QUICK)
+        assert plus.run(pipe, **GUIDED).shape == stock.shape
+    report = specedit.report(pipe)
+    assert [stage.name for stage in report.stages if stage.steps] == ["draft", "coarse", "mixed"]
+
+
+def test_locked_cells_take_the_aligned_reference(plus):
+    pipe = specedit.install(plus.make(), restore="reference", **QUICK)
+    mask = np.zeros((128, 128), dtype=np.uint8)
+    mask[:32, :32] = 1
+    tokens = plus.run(pipe, edit_mask=mask)
+    _, state = plus.prepare(plus.make(), (128, 128))
+    kept = torch.ones(8, 8, dtype=torch.bool)
+    kept[:2, :2] = False
+    assert torch.equal(tokens[0, kept.flatten()], state.aligned[0, kept.flatten()])
+
+
+def test_the_aligned_reference_has_the_outputs_shape():
+    square = TokenGrid(64, 64)
+    assert nearest_shape([(1024, 1024), (768, 1344)], square) == 0
+    assert nearest_shape([(768, 1344), (1024, 1024)], square) == 1
+    assert nearest_shape([(1024, 1024), (512, 512)], square) == 1  # of equal ones the last
+    assert nearest_shape([(1344, 768), (768, 1344), (800, 1312)], TokenGrid(48, 84)) == 1
+    assert nearest_shape([(512, 1024)], square) == 0
+
+
+def test_output_follows_the_last_picture(plus, picture):
+    pipe = plus.make()
+    images = [picture(128, 64), picture(64, 128)]
+    stock = pipe(image=images, prompt="a", num_inference_steps=1, output_type="np").images
+    adapter, state = plus.prepare(pipe, image=images, height=None, width=None)
+    assert (16 * state.grid.height, 16 * state.grid.width) == stock.shape[1:3]
+    assert state.reference_grid.grids[1] == state.grid and state.extra["source"].shape[-2:] == stock.shape[1:3]
