@@ -243,6 +243,46 @@ def roofline(name: str) -> str:
     return table(["model", "preset", "restore", "FLOPs ratio", *GPUS], rows) + text + f"Published peaks: {peaks}."
 
 
+def switches(name: str) -> str:
+    """What every exact and approximate switch brings to the presets that the goals speak of."""
+    from specedit.config import resolve
+    from specedit.plan import plan as predict
+
+    every = {
+        'every row of the last block (`attention="stock"`)': dict(attention="stock"),
+        "as installed": {},
+        '`draft_condition="small"`': dict(draft_condition="small"),
+        "`draft_steps=4`": dict(draft_steps=4),
+        "`reference_refresh=2`": dict(reference_refresh=2),
+        "`reference_refresh=4`": dict(reference_refresh=4),
+        "`guidance_range=(0.2, 0.9)`": dict(guidance_range=(0.2, 0.9)),
+        "`reference_refresh=4, guidance_range=(0.2, 0.9)`": dict(reference_refresh=4, guidance_range=(0.2, 0.9)),
+        'all of these, with the `"small"` draft condition': dict(
+            draft_condition="small", draft_steps=4, reference_refresh=4, guidance_range=(0.2, 0.9)
+        ),
+    }
+    asked = [("flux-kontext", 0.1), ("flux-kontext", 0.2), ("qwen-image-edit", 0.2)]
+    rows = []
+    for label, change in every.items():
+        cells = []
+        for model, share in asked:
+            only_qwen = model == "flux-kontext" and change.keys() & {"draft_condition", "guidance_range"}
+            if only_qwen and len(change) < 3:  # nothing that FLUX has
+                cells += ["-", "-"]
+                continue
+            config = resolve("turbo", restore="reference", **change)
+            run = predict(config, model, 1024, 1024, share, "H100")
+            cells += [f"{run['flops_ratio']:.2f}", f"{run['clock_ratio']:.2f}"]
+        rows.append([label, *cells])
+    header = ['`turbo`, `restore="reference"`']
+    header += [f"{model}, {share:.0%}: {what}" for model, share in asked for what in ("FLOPs", "H100")]
+    return table(header, rows) + (
+        "\n\nPredicted, not measured: ratios to 50 stock steps at 1024 x 1024 with this share edited, of operations "
+        "and of an H100's roofline seconds. The first two rows are exact; every other is an approximation whose error the "
+        "sweep on the embedded editor measures."
+    )
+
+
 def against_faster(rows: list[dict]) -> list[dict]:
     """Of every setting the row with the faster baseline and the faster way of running SpecEdit, in the file's order."""
     best: dict[tuple, dict] = {}
@@ -379,7 +419,7 @@ def forecast_paper(name: str) -> str:
 MAKERS = {
     "forecast": forecast, "forecast-plan": forecast_plan, "forecast-paper": forecast_paper,
     "quality": quality, "kinds": kinds, "small": small_edits, "sweep": sweep, "bench": bench, "plan": plan,
-    "plan-qwen": plan_qwen,
+    "plan-qwen": plan_qwen, "switches": switches,
     "training": training,
     "verification": verification, "roofline": roofline, "real": real, "steps": steps,
 }  # fmt: skip

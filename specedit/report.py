@@ -29,6 +29,8 @@ class StageReport:
         flops: operations of the whole stage over the whole batch, guidance passes included.
         seconds: wall-clock time of the whole stage.
         cached: how many of the steps a temporal cache answered, wholly or for most tokens.
+        reused: how many of the steps ran over the target's tokens alone, beside kept keys and values
+            (`reference_refresh`).
     """
 
     name: str
@@ -39,6 +41,7 @@ class StageReport:
     flops: float
     seconds: float
     cached: int = 0
+    reused: int = 0
 
 
 def _grid(name: str, value: Any, kind: str) -> torch.Tensor | None:

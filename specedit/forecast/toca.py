@@ -28,11 +28,19 @@ class TokenStore:
 
 @dataclass(frozen=True, eq=False)
 class TokenCall:
-    """How one branch of a step is computed: all tokens (index None) or the target tokens `index` (b, m); the store is
-    filled, or its rows replaced."""
+    """How one branch of a step is computed; the store is filled, or the rows of what is computed replaced in it.
+
+    All tokens (index None), the text and the target tokens `index` (b, m), or all target tokens without the text
+    (`target`).
+    """
 
     store: TokenStore
     index: Tensor | None = None
+    target: bool = False
+
+    @property
+    def partial(self) -> bool:
+        return self.target or self.index is not None
 
 
 def fresh_tokens(tokens: int) -> int:
