@@ -279,7 +279,7 @@ def measured_row(
         if gpu in (content["machine"].get("gpu") or "")
         for row in content["rows"]
         if row["model"] == model
-        and (row["preset"], row["restore"]) == (preset_of(config), config.restore)
+        and (row["preset"], row["restore"], row.get("changes", "")) == (preset_of(config), config.restore, "")
         and (row["height"], row["width"], row.get("batch", 1)) == (height, width, 1)
         and abs(row["edit_fraction"] - edit_fraction) <= MATCHING
     ]

@@ -286,7 +286,7 @@ def test_plan_of_a_guidance_range():
     assert ranged[0.0, 1.0] == whole
     assert ranged[0.001, 0.002]["flops"] == whole["flops"] / 2  # no step lies there
     high, low = (ranged[bounds]["calls"][0][1] - 50 for bounds in ((0.9, 1.0), (0.0, 0.9)))
-    assert high + low == 50 and 10 < high < 40
+    assert high + low == 50 and 5 < high < 15  # a shift of about 2 leaves few steps above 0.9
     flux = plan(dataclasses.replace(config, guidance_range=(0.9, 1.0)), "flux-kontext", 1024, 1024, 0.2)
     assert flux == plan(config, "flux-kontext", 1024, 1024, 0.2)  # distilled: there is one pass
 

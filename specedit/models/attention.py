@@ -208,7 +208,7 @@ class MixedProcessor:
         rows: slice,
     ) -> Tensor:
         """What `joint` gives `rows` of hidden_states, and nothing else: all others only serve as keys and values."""
-        kernels = "torch" if context.backend == "stock" else context.backend
+        kernels = {"stock": None if context.plain else "torch"}.get(context.backend, context.backend)
         tables = [rotary] + ([coarse_rotary] if context.segments is not None else [])
         queries: list[Tensor] = []
         keys: list[list[Tensor]] = [[] for _ in tables]

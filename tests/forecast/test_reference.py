@@ -88,6 +88,8 @@ def test_beside_a_forecast(pipe, edit):
         steps=(0, 0, 12), forecast="reuse", forecast_interval=2, reference_refresh=4
     ), "flux-kontext", 128, 128, 1.0)["stages"]  # fmt: skip
     stage = specedit.report(pipe).stages[-2]
+    report = specedit.report(pipe)
+    assert "NFE 12 (5 cached, 4 on the target alone)" in str(report) and report.to_dict()["reused_steps"] == 4
     assert (stage.cached, stage.reused) == (predicted[0]["cached"], predicted[0]["reused"]) == (5, 4)
 
 

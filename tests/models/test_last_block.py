@@ -66,7 +66,7 @@ def test_qwen_computes_the_targets_rows_alone(calls):
     seen = rows_seen(last(pipe), names + unread)
     run(pipe, **GUIDED)
     draft, coarse, mixed, full = seen["attn.to_q"]  # in a packed pass the targets of both halves lie side by side
-    assert (draft, coarse, full) == (2 * 4, 2 * 16, 2 * 64) and coarse < mixed < full
+    assert (draft, coarse, full) == (2 * 4, 2 * 16, 2 * 64) and coarse < mixed <= full
     assert seen["attn.to_q"] == seen["attn.to_out.0"] == seen["img_mlp"]
     assert seen["attn.to_k"] == [2 * rows for rows in seen["attn.to_q"]]  # target and reference
     assert all(rows > 0 for rows in seen["attn.add_k_proj"])
