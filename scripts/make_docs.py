@@ -256,9 +256,10 @@ def switches(name: str) -> str:
         "`reference_refresh=2`": dict(reference_refresh=2),
         "`reference_refresh=4`": dict(reference_refresh=4),
         "`guidance_range=(0.2, 0.9)`": dict(guidance_range=(0.2, 0.9)),
-        "`reference_refresh=4, guidance_range=(0.2, 0.9)`": dict(reference_refresh=4, guidance_range=(0.2, 0.9)),
-        'all of these, with the `"small"` draft condition': dict(
-            draft_condition="small", draft_steps=4, reference_refresh=4, guidance_range=(0.2, 0.9)
+        "`guidance_range=(0.2, 1)`": dict(guidance_range=(0.2, 1)),
+        "`reference_refresh=4, guidance_range=(0.2, 1)`": dict(reference_refresh=4, guidance_range=(0.2, 1)),
+        'that, `draft_steps=4, draft_condition="small"`': dict(
+            draft_condition="small", draft_steps=4, reference_refresh=4, guidance_range=(0.2, 1)
         ),
     }
     asked = [("flux-kontext", 0.1), ("flux-kontext", 0.2), ("qwen-image-edit", 0.2)]

@@ -80,7 +80,7 @@ def test_bench_plan_predicts_without_measuring(tmp_path, capsys):
 
 def test_bench_plan_takes_the_switches(tmp_path):
     path, ratios = tmp_path / "plan.json", []
-    for more in ([], ["--reference-refresh", "4"], ["--reference-refresh", "4", "--guidance-range", "0.2", "0.9"]):
+    for more in ([], ["--reference-refresh", "4"], ["--reference-refresh", "4", "--guidance-range", "0.2", "1"]):
         given = ["bench", "plan", "--model", "qwen-image-edit", "--preset", "turbo", "--restore", "reference", *more]
         assert cli.main([*given, "--measured", "--json", str(path)]) == 0
         ratios.append(json.loads(path.read_text())["flops_ratio"])

@@ -44,9 +44,10 @@ class KeptReference:
     def calls(self, step: int, branches: int) -> list[TokenCall]:
         """How `step` of a stage is computed under so many guidance branches.
 
-        A branch that joins or leaves brings a refresh: what is kept of one set of branches does not serve another.
+        A branch that joins brings a refresh; of one that leaves nothing is kept.
         """
-        fresh = self.last is None or step - self.last >= self.every or branches != len(self.stores)
+        fresh = self.last is None or step - self.last >= self.every or branches > len(self.stores)
         if fresh:
             self.stores, self.last = [TokenStore() for _ in range(branches)], step
+        self.stores = self.stores[:branches]
         return [TokenCall(store, target=not fresh) for store in self.stores]

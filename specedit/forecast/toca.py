@@ -25,6 +25,12 @@ class TokenStore:
     def memory(self) -> int:
         return sum(t.numel() * t.element_size() for pair in self.entries.values() for t in pair)
 
+    def keep(self, rows: int) -> None:
+        """Forget what lies beyond the first `rows` of S: packed sequences of a guidance branch that has left."""
+        for module, (k, v) in self.entries.items():
+            if k.shape[1] > rows:
+                self.entries[module] = (k[:, :rows].contiguous(), v[:, :rows].contiguous())
+
 
 @dataclass(frozen=True, eq=False)
 class TokenCall:

@@ -215,6 +215,8 @@ class MixedProcessor:
         values: list[Tensor] = []
         start = 0
         for states, names, norm_q, norm_k in _streams(attn, hidden_states, encoder_hidden_states):
+            if not states.shape[1]:
+                continue
             stop = start + states.shape[1]
             asked = rows if states is hidden_states else None
             q, k, v = (
@@ -359,7 +361,7 @@ def _streams(attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tens
 def _projected(attn: nn.Module, names: tuple[str, ...], states: Tensor, rows: slice | None = slice(None)):
     """Queries (of some rows, or None of none), keys and values of states (b, n, C)."""
     *each, fused = names
-    if getattr(attn, "fused_projections", False):  # one product gives all three
+    if getattr(attn, "fused_projections", False):  # one product gives all three, of rows that do not ask too
         q, k, v = getattr(attn, fused)(states).chunk(3, dim=-1)
         return None if rows is None else q[:, rows], k, v
     q, k, v = (getattr(attn, name) for name in each)

@@ -33,6 +33,7 @@ class Sequences:
     mask: Tensor | None = None
     texts: tuple[Tensor, ...] = ()
     count: int = 0  # of packed sequences
+    length: int = 0  # of all of them
 
     @cached_property
     def target(self) -> Sequences:
@@ -84,6 +85,7 @@ class Inputs:
         if call is not None:
             if call.target:
                 sequences, images = sequences.target, images[:1]
+                call.store.keep(sequences.length)
             context = dataclasses.replace(sequences.context, store=call.store.entries)
         words = [p["encoder_hidden_states"].flatten(0, 1)[at] for p, at in zip(prompts, sequences.texts, strict=True)]
         states = torch.cat([x.repeat(len(prompts), 1, 1).flatten(0, 1) for x in images])[None]
@@ -150,7 +152,9 @@ class Inputs:
             read = attention.Queries(count * n, asked, attention.cumulative([n] * count, device), n)
         context = attention.MixedContext(bias, segments, coarse, self.state.backend, packing, read=read)
         placed = PlacedImages(count * n, count * r, 1, tables(1.0))
-        return Sequences(self._layouts, tuple(prompts), placed, context, texts=tuple(texts), count=count)
+        return Sequences(
+            self._layouts, tuple(prompts), placed, context, texts=tuple(texts), count=count, length=sum(whole)
+        )
 
     def _dense(self, prompts: list[dict[str, Any]]) -> Sequences:
         (prompt,) = prompts

@@ -9,6 +9,7 @@ import torch
 import specedit
 from specedit.flops import transformer_flops
 from specedit.forecast import KeptReference
+from specedit.forecast.toca import TokenStore
 
 CORNER = np.zeros((128, 128), dtype=bool)
 CORNER[:60, :60] = True
@@ -39,12 +40,21 @@ def test_steps_that_a_forecast_answered_count():
     assert [kept.calls(step, 1)[0].target for step in (0, 2, 4, 6, 8)] == [False, True, False, True, False]
 
 
-def test_a_branch_that_joins_or_leaves_brings_a_refresh():
-    kept = KeptReference(4)
-    calls = [kept.calls(step, branches) for step, branches in enumerate([1, 1, 2, 2, 1, 1])]
-    assert [len(each) for each in calls] == [1, 1, 2, 2, 1, 1]
-    assert [each[0].target for each in calls] == [False, True, False, True, False, True]
-    assert calls[3][0].store is not calls[3][1].store
+def test_a_branch_that_joins_brings_a_refresh():
+    kept = KeptReference(9)
+    calls = [kept.calls(step, branches) for step, branches in enumerate([1, 1, 2, 2, 1, 1, 2])]
+    assert [len(each) for each in calls] == [1, 1, 2, 2, 1, 1, 2]
+    assert [each[0].target for each in calls] == [False, True, False, True, True, True, False]
+    assert calls[3][0].store is not calls[3][1].store and calls[4][0].store is calls[3][0].store
+
+
+def test_a_store_forgets_what_lies_beyond():
+    store = TokenStore({1: (torch.arange(6.0).view(1, 6, 1, 1), torch.ones(1, 6, 1, 2))})
+    store.keep(6)
+    assert store.memory == 4 * 18
+    store.keep(4)
+    k, v = store.entries[1]
+    assert k.flatten().tolist() == [0, 1, 2, 3] and v.shape == (1, 4, 1, 2) and store.memory == 4 * 12
 
 
 def test_a_new_prompt_brings_a_refresh():

@@ -8,12 +8,14 @@ class TestMyModel(Conformance):
 
 import dataclasses
 import inspect
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import specedit
 from specedit import SpecEditConfig
@@ -70,6 +72,18 @@ class Shuffled:
     @property
     def parts(self):
         return (self,)
+
+
+class Ops(TorchDispatchMode):
+    """Names of the operators that ran inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+
+    def __torch_dispatch__(self, function, classes, args=(), kwargs=None):
+        self.names[function.overloadpacket.__name__] += 1
+        return function(*args, **kwargs or {})
 
 
 def mixed_layout(grid, share=0.4, seed=0):
@@ -166,6 +180,31 @@ class Conformance:
             wrong = velocity(tokens[:, orders[0]], stayed, reference[:, orders[1]], moved[1])
             assert (wrong - expected).abs().max() > 1e-3  # positions matter
 
+    @pytest.mark.parametrize("changes", [{}, {"rope": "phase_aligned"}, {"reference_refresh": 2}])
+    def test_what_a_stage_shares_is_made_by_its_first_step(self, family, changes):
+        config = SpecEditConfig(**changes)
+        for guide in self.guides(family):
+            pipe = family.make()
+            adapter, state = family.prepare(pipe, (144, 112), **guide)
+            for layout in layouts(state.grid):
+                run = step_of(family, adapter, pipe, state, layout, config)
+                kept = "reference_refresh" in changes and adapter.keeps_reference
+                stores = [TokenStore() for _ in range(state.branches)] if kept else []
+                calls = [TokenCall(store) for store in stores]
+                first, made = run(calls), dict(state.extra["sequences"])
+                if kept:
+                    calls = [TokenCall(store, target=True) for store in stores]
+                    run(calls)
+                with Ops() as later:
+                    again = run(calls)
+                for a, b in zip(first, again, strict=True):
+                    self.close(b, a)
+                assert all(state.extra["sequences"][key] is made[key] for key in state.extra["sequences"])
+                # Nothing that the host would have to wait for: no sizes that depend on masks, no values sent over.
+                assert later.names["addmm"] and not later.names["nonzero"]
+                if not getattr(pipe.transformer, "zero_cond_t", False):  # that transformer sends an index by itself
+                    assert not later.names["lift_fresh"]
+
     @pytest.mark.parametrize("changes", [{}, {"attention": "torch"}, {"rope": "phase_aligned"}, {"cfg": "separate"}])
     def test_the_last_block_computes_what_is_read(self, family, changes):
         config = SpecEditConfig(**changes)
@@ -202,6 +241,22 @@ class Conformance:
                     for a, b, c in zip(plain, filled, alone, strict=True):
                         self.close(b, a)
                         self.close(c, a)
+
+    @pytest.mark.parametrize("cfg", ["packed", "separate"])
+    def test_what_is_kept_outlives_a_branch_that_leaves(self, family, cfg):
+        if family.guided is None or not family.adapter.keeps_reference:
+            pytest.skip("there are no two branches that keep anything")
+        config = SpecEditConfig(reference_refresh=9, guidance_range=(0.4, 1.0), cfg=cfg)
+        later = dataclasses.replace(config, guidance_range=(0.6, 1.0))
+        pipe = family.make()
+        adapter, state = family.prepare(pipe, (144, 112), **family.guided)
+        for layout in layouts(state.grid):
+            both, one = (step_of(family, adapter, pipe, state, layout, each) for each in (config, later))
+            stores = [TokenStore(), TokenStore()]
+            filled = both([TokenCall(store) for store in stores])
+            assert len(filled) == 2
+            (alone,) = one([TokenCall(stores[0], target=True)])
+            self.close(alone, filled[0])
 
     def test_refreshing_every_step_changes_nothing(self, family):
         for guide in self.guides(family):

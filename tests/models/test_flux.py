@@ -8,7 +8,6 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from specedit import SpecEditConfig
 from specedit.grid import MixedLayout, TokenGrid
@@ -16,6 +15,7 @@ from specedit.models import attention
 from specedit.models.base import rows_index
 from specedit.models.flux import FluxKontext
 from specedit.sampler import restrict
+from tests.models.conformance import Ops
 
 CALL = dict(
     image=None, prompt="make it red", prompt_2=None, negative_prompt=None, negative_prompt_2=None, true_cfg_scale=1.0,
@@ -185,18 +185,6 @@ def test_rows_pick_their_own_prompts(prepare):
         alone = adapter.velocity(pipe, state, tokens[one], 0.5, [row], layout, reference[one], layout, SpecEditConfig())
         torch.testing.assert_close(alone, both[one], rtol=1e-5, atol=1e-5)
     assert (both[0] - both[1]).abs().max() > 1e-4
-
-
-class Ops(TorchDispatchMode):
-    """Names of the operators that ran inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = Counter()
-
-    def __torch_dispatch__(self, function, classes, args=(), kwargs=None):
-        self.names[function.overloadpacket.__name__] += 1
-        return function(*args, **kwargs or {})
 
 
 @pytest.mark.parametrize("rope", ["scaled", "phase_aligned"])
