@@ -189,13 +189,13 @@ class QwenImageEdit:
         prompts = [state.extra["positive"], state.extra["negative"]][: active_branches(state, config, sigma)]
         inputs = Inputs(pipe, state, tokens, reference, sigma, rows, layout, reference_layout, config)
         whole = all(p["lengths"] is None for p in prompts)
-        plain = config.attention == "auto" and not inputs.mixed and calls is None and whole
+        plain = config.attention == "auto" and not inputs.mixed and not calls and whole
         if config.attention == "stock":
             return [inputs.dense(prompt) for prompt in prompts]
         if len(prompts) == 1 or config.cfg == "separate":
             each = zip(prompts, calls or [None] * len(prompts), strict=True)
             return [inputs.dense(prompt) if plain else inputs.packed([prompt], call)[0] for prompt, call in each]
-        return inputs.packed(prompts, calls and calls[0])  # one pass, one store
+        return inputs.packed(prompts, calls[0] if calls else None)  # one pass, one store
 
     def guide(self, state: EditState, outputs: list[Tensor]) -> Tensor:
         return outputs[0] if len(outputs) == 1 else guided(*outputs, state.extra["true_cfg_scale"])

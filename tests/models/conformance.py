@@ -189,8 +189,8 @@ class Conformance:
             for layout in layouts(state.grid):
                 run = step_of(family, adapter, pipe, state, layout, config)
                 kept = "reference_refresh" in changes and adapter.keeps_reference
-                stores = [TokenStore() for _ in range(state.branches)] if kept else []
-                calls = [TokenCall(store) for store in stores]
+                stores = [TokenStore() for _ in range(state.branches if kept else 0)]
+                calls = [TokenCall(store) for store in stores] or None
                 first, made = run(calls), dict(state.extra["sequences"])
                 if kept:
                     calls = [TokenCall(store, target=True) for store in stores]
