@@ -216,6 +216,7 @@ class FluxKontext:
     ) -> Tensor:  # fmt: skip
         """The transformer's output for hidden states (b, n, C) and embeddings `words` (b, L, D)."""
         guidance = state.extra.get("guidance")
+        kwargs = state.extra["kwargs"] | kwargs  # a new one: the transformer takes the LoRA scale out of it
         return pipe.transformer(
             hidden_states=states,
             timestep=timestep,
@@ -224,8 +225,7 @@ class FluxKontext:
             encoder_hidden_states=words,
             txt_ids=text_ids,
             img_ids=ids,
-            joint_attention_kwargs=state.extra["kwargs"]
-            | kwargs,  # a new one: the transformer takes the LoRA scale out
+            joint_attention_kwargs=kwargs,
             return_dict=False,
         )[0]
 
@@ -348,7 +348,7 @@ class FluxKontext:
 
     @staticmethod
     def _last(pipe: Any) -> torch.nn.Module | None:
-        """The last block, if it is a single one: of the double ones LongCat and FLUX never end with any."""
+        """The last single block; None of a transformer without any, whose double blocks stay as they are."""
         return next(iter(pipe.transformer.single_transformer_blocks[-1:]), None)
 
     def _trims(self, pipe: Any, attention: str) -> bool:
