@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import gc
 import statistics
 import time
@@ -37,6 +38,7 @@ class Case:
     restore: str | None = None
     share: float | None = None
     shape: str | None = None
+    changes: str = ""  # other fields of the configuration, as `fields` reads them
 
     @property
     def setting(self) -> tuple:
@@ -44,7 +46,26 @@ class Case:
 
     def __str__(self) -> str:
         what = f"{self.preset} {self.restore} {self.share:.0%} {self.shape}" if self.preset else "stock"
+        what = f"{what} {self.changes}".strip()
         return f"{self.model} {self.height}x{self.width} batch {self.batch} {self.execution} {what}"
+
+
+def fields(changes: str) -> dict[str, Any]:
+    """Fields of a configuration from "name=value name=value", values as Python writes them, without spaces.
+
+    Raises:
+        ValueError: something that is not such a list.
+    """
+    found = {}
+    for part in changes.split():
+        name, equals, value = part.partition("=")
+        try:
+            if not equals:
+                raise ValueError
+            found[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            raise ValueError(f"changes: expected name=value with a Python value, got {part!r}") from None
+    return found
 
 
 def edit_cells(share: float, shape: str, rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -168,7 +189,7 @@ class Bench:
         report = None
         finding = nullcontext()
         if case.preset is not None:
-            specedit.install(self.pipe, case.preset, restore=case.restore)
+            specedit.install(self.pipe, case.preset, restore=case.restore, **fields(case.changes))
             finding = found(case.share, case.shape)
         with finding:
             # Stock's steps are all alike, and two of them warm up; SpecEdit's stages each have to be seen.

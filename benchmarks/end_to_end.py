@@ -7,6 +7,8 @@ timed. Every measurement is written to FILE as soon as it is made, and one that 
 the same command again to go on. --minutes stops before the measurement that would not fit. --part transformer times
 single transformer steps against the number of tokens instead. --tiny does all of it with small widths, on any machine.
 
+--changes "reference_refresh=4 guidance_range=(0.2,0.9)" measures presets with other fields beside their restore.
+
 Stock's 50 steps are run in full, with the fastest of the attention backends, eager and under compile_repeated_blocks.
 """
 
@@ -29,10 +31,10 @@ import diffusers
 import torch
 
 from benchmarks import real_models
-from benchmarks.editor_bench import Bench, Case, first_line
+from benchmarks.editor_bench import Bench, Case, fields, first_line
 from benchmarks.transformer_steps import transformer_steps
 from specedit import results
-from specedit.config import CHOICES, presets
+from specedit.config import CHOICES, presets, resolve
 from specedit.install import STOCK_STEPS
 
 SHAPES = ("blob", "scattered")
@@ -50,7 +52,11 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
                         for shape in args.shape if share < 1 else args.shape[:1]:  # all of it has but one shape
                             for preset in args.preset:
                                 for restore in args.restore:
-                                    yield Case(model, height, width, batch, execution, preset, restore, share, shape)
+                                    for changes in args.changes:
+                                        yield Case(
+                                            model, height, width, batch, execution, preset, restore, share, shape,
+                                            changes,
+                                        )  # fmt: skip
 
 
 def rows(measurements: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -66,7 +72,7 @@ def rows(measurements: list[dict[str, Any]]) -> list[dict[str, Any]]:
             found_rows.append(
                 dict(
                     model=case.model, preset=case.preset, restore=case.restore, edit_fraction=m["edit_fraction"],
-                    height=case.height, width=case.width, batch=case.batch, shape=case.shape,
+                    height=case.height, width=case.width, batch=case.batch, shape=case.shape, changes=case.changes,
                     execution=case.execution, attention=m["attention"],
                     baseline=f"stock {STOCK_STEPS} steps, {other.execution}, {stock['attention']} attention",
                     seconds_stock=seconds_stock, seconds=seconds, speedup=speedup, flops_ratio=m["flops_ratio"],
@@ -174,6 +180,14 @@ def share(text: str) -> float:
     return value
 
 
+def changes(text: str) -> str:
+    try:
+        resolve(**fields(text))
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     timed = [name for name in presets if "lightning" not in name][::-1]  # lightning's rival is not 50 steps
@@ -198,6 +212,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     several("restore", list(CHOICES["restore"]), choices=CHOICES["restore"])
     several("share", [0.1, 0.2, 0.05, 0.4, 1.0], type=share)
     several("shape", list(SHAPES), choices=SHAPES)
+    several("changes", [""], type=changes)
     args = parser.parse_args(arguments)
     if args.tiny:
         defaults |= dict(size=[(128, 128), (96, 192)], batch=[1, 2])

@@ -26,6 +26,8 @@ from diffusers import (
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
 from PIL import Image
 
+from specedit.flops import FLUX_SCHEDULER, QWEN_SCHEDULER
+
 T5_TOKENS = 512
 # Words of the instruction and template beside the 1,340 vision tokens of a picture of one megapixel; the negative
 # prompt is a single space, so it is a little shorter.
@@ -41,19 +43,11 @@ FLUX_VAE = dict(
     latent_channels=16, norm_num_groups=32, sample_size=1024, scaling_factor=0.3611, shift_factor=0.1159,
     use_quant_conv=False, use_post_quant_conv=False, force_upcast=True,
 )  # fmt: skip
-FLUX_SCHEDULER = dict(
-    shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256,
-    max_image_seq_len=4096,
-)  # fmt: skip
 QWEN_TRANSFORMER = dict(
     patch_size=2, in_channels=64, out_channels=16, num_layers=60, attention_head_dim=128, num_attention_heads=24,
     joint_attention_dim=3584, guidance_embeds=False, axes_dims_rope=(16, 56, 56),
 )  # fmt: skip
 QWEN_VAE = dict(base_dim=96, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True])
-QWEN_SCHEDULER = dict(
-    shift=1.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, base_image_seq_len=256,
-    max_image_seq_len=8192, shift_terminal=0.02,
-)  # fmt: skip
 
 TINY_FLUX = dict(
     num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32,

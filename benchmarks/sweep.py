@@ -2,8 +2,9 @@
 
     python benchmarks/sweep.py --cases 24 --size 256 --out benchmarks/results/sweep-256.json
 
-The starting point is `turbo` with restore="reference" and "full"; each row changes one field. Where the true mask of a
-task is known, `recall` is the share of its cells that were found, `precision` the share of found cells that it covers.
+The starting point is `turbo` with restore="reference" and "full"; each row changes one field (those of `guidance_range`
+run under true guidance, which the others do without). Where the true mask of a task is known, `recall` is the share of
+its cells that were found, `precision` the share of found cells that it covers.
 """
 
 import argparse
@@ -31,6 +32,12 @@ GRID: dict[str, list[dict]] = {
     "draft_steps": [{"draft_steps": n} for n in (2, 4, 6, 12)],
     "draft_scale": [{"draft_scale": 2}],
     "selector": [{"selector": s} for s in ("edges", "variance", "uniform")],
+    "reference_refresh": [{"reference_refresh": r} for r in (2, 4)],
+    # A negative prompt of no words; the first row is guidance at every step, which the others are compared with.
+    "guidance_range": [
+        {"true_cfg_scale": 2.5} | ({"guidance_range": r} if r else {})
+        for r in (None, (0.0, 0.9), (0.2, 1.0), (0.2, 0.9), (0.4, 0.8))
+    ],
     "steps": [{"steps": s} for s in ((3, 2, 4), (4, 2, 3), (0, 4, 5), (4, 0, 5), (0, 0, 9))],
 }
 
@@ -61,10 +68,12 @@ def main() -> None:
     for name, change in tqdm(todo, file=sys.stderr):
         settings = {**BASE, **change}
         preset = settings.pop("preset")
+        scale = settings.pop("true_cfg_scale", None)
+        call = {} if scale is None else {"negative_prompt": "", "true_cfg_scale": scale}
         install(pipe, preset, **settings)
         scored = []
         for case in cases:
-            one = micro.evaluate(pipe, [case])["cases"][0]
+            one = micro.evaluate(pipe, [case], **call)["cases"][0]
             scored.append({**one, **agreement(pipe, case)})
         uninstall(pipe)
         mean = micro.mean(scored)

@@ -54,8 +54,8 @@ def model_steps(model: str, bench: Bench, record: Any, budget: Any) -> int:
     with real_models.conditioned_small(height * width) if args.tiny else nullcontext():
         first = Case(model, height, width, batch, "eager")
         bench.attend(first)
+        adapter.attach(pipe)
         state = prepare(bench, adapter, first)
-    adapter.attach(pipe)
     for execution in args.execution:
         bench.execute(execution)
         for kind, layout in sequences(state.grid, state.device):
@@ -75,7 +75,8 @@ def model_steps(model: str, bench: Bench, record: Any, budget: Any) -> int:
                 print(f"{key}: {type(error).__name__}: {first_line(error)}", file=sys.stderr, flush=True)
                 continue
             median = statistics.median(seconds)
-            flops = state.batch * state.branches * transformer_flops(pipe.transformer.config, tokens)
+            read = layout.tokens if state.last_block else None
+            flops = state.batch * state.branches * transformer_flops(pipe.transformer.config, tokens, None, read)
             record.add(
                 "transformer",
                 dict(case=key, ms=1e3 * median, spread_ms=1e3 * (max(seconds) - min(seconds)),

@@ -97,4 +97,4 @@ def stages_figure(name: str, path: Path) -> None:
 
 
 def _kind(row: dict) -> tuple[str, str, str]:
-    return row["model"], row["preset"], row["restore"]
+    return row["model"], f"{row['preset']} {row.get('changes', '')}".strip(), row["restore"]

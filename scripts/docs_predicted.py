@@ -116,3 +116,44 @@ def forecast_plan(name: str) -> str:
 def forecast_paper(name: str) -> str:
     header = ["model", "combination", "NFE", "clock", "FLOPs"]
     return table(header, PAPER_FORECASTS) + "\n\nThe paper's figures (arXiv 2605.02152), not measured here."
+
+
+def switches(name: str) -> str:
+    """What every exact and approximate switch brings to the presets that the goals speak of."""
+    from specedit.config import resolve
+    from specedit.plan import plan as predict
+
+    every = {
+        'every row of the last block (`attention="stock"`)': dict(attention="stock"),
+        "as installed": {},
+        '`draft_condition="small"`': dict(draft_condition="small"),
+        "`draft_steps=4`": dict(draft_steps=4),
+        "`reference_refresh=2`": dict(reference_refresh=2),
+        "`reference_refresh=4`": dict(reference_refresh=4),
+        "`guidance_range=(0.2, 0.9)`": dict(guidance_range=(0.2, 0.9)),
+        "`guidance_range=(0.2, 1)`": dict(guidance_range=(0.2, 1)),
+        "`reference_refresh=4, guidance_range=(0.2, 1)`": dict(reference_refresh=4, guidance_range=(0.2, 1)),
+        'that, `draft_steps=4, draft_condition="small"`': dict(
+            draft_condition="small", draft_steps=4, reference_refresh=4, guidance_range=(0.2, 1)
+        ),
+    }
+    asked = [("flux-kontext", 0.1), ("flux-kontext", 0.2), ("qwen-image-edit", 0.2)]
+    rows = []
+    for label, change in every.items():
+        cells = []
+        for model, share in asked:
+            only_qwen = model == "flux-kontext" and change.keys() & {"draft_condition", "guidance_range"}
+            if only_qwen and len(change) < 3:  # nothing that FLUX has
+                cells += ["-", "-"]
+                continue
+            config = resolve("turbo", restore="reference", **change)
+            run = predict(config, model, 1024, 1024, share, "H100")
+            cells += [f"{run['flops_ratio']:.2f}", f"{run['clock_ratio']:.2f}"]
+        rows.append([label, *cells])
+    header = ['`turbo`, `restore="reference"`']
+    header += [f"{model}, {share:.0%}: {what}" for model, share in asked for what in ("FLOPs", "H100")]
+    return table(header, rows) + (
+        "\n\nPredicted, not measured: ratios to 50 stock steps at 1024 x 1024 with this share edited, of operations "
+        "and of an H100's roofline seconds. The first two rows are exact; every other is an approximation whose error "
+        "the sweep on the embedded editor measures."
+    )

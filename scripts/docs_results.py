@@ -35,7 +35,7 @@ def against_faster(rows: list[dict]) -> list[dict]:
     """Of every setting the row with the faster baseline and the faster way of running SpecEdit, in the file's order."""
     best: dict[tuple, dict] = {}
     for row in rows:
-        key = tuple(row[name] for name in SETTING)
+        key = (*(row[name] for name in SETTING), row.get("changes", ""))
         old = best.get(key)
         if old is None or (row["seconds_stock"], row["seconds"]) < (old["seconds_stock"], old["seconds"]):
             best[key] = row

@@ -30,6 +30,7 @@ MAKERS = {
     "bench": measured.bench,
     "plan": predicted.plan,
     "plan-qwen": predicted.plan_qwen,
+    "switches": predicted.switches,
     "training": measured.training,
     "verification": measured.verification,
     "roofline": predicted.roofline,

@@ -269,6 +269,10 @@ def _add_plan(commands) -> None:
     parser.add_argument("--height", type=int, default=1024)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--edited", type=float, default=20, help="share of the picture that is edited, in percent")
+    parser.add_argument("--reference-refresh", type=int, metavar="R", help="text and reference only every R steps")
+    parser.add_argument(
+        "--guidance-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="sigmas at which true guidance runs"
+    )
     parser.add_argument(
         "--measured", type=Path, nargs="*", default=sorted(Path("benchmarks/results").glob("end_to_end*.json")),
         help="result files to compare with, by default those in benchmarks/results",
@@ -284,7 +288,9 @@ def _plan(args) -> int:
     from . import plan
     from .config import resolve
 
-    config = resolve(args.preset, restore=args.restore)
+    config = resolve(
+        args.preset, restore=args.restore, reference_refresh=args.reference_refresh, guidance_range=args.guidance_range
+    )
     asked = (args.model, args.height, args.width, args.edited / 100, args.gpu)
     predicted = plan.plan(config, *asked)
     row = plan.measured_row([json.loads(path.read_text()) for path in args.measured], config, *asked)

@@ -98,6 +98,12 @@ class SpecEditConfig:
         draft_condition: the picture that Qwen's vision-language encoder sees for the draft's prompt: "full" is that of
             the main run, "small" one that is smaller by `draft_scale` a side, so that vision tokens do not outnumber
             the draft's own. No other model's prompt holds a picture.
+        reference_refresh: None, or r >= 1: keys and values of text and reference are computed anew in the first step of
+            a stage (and of the draft) and every r steps after; the steps between run the transformer over the target's
+            tokens alone. An approximation but for r = 1, which changes nothing and saves nothing.
+        guidance_range: None, or (low, high): true classifier-free guidance only runs at sigmas low <= sigma <= high,
+            elsewhere the prompt's branch alone (arXiv 2404.07724). An approximation; without true guidance it changes
+            nothing.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
@@ -124,6 +130,8 @@ class SpecEditConfig:
     forecast_weights: str | None = None
     cfg: str = "packed"
     draft_condition: str = "full"
+    reference_refresh: int | None = None
+    guidance_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         # Choices first: the default threshold depends on one of them.
@@ -150,6 +158,8 @@ class SpecEditConfig:
         stride = 0 if self.uniform_stride is None else self.uniform_stride
         self._set("uniform_stride", _integer("uniform_stride", stride, 0, "an integer of at least 1, or 0 or None"))
         self._check_forecast()
+        self._check_reference_refresh()
+        self._set("guidance_range", self._checked_guidance_range())
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen; only used while it is being built
@@ -221,6 +231,36 @@ class SpecEditConfig:
                 f"forecast_interval: expected at most {longest}, the steps of the longest stage of steps={self.steps}, "
                 f"got {self.forecast_interval}"
             )
+
+    def _check_reference_refresh(self) -> None:
+        if self.reference_refresh is None:
+            return
+        self._set("reference_refresh", _integer("reference_refresh", self.reference_refresh, 1))
+        if self.forecast in ("toca", "duca"):
+            raise ValueError(
+                f"reference_refresh: expected None with forecast={self.forecast!r}, which keeps the reference's keys "
+                f"and values by itself, got {self.reference_refresh}"
+            )
+        if self.attention == "stock" or self.rope == "phase_aligned":
+            raise ValueError(
+                "reference_refresh: keeps keys and values of SpecEdit's own attention with scaled positions, expected "
+                f"None with attention={self.attention!r} and rope={self.rope!r}, got {self.reference_refresh}"
+            )
+
+    def _checked_guidance_range(self) -> tuple[float, float] | None:
+        if self.guidance_range is None:
+            return None
+        expected = "two sigmas (low, high) with 0 <= low < high <= 1, or None"
+        low, high = _sequence("guidance_range", self.guidance_range, 2, expected)
+        low, high = (_number("guidance_range", sigma, expected) for sigma in (low, high))
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"guidance_range: expected {expected}, got {self.guidance_range!r}")
+        if self.forecast is not None:
+            raise ValueError(
+                f"guidance_range: expected None with forecast={self.forecast!r}, whose histories need every guidance "
+                f"branch in every step, got {self.guidance_range!r}"
+            )
+        return low, high
 
     @property
     def interval(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from .flow import coarsen_noise
 from .grid import GridSet, MixedLayout, TokenGrid, mean_pixels
 from .models.base import Adapter, EditState
 from .schedule import stage_sigmas
+from .step import Part, kept_reference, part_velocity
 
 
 def shrink(tokens: Tensor, grid: TokenGrid | GridSet, scale: int) -> tuple[Tensor, TokenGrid | GridSet]:
@@ -28,11 +28,10 @@ def shrink(tokens: Tensor, grid: TokenGrid | GridSet, scale: int) -> tuple[Tenso
 
 def generate(
     adapter: Adapter, pipe: Any, state: EditState, config: SpecEditConfig, on_step: Callable[[], None]
-) -> tuple[Tensor, TokenGrid, int]:
-    """Denoise the draft (eq. 5).
+) -> Part:
+    """Denoise the draft (eq. 5), a small image of its own: own positions, own schedule.
 
-    Returns its clean tokens (B, n, C), its grid, and how many tokens the transformer saw a step. The draft is a small
-    image of its own: own positions, own schedule.
+    Returns all samples, with their clean tokens (B, n, C), and what they cost.
     """
     grid = state.grid.coarse(config.draft_scale)
     reference, reference_grid = shrink(state.reference, state.reference_grid, config.draft_scale)
@@ -45,14 +44,16 @@ def generate(
     layout = MixedLayout.all_fine(grid, state.device)
     reference_layout = layout.resized(reference_grid)
     sigmas = stage_sigmas(pipe.scheduler, grid.tokens, 1.0, 0.0, config.draft_steps).tolist()
-    rows = list(range(state.batch))
-    for sigma, following in pairwise(sigmas):
+    part = Part(list(range(state.batch)), layout, reference, reference_layout, tokens, sigmas)
+    part.kept = kept_reference(adapter, config)
+    for i in range(config.draft_steps):
         if pipe.interrupt:
             break
-        velocity = adapter.velocity(pipe, state, tokens, sigma, rows, layout, reference, reference_layout, config)
-        tokens = tokens + (following - sigma) * velocity
+        velocity = part_velocity(adapter, pipe, state, part, i, config)
+        part.tokens = part.tokens + (sigmas[i + 1] - sigmas[i]) * velocity
         on_step()
-    return tokens, grid, grid.tokens + reference_grid.tokens + state.text_tokens
+    part.kept = None
+    return part
 
 
 def upsample(tokens: Tensor, grid: TokenGrid, scale: int, target: TokenGrid) -> Tensor:

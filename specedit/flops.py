@@ -5,19 +5,31 @@ One multiply-add counts as two operations. Decoder, text encoder and verificatio
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from diffusers import FlowMatchEulerDiscreteScheduler
+
 from .config import SpecEditConfig, resolve
-from .forecast import METHODS, TOKEN_WISE, forecast_flops, full_steps, warmup
+from .forecast import METHODS, TOKEN_WISE, KeptReference, forecast_flops, full_steps, warmup
 from .forecast.toca import fresh_tokens
-from .schedule import Stage, stages
+from .schedule import Stage, stage_sigmas, stages
 
 TOKEN_PIXELS = 16  # side of one packed token in pixels: 8x VAE, 2x2 patches
 CHANNELS = 64  # of a packed token: 16 latent channels, 2x2 patches
 STOCK_STEPS = 50
+# The released editors' schedulers.
+FLUX_SCHEDULER = dict(
+    shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256,
+    max_image_seq_len=4096,
+)  # fmt: skip
+QWEN_SCHEDULER = dict(
+    shift=1.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, base_image_seq_len=256,
+    max_image_seq_len=8192, shift_terminal=0.02,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,16 +38,18 @@ class ModelCost:
 
     `config`: the fields of the transformer's configuration that `transformer_flops` reads. `text_tokens`: length of
     the text stream, `vision_tokens` those of them that stand for the condition image. `passes`: transformer calls per
-    step (2 with classifier-free guidance).
+    step (2 with classifier-free guidance). `scheduler`: fields of its configuration, which say at which sigmas the
+    steps of a stage lie.
     """
 
     config: Mapping[str, int]
     text_tokens: int
     passes: int
     vision_tokens: int = 0
+    scheduler: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def step(self, image_tokens: int) -> float:
-        """Operations of one step over so many image tokens beside the whole text."""
+        """Operations of one stock step over so many image tokens beside the whole text."""
         return self.passes * transformer_flops(self.config, self.text_tokens + image_tokens)
 
 
@@ -43,12 +57,19 @@ MODELS: Mapping[str, ModelCost] = MappingProxyType(
     {
         # FLUX.1-Kontext-dev: 19 double and 38 single blocks, 512 T5 tokens, distilled guidance (one pass).
         "flux-kontext": ModelCost(
-            {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24, "attention_head_dim": 128}, 512, 1
+            {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24, "attention_head_dim": 128},
+            512,
+            1,
+            scheduler=FLUX_SCHEDULER,
         ),
         # Qwen-Image-Edit: 60 double-stream blocks; the text stream holds about 1,340 vision tokens of the condition
         # image (1 MP in patches of 28 px) and about 60 words; true classifier-free guidance (two passes).
         "qwen-image-edit": ModelCost(
-            {"num_layers": 60, "num_attention_heads": 24, "attention_head_dim": 128}, 1340 + 60, 2, vision_tokens=1340
+            {"num_layers": 60, "num_attention_heads": 24, "attention_head_dim": 128},
+            1340 + 60,
+            2,
+            vision_tokens=1340,
+            scheduler=QWEN_SCHEDULER,
         ),
     }
 )
@@ -61,7 +82,7 @@ def _field(config: Any, name: str, default: int | None = None) -> int:
     return int(value)
 
 
-def transformer_flops(model_config: Any, tokens: float, keys: float | None = None) -> float:
+def transformer_flops(model_config: Any, tokens: float, keys: float | None = None, read: float | None = None) -> float:
     """Operations of one forward pass over one sequence: tokens * (L*24*d^2 + L*4*d*tokens).
 
     Per token and block: the four attention projections (8 d^2) and the MLP of ratio 4 (16 d^2); a FLUX single block
@@ -74,6 +95,8 @@ def transformer_flops(model_config: Any, tokens: float, keys: float | None = Non
             attention_head_dim, and num_single_layers where the model has single blocks.
         tokens: length of the whole sequence (text + target + reference). A mean over samples may be fractional.
         keys: tokens attended to, where that is more than `tokens`: keys and values of the others come from a cache.
+        read: tokens whose output is read, where the last block computes no others: of the rest only keys and values
+            (4 d^2). None: that block computes all of them.
 
     Raises:
         ValueError: a field is missing, or `tokens` is negative.
@@ -82,7 +105,11 @@ def transformer_flops(model_config: Any, tokens: float, keys: float | None = Non
         raise ValueError(f"tokens: expected a number of at least 0, got {tokens!r}")
     layers = _field(model_config, "num_layers") + _field(model_config, "num_single_layers", 0)
     d = _field(model_config, "num_attention_heads") * _field(model_config, "attention_head_dim")
-    return float(tokens * (layers * 24 * d * d + layers * 4 * d * (tokens if keys is None else keys)))
+    keys = tokens if keys is None else keys
+    if read is None:
+        return float(tokens * (layers * 24 * d * d + layers * 4 * d * keys))
+    last = tokens * 4 * d * d + read * (20 * d * d + 4 * d * keys)
+    return float(tokens * ((layers - 1) * 24 * d * d + (layers - 1) * 4 * d * keys) + last)
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -126,8 +153,10 @@ def plan(
 
     Returns:
         `nfe`, `flops` (draft included), `flops_stock` (50 full steps), `flops_ratio` (stock over this), and `stages`: a
-        list of {"name", "steps", "cached", "tokens", "flops"} in order, the draft first, with `tokens` per sequence,
-        `flops` of all the stage's steps and guidance passes, and of the steps how many a temporal cache answers.
+        list of {"name", "steps", "cached", "reused", "tokens", "flops", "calls"} in order, the draft first, with
+        `tokens` per sequence, `flops` of all the stage's steps and guidance passes, and of the steps how many a
+        temporal cache answers and how many run over the target's tokens alone. `calls` lists what is computed, a
+        `Forward` and how often, guidance passes counted one by one.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -156,31 +185,60 @@ def plan(
     if config.draft_condition == "small":  # a picture that is smaller by draft_scale a side has as many fewer tokens
         text["draft"] -= cost.vision_tokens - _ceil_div(cost.vision_tokens, config.draft_scale**2)
 
-    def row(name: str, steps: int, cached: int = 0, cached_flops: float = 0.0) -> dict[str, Any]:
-        tokens = text[name] + 2 * target[name]
-        flops = (steps - cached) * cost.passes * transformer_flops(cost.config, tokens) + cost.passes * cached_flops
-        return {"name": name, "steps": steps, "cached": cached, "tokens": tokens, "flops": flops}
-
-    def cached(stage: Stage, first: bool) -> tuple[int, float]:
-        """Steps of a stage that a temporal cache does not compute fully, and the work of all of them in one pass."""
-        if config.forecast is None:
-            return 0, 0.0
-        pattern = full_steps(stage.steps, config.interval, warmup(config, first))
-        own, flops, since = target[stage.name], 0.0, 0
-        for full in pattern:
-            since = 0 if full else since + 1
-            if full:
-                continue
-            if config.forecast in TOKEN_WISE and METHODS[config.forecast].recomputes(since):
-                queries = cost.text_tokens + fresh_tokens(own)
-                flops += transformer_flops(cost.config, queries, cost.text_tokens + 2 * own)
-            else:
-                flops += forecast_flops(config, own * CHANNELS)
-        return pattern.count(False), flops
-
-    listed = [row(stage.name, stage.steps, *cached(stage, i == 0)) for i, stage in enumerate(stages(config))]
+    listed = [
+        _stage(config, cost, stage, target[stage.name], text[stage.name], first=i == 0)
+        for i, stage in enumerate(stages(config))
+    ]
     if config.uses_draft:
-        listed.insert(0, row("draft", config.draft_steps))
+        draft = Stage("draft", 1.0, 0.0, config.draft_steps)
+        listed.insert(0, _stage(config, cost, draft, target["draft"], text["draft"], first=False))
     flops = sum(stage["flops"] for stage in listed)
-    stock = row("full", STOCK_STEPS)["flops"]
+    stock = STOCK_STEPS * cost.step(2 * fine)
     return {"nfe": config.nfe, "flops": flops, "flops_stock": stock, "flops_ratio": stock / flops, "stages": listed}
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One forward pass: as `transformer_flops`, with `text` of the tokens."""
+
+    tokens: int
+    text: int
+    keys: int | None = None
+    read: int | None = None
+
+
+def _stage(config: SpecEditConfig, cost: ModelCost, stage: Stage, own: int, text: int, *, first: bool) -> dict:
+    """A row of `plan`: the steps of one stage over `own` target tokens, as many of the reference, and the text."""
+    drafts = config.forecast is None or stage.name == "draft"
+    pattern = [True] * stage.steps if drafts else full_steps(stage.steps, config.interval, warmup(config, first))
+    kept = None if config.reference_refresh is None else KeptReference(config.reference_refresh)
+    whole, trims = text + 2 * own, config.attention != "stock"
+    calls: Counter[Forward] = Counter()
+    forecasts, since, reused = 0.0, 0, 0
+    for i, (full, passes) in enumerate(zip(pattern, _passes(config, cost, stage, own), strict=True)):
+        since = 0 if full else since + 1
+        if full and kept is not None and kept.calls(i, passes)[0].target:
+            calls[Forward(own, 0, whole, own if trims else None)] += passes
+            reused += 1
+        elif full:
+            calls[Forward(whole, text, None, own if trims else None)] += passes
+        elif config.forecast in TOKEN_WISE and METHODS[config.forecast].recomputes(since):
+            fresh = fresh_tokens(own)
+            calls[Forward(text + fresh, text, whole, fresh)] += passes
+        else:
+            forecasts += passes * forecast_flops(config, own * CHANNELS)
+    computed = sum(n * transformer_flops(cost.config, c.tokens, c.keys, c.read) for c, n in calls.items())
+    return {
+        "name": stage.name, "steps": stage.steps, "cached": pattern.count(False), "reused": reused, "tokens": whole,
+        "flops": computed + forecasts, "calls": list(calls.items()),
+    }  # fmt: skip
+
+
+def _passes(config: SpecEditConfig, cost: ModelCost, stage: Stage, own: int) -> list[int]:
+    """Guidance passes of every step of a stage."""
+    if config.guidance_range is None:
+        return [cost.passes] * stage.steps
+    low, high = config.guidance_range
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(cost.scheduler))
+    sigmas = stage_sigmas(scheduler, own, stage.start, stage.end, stage.steps).tolist()
+    return [cost.passes if low <= sigma <= high else 1 for sigma in sigmas[:-1]]

@@ -20,6 +20,7 @@ from .models import adapters
 from .models.base import Adapter
 from .report import RunReport
 from .schedule import supported
+from .step import forward_flops
 from .versions import check_diffusers
 
 STOCK_STEPS = 50
@@ -286,8 +287,8 @@ def _check_answer(name: str, value: Any, shape: torch.Size) -> None:
 
 
 def _report(pipe, state, config, outcome, seconds: float, images: Any, call: dict) -> RunReport:
-    tokens = state.grid.tokens + state.reference_grid.tokens + state.text_tokens
-    stock = STOCK_STEPS * sampler.forward_flops(pipe, state, tokens) * state.batch
+    tokens = state.grid.tokens + state.reference_grid.tokens
+    stock = STOCK_STEPS * forward_flops(pipe, state, tokens, state.branches) * state.batch
     source = state.extra.get("source")
     picture = None
     if source is not None:

@@ -10,12 +10,12 @@ time that no roofline knows. Encoding the prompt is left out, as embeddings may 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 from .config import SpecEditConfig, resolve
-from .flops import MODELS, STOCK_STEPS, TOKEN_PIXELS, transformer_flops
+from .flops import MODELS, STOCK_STEPS, TOKEN_PIXELS, Forward, transformer_flops
 from .flops import plan as plan_flops
 
 BYTES = 2  # bf16
@@ -87,51 +87,89 @@ def roofline(ops: Iterable[Op], gpu: Gpu) -> float:
     return sum(op.count * max(op.flops / gpu.flops, op.bytes / gpu.bandwidth) for op in ops)
 
 
-def transformer_ops(model: str, tokens: int, batch: int = 1) -> list[Op]:
+def transformer_ops(
+    model: str, tokens: int, batch: int = 1, *, text: int | None = None, keys: int | None = None,
+    read: int | None = None,
+) -> list[Op]:  # fmt: skip
     """Operators of one forward pass over `batch` sequences of `tokens` (text + target + reference) each.
 
     A double block has weights of its own for the text and the image stream, a single block one set for all. Their
     operations add up to `flops.transformer_flops`; what that leaves out has bytes here, but no operations.
+
+    text: how many of the tokens are text (None: the model's usual prompt). keys, read: as for `transformer_flops`.
     """
     cost = MODELS[model]
+    text = cost.text_tokens if text is None else text
     double, single = cost.config["num_layers"], cost.config.get("num_single_layers", 0)
     d = cost.config["num_attention_heads"] * cost.config["attention_head_dim"]
-    text, every = batch * cost.text_tokens, batch * tokens
+    words, every = batch * text, batch * tokens
+    keys = tokens if keys is None else keys
 
-    def product(name: str, rows: float, inner: int, outer: int, count: float) -> Op:
-        elements = rows * (inner + outer) + inner * outer
-        return Op(name, 2 * rows * inner * outer, BYTES * elements, count)
+    def attention(asking: int, count: float) -> Op:
+        return Op("attention", batch * 4 * asking * keys * d, BYTES * batch * 2 * (asking + keys) * d, count)
 
-    def pointwise(name: str, elements: float, count: float) -> Op:
-        return Op(name, 0, BYTES * elements, count)
-
-    ops = []
-    for rows in (text, every - text):
-        ops += [
-            pointwise("modulation", 6 * d * d, double),
-            pointwise("norm", 2 * rows * d, 2 * double),
-            product("qkv", rows, d, 3 * d, double),
-            pointwise("qk norm and rotary", 4 * rows * d, double),
-            product("projection", rows, d, d, double),
-            product("mlp up", rows, d, 4 * d, double),
-            pointwise("gelu", 8 * rows * d, double),
-            product("mlp down", rows, 4 * d, d, double),
-            pointwise("gate and add", 3 * rows * d, 2 * double),
-        ]
+    ops = [op for rows in (words, every - words) if rows for op in _stream_ops(rows, rows, d, double)]
+    ops += [*_single_ops(every, every, d, single), attention(tokens, double + single)]
+    if read is None:
+        return ops
+    # The last block: a single one where there are any, else a double one, of whose text nothing is read.
+    wanted = batch * read
     if single:
-        ops += [
-            pointwise("modulation", 3 * d * d, single),
-            pointwise("norm", 2 * every * d, single),
-            product("qkv", every, d, 3 * d, single),
-            pointwise("qk norm and rotary", 4 * every * d, single),
-            product("mlp up", every, d, 4 * d, single),
-            pointwise("gelu", 8 * every * d, single),
-            pointwise("cat", 10 * every * d, single),
-            product("projection and mlp down", every, 5 * d, d, single),
-            pointwise("gate and add", 3 * every * d, single),
-        ]
-    attention = Op("attention", batch * 4 * tokens**2 * d, BYTES * 4 * every * d, double + single)
-    return [*ops, attention]
+        whole, part = _single_ops(every, every, d, 1), _single_ops(every, wanted, d, 1)
+    else:
+        streams = ((words, 0), (every - words, wanted))
+        whole = [op for rows, _ in streams if rows for op in _stream_ops(rows, rows, d, 1)]
+        part = [op for rows, asked in streams if rows for op in _stream_ops(rows, asked, d, 1)]
+    less = [replace(op, count=-op.count) for op in (*whole, attention(tokens, 1))]
+    return [*ops, *less, *part, attention(read, 1)]
+
+
+def _product(name: str, rows: float, inner: int, outer: int, count: float) -> Op:
+    elements = rows * (inner + outer) + inner * outer if rows else 0
+    return Op(name, 2 * rows * inner * outer, BYTES * elements, count)
+
+
+def _pointwise(name: str, elements: float, count: float) -> Op:
+    return Op(name, 0, BYTES * elements, count)
+
+
+def _qkv_ops(rows: int, asked: int, d: int, count: float) -> list[Op]:
+    """Projections for `rows`, queries of `asked` of them, with norm and rotary embedding."""
+    placed = _pointwise("qk norm and rotary", 2 * (rows + asked) * d, count)
+    if rows == asked:
+        return [_product("qkv", rows, d, 3 * d, count), placed]
+    return [_product("q", asked, d, d, count), _product("kv", rows, d, 2 * d, count), placed]
+
+
+def _stream_ops(rows: int, asked: int, d: int, count: float) -> list[Op]:
+    """One stream of double blocks; only `asked` of its rows go beyond their keys and values."""
+    return [
+        _pointwise("modulation", 6 * d * d, count),
+        _pointwise("norm", 2 * rows * d, count),
+        *_qkv_ops(rows, asked, d, count),
+        _product("projection", asked, d, d, count),
+        _pointwise("norm", 2 * asked * d, count),
+        _product("mlp up", asked, d, 4 * d, count),
+        _pointwise("gelu", 8 * asked * d, count),
+        _product("mlp down", asked, 4 * d, d, count),
+        _pointwise("gate and add", 3 * asked * d, 2 * count),
+    ]
+
+
+def _single_ops(rows: int, asked: int, d: int, count: float) -> list[Op]:
+    """Single blocks, as `_stream_ops`."""
+    if not count:
+        return []
+    return [
+        _pointwise("modulation", 3 * d * d, count),
+        _pointwise("norm", 2 * rows * d, count),
+        *_qkv_ops(rows, asked, d, count),
+        _product("mlp up", asked, d, 4 * d, count),
+        _pointwise("gelu", 8 * asked * d, count),
+        _pointwise("cat", 10 * asked * d, count),
+        _product("projection and mlp down", asked, 5 * d, d, count),
+        _pointwise("gate and add", 3 * asked * d, count),
+    ]
 
 
 def autoencoder_ops(model: str, half: str, latent_pixels: int, count: int = 1) -> list[Op]:
@@ -143,12 +181,13 @@ def autoencoder_ops(model: str, half: str, latent_pixels: int, count: int = 1) -
 
 
 def verification_ops(config: SpecEditConfig, model: str, latent_pixels: int, draft_tokens: int) -> list[Op]:
-    """Operators that turn a draft into a score: "semantic" compares decoder features of draft and reference."""
+    """Operators that turn a draft of so many target tokens into a score: "semantic" compares decoder features of draft
+    and reference."""
     if config.selector == "variance":
         return []
     if config.selector == "edges":
         return autoencoder_ops(model, "decode", latent_pixels)
-    draft_pixels = 4 * (draft_tokens - MODELS[model].text_tokens) // 2
+    draft_pixels = 4 * draft_tokens
     compared = latent_pixels if config.verify_at == "full" else draft_pixels
     return autoencoder_ops(model, "features", compared, count=2)
 
@@ -179,26 +218,33 @@ def plan(
         raise ValueError(f"gpu: expected one of {', '.join(GPUS)}, got {gpu!r}")
     config = resolve(config)
     predicted = plan_flops(config, model, height, width, edit_fraction)
-    passes, hardware = MODELS[model].passes, GPUS[gpu]
+    hardware = GPUS[gpu]
     latent = 4 * (height // TOKEN_PIXELS) * (width // TOKEN_PIXELS)  # latent pixels: a token is 2 x 2
 
-    def stage(name: str, ops: list[Op], steps: int = 0, tokens: int = 0) -> dict[str, Any]:
-        times = passes * steps if steps else 1
+    def stage(name: str, ops: Iterable[tuple[float, list[Op]]], steps: int = 0, tokens: int = 0) -> dict[str, Any]:
+        """A row from groups of operators and how often each runs."""
+        listed = [replace(op, count=times * op.count) for times, group in ops for op in group]
         return dict(
-            name=name, steps=steps, tokens=tokens, flops=times * sum(op.count * op.flops for op in ops),
-            bytes=times * sum(op.count * op.bytes for op in ops), seconds=times * roofline(ops, hardware),
+            name=name, steps=steps, tokens=tokens, flops=sum(op.count * op.flops for op in listed),
+            bytes=sum(op.count * op.bytes for op in listed), seconds=roofline(listed, hardware),
         )  # fmt: skip
 
-    encode = stage("encode", autoencoder_ops(model, "encode", latent))
-    decode = stage("decode", autoencoder_ops(model, "decode", latent))
+    def forward(call: Forward) -> list[Op]:
+        return transformer_ops(model, call.tokens, text=call.text, keys=call.keys, read=call.read)
+
+    encode = stage("encode", [(1, autoencoder_ops(model, "encode", latent))])
+    decode = stage("decode", [(1, autoencoder_ops(model, "decode", latent))])
     stages = [encode]
     for row in predicted["stages"]:
-        stages.append(stage(row["name"], transformer_ops(model, row["tokens"]), row["steps"], row["tokens"]))
+        calls = [(count, forward(call)) for call, count in row["calls"]]
+        stages.append(stage(row["name"], calls, row["steps"], row["tokens"]))
         if row["name"] == "draft":
-            stages.append(stage("verify", verification_ops(config, model, latent, row["tokens"])))
+            first, _ = row["calls"][0]
+            verified = verification_ops(config, model, latent, (first.tokens - first.text) // 2)
+            stages.append(stage("verify", [(1, verified)]))
     stages.append(decode)
     full = MODELS[model].text_tokens + 2 * (height // TOKEN_PIXELS) * (width // TOKEN_PIXELS)
-    stock = stage("stock", transformer_ops(model, full), STOCK_STEPS, full)
+    stock = stage("stock", [(STOCK_STEPS * MODELS[model].passes, transformer_ops(model, full))], STOCK_STEPS, full)
     seconds = sum(s["seconds"] for s in stages)
     seconds_stock = encode["seconds"] + stock["seconds"] + decode["seconds"]
     clock = seconds_stock / seconds
@@ -233,7 +279,7 @@ def measured_row(
         if gpu in (content["machine"].get("gpu") or "")
         for row in content["rows"]
         if row["model"] == model
-        and (row["preset"], row["restore"]) == (preset_of(config), config.restore)
+        and (row["preset"], row["restore"], row.get("changes", "")) == (preset_of(config), config.restore, "")
         and (row["height"], row["width"], row.get("batch", 1)) == (height, width, 1)
         and abs(row["edit_fraction"] - edit_fraction) <= MATCHING
     ]

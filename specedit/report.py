@@ -29,6 +29,8 @@ class StageReport:
         flops: operations of the whole stage over the whole batch, guidance passes included.
         seconds: wall-clock time of the whole stage.
         cached: how many of the steps a temporal cache answered, wholly or for most tokens.
+        reused: how many of the steps ran over the target's tokens alone, beside kept keys and values
+            (`reference_refresh`).
     """
 
     name: str
@@ -39,6 +41,7 @@ class StageReport:
     flops: float
     seconds: float
     cached: int = 0
+    reused: int = 0
 
 
 def _grid(name: str, value: Any, kind: str) -> torch.Tensor | None:
@@ -121,6 +124,11 @@ class RunReport:
         """Steps of the main run that a temporal cache answered."""
         return sum(stage.cached for stage in self.stages)
 
+    @property
+    def reused_steps(self) -> int:
+        """Steps of the main run that ran over the target's tokens alone (`reference_refresh`)."""
+        return sum(stage.reused for stage in self.stages if stage.name != "draft")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts, ready for `json.dumps`.
 
@@ -144,6 +152,7 @@ class RunReport:
             "flops_ratio": self.flops_ratio if math.isfinite(self.flops_ratio) else None,
             "seconds": self.seconds,
             "cached_steps": self.cached_steps,
+            "reused_steps": self.reused_steps,
             "cache_bytes": self.cache_bytes,
             "score": score,
             **{name: grid.tolist() if grid is not None else None for name, grid in grids.items()},
@@ -167,9 +176,10 @@ class RunReport:
 
     def _title(self) -> str:
         name = f"SpecEdit {self.preset}" if self.preset else "SpecEdit"
-        cached = f" ({self.cached_steps} cached)" if self.cached_steps else ""
+        apart = [(self.cached_steps, "cached"), (self.reused_steps, "on the target alone")]
+        apart = ", ".join(f"{count} {what}" for count, what in apart if count)
         return (
-            f"{name}: NFE {self.nfe}{cached} + {self.draft_steps} draft, "
+            f"{name}: NFE {self.nfe}{f' ({apart})' if apart else ''} + {self.draft_steps} draft, "
             f"stock takes {self.flops_ratio:.2f}x the FLOPs, "
             f"{self.edit_fraction:.0%} edited, {self.expand_fraction:.0%} expanded"
         )

@@ -17,13 +17,13 @@ from torch import Tensor
 from . import draft as drafts
 from . import restore, select
 from .config import SpecEditConfig
-from .flops import transformer_flops
 from .flow import cell_detail, coarsen_noise, enter_layout, renoise
 from .forecast import TOKEN_WISE, Histories, lesa
 from .grid import LayoutSet, MixedLayout, mean_pixels
 from .models.base import Adapter, EditState
 from .report import StageReport
 from .schedule import Stage, stage_sigmas, stages
+from .step import Part, kept_reference, part_velocity
 
 ALL_EDITED = 0.9  # beyond this share of edited cells nothing is saved by locking the rest
 
@@ -38,21 +38,6 @@ class Outcome:
     expanded: Tensor
     stages: list[StageReport]
     cache_bytes: int = 0
-
-
-@dataclass
-class Part:
-    """Samples of the batch that share a layout, and their state (b, layout.tokens, C)."""
-
-    rows: list[int]
-    layout: MixedLayout
-    reference: Tensor
-    reference_layout: MixedLayout
-    tokens: Tensor
-    sigmas: list[float]
-    histories: Histories | None = None  # of a temporal cache; made with the part, so no stage inherits another's
-    flops: float = 0.0
-    cached: int = 0  # steps that were not computed fully
 
 
 def run(
@@ -82,16 +67,17 @@ def run(
         began, first = clock(state), done
         layouts = stage_layouts(stage, state, expanded)
         parts = enter(parts, layouts, stage, state, split_noise, known, pipe)
-        if make_histories is not None:
-            for part in parts:
+        for part in parts:
+            if make_histories is not None:
                 part.histories = make_histories(first=stage is plan[0], layout=part.layout)
+            part.kept = kept_reference(adapter, config)
         for i in range(stage.steps):
             if pipe.interrupt:
                 break
             for part in parts:  # eq. 11: one Euler step of each sample's own sequence
                 velocity = part_velocity(adapter, pipe, state, part, i, config)
                 part.tokens = part.tokens + (part.sigmas[i + 1] - part.sigmas[i]) * velocity
-            cache_bytes = max(cache_bytes, sum(part.histories.memory for part in parts if part.histories))
+            cache_bytes = max(cache_bytes, sum(part.cache_bytes for part in parts))
             notify(listener, done, parts, i, state)
             done += 1
         log.append(account(stage.name, parts, done - first, pipe, state, clock(state) - began))
@@ -119,27 +105,6 @@ def forecasting(
     return partial(Histories, config, branches=state.branches, predictor=predictor, backend=state.backend)
 
 
-def part_velocity(adapter: Adapter, pipe: Any, state: EditState, part: Part, i: int, config: SpecEditConfig) -> Tensor:
-    """Velocity of one step of one part, computed or forecast, and its work added to the part's account."""
-    call = (
-        pipe, state, part.tokens, part.sigmas[i], part.rows, part.layout, part.reference, part.reference_layout, config,
-    )  # fmt: skip
-    whole = part.layout.tokens + part.reference_layout.tokens + state.text_tokens
-    if part.histories is None:
-        part.flops += len(part.rows) * forward_flops(pipe, state, whole)
-        return adapter.velocity(*call)
-    part.histories.of_prompt(state.extra.get("positive"))
-    outputs = part.histories.step(i, part.sigmas[i], lambda calls: adapter.branches(*call, calls))
-    done = part.histories.done
-    part.cached += not done.full
-    if done.full:
-        part.flops += len(part.rows) * forward_flops(pipe, state, whole)
-    elif done.tokens:
-        part.flops += len(part.rows) * forward_flops(pipe, state, state.text_tokens + done.tokens, whole)
-    part.flops += done.flops
-    return adapter.guide(state, outputs)
-
-
 def find_edit(adapter, pipe, state, config, edit_mask, listener, log) -> tuple[Tensor | None, Tensor]:
     """Score on the token grid and edited cells (B, cells_h, cells_w): by draft and verification, or from a mask."""
     cells = torch.zeros((state.batch, *state.grid.coarse().shape), dtype=torch.bool, device=state.device)
@@ -158,11 +123,12 @@ def find_edit(adapter, pipe, state, config, edit_mask, listener, log) -> tuple[T
         done += 1
         listener.draft_step()
 
-    draft, grid, tokens = drafts.generate(adapter, pipe, small, config, step)
-    flops = done * forward_flops(pipe, small, tokens) * state.batch
-    log.append(StageReport("draft", 1.0, 0.0, done, tokens, flops, clock(state) - began))
+    draft = drafts.generate(adapter, pipe, small, config, step)
+    tokens = draft.layout.tokens + draft.reference_layout.tokens + small.text_tokens
+    seconds = clock(state) - began
+    log.append(StageReport("draft", 1.0, 0.0, done, tokens, draft.flops, seconds, reused=draft.reused))
     began = clock(state)
-    score, edited = select.select(adapter, pipe, state, draft, grid, config)
+    score, edited = select.select(adapter, pipe, state, draft.tokens, draft.layout.grid, config)
     log.append(StageReport("verify", None, None, 0, 0, 0.0, clock(state) - began))
     if config.restore == "reference" or config.keep_pixels:
         # A draft that shows no change at all may have missed it; locking everything would return the input.
@@ -258,23 +224,14 @@ def gather(parts: list[Part], state: EditState) -> Tensor:
     return out
 
 
-def forward_flops(pipe: Any, state: EditState, tokens: float, keys: float | None = None) -> float:
-    """Of one step of one sample whose sequence under the prompt has `tokens`; a negative prompt may have others.
-
-    `keys`: tokens that are attended to, where only some of them are computed.
-    """
-    flops = transformer_flops(pipe.transformer.config, tokens, keys)
-    if state.branches == 1:
-        return flops
-    more = 0 if state.negative_text_tokens is None else state.negative_text_tokens - state.text_tokens
-    return flops + transformer_flops(pipe.transformer.config, tokens + more, None if keys is None else keys + more)
-
-
 def account(name: str, parts: list[Part], steps: int, pipe: Any, state: EditState, seconds: float) -> StageReport:
     tokens = {row: p.layout.tokens + p.reference_layout.tokens + state.text_tokens for p in parts for row in p.rows}
     flops = sum(part.flops for part in parts)
     mean = sum(tokens.values()) / len(tokens)
-    return StageReport(name, parts[0].sigmas[0], parts[0].sigmas[steps], steps, mean, flops, seconds, parts[0].cached)
+    first = parts[0]
+    return StageReport(
+        name, first.sigmas[0], first.sigmas[steps], steps, mean, flops, seconds, first.cached, first.reused
+    )
 
 
 def clock(state: EditState) -> float:

@@ -80,6 +80,15 @@ def test_bench_plan_predicts_without_measuring(tmp_path, capsys):
     assert f"{written['clock_ratio']:.2f}x" in out
 
 
+def test_bench_plan_takes_the_switches(tmp_path):
+    path, ratios = tmp_path / "plan.json", []
+    for more in ([], ["--reference-refresh", "4"], ["--reference-refresh", "4", "--guidance-range", "0.2", "1"]):
+        given = ["bench", "plan", "--model", "qwen-image-edit", "--preset", "turbo", "--restore", "reference", *more]
+        assert cli.main([*given, "--measured", "--json", str(path)]) == 0
+        ratios.append(json.loads(path.read_text())["flops_ratio"])
+    assert ratios == sorted(set(ratios))
+
+
 def test_bench_plan_sets_measured_beside_predicted(tmp_path, capsys):
     path = tmp_path / "end_to_end-real.json"
     row = dict(
@@ -122,6 +131,8 @@ def test_edit_with_another_pipeline(tmp_path, picture, monkeypatch, sized):
     ("arguments", "says"),
     [
         (["bench", "plan", "--gpu", "H900"], "gpu: expected one of A100, H100, H200, B200, got 'H900'"),
+        (["bench", "plan", "--reference-refresh", "0"], "reference_refresh: expected an integer of at least 1"),
+        (["bench", "plan", "--guidance-range", "0.9", "0.2"], "guidance_range: expected two sigmas"),
         (["bench", "plan", "--edited", "120"], "edit_fraction: expected a number from 0 to 1"),
         (["bench", "plan", "--measured", "nowhere.json"], "nowhere.json"),
         (["edit", "nowhere.png", "make it red"], "nowhere.png"),

@@ -92,6 +92,17 @@ def test_uniform_stride_none_is_zero():
         ("cfg", True, ValueError),
         ("draft_condition", "tiny", ValueError),
         ("draft_condition", None, ValueError),
+        ("reference_refresh", 0, ValueError),
+        ("reference_refresh", 2.5, TypeError),
+        ("reference_refresh", True, TypeError),
+        ("guidance_range", 0.5, TypeError),
+        ("guidance_range", (0.5,), ValueError),
+        ("guidance_range", (0.8, 0.2), ValueError),
+        ("guidance_range", (0.5, 0.5), ValueError),
+        ("guidance_range", (-0.1, 0.5), ValueError),
+        ("guidance_range", (0.5, 1.1), ValueError),
+        ("guidance_range", (0.2, float("nan")), ValueError),
+        ("guidance_range", ("0.2", 0.5), TypeError),
     ],
 )
 def test_wrong_values_name_field_expectation_and_value(field, value, error):
@@ -211,3 +222,29 @@ def test_a_merged_last_stage_counts_as_one():
     with pytest.raises(ValueError, match="needs 4 full steps"):
         SpecEditConfig(**fields)
     assert SpecEditConfig(**fields, restore="reference").forecast_history == 4
+
+
+# ------------------------------------------------------------------------------------------ approximate, by a switch
+
+
+def test_switches_are_off_by_default():
+    for config in (SpecEditConfig(), *presets.values()):
+        assert config.reference_refresh is None and config.guidance_range is None
+    assert SpecEditConfig(reference_refresh=4).reference_refresh == 4
+    assert SpecEditConfig(guidance_range=[0, 1]).guidance_range == (0.0, 1.0)
+    assert hash(SpecEditConfig(guidance_range=[0.2, 0.8])) == hash(SpecEditConfig(guidance_range=(0.2, 0.8)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(reference_refresh=2, forecast="toca"), "reference_refresh: expected None with forecast='toca'.*got 2"),
+        (dict(reference_refresh=2, forecast="duca"), "reference_refresh: expected None with forecast='duca'"),
+        (dict(reference_refresh=2, attention="stock"), "reference_refresh: .* expected None with attention='stock'"),
+        (dict(reference_refresh=2, rope="phase_aligned"), "reference_refresh: .* rope='phase_aligned', got 2"),
+        (dict(guidance_range=(0.2, 0.8), forecast="taylor"), "guidance_range: expected None with forecast='taylor'"),
+    ],
+)
+def test_switches_that_do_not_go_together(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SpecEditConfig(**fields)

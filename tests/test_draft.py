@@ -7,6 +7,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from specedit import SpecEditConfig
 from specedit.draft import generate, shrink, upsample
+from specedit.flops import transformer_flops
 from specedit.grid import GridSet, TokenGrid
 from specedit.models.base import EditState
 from specedit.schedule import stage_sigmas
@@ -70,16 +71,22 @@ def make_state(height=9, width=12):
     )  # fmt: skip
 
 
-PIPE = SimpleNamespace(interrupt=False, scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+PIPE = SimpleNamespace(
+    interrupt=False, scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    transformer=SimpleNamespace(config=dict(num_layers=2, num_attention_heads=2, attention_head_dim=4)),
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("scale", [2, 4])
 def test_the_draft_is_a_small_image_of_its_own(scale):
     state, adapter, heard = make_state(), Recorder(0.5), []
     config = SpecEditConfig(draft_steps=5, draft_scale=scale)
-    tokens, grid, count = generate(adapter, PIPE, state, config, lambda: heard.append(1))
+    draft = generate(adapter, PIPE, state, config, lambda: heard.append(1))
+    tokens, grid = draft.tokens, draft.layout.grid
     assert grid == state.grid.coarse(scale)
-    assert count == grid.tokens + (8 // scale) ** 2 + 5
+    assert draft.reference_layout.tokens == (8 // scale) ** 2
+    whole = grid.tokens + (8 // scale) ** 2 + 5
+    assert draft.flops == 5 * 2 * transformer_flops(PIPE.transformer.config, whole)  # steps, samples
     assert len(heard) == len(adapter.calls) == 5
     expected = stage_sigmas(PIPE.scheduler, grid.tokens, 1.0, 0.0, 5)
     assert [call[0] for call in adapter.calls] == expected[:-1].tolist()
@@ -97,16 +104,14 @@ def test_the_draft_is_a_small_image_of_its_own(scale):
 @pytest.mark.parametrize("scale", [2, 4])
 def test_coupled_noise_is_the_sum_coefficient_of_the_main_run(scale):
     state = make_state(8, 12)
-    tokens, grid, _ = generate(
-        Recorder(0.0), PIPE, state, SpecEditConfig(couple_noise=True, draft_scale=scale), lambda: None
-    )
+    draft = generate(Recorder(0.0), PIPE, state, SpecEditConfig(couple_noise=True, draft_scale=scale), lambda: None)
     expected = F.avg_pool2d(pixels(state.noise, state.grid), scale) * scale
-    torch.testing.assert_close(pixels(tokens, grid), expected)
+    torch.testing.assert_close(pixels(draft.tokens, draft.layout.grid), expected)
     assert torch.equal(state.generator.get_state(), torch.Generator().manual_seed(7).get_state())  # nothing drawn
 
 
 def test_an_interrupt_ends_the_draft():
-    pipe = SimpleNamespace(interrupt=False, scheduler=PIPE.scheduler)
+    pipe = SimpleNamespace(interrupt=False, scheduler=PIPE.scheduler, transformer=PIPE.transformer)
     adapter = Recorder(0.0)
     generate(adapter, pipe, make_state(), SpecEditConfig(), lambda: setattr(pipe, "interrupt", len(adapter.calls) == 2))
     assert len(adapter.calls) == 2

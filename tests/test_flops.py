@@ -4,13 +4,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxSingleTransformerBlock
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from specedit.config import SpecEditConfig, presets
-from specedit.flops import MODELS, plan, transformer_flops
+from specedit.flops import MODELS, Forward, plan, transformer_flops
+from specedit.models import attention, last_block
 
 FLUX = MODELS["flux-kontext"].config
 # Table 5 of the paper: FLOPs ratios of SpecEdit on FLUX.1-Kontext-dev by NFE
@@ -45,6 +47,30 @@ def test_against_counted_operations():
     counted = counter.get_total_flops()
     predicted = transformer_flops(model.config, text + image)
     assert 0.97 * counted < predicted <= counted
+
+
+def test_a_trimmed_last_block_against_counted_operations():
+    model = FluxTransformer2DModel(
+        in_channels=64, num_layers=1, num_single_layers=2, attention_head_dim=64, num_attention_heads=8,
+        joint_attention_dim=64, pooled_projection_dim=64, axes_dims_rope=(16, 24, 24),
+    )  # fmt: skip
+    attention.attach(model, FluxAttention, attention.FluxMixedProcessor)
+    last_block.attach(model.single_transformer_blocks[-1], FluxSingleTransformerBlock, last_block.FluxLastBlock)
+    text, image, target = 32, 300, 150
+    counted = []
+    for read in (None, target):
+        context = attention.MixedContext(backend="stock", read=read and attention.Queries(read), plain=True)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(
+                hidden_states=torch.zeros(1, image, 64), encoder_hidden_states=torch.zeros(1, text, 64),
+                pooled_projections=torch.zeros(1, 64), timestep=torch.zeros(1), guidance=None,
+                img_ids=torch.zeros(image, 3), txt_ids=torch.zeros(text, 3),
+                joint_attention_kwargs={"specedit": context},
+            )  # fmt: skip
+        counted.append(counter.get_total_flops())
+    saved = transformer_flops(model.config, text + image) - transformer_flops(model.config, text + image, None, target)
+    output = 2 * (image - target) * 512 * 64  # the output projection, which the formula leaves out
+    assert counted[0] - counted[1] == saved + output
 
 
 @pytest.mark.parametrize("missing", ["num_layers", "num_attention_heads", "attention_head_dim"])
@@ -105,7 +131,29 @@ def test_everything_edited_makes_the_mixed_stage_full():
 
 
 def test_stock_steps_without_a_draft_have_ratio_one():
-    assert plan(SpecEditConfig(steps=(0, 0, 50)), "flux-kontext", 1024, 1024, 0.2)["flops_ratio"] == 1.0
+    stock = SpecEditConfig(steps=(0, 0, 50), attention="stock")
+    assert plan(stock, "flux-kontext", 1024, 1024, 0.2)["flops_ratio"] == 1.0
+    # Otherwise the last of 57 blocks computes 4,096 of 8,704 tokens, and of the others keys and values.
+    trimmed = plan(SpecEditConfig(steps=(0, 0, 50)), "flux-kontext", 1024, 1024, 0.2)
+    assert 1.005 < trimmed["flops_ratio"] < 1.01
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("preset", presets)
+def test_the_last_block_saves_what_it_does_not_compute(model, preset):
+    config = presets[preset]
+    ours, stock = (
+        plan(dataclasses.replace(config, attention=how), model, 1024, 1024, 0.2) for how in ("auto", "stock")
+    )
+    assert ours["flops_stock"] == stock["flops_stock"]
+    cost = MODELS[model]
+    layers, d = cost.config["num_layers"] + cost.config.get("num_single_layers", 0), 3072
+    for a, b in zip(ours["stages"], stock["stages"], strict=True):
+        n = (b["tokens"] - cost.text_tokens) / 2
+        unread = b["tokens"] - n
+        saved = b["steps"] * cost.passes * unread * (20 * d * d + 4 * d * b["tokens"])
+        assert b["flops"] - a["flops"] == pytest.approx(saved)
+        assert saved < b["flops"] / layers
 
 
 def test_qwen_counts_both_guidance_passes():
@@ -171,24 +219,27 @@ def test_keys_from_a_cache():
     d = 3072
     assert transformer_flops(FLUX, 100, 900) == 100 * 57 * (24 * d * d + 4 * d * 900)
     assert transformer_flops(FLUX, 100, 100) == transformer_flops(FLUX, 100)
+    last = 100 * 4 * d * d + 40 * (20 * d * d + 4 * d * 900)
+    assert transformer_flops(FLUX, 100, 900, 40) == 100 * 56 * (24 * d * d + 4 * d * 900) + last
+    assert transformer_flops(FLUX, 100, 900, 100) == transformer_flops(FLUX, 100, 900)
 
 
 def test_plan_counts_cached_steps():
     config = SpecEditConfig(steps=(0, 0, 50), forecast="taylor", forecast_interval=4)
     predicted = plan(config, "flux-kontext", 1024, 1024, 0.2)
     (stage,) = predicted["stages"]
-    full = transformer_flops(FLUX, 8704)
+    full = transformer_flops(FLUX, 8704, read=4096)
     assert predicted["nfe"] == 50 and stage["cached"] == 36  # 3 full, then 1 of 4: 14 full
     assert stage["flops"] == 14 * full + 36 * 2 * 3 * 4096 * 64
-    assert 3.56 < predicted["flops_ratio"] < 50 / 14
+    assert 3.56 < predicted["flops_ratio"] < 1.01 * 50 / 14
 
 
 @pytest.mark.parametrize(("forecast", "recomputed"), [("toca", 36), ("duca", 12)])
 def test_plan_of_token_wise_caches(forecast, recomputed):
     config = SpecEditConfig(steps=(0, 0, 50), forecast=forecast, forecast_interval=4)
     (stage,) = plan(config, "flux-kontext", 1024, 1024, 0.2)["stages"]
-    part = transformer_flops(FLUX, 512 + 410, 8704)
-    assert stage["flops"] == 14 * transformer_flops(FLUX, 8704) + recomputed * part
+    part = transformer_flops(FLUX, 512 + 410, 8704, 410)
+    assert stage["flops"] == 14 * transformer_flops(FLUX, 8704, read=4096) + recomputed * part
 
 
 def test_plan_resets_at_stage_boundaries():
@@ -199,3 +250,50 @@ def test_plan_resets_at_stage_boundaries():
     assert [s["tokens"] for s in stages] == [
         s["tokens"] for s in plan(plain, "qwen-image-edit", 1024, 1024, 0.2)["stages"]
     ]
+
+
+# ------------------------------------------------------------------------------------------ approximate, by a switch
+
+
+def test_plan_of_a_kept_reference():
+    config = SpecEditConfig(steps=(0, 4, 5), restore="reference", reference_refresh=3)
+    draft, mixed = plan(config, "flux-kontext", 1024, 1024, 0.2)["stages"]
+    assert (draft["steps"], draft["reused"]) == (8, 5) and (mixed["steps"], mixed["reused"]) == (9, 6)
+    own = (mixed["tokens"] - 512) // 2
+    whole, part = Forward(2 * own + 512, 512, None, own), Forward(own, 0, 2 * own + 512, own)
+    assert dict(mixed["calls"]) == {whole: 3, part: 6}
+    flops = [transformer_flops(FLUX, c.tokens, c.keys, c.read) for c in (whole, part)]
+    assert mixed["flops"] == 3 * flops[0] + 6 * flops[1]
+    every = plan(dataclasses.replace(config, reference_refresh=1), "flux-kontext", 1024, 1024, 0.2)
+    assert every == plan(dataclasses.replace(config, reference_refresh=None), "flux-kontext", 1024, 1024, 0.2)
+
+
+def test_plan_of_a_kept_reference_beside_a_forecast():
+    config = SpecEditConfig(steps=(0, 0, 12), forecast="reuse", forecast_interval=2, reference_refresh=4)
+    (stage,) = plan(config, "flux-kontext", 1024, 1024, 0.2)["stages"]
+    # Computed: 0, 1, 2, 4, 6, 8, 10; refreshed: 0, 4, 8.
+    assert (stage["cached"], stage["reused"]) == (5, 4)
+
+
+def test_plan_of_a_guidance_range():
+    model = "qwen-image-edit"
+    config = SpecEditConfig(steps=(0, 0, 50))
+    (whole,) = plan(config, model, 1024, 1024, 0.2)["stages"]
+    ranged = {
+        bounds: plan(dataclasses.replace(config, guidance_range=bounds), model, 1024, 1024, 0.2)["stages"][0]
+        for bounds in ((0.0, 1.0), (0.9, 1.0), (0.0, 0.9), (0.001, 0.002))
+    }
+    assert ranged[0.0, 1.0] == whole
+    assert ranged[0.001, 0.002]["flops"] == whole["flops"] / 2  # no step lies there
+    high, low = (ranged[bounds]["calls"][0][1] - 50 for bounds in ((0.9, 1.0), (0.0, 0.9)))
+    assert high + low == 50 and 5 < high < 15  # a shift of about 2 leaves few steps above 0.9
+    flux = plan(dataclasses.replace(config, guidance_range=(0.9, 1.0)), "flux-kontext", 1024, 1024, 0.2)
+    assert flux == plan(config, "flux-kontext", 1024, 1024, 0.2)  # distilled: there is one pass
+
+
+def test_what_the_switches_promise_for_qwen():
+    config = dataclasses.replace(presets["turbo"], restore="reference", draft_condition="small")
+    exact = plan(config, "qwen-image-edit", 1024, 1024, 0.2)["flops_ratio"]
+    kept = plan(dataclasses.replace(config, reference_refresh=4), "qwen-image-edit", 1024, 1024, 0.2)["flops_ratio"]
+    both = dataclasses.replace(config, reference_refresh=4, guidance_range=(0.3, 1.0))
+    assert exact < kept < plan(both, "qwen-image-edit", 1024, 1024, 0.2)["flops_ratio"]

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import real_models
+from specedit import flops
 from specedit import plan as planner
 from specedit.config import SpecEditConfig, presets, resolve
 from specedit.flops import MODELS, transformer_flops
@@ -30,15 +31,18 @@ def test_operations_are_those_of_the_cost_model(model, image, batch):
     tokens = MODELS[model].text_tokens + image
     counted = sum(op.count * op.flops for op in transformer_ops(model, tokens, batch))
     assert counted == pytest.approx(batch * transformer_flops(MODELS[model].config, tokens), rel=1e-12)
+    read = image // 2
+    counted = sum(op.count * op.flops for op in transformer_ops(model, tokens, batch, read=read))
+    assert counted == pytest.approx(batch * transformer_flops(MODELS[model].config, tokens, None, read), rel=1e-12)
+    counted = sum(op.count * op.flops for op in transformer_ops(model, image, batch, text=0, keys=tokens, read=read))
+    assert counted == pytest.approx(batch * transformer_flops(MODELS[model].config, image, tokens, read), rel=1e-12)
 
 
 @pytest.mark.parametrize(("model", "billions"), [("flux-kontext", 11.9), ("qwen-image-edit", 20.43)])
 def test_weights_are_read_once(model, billions):
     # With next to no tokens, what is left are the weights: all but embeddings and output (below 1 %).
-    few = MODELS[model].text_tokens
-    read = sum(op.count * op.bytes for op in transformer_ops(model, few))
-    rows = sum(op.count * op.bytes for op in transformer_ops(model, 2 * few)) - read
-    # Bytes are linear in tokens; at `few` tokens the image stream is empty and the text stream full.
+    read, twice = (sum(op.count * op.bytes for op in transformer_ops(model, 2 * n, text=n)) for n in (1, 2))
+    rows = twice - read  # bytes are linear in tokens
     assert (read - rows) / 2 == pytest.approx(billions * 1e9, rel=0.01)
 
 
@@ -102,8 +106,9 @@ def test_stages_of_a_plan_add_up():
     assert done["seconds"] == pytest.approx(sum(s["seconds"] for s in done["stages"]))
     assert done["quotient"] == pytest.approx(done["clock_ratio"] / done["flops_ratio"])
     draft = done["stages"][1]
-    assert draft["seconds"] == pytest.approx(8 * roofline(transformer_ops("flux-kontext", 1024), GPUS["H200"]))
-    assert draft["flops"] == pytest.approx(8 * transformer_flops(MODELS["flux-kontext"].config, 1024))
+    ops = transformer_ops("flux-kontext", 1024, read=256)
+    assert draft["seconds"] == pytest.approx(8 * roofline(ops, GPUS["H200"]))
+    assert draft["flops"] == pytest.approx(8 * transformer_flops(MODELS["flux-kontext"].config, 1024, None, 256))
     assert all(s["seconds"] >= max(s["flops"] / 989e12, s["bytes"] / 4.8e12) * (1 - 1e-9) for s in done["stages"])
 
 
@@ -111,8 +116,28 @@ def test_qwen_pays_for_both_guidance_passes():
     done = plan("turbo", "qwen-image-edit", 1024, 1024, 0.2, "H200")
     tokens = 1400 + 2 * 4096
     full = next(s for s in done["stages"] if s["name"] == "full")
-    assert full["seconds"] == pytest.approx(10 * roofline(transformer_ops("qwen-image-edit", tokens), GPUS["H200"]))
-    assert planner.step_seconds("qwen-image-edit", tokens, "H200") == pytest.approx(full["seconds"] / 5)
+    ops = transformer_ops("qwen-image-edit", tokens, read=4096)
+    assert full["seconds"] == pytest.approx(10 * roofline(ops, GPUS["H200"]))
+    stock = planner.step_seconds("qwen-image-edit", tokens, "H200")
+    assert 0.98 * stock < full["seconds"] / 5 < stock
+
+
+@pytest.mark.parametrize("model", sorted(MODELS))
+def test_stages_of_a_plan_have_the_cost_models_operations(model):
+    changes = dict(restore="reference", draft_condition="small", reference_refresh=2, guidance_range=(0.3, 0.9))
+    for config in ("turbo", resolve("turbo", **changes), resolve("balanced", forecast="toca", forecast_interval=2)):
+        rows = {row["name"]: row for row in flops.plan(config, model, 768, 1024, 0.1)["stages"]}
+        for stage in plan(config, model, 768, 1024, 0.1, "H100")["stages"]:
+            if stage["name"] in rows:
+                assert stage["flops"] == pytest.approx(rows[stage["name"]]["flops"])
+                assert stage["bytes"] > 0
+
+
+def test_a_step_over_the_target_alone_reads_no_weights_of_the_text():
+    d, few = 3072, MODELS["qwen-image-edit"].text_tokens + 64
+    whole = sum(op.count * op.bytes for op in transformer_ops("qwen-image-edit", few))
+    alone = sum(op.count * op.bytes for op in transformer_ops("qwen-image-edit", 64, text=0, keys=few))
+    assert whole - alone > 60 * 2 * 18 * d * d  # 6 of modulation, 4 of attention, 8 of the MLP
 
 
 def test_verification_costs_what_it_decodes():
@@ -130,7 +155,7 @@ def test_verification_costs_what_it_decodes():
 
 
 def test_without_a_draft_nothing_is_verified():
-    config = SpecEditConfig(steps=(0, 0, 50))
+    config = SpecEditConfig(steps=(0, 0, 50), attention="stock")
     done = plan(config, "flux-kontext", 512, 512, 0.2, "A100")
     assert [s["name"] for s in done["stages"]] == ["encode", "full", "decode"]
     assert done["clock_ratio"] == pytest.approx(1) and done["flops_ratio"] == 1

@@ -2,5 +2,9 @@
 
 from .base import Forecaster, full_steps
 from .histories import METHODS, TOKEN_WISE, Done, Histories, forecast_flops, warmup
+from .reference import KeptReference
 
-__all__ = ["METHODS", "TOKEN_WISE", "Done", "Forecaster", "Histories", "forecast_flops", "full_steps", "warmup"]
+__all__ = [
+    "METHODS", "TOKEN_WISE", "Done", "Forecaster", "Histories", "KeptReference", "forecast_flops", "full_steps",
+    "warmup",
+]  # fmt: skip

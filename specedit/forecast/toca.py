@@ -25,14 +25,28 @@ class TokenStore:
     def memory(self) -> int:
         return sum(t.numel() * t.element_size() for pair in self.entries.values() for t in pair)
 
+    def keep(self, rows: int) -> None:
+        """Forget what lies beyond the first `rows` of S: packed sequences of a guidance branch that has left."""
+        for module, (k, v) in self.entries.items():
+            if k.shape[1] > rows:
+                self.entries[module] = (k[:, :rows].contiguous(), v[:, :rows].contiguous())
+
 
 @dataclass(frozen=True, eq=False)
 class TokenCall:
-    """How one branch of a step is computed: all tokens (index None) or the target tokens `index` (b, m); the store is
-    filled, or its rows replaced."""
+    """How one branch of a step is computed; the store is filled, or the rows of what is computed replaced in it.
+
+    All tokens (index None), the text and the target tokens `index` (b, m), or all target tokens without the text
+    (`target`).
+    """
 
     store: TokenStore
     index: Tensor | None = None
+    target: bool = False
+
+    @property
+    def partial(self) -> bool:
+        return self.target or self.index is not None
 
 
 def fresh_tokens(tokens: int) -> int:

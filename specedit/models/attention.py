@@ -26,18 +26,18 @@ class Segments:
     cu_k: Tensor
 
 
-def segments(coarse_query: Tensor, lengths: list[int] | None = None) -> Segments:
+def segments(coarse_query: Tensor, lengths: list[int] | None = None, keys: list[int] | None = None) -> Segments:
     """Segments of a (T,) bool of which queries are coarse: made once a step, not in every block.
 
     lengths: of the sequences that are packed in T; None for one. Every sequence has a segment of each kind, the fine
-    ones of all sequences first, and its own keys in both copies.
+    ones of all sequences first, and its own keys in both copies: as many as queries, or `keys` of each.
     """
     device, total = coarse_query.device, len(coarse_query)
     lengths = lengths or [total]
     fine, coarse = (~coarse_query).nonzero()[:, 0], coarse_query.nonzero()[:, 0]
     chosen = torch.stack([part.sum() for part in coarse_query.split(lengths)]).tolist()
     queries = [n - m for n, m in zip(lengths, chosen, strict=True)] + chosen
-    cu_q, cu_k = (cumulative(each, device) for each in (queries, lengths * 2))
+    cu_q, cu_k = (cumulative(each, device) for each in (queries, (keys or lengths) * 2))
     return Segments(fine, coarse, torch.cat([fine, coarse]), cu_q, cu_k)
 
 
@@ -77,6 +77,19 @@ def pack(texts: list[int], target: int, reference: int, device: torch.device) ->
 
 
 @dataclass(frozen=True, eq=False)
+class Queries:
+    """The rows that ask, where not every row of the sequence does: the first `count` of the image stream.
+
+    segments: of these rows, for phase-aligned RoPE. cu_seqlens, longest: of the rows of packed sequences.
+    """
+
+    count: int
+    segments: Segments | None = None
+    cu_seqlens: Tensor | None = None
+    longest: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class MixedContext:
     """What a mixed sequence adds to an attention call; travels in `joint_attention_kwargs`.
 
@@ -90,7 +103,10 @@ class MixedContext:
 
     store: None, or where every module keeps the keys and values (b, S, H, D) of its whole sequence, by its id. With
     `rows` (b, n) the call holds those rows of the sequence alone, at positions `rotary` (then (b, n, D/2)): they
-    replace their keys and values in the store and attend to all of it.
+    replace their keys and values in the store and attend to all of it; `asking` says so of packed sequences.
+
+    read: None, or the rows whose output is read behind the last block, see models/last_block.py. plain: the model's own
+    processors run in all blocks but that one.
     """
 
     key_bias: Tensor | None = None
@@ -102,6 +118,9 @@ class MixedContext:
     index: Tensor | None = None
     store: dict[int, tuple[Tensor, Tensor]] | None = None
     rows: Tensor | None = None
+    asking: Queries | None = None
+    read: Queries | None = None
+    plain: bool = False
 
 
 class MixedProcessor:
@@ -147,17 +166,16 @@ class MixedProcessor:
         rotary, coarse_rotary: cos and sin (rows, D/2) float32, those of the text's rows before those of the image's.
         """
         kernels = "torch" if context.backend == "stock" else context.backend
-        streams = [(hidden_states, _projections(attn, "to_q", "to_k", "to_v", "to_qkv"), attn.norm_q, attn.norm_k)]
-        if encoder_hidden_states is not None:
-            added = _projections(attn, "add_q_proj", "add_k_proj", "add_v_proj", "to_added_qkv")
-            streams.insert(0, (encoder_hidden_states, added, attn.norm_added_q, attn.norm_added_k))
+        streams = _streams(attn, hidden_states, encoder_hidden_states)
         batch, length = hidden_states.shape[0], sum(s[0].shape[1] for s in streams)
         places = None if context.packing is None else (context.packing.text, context.packing.image)
         index = context.index if context.index is not None else torch.arange(length, device=hidden_states.device)
         joint, coarse = None, None
         start = 0
-        for i, (states, project, norm_q, norm_k) in enumerate(streams):
-            q, k, v = (x.unflatten(-1, (-1, head_dim)) for x in project(states))
+        for i, (states, names, norm_q, norm_k) in enumerate(streams):
+            if not states.shape[1]:  # a call for the target's tokens alone has no text
+                continue
+            q, k, v = (x.unflatten(-1, (-1, head_dim)) for x in _projected(attn, names, states))
             if joint is None:  # text and image are normed, rotated and placed side by side in one pass each
                 shape = (batch, length, *q.shape[2:])
                 joint = [q.new_empty(shape) for _ in range(3)]
@@ -171,16 +189,60 @@ class MixedProcessor:
             start = stop
         if context.store is not None:
             joint[1:] = _stored(context, id(attn), *joint[1:])
-        out = self._attend(joint, coarse, context).flatten(2, 3).to(hidden_states.dtype)
+        out = self._attend(joint, coarse, context, context.asking).flatten(2, 3).to(hidden_states.dtype)
         if encoder_hidden_states is None:
             return out
         text = encoder_hidden_states.shape[1]
         for_text, for_image = (out[:, :text], out[:, text:]) if places is None else (out[:, rows] for rows in places)
-        image = attn.to_out[0](for_image.contiguous())
-        image = attn.to_out[1](image) if len(attn.to_out) > 1 else image  # dropout
-        return image, attn.to_add_out(for_text.contiguous())
+        return _output(attn, for_image), attn.to_add_out(for_text.contiguous()) if text else for_text
 
-    def _attend(self, joint: list[Tensor], coarse: list[Tensor] | None, context: MixedContext) -> Tensor:
+    def read_rows(
+        self,
+        attn: nn.Module,
+        head_dim: int,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
+        coarse_rotary: tuple[Tensor, Tensor] | None,
+        context: MixedContext,
+        rows: slice,
+    ) -> Tensor:
+        """What `joint` gives `rows` of hidden_states, and nothing else: all others only serve as keys and values."""
+        kernels = {"stock": None if context.plain else "torch"}.get(context.backend, context.backend)
+        tables = [rotary] + ([coarse_rotary] if context.segments is not None else [])
+        queries: list[Tensor] = []
+        keys: list[list[Tensor]] = [[] for _ in tables]
+        values: list[Tensor] = []
+        start = 0
+        for states, names, norm_q, norm_k in _streams(attn, hidden_states, encoder_hidden_states):
+            if not states.shape[1]:
+                continue
+            stop = start + states.shape[1]
+            asked = rows if states is hidden_states else None
+            q, k, v = (
+                x if x is None else x.unflatten(-1, (-1, head_dim)) for x in _projected(attn, names, states, asked)
+            )
+            values.append(v)
+            for (cos, sin), placed in zip(tables, keys, strict=True):
+                placed.append(_rotated(k, norm_k, cos[..., start:stop, :], sin[..., start:stop, :], kernels))
+                if asked is not None:
+                    own = slice(start + rows.start, start + rows.stop)
+                    queries.append(_rotated(q, norm_q, cos[..., own, :], sin[..., own, :], kernels))
+            start = stop
+        v, *keys = (torch.cat(parts, 1) for parts in (values, *keys))
+        if context.packing is not None:
+            order = torch.cat([context.packing.text, context.packing.image])
+            v, *keys = (torch.empty_like(x).index_copy_(1, order, x) for x in (v, *keys))
+        if context.store is not None:
+            keys[0], v = _stored(context, id(attn), keys[0], v)
+        coarse = [queries[1], keys[1]] if len(tables) == 2 else None
+        out = self._attend([queries[0], keys[0], v], coarse, context, context.read)
+        out = out.flatten(2, 3).to(hidden_states.dtype)
+        return out if encoder_hidden_states is None else _output(attn, out)
+
+    def _attend(
+        self, joint: list[Tensor], coarse: list[Tensor] | None, context: MixedContext, asking: Queries | None
+    ) -> Tensor:
         q, k, v = joint
         bias = None if context.key_bias is None else context.key_bias.expand(q.shape[0], -1)
         if context.backend == "stock":
@@ -191,14 +253,15 @@ class MixedProcessor:
         if coarse is None and context.packing is None:
             return mixed_attention(q, k, v, key_bias=bias, backend=context.backend)
         if coarse is None:
-            ends = context.packing.cu_seqlens
+            ends, longest = context.packing.cu_seqlens, context.packing.longest
+            asked, longest = (ends, longest) if asking is None else (asking.cu_seqlens, asking.longest)
             return mixed_attention(
-                q[0], k[0], v[0], cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=context.packing.longest,
+                q[0], k[0], v[0], cu_seqlens_q=asked, cu_seqlens_k=ends, max_seqlen_q=longest,
                 key_bias=None if bias is None else bias[0].contiguous(), backend=context.backend,
             )[None]  # fmt: skip
         # Two query segments over two rotated copies of the keys, packed into one launch for each sample.
         out = torch.empty_like(q)
-        parts = context.segments
+        parts = context.segments if asking is None else asking.segments
         for b in range(q.shape[0]):
             packed_q = torch.cat([q[b, parts.fine], coarse[0][b, parts.coarse]])
             packed_k = torch.cat([k[b], coarse[1][b]])
@@ -223,18 +286,21 @@ class FluxMixedProcessor(MixedProcessor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         specedit: MixedContext | None = None,
+        rows: slice | None = None,
     ):
-        if specedit is None:
+        if specedit is None or (specedit.plain and rows is None):
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         rotary = half_tables(specedit.rotary or image_rotary_emb, attn.head_dim)
         coarse = None if specedit.coarse_rotary is None else half_tables(specedit.coarse_rotary, attn.head_dim)
-        return self.joint(attn, attn.head_dim, hidden_states, encoder_hidden_states, rotary, coarse, specedit)
+        call = (attn, attn.head_dim, hidden_states, encoder_hidden_states, rotary, coarse, specedit)
+        return self.joint(*call) if rows is None else self.read_rows(*call, rows)
 
 
 class QwenMixedProcessor(MixedProcessor):
     """Of Qwen-Image's double-stream blocks.
 
-    With a context, `image_rotary_emb` and `coarse_rotary` are cos and sin (rows, D/2) float32, text before image.
+    With a context, `image_rotary_emb` and `coarse_rotary` are cos and sin (rows, D/2) float32, text before image; of a
+    plain one, `rotary`.
     """
 
     stock = QwenDoubleStreamAttnProcessor2_0
@@ -248,14 +314,16 @@ class QwenMixedProcessor(MixedProcessor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         specedit: MixedContext | None = None,
+        rows: slice | None = None,
     ):
-        if specedit is None:
+        if specedit is None or (specedit.plain and rows is None):
             return self.original(
                 attn, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, attention_mask, image_rotary_emb
             )
         head_dim = attn.inner_dim // attn.heads
-        coarse = specedit.coarse_rotary
-        return self.joint(attn, head_dim, hidden_states, encoder_hidden_states, image_rotary_emb, coarse, specedit)
+        rotary, coarse = specedit.rotary or image_rotary_emb, specedit.coarse_rotary
+        call = (attn, head_dim, hidden_states, encoder_hidden_states, rotary, coarse, specedit)
+        return self.joint(*call) if rows is None else self.read_rows(*call, rows)
 
 
 def _place(q, k, v, norm_q, norm_k, cos, sin, out, rows: Tensor, backend: str | None) -> None:
@@ -266,9 +334,7 @@ def _place(q, k, v, norm_q, norm_k, cos, sin, out, rows: Tensor, backend: str | 
         return
     # Offloaded module by module: a norm's weights only come to the device when the norm itself is called.
     for x, norm, target in ((q, norm_q, out[0]), (k, norm_k, out[1])):
-        even, odd = norm(x).float().unflatten(-1, (-1, 2)).unbind(-1)
-        c, s = cos.unsqueeze(-2), sin.unsqueeze(-2)
-        target[:, rows] = torch.stack([even * c - odd * s, odd * c + even * s], -1).flatten(-2).to(target.dtype)
+        target[:, rows] = _turned(norm(x), cos, sin).to(target.dtype)
     if v is not None:
         out[2][:, rows] = v
 
@@ -283,10 +349,41 @@ def _stored(context: MixedContext, module: int, k: Tensor, v: Tensor) -> tuple[T
     return k, v
 
 
-def _projections(attn: nn.Module, q: str, k: str, v: str, fused: str):
-    if getattr(attn, "fused_projections", False):
-        return lambda x: getattr(attn, fused)(x).chunk(3, dim=-1)
-    return lambda x: (getattr(attn, q)(x), getattr(attn, k)(x), getattr(attn, v)(x))
+def _streams(attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None) -> list[tuple]:
+    """Text before image, each with its states, the names of its projections, and the norms of queries and keys."""
+    streams = [(hidden_states, ("to_q", "to_k", "to_v", "to_qkv"), attn.norm_q, attn.norm_k)]
+    if encoder_hidden_states is not None:
+        names = ("add_q_proj", "add_k_proj", "add_v_proj", "to_added_qkv")
+        streams.insert(0, (encoder_hidden_states, names, attn.norm_added_q, attn.norm_added_k))
+    return streams
+
+
+def _projected(attn: nn.Module, names: tuple[str, ...], states: Tensor, rows: slice | None = slice(None)):
+    """Queries (of some rows, or None of none), keys and values of states (b, n, C)."""
+    *each, fused = names
+    if getattr(attn, "fused_projections", False):  # one product gives all three, of rows that do not ask too
+        q, k, v = getattr(attn, fused)(states).chunk(3, dim=-1)
+        return None if rows is None else q[:, rows], k, v
+    q, k, v = (getattr(attn, name) for name in each)
+    return None if rows is None else q(states[:, rows]), k(states), v(states)
+
+
+def _output(attn: nn.Module, image: Tensor) -> Tensor:
+    image = attn.to_out[0](image.contiguous())
+    return attn.to_out[1](image) if len(attn.to_out) > 1 else image  # dropout
+
+
+def _rotated(x: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor, backend: str | None) -> Tensor:
+    """Normed and rotated x (b, n, H, D). The kernel does pairs; its second half is dropped."""
+    if norm.weight.device == x.device:
+        return qk_norm_rope(x, x, norm.weight, norm.weight, cos, sin, eps=norm.eps, backend=backend)[0]
+    return _turned(norm(x), cos, sin)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    c, s = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    return torch.stack([even * c - odd * s, odd * c + even * s], -1).flatten(-2).to(x.dtype)
 
 
 def half_tables(tables: tuple[Tensor, Tensor], dim: int) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ..config import SpecEditConfig
 from ..grid import GridSet, LayoutSet, MixedLayout, TokenGrid
 
 
@@ -34,6 +35,7 @@ class EditState:
     pixels_per_token: int
     backend: str | None = None  # of specedit_kernels
     negative_text_tokens: float | None = None  # of the second branch, where its prompt has another length
+    last_block: bool = False  # whether the transformer's last block computes the target's rows alone
     extra: dict[str, Any] = field(default_factory=dict)  # the adapter's own: embeddings, guidance, ...
 
     @property
@@ -50,12 +52,27 @@ class EditState:
         return randn_tensor(shape, generator=self.generator, device=self.device, dtype=torch.float32)
 
 
+def active_branches(state: EditState, config: SpecEditConfig, sigma: float) -> int:
+    """Guidance branches of a step at `sigma`: the prompt's alone outside `guidance_range` (arXiv 2404.07724)."""
+    low, high = config.guidance_range or (0.0, 1.0)
+    return state.branches if low <= sigma <= high else 1
+
+
+def rows_index(rows: list[int], device: torch.device) -> slice | Tensor:
+    """An index that picks `rows`, without copying where they are consecutive: a list would be sent to the device anew
+    by every step, and the step would wait for it."""
+    if rows == list(range(rows[0], rows[0] + len(rows))):
+        return slice(rows[0], rows[0] + len(rows))
+    return torch.tensor(rows, device=device)
+
+
 class Adapter(Protocol):
     """A model family. One instance serves one installed pipeline; what a run needs travels in the state."""
 
     name: str
     pipelines: str  # the classes it serves, for messages
     token_wise: bool  # whether `branches` takes calls for single tokens
+    keeps_reference: bool  # whether it takes calls for the target's tokens alone
 
     @staticmethod
     def matches(pipe: Any) -> bool:
@@ -88,10 +105,11 @@ class Adapter(Protocol):
         self, pipe: Any, state: EditState, tokens: Tensor, sigma: float, rows: list[int], layout: MixedLayout,
         reference: Tensor, reference_layout: MixedLayout, config: Any, calls: list[Any] | None = None,
     ) -> list[Tensor]:  # fmt: skip
-        """What `velocity` combines: every guidance branch's own output (b, N, C) float32, the prompt's first.
+        """What `velocity` combines: the output (b, N, C) float32 of every branch that is active, the prompt's first.
 
-        `calls`: None, or, where the adapter is `token_wise`, for each branch a `forecast.toca.TokenCall` that has the
-        attention modules keep keys and values, and may ask for the outputs (b, m, C) of some target tokens alone.
+        `calls`: None, or for each branch a `forecast.toca.TokenCall` that has the attention modules keep keys and
+        values, and may ask for the outputs (b, m, C) of some target tokens alone (where the adapter is `token_wise`),
+        or to compute nothing but the target's tokens (`keeps_reference`).
         """
 
     def guide(self, state: EditState, outputs: list[Tensor]) -> Tensor:

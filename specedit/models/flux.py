@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from diffusers import FluxKontextPipeline
-from diffusers.models.transformers.transformer_flux import FluxAttention
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxSingleTransformerBlock
 from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from torch import Tensor
 
 from ..grid import MixedLayout, TokenGrid
-from . import attention
-from .base import EditState
+from . import attention, last_block
+from .base import EditState, active_branches, rows_index
 from .images import batched, check_image, decoder_features, source_pictures
 
 IP_ADAPTER = (
@@ -43,6 +43,7 @@ class FluxKontext:
     name = "flux-kontext"
     pipelines = "FluxKontextPipeline"
     token_wise = True
+    keeps_reference = True
 
     @staticmethod
     def matches(pipe: Any) -> bool:
@@ -110,6 +111,7 @@ class FluxKontext:
             branches=1 if negative is None else 2,
             pixels_per_token=multiple,
             backend={"auto": None, "stock": None}.get(attention, attention),
+            last_block=self._trims(pipe, attention),
             extra=dict(
                 positive=positive, negative=negative, dtype=dtype, height=height, width=width,
                 true_cfg_scale=call["true_cfg_scale"], kwargs=call["joint_attention_kwargs"] or {},
@@ -200,32 +202,43 @@ class FluxKontext:
     ) -> list[Tensor]:
         dtype, device = state.extra["dtype"], tokens.device
         sequence = self._sequence(pipe, state, rows, layout, reference_layout, config, bool(calls))
-        kwargs, picked = state.extra["kwargs"] | sequence.kwargs, sequence.rows
         states = torch.cat([tokens, reference], 1).to(dtype)
         timestep = torch.full((len(rows),), sigma * 1000, device=device, dtype=torch.float32).to(dtype) / 1000
-        guidance = state.extra.get("guidance")
 
         def run(prompt: dict[str, Tensor], call: Any) -> Tensor:
-            chosen, ids, more = states, sequence.ids, dict(kwargs)  # the transformer takes the LoRA scale out of it
+            words = prompt["encoder_hidden_states"][sequence.rows], prompt["txt_ids"]
+            chosen, ids, kwargs = states, sequence.ids, sequence.kwargs
             if call is not None:
-                chosen, ids, more["specedit"] = self._part(state, states, ids, kwargs["specedit"], call)
-            out = pipe.transformer(
-                hidden_states=chosen,
-                timestep=timestep,
-                guidance=None if guidance is None else guidance[picked],
-                pooled_projections=prompt["pooled_projections"][picked],
-                encoder_hidden_states=prompt["encoder_hidden_states"][picked],
-                txt_ids=prompt["txt_ids"],
-                img_ids=ids,
-                joint_attention_kwargs=more,
-                return_dict=False,
-            )[0]
+                chosen, ids, context = self._part(state, states, ids, layout.tokens, kwargs["specedit"], call)
+                kwargs = kwargs | {"specedit": context}
+                if call.target:
+                    words = words[0][:, :0], words[1][:0]
+            out = self._forward(pipe, state, prompt, sequence.rows, chosen, ids, *words, timestep, kwargs)
             return out[:, : tokens.shape[1]].float()
 
-        prompts = [state.extra["positive"]]
-        if state.extra["negative"] is not None:
-            prompts.append(state.extra["negative"])
-        return [run(prompt, call) for prompt, call in zip(prompts, calls or [None] * len(prompts), strict=True)]
+        active = active_branches(state, config, sigma)
+        prompts = [state.extra["positive"], state.extra["negative"]][:active]
+        return [run(prompt, call) for prompt, call in zip(prompts, calls or [None] * active, strict=True)]
+
+    @staticmethod
+    def _forward(
+        pipe: Any, state: EditState, prompt: dict[str, Tensor], rows: slice | Tensor, states: Tensor, ids: Tensor,
+        words: Tensor, text_ids: Tensor, timestep: Tensor, kwargs: dict[str, Any],
+    ) -> Tensor:  # fmt: skip
+        """The transformer's output for hidden states (b, n, C) and embeddings `words` (b, L, D)."""
+        guidance = state.extra.get("guidance")
+        kwargs = state.extra["kwargs"] | kwargs  # a new one: the transformer takes the LoRA scale out of it
+        return pipe.transformer(
+            hidden_states=states,
+            timestep=timestep,
+            guidance=None if guidance is None else guidance[rows],
+            pooled_projections=prompt["pooled_projections"][rows],
+            encoder_hidden_states=words,
+            txt_ids=text_ids,
+            img_ids=ids,
+            joint_attention_kwargs=kwargs,
+            return_dict=False,
+        )[0]
 
     def guide(self, state: EditState, outputs: list[Tensor]) -> Tensor:
         velocity, *others = outputs
@@ -239,53 +252,76 @@ class FluxKontext:
         # The entry holds the layouts, so that no other object can take their ids.
         key = (id(layout), id(reference_layout), *rows, config.attention, config.key_bias, config.rope, keeps)
         if key not in made:
-            device = state.device
-            ids = torch.cat([position_ids(layout.positions, 0), position_ids(reference_layout.positions, 1)]).to(device)
-            mixed = layout.is_mixed or reference_layout.is_mixed
-            kwargs = {}
-            if mixed or keeps or config.attention in ("triton", "torch"):
-                area = torch.cat([layout.area, reference_layout.area]).to(device)
-                kwargs = self._mixed(pipe, state, ids, area, mixed, config)
-            made[key] = Sequence(layout, reference_layout, ids, rows_index(rows, device), kwargs)
+            context = self._context(pipe, state, layout, reference_layout, config, keeps)
+            kwargs = {} if context is None else self._told(context, config, state.extra["dtype"])
+            ids = self._ids(state, layout, reference_layout)
+            made[key] = Sequence(layout, reference_layout, ids, rows_index(rows, state.device), kwargs)
         return made[key]
 
     @staticmethod
-    def _part(state: EditState, states: Tensor, ids: Tensor, context: attention.MixedContext, call: Any):
-        """Hidden states, ids and attention context of a call that keeps keys and values, or computes some tokens."""
-        call.store.text_tokens = state.text_tokens
-        if call.index is None:
-            return states, ids, dataclasses.replace(context, store=call.store.entries)
-        text = torch.arange(state.text_tokens, device=ids.device).expand(len(states), -1)
-        rows = torch.cat([text, state.text_tokens + call.index], 1)  # (b, text + m) of the joint sequence
-        tables = tuple(table[rows] for table in context.rotary)
-        index = call.index[..., None].expand(-1, -1, states.shape[2])
-        partial = dataclasses.replace(context, store=call.store.entries, rows=rows, rotary=tables)
-        # The processors take their positions from the context, which knows every sample's own.
-        return states.gather(1, index), ids[: call.index.shape[1]], partial
+    def _ids(state: EditState, layout, reference_layout, scale: float = 1.0) -> Tensor:
+        """Position ids of target and reference (N, 3); `scale`: of rows and columns."""
+        each = [position_ids(part.positions * scale, i) for i, part in enumerate((layout, reference_layout))]
+        return torch.cat(each).to(state.device)
 
     @staticmethod
-    def _mixed(pipe, state: EditState, ids: Tensor, area: Tensor, mixed: bool, config) -> dict[str, Any]:
-        """What a mixed sequence adds to `joint_attention_kwargs`."""
-        bias = None
-        text = torch.zeros(state.text_tokens, device=area.device)
-        if mixed and config.key_bias == "area":
-            bias = torch.cat([text, area.log()])
+    def _told(context: attention.MixedContext, config: Any, dtype: torch.dtype) -> dict[str, Any]:
+        """How the transformer is told of a context: the model's own processors take a bias as a mask."""
         if config.attention == "stock":
-            if bias is None:
-                return {}
-            return {"attention_mask": bias.to(state.extra["dtype"])[None, None, None]}
-        text_ids = state.extra["positive"]["txt_ids"].to(ids)
+            return {"attention_mask": context.key_bias.to(dtype)[None, None, None]}
+        return {"specedit": context}
 
-        def rotary(image_ids: Tensor) -> tuple[Tensor, Tensor]:
-            return tuple(attention.half_table(t) for t in pipe.transformer.pos_embed(torch.cat([text_ids, image_ids])))
+    def _context(
+        self, pipe, state: EditState, layout, reference_layout, config, keeps: bool
+    ) -> attention.MixedContext | None:
+        """What attention is told, or None where the stock processors need no telling."""
+        area = torch.cat([layout.area, reference_layout.area]).to(state.device)
+        target, mixed = len(layout.area), layout.is_mixed or reference_layout.is_mixed
+        text = torch.zeros(state.text_tokens, device=area.device)
+        bias = torch.cat([text, area.log()]) if mixed and config.key_bias == "area" else None
+        if config.attention == "stock":
+            return None if bias is None else attention.MixedContext(bias, backend="stock")
+        own = mixed or keeps or config.attention != "auto"
+        if not own and not state.last_block:
+            return None
+        text_ids = state.extra["positive"]["txt_ids"]
 
-        segments = coarse_rotary = None
+        def rotary(ids: Tensor) -> tuple[Tensor, Tensor]:
+            tables = pipe.transformer.pos_embed(torch.cat([text_ids.to(ids), ids]))
+            return tuple(attention.half_table(table) for table in tables)
+
+        segments = coarse_rotary = asked = None
         if mixed and config.rope == "phase_aligned":
             segments = attention.segments(torch.cat([text > 0, area > 1]))
-            coarse_rotary = rotary(torch.cat([ids[:, :1], ids[:, 1:] / 2], 1))
-        index = torch.arange(len(text_ids) + len(ids), device=ids.device)
-        context = attention.MixedContext(bias, segments, coarse_rotary, state.backend, rotary=rotary(ids), index=index)
-        return {"specedit": context}
+            asked = attention.segments(area[:target] > 1, [target], [len(text) + len(area)])
+            coarse_rotary = rotary(self._ids(state, layout, reference_layout, 0.5))
+        return attention.MixedContext(
+            bias, segments, coarse_rotary, state.backend if own else "stock",
+            rotary=rotary(self._ids(state, layout, reference_layout)),
+            index=torch.arange(len(text) + len(area), device=area.device),
+            read=attention.Queries(target, asked) if state.last_block else None, plain=not own,
+        )  # fmt: skip
+
+    @staticmethod
+    def _part(state: EditState, states: Tensor, ids: Tensor, target: int, context: attention.MixedContext, call: Any):
+        """Hidden states, ids and attention context of a call that keeps keys and values, or computes some tokens."""
+        call.store.text_tokens = state.text_tokens
+        if not call.partial:
+            return states, ids, dataclasses.replace(context, store=call.store.entries)
+        first = state.text_tokens
+        if call.target:
+            tables = tuple(table[first : first + target] for table in context.rotary)
+            rows = torch.arange(first, first + target, device=ids.device).expand(len(states), -1)
+            partial = dataclasses.replace(context, store=call.store.entries, rows=rows, rotary=tables)
+            return states[:, :target], ids[:target], partial
+        text = torch.arange(first, device=ids.device).expand(len(states), -1)
+        rows = torch.cat([text, first + call.index], 1)  # (b, text + m) of the joint sequence
+        tables = tuple(table[rows] for table in context.rotary)
+        read = None if context.read is None else attention.Queries(call.index.shape[1])
+        partial = dataclasses.replace(context, store=call.store.entries, rows=rows, rotary=tables, read=read)
+        # The processors take their positions from the context, which knows every sample's own.
+        index = call.index[..., None].expand(-1, -1, states.shape[2])
+        return states.gather(1, index), ids[: call.index.shape[1]], partial
 
     # --------------------------------------------------------------------------------------- features and images
 
@@ -313,9 +349,23 @@ class FluxKontext:
 
     def attach(self, pipe: Any) -> None:
         attention.attach(pipe.transformer, FluxAttention, attention.FluxMixedProcessor)
+        if (block := self._last(pipe)) is not None:
+            last_block.attach(block, FluxSingleTransformerBlock, last_block.FluxLastBlock)
 
     def detach(self, pipe: Any) -> None:
         attention.detach(pipe.transformer, FluxAttention)
+        if (block := self._last(pipe)) is not None:
+            last_block.detach(block)
+
+    @staticmethod
+    def _last(pipe: Any) -> torch.nn.Module | None:
+        """The last single block; None of a transformer without any, whose double blocks stay as they are."""
+        return next(iter(pipe.transformer.single_transformer_blocks[-1:]), None)
+
+    def _trims(self, pipe: Any, attention: str) -> bool:
+        """Whether the last block will compute the target's rows alone."""
+        block = self._last(pipe)
+        return attention != "stock" and block is not None and last_block.attached(block)
 
 
 def check_negative(positive: dict[str, Tensor], negative: dict[str, Tensor]) -> None:
@@ -324,14 +374,6 @@ def check_negative(positive: dict[str, Tensor], negative: dict[str, Tensor]) -> 
         expected, got = tuple(positive[name].shape), tuple(negative[name].shape)
         if expected != got:
             raise ValueError(f"negative prompt: expected {name} of shape {expected}, as the prompt's, got {got}")
-
-
-def rows_index(rows: list[int], device: torch.device) -> slice | Tensor:
-    """An index that picks `rows`, without copying where they are consecutive: a list would be sent to the device anew
-    by every step, and the step would wait for it."""
-    if rows == list(range(rows[0], rows[0] + len(rows))):
-        return slice(rows[0], rows[0] + len(rows))
-    return torch.tensor(rows, device=device)
 
 
 def position_ids(positions: Tensor, image: int) -> Tensor:

@@ -9,13 +9,17 @@ from typing import Any
 
 import torch
 from diffusers import LongCatImageEditPipeline
-from diffusers.models.transformers.transformer_longcat_image import LongCatImageAttention, LongCatImageAttnProcessor
+from diffusers.models.transformers.transformer_longcat_image import (
+    LongCatImageAttention,
+    LongCatImageAttnProcessor,
+    LongCatImageSingleTransformerBlock,
+)
 from diffusers.pipelines.longcat_image import pipeline_longcat_image_edit as edit
 from diffusers.pipelines.longcat_image.pipeline_output import LongCatImagePipelineOutput
 from torch import Tensor
 
 from ..grid import TokenGrid
-from . import attention
+from . import attention, last_block
 from .base import EditState
 from .flux import FluxKontext, position_ids
 from .images import check_pictures, source_pictures
@@ -48,17 +52,24 @@ class LongCatMixedProcessor(attention.FluxMixedProcessor):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        rows: slice | None = None,
     ):
         return super().__call__(
-            attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, _running.get()
+            attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, _running.get(), rows
         )
+
+
+class LongCatLastBlock(last_block.FluxLastBlock):
+    """FLUX's last block, with the context from `running`."""
+
+    def context(self, kwargs: dict[str, Any] | None) -> attention.MixedContext | None:
+        return _running.get()
 
 
 class LongCatImageEdit(FluxKontext):
     """Adapter of LongCatImageEditPipeline."""
 
     name = "longcat-image-edit"
-    token_wise = False
     pipelines = "LongCatImageEditPipeline"
 
     @staticmethod
@@ -118,34 +129,31 @@ class LongCatImageEdit(FluxKontext):
             branches=1 if negative is None else 2,
             pixels_per_token=multiple,
             backend={"auto": None, "stock": None}.get(attention, attention),
+            last_block=self._trims(pipe, attention),
             extra=dict(
                 positive=positive, negative=negative, dtype=embeds.dtype, scale=call["guidance_scale"],
                 source=source_pictures(pipe, images, height, width).repeat(batch, 1, 1, 1),
             ),
         )  # fmt: skip
 
-    def branches(
-        self, pipe, state, tokens, sigma, rows, layout, reference, reference_layout, config, calls=None
-    ) -> list[Tensor]:
-        dtype, device = state.extra["dtype"], tokens.device
+    @staticmethod
+    def _forward(pipe, state, prompt, rows, states, ids, words, text_ids, timestep, kwargs) -> Tensor:
+        with running(kwargs.get("specedit")):
+            return pipe.transformer(
+                hidden_states=states, timestep=timestep, guidance=None, encoder_hidden_states=words, txt_ids=text_ids,
+                img_ids=ids, return_dict=False,
+            )[0]  # fmt: skip
+
+    @staticmethod
+    def _ids(state: EditState, layout, reference_layout, scale: float = 1.0) -> Tensor:
         # Images begin where the text ends, on both axes: the same number at every resolution.
-        start = torch.tensor([0.0, state.text_tokens, state.text_tokens], device=device)
-        places = [position_ids(each.positions, 1 + i).to(device) for i, each in enumerate((layout, reference_layout))]
-        area = torch.cat([layout.area, reference_layout.area]).to(device)
-        context = self._context(pipe, state, torch.cat(places), start, area, layout, reference_layout, config)
-        states = torch.cat([tokens, reference], 1).to(dtype)
-        timestep = torch.full((len(rows),), sigma * 1000, device=device, dtype=torch.float32).to(dtype) / 1000
+        start = torch.tensor([0.0, state.text_tokens, state.text_tokens], device=state.device)
+        parts = enumerate((layout, reference_layout), start=1)
+        return torch.cat([position_ids(part.positions.to(start) * scale, i) + start for i, part in parts])
 
-        def run(prompt: dict[str, Tensor]) -> Tensor:
-            with running(context):
-                out = pipe.transformer(
-                    hidden_states=states, timestep=timestep, guidance=None,
-                    encoder_hidden_states=prompt["encoder_hidden_states"][rows], txt_ids=prompt["txt_ids"],
-                    img_ids=torch.cat(places) + start, return_dict=False,
-                )[0]  # fmt: skip
-            return out[:, : tokens.shape[1]].float()
-
-        return [run(prompt) for prompt in (state.extra["positive"], state.extra["negative"]) if prompt is not None]
+    @staticmethod
+    def _told(context: attention.MixedContext, config: Any, dtype: torch.dtype) -> dict[str, Any]:
+        return {"specedit": context}  # a bias too: these blocks hand no mask down
 
     def guide(self, state: EditState, outputs: list[Tensor]) -> Tensor:
         if len(outputs) == 1:
@@ -154,28 +162,15 @@ class LongCatImageEdit(FluxKontext):
         return negative + state.extra["scale"] * (positive - negative)
 
     @staticmethod
-    def _context(pipe, state: EditState, ids, start, area, layout, reference_layout, config):
-        """What a mixed sequence adds to attention, or None where the stock processors do."""
-        mixed = layout.is_mixed or reference_layout.is_mixed
-        text = torch.zeros(state.text_tokens, device=area.device)
-        bias = torch.cat([text, area.log()]) if mixed and config.key_bias == "area" else None
-        if config.attention == "stock":
-            return None if bias is None else attention.MixedContext(bias[None], backend="stock")
-        if not mixed and config.attention == "auto":
-            return None
-        segments = coarse_rotary = None
-        if mixed and config.rope == "phase_aligned":
-            segments = attention.segments(torch.cat([text > 0, area > 1]))
-            half = torch.cat([ids[:, :1], ids[:, 1:] / 2], 1) + start
-            coarse_rotary = pipe.transformer.pos_embed(torch.cat([state.extra["positive"]["txt_ids"].to(half), half]))
-        return attention.MixedContext(bias, segments, coarse_rotary, state.backend)
-
-    @staticmethod
     def output(images: Any) -> LongCatImagePipelineOutput:
         return LongCatImagePipelineOutput(images=images)
 
     def attach(self, pipe: Any) -> None:
         attention.attach(pipe.transformer, LongCatImageAttention, LongCatMixedProcessor)
+        if (block := self._last(pipe)) is not None:
+            last_block.attach(block, LongCatImageSingleTransformerBlock, LongCatLastBlock)
 
     def detach(self, pipe: Any) -> None:
         attention.detach(pipe.transformer, LongCatImageAttention)
+        if (block := self._last(pipe)) is not None:
+            last_block.detach(block)

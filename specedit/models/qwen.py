@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
 from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as edit
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as plus
 from diffusers.pipelines.qwenimage.pipeline_output import QwenImagePipelineOutput
@@ -18,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..grid import GridSet, TokenGrid
-from . import attention, qwen_positions
-from .base import EditState
+from . import attention, last_block, qwen_positions
+from .base import EditState, active_branches
 from .images import check_pictures, decoder_features, source_pictures
 from .qwen_velocity import Inputs, guided
 
@@ -52,6 +53,7 @@ class QwenImageEdit:
 
     name = "qwen-image-edit"
     token_wise = False
+    keeps_reference = True
     pipelines = "QwenImageEditPipeline"
 
     @staticmethod
@@ -120,6 +122,7 @@ class QwenImageEdit:
             branches=1 if negative is None else 2,
             pixels_per_token=multiple,
             backend={"auto": None, "stock": None}.get(attention, attention),
+            last_block=attention != "stock" and last_block.attached(pipe.transformer.transformer_blocks[-1]),
             extra=dict(
                 positive=positive, negative=negative, dtype=dtype, call=call, condition=pictures.condition,
                 true_cfg_scale=call["true_cfg_scale"], kwargs=call["attention_kwargs"] or {},
@@ -162,7 +165,7 @@ class QwenImageEdit:
         grids = state.reference_grid.grids if isinstance(state.reference_grid, GridSet) else (state.reference_grid,)
         scale, call = config.draft_scale, state.extra["call"]
         small = GridSet(tuple(grid.coarse(scale) for grid in grids))
-        extra = state.extra | {"offset": self._offset(pipe, state.grid.coarse(scale), small)}
+        extra = state.extra | {"offset": self._offset(pipe, state.grid.coarse(scale), small), "sequences": {}}
         if config.draft_condition == "full" or call["prompt"] is None:  # embeddings that were given cannot be made anew
             return dataclasses.replace(state, extra=extra)
         given = state.extra["condition"]
@@ -183,14 +186,16 @@ class QwenImageEdit:
     def branches(
         self, pipe, state, tokens, sigma, rows, layout, reference, reference_layout, config, calls=None
     ) -> list[Tensor]:
-        prompts = [p for p in (state.extra["positive"], state.extra["negative"]) if p is not None]
+        prompts = [state.extra["positive"], state.extra["negative"]][: active_branches(state, config, sigma)]
         inputs = Inputs(pipe, state, tokens, reference, sigma, rows, layout, reference_layout, config)
-        plain = config.attention == "auto" and not inputs.mixed and all(p["lengths"] is None for p in prompts)
+        whole = all(p["lengths"] is None for p in prompts)
+        plain = config.attention == "auto" and not inputs.mixed and not calls and whole
         if config.attention == "stock":
             return [inputs.dense(prompt) for prompt in prompts]
         if len(prompts) == 1 or config.cfg == "separate":
-            return [inputs.dense(prompt) if plain else inputs.packed([prompt])[0] for prompt in prompts]
-        return inputs.packed(prompts)
+            each = zip(prompts, calls or [None] * len(prompts), strict=True)
+            return [inputs.dense(prompt) if plain else inputs.packed([prompt], call)[0] for prompt, call in each]
+        return inputs.packed(prompts, calls[0] if calls else None)  # one pass, one store
 
     def guide(self, state: EditState, outputs: list[Tensor]) -> Tensor:
         return outputs[0] if len(outputs) == 1 else guided(*outputs, state.extra["true_cfg_scale"])
@@ -226,10 +231,12 @@ class QwenImageEdit:
     def attach(self, pipe: Any) -> None:
         attention.attach(pipe.transformer, Attention, attention.QwenMixedProcessor)
         qwen_positions.attach(pipe.transformer.pos_embed)
+        last_block.attach(pipe.transformer.transformer_blocks[-1], QwenImageTransformerBlock, last_block.QwenLastBlock)
 
     def detach(self, pipe: Any) -> None:
         attention.detach(pipe.transformer, Attention)
         qwen_positions.detach(pipe.transformer.pos_embed)
+        last_block.detach(pipe.transformer.transformer_blocks[-1])
 
 
 class QwenImageEditPlus(QwenImageEdit):

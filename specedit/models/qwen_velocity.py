@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -9,8 +13,44 @@ from torch import Tensor
 
 from ..grid import LayoutSet, MixedLayout
 from . import attention
-from .base import EditState
+from .base import EditState, rows_index
 from .qwen_positions import PlacedImages, all_positions, angles, phases
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """What the transformer is told alike in every step of a stage.
+
+    placed: the images' positions. context: of attention, or None. mask: of the text's padding, or None. texts: which of
+    a prompt's embeddings (rows and tokens flattened) are the words of the sequences, for each prompt; empty where the
+    embeddings are taken as they are.
+    """
+
+    layouts: tuple[MixedLayout, MixedLayout | LayoutSet]  # held, so that no other object can take their ids
+    prompts: tuple[dict[str, Any], ...]
+    placed: PlacedImages
+    context: attention.MixedContext | None
+    mask: Tensor | None = None
+    texts: tuple[Tensor, ...] = ()
+    count: int = 0  # of packed sequences
+    length: int = 0  # of all of them
+
+    @cached_property
+    def target(self) -> Sequences:
+        """Of a call for the target's tokens alone, beside kept keys and values of all others."""
+        context, n = self.context, self.layouts[0].tokens
+        packing, rows = context.packing, self.count * n
+        text, device = len(packing.text), packing.text.device
+        here = torch.arange(rows, device=device)
+        cu_seqlens = n * torch.arange(self.count + 1, dtype=torch.int32, device=device)
+        asking = attention.Queries(rows, cu_seqlens=cu_seqlens, longest=n)
+        alone = dataclasses.replace(
+            context, packing=dataclasses.replace(packing, text=here[:0], image=here), rows=packing.image[None, :rows],
+            asking=asking, read=asking if context.read is not None else None,
+        )  # fmt: skip
+        tables = tuple(table[text : text + rows] for table in self.placed.frequencies)
+        placed = PlacedImages(rows, 0, 1, tables)
+        return dataclasses.replace(self, placed=placed, context=alone, texts=tuple(t[:0] for t in self.texts))
 
 
 class Inputs:
@@ -30,81 +70,128 @@ class Inputs:
     ):
         self.pipe, self.state, self.rows, self.config = pipe, state, rows, config
         self.tokens, self.reference, self.sigma = tokens, reference, sigma
+        self.layout, self.reference_layout = layout, reference_layout
         self.mixed = layout.is_mixed or reference_layout.is_mixed
-        positions = all_positions(layout, reference_layout, pipe.transformer.pos_embed.scale_rope)
-        self.positions = [at.to(tokens.device) for at in positions]  # of the target's tokens and the references'
-        area = [layout.area, torch.cat([part.area for part in reference_layout.parts])]
-        self.area = [a.to(tokens.device) for a in area]
 
-    def packed(self, prompts: list[dict[str, Any]]) -> list[Tensor]:
+    def packed(self, prompts: list[dict[str, Any]], call: Any = None) -> list[Tensor]:
         """Velocities (b, N, C) float32 under each prompt: every sample under every prompt is a sequence of one pass.
 
         The streams are [texts of all sequences] and [targets of all | references of all]; in attention each sequence
-        is [text | target | reference] by itself, and no token is padding.
+        is [text | target | reference] by itself, and no token is padding. call: None, or how keys and values are kept.
         """
-        (b, n, _), r, device = self.tokens.shape, self.reference.shape[1], self.tokens.device
-        texts, indices, lengths = [], [], []
-        for prompt in prompts:
-            text, index, count = text_rows(prompt, self.rows)
-            texts.append(text)
-            indices.append(index)
-            lengths += count
-        sequences = len(lengths)
-        packing = attention.pack(lengths, n, r, device)
-        text_at = self._text_positions(torch.cat(indices))
-
-        def stream(target: Tensor, reference: Tensor) -> Tensor:
-            """One row for each image token of the stream."""
-            return torch.cat([part.repeat(sequences, *[1] * (part.ndim - 1)) for part in (target, reference)])
-
-        def tables(scale: float) -> tuple[Tensor, Tensor]:
-            image_at = stream(*(_scaled(at, scale) for at in self.positions))
-            angle = angles(self.pipe.transformer.pos_embed, torch.cat([text_at, image_at]))
-            return angle.cos(), angle.sin()
-
-        area = stream(*self.area)
-        bias = segments = coarse = None
-        if self._biased:
-            bias = torch.zeros(len(text_at) + len(area), device=device)
-            bias[packing.image] = area.log()
-            bias = bias[None]
-        if self.mixed and self.config.rope == "phase_aligned":
-            is_coarse = torch.zeros(len(text_at) + len(area), dtype=torch.bool, device=device)
-            is_coarse[packing.image] = area > 1
-            segments = attention.segments(is_coarse, [length + n + r for length in lengths])
-            coarse = tables(0.5)
-        context = attention.MixedContext(bias, segments, coarse, self.state.backend, packing)
-        out = self._run(
-            torch.cat([x.repeat(len(prompts), 1, 1).flatten(0, 1) for x in (self.tokens, self.reference)])[None],
-            torch.cat(texts)[None],
-            PlacedImages(sequences * n, sequences * r, 1, tables(1.0)),
-            {"specedit": context},
-        )
-        return list(out[0, : sequences * n].unflatten(0, (len(prompts), b, n)))
+        sequences, (b, n, _) = self._made("packed", prompts, self._packed), self.tokens.shape
+        images = [self.tokens, self.reference]
+        context = sequences.context
+        if call is not None:
+            if call.target:
+                sequences, images = sequences.target, images[:1]
+                call.store.keep(sequences.length)
+            context = dataclasses.replace(sequences.context, store=call.store.entries)
+        words = [p["encoder_hidden_states"].flatten(0, 1)[at] for p, at in zip(prompts, sequences.texts, strict=True)]
+        states = torch.cat([x.repeat(len(prompts), 1, 1).flatten(0, 1) for x in images])[None]
+        out = self._run(states, torch.cat(words)[None], sequences.placed, context)
+        return list(out[0, : sequences.count * n].unflatten(0, (len(prompts), b, n)))
 
     def dense(self, prompt: dict[str, Any]) -> Tensor:
         """Velocity (b, N, C) float32 under one prompt, by the model's own processors.
 
         Those take no bias per key, so where there is one its sum goes to the model's attention backend as a mask.
         """
-        embeds, mask = prompt["encoder_hidden_states"][self.rows], prompt["mask"]
-        (b, n, _), r, length = self.tokens.shape, self.reference.shape[1], embeds.shape[1]
-        mask = None if mask is None else mask[self.rows]
-        text_at = self._text_positions(torch.arange(length, device=embeds.device))
-        extra = {}
+        sequences = self._made("dense", [prompt], self._dense)
+        embeds = prompt["encoder_hidden_states"][rows_index(self.rows, self.tokens.device)]
+        states = torch.cat([self.tokens, self.reference], 1)
+        return self._run(states, embeds, sequences.placed, sequences.context, sequences.mask)[:, : self.tokens.shape[1]]
+
+    def _made(self, kind: str, prompts: list[dict[str, Any]], make: Callable[..., Sequences]) -> Sequences:
+        """Made by the first step of a stage for all of them."""
+        made = self.state.extra.setdefault("sequences", {})
+        key = (
+            kind, id(self.layout), id(self.reference_layout), *self.rows, self.config.attention, self.config.key_bias,
+            self.config.rope, *((id(p), p["encoder_hidden_states"].shape[1]) for p in prompts),
+        )  # fmt: skip
+        if key not in made:
+            made[key] = make(prompts)
+        return made[key]
+
+    def _packed(self, prompts: list[dict[str, Any]]) -> Sequences:
+        n, r, device = self.layout.tokens, self.reference_layout.tokens, self.tokens.device
+        texts, indices, lengths = [], [], []
+        for prompt in prompts:
+            text, index, count = text_rows(prompt, self.rows)
+            texts.append(text)
+            indices.append(index)
+            lengths += count
+        count = len(lengths)
+        packing = attention.pack(lengths, n, r, device)
+        text_at = self._text_positions(torch.cat(indices))
+        whole = [length + n + r for length in lengths]
+
+        def stream(target: Tensor, reference: Tensor) -> Tensor:
+            """One row for each image token of the stream."""
+            return torch.cat([part.repeat(count, *[1] * (part.ndim - 1)) for part in (target, reference)])
+
+        def tables(scale: float) -> tuple[Tensor, Tensor]:
+            image_at = stream(*(_scaled(at, scale) for at in self._positions))
+            angle = angles(self.pipe.transformer.pos_embed, torch.cat([text_at, image_at]))
+            return angle.cos(), angle.sin()
+
+        area = stream(*self._area)
+        bias = segments = asked = coarse = None
         if self._biased:
-            angle = angles(self.pipe.transformer.pos_embed, torch.cat([text_at, *self.positions]))
-            frequencies = angle.cos(), angle.sin()
-            text = torch.zeros(b, length, device=embeds.device)
+            bias = torch.zeros(sum(whole), device=device)
+            bias[packing.image] = area.log()
+            bias = bias[None]
+        if self.mixed and self.config.rope == "phase_aligned":
+            is_coarse = torch.zeros(sum(whole), dtype=torch.bool, device=device)
+            is_coarse[packing.image] = area > 1
+            segments = attention.segments(is_coarse, whole)
+            asked = attention.segments(area[: count * n] > 1, [n] * count, whole)
+            coarse = tables(0.5)
+        read = None
+        if self.state.last_block:
+            read = attention.Queries(count * n, asked, attention.cumulative([n] * count, device), n)
+        context = attention.MixedContext(bias, segments, coarse, self.state.backend, packing, read=read)
+        placed = PlacedImages(count * n, count * r, 1, tables(1.0))
+        return Sequences(
+            self._layouts, tuple(prompts), placed, context, texts=tuple(texts), count=count, length=sum(whole)
+        )
+
+    def _dense(self, prompts: list[dict[str, Any]]) -> Sequences:
+        (prompt,) = prompts
+        (b, n, _), r, length = self.tokens.shape, self.reference.shape[1], prompt["encoder_hidden_states"].shape[1]
+        device = self.tokens.device
+        mask = None if prompt["mask"] is None else prompt["mask"][self.rows]
+        text_at = self._text_positions(torch.arange(length, device=device))
+        angle = angles(self.pipe.transformer.pos_embed, torch.cat([text_at, *self._positions]))
+        tables, context = (angle.cos(), angle.sin()), None
+        if self._biased:
+            frequencies = tables
+            text = torch.zeros(b, length, device=device)
             if mask is not None:
                 text = text.masked_fill(~mask, -torch.inf)
-            bias = torch.cat([text, torch.cat(self.area).log().expand(b, -1)], 1)
-            extra["specedit"] = attention.MixedContext(bias, backend="stock")
+            bias = torch.cat([text, torch.cat(self._area).log().expand(b, -1)], 1)
+            context = attention.MixedContext(bias, backend="stock")
         else:
-            at = torch.cat(self.positions), text_at
-            frequencies = tuple(phases(angles(self.pipe.transformer.pos_embed, x)) for x in at)
-        placed = PlacedImages(n, r, b, frequencies)
-        return self._run(torch.cat([self.tokens, self.reference], 1), embeds, placed, extra, mask)[:, :n]
+            frequencies = phases(angle[length:]), phases(angle[:length])
+            if self.state.last_block:
+                read = attention.Queries(n)
+                context = attention.MixedContext(backend="stock", rotary=tables, read=read, plain=True)
+        return Sequences(self._layouts, tuple(prompts), PlacedImages(n, r, b, frequencies), context, mask)
+
+    @property
+    def _layouts(self) -> tuple[MixedLayout, MixedLayout | LayoutSet]:
+        return self.layout, self.reference_layout
+
+    @cached_property
+    def _positions(self) -> list[Tensor]:
+        """Of the target's tokens and the references'."""
+        places = all_positions(self.layout, self.reference_layout, self.pipe.transformer.pos_embed.scale_rope)
+        return [at.to(self.tokens.device) for at in places]
+
+    @cached_property
+    def _area(self) -> list[Tensor]:
+        area = [self.layout.area, torch.cat([part.area for part in self.reference_layout.parts])]
+        return [each.to(self.tokens.device) for each in area]
 
     @property
     def _biased(self) -> bool:
@@ -114,9 +201,13 @@ class Inputs:
         """(L, 3): text lies beyond the images, at the same number on every axis."""
         return (self.state.extra["offset"] + index).float()[:, None].expand(-1, 3)
 
-    def _run(self, states, embeds, placed: PlacedImages, extra: dict[str, Any], mask: Tensor | None = None) -> Tensor:
+    def _run(
+        self, states: Tensor, embeds: Tensor, placed: PlacedImages, context: attention.MixedContext | None,
+        mask: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         dtype = self.state.extra["dtype"]
         timestep = torch.full((len(states),), self.sigma * 1000, device=states.device, dtype=torch.float32)
+        extra = {} if context is None else {"specedit": context}
         return self.pipe.transformer(
             hidden_states=states.to(dtype),
             timestep=timestep.to(dtype) / 1000,
@@ -129,13 +220,16 @@ class Inputs:
 
 
 def text_rows(prompt: dict[str, Any], rows: list[int]) -> tuple[Tensor, Tensor, list[int]]:
-    """Text tokens (T, D) of the samples one after the other without padding, their index, and how many of each."""
-    embeds, mask = prompt["encoder_hidden_states"][rows], prompt["mask"]
+    """The words of the samples `rows`, one sample after the other without padding: where they stand among the prompt's
+    flattened embeddings (T,), their index in the text, and how many each sample has."""
+    batch, longest = prompt["encoder_hidden_states"].shape[:2]
+    mask, device = prompt["mask"], prompt["encoder_hidden_states"].device
+    place = torch.arange(batch * longest, device=device).view(batch, longest)[rows]
+    index = torch.arange(longest, device=device).expand(len(rows), -1)
     if mask is None:
-        index = torch.arange(embeds.shape[1], device=embeds.device).repeat(len(rows))
-        return embeds.flatten(0, 1), index, [embeds.shape[1]] * len(rows)
+        return place.flatten(), index.flatten(), [longest] * len(rows)
     mask = mask[rows]
-    return embeds[mask], mask.nonzero()[:, 1], [prompt["lengths"][row] for row in rows]
+    return place[mask], index[mask], [prompt["lengths"][row] for row in rows]
 
 
 def _scaled(positions: Tensor, scale: float) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 
 import specedit
 from benchmarks import editor_bench, real_models
-from benchmarks.editor_bench import Bench, Case, edit_cells, found
+from benchmarks.editor_bench import Bench, Case, edit_cells, fields, found
 
 
 @pytest.mark.parametrize("shape", ["blob", "scattered"])
@@ -76,3 +76,13 @@ def test_loading_another_model_lets_go_of_the_first(bench):
     assert bench.load("flux-kontext") is first
     assert isinstance(bench.load("qwen-image-edit"), real_models.QwenImageEditPipeline)
     assert bench.model == "qwen-image-edit" and bench.execution == "eager"
+
+
+def test_fields_of_a_configuration():
+    assert fields("") == {}
+    assert fields("reference_refresh=4  guidance_range=(0.2,0.9) draft_condition='small'") == dict(
+        reference_refresh=4, guidance_range=(0.2, 0.9), draft_condition="small"
+    )
+    for wrong in ("reference_refresh", "guidance_range=(0.2, 0.9)", "restore=full"):
+        with pytest.raises(ValueError, match="changes: expected name=value with a Python value, got"):
+            fields(wrong)

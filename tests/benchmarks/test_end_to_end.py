@@ -147,9 +147,20 @@ def test_everything_is_asked_for_once_and_stock_first():
     assert wanted[0] == Case("flux-kontext", 1024, 1024, 1, "eager")
 
 
+def test_presets_with_other_fields_are_cases_of_their_own(tmp_path):
+    path, kept = tmp_path / "kept.json", "reference_refresh=2"
+    given = ["--json", str(path), *FLUX, "--batch", "1", "--restore", "reference", "--changes", "", "--changes", kept]
+    assert end_to_end.main(given) == 0
+    plain, changed = json.loads(path.read_text())["rows"]
+    assert (plain["changes"], changed["changes"]) == ("", kept)
+    assert changed["flops_ratio"] > plain["flops_ratio"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [(["--size", "1024"], "HEIGHTxWIDTH"), (["--size", "100x128"], "multiples of 16"), (["--share", "0"], "percentage"),
+     (["--changes", "reference_refresh=0"], "reference_refresh: expected"), (["--changes", "refresh=2"], "not a field"),
+     (["--changes", "restore=full"], "expected name=value"),
      (["--repeat", "0"], "at least 1"), (["--model", "flux"], "flux-kontext"), (["--share", "ten"], "percentage")],
 )  # fmt: skip
 def test_wrong_arguments(arguments, says, capsys):

@@ -188,14 +188,14 @@ def test_kept_keys_at_the_same_noise_change_nothing(pipe, edit, kind):
 def test_flops_are_counted_step_by_step(pipe, edit):
     specedit.install(pipe, **ALONE, forecast="taylor")
     edit(pipe)
-    full = transformer_flops(pipe.transformer.config, 144)
+    full = transformer_flops(pipe.transformer.config, 144, read=64)
     stage = next(s for s in specedit.report(pipe).stages if s.name == "full")
     config = SpecEditConfig(**ALONE, forecast="taylor")
     assert stage.flops == 5 * full + 4 * forecast_flops(config, 64 * 16) and stage.steps == 9
     specedit.install(pipe, **ALONE, forecast="toca")
     edit(pipe)
     stage = next(s for s in specedit.report(pipe).stages if s.name == "full")
-    assert stage.flops == 5 * full + 4 * transformer_flops(pipe.transformer.config, 16 + 7, 144)
+    assert stage.flops == 5 * full + 4 * transformer_flops(pipe.transformer.config, 16 + 7, 144, 7)
     specedit.install(pipe, **ALONE, forecast="reuse")
     edit(pipe)
     stage = next(s for s in specedit.report(pipe).stages if s.name == "full")

@@ -7,16 +7,20 @@ class TestMyModel(Conformance):
 """
 
 import copy
+import dataclasses
 import inspect
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import specedit
 from specedit import SpecEditConfig
+from specedit.forecast.toca import TokenCall, TokenStore
 from specedit.grid import MixedLayout
 from specedit.sampler import restrict
 
@@ -71,8 +75,38 @@ class Shuffled:
         return (self,)
 
 
+class Ops(TorchDispatchMode):
+    """Names of the operators that ran inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+
+    def __torch_dispatch__(self, function, classes, args=(), kwargs=None):
+        self.names[function.overloadpacket.__name__] += 1
+        return function(*args, **kwargs or {})
+
+
 def mixed_layout(grid, share=0.4, seed=0):
     return MixedLayout(grid, torch.rand(grid.coarse().shape, generator=torch.Generator().manual_seed(seed)) < share)
+
+
+def step_of(family, adapter, pipe, state, layout, config, sigma=0.5):
+    """Calls the adapter on random tokens of a layout: `run(calls)` is what `branches` gives."""
+    beside = layout.resized(state.reference_grid)
+    draw = torch.Generator().manual_seed(1)
+    tokens = torch.randn(state.batch, layout.tokens, state.noise.shape[2], generator=draw)
+    call = (pipe, state, tokens, sigma, list(range(state.batch)), layout, restrict(state.reference, beside), beside)
+
+    @torch.no_grad()
+    def run(calls=None):
+        return adapter.branches(*call, config, calls)
+
+    return run
+
+
+def layouts(grid):
+    return [mixed_layout(grid), MixedLayout.all_coarse(grid), MixedLayout.all_fine(grid)]
 
 
 def trace(pipe):
@@ -156,7 +190,140 @@ class Conformance:
             wrong = velocity(tokens[:, orders[0]], stayed, reference[:, orders[1]], moved[1])
             assert (wrong - expected).abs().max() > 1e-3  # positions matter
 
+    @pytest.mark.parametrize("changes", [{}, {"rope": "phase_aligned"}, {"reference_refresh": 2}])
+    def test_what_a_stage_shares_is_made_by_its_first_step(self, family, changes):
+        config = SpecEditConfig(**changes)
+        for guide in self.guides(family):
+            pipe = family.make()
+            adapter, state = family.prepare(pipe, (144, 112), **guide)
+            for layout in layouts(state.grid):
+                run = step_of(family, adapter, pipe, state, layout, config)
+                kept = "reference_refresh" in changes and adapter.keeps_reference
+                stores = [TokenStore() for _ in range(state.branches if kept else 0)]
+                calls = [TokenCall(store) for store in stores] or None
+                first, made = run(calls), dict(state.extra["sequences"])
+                if kept:
+                    calls = [TokenCall(store, target=True) for store in stores]
+                    run(calls)
+                with Ops() as later:
+                    again = run(calls)
+                for a, b in zip(first, again, strict=True):
+                    self.close(b, a)
+                assert all(state.extra["sequences"][key] is made[key] for key in state.extra["sequences"])
+                # Nothing that the host would have to wait for: no sizes that depend on masks, no values sent over.
+                assert later.names["addmm"] and not later.names["nonzero"]
+                if not getattr(pipe.transformer, "zero_cond_t", False):  # that transformer sends an index by itself
+                    assert not later.names["lift_fresh"]
+
+    @pytest.mark.parametrize("changes", [{}, {"attention": "torch"}, {"rope": "phase_aligned"}, {"cfg": "separate"}])
+    def test_the_last_block_computes_what_is_read(self, family, changes):
+        config = SpecEditConfig(**changes)
+        for guide in self.guides(family):
+            pipe = family.make()
+            adapter, state = family.prepare(pipe, (144, 112), config.attention, **guide)
+            if not state.last_block:
+                pytest.skip("this adapter leaves the last block as it is")
+            whole = dataclasses.replace(state, last_block=False, extra=state.extra | {"sequences": {}})
+            for layout in layouts(state.grid):
+                trimmed, stock = (step_of(family, adapter, pipe, s, layout, config)() for s in (state, whole))
+                for a, b in zip(trimmed, stock, strict=True):
+                    self.close(a, b)
+
+    def test_the_last_block_is_stocks_with_stock_attention(self, family):
+        assert not family.prepare(family.make(), attention="stock")[1].last_block
+
+    # Keys and values of this very step: then the target's tokens alone give what all tokens give.
+    @pytest.mark.parametrize("changes", [{}, {"cfg": "separate"}, {"key_bias": "none"}])
+    def test_the_target_alone_beside_kept_keys(self, family, changes):
+        config = SpecEditConfig(reference_refresh=2, **changes)
+        for guide in self.guides(family):
+            pipe = family.make()
+            adapter, state = family.prepare(pipe, (144, 112), **guide)
+            if not adapter.keeps_reference:
+                pytest.skip("this adapter does not keep the reference")
+            for last_block in {state.last_block, False}:
+                state = dataclasses.replace(state, last_block=last_block, extra=state.extra | {"sequences": {}})
+                for layout in layouts(state.grid):
+                    run = step_of(family, adapter, pipe, state, layout, config)
+                    stores = [TokenStore() for _ in range(state.branches)]
+                    plain, filled = run(), run([TokenCall(store) for store in stores])
+                    alone = run([TokenCall(store, target=True) for store in stores])
+                    for a, b, c in zip(plain, filled, alone, strict=True):
+                        self.close(b, a)
+                        self.close(c, a)
+
+    @pytest.mark.parametrize("cfg", ["packed", "separate"])
+    def test_what_is_kept_outlives_a_branch_that_leaves(self, family, cfg):
+        if family.guided is None or not family.adapter.keeps_reference:
+            pytest.skip("there are no two branches that keep anything")
+        config = SpecEditConfig(reference_refresh=9, guidance_range=(0.4, 1.0), cfg=cfg)
+        later = dataclasses.replace(config, guidance_range=(0.6, 1.0))
+        pipe = family.make()
+        adapter, state = family.prepare(pipe, (144, 112), **family.guided)
+        for layout in layouts(state.grid):
+            both, one = (step_of(family, adapter, pipe, state, layout, each) for each in (config, later))
+            stores = [TokenStore(), TokenStore()]
+            filled = both([TokenCall(store) for store in stores])
+            assert len(filled) == 2
+            (alone,) = one([TokenCall(stores[0], target=True)])
+            self.close(alone, filled[0])
+
+    def test_refreshing_every_step_changes_nothing(self, family):
+        for guide in self.guides(family):
+            runs = []
+            for refresh in (None, 1):
+                pipe = specedit.install(family.make(), attention="torch", reference_refresh=refresh, **QUICK)
+                if not family.adapter.keeps_reference:
+                    break
+                runs.append(family.run(pipe, **guide))
+                assert all(stage.reused == 0 for stage in specedit.report(pipe).stages)
+            if runs:
+                assert torch.equal(runs[1], runs[0])
+
+    def test_a_kept_reference_is_offered_or_refused(self, family):
+        steps = dict(steps=(3, 3, 2), draft_steps=3)
+        pipe = specedit.install(family.make(), reference_refresh=2, **steps)
+        if not family.adapter.keeps_reference:
+            with pytest.raises(ValueError, match=f"reference_refresh: expected None for {family.adapter.name}"):
+                family.run(pipe)
+            return
+        for guide in self.guides(family):
+            specedit.install(pipe, reference_refresh=2, **steps)
+            kept, report = family.run(pipe, **guide), specedit.report(pipe)
+            reused = {stage.name: stage.reused for stage in report.stages if stage.steps}
+            assert reused == {"draft": 1, "coarse": 1, "mixed": 1, "full": 1} and report.cache_bytes > 0
+            specedit.install(pipe, reference_refresh=None, **steps)
+            plain = family.run(pipe, **guide)
+            assert specedit.report(pipe).flops > report.flops
+            assert kept.isfinite().all() and not torch.equal(kept, plain)
+
+    def test_guidance_only_within_its_range(self, family):
+        if family.guided is None:
+            pytest.skip("this pipeline has no true guidance")
+        steps = dict(steps=(0, 0, 4))
+        everywhere, nowhere, some = (
+            specedit.install(family.make(), guidance_range=bounds, **steps)
+            for bounds in ((0.0, 1.0), (0.001, 0.002), (0.6, 0.9))
+        )
+        plain = specedit.install(family.make(), **steps)
+        guided = family.run(plain, **family.guided)
+        assert torch.equal(family.run(everywhere, **family.guided), guided)
+        unguided = family.run(nowhere, **family.guided)
+        self.close(unguided, family.run(plain))
+        assert specedit.report(nowhere).flops == specedit.report(plain).flops  # the negative prompt is not run
+        between = family.run(some, **family.guided)
+        assert not torch.equal(between, guided) and not torch.equal(between, unguided)
+        flops = [specedit.report(pipe).flops for pipe in (nowhere, some, everywhere)]
+        assert flops[0] < flops[1] < flops[2]
+
     def test_samples_of_a_batch_are_independent(self, family):
+        self.check_batch(family)
+
+    def test_samples_are_independent_with_every_switch(self, family):
+        more = dict(guidance_range=(0.3, 0.9)) | (dict(reference_refresh=2) if family.adapter.keeps_reference else {})
+        self.check_batch(family, **more)
+
+    def check_batch(self, family, **more):
         if family.batch is None:
             pytest.skip("this pipeline takes one picture a call")
         for guide in self.guides(family):
@@ -169,7 +336,7 @@ class Conformance:
                 guide = {name: [value] if isinstance(value, str) else value for name, value in guide.items()}
             twice = {name: value * 2 if isinstance(value, list) else value for name, value in guide.items()}
             generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
-            pipe = specedit.install(family.make(), **QUICK)
+            pipe = specedit.install(family.make(), **QUICK, **more)
             together = family.run(pipe, generator=generators, **both, **twice)
             assert len(together) == 2
             for row, seed in enumerate((5, 6)):

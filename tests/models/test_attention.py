@@ -12,6 +12,7 @@ from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStream
 from specedit.models.attention import (
     FluxMixedProcessor,
     MixedContext,
+    Queries,
     QwenMixedProcessor,
     attach,
     detach,
@@ -290,3 +291,58 @@ def test_packed_sequences_do_not_see_each_other(phase_aligned):
         got = attn(image[:, own], encoder_hidden_states=text[:, words], image_rotary_emb=tables["fine"], specedit=alone)
         torch.testing.assert_close(out_image[:, own], got[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(out_text[:, words], got[1], rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- some rows alone
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("backend", [None, "stock"])
+@pytest.mark.parametrize("aligned", [False, True])
+def test_some_rows_alone_are_those_rows_of_all(attn, fused, backend, aligned):
+    if aligned and backend == "stock":
+        pytest.skip("stock attention knows one scale")
+    coarse = torch.tensor([False] * TEXT + [True, True, False, False, True, False, False, True])
+    n, states, ids = len(coarse), random_states(2, len(coarse)), some_ids(len(coarse))
+    attn = mixed(attn)
+    if fused:
+        attn.fuse_projections()
+    joint = attn.added_kv_proj_dim is not None
+    rows = slice(0, 5) if joint else slice(TEXT, TEXT + 5)  # of the image stream, or of text and image
+    more = {}
+    if aligned:
+        asked = segments(coarse[TEXT : TEXT + 5], [5], [n])
+        more = dict(segments=segments(coarse), coarse_rotary=POS_EMBED(ids / 2), read=Queries(5, asked))
+    context = MixedContext(key_bias=coarse.float(), backend=backend, **more)
+    whole = run(attn, states, ids, specedit=context)[:, TEXT : TEXT + 5]
+    given = dict(image_rotary_emb=POS_EMBED(ids), specedit=context, rows=rows)
+    streams = (states[:, TEXT:], states[:, :TEXT]) if joint else (states,)
+    torch.testing.assert_close(attn(*streams, **given), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_a_plain_context_is_the_original_but_for_some_rows(attn):
+    states, ids = random_states(2, 11), some_ids(11)
+    context = MixedContext(key_bias=torch.rand(11), backend="stock", plain=True)
+    assert torch.equal(run(mixed(attn), states, ids, specedit=context), run(attn, states, ids))
+
+
+def test_some_rows_of_packed_sequences():
+    attn = make_qwen_attention()
+    attn.set_processor(QwenMixedProcessor(attn.processor))
+    generator = torch.Generator().manual_seed(4)
+    texts, target, reference = [1, 4], 5, 3
+    packing = pack(texts, target, reference, "cpu")
+    total = sum(texts) + 2 * (target + reference)
+    text, image = (torch.randn(1, n, 32, generator=generator) for n in (sum(texts), total - sum(texts)))
+    angle = torch.randn(total, DIM // 2, generator=generator)
+    read = Queries(2 * target, cu_seqlens=torch.tensor([0, 5, 10], dtype=torch.int32), longest=5)
+    context = MixedContext(torch.rand(1, total, generator=generator), packing=packing, read=read)
+    given = dict(encoder_hidden_states=text, image_rotary_emb=(angle.cos(), angle.sin()), specedit=context)
+    whole, _ = attn(image, **given)
+    alone = attn(image, **given, rows=slice(0, 2 * target))
+    torch.testing.assert_close(alone, whole[:, : 2 * target], rtol=1e-4, atol=1e-5)
+
+
+def test_segments_of_some_queries():
+    parts = segments(torch.tensor([1, 0, 0], dtype=torch.bool), [2, 1], [7, 4])
+    assert parts.cu_q.tolist() == [0, 1, 2, 3, 3] and parts.cu_k.tolist() == [0, 7, 11, 18, 22]

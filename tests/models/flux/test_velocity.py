@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from specedit import SpecEditConfig
 from specedit.grid import MixedLayout
 from specedit.models import attention
-from specedit.models.flux import rows_index
+from specedit.models.base import rows_index
 from specedit.sampler import restrict
+from tests.models.conformance import Ops
 from tests.models.flux.common import random_like
 
 
@@ -149,18 +149,6 @@ def test_rows_pick_their_own_prompts(prepare):
     assert (both[0] - both[1]).abs().max() > 1e-4
 
 
-class Ops(TorchDispatchMode):
-    """Names of the operators that ran inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = Counter()
-
-    def __torch_dispatch__(self, function, classes, args=(), kwargs=None):
-        self.names[function.overloadpacket.__name__] += 1
-        return function(*args, **kwargs or {})
-
-
 @pytest.mark.parametrize("rope", ["scaled", "phase_aligned"])
 @pytest.mark.parametrize("rows", [[0, 1], [1], [0, 2]])
 def test_what_a_stage_shares_is_made_by_its_first_step(prepare, monkeypatch, rope, rows):
@@ -179,7 +167,8 @@ def test_what_a_stage_shares_is_made_by_its_first_step(prepare, monkeypatch, rop
 
     first = step()
     tables = 1 if rope == "scaled" else 2
-    assert made == {"half_table": 2 * tables, "pos_embed": tables + 1} | ({"segments": 1} if tables == 2 else {})
+    # Segments of all queries, and of those that the last block computes.
+    assert made == {"half_table": 2 * tables, "pos_embed": tables + 1} | ({"segments": 2} if tables == 2 else {})
     with Ops() as later:
         again = step()
     assert torch.equal(first, again)

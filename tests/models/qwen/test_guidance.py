@@ -83,7 +83,8 @@ def test_without_guidance_a_step_costs_one_half(edit, changes):
     for name, one in stages[0].items():
         if name == "mixed":  # the draft found another region
             continue
-        other = transformer_flops(pipe.transformer.config, one.tokens - texts[0] + texts[1])
+        read = {"draft": 4, "coarse": 16, "full": 64}[name]
+        other = transformer_flops(pipe.transformer.config, one.tokens - texts[0] + texts[1], None, read)
         assert stages[1][name].flops == pytest.approx(one.flops + one.steps * other)
 
 
