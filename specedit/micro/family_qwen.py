@@ -22,9 +22,7 @@ from .family import Family
 
 EMPTY_PROMPT = " "
 TRUE_CFG_SCALE = 2.0  # a task has one right answer: guidance sharpens what is known of it, and more overshoots
-ENDING = (
-    5  # tokens after the prompt: <|im_end|> \n <|im_start|> assistant \n; the model is causal, so these know it all
-)
+ENDING = 5  # tokens after the prompt, <|im_end|> \n <|im_start|> assistant \n: in a causal model they know all of it
 
 
 class FlatAutoencoder:

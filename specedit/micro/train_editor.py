@@ -133,7 +133,8 @@ def editor_loss(
 ) -> dict[str, Tensor]:
     """Rectified flow, `flow`: x = (1 - s) x0 + s e, the model predicts e - x0; edited tokens count more.
 
-    Where the family is guided, a share of the prompts is left empty. With `questions` their losses too. `total` is what to train on.
+    Where the family is guided, a share of the prompts is left empty. With `questions` their losses too. `total` is
+    what to train on.
     """
     n, tokens, _ = batch.target.shape
     family, draw = of(pipe), dict(device=device, generator=generator)
@@ -154,7 +155,7 @@ def editor_loss(
 
 
 def left_empty(prompts: list[str], family: Family, **draw) -> tuple[list[str], Tensor | None]:
-    """The prompts, of a guided family some of them empty, and which are not (B,) bool, None for all. One always stays."""
+    """The prompts, of a guided family some of them empty but never all, and which are not: (B,) bool, None for all."""
     if not family.empty:
         return prompts, None
     told = torch.rand(len(prompts), **draw) >= family.empty
