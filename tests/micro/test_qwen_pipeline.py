@@ -92,7 +92,7 @@ def test_vision_tokens_are_few_at_any_size(small_qwen):
 
 
 def test_one_picture_serves_a_batch_of_prompts_and_each_its_own(small_qwen):
-    red, tall = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (32, 128))
+    red, tall = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 128))
     texts = [small_qwen.prompt_template_encode.format(p) for p in ("remove the star", "make it greyscale")]
     shared = small_qwen.processor(text=texts, images=red)
     assert torch.equal(shared["image_grid_thw"][0], shared["image_grid_thw"][1])
