@@ -2,7 +2,7 @@
 transformer together.
 
     python -m specedit.micro.train --out runs/kontext --vae-minutes 13 --text-minutes 6 --minutes 80
-    python -m specedit.micro.train --model qwen --out runs/qwen --vae-minutes 13 --text-minutes 6 --minutes 80
+    python -m specedit.micro.train --model qwen --out runs/qwen --vae-minutes 20 --text-minutes 12 --minutes 150
     python -m specedit.micro.train --out runs/more --start specedit/micro/weights/kontext --minutes 8 --batch-scale 8
 
 The last line goes on from weights that are there. The budget is wall-clock time, so the same command fits a GPU and

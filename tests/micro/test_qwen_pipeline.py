@@ -45,7 +45,7 @@ def test_pictures_are_edited_at_their_own_size(small_qwen, sizes, size, grid):
 
 
 def test_it_is_the_stock_call_at_the_stock_size(small_qwen, monkeypatch):
-    """With the stock pipeline told the same size, by patching what this class exists not to patch, results are equal."""
+    """The stock pipeline, told the same size by the patch that this class exists to do without, gives the same."""
     own = edit(small_qwen, negative_prompt=" ", true_cfg_scale=2.0)
     plain = QwenImageEditPipeline(**small_qwen.components)
     plain.set_progress_bar_config(disable=True)
