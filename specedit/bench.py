@@ -1,4 +1,4 @@
-"""End-to-end timing of the embedded editor: stock against every preset and both restores, in one run."""
+"""End-to-end timing of an embedded editor: stock against every preset and both restores, in one run."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from .micro import arguments, load, scenes
 SEED = 1
 
 
-def presets_against_stock(size: int, repeat: int = 1, seed: int = SEED) -> list[dict[str, Any]]:
+def presets_against_stock(size: int, repeat: int = 1, seed: int = SEED, model: str = "kontext") -> list[dict[str, Any]]:
     """Rows of an `end_to_end` result file; medians of `repeat` calls, one short call before them to warm up.
 
     `peak_memory` is the most bytes that torch held on the GPU at once. On a CPU it is None: a process can neither be
     asked for the peak of one call, nor be told to forget that of the calls before.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = load("kontext", device=device)
+    pipe = load(model, device=device)
     pipe.set_progress_bar_config(disable=True)
     case = scenes.sample(seed, size)
-    call = dict(image=case.source, prompt=case.prompt, **arguments(case.source))
+    call = dict(image=case.source, prompt=case.prompt, **arguments(case.source, model))
 
     def measure(**more: Any) -> tuple[list[float], int | None]:
         """Seconds of every call, and the peak of all."""
@@ -54,7 +54,7 @@ def presets_against_stock(size: int, repeat: int = 1, seed: int = SEED) -> list[
             uninstall(pipe)
             rows.append(
                 dict(
-                    model="micro-kontext", preset=preset, restore=restore, edit_fraction=done.edit_fraction,
+                    model=f"micro-{model}", preset=preset, restore=restore, edit_fraction=done.edit_fraction,
                     height=size, width=size, baseline=f"stock {STOCK_STEPS} steps",
                     seconds_stock=statistics.median(stock),
                     seconds=statistics.median(taken), speedup=statistics.median(stock) / statistics.median(taken),

@@ -12,6 +12,8 @@ from typing import NoReturn
 
 from .config import CHOICES, DEFAULT_PRESET, presets
 
+EDITORS = ("kontext", "qwen")  # that specedit.micro can load
+
 
 class Failure(Exception):
     """An error that the user can do something about: one line, exit code 2."""
@@ -60,8 +62,13 @@ def _check_output(path: Path, kinds: Collection[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
 
 
+def _add_model(parser) -> None:
+    parser.add_argument("--model", default=EDITORS[0], choices=EDITORS, help="which embedded editor")
+
+
 def _add_demo(commands) -> None:
     parser = commands.add_parser("demo", help="edit one photograph twice, stock and with SpecEdit; no GPU, no network")
+    _add_model(parser)
     parser.add_argument("--out", type=Path, default=Path("specedit-demo"), help="folder for the pictures")
     parser.add_argument("--size", type=int, default=512, help="side in pixels, 128 to 512")
     parser.add_argument("--preset", default="turbo", choices=list(presets))
@@ -77,7 +84,8 @@ def _demo(args) -> int:
     from . import demo
 
     seed = demo.SEED if args.seed is None else args.seed
-    result = demo.run(args.size, args.preset, seed, restore=args.restore, keep_pixels=args.restore == "reference")
+    keep = args.restore == "reference"
+    result = demo.run(args.size, args.preset, seed, args.model, restore=args.restore, keep_pixels=keep)
     result.case.source.save(args.out / "input.png")
     result.stock.save(args.out / "stock.png")
     result.edit.save(args.out / "specedit.png")
@@ -93,7 +101,7 @@ def _add_edit(commands) -> None:
     parser = commands.add_parser("edit", help="edit a picture with any supported pipeline")
     parser.add_argument("image", type=Path)
     parser.add_argument("prompt")
-    parser.add_argument("--model", help="hub id or directory of a supported pipeline; the embedded editor without")
+    parser.add_argument("--model", help="hub id or directory of a pipeline, or an embedded editor: kontext, qwen")
     parser.add_argument("--negative-prompt", help="what to keep away from; Qwen's guidance needs one, if only a space")
     parser.add_argument("--preset", default=DEFAULT_PRESET, choices=list(presets))
     parser.add_argument("--out", type=Path, default=Path("edit.png"))
@@ -158,9 +166,9 @@ def _pipeline(model: str | None, image):
     from . import micro
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if model is None:
-        image = _fit(image, 512)
-        return micro.load("kontext", device=device), image, micro.arguments(image)
+    if model is None or model in EDITORS:
+        image, model = _fit(image, 512), model or EDITORS[0]
+        return micro.load(model, device=device), image, micro.arguments(image, model)
     from diffusers import DiffusionPipeline
 
     folder = Path(model)
@@ -193,6 +201,7 @@ def _fit(image, largest: int):
 def _add_eval(commands) -> None:
     parser = commands.add_parser("eval", help="score a preset on tasks with exact results")
     parser.add_argument("what", choices=["micro"])
+    _add_model(parser)
     parser.add_argument("--preset", default=DEFAULT_PRESET, choices=[*presets, "stock"])
     parser.add_argument("--restore", default="full", choices=CHOICES["restore"])
     parser.add_argument("--cases", type=int, default=16)
@@ -213,7 +222,7 @@ def _eval(args) -> int:
 
     from . import install, micro, results
 
-    pipe = micro.load("kontext")
+    pipe = micro.load(args.model)
     pipe.set_progress_bar_config(disable=True)
     if args.preset != "stock":
         install(pipe, args.preset, restore=args.restore)
@@ -226,13 +235,15 @@ def _eval(args) -> int:
             f"{row['flops'] / 1e12:9.3f}{row['seconds']:9.2f}"
         )
     if args.json is not None:
-        command = f"specedit eval micro --preset {args.preset} --restore {args.restore} --cases {args.cases}"
+        named = "" if args.model == EDITORS[0] else f" --model {args.model}"
+        command = f"specedit eval micro{named} --preset {args.preset} --restore {args.restore} --cases {args.cases}"
         results.write(args.json, f"{command} --size {args.size}", result["cases"], mean=result["mean"])
     return 0
 
 
 def _add_bench(commands) -> None:
     parser = commands.add_parser("bench", help="time every preset against the stock pipeline on this machine")
+    _add_model(parser)
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--repeat", type=int, default=1, help="timed calls of each; the median counts")
     parser.add_argument("--json", type=Path)
@@ -247,7 +258,7 @@ def _bench(args) -> int:
     _quiet()
     from . import bench, results
 
-    rows = bench.presets_against_stock(args.size, args.repeat)
+    rows = bench.presets_against_stock(args.size, args.repeat, model=args.model)
     print(f"{'preset':14}{'restore':11}{'edited':>8}{'seconds':>9}{'speedup':>9}{'FLOPs ratio':>13}{'quotient':>10}")
     for row in rows:
         quotient = row["speedup"] / row["flops_ratio"]
@@ -256,7 +267,8 @@ def _bench(args) -> int:
             f"{row['speedup']:8.2f}x{row['flops_ratio']:12.2f}x{quotient:10.2f}"
         )
     if args.json is not None:
-        results.write(args.json, f"specedit bench --size {args.size} --repeat {args.repeat}", rows)
+        named = "" if args.model == EDITORS[0] else f" --model {args.model}"
+        results.write(args.json, f"specedit bench{named} --size {args.size} --repeat {args.repeat}", rows)
     return 0
 
 

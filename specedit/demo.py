@@ -1,4 +1,4 @@
-"""The demo: one photograph, edited by the embedded editor twice, stock and with SpecEdit."""
+"""The demo: one photograph, edited by an embedded editor twice, stock and with SpecEdit."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from .micro.evaluate import score, stock_flops
 from .report import RunReport
 
 STOCK_STEPS = 50
+NAMES = {"kontext": "FLUX-Kontext", "qwen": "Qwen-Image-Edit"}
 SEED = 1  # an added object on a photograph that training never saw
 
 
@@ -32,6 +33,7 @@ class Result:
     stock_flops: float
     edit: Image.Image
     run: RunReport
+    model: str = "kontext"
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """The table: a heading and one line a quantity, stock beside SpecEdit."""
@@ -75,7 +77,7 @@ class Result:
         gain = self.stock_seconds / self.run.seconds
         titles = (
             "input",
-            f"stock FLUX-Kontext pipeline\n{STOCK_STEPS} steps, {self.stock_seconds:.1f} s",
+            f"stock {NAMES[self.model]} pipeline\n{STOCK_STEPS} steps, {self.stock_seconds:.1f} s",
             f"SpecEdit, the same call\n{self.run.nfe} steps, {self.run.seconds:.1f} s, {gain:.1f}x faster",
             f"where it looked: {self.run.edit_fraction:.0%} edited (bright),\n{self.run.flops_ratio:.1f}x fewer FLOPs",
         )
@@ -94,16 +96,16 @@ class Result:
         return Image.fromarray((np.asarray(self.edit) * (np.asarray(cells)[..., None] / 255)).astype(np.uint8))
 
 
-def run(size: int = 512, preset: str = "turbo", seed: int = SEED, **overrides: Any) -> Result:
+def run(size: int = 512, preset: str = "turbo", seed: int = SEED, model: str = "kontext", **overrides: Any) -> Result:
     """Edit one task with the stock pipeline and with SpecEdit. `overrides`: fields of SpecEditConfig."""
-    pipe = load("kontext")
+    pipe = load(model)
     case = scenes.sample(seed, size)
-    call = dict(image=case.source, prompt=case.prompt, **arguments(case.source))
+    call = dict(image=case.source, prompt=case.prompt, **arguments(case.source, model))
 
     def generator() -> torch.Generator:
         return torch.Generator().manual_seed(seed)
 
-    pipe(**call, num_inference_steps=1, generator=generator())  # first-use costs belong to neither
+    pipe(**call, num_inference_steps=2, generator=generator())  # first-use costs belong to neither
     pipe.set_progress_bar_config(desc=f"stock, {STOCK_STEPS} steps")
     began = time.perf_counter()
     stock = pipe(**call, num_inference_steps=STOCK_STEPS, generator=generator()).images[0]
@@ -113,4 +115,4 @@ def run(size: int = 512, preset: str = "turbo", seed: int = SEED, **overrides: A
     edit = pipe(**call, generator=generator()).images[0]
     done = report_of(pipe)
     uninstall(pipe)
-    return Result(case, stock, stock_seconds, stock_flops(pipe, case, STOCK_STEPS), edit, done)
+    return Result(case, stock, stock_seconds, stock_flops(pipe, case, STOCK_STEPS), edit, done, model)

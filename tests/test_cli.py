@@ -29,6 +29,55 @@ def test_demo(tmp_path, capsys):
     assert "FLOPs" in out and "seconds" in out and "demo.png" in out
 
 
+@pytest.fixture
+def qwen(monkeypatch, tmp_path):
+    """Puts an untrained Qwen editor where the package's weights would be."""
+    from specedit import demo, micro
+    from specedit.micro import build_qwen
+
+    torch.manual_seed(0)
+    pipe = build_qwen.qwen()
+    pipe.transformer.proj_out.reset_parameters()
+    build_qwen.save(pipe, tmp_path / "weights" / "qwen")
+    monkeypatch.setitem(micro.load.__globals__, "WEIGHTS", tmp_path / "weights")
+    monkeypatch.setattr(demo, "STOCK_STEPS", 2)
+
+
+def test_the_qwen_editor_by_name(qwen, tmp_path, picture, capsys):
+    out = tmp_path / "demo"
+    assert cli.main(["demo", "--model", "qwen", "--size", "128", "--out", str(out)]) == 0
+    assert Image.open(out / "specedit.png").size == Image.open(out / "stock.png").size == (128, 128)
+    path = tmp_path / "eval.json"
+    given = ["eval", "micro", "--model", "qwen", "--preset", "stock", "--steps", "2", "--cases", "1", "--size", "64"]
+    assert cli.main([*given, "--json", str(path)]) == 0
+    assert "--model qwen" in json.loads(path.read_text())["command"]
+    edited = tmp_path / "edit.png"
+    given = ["edit", str(picture), "make it greyscale", "--model", "qwen", "--preset", "turbo", "--out", str(edited)]
+    assert cli.main(given) == 0 and Image.open(edited).size == (128, 128)
+    assert "FLOPs" in capsys.readouterr().out
+
+
+def test_bench_of_the_qwen_editor(tmp_path, monkeypatch):
+    from specedit import bench
+
+    asked = []
+    monkeypatch.setattr(bench, "presets_against_stock", lambda *a, **k: asked.append((a, k)) or [])
+    path = tmp_path / "bench.json"
+    assert cli.main(["bench", "--model", "qwen", "--size", "128", "--json", str(path)]) == 0
+    assert asked == [((128, 1), {"model": "qwen"})]
+    assert "specedit bench --model qwen --size 128" in json.loads(path.read_text())["command"]
+
+
+@pytest.mark.parametrize("command", [["demo"], ["eval", "micro"], ["bench"]])
+def test_an_editor_without_weights_is_named_with_what_trains_it(command, monkeypatch, tmp_path, capsys):
+    from specedit import micro
+
+    monkeypatch.setitem(micro.load.__globals__, "WEIGHTS", tmp_path)
+    assert cli.main([*command, "--model", "qwen"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "python -m specedit.micro.train --model qwen --out runs/qwen" in error
+
+
 def test_edit_with_the_embedded_editor(tmp_path, picture, capsys):
     out = tmp_path / "out.png"
     given = ["edit", str(picture), "make it greyscale", "--preset", "turbo", "--out", str(out)]

@@ -1,8 +1,8 @@
-"""The embedded editor: a small FLUX-Kontext trained here, and the tasks it is measured on.
+"""The embedded editors: a small FLUX-Kontext and a small Qwen-Image-Edit, and the tasks that they are measured on.
 
 pipe = micro.load("kontext")
 case = micro.scenes.sample(seed=7, size=512)
-image = pipe(image=case.source, prompt=case.prompt, **micro.arguments(case.source)).images[0]
+image = pipe(image=case.source, prompt=case.prompt, **micro.arguments(case.source, "kontext")).images[0]
 """
 
 from . import scenes

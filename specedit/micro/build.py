@@ -31,7 +31,7 @@ class CappedTokenizer(PreTrainedTokenizerFast):
         return super().__call__(*args, max_length=max_length, **kwargs)
 
 
-def _sentences() -> list[str]:
+def sentences() -> list[str]:
     words = [*COLOURS, *SHAPES, *PLACES, *SIZES, *BACKGROUNDS.values()]
     return [p for group in PHRASES.values() for p in group] + words * 4
 
@@ -46,7 +46,7 @@ def _tokenizer(special: dict[str, str], template: str, length: int) -> PreTraine
     trainer = trainers.BpeTrainer(
         vocab_size=640, special_tokens=names, initial_alphabet=alphabet, show_progress=False, min_frequency=1
     )
-    tokenizer.train_from_iterator(_sentences(), trainer)
+    tokenizer.train_from_iterator(sentences(), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=template, special_tokens=[(t, tokenizer.token_to_id(t)) for t in names if t in template]
     )
@@ -197,24 +197,30 @@ def transformer() -> FluxTransformer2DModel:
 
 @torch.no_grad()
 def initialise(model: FluxTransformer2DModel) -> None:
-    """adaLN-Zero (Peebles and Xie 2023), and in each block a head that starts out looking at its own reference token.
+    """adaLN-Zero, and in each block a head that starts out looking at its own reference token."""
+    blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
+    norms = [getattr(block, name, None) for block in blocks for name in ("norm1", "norm1_context", "norm")]
+    zero_modulation([norm.linear for norm in norms if norm is not None])
+    zero_modulation([model.norm_out.linear, model.proj_out])
+    look_at_own_place([b.attn for b in blocks], model.config.axes_dims_rope, model.config.attention_head_dim)
+
+
+@torch.no_grad()
+def zero_modulation(linears: list[torch.nn.Linear]) -> None:
+    """adaLN-Zero (Peebles and Xie 2023): every block starts as the identity."""
+    for linear in linears:
+        linear.weight.zero_()
+        linear.bias.zero_()
+
+
+@torch.no_grad()
+def look_at_own_place(attentions: list[torch.nn.Module], axes: tuple[int, int, int], head: int) -> None:
+    """Let the first of each block's heads of `head` channels start out looking at its own reference token.
 
     With constant q and k the rotary logit is sum_f w_f cos(theta_f * offset), which peaks at offset zero. Turning
     k by one step along axis 0 moves that peak to the reference (id 1). It is only a starting point: everything
     stays trainable; it spares training the search for the copy mechanism.
     """
-    blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
-    for block in blocks:
-        for name in ("norm1", "norm1_context", "norm"):
-            if (norm := getattr(block, name, None)) is not None:
-                norm.linear.weight.zero_()
-                norm.linear.bias.zero_()
-    model.norm_out.linear.weight.zero_()
-    model.norm_out.linear.bias.zero_()
-    model.proj_out.weight.zero_()
-    model.proj_out.bias.zero_()
-    axes = model.config.axes_dims_rope
-    head = model.config.attention_head_dim
     # The fastest rotary pairs resolve single tokens; two more of each spatial axis tell periods apart.
     pairs = [0, *(axes[0] // 2 + i for i in range(3)), *((axes[0] + axes[1]) // 2 + i for i in range(3))]
     query, key = torch.zeros(head), torch.zeros(head)
@@ -223,8 +229,7 @@ def initialise(model: FluxTransformer2DModel) -> None:
     key[0], key[1] = math.cos(-1.0), math.sin(-1.0)  # theta_0 = 1: rotating by id 1 brings it back onto the query
     strong = query.repeat_interleave(1).clone()
     strong[1::2] = strong[::2]
-    for block in blocks:
-        attention = block.attn
+    for attention in attentions:
         for norm in (attention.norm_q, attention.norm_k):
             norm.weight.copy_(1 + strong * 0.7)
         for linear, constant in ((attention.to_q, query), (attention.to_k, key)):

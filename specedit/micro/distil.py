@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from ..schedule import stage_sigmas
+from .family_kontext import ids, text
 from .load import WEIGHTS as EDITORS
 from .load import load
-from .train_editor import EDIT_WEIGHT, Batch, encode, ids, text
+from .train_editor import EDIT_WEIGHT, Batch, encode
 from .training import seeds
 
 WEIGHTS = EDITORS / "kontext-lightning"
@@ -88,7 +89,7 @@ def loss_of(pipe: Any, batch: Batch, step: int, options: argparse.Namespace) -> 
     sigmas = stage_sigmas(pipe.scheduler, batch.target.shape[1], 1.0, 0.0, options.student_steps).tolist()
     start, end = sigmas[step], sigmas[step + 1]
     with torch.no_grad():
-        prompt = text(pipe, batch.prompts, batch.target.device)
+        prompt = text(pipe, batch.prompts, None, batch.target.device)
     x = (1 - start) * batch.target + start * torch.randn_like(batch.target)
     wanted = target(pipe, batch, x, start, end, options.substeps, prompt)
     error = (velocity(pipe, batch, x, start, prompt) - wanted).square().mean(-1)
@@ -102,7 +103,7 @@ def batches(pipe: Any, options: argparse.Namespace) -> Iterator[Batch]:
     sizes = [size for size in SIZES if max(size) <= options.largest]
     while True:
         size = rng.choice(sizes)
-        yield encode(pipe.vae, seeds(drawn, SIZES[size]), size, str(pipe.device))
+        yield encode(pipe, seeds(drawn, SIZES[size]), size, str(pipe.device))
         drawn += SIZES[size]
 
 

@@ -11,24 +11,20 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .build import TEXT_TOKENS
+from .family import named, of
 from .scenes import Case
 
 MARGIN = 16  # px around the edit mask that keep_psnr leaves out
-DEFAULT_STEPS = 28  # FluxKontextPipeline's own, when an installed pipeline had to run the stock path
 NEAR = 18.0  # dB that an edited region must be within of its target
 
 
-def arguments(image: Image.Image) -> dict[str, Any]:
-    """What to pass FluxKontextPipeline beside image and prompt, so that it works at the image's own size.
+def arguments(image: Image.Image, model: str = "kontext") -> dict[str, Any]:
+    """What to pass the pipeline of `model`, "kontext" or "qwen", beside image and prompt.
 
-    By default that pipeline resizes everything to about one megapixel and pads prompts to 512 tokens; the embedded
-    editor is made for 128 to 512 px.
+    The embedded editors are made for 128 to 512 px, and work at the image's own size with these. Of "qwen" they also
+    switch its guidance on, which needs a negative prompt.
     """
-    width, height = (side // 16 * 16 for side in image.size)
-    return dict(
-        height=height, width=width, max_area=height * width, _auto_resize=False, max_sequence_length=TEXT_TOKENS
-    )
+    return named(model).arguments(image)
 
 
 def psnr(a: np.ndarray, b: np.ndarray, where: np.ndarray) -> float:
@@ -82,13 +78,13 @@ def evaluate(pipe: Any, cases: Iterable[Case], num_inference_steps: int | None =
     """
     from ..install import STOCK_STEPS, is_active, last_report
 
-    active = is_active(pipe)
+    active, family = is_active(pipe), of(pipe)
     steps = num_inference_steps
     if steps is None and not active:
         steps = STOCK_STEPS
     rows = []
     for case in cases:
-        given = {**arguments(case.source), **call}
+        given = {**family.arguments(case.source), **call}
         if steps is not None:
             given["num_inference_steps"] = steps
         given.setdefault("generator", torch.Generator().manual_seed(case.seed))
@@ -100,7 +96,8 @@ def evaluate(pipe: Any, cases: Iterable[Case], num_inference_steps: int | None =
             row |= dict(flops=run.flops, flops_ratio=run.flops_ratio, edit_fraction=run.edit_fraction)
             row |= dict(mask_share=float(case.mask.mean()))
         else:
-            row["flops"] = stock_flops(pipe, case, given.get("num_inference_steps", DEFAULT_STEPS))
+            taken = given.get("num_inference_steps", family.default_steps)
+            row["flops"] = stock_flops(pipe, case, taken, given)
         rows.append(row)
     kinds = sorted({row["kind"] for row in rows})
     return {
@@ -110,12 +107,16 @@ def evaluate(pipe: Any, cases: Iterable[Case], num_inference_steps: int | None =
     }
 
 
-def stock_flops(pipe: Any, case: Case, steps: int) -> float:
-    """Transformer FLOPs of a stock run: target, reference and text tokens at every step."""
+def stock_flops(pipe: Any, case: Case, steps: int, call: dict[str, Any] | None = None) -> float:
+    """Transformer FLOPs of a stock run: target, reference and text tokens at every step, under each prompt.
+
+    `call`: the arguments of the call, where they are not those of `arguments`.
+    """
     from ..flops import transformer_flops
 
-    tokens = 2 * (case.source.width // 16) * (case.source.height // 16) + TEXT_TOKENS
-    return steps * transformer_flops(pipe.transformer.config, tokens)
+    family = of(pipe)
+    passes = family.passes(pipe, case, family.arguments(case.source) if call is None else call)
+    return steps * sum(transformer_flops(pipe.transformer.config, tokens) for tokens in passes)
 
 
 def mean(rows: list[dict[str, Any]]) -> dict[str, float]:

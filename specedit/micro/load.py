@@ -1,4 +1,4 @@
-"""Reads the trained editor that travels with the package."""
+"""Reads the trained editors that travel with the package."""
 
 from pathlib import Path
 from typing import Any
@@ -18,21 +18,15 @@ def load(name: str = "kontext", *, device: str | torch.device = "cpu", dtype: to
         ValueError: an unknown name.
         FileNotFoundError: the package holds no weights of that editor.
     """
-    if name not in ("kontext", "qwen"):
-        raise ValueError(f'name: expected "kontext" or "qwen", got {name!r}')
+    from .family import named
+
+    family = named(name)
     folder = WEIGHTS / name
     if not (folder / "model_index.json").exists():
         held = sorted(file.parent.name for file in WEIGHTS.glob("*/model_index.json"))
         raise FileNotFoundError(
-            f"this package holds no weights of the editor {name!r}: expected {folder}/model_index.json; "
+            f"this package holds no weights of the editor {name!r}: expected {folder}/model_index.json, what "
+            f"`python -m specedit.micro.train --model {name} --out runs/{name}` leaves in runs/{name}/editor; "
             f"it holds {', '.join(held) or 'none'}"
         )
-    if name == "kontext":
-        from . import build
-
-        pipe = build.load(folder)
-    else:
-        from diffusers import DiffusionPipeline
-
-        pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
-    return pipe.to(device=device, dtype=dtype)  # versions of diffusers disagree about the name of the loader's dtype
+    return family.load(folder).to(device=device, dtype=dtype)  # versions of diffusers disagree about the loader's dtype

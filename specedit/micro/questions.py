@@ -59,36 +59,38 @@ def cross_entropy(logits: Tensor, labels: Tensor, sizes: tuple[int, ...]) -> Ten
 class Questions(nn.Module):
     """Linear readings of two blocks' image tokens.
 
-    After the double-stream blocks every token must know what the prompt says, and a reference token what it shows;
-    after a single-stream block a reference token must know whether it is to change.
+    After the early block every token must know what the prompt says, and a reference token what it shows; after the
+    late one a reference token must know whether it is to change.
     """
 
-    def __init__(self, transformer: nn.Module, early: int = -1, late: int = 1):
+    def __init__(self, transformer: nn.Module, blocks: tuple[nn.Module, nn.Module]):
         super().__init__()
         width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
         self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
         self.prompt, self.thing = nn.Linear(width, sum(SAID)), nn.Linear(width, sum(SEEN))
         self.change = nn.Linear(width, 1)
         self.hidden: dict[int, Tensor] = {}
-        for i, block in enumerate((transformer.transformer_blocks[early], transformer.single_transformer_blocks[late])):
+        for i, block in enumerate(blocks):
             block.register_forward_hook(lambda _block, _inputs, output, i=i: self._see(i, output))
 
     def _see(self, i: int, output: tuple[Tensor, Tensor]) -> None:
         if torch.is_grad_enabled():  # sampling leaves nothing behind
             self.hidden[i] = output[1]
 
-    def losses(self, tokens: int, answers: "Answers", noisy: Tensor) -> dict[str, Tensor]:
+    def losses(self, tokens: int, answers: "Answers", noisy: Tensor, told: Tensor | None = None) -> dict[str, Tensor]:
         """Mean cross-entropies of what the last forward left: `said`, `seen`, and `find` over the samples in `noisy`.
 
         `tokens`: how many target tokens precede the reference tokens. `noisy` (B,) bool: a target that shows through
-        its noise would give `find` away.
+        its noise would give `find` away. `told` (B,) bool: the samples that had their prompt, at least one; None: all.
         """
         early, late = (norm(self.hidden.pop(i)) for i, norm in enumerate(self.norms))
-        prompts = answers.said[:, None].expand(-1, early.shape[1], -1)
+        prompts, readers = answers.said[:, None].expand(-1, early.shape[1], -1), early
+        if told is not None:
+            prompts, readers, noisy = prompts[told], early[told], noisy * told
         change = self.change(late[:, tokens:]).squeeze(-1).float()
         find = F.binary_cross_entropy_with_logits(change, answers.edited, reduction="none").mean(-1)
         return {
-            "said": cross_entropy(self.prompt(early), prompts, SAID),
+            "said": cross_entropy(self.prompt(readers), prompts, SAID),
             "seen": cross_entropy(self.thing(early[:, tokens:]), answers.seen, SEEN),
             "find": (find * noisy).sum() / noisy.sum().clamp_min(1),
         }

@@ -1,21 +1,23 @@
-"""Trains the embedded editor from nothing: its autoencoder, its text encoders on prompts alone, then text encoders and
+"""Trains an embedded editor from nothing: its autoencoder, its text encoders on prompts alone, then text encoders and
 transformer together.
 
     python -m specedit.micro.train --out runs/kontext --vae-minutes 13 --text-minutes 6 --minutes 80
+    python -m specedit.micro.train --model qwen --out runs/qwen --vae-minutes 20 --text-minutes 12 --minutes 150
     python -m specedit.micro.train --out runs/more --start specedit/micro/weights/kontext --minutes 8 --batch-scale 8
 
-The second line goes on from weights that are there. The budget is wall-clock time, so the same command fits a GPU and
+The last line goes on from weights that are there. The budget is wall-clock time, so the same command fits a GPU and
 two cores. Run it again with the same --out to go on: a larger budget continues where the last run stopped.
 `runs/kontext/editor` always holds the newest averaged weights as a pipeline directory, `runs/kontext/log.json` what
 happened.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
 
-from . import build
+from .family import named
 from .train_editor import train_editor
 from .train_text import train_text
 from .train_vae import train_vae
@@ -23,24 +25,35 @@ from .training import Log, Settings
 
 
 def train(settings: Settings):
-    """Train, or go on training, the editor in `settings.out`; returns the pipeline with averaged weights."""
+    """Train, or go on training, the editor in `settings.out`; returns the pipeline with averaged weights.
+
+    Raises:
+        ValueError: an unknown model, or one of the folders holds another one's editor.
+    """
+    family = named(settings.model)
+    for option, folder in (("--out", settings.out / "editor"), ("--start", settings.start)):
+        if folder is not None and (index := Path(folder) / "model_index.json").exists():
+            held = json.loads(index.read_text())["_class_name"]
+            if held != family.pipeline.__name__:
+                raise ValueError(f"{option}: expected a {family.pipeline.__name__} in {folder}, got a {held}")
     settings.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
     log = Log(settings.out / "log.json")
     if settings.start is None:
-        pipe = build.kontext(settings.seed)
+        pipe = family.build(settings.seed)
         train_vae(pipe, settings, log)
     else:
-        pipe = build.load(settings.start, torch_dtype=torch.float32)
+        pipe = family.load(settings.start, torch_dtype=torch.float32)
     if not (settings.out / "editor.pt").exists():  # a resumed run has it behind it
         train_text(pipe, settings, log)
     train_editor(pipe, settings, log)
-    build.save(pipe, settings.out / "editor")
+    family.save(pipe, settings.out / "editor")
     return pipe
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default=Settings.model, choices=["kontext", "qwen"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--vae-minutes", type=float, default=Settings.vae_minutes)
     parser.add_argument("--text-minutes", type=float, default=Settings.text_minutes, help="0: leave them as they are")

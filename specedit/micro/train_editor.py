@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,8 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift
 from einops import rearrange
 from torch import Tensor, nn
 
-from . import build, scenes
+from . import scenes
+from .family import Family, of
 from .questions import Answers, Questions
 from .training import Average, Clock, Log, Settings, optimizers, rate_at, write
 from .training import seeds as training_seeds
@@ -38,13 +40,17 @@ ASK = {"said": 0.1, "seen": 0.1, "find": 0.2}  # weights of the questions beside
 
 @dataclass
 class Batch:
-    """Encoded tasks of one size: packed latents (B, N, 64) of source and target, prompts, and what is known of both."""
+    """Encoded tasks of one size: packed latents (B, N, 64) of source and target, prompts, and what is known of both.
+
+    `seen`: what the text encoder sees of the sources, where it does.
+    """
 
     grid: tuple[int, int]
     source: Tensor
     target: Tensor
     prompts: list[str]
     answers: Answers
+    seen: Any = None
 
     @property
     def edited(self) -> Tensor:
@@ -58,20 +64,22 @@ def pack(latents: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode(vae: nn.Module, seeds: range, size: tuple[int, int], device: str) -> Batch:
+def encode(pipe: Any, seeds: range, size: tuple[int, int], device: str) -> Batch:
+    """Draw the tasks of `seeds` at `size` (height, width) px and encode them as the pipeline would."""
+    family = of(pipe)
     batch = [scenes.describe(s) for s in seeds]
     before, after, mask = scenes.draw(batch, *size, device=device)
     images = torch.cat([before, after]) * 2 - 1
     with torch.autocast(torch.device(device).type, torch.bfloat16):
-        latents = vae.encode(images).latent_dist.mean.float()
-    latents = pack((latents - vae.config.shift_factor) * vae.config.scaling_factor)
+        latents = pack(family.latents(pipe.vae, images))
     edited = F.max_pool2d(mask.float()[:, None], 16).flatten(1)
     source, target = latents.chunk(2)
     grid = (size[0] // 16, size[1] // 16)
-    return Batch(grid, source, target, [s.prompt for s in batch], Answers(batch, grid, edited))
+    prompts, seen = [s.prompt for s in batch], family.look(pipe, before)
+    return Batch(grid, source, target, prompts, Answers(batch, grid, edited), seen)
 
 
-def batches(vae: nn.Module, settings: Settings, clock: Clock, start: int) -> Iterator[Batch]:
+def batches(pipe: Any, settings: Settings, clock: Clock, start: int) -> Iterator[Batch]:
     """Tasks without end, sizes by the curriculum, each batch coming back about REUSE times."""
     rng = random.Random(settings.seed + start)
     pools: dict[int, list[Batch]] = {}
@@ -86,7 +94,7 @@ def batches(vae: nn.Module, settings: Settings, clock: Clock, start: int) -> Ite
             square = (side, side)
             size = square if rng.random() < 0.7 else rng.choice(sizes)
             count = BATCHES[size] * settings.batch_scale
-            pool.append(encode(vae, training_seeds(drawn, count), size, settings.device))
+            pool.append(encode(pipe, training_seeds(drawn, count), size, settings.device))
             drawn += count
             if len(pool) > 24:
                 pool.pop(0)
@@ -101,14 +109,6 @@ def mixture(progress: float) -> dict[int, float]:
     i = min(int(place), len(CURRICULUM) - 2)
     low, high, f = CURRICULUM[i], CURRICULUM[i + 1], place - i
     return {side: (1 - f) * low[side] + f * high[side] for side in low}
-
-
-def ids(grid: tuple[int, int], image: int, device: str) -> Tensor:
-    """Position ids (N, 3) float32: image index, row, column, as FluxKontextPipeline numbers them."""
-    h, w = grid
-    axes = (torch.arange(n, device=device, dtype=torch.float32) for n in (h, w))
-    rows, columns = torch.meshgrid(*axes, indexing="ij")
-    return torch.stack([torch.full_like(rows, image), rows, columns], -1).reshape(-1, 3)
 
 
 def noise_levels(count: int, tokens: int, high: float, config, **draw) -> Tensor:
@@ -133,47 +133,43 @@ def editor_loss(
 ) -> dict[str, Tensor]:
     """Rectified flow, `flow`: x = (1 - s) x0 + s e, the model predicts e - x0; edited tokens count more.
 
-    With `questions` their losses too. `total` is what to train on.
+    Where the family is guided, a share of the prompts is left empty. With `questions` their losses too. `total` is
+    what to train on.
     """
     n, tokens, _ = batch.target.shape
-    draw = dict(device=device, generator=generator)
+    family, draw = of(pipe), dict(device=device, generator=generator)
     sigma = noise_levels(n, tokens, high, pipe.scheduler.config, **draw)
     noise = torch.randn(batch.target.shape, **draw)
     s = sigma.view(n, 1, 1)
     x = (1 - s) * batch.target + s * noise
-    embeds, pooled = text(pipe, batch.prompts, device)
-    out = pipe.transformer(
-        hidden_states=torch.cat([x, batch.source], 1),
-        encoder_hidden_states=embeds,
-        pooled_projections=pooled,
-        timestep=sigma,
-        guidance=1 + 4 * torch.rand(n, **draw),
-        img_ids=torch.cat([ids(batch.grid, 0, device), ids(batch.grid, 1, device)]),
-        txt_ids=torch.zeros(embeds.shape[1], 3, device=device),
-        return_dict=False,
-    )[0][:, :tokens]
+    prompts, told = left_empty(batch.prompts, family, **draw)
+    features = family.text(pipe, prompts, batch.seen, device)
+    out = family.velocity(pipe, x, batch.source, batch.grid, sigma, features, **draw)
     error = ((out.float() - (noise - batch.target)) ** 2).mean(-1)
     weight = 1 + EDIT_WEIGHT * batch.edited
     flow = (error * weight).sum() / weight.sum()
     losses = {"flow": flow}
     if questions is not None:
-        losses |= questions.losses(tokens, batch.answers, (sigma > HIGH).float())
+        losses |= questions.losses(tokens, batch.answers, (sigma > HIGH).float(), told)
     return losses | {"total": flow + sum(ASK[name] * loss for name, loss in losses.items() if name in ASK)}
 
 
-def text(pipe, prompts: list[str], device: str) -> tuple[Tensor, Tensor]:
-    """Prompt features as FluxKontextPipeline.encode_prompt makes them, with gradients."""
-    padded = dict(padding="max_length", truncation=True, max_length=build.TEXT_TOKENS, return_tensors="pt")
-    words = pipe.tokenizer_2(prompts, **padded).input_ids.to(device)
-    pooled = pipe.text_encoder(pipe.tokenizer(prompts, **padded).input_ids.to(device)).pooler_output
-    return pipe.text_encoder_2(words)[0], pooled
+def left_empty(prompts: list[str], family: Family, **draw) -> tuple[list[str], Tensor | None]:
+    """The prompts, of a guided family some of them empty but never all, and which are not: (B,) bool, None for all."""
+    if not family.empty:
+        return prompts, None
+    told = torch.rand(len(prompts), **draw) >= family.empty
+    if not told.any():
+        told[0] = True
+    return [prompt if kept else " " for prompt, kept in zip(prompts, told.tolist(), strict=True)], told
 
 
 def train_editor(pipe, settings: Settings, log: Log) -> None:
     device = settings.device
     path = settings.out / "editor.pt"
-    questions = Questions(pipe.transformer)
-    modules = [pipe.transformer, pipe.text_encoder, pipe.text_encoder_2, questions]
+    family = of(pipe)
+    questions = Questions(pipe.transformer, family.asked_blocks(pipe.transformer))
+    modules = [pipe.transformer, *family.text_modules(pipe), questions]
     for module in modules:
         module.to(device).train().requires_grad_(True)
     pipe.vae.to(device)
@@ -195,11 +191,11 @@ def train_editor(pipe, settings: Settings, log: Log) -> None:
             dict(modules=[m.state_dict() for m in modules], optimizers=[o.state_dict() for o in optims],
                  average=average.kept, count=average.count, step=step, seconds=clock.seconds), path)  # fmt: skip
         average.swap()
-        build.save(pipe, settings.out / "editor")
+        family.save(pipe, settings.out / "editor")
         average.swap()
 
     saved, losses = time.monotonic(), {}
-    for batch in batches(pipe.vae, settings, clock, step):
+    for batch in batches(pipe, settings, clock, step):
         if clock.progress >= 1 or (settings.steps is not None and step >= settings.steps):
             break
         for optimizer in optims:

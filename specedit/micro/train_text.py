@@ -1,34 +1,37 @@
-"""Teaches both text encoders what a prompt says before the transformer reads them: prompts cost next to nothing.
+"""Teaches the text encoders what a prompt says before the transformer reads them: prompts cost next to nothing.
 
-Every T5 token, and CLIP's pooled output, must tell by one linear reading each of `questions.SAID`. Pictures then only
-have to be joined to words whose meaning is there.
+Every T5 token, and CLIP's pooled output, must tell by one linear reading each of `questions.SAID`; so must the tokens
+with which Qwen's causal model ends. Pictures then only have to be joined to words whose meaning is there.
 """
 
 import torch
 from torch import nn
 
 from . import scenes
+from .family import of
 from .questions import SAID, cross_entropy, said
-from .train_editor import text
 from .training import Clock, Log, Settings, rate_at, seeds
 
 BATCH = 96
 
 
 def text_loss(pipe, heads: nn.ModuleList, batch: list[scenes.Scene], device: str) -> torch.Tensor:
-    """Mean cross-entropy of the answers read off T5's tokens and off CLIP's pooled output."""
-    embeds, pooled = text(pipe, [s.prompt for s in batch], device)
+    """Mean cross-entropy of the answers, summed over what the family reads them off."""
+    family = of(pipe)
     answers = torch.tensor([said(s) for s in batch], device=device)
-    words = cross_entropy(heads[0](embeds), answers[:, None].expand(-1, embeds.shape[1], -1), SAID)
-    return words + cross_entropy(heads[1](pooled), answers, SAID)
+    losses = []
+    for head, states in zip(heads, family.readings(family.text(pipe, [s.prompt for s in batch], None, device))):
+        labels = answers if states.ndim == 2 else answers[:, None].expand(-1, states.shape[1], -1)
+        losses.append(cross_entropy(head(states), labels, SAID))
+    return sum(losses)
 
 
 def train_text(pipe, settings: Settings, log: Log) -> None:
     """Train the text encoders for `settings.text_minutes`."""
     device = settings.device
-    modules = [pipe.text_encoder, pipe.text_encoder_2]
-    widths = (pipe.text_encoder_2.config.d_model, pipe.text_encoder.config.hidden_size)
-    heads = nn.ModuleList(nn.Linear(w, sum(SAID)) for w in widths).to(device)
+    family = of(pipe)
+    modules = family.text_modules(pipe)
+    heads = nn.ModuleList(nn.Linear(w, sum(SAID)) for w in family.widths(pipe)).to(device)
     for module in modules:
         module.to(device).train().requires_grad_(True)
     parameters = [p for m in (*modules, heads) for p in m.parameters()]

@@ -3,12 +3,14 @@
 import math
 import random
 import time
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import scenes
+from .family import Family, of
 from .training import Average, Clock, Log, Settings, rate_at, seeds, write
 
 
@@ -22,8 +24,8 @@ def vae_images(step: int, count: int, side: int, device: str) -> Tensor:
     return torch.cat([before[::2], after[1::2]]) * 2 - 1
 
 
-def vae_loss(vae: nn.Module, images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, float]:
-    """Reconstruction, a weak KL, and equivariance to halving the size.
+def vae_loss(vae: Any, images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, float]:
+    """Reconstruction, a weak KL, and equivariance to halving the size, of a family's flat autoencoder.
 
     The last term (in the spirit of EQ-VAE, Kouzelis et al. 2025) asks that the mean of 2 x 2 latents be the latent of
     the halved image and decode to it: what moving tokens between resolutions relies on.
@@ -45,7 +47,8 @@ def vae_loss(vae: nn.Module, images: Tensor, generator: torch.Generator | None =
 
 
 def train_vae(pipe, settings: Settings, log: Log) -> None:
-    vae, device = pipe.vae, settings.device
+    vae, device, family = pipe.vae, settings.device, of(pipe)
+    flat = family.flat(vae)
     path = settings.out / "vae.pt"
     vae.to(device).train().requires_grad_(True)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.vae_rate, betas=(0.9, 0.98), weight_decay=0.0)
@@ -69,7 +72,7 @@ def train_vae(pipe, settings: Settings, log: Log) -> None:
         for group in optimizer.param_groups:
             group["lr"] = settings.vae_rate * rate_at(clock.progress, step)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
-            loss, error = vae_loss(vae, images)
+            loss, error = vae_loss(flat, images)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -87,22 +90,20 @@ def train_vae(pipe, settings: Settings, log: Log) -> None:
     save()
     average.swap()
     vae.eval().requires_grad_(False)
-    normalise(vae, device)
-    log.add(part="vae", step=step, seconds=round(clock.seconds, 1), roundtrip_512=roundtrip(vae, device))
+    normalise(vae, family, device)
+    log.add(part="vae", step=step, seconds=round(clock.seconds, 1), roundtrip_512=roundtrip(flat, device))
 
 
 @torch.no_grad()
-def normalise(vae: nn.Module, device: str) -> None:
-    """Set shift and scale so that latents have mean 0 and standard deviation 1."""
-    latents = [vae.encode(vae_images(10**6 + i, 16, 128, device)).latent_dist.mean for i in range(4)]
-    latent = torch.cat(latents).float()
-    vae.register_to_config(
-        shift_factor=round(float(latent.mean()), 4), scaling_factor=round(1 / float(latent.std()), 4)
-    )
+def normalise(vae: nn.Module, family: Family, device: str) -> None:
+    """Set the configuration so that latents have mean 0 and standard deviation 1."""
+    flat = family.flat(vae)
+    latents = [flat.encode(vae_images(10**6 + i, 16, 128, device)).latent_dist.mean for i in range(4)]
+    family.set_statistics(vae, torch.cat(latents).float())
 
 
 @torch.no_grad()
-def roundtrip(vae: nn.Module, device: str, size: int = 512, count: int = 16) -> float:
+def roundtrip(vae: Any, device: str, size: int = 512, count: int = 16) -> float:
     """Mean PSNR in dB of encode then decode on unseen scenes."""
     values = []
     for seed in range(count):

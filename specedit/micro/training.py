@@ -47,6 +47,7 @@ class Settings:
     save_minutes: float = 4.0
     batch_scale: int = 1
     start: Path | None = None
+    model: str = "kontext"
 
 
 def rate_at(progress: float, step: int, warmup: int = 100, floor: float = 0.05) -> float:
@@ -60,7 +61,8 @@ def optimizers(modules: list[nn.Module], rate: float) -> list[torch.optim.Optimi
     matrices, rest = [], []
     for module in modules:
         for name, parameter in module.named_parameters():
-            inner = "blocks." in name and parameter.ndim == 2 and ".norm" not in name
+            modulation = ".norm" in name or "_mod." in name
+            inner = "blocks." in name and parameter.ndim == 2 and not modulation
             (matrices if inner else rest).append(parameter)
     out: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)]
     if matrices:

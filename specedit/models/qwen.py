@@ -75,7 +75,7 @@ class QwenImageEdit:
     def prepare(self, pipe: Any, call: dict[str, Any], attention: str) -> EditState:
         images = check_pictures(call["image"])
         multiple = pipe.vae_scale_factor * 2
-        height, width = self._output_size(call, images, multiple)
+        height, width = self._output_size(pipe, call, images, multiple)
         pipe.check_inputs(
             call["prompt"], height, width, negative_prompt=call["negative_prompt"],
             prompt_embeds=call["prompt_embeds"], negative_prompt_embeds=call["negative_prompt_embeds"],
@@ -133,8 +133,8 @@ class QwenImageEdit:
         )  # fmt: skip
 
     @staticmethod
-    def _output_size(call: dict[str, Any], images: list[Image.Image], multiple: int) -> tuple[int, int]:
-        width, height = edit_size(edit, images[0])
+    def _output_size(pipe: Any, call: dict[str, Any], images: list[Image.Image], multiple: int) -> tuple[int, int]:
+        width, height = picture_size(pipe, images[0])
         return whole_tokens(call, height, width, multiple)
 
     @staticmethod
@@ -147,7 +147,7 @@ class QwenImageEdit:
     @staticmethod
     def _pictures(pipe: Any, images: list[Image.Image], grid: TokenGrid) -> Pictures:
         """Every picture of the batch at the size of the first one, for both encoders."""
-        width, height = edit_size(edit, images[0])
+        width, height = picture_size(pipe, images[0])
         resized = pipe.image_processor.resize(images if len(images) > 1 else images[0], height, width)
         return Pictures(resized, [pipe.image_processor.preprocess(resized, height, width).unsqueeze(2)])
 
@@ -254,7 +254,7 @@ class QwenImageEditPlus(QwenImageEdit):
         return isinstance(pipe, QwenImageEditPlusPipeline)
 
     @staticmethod
-    def _output_size(call: dict[str, Any], images: list[Image.Image], multiple: int) -> tuple[int, int]:
+    def _output_size(pipe: Any, call: dict[str, Any], images: list[Image.Image], multiple: int) -> tuple[int, int]:
         width, height = edit_size(plus, images[-1])
         return whole_tokens(call, height, width, multiple)
 
@@ -283,6 +283,12 @@ def count_prompts(call: dict[str, Any], prefix: str = "") -> int:
     if prompt is not None:
         return 1 if isinstance(prompt, str) else len(prompt)
     return call[f"{prefix}prompt_embeds"].shape[0]
+
+
+def picture_size(pipe: Any, image: Image.Image) -> tuple[int, int]:
+    """Width and height at which the pipeline takes a picture: a derived pipeline's `picture_size`, else 1 MP."""
+    rule = getattr(pipe, "picture_size", None)
+    return edit_size(edit, image) if rule is None else rule(image)
 
 
 def edit_size(module: Any, image: Image.Image, area: int = EDIT_AREA) -> tuple[int, int]:

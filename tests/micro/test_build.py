@@ -55,7 +55,7 @@ def test_the_autoencoder_starts_as_a_thumbnail(pipe):
 def test_a_head_of_every_block_starts_at_its_own_place_in_the_reference(pipe):
     from diffusers.models.embeddings import apply_rotary_emb
 
-    from specedit.micro.train_editor import ids
+    from specedit.micro.family_kontext import ids
 
     model = pipe.transformer
     rotary = model.pos_embed(torch.cat([ids((8, 8), 0, "cpu"), ids((8, 8), 1, "cpu")]))

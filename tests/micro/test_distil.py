@@ -49,12 +49,12 @@ def call(pipe):
 def test_a_fresh_student_is_the_teacher_and_learns_where_it_arrives(trained):
     pytest.importorskip("peft")
     torch.manual_seed(0)
-    batch = encode(trained.vae, seeds(10_000_000, 2), (64, 64), "cpu")
+    batch = encode(trained, seeds(10_000_000, 2), (64, 64), "cpu")
     parameters = distil.add_lora(trained.transformer, 2)
     try:
         assert sum(p.numel() for p in parameters) < 0.2 * sum(p.numel() for p in trained.transformer.parameters())
         with torch.no_grad():
-            prompt = distil.text(trained, batch.prompts, "cpu")
+            prompt = distil.text(trained, batch.prompts, None, "cpu")
             x = torch.randn_like(batch.target)
             wanted = distil.target(trained, batch, x, 0.9, 0.6, 3, prompt)
             state = x

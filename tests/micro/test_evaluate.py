@@ -90,6 +90,8 @@ def test_an_editor_whose_weights_the_package_lacks(monkeypatch, tmp_path):
     monkeypatch.setitem(micro.load.__globals__, "WEIGHTS", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no weights of the editor 'qwen': expected .*; it holds kontext$"):
         micro.load("qwen")
+    with pytest.raises(FileNotFoundError, match=r"`python -m specedit.micro.train --model qwen --out runs/qwen`"):
+        micro.load("qwen")
     monkeypatch.setitem(micro.load.__globals__, "WEIGHTS", tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"'kontext': expected .*; it holds none"):
         micro.load("kontext")
@@ -129,3 +131,24 @@ def test_reference_restore_keeps_what_was_not_edited(pipe):
         kept[restore] = score(image, case)["keep_psnr"]
     specedit.uninstall(pipe)
     assert kept["reference"] > kept["full"]
+
+
+def test_qwen_is_scored_with_its_guidance(small_qwen, monkeypatch, tmp_path):
+    from specedit.micro import build_qwen
+
+    build_qwen.save(small_qwen, tmp_path / "qwen")
+    monkeypatch.setitem(micro.load.__globals__, "WEIGHTS", tmp_path)
+    pipe = micro.load("qwen")
+    pipe.set_progress_bar_config(disable=True)
+    cases, scales = [micro.scenes.sample(0, 64)], []
+    forward = pipe.transformer.forward
+    monkeypatch.setattr(pipe.transformer, "forward", lambda *a, **k: scales.append(1) or forward(*a, **k))
+    stock = micro.evaluate(pipe, cases, num_inference_steps=2)
+    assert len(scales) == 4  # two steps under two prompts
+    specedit.install(pipe, steps=(2, 1, 1), draft_steps=2)
+    fast = micro.evaluate(pipe, cases)
+    for row in (*stock["cases"], *fast["cases"]):
+        assert row["flops"] > 0 and math.isfinite(row["keep_psnr"])
+    # What the report calls stock, 50 steps, is what scoring a stock run counts.
+    counted = fast["cases"][0]["flops"] * fast["cases"][0]["flops_ratio"]
+    assert counted == pytest.approx(25 * stock["cases"][0]["flops"], rel=1e-6)

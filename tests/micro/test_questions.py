@@ -40,7 +40,8 @@ def test_seen_marks_the_objects_where_they_are_drawn():
 
 def test_losses_are_those_of_what_the_blocks_put_out():
     transformer = build.transformer()
-    asked = questions.Questions(transformer)
+    blocks = (transformer.transformer_blocks[-1], transformer.single_transformer_blocks[1])
+    asked = questions.Questions(transformer, blocks)
     with torch.no_grad():
         for head in (asked.prompt, asked.thing, asked.change):
             head.weight.zero_()
@@ -64,3 +65,26 @@ def test_losses_are_those_of_what_the_blocks_put_out():
         for hook in late._forward_hooks.values():
             hook(late, (), (None, torch.randn(2, 10, 256)))
     assert not asked.hidden  # sampling leaves nothing behind
+
+
+def test_samples_without_a_prompt_are_not_asked_about_it():
+    transformer = build.transformer()
+    blocks = (transformer.transformer_blocks[0], transformer.transformer_blocks[1])
+    asked = questions.Questions(transformer, blocks)
+    batch = [scenes.describe(seed) for seed in range(3)]
+    edited = torch.zeros(3, 6)
+    states = torch.randn(3, 10, 256, generator=torch.Generator().manual_seed(0))
+
+    def losses(states, answers, **told):
+        for block in blocks:
+            for hook in block._forward_hooks.values():
+                hook(block, (), (None, states))
+        return asked.losses(4, answers, torch.ones(len(states)), **told)
+
+    some = losses(states, questions.Answers(batch, (2, 3), edited), told=torch.tensor([True, False, True]))
+    alone = losses(states[::2], questions.Answers(batch[::2], (2, 3), edited[::2]))
+    whole = losses(states, questions.Answers(batch, (2, 3), edited))
+    for name in ("said", "find"):
+        assert float(some[name]) == pytest.approx(float(alone[name]), rel=1e-5)
+        assert float(some[name]) != pytest.approx(float(whole[name]), rel=1e-5)
+    assert torch.equal(some["seen"], whole["seen"])  # what a reference shows needs no prompt

@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from specedit.micro import build, scenes, train, train_editor, train_vae, training
+from specedit.micro import (
+    build,
+    build_qwen,
+    family,
+    family_kontext,
+    scenes,
+    train,
+    train_editor,
+    train_vae,
+    training,
+)
 
 
 def test_mixture_is_a_distribution_at_every_moment():
@@ -34,7 +44,7 @@ def test_ids_are_the_pipelines():
     from diffusers import FluxKontextPipeline
 
     expected = FluxKontextPipeline._prepare_latent_image_ids(1, 3, 5, "cpu", torch.float32)
-    assert torch.equal(train_editor.ids((3, 5), 0, "cpu"), expected)
+    assert torch.equal(family_kontext.ids((3, 5), 0, "cpu"), expected)
 
 
 def test_average_follows_and_swaps():
@@ -53,7 +63,7 @@ def test_average_follows_and_swaps():
 
 def test_edited_tokens_weigh_more():
     pipe = build.kontext()
-    batch = train_editor.encode(pipe.vae, training.seeds(0, 4), (64, 64), "cpu")
+    batch = train_editor.encode(pipe, training.seeds(0, 4), (64, 64), "cpu")
     assert batch.source.shape == (4, 16, 64) and batch.grid == (4, 4)
     assert set(batch.edited.unique().tolist()) <= {0.0, 1.0} and batch.edited.any()
     batch.target = 10 * batch.edited[..., None].expand_as(batch.target)  # an error of 101 there, of 1 elsewhere
@@ -77,7 +87,7 @@ def test_noise_levels_follow_the_share_from_the_top():
 
 def test_the_loss_of_an_untrained_editor_is_that_of_predicting_nothing():
     pipe = build.kontext()
-    batch = train_editor.encode(pipe.vae, training.seeds(0, 8), (64, 64), "cpu")
+    batch = train_editor.encode(pipe, training.seeds(0, 8), (64, 64), "cpu")
     losses = train_editor.editor_loss(pipe, batch, "cpu", torch.Generator().manual_seed(0))
     assert set(losses) == {"flow", "total"}  # nothing else is asked without questions
     assert torch.equal(losses["flow"], losses["total"])
@@ -104,12 +114,69 @@ def test_train_resume_and_go_on_from_weights(tmp_path):
     assert all(torch.equal(kept[name], value) for name, value in pipe.vae.state_dict().items())
 
 
-def test_the_autoencoder_learns():
+def test_train_resume_and_go_on_with_qwen(tmp_path):
+    few = dict(vae_minutes=10.0, text_minutes=10.0, minutes=10.0, largest=64, model="qwen")
+    train.train(training.Settings(tmp_path / "run", steps=1, **few))
+    pipe = train.train(training.Settings(tmp_path / "run", steps=2, **few))
+    state = torch.load(tmp_path / "run" / "editor.pt", weights_only=True)
+    assert state["step"] == 2 and len(state["modules"]) == 3  # transformer, text encoder, questions
+    again = build_qwen.load(tmp_path / "run" / "editor", torch_dtype=torch.float32)
+    for name in ("transformer", "text_encoder", "vae"):
+        pairs = zip(getattr(pipe, name).parameters(), getattr(again, name).parameters(), strict=True)
+        assert all(torch.equal(a.half().float(), b) for a, b in pairs)
+    assert again.vae.config.latents_std == pipe.vae.config.latents_std != [1.0] * 16  # as measured
+    with pytest.raises(ValueError, match=r"--out: expected a FluxKontextPipeline in .*, got a Qwen"):
+        train.train(training.Settings(tmp_path / "run", steps=1, **few | {"model": "kontext"}))
+    with pytest.raises(ValueError, match="--start: expected a FluxKontextPipeline"):
+        train.train(
+            training.Settings(tmp_path / "new", start=tmp_path / "run" / "editor", **few | {"model": "kontext"})
+        )
+
+
+def test_a_step_of_qwen_reaches_everything_that_is_used():
+    torch.manual_seed(0)
+    pipe = family.named("qwen").build(0)
+    questions = train_editor.Questions(pipe.transformer, family.of(pipe).asked_blocks(pipe.transformer))
+    for module in (pipe.transformer.proj_out, *(b.img_mod[1] for b in pipe.transformer.transformer_blocks)):
+        module.reset_parameters()  # they start at zero, and nothing before them would learn in the first step
+    for module in (b.txt_mod[1] for b in pipe.transformer.transformer_blocks):
+        module.reset_parameters()
+    modules = dict(transformer=pipe.transformer, text_encoder=pipe.text_encoder, questions=questions)
+    for module in modules.values():
+        module.train().requires_grad_(True)
+    batch = train_editor.encode(pipe, training.seeds(0, 3), (64, 64), "cpu")
+    losses = train_editor.editor_loss(pipe, batch, "cpu", torch.Generator().manual_seed(0), questions=questions)
+    assert set(losses) == {"flow", "said", "seen", "find", "total"}
+    losses["total"].backward()
+    idle = {
+        f"{name}.{inner}" for name, module in modules.items() for inner, p in module.named_parameters()
+        if p.grad is None or not p.grad.any()
+    }  # fmt: skip
+    # What the last block makes of the text is read by nobody.
+    unread = ("txt_mlp", "txt_norm2", "to_add_out", "add_q_proj", "norm_added_q")
+    expected = {name for name in idle if "transformer_blocks.7." in name and any(part in name for part in unread)}
+    assert idle == expected and expected
+
+
+def test_modulation_is_no_matrix_for_muon():
+    pipe = build_qwen.qwen()
+    adam, muon = training.optimizers([pipe.transformer], 1e-3)
+    block = pipe.transformer.transformer_blocks[0]
+    of_muon = {id(p) for p in muon.param_groups[0]["params"]}
+    assert id(block.attn.to_q.weight) in of_muon and id(block.txt_mlp.net[2].weight) in of_muon
+    assert id(block.img_mod[1].weight) not in of_muon and id(block.txt_mod[1].weight) not in of_muon
+    assert sum(len(o.param_groups[0]["params"]) for o in (adam, muon)) == len(list(pipe.transformer.parameters()))
+
+
+@pytest.mark.parametrize("name", ["kontext", "qwen"])
+def test_the_autoencoder_learns(name):
     """It gets one batch better than its start as an interpolated thumbnail, under the same noise."""
     torch.manual_seed(0)
-    vae = build.autoencoder().train()
+    pipe = family.named(name).build(0)
+    pipe.vae.train().requires_grad_(True)
+    vae = family.of(pipe).flat(pipe.vae)
     images = train_vae.vae_images(0, 4, 32, "cpu")
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(pipe.vae.parameters(), lr=1e-4)
     errors = []
     for _ in range(30):
         torch.manual_seed(1)

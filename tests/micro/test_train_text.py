@@ -1,19 +1,21 @@
 """The text encoders learn what prompts say."""
 
+import pytest
 import torch
 from torch import nn
 
-from specedit.micro import build, scenes, train_text, training
+from specedit.micro import build, family, scenes, train_text, training
 from specedit.micro.questions import SAID
 
 
-def test_text_encoders_learn_what_prompts_say():
+@pytest.mark.parametrize("name", ["kontext", "qwen"])
+def test_text_encoders_learn_what_prompts_say(name):
     torch.manual_seed(0)
-    pipe = build.kontext()
-    heads = nn.ModuleList([nn.Linear(192, sum(SAID)), nn.Linear(128, sum(SAID))])
+    pipe = family.named(name).build(0)
+    modules = family.named(name).text_modules(pipe)
+    heads = nn.ModuleList(nn.Linear(width, sum(SAID)) for width in family.named(name).widths(pipe))
     batch = [scenes.describe(s) for s in training.seeds(0, 16)]
-    modules = (pipe.text_encoder, pipe.text_encoder_2, heads)
-    parameters = [p.requires_grad_(True) for m in modules for p in m.parameters()]
+    parameters = [p.requires_grad_(True) for m in (*modules, heads) for p in m.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3)
     losses = []
     for _ in range(25):

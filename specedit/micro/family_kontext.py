@@ -1,0 +1,91 @@
+"""The embedded FLUX-Kontext editor, as trainer and evaluation see it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import FluxKontextPipeline
+from PIL import Image
+from torch import Tensor, nn
+
+from . import build
+from .family import Family
+
+
+def latents(vae: nn.Module, images: Tensor) -> Tensor:
+    mean = vae.encode(images).latent_dist.mean.float()
+    return (mean - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+def set_statistics(vae: nn.Module, latent: Tensor) -> None:
+    vae.register_to_config(
+        shift_factor=round(float(latent.mean()), 4), scaling_factor=round(1 / float(latent.std()), 4)
+    )
+
+
+def ids(grid: tuple[int, int], image: int, device: str) -> Tensor:
+    """Position ids (N, 3) float32: image index, row, column, as FluxKontextPipeline numbers them."""
+    h, w = grid
+    axes = (torch.arange(n, device=device, dtype=torch.float32) for n in (h, w))
+    rows, columns = torch.meshgrid(*axes, indexing="ij")
+    return torch.stack([torch.full_like(rows, image), rows, columns], -1).reshape(-1, 3)
+
+
+def text(pipe: Any, prompts: list[str], seen: None, device: str) -> tuple[Tensor, Tensor]:
+    """Prompt features as FluxKontextPipeline.encode_prompt makes them, with gradients: T5's tokens, CLIP's pooled."""
+    padded = dict(padding="max_length", truncation=True, max_length=build.TEXT_TOKENS, return_tensors="pt")
+    words = pipe.tokenizer_2(prompts, **padded).input_ids.to(device)
+    pooled = pipe.text_encoder(pipe.tokenizer(prompts, **padded).input_ids.to(device)).pooler_output
+    return pipe.text_encoder_2(words)[0], pooled
+
+
+def velocity(
+    pipe: Any, x: Tensor, source: Tensor, grid: tuple[int, int], sigma: Tensor, features: tuple[Tensor, Tensor], **draw
+) -> Tensor:
+    """At a distilled guidance drawn from 1 to 5 by `draw`, the arguments of torch.rand."""
+    embeds, pooled = features
+    return pipe.transformer(
+        hidden_states=torch.cat([x, source], 1),
+        encoder_hidden_states=embeds,
+        pooled_projections=pooled,
+        timestep=sigma,
+        guidance=1 + 4 * torch.rand(len(x), **draw),
+        img_ids=torch.cat([ids(grid, 0, x.device), ids(grid, 1, x.device)]),
+        txt_ids=torch.zeros(embeds.shape[1], 3, device=x.device),
+        return_dict=False,
+    )[0][:, : x.shape[1]]
+
+
+def arguments(image: Image.Image) -> dict[str, Any]:
+    """By default FluxKontextPipeline resizes to about one megapixel and pads prompts to 512 tokens."""
+    width, height = (side // 16 * 16 for side in image.size)
+    return dict(
+        height=height, width=width, max_area=height * width, _auto_resize=False, max_sequence_length=build.TEXT_TOKENS
+    )
+
+
+def passes(pipe: Any, case: Any, call: dict[str, Any]) -> list[int]:
+    return [2 * (case.source.width // 16) * (case.source.height // 16) + build.TEXT_TOKENS]
+
+
+KONTEXT = Family(
+    name="kontext",
+    pipeline=FluxKontextPipeline,
+    build=build.kontext,
+    load=build.load,
+    save=build.save,
+    flat=lambda vae: vae,
+    latents=latents,
+    set_statistics=set_statistics,
+    text_modules=lambda pipe: [pipe.text_encoder, pipe.text_encoder_2],
+    look=lambda pipe, images: None,
+    text=text,
+    readings=lambda features: features,
+    widths=lambda pipe: (pipe.text_encoder_2.config.d_model, pipe.text_encoder.config.hidden_size),
+    velocity=velocity,
+    asked_blocks=lambda model: (model.transformer_blocks[-1], model.single_transformer_blocks[1]),
+    arguments=arguments,
+    passes=passes,
+    default_steps=28,
+)

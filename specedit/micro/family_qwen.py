@@ -1,0 +1,161 @@
+"""The embedded Qwen editor, as trainer and evaluation see it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import QwenImageEditPipeline
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from PIL import Image
+from torch import Tensor, nn
+
+from . import build_qwen
+from .family import Family
+
+EMPTY_PROMPT = " "
+TRUE_CFG_SCALE = 2.0  # a task has one right answer: guidance sharpens what is known of it, and more overshoots
+ENDING = 5  # tokens after the prompt, <|im_end|> \n <|im_start|> assistant \n: in a causal model they know all of it
+
+
+class FlatAutoencoder:
+    """AutoencoderKLQwenImage for pictures without a time axis, (B, 3, H, W), and without its clamp, which has no slope.
+
+    Of a single frame only the last tap in time of each convolution meets anything but zeros, so the others are skipped.
+    """
+
+    def __init__(self, vae: nn.Module):
+        self.vae = vae
+
+    def encode(self, images: Tensor) -> AutoencoderKLOutput:
+        with one_frame(self.vae):
+            moments = self.vae.quant_conv(self.vae.encoder(images[:, :, None]))
+        return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(moments[:, :, 0]))
+
+    def decode(self, latents: Tensor) -> DecoderOutput:
+        with one_frame(self.vae):
+            return DecoderOutput(sample=self.vae.decoder(self.vae.post_quant_conv(latents[:, :, None]))[:, :, 0])
+
+
+@contextlib.contextmanager
+def one_frame(vae: nn.Module) -> Iterator[None]:
+    """Causal convolutions of one frame as convolutions of a picture: the same result at a third of the cost."""
+    convolutions = [module for module in vae.modules() if isinstance(module, QwenImageCausalConv3d)]
+    for module in convolutions:
+        module.forward = functools.partial(_last_tap, module)
+    try:
+        yield
+    finally:
+        for module in convolutions:
+            del module.forward
+
+
+def _last_tap(conv: nn.Conv3d, x: Tensor) -> Tensor:
+    padding = conv._padding[2], conv._padding[0]
+    return F.conv2d(x[:, :, 0], conv.weight[:, :, -1], conv.bias, conv.stride[1:], padding)[:, :, None]
+
+
+def latents(vae: nn.Module, images: Tensor) -> Tensor:
+    mean = FlatAutoencoder(vae).encode(images).latent_dist.mean.float()
+    centre, spread = (
+        torch.tensor(values, device=mean.device).view(1, -1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return (mean - centre) / spread
+
+
+def set_statistics(vae: nn.Module, latent: Tensor) -> None:
+    """Mean and standard deviation of every channel, as the real autoencoder's configuration has them."""
+    channels = latent.transpose(0, 1).flatten(1)
+    vae.register_to_config(
+        latents_mean=[round(v, 4) for v in channels.mean(1).tolist()],
+        latents_std=[max(round(v, 4), 1e-3) for v in channels.std(1).tolist()],
+    )
+
+
+def look(pipe: Any, images: Tensor) -> dict[str, Tensor]:
+    """What the processor makes of the pictures; they are resized by it as in the pipeline."""
+    pictures = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return pipe.processor.look([Image.fromarray(picture) for picture in pictures])
+
+
+def text(pipe: Any, prompts: list[str], seen: dict[str, Tensor] | None, device: str) -> tuple[Tensor, Tensor]:
+    """Prompt features (B, L, D) and mask (B, L) bool, as the pipeline's encode_prompt makes them, with gradients."""
+    template = pipe.prompt_template_encode
+    if seen is None:
+        template = template.replace(pipe.processor.image_token, "")
+    inputs = pipe.processor.join([template.format(prompt) for prompt in prompts], seen or {}).to(device)
+    start = pipe.prompt_template_encode_start_idx
+    hidden = pipe.text_encoder.model(**inputs).last_hidden_state
+    return hidden[:, start:], inputs["attention_mask"][:, start:].bool()
+
+
+def readings(features: tuple[Tensor, Tensor]) -> tuple[Tensor]:
+    embeds, mask = features
+    last = mask.sum(1, keepdim=True) - ENDING + torch.arange(ENDING, device=mask.device)
+    return (embeds.gather(1, last[..., None].expand(-1, -1, embeds.shape[2])),)
+
+
+def velocity(
+    pipe: Any, x: Tensor, source: Tensor, grid: tuple[int, int], sigma: Tensor, features: tuple[Tensor, Tensor], **draw
+) -> Tensor:
+    embeds, mask = features
+    more = {}
+    if "txt_seq_lens" in inspect.signature(pipe.transformer.forward).parameters:  # diffusers before 0.37
+        more["txt_seq_lens"] = mask.sum(1).tolist()
+    return pipe.transformer(
+        hidden_states=torch.cat([x, source], 1),
+        encoder_hidden_states=embeds,
+        encoder_hidden_states_mask=None if bool(mask.all()) else mask,
+        timestep=sigma,
+        img_shapes=[[(1, *grid), (1, *grid)]] * len(x),
+        return_dict=False,
+        **more,
+    )[0][:, : x.shape[1]]
+
+
+def arguments(image: Image.Image) -> dict[str, Any]:
+    """The picture's own size, and true guidance against an empty prompt."""
+    width, height = (side // 16 * 16 for side in image.size)
+    return dict(height=height, width=width, negative_prompt=EMPTY_PROMPT, true_cfg_scale=TRUE_CFG_SCALE)
+
+
+def passes(pipe: Any, case: Any, call: dict[str, Any]) -> list[int]:
+    """Target, reference and each prompt's own tokens."""
+    prompts = [case.prompt]
+    if call.get("negative_prompt") is not None and call.get("true_cfg_scale", 4.0) > 1:
+        prompts.append(call["negative_prompt"])
+    images = 2 * (case.source.width // 16) * (case.source.height // 16)
+    texts = [pipe.prompt_template_encode.format(prompt) for prompt in prompts]
+    ids = pipe.processor(text=texts, images=[case.source] * len(prompts), padding=True, return_tensors="pt")
+    return [images + int(row.sum()) - pipe.prompt_template_encode_start_idx for row in ids["attention_mask"]]
+
+
+QWEN = Family(
+    name="qwen",
+    pipeline=QwenImageEditPipeline,
+    build=build_qwen.qwen,
+    load=build_qwen.load,
+    save=build_qwen.save,
+    flat=FlatAutoencoder,
+    latents=latents,
+    set_statistics=set_statistics,
+    text_modules=lambda pipe: [pipe.text_encoder],
+    look=look,
+    text=text,
+    readings=readings,
+    widths=lambda pipe: (pipe.transformer.config.joint_attention_dim,),
+    velocity=velocity,
+    asked_blocks=lambda model: (model.transformer_blocks[2], model.transformer_blocks[4]),
+    arguments=arguments,
+    passes=passes,
+    default_steps=50,
+    empty=0.1,
+)

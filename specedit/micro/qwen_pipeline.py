@@ -1,0 +1,102 @@
+"""The embedded Qwen editor's pipeline: diffusers' own, which takes pictures at their own size.
+
+`QwenImageEditPipeline.__call__` brings every picture to one megapixel, `calculate_dimensions(1024 * 1024, ratio)`, and
+has no argument or configuration for it: the vision-language encoder could be told otherwise (by the processor's
+`max_pixels`), but the reference of the autoencoder and its positions could not, and 4,096 reference tokens would dwarf
+the 1,024 of a 512 px edit. So this class runs the stock method's own code with another answer to that one question.
+Nothing of diffusers is changed: its class and module keep their function, and any other pipeline keeps its size.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import torch
+from diffusers import QwenImageEditPipeline
+from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_dimensions
+from PIL import Image
+from transformers import BatchFeature, PreTrainedTokenizerFast, Qwen2VLProcessor
+
+try:
+    from transformers import Qwen2VLImageProcessorPil as Qwen2VLImageProcessor
+except ImportError:  # before transformers 5 this was the one without torchvision
+    from transformers import Qwen2VLImageProcessor
+
+LARGEST = 1024 * 1024  # px; a larger picture is brought down to it, as by the stock pipeline
+_STOCK = inspect.unwrap(QwenImageEditPipeline.__call__)
+
+
+class OwnSizeQwenImageEditPipeline(QwenImageEditPipeline):
+    """QwenImageEditPipeline for pictures of any size up to 1 MP: they are edited at their own, in whole tokens."""
+
+    def picture_size(self, image: Image.Image) -> tuple[int, int]:
+        """Width and height at which a picture is encoded, and the output's where the call names none."""
+        width, height = image.size
+        if width * height > LARGEST:
+            return calculate_dimensions(LARGEST, width / height)[:2]
+        token = 2 * self.vae_scale_factor
+        if min(width, height) < token:
+            raise ValueError(f"image: expected at least {token} px a side, got {width} x {height}")
+        return width // token * token, height // token * token
+
+    @torch.no_grad()
+    @functools.wraps(_STOCK)
+    def __call__(self, image: Any = None, *args: Any, **kwargs: Any) -> Any:
+        first = image[0] if isinstance(image, list) and image else image
+        if not isinstance(first, Image.Image):
+            raise TypeError(f"image: expected a PIL image or a list of them, got {type(first).__name__}")
+        size = (*self.picture_size(first), None)
+        names = _STOCK.__globals__ | {"calculate_dimensions": lambda area, ratio: size}
+        stock = FunctionType(_STOCK.__code__, names, _STOCK.__name__, _STOCK.__defaults__, _STOCK.__closure__)
+        return stock(self, image, *args, **kwargs)
+
+
+class PictureProcessor(Qwen2VLProcessor):
+    """Qwen2VLProcessor for pictures and text alone: its part for videos needs torchvision."""
+
+    def __init__(self, image_processor: Any, tokenizer: PreTrainedTokenizerFast):
+        self.image_processor, self.tokenizer = image_processor, tokenizer
+        self.video_processor = self.chat_template = None
+        self.image_token = "<|image_pad|>"
+
+    def __call__(
+        self, text: str | list[str], images: Any = None, padding: bool = True, return_tensors: str = "pt"
+    ) -> BatchFeature:
+        """`input_ids`, `attention_mask`, and of pictures `pixel_values` and `image_grid_thw`.
+
+        Each `<|image_pad|>` of the texts is repeated once for every token that its picture becomes. Only "pt" tensors
+        are made.
+        """
+        seen = {} if images is None else self.look(images if isinstance(images, list) else [images])
+        return self.join([text] if isinstance(text, str) else text, seen, padding)
+
+    def look(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
+        """`pixel_values` (all patches of all pictures) and `image_grid_thw` (n, 3)."""
+        return dict(self.image_processor(images=images, return_tensors="pt"))
+
+    def join(self, texts: list[str], seen: dict[str, torch.Tensor], padding: bool = True) -> BatchFeature:
+        """Texts beside what `look` made of their pictures; a single picture serves every text."""
+        if seen:
+            places = sum(text.count(self.image_token) for text in texts)
+            if len(seen["image_grid_thw"]) == 1 < places:
+                seen = {name: value.repeat(places, 1) for name, value in seen.items()}
+            counts = iter((seen["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2).tolist())
+            pad = re.escape(self.image_token)
+            texts = [re.sub(pad, lambda _: self.image_token * next(counts), one) for one in texts]
+        return BatchFeature({**self.tokenizer(texts, padding=padding, return_tensors="pt"), **seen})
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        self.image_processor.save_pretrained(save_directory)
+        self.tokenizer.save_pretrained(save_directory)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> PictureProcessor:
+        return cls(
+            Qwen2VLImageProcessor.from_pretrained(folder, **kwargs),
+            PreTrainedTokenizerFast.from_pretrained(folder, **kwargs),
+        )
