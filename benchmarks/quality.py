@@ -34,6 +34,7 @@ def variants(names: list[str] | None) -> dict[str, dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="kontext", help="the embedded editor: kontext or qwen")
     parser.add_argument("--cases", type=int, default=64)
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--out", type=Path, required=True)
@@ -42,10 +43,10 @@ def main() -> None:
     args = parser.parse_args()
     rows = json.loads(args.out.read_text())["rows"] if args.resume and args.out.exists() else []
     done = {row["variant"] for row in rows}
-    pipe = micro.load("kontext", device="cuda" if torch.cuda.is_available() else "cpu")
+    pipe = micro.load(args.model, device="cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
     cases = [micro.scenes.sample(seed, args.size) for seed in range(args.cases)]
-    command = f"python benchmarks/quality.py --cases {args.cases} --size {args.size}"
+    command = f"python benchmarks/quality.py --model {args.model} --cases {args.cases} --size {args.size}"
     for name, settings in variants(args.only).items():
         if name in done:
             continue

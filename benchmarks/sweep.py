@@ -52,15 +52,16 @@ def agreement(pipe, case) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="kontext", help="the embedded editor: kontext or qwen")
     parser.add_argument("--cases", type=int, default=24)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="+", choices=list(GRID))
     args = parser.parse_args()
-    pipe = micro.load("kontext", device="cuda" if torch.cuda.is_available() else "cpu")
+    pipe = micro.load(args.model, device="cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
     cases = [micro.scenes.sample(10_000 + i, args.size) for i in range(args.cases)]  # not those of quality.py
-    command = f"python benchmarks/sweep.py --cases {args.cases} --size {args.size}"
+    command = f"python benchmarks/sweep.py --model {args.model} --cases {args.cases} --size {args.size}"
     rows = []
     todo = [
         (name, change) for name, changes in GRID.items() if args.only is None or name in args.only for change in changes

@@ -153,9 +153,9 @@ def training(name: str) -> str:
     result = load(name)
     if result is None:
         return "*not measured yet*"
-    last = {row["part"]: row for row in result["rows"]}
-    rows = [[part, str(row["step"]), f"{row['seconds'] / 60:.0f}"] for part, row in last.items()]
-    text = table(["part", "steps", "minutes"], rows)
+    last = {(row.get("run", 1), row["part"]): row for row in result["rows"]}
+    rows = [[str(run), part, str(row["step"]), f"{row['seconds'] / 60:.0f}"] for (run, part), row in last.items()]
+    text = table(["run", "part", "steps", "minutes"], rows)
     trip = next((r["roundtrip_512"] for r in result["rows"] if "roundtrip_512" in r), None)
     if trip is not None:
         text += f"\n\nAutoencoder round trip at 512 px: {trip:.1f} dB."

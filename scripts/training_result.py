@@ -1,18 +1,34 @@
-"""Turns a trainer's log into benchmarks/results/micro-training.json, or another file there.
+"""Turns the logs of a training, one for each run that went on from the last, into a file of benchmarks/results.
 
-python scripts/training_result.py runs/kontext/log.json "the command that trained"
-python scripts/training_result.py runs/qwen/log.json "the command that trained" micro-training-qwen
+python scripts/training_result.py runs/kontext/log.json --command "the command that trained"
+python scripts/training_result.py runs/kontext/log.json runs/more/log.json --command "one; and the other"
+python scripts/training_result.py runs/qwen/log.json --command "the command that trained" --name micro-training-qwen
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 from specedit import results
 
+
+def combine(logs: list[list[dict]]) -> list[dict]:
+    """Rows of all logs in order, each with the number of its run, from 1."""
+    return [{"run": number, **row} for number, log in enumerate(logs, 1) for row in log]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("logs", type=Path, nargs="+")
+    parser.add_argument("--command", required=True, help="what trained")
+    parser.add_argument("--name", default="micro-training")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+    )
+    args = parser.parse_args(arguments)
+    logs = [json.loads(path.read_text()) for path in args.logs]
+    results.write(args.folder / f"{args.name}.json", args.command, combine(logs))
+
+
 if __name__ == "__main__":
-    if len(sys.argv) not in (3, 4):
-        sys.exit("usage: python scripts/training_result.py LOG COMMAND [NAME]")
-    name = sys.argv[3] if len(sys.argv) == 4 else "micro-training"
-    target = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / f"{name}.json"
-    results.write(target, sys.argv[2], json.loads(Path(sys.argv[1]).read_text()))
+    main()

@@ -106,3 +106,18 @@ def test_kernels_on_a_cpu_claim_nothing_about_a_gpu(docs, tmp_path):
     text = docs.measured.kernels("kernels.json")
     assert "Not measured" not in text and "### Some GPU" in text and "Goals" in text
     assert "| gather_tokens | times PyTorch's fastest | 1.00 | - | - | - |" in text
+
+
+def test_training_in_several_runs(docs, tmp_path):
+    def log(name, *rows):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(list(rows)))
+        return str(path)
+
+    first = log("a", dict(part="vae", step=50, seconds=30), dict(part="vae", step=60, seconds=120, roundtrip_512=31.5))
+    second = log("b", dict(part="editor", step=50, seconds=60), dict(part="editor", step=400, seconds=600))
+    training_result = importlib.import_module("training_result")
+    training_result.main([first, second, "--command", "one; two", "--folder", str(tmp_path)])
+    text = docs.measured.training("micro-training.json")
+    assert "| 1 | vae | 60 | 2 |" in text and "| 2 | editor | 400 | 10 |" in text
+    assert "31.5 dB" in text and "`one; two` wrote" in text
