@@ -289,3 +289,12 @@ def save(pipe: FluxKontextPipeline, folder: Path) -> None:
     for name in ("tokenizer", "tokenizer_2"):
         parts[name] = ["transformers", "PreTrainedTokenizerFast"]
     index.write_text(json.dumps(parts, indent=2) + "\n")
+    forget_origin(folder)
+
+
+def forget_origin(folder: Path) -> None:
+    """Take the directory out that a pipeline was once read from, which diffusers writes into every configuration."""
+    for file in (folder / "model_index.json", *folder.glob("*/config.json")):
+        written = json.loads(file.read_text())
+        if written.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(written, indent=2) + "\n")

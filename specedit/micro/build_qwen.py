@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from .build import look_at_own_place, sentences, zero_modulation
+from .build import forget_origin, look_at_own_place, sentences, zero_modulation
 from .qwen_pipeline import OwnSizeQwenImageEditPipeline, PictureProcessor, Qwen2VLImageProcessor
 
 WIDTH = 192  # of transformer and text model
@@ -232,3 +232,4 @@ def save(pipe: OwnSizeQwenImageEditPipeline, folder: Path) -> None:
         "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
     }
     index.write_text(json.dumps(written, indent=2) + "\n")
+    forget_origin(Path(folder))

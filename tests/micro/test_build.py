@@ -80,3 +80,6 @@ def test_a_saved_editor_reads_back(pipe, tmp_path):
             assert all(torch.equal(a.half().float(), b.float()) for a, b in pairs)
     assert again.tokenizer_2("make it red").input_ids == pipe.tokenizer_2("make it red").input_ids
     assert pipe.transformer.dtype == torch.float32
+    build.save(again, tmp_path / "copy")  # of one that was read from a directory
+    for file in (tmp_path / "copy").rglob("*.json"):
+        assert str(tmp_path) not in file.read_text(), file
