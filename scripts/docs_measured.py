@@ -8,20 +8,22 @@ from docs_paper import PAPERS
 from docs_results import against_faster, load, number, source, table
 
 
+def against_stock(result: dict, mean: dict) -> list[str]:
+    """How many times fewer operations and seconds than 50 stock steps."""
+    stock = next((r["mean"] for r in result["rows"] if r["variant"] == "stock-50"), None)
+    return [f"{stock[key] / mean[key]:.2f}" if stock else "-" for key in ("flops", "seconds")]
+
+
 def quality(name: str) -> str:
     result = load(name)
     if result is None:
         return "*not measured yet*"
-    stock = next((r["mean"] for r in result["rows"] if r["variant"] == "stock-50"), None)
     rows = []
     for row in result["rows"]:
         m = row["mean"]
-        against = (
-            [f"{stock['flops'] / m['flops']:.2f}", f"{stock['seconds'] / m['seconds']:.2f}"] if stock else ["-", "-"]
-        )
         rows.append(
             [row["variant"], f"{m['count']:.0f}", f"{m['success']:.1%}", f"{m['edit_psnr']:.1f}",
-             f"{m['keep_psnr']:.1f}", f"{m['flops'] / 1e12:.2f}", *against]
+             f"{m['keep_psnr']:.1f}", f"{m['flops'] / 1e12:.2f}", *against_stock(result, m)]
         )  # fmt: skip
     header = ["variant", "tasks", "success", "edit dB", "keep dB", "TFLOPs", "FLOPs ratio", "clock ratio"]
     return table(header, rows) + source(result, name)
@@ -166,16 +168,15 @@ def forecast(name: str) -> str:
     result = load(name)
     if result is None:
         return "*not measured yet*"
-    stock = next((r["mean"] for r in result["rows"] if r["variant"] == "stock-50"), None)
     rows = []
     for row in result["rows"]:
         m = row["mean"]
-        against = [f"{stock[k] / m[k]:.2f}" if stock else "-" for k in ("flops", "seconds")]
         cached = f"{row['cached_steps']} of {row['nfe']}" if row.get("cached_steps") else "-"
         held = f"{row['cache_bytes'] / 2**20:.1f}" if row.get("cache_bytes") else "-"
         rows.append(
             [row["variant"], f"{m['count']:.0f}", f"{m['success']:.1%}", f"{m['edit_psnr']:.1f}",
-             number(m["keep_psnr"], ".1f"), f"{m['flops'] / 1e12:.3f}", f"{m['seconds']:.1f}", *against, cached, held]
+             number(m["keep_psnr"], ".1f"), f"{m['flops'] / 1e12:.3f}", f"{m['seconds']:.1f}",
+             *against_stock(result, m), cached, held]
         )  # fmt: skip
     header = ["variant", "tasks", "success", "edit dB", "keep dB", "TFLOPs", "seconds", "FLOPs ratio", "clock ratio",
               "cached steps", "cache MiB"]  # fmt: skip

@@ -28,6 +28,23 @@ def full_steps(steps: int, interval: int, warmup: int) -> list[bool]:
     return [i <= last or (i - last) % interval == 0 for i in range(steps)]
 
 
+class OfPrompt:
+    """A cache whose content answers one prompt."""
+
+    embeddings: Tensor | None = None
+
+    def reset(self) -> None:
+        """Forget everything."""
+        raise NotImplementedError
+
+    def of_prompt(self, prompt: dict[str, Tensor] | None) -> None:
+        """Start over where a callback has replaced the prompt's embeddings: what is held answered another question."""
+        embeddings = None if prompt is None else prompt.get("encoder_hidden_states")
+        if self.embeddings is not None and embeddings is not self.embeddings:
+            self.reset()
+        self.embeddings = embeddings
+
+
 class Forecaster:
     """One history of one feature.
 

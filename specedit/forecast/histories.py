@@ -11,7 +11,7 @@ from torch import Tensor
 from ..config import FORECASTS, SpecEditConfig
 from ..grid import MixedLayout
 from . import lesa
-from .base import FIRST_FULL, Forecaster
+from .base import FIRST_FULL, Forecaster, OfPrompt
 from .duca import DuCa
 from .foca import FoCa
 from .freqca import FreqCa, LowPass
@@ -49,7 +49,7 @@ class Done:
     flops: float = 0.0  # of the forecast itself, all samples
 
 
-class Histories:
+class Histories(OfPrompt):
     """Runs a stage's steps fully, in part or not at all.
 
     Args:
@@ -74,19 +74,11 @@ class Histories:
         self.branches: list[Forecaster] = [make(config.interval, **more) for _ in range(branches)]
         self.token_wise = config.forecast in TOKEN_WISE
         self.done = Done(full=True)
-        self.embeddings: Tensor | None = None
 
     @property
     def memory(self) -> int:
         """Bytes held by all branches."""
         return sum(forecaster.memory for forecaster in self.branches)
-
-    def of_prompt(self, prompt: dict[str, Tensor] | None) -> None:
-        """Start over where a callback has replaced the prompt's embeddings: old outputs answered another question."""
-        embeddings = None if prompt is None else prompt.get("encoder_hidden_states")
-        if self.embeddings is not None and embeddings is not self.embeddings:
-            self.reset()
-        self.embeddings = embeddings
 
     def reset(self) -> None:
         for forecaster in self.branches:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
+from .base import OfPrompt
 from .toca import TokenCall, TokenStore
 
 
-class KeptReference:
+class KeptReference(OfPrompt):
     """What one part of a batch keeps in one stage.
 
     A refresh runs the transformer over text, target and reference, and has every attention module keep its keys and
@@ -21,7 +20,6 @@ class KeptReference:
 
     def __init__(self, every: int):
         self.every = every
-        self.embeddings: Tensor | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -33,13 +31,6 @@ class KeptReference:
     def memory(self) -> int:
         """Bytes held by all branches."""
         return sum(store.memory for store in self.stores)
-
-    def of_prompt(self, prompt: dict[str, Tensor] | None) -> None:
-        """Start over where a callback has replaced the prompt's embeddings: the text's keys are another's."""
-        embeddings = None if prompt is None else prompt.get("encoder_hidden_states")
-        if self.embeddings is not None and embeddings is not self.embeddings:
-            self.reset()
-        self.embeddings = embeddings
 
     def calls(self, step: int, branches: int) -> list[TokenCall]:
         """How `step` of a stage is computed under so many guidance branches.

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..schedule import stage_sigmas
-from .family_kontext import ids, text
+from .family_kontext import text, velocity_at
 from .load import WEIGHTS as EDITORS
 from .load import load
 from .train_editor import EDIT_WEIGHT, Batch, encode
@@ -59,15 +59,8 @@ def add_lora(transformer: Any, rank: int) -> list[Tensor]:
 
 def velocity(pipe: Any, batch: Batch, x: Tensor, sigma: float, prompt: tuple[Tensor, Tensor]) -> Tensor:
     """The transformer's velocity (B, N, C) at one noise level."""
-    count, tokens, _ = x.shape
-    embeds, pooled = prompt
-    one = torch.ones(count, device=x.device)
-    return pipe.transformer(
-        hidden_states=torch.cat([x, batch.source], 1), encoder_hidden_states=embeds, pooled_projections=pooled,
-        timestep=one * sigma, guidance=one * GUIDANCE, return_dict=False,
-        img_ids=torch.cat([ids(batch.grid, 0, x.device), ids(batch.grid, 1, x.device)]),
-        txt_ids=torch.zeros(embeds.shape[1], 3, device=x.device),
-    )[0][:, :tokens].float()  # fmt: skip
+    one = torch.ones(len(x), device=x.device)
+    return velocity_at(pipe, x, batch.source, batch.grid, one * sigma, prompt, one * GUIDANCE).float()
 
 
 @torch.no_grad()

@@ -46,16 +46,21 @@ class Family:
     empty: float = 0.0
 
 
+def families() -> tuple[Family, ...]:
+    """All of them."""
+    from .family_kontext import KONTEXT
+    from .family_qwen import QWEN
+
+    return KONTEXT, QWEN
+
+
 def named(name: str) -> Family:
     """The family "kontext" or "qwen".
 
     Raises:
         ValueError: another name.
     """
-    from .family_kontext import KONTEXT
-    from .family_qwen import QWEN
-
-    for family in (KONTEXT, QWEN):
+    for family in families():
         if family.name == name:
             return family
     raise ValueError(f'name: expected "kontext" or "qwen", got {name!r}')
@@ -67,9 +72,8 @@ def of(pipe: Any) -> Family:
     Raises:
         TypeError: it is of neither.
     """
-    families = [named(name) for name in ("kontext", "qwen")]
-    for family in families:
+    for family in families():
         if isinstance(pipe, family.pipeline):
             return family
-    known = " or ".join(family.pipeline.__name__ for family in families)
+    known = " or ".join(family.pipeline.__name__ for family in families())
     raise TypeError(f"pipe: expected a {known}, got {type(pipe).__name__}")

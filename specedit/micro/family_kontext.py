@@ -44,13 +44,21 @@ def velocity(
     pipe: Any, x: Tensor, source: Tensor, grid: tuple[int, int], sigma: Tensor, features: tuple[Tensor, Tensor], **draw
 ) -> Tensor:
     """At a distilled guidance drawn from 1 to 5 by `draw`, the arguments of torch.rand."""
+    return velocity_at(pipe, x, source, grid, sigma, features, 1 + 4 * torch.rand(len(x), **draw))
+
+
+def velocity_at(
+    pipe: Any, x: Tensor, source: Tensor, grid: tuple[int, int], sigma: Tensor, features: tuple[Tensor, Tensor],
+    guidance: Tensor,
+) -> Tensor:  # fmt: skip
+    """The transformer's output (B, N, C) at distilled guidance (B,)."""
     embeds, pooled = features
     return pipe.transformer(
         hidden_states=torch.cat([x, source], 1),
         encoder_hidden_states=embeds,
         pooled_projections=pooled,
         timestep=sigma,
-        guidance=1 + 4 * torch.rand(len(x), **draw),
+        guidance=guidance,
         img_ids=torch.cat([ids(grid, 0, x.device), ids(grid, 1, x.device)]),
         txt_ids=torch.zeros(embeds.shape[1], 3, device=x.device),
         return_dict=False,
