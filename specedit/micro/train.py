@@ -2,10 +2,11 @@
 transformer together.
 
     python -m specedit.micro.train --out runs/kontext --vae-minutes 13 --text-minutes 6 --minutes 80
-    python -m specedit.micro.train --model qwen --out runs/qwen --vae-minutes 20 --text-minutes 12 --minutes 150
+    python -m specedit.micro.train --model qwen --out runs/qwen --like specedit/micro/weights/kontext --minutes 60
     python -m specedit.micro.train --out runs/more --start specedit/micro/weights/kontext --minutes 8 --batch-scale 8
 
-The last line goes on from weights that are there. The budget is wall-clock time, so the same command fits a GPU and
+The second line lets a Qwen editor take over what a Kontext editor knows; without --like it learns all by itself. The
+last line goes on from weights that are there. The budget is wall-clock time, so the same command fits a GPU and
 two cores. Run it again with the same --out to go on: a larger budget continues where the last run stopped.
 `runs/kontext/editor` always holds the newest averaged weights as a pipeline directory, `runs/kontext/log.json` what
 happened.
@@ -18,6 +19,8 @@ from pathlib import Path
 import torch
 
 from .family import named
+from .family_kontext import KONTEXT
+from .inherit import inherit
 from .train_editor import train_editor
 from .train_text import train_text
 from .train_vae import train_vae
@@ -28,20 +31,29 @@ def train(settings: Settings):
     """Train, or go on training, the editor in `settings.out`; returns the pipeline with averaged weights.
 
     Raises:
-        ValueError: an unknown model, or one of the folders holds another one's editor.
+        ValueError: an unknown model, one of the folders holds another one's editor, or `like` where it cannot serve.
     """
     family = named(settings.model)
-    for option, folder in (("--out", settings.out / "editor"), ("--start", settings.start)):
+    if settings.like is not None and (settings.model != "qwen" or settings.start is not None):
+        raise ValueError("--like: expected --model qwen and no --start, which has learned already")
+    for option, folder, kind in (
+        ("--out", settings.out / "editor", family),
+        ("--start", settings.start, family),
+        ("--like", settings.like, KONTEXT),
+    ):
         if folder is not None and (index := Path(folder) / "model_index.json").exists():
             held = json.loads(index.read_text())["_class_name"]
-            if held != family.pipeline.__name__:
-                raise ValueError(f"{option}: expected a {family.pipeline.__name__} in {folder}, got a {held}")
+            if held != kind.pipeline.__name__:
+                raise ValueError(f"{option}: expected a {kind.pipeline.__name__} in {folder}, got a {held}")
     settings.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
     log = Log(settings.out / "log.json")
     if settings.start is None:
         pipe = family.build(settings.seed)
-        train_vae(pipe, settings, log)
+        teacher = None if settings.like is None else KONTEXT.load(settings.like, torch_dtype=torch.float32)
+        train_vae(pipe, settings, log, teacher)
+        if teacher is not None:
+            inherit(pipe, teacher)
     else:
         pipe = family.load(settings.start, torch_dtype=torch.float32)
     if not (settings.out / "editor.pt").exists():  # a resumed run has it behind it
@@ -69,6 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
         type=Path,
         help="directory of an editor to go on from; its autoencoder is kept, since the latents are what it learned",
     )
+    parser.add_argument("--like", type=Path, help="directory of a Kontext editor that a new Qwen editor takes over")
     train(Settings(**vars(parser.parse_args(arguments))))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import scenes
 from .family import Family, of
+from .inherit import same_latents
 from .training import Average, Clock, Log, Settings, rate_at, seeds, write
 
 
@@ -24,32 +25,43 @@ def vae_images(step: int, count: int, side: int, device: str) -> Tensor:
     return torch.cat([before[::2], after[1::2]]) * 2 - 1
 
 
-def vae_loss(vae: Any, images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, float]:
+def vae_loss(
+    vae: Any, images: Tensor, generator: torch.Generator | None = None, teacher: nn.Module | None = None
+) -> tuple[Tensor, float]:
     """Reconstruction, a weak KL, and equivariance to halving the size, of a family's flat autoencoder.
+
+    With `teacher`, another autoencoder, its latents are to be learned: the encoder's squared distance to them, in
+    units of their variance, counts too, and it is them that the decoder learns to read.
 
     The last term (in the spirit of EQ-VAE, Kouzelis et al. 2025) asks that the mean of 2 x 2 latents be the latent of
     the halved image and decode to it: what moving tokens between resolutions relies on.
     """
     posterior = vae.encode(images).latent_dist
-    latent = posterior.mean + posterior.std * torch.randn(
-        posterior.mean.shape, generator=generator, device=images.device
-    )
+    if teacher is None:
+        centre, distance = posterior.mean, 0.0
+    else:
+        with torch.no_grad():
+            centre = teacher.encode(images).latent_dist.mean
+        distance = F.mse_loss(posterior.mean, centre) / centre.var()
+    latent = centre + posterior.std * torch.randn(centre.shape, generator=generator, device=images.device)
     part = len(images) // 2  # the terms about halving cost as much again: half the images are enough
     half = F.interpolate(images[:part], scale_factor=0.5, mode="area")
-    pooled = F.avg_pool2d(posterior.mean[:part], 2)
+    pooled = F.avg_pool2d(centre[:part], 2)
     out = vae.decode(latent.to(images.dtype)).sample.float()
     small = vae.decode(pooled).sample.float()
     error = F.mse_loss(out, images)
-    loss = error + 0.1 * F.l1_loss(out, images) + 0.25 * F.mse_loss(small, half)
+    loss = distance + error + 0.1 * F.l1_loss(out, images) + 0.25 * F.mse_loss(small, half)
     loss = loss + 0.01 * F.mse_loss(vae.encode(half).latent_dist.mean, pooled)
     loss = loss + 1e-4 * 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
     return loss, float(error.detach())
 
 
-def train_vae(pipe, settings: Settings, log: Log) -> None:
+def train_vae(pipe, settings: Settings, log: Log, teacher: Any = None) -> None:
+    """Train for `settings.vae_minutes`. `teacher`: a pipeline whose autoencoder's latents are to be learned."""
     vae, device, family = pipe.vae, settings.device, of(pipe)
     flat = family.flat(vae)
     path = settings.out / "vae.pt"
+    known = None if teacher is None else teacher.vae.to(device)
     vae.to(device).train().requires_grad_(True)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.vae_rate, betas=(0.9, 0.98), weight_decay=0.0)
     average = Average([vae], 0.998)
@@ -72,7 +84,7 @@ def train_vae(pipe, settings: Settings, log: Log) -> None:
         for group in optimizer.param_groups:
             group["lr"] = settings.vae_rate * rate_at(clock.progress, step)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
-            loss, error = vae_loss(flat, images)
+            loss, error = vae_loss(flat, images, teacher=known)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -90,7 +102,10 @@ def train_vae(pipe, settings: Settings, log: Log) -> None:
     save()
     average.swap()
     vae.eval().requires_grad_(False)
-    normalise(vae, family, device)
+    if known is None:
+        normalise(vae, family, device)
+    else:
+        same_latents(vae, known)
     log.add(part="vae", step=step, seconds=round(clock.seconds, 1), roundtrip_512=roundtrip(flat, device))
 
 

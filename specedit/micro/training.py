@@ -47,6 +47,7 @@ class Settings:
     save_minutes: float = 4.0
     batch_scale: int = 1
     start: Path | None = None
+    like: Path | None = None
     model: str = "kontext"
 
 
