@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from specedit.config import SpecEditConfig, presets
 from specedit.flops import MODELS, Forward, plan, transformer_flops
-from specedit.models import attention, last_block
+from specedit.models import attention, joint, last_block
 
 FLUX = MODELS["flux-kontext"].config
 # Table 5 of the paper: FLOPs ratios of SpecEdit on FLUX.1-Kontext-dev by NFE
@@ -59,7 +59,7 @@ def test_a_trimmed_last_block_against_counted_operations():
     text, image, target = 32, 300, 150
     counted = []
     for read in (None, target):
-        context = attention.MixedContext(backend="stock", read=read and attention.Queries(read), plain=True)
+        context = joint.MixedContext(backend="stock", read=read and joint.Queries(read), plain=True)
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(
                 hidden_states=torch.zeros(1, image, 64), encoder_hidden_states=torch.zeros(1, text, 64),

@@ -14,7 +14,7 @@ from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from torch import Tensor
 
 from ..grid import MixedLayout, TokenGrid
-from . import attention, last_block
+from . import attention, joint, last_block
 from .base import EditState, active_branches, rows_index
 from .images import batched, check_image, decoder_features, source_pictures
 
@@ -265,7 +265,7 @@ class FluxKontext:
         return torch.cat(each).to(state.device)
 
     @staticmethod
-    def _told(context: attention.MixedContext, config: Any, dtype: torch.dtype) -> dict[str, Any]:
+    def _told(context: joint.MixedContext, config: Any, dtype: torch.dtype) -> dict[str, Any]:
         """How the transformer is told of a context: the model's own processors take a bias as a mask."""
         if config.attention == "stock":
             return {"attention_mask": context.key_bias.to(dtype)[None, None, None]}
@@ -273,14 +273,14 @@ class FluxKontext:
 
     def _context(
         self, pipe, state: EditState, layout, reference_layout, config, keeps: bool
-    ) -> attention.MixedContext | None:
+    ) -> joint.MixedContext | None:
         """What attention is told, or None where the stock processors need no telling."""
         area = torch.cat([layout.area, reference_layout.area]).to(state.device)
         target, mixed = len(layout.area), layout.is_mixed or reference_layout.is_mixed
         text = torch.zeros(state.text_tokens, device=area.device)
         bias = torch.cat([text, area.log()]) if mixed and config.key_bias == "area" else None
         if config.attention == "stock":
-            return None if bias is None else attention.MixedContext(bias, backend="stock")
+            return None if bias is None else joint.MixedContext(bias, backend="stock")
         own = mixed or keeps or config.attention != "auto"
         if not own and not state.last_block:
             return None
@@ -292,18 +292,18 @@ class FluxKontext:
 
         segments = coarse_rotary = asked = None
         if mixed and config.rope == "phase_aligned":
-            segments = attention.segments(torch.cat([text > 0, area > 1]))
-            asked = attention.segments(area[:target] > 1, [target], [len(text) + len(area)])
+            segments = joint.segments(torch.cat([text > 0, area > 1]))
+            asked = joint.segments(area[:target] > 1, [target], [len(text) + len(area)])
             coarse_rotary = rotary(self._ids(state, layout, reference_layout, 0.5))
-        return attention.MixedContext(
+        return joint.MixedContext(
             bias, segments, coarse_rotary, state.backend if own else "stock",
             rotary=rotary(self._ids(state, layout, reference_layout)),
             index=torch.arange(len(text) + len(area), device=area.device),
-            read=attention.Queries(target, asked) if state.last_block else None, plain=not own,
+            read=joint.Queries(target, asked) if state.last_block else None, plain=not own,
         )  # fmt: skip
 
     @staticmethod
-    def _part(state: EditState, states: Tensor, ids: Tensor, target: int, context: attention.MixedContext, call: Any):
+    def _part(state: EditState, states: Tensor, ids: Tensor, target: int, context: joint.MixedContext, call: Any):
         """Hidden states, ids and attention context of a call that keeps keys and values, or computes some tokens."""
         call.store.text_tokens = state.text_tokens
         if not call.partial:
@@ -317,7 +317,7 @@ class FluxKontext:
         text = torch.arange(first, device=ids.device).expand(len(states), -1)
         rows = torch.cat([text, first + call.index], 1)  # (b, text + m) of the joint sequence
         tables = tuple(table[rows] for table in context.rotary)
-        read = None if context.read is None else attention.Queries(call.index.shape[1])
+        read = None if context.read is None else joint.Queries(call.index.shape[1])
         partial = dataclasses.replace(context, store=call.store.entries, rows=rows, rotary=tables, read=read)
         # The processors take their positions from the context, which knows every sample's own.
         index = call.index[..., None].expand(-1, -1, states.shape[2])

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import MixedContext, MixedProcessor
+from .attention import MixedProcessor
+from .joint import MixedContext
 
 
 class LastBlock:

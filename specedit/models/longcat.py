@@ -19,7 +19,7 @@ from diffusers.pipelines.longcat_image.pipeline_output import LongCatImagePipeli
 from torch import Tensor
 
 from ..grid import TokenGrid
-from . import attention, last_block
+from . import attention, joint, last_block
 from .base import EditState
 from .flux import FluxKontext, position_ids
 from .images import check_pictures, source_pictures
@@ -27,11 +27,11 @@ from .images import check_pictures, source_pictures
 EDIT_AREA = 1024 * 1024
 LATENT_CHANNELS = 16  # a constant of the stock pipeline
 # This transformer hands no arguments down to its attention; a context variable belongs to the thread that set it.
-_running: ContextVar[attention.MixedContext | None] = ContextVar("specedit_longcat", default=None)
+_running: ContextVar[joint.MixedContext | None] = ContextVar("specedit_longcat", default=None)
 
 
 @contextmanager
-def running(context: attention.MixedContext | None) -> Iterator[None]:
+def running(context: joint.MixedContext | None) -> Iterator[None]:
     """Inside the block the transformer's attention sees `context`."""
     token = _running.set(context)
     try:
@@ -62,7 +62,7 @@ class LongCatMixedProcessor(attention.FluxMixedProcessor):
 class LongCatLastBlock(last_block.FluxLastBlock):
     """FLUX's last block, with the context from `running`."""
 
-    def context(self, kwargs: dict[str, Any] | None) -> attention.MixedContext | None:
+    def context(self, kwargs: dict[str, Any] | None) -> joint.MixedContext | None:
         return _running.get()
 
 
@@ -152,7 +152,7 @@ class LongCatImageEdit(FluxKontext):
         return torch.cat([position_ids(part.positions.to(start) * scale, i) + start for i, part in parts])
 
     @staticmethod
-    def _told(context: attention.MixedContext, config: Any, dtype: torch.dtype) -> dict[str, Any]:
+    def _told(context: joint.MixedContext, config: Any, dtype: torch.dtype) -> dict[str, Any]:
         return {"specedit": context}  # a bias too: these blocks hand no mask down
 
     def guide(self, state: EditState, outputs: list[Tensor]) -> Tensor:

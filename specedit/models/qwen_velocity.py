@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..grid import LayoutSet, MixedLayout
-from . import attention
+from . import joint
 from .base import EditState, rows_index
 from .qwen_positions import PlacedImages, all_positions, angles, phases
 
@@ -29,7 +29,7 @@ class Sequences:
     layouts: tuple[MixedLayout, MixedLayout | LayoutSet]  # held, so that no other object can take their ids
     prompts: tuple[dict[str, Any], ...]
     placed: PlacedImages
-    context: attention.MixedContext | None
+    context: joint.MixedContext | None
     mask: Tensor | None = None
     texts: tuple[Tensor, ...] = ()
     count: int = 0  # of packed sequences
@@ -43,7 +43,7 @@ class Sequences:
         text, device = len(packing.text), packing.text.device
         here = torch.arange(rows, device=device)
         cu_seqlens = n * torch.arange(self.count + 1, dtype=torch.int32, device=device)
-        asking = attention.Queries(rows, cu_seqlens=cu_seqlens, longest=n)
+        asking = joint.Queries(rows, cu_seqlens=cu_seqlens, longest=n)
         alone = dataclasses.replace(
             context, packing=dataclasses.replace(packing, text=here[:0], image=here), rows=packing.image[None, :rows],
             asking=asking, read=asking if context.read is not None else None,
@@ -122,7 +122,7 @@ class Inputs:
             indices.append(index)
             lengths += count
         count = len(lengths)
-        packing = attention.pack(lengths, n, r, device)
+        packing = joint.pack(lengths, n, r, device)
         text_at = self._text_positions(torch.cat(indices))
         whole = [length + n + r for length in lengths]
 
@@ -144,13 +144,13 @@ class Inputs:
         if self.mixed and self.config.rope == "phase_aligned":
             is_coarse = torch.zeros(sum(whole), dtype=torch.bool, device=device)
             is_coarse[packing.image] = area > 1
-            segments = attention.segments(is_coarse, whole)
-            asked = attention.segments(area[: count * n] > 1, [n] * count, whole)
+            segments = joint.segments(is_coarse, whole)
+            asked = joint.segments(area[: count * n] > 1, [n] * count, whole)
             coarse = tables(0.5)
         read = None
         if self.state.last_block:
-            read = attention.Queries(count * n, asked, attention.cumulative([n] * count, device), n)
-        context = attention.MixedContext(bias, segments, coarse, self.state.backend, packing, read=read)
+            read = joint.Queries(count * n, asked, joint.cumulative([n] * count, device), n)
+        context = joint.MixedContext(bias, segments, coarse, self.state.backend, packing, read=read)
         placed = PlacedImages(count * n, count * r, 1, tables(1.0))
         return Sequences(
             self._layouts, tuple(prompts), placed, context, texts=tuple(texts), count=count, length=sum(whole)
@@ -170,12 +170,12 @@ class Inputs:
             if mask is not None:
                 text = text.masked_fill(~mask, -torch.inf)
             bias = torch.cat([text, torch.cat(self._area).log().expand(b, -1)], 1)
-            context = attention.MixedContext(bias, backend="stock")
+            context = joint.MixedContext(bias, backend="stock")
         else:
             frequencies = phases(angle[length:]), phases(angle[:length])
             if self.state.last_block:
-                read = attention.Queries(n)
-                context = attention.MixedContext(backend="stock", rotary=tables, read=read, plain=True)
+                read = joint.Queries(n)
+                context = joint.MixedContext(backend="stock", rotary=tables, read=read, plain=True)
         return Sequences(self._layouts, tuple(prompts), PlacedImages(n, r, b, frequencies), context, mask)
 
     @property
@@ -202,7 +202,7 @@ class Inputs:
         return (self.state.extra["offset"] + index).float()[:, None].expand(-1, 3)
 
     def _run(
-        self, states: Tensor, embeds: Tensor, placed: PlacedImages, context: attention.MixedContext | None,
+        self, states: Tensor, embeds: Tensor, placed: PlacedImages, context: joint.MixedContext | None,
         mask: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         dtype = self.state.extra["dtype"]

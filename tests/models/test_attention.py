@@ -9,17 +9,8 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, FluxPosEmbed
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 
-from specedit.models.attention import (
-    FluxMixedProcessor,
-    MixedContext,
-    Queries,
-    QwenMixedProcessor,
-    attach,
-    detach,
-    half_table,
-    pack,
-    segments,
-)
+from specedit.models.attention import FluxMixedProcessor, QwenMixedProcessor, attach, detach, half_table
+from specedit.models.joint import MixedContext, Queries, pack, segments
 
 HEADS, DIM, TEXT = 2, 16, 3
 POS_EMBED = FluxPosEmbed(theta=10000, axes_dim=(4, 4, 8))
@@ -213,21 +204,6 @@ def test_made_without_arguments_it_wraps_a_stock_processor():
 # ---------------------------------------------------------------------------------------------- several sequences
 
 
-def test_pack_gives_every_row_its_place():
-    packing = pack([2, 0, 3], target=2, reference=1, device="cpu")
-    assert packing.cu_seqlens.tolist() == [0, 5, 8, 14] and packing.longest == 6
-    assert packing.text.tolist() == [0, 1, 8, 9, 10]
-    assert packing.image.tolist() == [2, 3, 5, 6, 11, 12, 4, 7, 13]  # targets of all, then references
-
-
-def test_segments_of_several_sequences():
-    coarse = torch.tensor([0, 1, 1, 0, 0, 1, 0], dtype=torch.bool)
-    parts = segments(coarse, [3, 2, 2])
-    assert parts.order.tolist() == [0, 3, 4, 6, 1, 2, 5]
-    assert parts.cu_q.tolist() == [0, 1, 3, 4, 6, 6, 7]  # fine of each, then coarse of each; the second has none
-    assert parts.cu_k.tolist() == [0, 3, 5, 7, 10, 12, 14]
-
-
 def make_qwen_attention():
     torch.manual_seed(0)
     attn = Attention(
@@ -341,8 +317,3 @@ def test_some_rows_of_packed_sequences():
     whole, _ = attn(image, **given)
     alone = attn(image, **given, rows=slice(0, 2 * target))
     torch.testing.assert_close(alone, whole[:, : 2 * target], rtol=1e-4, atol=1e-5)
-
-
-def test_segments_of_some_queries():
-    parts = segments(torch.tensor([1, 0, 0], dtype=torch.bool), [2, 1], [7, 4])
-    assert parts.cu_q.tolist() == [0, 1, 2, 3, 3] and parts.cu_k.tolist() == [0, 7, 11, 18, 22]

@@ -8,7 +8,7 @@ import torch
 
 from specedit import SpecEditConfig
 from specedit.grid import MixedLayout
-from specedit.models import attention
+from specedit.models import attention, joint
 from specedit.models.base import rows_index
 from specedit.sampler import restrict
 from tests.models.conformance import Ops
@@ -157,9 +157,9 @@ def test_what_a_stage_shares_is_made_by_its_first_step(prepare, monkeypatch, rop
     reference, tokens = restrict(state.reference, layout)[rows], random_like(layout, len(rows))
     config = SpecEditConfig(rope=rope, attention="torch")
     made = Counter()
-    for name in ("half_table", "segments"):
-        function = getattr(attention, name)
-        monkeypatch.setattr(attention, name, lambda *a, f=function, n=name: made.update([n]) or f(*a))
+    for module, name in ((attention, "half_table"), (joint, "segments")):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, f=function, n=name: made.update([n]) or f(*a))
     pipe.transformer.pos_embed.register_forward_hook(lambda *a: made.update(["pos_embed"]))
 
     def step():

@@ -1,0 +1,117 @@
+"""What a mixed sequence adds to an attention call: which rows ask at which scale, and how sequences lie packed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Two query segments over two copies of the keys: `order` lists fine queries, then coarse; cu_seqlens of both."""
+
+    fine: Tensor
+    coarse: Tensor
+    order: Tensor
+    cu_q: Tensor
+    cu_k: Tensor
+
+
+def segments(coarse_query: Tensor, lengths: list[int] | None = None, keys: list[int] | None = None) -> Segments:
+    """Segments of a (T,) bool of which queries are coarse: made once a step, not in every block.
+
+    lengths: of the sequences that are packed in T; None for one. Every sequence has a segment of each kind, the fine
+    ones of all sequences first, and its own keys in both copies: as many as queries, or `keys` of each.
+    """
+    device, total = coarse_query.device, len(coarse_query)
+    lengths = lengths or [total]
+    fine, coarse = (~coarse_query).nonzero()[:, 0], coarse_query.nonzero()[:, 0]
+    chosen = torch.stack([part.sum() for part in coarse_query.split(lengths)]).tolist()
+    queries = [n - m for n, m in zip(lengths, chosen, strict=True)] + chosen
+    cu_q, cu_k = (cumulative(each, device) for each in (queries, (keys or lengths) * 2))
+    return Segments(fine, coarse, torch.cat([fine, coarse]), cu_q, cu_k)
+
+
+def cumulative(lengths: list[int], device: torch.device) -> Tensor:
+    """cu_seqlens (n + 1,) int32 of sequences that lie back to back."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """Several sequences of different length in one launch, without padding.
+
+    Both streams then have a batch of one and hold the rows of all sequences; `text` (T_text,) and `image` (T_image,)
+    int64 say where each row lies in the joint sequence, [text | image] of one sequence after the other.
+    """
+
+    text: Tensor
+    image: Tensor
+    cu_seqlens: Tensor
+    longest: int
+
+
+def pack(texts: list[int], target: int, reference: int, device: torch.device) -> Packing:
+    """Sequences [text | target | reference] of `texts` tokens and as many image tokens each.
+
+    The image stream lists the target's tokens of every sequence first, then the references'.
+    """
+    lengths = [text + target + reference for text in texts]
+    ends, counts = cumulative(lengths, device), torch.tensor(texts, device=device)
+    starts = ends[:-1].long()
+    shift = (starts - (counts.cumsum(0) - counts)).repeat_interleave(counts, output_size=sum(texts))
+    behind = (starts + counts)[:, None]
+    image = [
+        (behind + torch.arange(a, b, device=device)).flatten() for a, b in ((0, target), (target, target + reference))
+    ]
+    return Packing(torch.arange(sum(texts), device=device) + shift, torch.cat(image), ends, max(lengths))
+
+
+@dataclass(frozen=True, eq=False)
+class Queries:
+    """The rows that ask, where not every row of the sequence does: the first `count` of the image stream.
+
+    segments: of these rows, for phase-aligned RoPE. cu_seqlens, longest: of the rows of packed sequences.
+    """
+
+    count: int
+    segments: Segments | None = None
+    cu_seqlens: Tensor | None = None
+    longest: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class MixedContext:
+    """What a mixed sequence adds to an attention call; travels in `joint_attention_kwargs`.
+
+    key_bias: (S,) or (B, S) float32 or None, log of the area of every key. segments: None, or which queries are
+    coarse; with it they see all positions at the coarse scale (`coarse_rotary`, in the form of the model's own rotary
+    tables): phase-aligned RoPE. packing: None, or how the streams hold several sequences. backend: of
+    specedit_kernels, or "stock" for the model's own attention backend.
+
+    A context serves every block of every step of a stage. What is the same for all of them is made with it: `rotary`
+    and `coarse_rotary` as the kernel takes them, cos and sin (S, D/2) float32, and `index`, (S,) int64 from 0 to S - 1.
+
+    store: None, or where every module keeps the keys and values (b, S, H, D) of its whole sequence, by its id. With
+    `rows` (b, n) the call holds those rows of the sequence alone, at positions `rotary` (then (b, n, D/2)): they
+    replace their keys and values in the store and attend to all of it; `asking` says so of packed sequences.
+
+    read: None, or the rows whose output is read behind the last block, see models/last_block.py. plain: the model's own
+    processors run in all blocks but that one.
+    """
+
+    key_bias: Tensor | None = None
+    segments: Segments | None = None
+    coarse_rotary: tuple[Tensor, Tensor] | None = None
+    backend: str | None = None
+    packing: Packing | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+    index: Tensor | None = None
+    store: dict[int, tuple[Tensor, Tensor]] | None = None
+    rows: Tensor | None = None
+    asking: Queries | None = None
+    read: Queries | None = None
+    plain: bool = False
