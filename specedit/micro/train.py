@@ -22,6 +22,7 @@ from .family import named
 from .family_kontext import KONTEXT
 from .inherit import inherit
 from .train_editor import train_editor
+from .train_link import train_link
 from .train_text import train_text
 from .train_vae import train_vae
 from .training import Log, Settings
@@ -48,9 +49,9 @@ def train(settings: Settings):
     settings.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
     log = Log(settings.out / "log.json")
+    teacher = None if settings.like is None else KONTEXT.load(settings.like, torch_dtype=torch.float32)
     if settings.start is None:
         pipe = family.build(settings.seed)
-        teacher = None if settings.like is None else KONTEXT.load(settings.like, torch_dtype=torch.float32)
         train_vae(pipe, settings, log, teacher)
         if teacher is not None:
             inherit(pipe, teacher)
@@ -58,6 +59,8 @@ def train(settings: Settings):
         pipe = family.load(settings.start, torch_dtype=torch.float32)
     if not (settings.out / "editor.pt").exists():  # a resumed run has it behind it
         train_text(pipe, settings, log)
+        if teacher is not None:
+            train_link(pipe, teacher, settings, log)
     train_editor(pipe, settings, log)
     family.save(pipe, settings.out / "editor")
     return pipe
@@ -82,6 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="directory of an editor to go on from; its autoencoder is kept, since the latents are what it learned",
     )
     parser.add_argument("--like", type=Path, help="directory of a Kontext editor that a new Qwen editor takes over")
+    parser.add_argument("--link-minutes", type=float, default=Settings.link_minutes, help="with --like")
     train(Settings(**vars(parser.parse_args(arguments))))
 
 
