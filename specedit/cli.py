@@ -164,8 +164,8 @@ def _add_eval(commands) -> None:
     micro.add_argument("--size", type=int, default=512)
     micro.set_defaults(run=_eval)
     for name, title, data in (
-        ("gedit", "GEdit-Bench", "download of the dataset stepfun-ai/GEdit-Bench: its parquet files"),
-        ("imgedit", "ImgEdit-Bench", "download of PKU-YuanGroup/ImgEdit's basic suite: basic_edit.json and pictures"),
+        ("gedit", "GEdit-Bench", "download of the dataset stepfun-ai/GEdit-Bench, its parquet files"),
+        ("imgedit", "ImgEdit-Bench", "download of PKU-YuanGroup/ImgEdit's basic suite: its list and pictures"),
     ):
         about = (
             f"run a pipeline over a local copy of {title}, and write the pictures where its own scorer looks for them"
@@ -178,18 +178,20 @@ def _add_eval(commands) -> None:
         )
         public.add_argument("--negative-prompt", help="of every task; Qwen's guidance needs one, if only a space")
         public.add_argument(
-            "--out", type=Path, help=f"for pictures and rows, by default specedit-{name}/PRESET; goes on"
+            "--out", type=Path, help=f"folder, by default specedit-{name}/PRESET; goes on with the run that is in it"
         )
         public.add_argument("--cases", type=int, help="only the first so many tasks")
         public.add_argument("--seed", type=int, default=0, help="of every task's noise")
         public.add_argument(
-            "--against", type=Path, help="--out of an earlier run to compare pictures with, of stock say"
+            "--against", type=Path, help="folder of an earlier run, of stock for instance, to compare pictures with"
         )
         public.set_defaults(run=_eval_public)
-    kinds.choices["gedit"].add_argument("--language", default="en", choices=["en", "cn", "all"])
+    kinds.choices["gedit"].add_argument(
+        "--language", default="en", choices=["en", "cn", "all"], help="of the instructions"
+    )
     for each in kinds.choices.values():
         each.add_argument("--preset", default=DEFAULT_PRESET, choices=[*presets, "stock"])
-        each.add_argument("--restore", choices=CHOICES["restore"])
+        each.add_argument("--restore", choices=CHOICES["restore"], help="instead of the preset's; not with stock")
         each.add_argument("--steps", type=int, help="model evaluations, instead of the preset's (stock: 50)")
         each.add_argument("--json", type=Path, help="also write means and rows to this file")
 

@@ -101,7 +101,7 @@ def _edit(pipe: Any, prepare: Callable, task: Task, out: Path, seed: int, call: 
 def _save(image: Image.Image, path: Path) -> None:
     """Write all of a picture or none: a run may be stopped at any time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f".{path.name}.part")  # GEdit-Bench's scorer takes whatever is named KEY.*
     image.save(part, format="PNG")
     part.replace(path)
 

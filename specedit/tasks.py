@@ -54,7 +54,7 @@ def gedit(folder: Path, language: str = "en") -> list[Task]:
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise ImportError("GEdit-Bench: expected pyarrow, which reads its files; pip install pyarrow") from error
-    files = _find(folder, "*.parquet", "the parquet files of stepfun-ai/GEdit-Bench")
+    files = _find(folder, "the parquet files of stepfun-ai/GEdit-Bench", "*.parquet")
 
     @functools.lru_cache(maxsize=1)
     def pictures(file: Path, group: int) -> Any:
@@ -103,19 +103,19 @@ def gedit(folder: Path, language: str = "en") -> list[Task]:
 
 
 def imgedit(folder: Path) -> list[Task]:
-    """Tasks of ImgEdit-Bench's basic suite (arXiv 2505.20275) in the order of its file; no picture is read yet.
+    """Tasks of ImgEdit-Bench's basic suite (arXiv 2505.20275) in the order of its list; no picture is read yet.
 
     Args:
-        folder: holds, at any depth, the `basic_edit.json` of PKU-YuanGroup/ImgEdit and the folder of source pictures
-            that its ids are relative to (Benchmark/singleturn in the benchmark's archive).
+        folder: holds, at any depth, the folder of source pictures (Benchmark/singleturn in the benchmark's archive) and
+            the list: `basic_edit.json` of PKU-YuanGroup/ImgEdit or, without it, the archive's `singleturn.json`.
 
     Raises:
-        FileNotFoundError: no such folder, no `basic_edit.json`, or none of its pictures.
-        ValueError: several such files, one that is not of the benchmark, or without tasks.
+        FileNotFoundError: no such folder, no list, or none of its pictures.
+        ValueError: several lists, one that is not of the benchmark, or without tasks.
     """
-    files = _find(folder, "basic_edit.json", "the basic_edit.json of PKU-YuanGroup/ImgEdit")
+    files = _find(folder, "the basic_edit.json of PKU-YuanGroup/ImgEdit", "basic_edit.json", "singleturn.json")
     if len(files) > 1:
-        raise ValueError(f"--data: expected one basic_edit.json, got {' and '.join(map(str, files))}")
+        raise ValueError(f"--data: expected one {files[0].name}, got {' and '.join(map(str, files))}")
     file = files[0]
     try:
         items = json.loads(file.read_text(encoding="utf-8"))
@@ -155,12 +155,14 @@ def _read(file: Any, named: Path, output: Path) -> Image.Image:
         raise ValueError(f"task {output}: expected a picture that can be read in {named}: {error}") from error
 
 
-def _find(folder: Path, pattern: str, what: str) -> list[Path]:
+def _find(folder: Path, what: str, *patterns: str) -> list[Path]:
+    """The files in `folder` of the first pattern that has any."""
     if not folder.is_dir():
         raise FileNotFoundError(f"--data: expected a folder with {what}, got {folder}, which is none")
-    if not (files := sorted(path for path in folder.rglob(pattern) if path.is_file())):
-        raise FileNotFoundError(f"--data: expected a folder with {what}, got {folder}, which holds none")
-    return files
+    for pattern in patterns:
+        if files := sorted(path for path in folder.rglob(pattern) if path.is_file()):
+            return files
+    raise FileNotFoundError(f"--data: expected a folder with {what}, got {folder}, which holds none")
 
 
 def _texts(parquet: Any, file: Path) -> list[tuple[int, int, dict[str, Any]]]:

@@ -150,6 +150,16 @@ def test_imgedit_tasks_in_the_order_of_the_list(imgedit_folder, picture):
     assert np.array_equal(found[1].image(), picture(64, 96, 1)) and found[2].image().size == (128, 64)
 
 
+def test_imgedit_as_its_archive_is(imgedit_folder):
+    listed = imgedit_folder / "Basic" / "basic_edit.json"
+    inside = imgedit_folder / "Benchmark" / "singleturn" / "singleturn.json"
+    items = json.loads(listed.read_text())
+    inside.write_text(json.dumps({"673": items["673"]}))
+    assert [task.key for task in tasks.imgedit(imgedit_folder)] == ["1082", "673", "68"]
+    listed.unlink()
+    assert [task.key for task in tasks.imgedit(imgedit_folder)] == ["673"]
+
+
 def test_imgedit_finds_the_folder_that_holds_the_pictures(imgedit_folder, picture):
     few = imgedit_folder / "A" / "style" / "000278574.png"  # some other folder with one of that name
     few.parent.mkdir(parents=True)
@@ -189,7 +199,7 @@ def test_imgedit_lists_that_are_none(imgedit_folder, content, says):
 
 def test_imgedit_copies_that_are_none(imgedit_folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"basic_edit.json of PKU-YuanGroup/ImgEdit, got .*which holds none"):
-        tasks.imgedit(imgedit_folder / "Benchmark")
+        tasks.imgedit(imgedit_folder / "Benchmark" / "singleturn")
     (imgedit_folder / "basic_edit.json").write_text(json.dumps({}))
     with pytest.raises(ValueError, match=r"expected one basic_edit.json, got .* and "):
         tasks.imgedit(imgedit_folder)
