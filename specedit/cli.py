@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import inspect
+import shlex
 import sys
 import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from . import pipelines
 from .config import CHOICES, DEFAULT_PRESET, presets
-
-EDITORS = ("kontext", "qwen")  # that specedit.micro can load
+from .pipelines import EDITORS
 
 
 class Failure(Exception):
@@ -22,6 +22,11 @@ class Failure(Exception):
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:  # argparse itself prints the usage too, which takes several lines
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Of a command's parser too: what it does not know is an error that names the command, not `specedit`."""
+        found, unknown = super().parse_known_args(args, namespace)
+        return (found, unknown) if not unknown else self.error(f"unrecognized arguments: {' '.join(unknown)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -129,9 +134,10 @@ def _edit(args) -> int:
     _check_output(args.out, [suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE])
     if args.figure is not None:
         _check_output(args.figure, [f".{kind}" for kind in FigureCanvasBase.get_supported_filetypes()])
-    image = _open(args.image).convert("RGB")
-    mask = None if args.mask is None else _open(args.mask)
-    pipe, image, given = _pipeline(args.model, image)
+    image = pipelines.read(args.image).convert("RGB")
+    mask = None if args.mask is None else pipelines.read(args.mask)
+    pipe, prepare = pipelines.load(args.model)
+    image, given = prepare(image)
     if args.negative_prompt is not None:
         given["negative_prompt"] = args.negative_prompt
     overrides = {} if args.restore is None else {"restore": args.restore}
@@ -149,73 +155,59 @@ def _edit(args) -> int:
     return 0
 
 
-def _open(path: Path):
-    """A picture as its viewer shows it: cameras write which side is up beside the pixels."""
-    from PIL import Image, ImageOps
-
-    try:
-        return ImageOps.exif_transpose(Image.open(path))
-    except Image.DecompressionBombError as error:
-        raise Failure(f"{path}: {error}") from error
-
-
-def _pipeline(model: str | None, image):
-    """The pipeline, the picture at a size it takes, and what to pass beside it."""
-    import torch
-
-    from . import micro
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if model is None or model in EDITORS:
-        image, model = _fit(image, 512), model or EDITORS[0]
-        return micro.load(model, device=device), image, micro.arguments(image, model)
-    from diffusers import DiffusionPipeline
-
-    folder = Path(model)
-    if folder.exists() and not (folder / "model_index.json").is_file():
-        raise Failure(f"--model: expected a pipeline directory with a model_index.json, got {model}")
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype).to(device)
-    taken = inspect.signature(type(pipe).__call__).parameters
-    # A small editor, which works at the picture's own size; FLUX.1-Kontext has 19 such layers.
-    if "max_area" in taken and pipe.transformer.config.num_layers < 19:
-        image = _fit(image, 512)
-        return pipe, image, micro.arguments(image)
-    # Some pipelines choose the size themselves.
-    return pipe, image, {name: getattr(image, name) for name in ("height", "width") if name in taken}
-
-
-def _fit(image, largest: int):
-    """Resize to at most `largest` px a side and whole tokens of 16 px."""
-    from .models.images import SMALLEST
-
-    if min(image.size) < SMALLEST:
-        raise Failure(f"image: expected at least {SMALLEST} px a side, got {image.width} x {image.height}")
-    scale = min(1.0, largest / max(image.size))
-    width, height = (round(side * scale) // 16 * 16 for side in image.size)
-    if min(width, height) < SMALLEST:
-        raise Failure(f"image: expected sides less unequal, got {image.width} x {image.height}")
-    return image if (width, height) == image.size else image.resize((width, height))
-
-
 def _add_eval(commands) -> None:
-    parser = commands.add_parser("eval", help="score a preset on tasks with exact results")
-    parser.add_argument("what", choices=["micro"])
-    _add_model(parser)
-    parser.add_argument("--preset", default=DEFAULT_PRESET, choices=[*presets, "stock"])
-    parser.add_argument("--restore", default="full", choices=CHOICES["restore"])
-    parser.add_argument("--cases", type=int, default=16)
-    parser.add_argument("--size", type=int, default=512)
-    parser.add_argument("--steps", type=int, help="model evaluations, instead of the preset's (stock: 50)")
-    parser.add_argument("--json", type=Path)
-    parser.set_defaults(run=_eval)
+    parser = commands.add_parser("eval", help="score a preset on the embedded tasks, or run it over a public benchmark")
+    kinds = parser.add_subparsers(dest="what", required=True, metavar="micro|gedit|imgedit")
+    micro = kinds.add_parser("micro", help="tasks with exact results, on an embedded editor")
+    _add_model(micro)
+    micro.add_argument("--cases", type=int, default=16)
+    micro.add_argument("--size", type=int, default=512)
+    micro.set_defaults(run=_eval)
+    for name, title, data in (
+        ("gedit", "GEdit-Bench", "download of the dataset stepfun-ai/GEdit-Bench, its parquet files"),
+        ("imgedit", "ImgEdit-Bench", "download of PKU-YuanGroup/ImgEdit's basic suite: its list and pictures"),
+    ):
+        about = (
+            f"run a pipeline over a local copy of {title}, and write the pictures where its own scorer looks for them"
+        )
+        scores = "Its scores come from a vision-language model over the network, which is not called here."
+        public = kinds.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}. {scores}")
+        public.add_argument("--data", type=Path, required=True, help=data)
+        public.add_argument(
+            "--model", required=True, help="hub id or directory of a pipeline, or an embedded editor: kontext, qwen"
+        )
+        public.add_argument("--negative-prompt", help="of every task; Qwen's guidance needs one, if only a space")
+        public.add_argument(
+            "--out", type=Path, help=f"folder, by default specedit-{name}/PRESET; goes on with the run that is in it"
+        )
+        public.add_argument("--cases", type=int, help="only the first so many tasks")
+        public.add_argument("--seed", type=int, default=0, help="of every task's noise")
+        public.add_argument(
+            "--against", type=Path, help="folder of an earlier run, of stock for instance, to compare pictures with"
+        )
+        public.set_defaults(run=_eval_public)
+    kinds.choices["gedit"].add_argument(
+        "--language", default="en", choices=["en", "cn", "all"], help="of the instructions"
+    )
+    for each in kinds.choices.values():
+        each.add_argument("--preset", default=DEFAULT_PRESET, choices=[*presets, "stock"])
+        each.add_argument("--restore", choices=CHOICES["restore"], help="instead of the preset's; not with stock")
+        each.add_argument("--steps", type=int, help="model evaluations, instead of the preset's (stock: 50)")
+        each.add_argument("--json", type=Path, help="also write means and rows to this file")
+
+
+def _check_eval(args) -> dict[str, str]:
+    """Errors that need no data; the preset's overrides."""
+    for name in ("cases", "steps"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise Failure(f"--{name}: expected at least 1, got {value}")
+    if args.preset == "stock" and args.restore is not None:
+        raise Failure(f"--restore: expected none with --preset stock, which restores nothing, got {args.restore}")
+    return {} if args.restore is None else {"restore": args.restore}
 
 
 def _eval(args) -> int:
-    if args.cases < 1:
-        raise Failure(f"--cases: expected at least 1, got {args.cases}")
-    if args.steps is not None and args.steps < 1:
-        raise Failure(f"--steps: expected at least 1, got {args.steps}")
+    overrides = _check_eval(args)
     _check_size(args.size, 64)
     _quiet()
     from tqdm.auto import tqdm
@@ -225,7 +217,7 @@ def _eval(args) -> int:
     pipe = micro.load(args.model)
     pipe.set_progress_bar_config(disable=True)
     if args.preset != "stock":
-        install(pipe, args.preset, restore=args.restore)
+        install(pipe, args.preset, **overrides)
     cases = (micro.scenes.sample(seed, args.size) for seed in range(args.cases))
     result = micro.evaluate(pipe, tqdm(cases, total=args.cases, desc=args.preset), args.steps)
     print(f"{'':12}{'tasks':>6}{'success':>9}{'edit dB':>9}{'keep dB':>9}{'TFLOPs':>9}{'seconds':>9}")
@@ -235,10 +227,60 @@ def _eval(args) -> int:
             f"{row['flops'] / 1e12:9.3f}{row['seconds']:9.2f}"
         )
     if args.json is not None:
-        named = "" if args.model == EDITORS[0] else f" --model {args.model}"
-        command = f"specedit eval micro{named} --preset {args.preset} --restore {args.restore} --cases {args.cases}"
-        results.write(args.json, f"{command} --size {args.size}", result["cases"], mean=result["mean"])
+        results.write(args.json, _command(args), result["cases"], mean=result["mean"])
     return 0
+
+
+def _eval_public(args) -> int:
+    overrides = _check_eval(args)
+    _quiet()
+    from tqdm.auto import tqdm
+
+    from . import evaluation, install, results, tasks
+    from .config import resolve
+    from .install import STOCK_STEPS
+
+    stock = args.preset == "stock"
+    todo = tasks.gedit(args.data, args.language) if args.what == "gedit" else tasks.imgedit(args.data)
+    todo = todo[: args.cases]
+    out = args.out or Path(f"specedit-{args.what}") / args.preset
+    settings = {
+        "benchmark": args.what,
+        "model": args.model,
+        "preset": args.preset,
+        "restore": None if stock else resolve(args.preset, **overrides).restore,
+        "steps": STOCK_STEPS if stock and args.steps is None else args.steps,
+        "seed": args.seed,
+        "negative_prompt": args.negative_prompt,
+    }
+    against = None if args.against is None else evaluation.check_against(todo, args.against)
+    evaluation.begin(out, settings)
+    pipe, prepare = pipelines.load(args.model, own_size=False)
+    pipe.set_progress_bar_config(disable=True)
+    if not stock:
+        install(pipe, args.preset, **overrides)
+    call = {} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}
+    rows = evaluation.run(
+        pipe, prepare, tqdm(todo, desc=args.preset), out, steps=args.steps, seed=args.seed, against=args.against, **call
+    )
+    mean, kinds = evaluation.means(rows)
+    print(evaluation.table(mean, kinds))
+    if not stock and (count := sum(not row["accelerated"] for row in rows)):
+        print(f"{count} of {len(rows)} ran the stock pipeline, with its own number of steps unless --steps says one")
+    print(f"pictures in {out}, for the scorer of the benchmark")
+    if args.json is not None:
+        more = {} if against is None else {"against": against}
+        results.write(args.json, _command(args), rows, mean=mean, kinds=kinds, settings=settings, **more)
+    return 0
+
+
+def _command(args) -> str:
+    """What to type for the same results."""
+    words = ["specedit", "eval", args.what]
+    for name, value in vars(args).items():
+        if name not in ("command", "what", "run", "out", "json") and value is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join(words)
 
 
 def _add_bench(commands) -> None:

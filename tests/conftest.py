@@ -4,6 +4,8 @@ The heavy imports stay inside the fixtures: the kernel tests below this folder n
 """
 
 import copy
+import io
+import json
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -143,3 +145,64 @@ def edit():
         return pipe(**defaults | arguments).images
 
     return call
+
+
+@pytest.fixture(scope="session")
+def encoded():
+    """A picture as the bytes of its file."""
+
+    def encode(image, form="PNG", **more):
+        file = io.BytesIO()
+        image.save(file, form, **more)
+        return file.getvalue()
+
+    return encode
+
+
+@pytest.fixture
+def gedit_rows(picture, encoded):
+    """Rows of GEdit-Bench: each picture with an English and a Chinese instruction, the raw one of another shape."""
+    rows = []
+    for i, kind in enumerate(["color_alter", "color_alter", "subject-add"]):
+        source = {"bytes": encoded(picture(64, 64, i)), "path": f"{i}.png"}
+        raw = {"bytes": encoded(picture(64, 96, i)), "path": None}
+        shared = {"task_type": kind, "input_image": source, "input_image_raw": raw, "Intersection_exist": True}
+        for language, prompt in (("en", f"make it red {i}"), ("cn", f"变红 {i}")):
+            key = f"{language}{i}"
+            rows.append(shared | {"key": key, "instruction": prompt, "instruction_language": language})
+    return rows
+
+
+@pytest.fixture
+def write_gedit(tmp_path):
+    """Writes rows as the dataset's parquet files, two rows a group and at most four a file; the folder."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+
+    def write(rows, name="gedit"):
+        data = tmp_path / name / "snapshots" / "abc" / "data"
+        data.mkdir(parents=True)
+        for i in range(0, len(rows), 4):
+            table = pyarrow.Table.from_pylist(rows[i : i + 4])
+            parquet.write_table(table, data / f"train-{i:05d}.parquet", row_group_size=2)
+        return tmp_path / name
+
+    return write
+
+
+@pytest.fixture
+def imgedit_folder(tmp_path, picture):
+    """ImgEdit-Bench as it is downloaded: the list in one folder, the pictures in another."""
+    folder = tmp_path / "imgedit"
+    items = {
+        "1082": {"id": "animal/000342021.jpg", "prompt": "make it red", "edit_type": "adjust"},
+        "673": {"id": "style/000278574.png", "prompt": "make it blue", "edit_type": "style"},
+        "68": {"id": "animal/000047206.png", "prompt": "make it green", "edit_type": "adjust"},
+    }
+    for i, item in enumerate(items.values()):
+        path = folder / "Benchmark" / "singleturn" / item["id"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(64, 64 + 32 * i, i).save(path)
+    (folder / "Basic").mkdir()
+    (folder / "Basic" / "basic_edit.json").write_text(json.dumps(items))
+    return folder

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from specedit import cli
+from specedit import cli, pipelines
 from specedit.micro import scenes
 
 
@@ -188,6 +188,12 @@ def test_edit_with_another_pipeline(tmp_path, picture, monkeypatch, sized):
         (["demo", "--size", "100"], "--size: expected a multiple of 16 from 128 to 512, got 100"),
         (["eval", "micro", "--size", "100"], "--size: expected a multiple of 16 of at least 64, got 100"),
         (["eval", "micro", "--steps", "0"], "--steps: expected at least 1, got 0"),
+        (["eval", "micro", "--preset", "stock", "--restore", "full"], "--restore: expected none with --preset stock"),
+        (["eval", "gedit", "--data", ".", "--model", "kontext", "--cases", "0"], "--cases: expected at least 1, got 0"),
+        (
+            ["eval", "imgedit", "--data", "nowhere", "--model", "kontext"],
+            "--data: expected a folder with the basic_edit",
+        ),
         (["bench", "--size", "48"], "--size: expected a multiple of 16 of at least 64, got 48"),
         (["eval", "micro", "--cases", "0"], "--cases: expected at least 1"),
         (["bench", "--repeat", "0"], "--repeat: expected at least 1"),
@@ -222,6 +228,16 @@ def test_an_empty_prompt_and_a_file_that_is_no_picture(tmp_path, picture, capsys
         (["eval", "vibes"], "'vibes'"),
         (["edit", "in.png"], "prompt"),
         (["bench", "plan", "--colour", "red"], "--colour"),
+        (["eval", "micro", "--data", "x"], "specedit eval micro: unrecognized arguments: --data x"),
+        (["eval", "micro", "--seed", "1"], "specedit eval micro: unrecognized arguments: --seed 1"),
+        (
+            ["eval", "gedit", "--data", "x", "--model", "y", "--size", "64"],
+            "eval gedit: unrecognized arguments: --size",
+        ),
+        (["eval", "imgedit", "--data", "x", "--model", "y", "--language", "en"], "unrecognized arguments: --language"),
+        (["eval", "gedit", "--data", "x", "--model", "y", "--language", "fr"], "'fr'"),
+        (["eval", "gedit", "--model", "kontext"], "--data"),
+        (["eval", "imgedit", "--data", "x"], "--model"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exits_with_2(arguments, says, capsys):
@@ -250,7 +266,7 @@ def test_what_libraries_say_at_the_start_is_not_the_users_concern():
 @pytest.mark.parametrize("out", ["edit.xyz", "edit", "edit.txt"])
 @pytest.mark.parametrize("option", ["--out", "--figure"])
 def test_a_file_that_cannot_be_written_is_said_before_any_work(tmp_path, picture, capsys, monkeypatch, option, out):
-    monkeypatch.setattr(cli, "_pipeline", lambda *_: pytest.fail("a pipeline was loaded"))
+    monkeypatch.setattr(pipelines, "load", lambda *_: pytest.fail("a pipeline was loaded"))
     assert cli.main(["edit", str(picture), "make it red", option, str(tmp_path / out)]) == 2
     error = capsys.readouterr().err.strip()
     assert f"expected a picture file such as edit.png, got {tmp_path / out}" in error and len(error.splitlines()) == 1
@@ -279,27 +295,14 @@ def test_a_decompression_bomb(tmp_path, capsys, picture, monkeypatch):
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize(("side", "got"), [(4000, (512, 512)), (500, (496, 496)), (130, (128, 128)), (64, (64, 64))])
-def test_pictures_of_any_size_fit_the_editor(side, got):
-    assert cli._fit(Image.new("RGB", (side, side)), 512).size == got
-    assert cli._fit(Image.new("RGB", (1000, 300)), 512).size == (512, 144)
-
-
-def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the top of the picture is on the right
-    Image.new("RGB", (200, 100)).save(tmp_path / "in.jpg", exif=exif)
-    assert cli._open(tmp_path / "in.jpg").size == (100, 200)
-
-
 @pytest.mark.parametrize("error", [MemoryError("no"), torch.OutOfMemoryError("no")])
 def test_out_of_memory_is_one_line(capsys, monkeypatch, picture, error):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(cli, "_pipeline", fail)
+    monkeypatch.setattr(pipelines, "load", fail)
     assert cli.main(["edit", str(picture), "make it red", "--out", str(picture.parent / "out.png")]) == 2
     assert capsys.readouterr().err == "specedit: out of memory; a smaller picture or model takes less\n"
-    monkeypatch.setattr(cli, "_pipeline", lambda *_: [][0])
+    monkeypatch.setattr(pipelines, "load", lambda *_: [][0])
     with pytest.raises(IndexError):  # a mistake of this package keeps its traceback
         cli.main(["edit", str(picture), "make it red", "--out", str(picture.parent / "out.png")])

@@ -1,0 +1,79 @@
+"""Pipelines by name, and pictures at the size that they take, for the command line."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+EDITORS = ("kontext", "qwen")  # that specedit.micro can load
+
+
+def read(path: Path) -> Any:
+    """The picture in a file, as its viewer shows it."""
+    from PIL import Image
+
+    from .tasks import upright
+
+    try:
+        return upright(path)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def load(model: str | None, own_size: bool = True) -> tuple[Any, Callable[[Any], tuple[Any, dict[str, Any]]]]:
+    """The pipeline, and what makes of a picture the one that it takes and the arguments to pass beside it.
+
+    Args:
+        model: hub id or directory of a pipeline, or an embedded editor, by default the first.
+        own_size: an edit gets its picture's size where the pipeline takes one; otherwise the pipeline chooses.
+
+    Raises:
+        ValueError: a directory without a pipeline.
+        FileNotFoundError: an embedded editor without weights.
+    """
+    import torch
+
+    from . import micro
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def small(image: Any, editor: str = EDITORS[0]) -> tuple[Any, dict[str, Any]]:
+        image = fit(image, 512)
+        return image, micro.arguments(image, editor)
+
+    if model is None or model in EDITORS:
+        editor = model or EDITORS[0]
+        return micro.load(editor, device=device), lambda image: small(image, editor)
+    from diffusers import DiffusionPipeline
+
+    folder = Path(model)
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise ValueError(f"--model: expected a pipeline directory with a model_index.json, got {model}")
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype).to(device)
+    taken = inspect.signature(type(pipe).__call__).parameters
+    # A small editor, which works at the picture's own size; FLUX.1-Kontext has 19 such layers.
+    if "max_area" in taken and pipe.transformer.config.num_layers < 19:
+        return pipe, small
+    # Some pipelines choose the size themselves; of FLUX.1-Kontext this sets the aspect ratio alone.
+    sized = [name for name in ("height", "width") if name in taken and (own_size or "max_area" in taken)]
+    return pipe, lambda image: (image, {name: getattr(image, name) for name in sized})
+
+
+def fit(image: Any, largest: int) -> Any:
+    """Resize to at most `largest` px a side and whole tokens of 16 px.
+
+    Raises:
+        ValueError: a side is, or would become, shorter than four tokens.
+    """
+    from .models.images import SMALLEST
+
+    if min(image.size) < SMALLEST:
+        raise ValueError(f"image: expected at least {SMALLEST} px a side, got {image.width} x {image.height}")
+    scale = min(1.0, largest / max(image.size))
+    width, height = (round(side * scale) // 16 * 16 for side in image.size)
+    if min(width, height) < SMALLEST:
+        raise ValueError(f"image: expected sides less unequal, got {image.width} x {image.height}")
+    return image if (width, height) == image.size else image.resize((width, height))

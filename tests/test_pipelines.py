@@ -1,0 +1,62 @@
+"""Pipelines by name, and the pictures that they get."""
+
+import pytest
+from PIL import Image
+
+from specedit import pipelines
+
+
+@pytest.mark.parametrize(("side", "got"), [(4000, (512, 512)), (500, (496, 496)), (130, (128, 128)), (64, (64, 64))])
+def test_pictures_of_any_size_fit_the_editor(side, got):
+    assert pipelines.fit(Image.new("RGB", (side, side)), 512).size == got
+    assert pipelines.fit(Image.new("RGB", (1000, 300)), 512).size == (512, 144)
+
+
+def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the top of the picture is on the right
+    Image.new("RGB", (200, 100)).save(tmp_path / "in.jpg", exif=exif)
+    assert pipelines.read(tmp_path / "in.jpg").size == (100, 200)
+
+
+def test_one_pipeline_prepares_pictures_of_any_size():
+    pipe, prepare = pipelines.load("kontext")
+    assert type(pipe).__name__ == "FluxKontextPipeline"
+    for size, got in (((96, 64), (96, 64)), ((1030, 1030), (512, 512))):
+        image, given = prepare(Image.new("RGB", size))
+        assert image.size == got == (given["width"], given["height"])
+    with pytest.raises(ValueError, match="at least 64 px a side, got 60 x 64"):
+        prepare(Image.new("RGB", (60, 64)))
+
+
+class Editor:
+    def to(self, device):
+        return self
+
+    def __call__(self, image, prompt, height=None, width=None):
+        raise NotImplementedError
+
+
+class Kontext(Editor):
+    class transformer:
+        class config:
+            num_layers = 19
+
+    def __call__(self, image, prompt, height=None, width=None, max_area=1024**2):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("kind", "own_size", "given"),
+    [
+        (Editor, True, {"height": 64, "width": 96}),
+        (Editor, False, {}),
+        (Kontext, True, {"height": 64, "width": 96}),
+        (Kontext, False, {"height": 64, "width": 96}),  # sets the aspect ratio alone
+    ],
+)
+def test_who_chooses_the_size(monkeypatch, kind, own_size, given):
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda model, torch_dtype: kind())
+    _, prepare = pipelines.load("some/editor", own_size)
+    picture = Image.new("RGB", (96, 64))
+    assert prepare(picture) == (picture, given)
