@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 EDITORS = ("kontext", "qwen")  # that specedit.micro can load
+LARGEST = 1024 * 1024  # px that the released editors are made for
 
 
 def read(path: Path) -> Any:
@@ -27,7 +28,8 @@ def load(model: str | None, own_size: bool = True) -> tuple[Any, Callable[[Any],
 
     Args:
         model: hub id or directory of a pipeline, or an embedded editor, by default the first.
-        own_size: an edit gets its picture's size where the pipeline takes one; otherwise the pipeline chooses.
+        own_size: an edit gets its picture's size where the pipeline takes one and the picture has no more than a
+            megapixel; otherwise the pipeline chooses.
 
     Raises:
         ValueError: a directory without a pipeline.
@@ -57,9 +59,15 @@ def load(model: str | None, own_size: bool = True) -> tuple[Any, Callable[[Any],
     # A small editor, which works at the picture's own size; FLUX.1-Kontext has 19 such layers.
     if "max_area" in taken and pipe.transformer.config.num_layers < 19:
         return pipe, small
-    # Some pipelines choose the size themselves; of FLUX.1-Kontext this sets the aspect ratio alone.
-    sized = [name for name in ("height", "width") if name in taken and (own_size or "max_area" in taken)]
-    return pipe, lambda image: (image, {name: getattr(image, name) for name in sized})
+    names = [name for name in ("height", "width") if name in taken]
+
+    def sized(image: Any) -> tuple[Any, dict[str, Any]]:
+        # Of FLUX.1-Kontext this sets the aspect ratio alone. Others would edit a photograph at all of its megapixels.
+        if "max_area" in taken or (own_size and image.width * image.height <= LARGEST):
+            return image, {name: getattr(image, name) for name in names}
+        return image, {}
+
+    return pipe, sized
 
 
 def fit(image: Any, largest: int) -> Any:

@@ -46,17 +46,13 @@ class Kontext(Editor):
         raise NotImplementedError
 
 
-@pytest.mark.parametrize(
-    ("kind", "own_size", "given"),
-    [
-        (Editor, True, {"height": 64, "width": 96}),
-        (Editor, False, {}),
-        (Kontext, True, {"height": 64, "width": 96}),
-        (Kontext, False, {"height": 64, "width": 96}),  # sets the aspect ratio alone
-    ],
-)
-def test_who_chooses_the_size(monkeypatch, kind, own_size, given):
+@pytest.mark.parametrize("size", [(96, 64), (1024, 1024), (1040, 1024)])
+@pytest.mark.parametrize("own_size", [True, False])
+@pytest.mark.parametrize("kind", [Editor, Kontext])
+def test_who_chooses_the_size(monkeypatch, kind, own_size, size):
+    """Of Kontext the picture's sets the aspect ratio alone; other pipelines take it as it is, up to a megapixel."""
     monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda model, torch_dtype: kind())
     _, prepare = pipelines.load("some/editor", own_size)
-    picture = Image.new("RGB", (96, 64))
-    assert prepare(picture) == (picture, given)
+    picture = Image.new("RGB", size)
+    named = kind is Kontext or (own_size and size != (1040, 1024))
+    assert prepare(picture) == (picture, {"height": size[1], "width": size[0]} if named else {})
