@@ -54,7 +54,11 @@ def words_side(pipe: Any) -> list[nn.Module]:
 
 
 def link_loss(pipe: Any, teacher: Any, batch: Batch, device: str, high: float = HIGH_SHARE[0]) -> Tensor:
-    """Distance of the picture tokens' states from the teacher's; 1 is what the neighbour's prompt would make."""
+    """Distance of the picture tokens' states from the teacher's; 1 is what the neighbour's prompt would make.
+
+    Raises:
+        ValueError: the teacher does the same whatever the prompt says.
+    """
     family, n = of(pipe), len(batch.target)
     sigma = noise_levels(n, batch.target.shape[1], high, pipe.scheduler.config, device=device)
     s = sigma.view(n, 1, 1)
@@ -68,7 +72,9 @@ def link_loss(pipe: Any, teacher: Any, batch: Batch, device: str, high: float = 
     with only_first(pipe.transformer) as got:
         family.velocity(pipe, *call, family.text(pipe, batch.prompts, batch.seen, device))
     true, other = (state.float() for state in wanted)
-    return (got[0].float() - true).square().mean() / (other - true).square().mean()
+    if not (unit := (other - true).square().mean()) > 0:
+        raise ValueError("--like: expected a trained editor, got one that does the same whatever the prompt says")
+    return (got[0].float() - true).square().mean() / unit
 
 
 def train_link(pipe: Any, teacher: Any, settings: Settings, log: Log) -> None:

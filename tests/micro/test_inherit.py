@@ -140,6 +140,8 @@ def test_training_takes_over_and_says_what_cannot_be(tmp_path):
     teacher = build.kontext(1)
     with torch.no_grad():
         teacher.transformer.proj_out.weight.normal_()
+        for block in teacher.transformer.transformer_blocks:
+            block.norm1.linear.bias.fill_(0.3)  # open gates: an untrained editor hears no word
     teacher.vae.register_to_config(shift_factor=0.25, scaling_factor=2.0)
     build.save(teacher, tmp_path / "kontext")
     few = dict(vae_minutes=10.0, text_minutes=10.0, minutes=10.0, largest=64, steps=1, like=tmp_path / "kontext")
