@@ -2,8 +2,8 @@
 
 The picture's side of the first blocks is kept; text encoder and the words' side of those blocks learn to give the
 picture tokens what the other editor's words gave them. Two blocks of both run on the same latents, at the same noise:
-the loss is the squared distance of the picture tokens' states behind them, in units of the distance that another
-prompt makes. It costs a third of a training step and leads straight to where the blocks that follow can read it.
+the loss is the squared distance of the picture tokens' states behind them. It costs a third of a training step and
+leads straight to where the blocks that follow can read it. The log has it in units of what another prompt would make.
 """
 
 from __future__ import annotations
@@ -53,12 +53,8 @@ def words_side(pipe: Any) -> list[nn.Module]:
     return out
 
 
-def link_loss(pipe: Any, teacher: Any, batch: Batch, device: str, high: float = HIGH_SHARE[0]) -> Tensor:
-    """Distance of the picture tokens' states from the teacher's; 1 is what the neighbour's prompt would make.
-
-    Raises:
-        ValueError: the teacher does the same whatever the prompt says.
-    """
+def link_loss(pipe: Any, teacher: Any, batch: Batch, device: str, high: float = HIGH_SHARE[0]) -> tuple[Tensor, Tensor]:
+    """Mean squared distance of the picture tokens' states from the teacher's, and from its own under other prompts."""
     family, n = of(pipe), len(batch.target)
     sigma = noise_levels(n, batch.target.shape[1], high, pipe.scheduler.config, device=device)
     s = sigma.view(n, 1, 1)
@@ -72,13 +68,15 @@ def link_loss(pipe: Any, teacher: Any, batch: Batch, device: str, high: float = 
     with only_first(pipe.transformer) as got:
         family.velocity(pipe, *call, family.text(pipe, batch.prompts, batch.seen, device))
     true, other = (state.float() for state in wanted)
-    if not (unit := (other - true).square().mean()) > 0:
-        raise ValueError("--like: expected a trained editor, got one that does the same whatever the prompt says")
-    return (got[0].float() - true).square().mean() / unit
+    return (got[0].float() - true).square().mean(), (other - true).square().mean()
 
 
 def train_link(pipe: Any, teacher: Any, settings: Settings, log: Log) -> None:
-    """Train for `settings.link_minutes`."""
+    """Train for `settings.link_minutes`.
+
+    Raises:
+        ValueError: the teacher does the same whatever the prompt says.
+    """
     device = settings.device
     teacher.to(device)
     for part in (teacher.transformer, teacher.text_encoder, teacher.text_encoder_2, pipe.transformer):
@@ -90,21 +88,24 @@ def train_link(pipe: Any, teacher: Any, settings: Settings, log: Log) -> None:
         module.requires_grad_(True)
     parameters = [p for module in modules for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=settings.text_rate, betas=(0.9, 0.98), weight_decay=0.0)
-    clock, losses = Clock(settings.link_minutes), []
+    clock, losses, units = Clock(settings.link_minutes), [], []
     for step, batch in enumerate(batches(pipe, settings, clock, 1 << 20)):  # tasks of another stretch
         if clock.progress >= 1 or (settings.steps is not None and step >= settings.steps):
             break
         for group in optimizer.param_groups:
             group["lr"] = settings.text_rate * rate_at(clock.progress, step)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
-            loss = link_loss(pipe, teacher, batch, device)
+            loss, unit = link_loss(pipe, teacher, batch, device)
+        if not units and not unit > 0:
+            raise ValueError("--like: expected a trained editor, got one that does the same whatever the prompt says")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         losses.append(float(loss.detach()))
-        if len(losses) == 50:
-            log.add(part="link", step=step + 1, seconds=round(clock.seconds, 1), distance=sum(losses) / len(losses))
-            losses = []
+        units.append(float(unit))
+        if (step + 1) % 50 == 0:
+            distance = sum(losses[-50:]) / sum(units[-50:])
+            log.add(part="link", step=step + 1, seconds=round(clock.seconds, 1), distance=distance)
     for part in (pipe.transformer, pipe.text_encoder, pipe.vae):
         part.eval().requires_grad_(False)
