@@ -13,9 +13,14 @@ from specedit import micro
 from specedit.micro.evaluate import grow, mean, psnr, score
 
 
+@pytest.fixture(scope="module", params=["kontext", "qwen"])
+def name(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def pipe():
-    pipe = micro.load("kontext")
+def pipe(name):
+    pipe = micro.load(name)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -65,18 +70,21 @@ def test_means_leave_nan_out():
     assert out == {"count": 3, "a": 2.0}
 
 
-def test_weights_are_small_and_load_offline(pipe):
-    folder = micro.load.__globals__["WEIGHTS"] / "kontext"
+def modules(pipe):
+    return [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+
+
+def test_weights_are_small_and_load_offline(pipe, name):
+    folder = micro.load.__globals__["WEIGHTS"] / name
     assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) <= 40e6
-    parts = (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)
-    assert {part.dtype for part in parts} == {torch.float32}
-    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "FluxKontextPipeline"
+    assert {part.dtype for part in modules(pipe)} == {torch.float32}
+    held = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    assert held == {"kontext": "FluxKontextPipeline", "qwen": "QwenImageEditPipeline"}[name]
 
 
-def test_the_dtype_that_was_asked_for():
-    half = micro.load("kontext", dtype=torch.bfloat16)
-    parts = (half.transformer, half.vae, half.text_encoder, half.text_encoder_2)
-    assert {part.dtype for part in parts} == {torch.bfloat16}
+def test_the_dtype_that_was_asked_for(name):
+    half = micro.load(name, dtype=torch.bfloat16)
+    assert {part.dtype for part in modules(half)} == {torch.bfloat16}
 
 
 def test_unknown_editor():
@@ -97,10 +105,11 @@ def test_an_editor_whose_weights_the_package_lacks(monkeypatch, tmp_path):
         micro.load("kontext")
 
 
-def test_the_autoencoder_keeps_30_db_at_512(pipe):
+def test_the_autoencoder_keeps_30_db_at_512(pipe, name):
+    from specedit.micro.family import named
     from specedit.micro.train_vae import roundtrip
 
-    assert roundtrip(pipe.vae, "cpu", 512, 4) >= 30
+    assert roundtrip(named(name).flat(pipe.vae), "cpu", 512, 4) >= 30
 
 
 @pytest.mark.parametrize("size", [128, (128, 192)])
@@ -121,9 +130,9 @@ def test_stock_and_installed_are_scored(pipe, size):
     assert [r["edit_psnr"] for r in again["cases"]] == [r["edit_psnr"] for r in stock["cases"]]
 
 
-def test_reference_restore_keeps_what_was_not_edited(pipe):
+def test_reference_restore_keeps_what_was_not_edited(pipe, name):
     case = micro.scenes.sample(3, 128)
-    call = dict(image=case.source, prompt=case.prompt, edit_mask=case.mask, **micro.arguments(case.source))
+    call = dict(image=case.source, prompt=case.prompt, edit_mask=case.mask, **micro.arguments(case.source, name))
     kept = {}
     for restore in ("full", "reference"):
         specedit.install(pipe, "turbo", restore=restore)
