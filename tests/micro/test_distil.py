@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import specedit
+from specedit import micro
 from specedit.micro import build, distil
 from specedit.micro.train_editor import encode
 from specedit.micro.training import seeds
@@ -127,3 +128,29 @@ def test_wrong_arguments(capsys):
     with pytest.raises(SystemExit):
         distil.parse(["--substeps", "1"])
     assert "--substeps: expected at least 2, got 1" in capsys.readouterr().err
+
+
+def test_the_student_that_travels_is_nearer_to_many_steps_than_the_editor_in_as_few():
+    pytest.importorskip("peft")
+    pipe = micro.load("kontext")
+    pipe.set_progress_bar_config(disable=True)
+    cases = [micro.scenes.sample(seed, 128) for seed in range(6)]
+
+    def edits(steps):
+        out = []
+        for case in cases:
+            call = dict(image=case.source, prompt=case.prompt, num_inference_steps=steps, output_type="pt")
+            generator = torch.Generator().manual_seed(0)
+            out.append(pipe(**call, **micro.arguments(case.source), generator=generator).images)
+        return torch.cat(out)
+
+    many, few = edits(32), edits(8)
+    pipe.load_lora_weights(distil.WEIGHTS)
+    student = edits(8)
+    assert (student - many).square().mean() < 0.8 * (few - many).square().mean()
+    specedit.install(pipe, "lightning-8", restore="reference")
+    pipe(image=cases[0].source, prompt=cases[0].prompt, **micro.arguments(cases[0].source))
+    assert specedit.report(pipe).nfe == 8
+    specedit.uninstall(pipe)
+    pipe.unload_lora_weights()
+    assert torch.equal(edits(8), few)
