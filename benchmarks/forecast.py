@@ -78,7 +78,8 @@ def run(pipe: Any, cases: list, name: str, settings: dict[str, Any]) -> dict[str
         uninstall(pipe)
         if settings.get("student") is not None:
             pipe.unload_lora_weights()
-    small = [r for r in result["cases"] if r.get("edit_fraction", 1) <= 0.15]
+    looked = "specedit" in settings["family"]  # a cache alone has no draft, and finds no edit
+    small = [r for r in result["cases"] if looked and r["edit_fraction"] <= 0.15]
     return dict(
         variant=name, family=settings["family"], **more, mean=result["mean"], kinds=result["kinds"],
         small=micro.mean(small) if small else None, cases=result["cases"],
