@@ -29,21 +29,29 @@ def pareto(name: str, path: Path) -> None:
 
 
 def forecast_pareto(name: str, path: Path) -> None:
-    """Success and edit PSNR over FLOPs, one mark a variant, one colour a family."""
+    """Success and edit PSNR over FLOPs, one colour a family; the intervals of a cache are one line with one name."""
     rows = load(name)["rows"]
     families = list(dict.fromkeys(row["family"] for row in rows))
+    lines: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        lines.setdefault((row["family"], row["variant"].rpartition("-N")[0] or row["variant"]), []).append(row)
     figure = Figure(figsize=(12, 5), layout="constrained")
-    for axis, key, label in zip(figure.subplots(1, 2), ("success", "edit_psnr"), ("success", "edit PSNR, dB")):
-        for i, family in enumerate(families):
-            members = [row for row in rows if row["family"] == family]
-            x, y = ([row["mean"][k] for row in members] for k in ("flops", key))
-            axis.scatter([value / 1e12 for value in x], y, color=f"C{i}", label=family)
-            for row, a, b in zip(members, x, y):
-                axis.annotate(row["variant"].removeprefix("specedit-"), (a / 1e12, b), fontsize=6)
+    success, edit = figure.subplots(1, 2)
+    for (family, method), members in lines.items():
+        x = [row["mean"]["flops"] / 1e12 for row in members]
+        for axis, key in ((success, "success"), (edit, "edit_psnr")):
+            first = method == next(other for kind, other in lines if kind == family)
+            axis.plot(
+                x, [row["mean"][key] for row in members], marker="o", linewidth=0.7,
+                color=f"C{families.index(family)}", label=family if first else None,
+            )  # fmt: skip
+        edit.annotate(method, (x[-1], members[-1]["mean"]["edit_psnr"]), fontsize=7)
+    success.set_ylim(0, 1)  # with few tasks many variants share a value: their names stand beside
+    for axis, label in ((success, "success"), (edit, "edit PSNR, dB")):
         axis.set_xscale("log")
         axis.set_xlabel("TFLOPs an edit")
         axis.set_ylabel(label)
-        axis.legend(fontsize=7)
+    success.legend(fontsize=7)
     figure.savefig(path, dpi=90)
 
 
