@@ -39,8 +39,8 @@ def forecast_pareto(name: str, path: Path) -> None:
     success, edit = figure.subplots(1, 2)
     for (family, method), members in lines.items():
         x = [row["mean"]["flops"] / 1e12 for row in members]
+        first = method == next(other for kind, other in lines if kind == family)
         for axis, key in ((success, "success"), (edit, "edit_psnr")):
-            first = method == next(other for kind, other in lines if kind == family)
             axis.plot(
                 x, [row["mean"][key] for row in members], marker="o", linewidth=0.7,
                 color=f"C{families.index(family)}", label=family if first else None,

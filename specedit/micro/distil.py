@@ -29,7 +29,7 @@ from .family_kontext import text, velocity_at
 from .load import WEIGHTS as EDITORS
 from .load import load
 from .train_editor import EDIT_WEIGHT, Batch, encode
-from .training import seeds
+from .training import descend, seeds
 
 WEIGHTS = EDITORS / "kontext-lightning"
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "net.0.proj",
@@ -113,13 +113,8 @@ def train(pipe: Any, options: argparse.Namespace) -> list[float]:
         progress = max((time.monotonic() - began) / (60 * options.minutes), update / (options.updates or 10**9))
         if progress >= 1:
             break
-        for group in optimizer.param_groups:
-            group["lr"] = options.rate * min(1.0, (update + 1) / 20) * (1 - progress)
         loss = loss_of(pipe, batch, rng.randrange(options.student_steps), options)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        descend(loss, parameters, [optimizer], options.rate * min(1.0, (update + 1) / 20) * (1 - progress))
         losses.append(loss.item())
         if len(losses) % 50 == 0:
             print(f"update {len(losses)}: loss {sum(losses[-50:]) / 50:.4f}", flush=True)

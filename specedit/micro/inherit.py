@@ -105,5 +105,4 @@ def same_latents(vae: nn.Module, teacher: nn.Module) -> None:
 
 
 def _copy(target: nn.Module, source: nn.Module) -> None:
-    state: dict[str, Any] = source.state_dict()
-    target.load_state_dict(state)
+    target.load_state_dict(source.state_dict())

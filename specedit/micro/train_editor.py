@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import scenes
 from .family import Family, of
 from .questions import Answers, Questions
-from .training import Average, Clock, Log, Settings, optimizers, rate_at, write
+from .training import Average, Clock, Log, Settings, descend, optimizers, rate_at, write
 from .training import seeds as training_seeds
 
 # What a step sees at each size: (height, width) in pixels and how many scenes, about the same cost each.
@@ -198,18 +198,11 @@ def train_editor(pipe, settings: Settings, log: Log) -> None:
     for batch in batches(pipe, settings, clock, step):
         if clock.progress >= 1 or (settings.steps is not None and step >= settings.steps):
             break
-        for optimizer in optims:
-            for group in optimizer.param_groups:
-                group["lr"] = settings.rate * rate_at(clock.progress, step)
+        rate = settings.rate * rate_at(clock.progress, step)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             high = HIGH_SHARE[0] + (HIGH_SHARE[1] - HIGH_SHARE[0]) * clock.progress
             parts = editor_loss(pipe, batch, device, high=high, questions=questions)
-        for optimizer in optims:
-            optimizer.zero_grad(set_to_none=True)
-        parts["total"].backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        for optimizer in optims:
-            optimizer.step()
+        descend(parts["total"], parameters, optims, rate)
         average.update()
         step += 1
         side = max(batch.grid) * 16

@@ -19,7 +19,7 @@ from . import family_kontext
 from .family import of
 from .inherit import GUIDANCE
 from .train_editor import HIGH_SHARE, Batch, batches, noise_levels
-from .training import Clock, Log, Settings, rate_at
+from .training import Clock, Log, Settings, descend, rate_at
 
 DEPTH = 2  # double-stream blocks of FLUX, which have weights of their own for words
 
@@ -92,16 +92,11 @@ def train_link(pipe: Any, teacher: Any, settings: Settings, log: Log) -> None:
     for step, batch in enumerate(batches(pipe, settings, clock, 1 << 20)):  # tasks of another stretch
         if clock.progress >= 1 or (settings.steps is not None and step >= settings.steps):
             break
-        for group in optimizer.param_groups:
-            group["lr"] = settings.text_rate * rate_at(clock.progress, step)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             loss, unit = link_loss(pipe, teacher, batch, device)
         if not units and not unit > 0:
             raise ValueError("--like: expected a trained editor, got one that does the same whatever the prompt says")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        descend(loss, parameters, [optimizer], settings.text_rate * rate_at(clock.progress, step))
         losses.append(float(loss.detach()))
         units.append(float(unit))
         if (step + 1) % 50 == 0:

@@ -10,7 +10,7 @@ from torch import nn
 from . import scenes
 from .family import of
 from .questions import SAID, cross_entropy, said
-from .training import Clock, Log, Settings, rate_at, seeds
+from .training import Clock, Log, Settings, descend, rate_at, seeds
 
 BATCH = 96
 
@@ -38,15 +38,10 @@ def train_text(pipe, settings: Settings, log: Log) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=settings.text_rate, betas=(0.9, 0.98), weight_decay=0.0)
     clock, step, losses = Clock(settings.text_minutes), 0, []
     while clock.progress < 1 and (settings.steps is None or step < settings.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = settings.text_rate * rate_at(clock.progress, step)
         # Only the words are needed, so the tasks are another stretch of the training seeds than the pictures'.
         batch = [scenes.describe(s) for s in seeds((1 << 40) + step * BATCH, BATCH)]
         loss = text_loss(pipe, heads, batch, device)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        descend(loss, parameters, [optimizer], settings.text_rate * rate_at(clock.progress, step))
         step += 1
         losses.append(float(loss.detach()))
         if step % 50 == 0:

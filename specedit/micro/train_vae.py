@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import scenes
 from .family import Family, of
 from .inherit import same_latents
-from .training import Average, Clock, Log, Settings, rate_at, seeds, write
+from .training import Average, Clock, Log, Settings, descend, rate_at, seeds, write
 
 
 def vae_images(step: int, count: int, side: int, device: str) -> Tensor:
@@ -81,14 +81,9 @@ def train_vae(pipe, settings: Settings, log: Log, teacher: Any = None) -> None:
     saved, errors = time.monotonic(), []
     while clock.progress < 1 and (settings.steps is None or step < settings.steps):
         images = vae_images(step, 16, 128, device)
-        for group in optimizer.param_groups:
-            group["lr"] = settings.vae_rate * rate_at(clock.progress, step)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             loss, error = vae_loss(flat, images, teacher=known)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
+        descend(loss, list(vae.parameters()), [optimizer], settings.vae_rate * rate_at(clock.progress, step))
         average.update()
         step += 1
         errors.append(error)

@@ -75,6 +75,20 @@ def optimizers(modules: list[nn.Module], rate: float) -> list[torch.optim.Optimi
     return out
 
 
+def descend(
+    loss: torch.Tensor, parameters: list[nn.Parameter], optimizers: list[torch.optim.Optimizer], rate: float
+) -> None:
+    """One step down the gradient of `loss`, whose norm is clipped to 1, at learning rate `rate`."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+
+
 class Average:
     """Exponential moving average of parameters; short-sighted while young."""
 

@@ -43,7 +43,11 @@ class MixedProcessor:
     def _parallel_config(self, value: Any) -> None:
         self.original._parallel_config = value
 
-    def mixed(
+    def mixed(self, rows: slice | None, *call: Any):
+        """`joint` of `call`, or with `rows` of hidden_states these alone."""
+        return self.joint(*call) if rows is None else self.read_rows(rows, *call)
+
+    def joint(
         self,
         attn: nn.Module,
         head_dim: int,
@@ -52,25 +56,11 @@ class MixedProcessor:
         rotary: tuple[Tensor, Tensor],
         coarse_rotary: tuple[Tensor, Tensor] | None,
         context: MixedContext,
-        rows: slice | None,
     ):
-        """Attention of both streams, as the stock processor returns it; with `rows`, of these of hidden_states alone.
+        """Attention of both streams, as the stock processor returns it.
 
         rotary, coarse_rotary: cos and sin (rows, D/2) float32, those of the text's rows before those of the image's.
         """
-        call = (attn, head_dim, hidden_states, encoder_hidden_states, rotary, coarse_rotary, context)
-        return self._joint(*call) if rows is None else self._read_rows(*call, rows)
-
-    def _joint(
-        self,
-        attn: nn.Module,
-        head_dim: int,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None,
-        rotary: tuple[Tensor, Tensor],
-        coarse_rotary: tuple[Tensor, Tensor] | None,
-        context: MixedContext,
-    ):
         kernels = "torch" if context.backend == "stock" else context.backend
         streams = _streams(attn, hidden_states, encoder_hidden_states)
         batch, length = hidden_states.shape[0], sum(s[0].shape[1] for s in streams)
@@ -102,8 +92,9 @@ class MixedProcessor:
         for_text, for_image = (out[:, :text], out[:, text:]) if places is None else (out[:, rows] for rows in places)
         return _output(attn, for_image), attn.to_add_out(for_text.contiguous()) if text else for_text
 
-    def _read_rows(
+    def read_rows(
         self,
+        rows: slice,
         attn: nn.Module,
         head_dim: int,
         hidden_states: Tensor,
@@ -111,9 +102,8 @@ class MixedProcessor:
         rotary: tuple[Tensor, Tensor],
         coarse_rotary: tuple[Tensor, Tensor] | None,
         context: MixedContext,
-        rows: slice,
     ) -> Tensor:
-        """What `_joint` gives `rows` of hidden_states, and nothing else: all others only serve as keys and values."""
+        """What `joint` gives `rows` of hidden_states, and nothing else: all others only serve as keys and values."""
         kernels = {"stock": None if context.plain else "torch"}.get(context.backend, context.backend)
         tables = [rotary] + ([coarse_rotary] if context.segments is not None else [])
         queries: list[Tensor] = []
@@ -198,7 +188,7 @@ class FluxMixedProcessor(MixedProcessor):
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         rotary = half_tables(specedit.rotary or image_rotary_emb, attn.head_dim)
         coarse = None if specedit.coarse_rotary is None else half_tables(specedit.coarse_rotary, attn.head_dim)
-        return self.mixed(attn, attn.head_dim, hidden_states, encoder_hidden_states, rotary, coarse, specedit, rows)
+        return self.mixed(rows, attn, attn.head_dim, hidden_states, encoder_hidden_states, rotary, coarse, specedit)
 
 
 class QwenMixedProcessor(MixedProcessor):
@@ -227,7 +217,7 @@ class QwenMixedProcessor(MixedProcessor):
             )
         head_dim = attn.inner_dim // attn.heads
         rotary, coarse = specedit.rotary or image_rotary_emb, specedit.coarse_rotary
-        return self.mixed(attn, head_dim, hidden_states, encoder_hidden_states, rotary, coarse, specedit, rows)
+        return self.mixed(rows, attn, head_dim, hidden_states, encoder_hidden_states, rotary, coarse, specedit)
 
 
 def _place(q, k, v, norm_q, norm_k, cos, sin, out, rows: Tensor, backend: str | None) -> None:
