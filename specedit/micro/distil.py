@@ -28,7 +28,7 @@ from ..schedule import stage_sigmas
 from .family_kontext import text, velocity_at
 from .load import WEIGHTS as EDITORS
 from .load import load
-from .train_editor import EDIT_WEIGHT, Batch, encode
+from .train_editor import Batch, encode, token_weights
 from .training import descend, seeds
 
 WEIGHTS = EDITORS / "kontext-lightning"
@@ -86,7 +86,7 @@ def loss_of(pipe: Any, batch: Batch, step: int, options: argparse.Namespace) -> 
     x = (1 - start) * batch.target + start * torch.randn_like(batch.target)
     wanted = target(pipe, batch, x, start, end, options.substeps, prompt)
     error = (velocity(pipe, batch, x, start, prompt) - wanted).square().mean(-1)
-    weight = 1 + EDIT_WEIGHT * batch.edited
+    weight = token_weights(batch.edited)
     return (error * weight).sum() / (wanted.square().mean(-1) * weight).sum()
 
 

@@ -31,7 +31,7 @@ CURRICULUM = (
     {64: 0.02, 128: 0.18, 256: 0.5, 512: 0.3},
 )
 REUSE = 3  # each encoded batch is seen about this often, with fresh noise, since rendering and encoding cost too
-EDIT_WEIGHT = 4.0
+EDIT_WEIGHT = 2.0
 # Above this noise level the target can hardly be seen, so what the model draws comes from the instruction alone.
 HIGH = 0.85
 HIGH_SHARE = (0.7, 0.4)  # of the samples that are drawn from there, at the start and at the end of training
@@ -123,6 +123,15 @@ def noise_levels(count: int, tokens: int, high: float, config, **draw) -> Tensor
     return torch.where(torch.rand(count, **draw) < high, top, shifted)
 
 
+def token_weights(edited: Tensor) -> Tensor:
+    """How much each token counts, (B, N): 1, and 1 + EDIT_WEIGHT / sqrt(share) where edited, share being its picture's.
+
+    Edits of a few tokens are most of the tasks; by area alone they would hardly count beside a new background.
+    """
+    share = edited.mean(1, keepdim=True).clamp_min(1 / edited.shape[1])
+    return 1 + EDIT_WEIGHT * edited / share.sqrt()
+
+
 def editor_loss(
     pipe,
     batch: Batch,
@@ -131,7 +140,8 @@ def editor_loss(
     high: float = HIGH_SHARE[1],
     questions: Questions | None = None,
 ) -> dict[str, Tensor]:
-    """Rectified flow, `flow`: x = (1 - s) x0 + s e, the model predicts e - x0; edited tokens count more.
+    """Rectified flow, `flow`: x = (1 - s) x0 + s e, the model predicts e - x0; edited tokens count more, and more
+    so where they are few.
 
     Where the family is guided, a share of the prompts is left empty. With `questions` their losses too. `total` is
     what to train on.
@@ -146,7 +156,7 @@ def editor_loss(
     features = family.text(pipe, prompts, batch.seen, device)
     out = family.velocity(pipe, x, batch.source, batch.grid, sigma, features, **draw)
     error = ((out.float() - (noise - batch.target)) ** 2).mean(-1)
-    weight = 1 + EDIT_WEIGHT * batch.edited
+    weight = token_weights(batch.edited)
     flow = (error * weight).sum() / weight.sum()
     losses = {"flow": flow}
     if questions is not None:

@@ -68,9 +68,20 @@ def test_edited_tokens_weigh_more():
     assert set(batch.edited.unique().tolist()) <= {0.0, 1.0} and batch.edited.any()
     batch.target = 10 * batch.edited[..., None].expand_as(batch.target)  # an error of 101 there, of 1 elsewhere
     loss = float(train_editor.editor_loss(pipe, batch, "cpu", torch.Generator().manual_seed(0))["flow"])
-    share, weight = float(batch.edited.mean()), 1 + train_editor.EDIT_WEIGHT
-    expected = (101 * weight * share + 1 - share) / (weight * share + 1 - share)
-    assert loss == pytest.approx(expected, rel=0.02)
+    edited, weight = batch.edited.bool(), train_editor.token_weights(batch.edited)
+    expected = (101 * weight[edited].sum() + weight[~edited].sum()) / weight.sum()
+    assert loss == pytest.approx(float(expected), rel=0.02)
+
+
+def test_few_edited_tokens_weigh_more_each_and_less_together():
+    """1 + W / sqrt(share): sixteen times the area weighs four times as much in all, beside what every token weighs."""
+    edited = torch.zeros(3, 64)
+    edited[0, :4], edited[1] = 1, 1
+    weight = train_editor.token_weights(edited)
+    assert torch.equal(weight[edited == 0], torch.ones(60 + 64))  # and no edit at all divides by nothing
+    extra = (weight - 1).sum(1)
+    assert float(extra[1]) == pytest.approx(4 * float(extra[0]))
+    assert float(weight[1, 0]) == pytest.approx(1 + train_editor.EDIT_WEIGHT)
 
 
 def test_noise_levels_follow_the_share_from_the_top():
@@ -91,7 +102,7 @@ def test_the_loss_of_an_untrained_editor_is_that_of_predicting_nothing():
     losses = train_editor.editor_loss(pipe, batch, "cpu", torch.Generator().manual_seed(0))
     assert set(losses) == {"flow", "total"}  # nothing else is asked without questions
     assert torch.equal(losses["flow"], losses["total"])
-    weight = 1 + train_editor.EDIT_WEIGHT * batch.edited
+    weight = train_editor.token_weights(batch.edited)
     expected = float(((1 + batch.target**2).mean(-1) * weight).sum() / weight.sum())
     assert float(losses["flow"]) == pytest.approx(expected, rel=0.15)
 
