@@ -1,26 +1,26 @@
 """Temporal caches alone and with SpecEdit, on the embedded editor.
 
-    python benchmarks/forecast.py --cases 64 --size 512 --out benchmarks/results/forecast-512.json
+    python -m benchmarks.forecast --cases 64 --size 512 --out benchmarks/results/forecast-512.json
 
 Stock 50; every cache alone at N = 4, 6, 9 (50 steps, nothing spatial); SpecEdit alone; SpecEdit with taylor, hermite,
 foca and lesa; the step-distilled student at 8 and 6 steps with and without SpecEdit, once `python -m
-specedit.micro.distil` has written its weights. Every variant edits the same unseen tasks with the same seeds. The file
-is written after each, so that a run that was stopped goes on where it was (--resume). A variant that lacks trained
+specedit.micro.distil` has written its weights. Every variant edits the same unseen tasks with the same seeds. With
+--resume a run that was stopped, or that is to see more tasks, goes on where the file ends. A variant that lacks trained
 weights is named and left out.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
-from specedit import SpecEditConfig, install, micro, report, results, uninstall
+from benchmarks.scores import Scores, fingerprint
+from specedit import SpecEditConfig, install, micro, uninstall
 from specedit.config import FORECASTS
 from specedit.forecast import lesa
 from specedit.micro import distil
+from specedit.micro.load import WEIGHTS
 
 INTERVALS = (4, 6, 9)
 PRESET = "balanced"
@@ -62,28 +62,21 @@ def lacking(settings: dict[str, Any], pipe: Any) -> str | None:
     return None
 
 
-def run(pipe: Any, cases: list, name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """One row: the settings, mean and per-case scores, and what the last report says of the cache."""
+def run(scores: Scores, pipe: Any, name: str, settings: dict[str, Any]) -> None:
+    """Score one variant on the tasks that it has not seen."""
+    if not scores.lacks(name):
+        return
     if settings.get("student") is not None:
         pipe.load_lora_weights(settings["student"])
     try:
         if "install" in settings:
             install(pipe, **settings["install"])
-        result = micro.evaluate(pipe, tqdm(cases, desc=name), settings.get("steps"))
-        more = {}
-        if "install" in settings:
-            last = report(pipe)
-            more = dict(nfe=last.nfe, cached_steps=last.cached_steps, cache_bytes=last.cache_bytes)
+        family = settings["family"]  # a cache alone has no draft, and finds no edit
+        scores.score(pipe, name, settings.get("steps"), drafts="specedit" in family, family=family)
     finally:
         uninstall(pipe)
         if settings.get("student") is not None:
             pipe.unload_lora_weights()
-    looked = "specedit" in settings["family"]  # a cache alone has no draft, and finds no edit
-    small = [r for r in result["cases"] if looked and r["edit_fraction"] <= 0.15]
-    return dict(
-        variant=name, family=settings["family"], **more, mean=result["mean"], kinds=result["kinds"],
-        small=micro.mean(small) if small else None, cases=result["cases"],
-    )  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -100,22 +93,21 @@ def main(arguments: list[str] | None = None) -> None:
     every = variants(args.lesa, student)
     if unknown := set(args.only or ()) - set(every):
         raise SystemExit(f"--only: expected some of {', '.join(every)}, got {', '.join(sorted(unknown))}")
-    rows = json.loads(args.out.read_text())["rows"] if args.resume and args.out.exists() else []
-    done = {row["variant"] for row in rows}
+    cases = [micro.scenes.sample(seed, args.size) for seed in range(args.cases)]
+    command = f"python -m benchmarks.forecast --cases {args.cases} --size {args.size}"
+    predictor = args.lesa or lesa.WEIGHTS / "lesa-micro-kontext.safetensors"
+    files = dict(weights=WEIGHTS / "kontext", student=student, lesa=predictor)
+    of = dict(model="kontext", size=args.size) | {name: fingerprint(file) for name, file in files.items()}
+    scores = Scores(args.out, command, cases, of, args.resume, preset=SpecEditConfig.preset(PRESET).steps)
     pipe = micro.load("kontext", device="cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
-    cases = [micro.scenes.sample(seed, args.size) for seed in range(args.cases)]
-    command = f"python benchmarks/forecast.py --cases {args.cases} --size {args.size}"
     for name, settings in every.items():
-        if name in done or (args.only and name not in args.only):
+        if args.only and name not in args.only:
             continue
         if (reason := lacking(settings, pipe)) is not None:
             print(f"{name}: left out, {reason}")
             continue
-        rows.append(run(pipe, cases, name, settings))
-        results.write(args.out, command, rows, preset=SpecEditConfig.preset(PRESET).steps)
-        mean = rows[-1]["mean"]
-        print(f"{name}: success {mean['success']:.1%}, edit {mean['edit_psnr']:.1f} dB, {mean['flops'] / 1e12:.3f} TF")
+        run(scores, pipe, name, settings)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ image = pipe(image=case.source, prompt=case.prompt, **micro.arguments(case.sourc
 """
 
 from . import scenes
-from .evaluate import arguments, evaluate, mean
+from .evaluate import arguments, evaluate, mean, summary
 from .load import load
 
-__all__ = ["arguments", "evaluate", "load", "mean", "scenes"]
+__all__ = ["arguments", "evaluate", "load", "mean", "scenes", "summary"]

@@ -99,12 +99,13 @@ def evaluate(pipe: Any, cases: Iterable[Case], num_inference_steps: int | None =
             taken = given.get("num_inference_steps", family.default_steps)
             row["flops"] = stock_flops(pipe, case, taken, given)
         rows.append(row)
+    return {**summary(rows), "cases": rows}
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Scores of tasks as `evaluate` returns them in "cases": their "mean", and under "kinds" that of each kind."""
     kinds = sorted({row["kind"] for row in rows})
-    return {
-        "mean": mean(rows),
-        "kinds": {kind: mean([r for r in rows if r["kind"] == kind]) for kind in kinds},
-        "cases": rows,
-    }
+    return {"mean": mean(rows), "kinds": {kind: mean([r for r in rows if r["kind"] == kind]) for kind in kinds}}
 
 
 def stock_flops(pipe: Any, case: Case, steps: int, call: dict[str, Any] | None = None) -> float:

@@ -1,0 +1,89 @@
+"""A results file of many tasks under many variants, written as they are scored.
+
+A run that was stopped, or that is to see more tasks than before, goes on where the file ends. It refuses to mix scores
+of other weights, of another size or from another machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from specedit import micro, results
+from specedit.install import last_report
+
+EVERY = 4  # tasks between two writings of the file
+SMALL = 0.15  # edits of up to this share of the picture apart: there locking pays, and the goals speak of them
+
+
+def fingerprint(path: Path | None) -> str | None:
+    """First 12 hexadecimal digits of the SHA-256 of a file, or of a folder's .safetensors files; None without it."""
+    if path is None or not path.exists():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+class Scores:
+    """The rows of one file: `variant`, its own fields, `mean`, `kinds`, `small`, and `cases`, one entry a task."""
+
+    def __init__(
+        self, path: Path, command: str, cases: list[micro.scenes.Case], of: dict[str, Any], resume: bool, **more: Any
+    ):
+        """`of`: what is scored (editor, size, weights); with `resume` the file's own has to be the same.
+
+        Raises:
+            SystemExit: the file holds scores of something else.
+        """
+        self.path, self.command, self.cases, self.more = path, command, cases, {"of": of, **more}
+        self.rows: list[dict[str, Any]] = []
+        if resume and path.exists():
+            old = json.loads(path.read_text())
+            here = {k: v for k, v in results.machine().items() if k not in ("commit", "date")}
+            there = {k: v for k, v in old["machine"].items() if k in here}
+            for expected, got in ((of, old.get("of")), (here, there)):
+                if expected != got:
+                    raise SystemExit(f"--resume: {path} holds scores of {got}, expected {expected}; give another --out")
+            self.rows = old["rows"]
+            for row in self.rows:
+                row["cases"] = [{k: math.nan if v is None else v for k, v in case.items()} for case in row["cases"]]
+
+    def lacks(self, variant: str) -> list[micro.scenes.Case]:
+        """The tasks that `variant` has not seen."""
+        seen = {case["seed"] for row in self.rows if row["variant"] == variant for case in row["cases"]}
+        return [case for case in self.cases if case.seed not in seen]
+
+    def score(self, pipe: Any, variant: str, num_inference_steps: int | None, *, drafts: bool, **fields: Any) -> None:
+        """Run the tasks that `variant` lacks and write the file.
+
+        `drafts`: the variant looks for the edit, so that small ones can be told apart.
+        """
+        todo = self.lacks(variant)
+        row = next((row for row in self.rows if row["variant"] == variant), None)
+        if row is None:
+            row = dict(variant=variant, **fields, mean={}, kinds={}, small=None, cases=[])
+            self.rows.append(row)
+        with tqdm(total=len(todo), desc=variant) as bar:
+            for start in range(0, len(todo), EVERY):
+                part = todo[start : start + EVERY]
+                row["cases"] += micro.evaluate(pipe, part, num_inference_steps)["cases"]
+                row |= micro.summary(row["cases"])
+                small = [case for case in row["cases"] if drafts and case["edit_fraction"] <= SMALL]
+                row["small"] = micro.mean(small) if small else None
+                if (last := last_report(pipe)) is not None:
+                    row |= dict(nfe=last.nfe, cached_steps=last.cached_steps, cache_bytes=last.cache_bytes)
+                results.write(self.path, self.command, self.rows, **self.more)
+                bar.update(len(part))
+        if todo:
+            mean = row["mean"]
+            print(
+                f"{variant}: success {mean['success']:.1%}, edit {mean['edit_psnr']:.1f} dB, "
+                f"keep {mean['keep_psnr']:.1f} dB, {mean['flops'] / 1e12:.3f} TFLOPs"
+            )
