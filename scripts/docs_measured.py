@@ -14,12 +14,17 @@ def against_stock(result: dict, mean: dict) -> list[str]:
     return [f"{stock[key] / mean[key]:.2f}" if stock else "-" for key in ("flops", "seconds")]
 
 
+def by_cost(rows: list[dict]) -> list[dict]:
+    """Stock first, then SpecEdit, each from the dearest to the cheapest."""
+    return sorted(rows, key=lambda row: (not row["variant"].startswith("stock"), -row["mean"]["flops"]))
+
+
 def quality(name: str) -> str:
     result = load(name)
     if result is None:
         return "*not measured yet*"
     rows = []
-    for row in result["rows"]:
+    for row in by_cost(result["rows"]):
         m = row["mean"]
         rows.append(
             [row["variant"], f"{m['count']:.0f}", f"{m['success']:.1%}", f"{m['edit_psnr']:.1f}",
@@ -30,23 +35,30 @@ def quality(name: str) -> str:
 
 
 def kinds(name: str) -> str:
+    """One column a kind of edit, with its number of tasks; "success, edit dB, keep dB" in each."""
     result = load(name)
     if result is None:
         return "*not measured yet*"
-    rows = []
-    for row in result["rows"]:
-        for kind, m in row["kinds"].items():
-            rows.append(
-                [row["variant"], kind, f"{m['count']:.0f}", f"{m['success']:.0%}", number(m["edit_psnr"], ".1f"),
-                 number(m["keep_psnr"], ".1f")]
-            )  # fmt: skip
-    return table(["variant", "kind", "tasks", "success", "edit dB", "keep dB"], rows) + source(result, name)
+    variants = by_cost(result["rows"])
+    most = max(variants, key=lambda row: row["mean"]["count"])["kinds"]
+    rows = [
+        [row["variant"]]
+        + [
+            f"{m['success']:.0%}, {number(m['edit_psnr'], '.1f')}, {number(m['keep_psnr'], '.1f')}"
+            if m
+            else "-"  # a run that was stopped has not seen them all
+            for m in (row["kinds"].get(kind) for kind in most)
+        ]
+        for row in variants
+    ]
+    header = ["variant"] + [f"{kind} ({m['count']:.0f})" for kind, m in most.items()]
+    return table(header, rows) + source(result, name)
 
 
 def small_edits(name: str) -> str:
     result = load(name)
     rows = []
-    for row in (result or {"rows": []})["rows"]:
+    for row in by_cost((result or {"rows": []})["rows"]):
         m = row.get("small")
         if m and "flops_ratio" in m:
             rows.append(

@@ -28,7 +28,7 @@ BATCHES: dict[tuple[int, int], int] = {
 CURRICULUM = (
     {64: 0.15, 128: 0.85, 256: 0.0, 512: 0.0},
     {64: 0.05, 128: 0.6, 256: 0.3, 512: 0.05},
-    {64: 0.02, 128: 0.18, 256: 0.5, 512: 0.3},
+    {64: 0.02, 128: 0.13, 256: 0.35, 512: 0.5},
 )
 REUSE = 3  # each encoded batch is seen about this often, with fresh noise, since rendering and encoding cost too
 EDIT_WEIGHT = 2.0
