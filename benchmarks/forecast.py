@@ -19,7 +19,9 @@ from benchmarks.scores import Scores, fingerprint
 from specedit import SpecEditConfig, install, micro, uninstall
 from specedit.config import FORECASTS
 from specedit.forecast import lesa
+from specedit.install import STOCK_STEPS
 from specedit.micro import distil
+from specedit.micro.evaluate import stock_flops
 from specedit.micro.load import WEIGHTS
 
 INTERVALS = (4, 6, 9)
@@ -98,9 +100,12 @@ def main(arguments: list[str] | None = None) -> None:
     predictor = args.lesa or lesa.WEIGHTS / "lesa-micro-kontext.safetensors"
     files = dict(weights=WEIGHTS / "kontext", student=student, lesa=predictor)
     of = dict(model="kontext", size=args.size) | {name: fingerprint(file) for name, file in files.items()}
-    scores = Scores(args.out, command, cases, of, args.resume, preset=SpecEditConfig.preset(PRESET).steps)
     pipe = micro.load("kontext", device="cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
+    # Counted, so that ratios stand also where --only leaves the stock run to quality.py, which has the same tasks.
+    stock = sum(stock_flops(pipe, case, STOCK_STEPS) for case in cases) / len(cases)
+    more = dict(preset=SpecEditConfig.preset(PRESET).steps, stock_flops=stock)
+    scores = Scores(args.out, command, cases, of, args.resume, **more)
     for name, settings in every.items():
         if args.only and name not in args.only:
             continue

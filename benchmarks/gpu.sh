@@ -64,7 +64,7 @@ run_kernels() {
 
 run_micro() {
   at_most 120 python3 -m specedit.cli bench --size 512 --repeat 5 --json "$out/end_to_end-micro-gpu.json"
-  at_most 380 python3 -m benchmarks.quality --cases 64 --size 512 --resume --out "$out/quality-512-gpu.json"
+  at_most 380 python3 -m benchmarks.quality --cases 64 --size 512 --out "$out/quality-512-gpu.json"
 }
 
 # shellcheck disable=SC2086 # REAL is a list of arguments

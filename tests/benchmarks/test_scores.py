@@ -104,7 +104,11 @@ def test_caches_and_the_student_are_scored_and_the_pipeline_is_left_plain(tmp_pa
     monkeypatch.setattr(micro, "load", lambda *args, **kwargs: pipes.append(load(*args, **kwargs)) or pipes[-1])
     names = ["taylor-N9", "student-6-specedit"]
     forecast.main(["--only", *names, "--cases", "1", "--size", "64", "--out", str(out)])
-    alone, student = json.loads(out.read_text())["rows"]
+    content = json.loads(out.read_text())
+    alone, student = content["rows"]
+    assert content["stock_flops"] == pytest.approx(
+        student["cases"][0]["flops_ratio"] * student["mean"]["flops"], rel=1e-4
+    )
     assert alone["family"] == "cache" and alone["cached_steps"] > 0 and alone["cache_bytes"] > 0
     assert alone["small"] is None  # no draft looked for an edit
     assert student["family"] == "student + specedit" and student["nfe"] == 6

@@ -121,3 +121,31 @@ def test_training_in_several_runs(docs, tmp_path):
     text = docs.measured.training("micro-training.json")
     assert "| 1 | vae | 60 | 2 |" in text and "| 2 | editor | 400 | 10 |" in text
     assert "31.5 dB" in text and "`one; two` wrote" in text
+
+
+def scored(variant, flops, **kinds):
+    mean = dict(count=4, success=0.5, edit_psnr=18.0, keep_psnr=30.0, flops=flops, seconds=2.0)
+    every = {name: dict(count=count, success=1.0, edit_psnr=20.0, keep_psnr=None) for name, count in kinds.items()}
+    return dict(variant=variant, family="specedit", mean=mean, kinds=every, small=None)
+
+
+def test_variants_stand_in_the_order_of_their_cost_with_a_column_for_each_kind(docs, tmp_path):
+    rows = [
+        scored("turbo-full", 1e12, add=1),
+        scored("stock-10", 2e12, add=1, shape=3),
+        scored("stock-50", 8e12, add=1),
+    ]
+    write(tmp_path, rows, "quality-512.json")
+    lines = docs.measured.quality("quality-512.json").splitlines()
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:5]] == ["stock-50", "stock-10", "turbo-full"]
+    assert lines[4].endswith("| 8.00 | 1.00 |")
+    lines = docs.measured.kinds("quality-512.json").splitlines()
+    assert lines[0] == "| variant | add (1) | shape (3) |"  # of whoever has seen most
+    assert lines[3] == "| stock-10 | 100%, 20.0, - | 100%, 20.0, - |"
+    assert lines[4] == "| turbo-full | 100%, 20.0, - | - |"
+
+
+def test_operations_of_stock_are_known_without_a_run_but_not_its_seconds(docs, tmp_path):
+    write(tmp_path, [scored("student-8", 2e12)], "forecast-512.json", stock_flops=16e12)
+    (line,) = [line for line in docs.measured.forecast("forecast-512.json").splitlines() if "student-8" in line]
+    assert line == "| student-8 | 4 | 50.0% | 18.0 | 30.0 | 2.000 | 2.0 | 8.00 | - | - | - |"
