@@ -17,6 +17,7 @@ def pareto(name: str, path: Path) -> None:
             rows = [r for r in result["rows"] if r["variant"].startswith(family) or r["variant"].endswith(family)]
             if not rows:
                 continue
+            rows.sort(key=lambda r: r["mean"]["flops"])
             x = [r["mean"]["flops"] / 1e12 for r in rows]
             axis.plot(x, [r["mean"][key] for r in rows], marker=marker, label=family)
             for r, at in zip(rows, x):

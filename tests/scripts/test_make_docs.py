@@ -124,7 +124,7 @@ def test_training_in_several_runs(docs, tmp_path):
 
 
 def scored(variant, flops, **kinds):
-    mean = dict(count=4, success=0.5, edit_psnr=18.0, keep_psnr=30.0, flops=flops, seconds=2.0)
+    mean = dict(count=sum(kinds.values()), success=0.5, edit_psnr=18.0, keep_psnr=30.0, flops=flops, seconds=2.0)
     every = {name: dict(count=count, success=1.0, edit_psnr=20.0, keep_psnr=None) for name, count in kinds.items()}
     return dict(variant=variant, family="specedit", mean=mean, kinds=every, small=None)
 
@@ -146,6 +146,6 @@ def test_variants_stand_in_the_order_of_their_cost_with_a_column_for_each_kind(d
 
 
 def test_operations_of_stock_are_known_without_a_run_but_not_its_seconds(docs, tmp_path):
-    write(tmp_path, [scored("student-8", 2e12)], "forecast-512.json", stock_flops=16e12)
+    write(tmp_path, [scored("student-8", 2e12, add=4)], "forecast-512.json", stock_flops=16e12)
     (line,) = [line for line in docs.measured.forecast("forecast-512.json").splitlines() if "student-8" in line]
     assert line == "| student-8 | 4 | 50.0% | 18.0 | 30.0 | 2.000 | 2.0 | 8.00 | - | - | - |"
