@@ -75,7 +75,7 @@ class Scores:
                 part = todo[start : start + EVERY]
                 row["cases"] += micro.evaluate(pipe, part, num_inference_steps)["cases"]
                 row |= micro.summary(row["cases"])
-                small = [case for case in row["cases"] if drafts and case["edit_fraction"] <= SMALL]
+                small = [case for case in row["cases"] if drafts and case.get("edit_fraction", 1) <= SMALL]
                 row["small"] = micro.mean(small) if small else None
                 if (last := last_report(pipe)) is not None:
                     row |= dict(nfe=last.nfe, cached_steps=last.cached_steps, cache_bytes=last.cache_bytes)
