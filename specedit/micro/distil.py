@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..schedule import stage_sigmas
+from . import scenes
 from .family_kontext import text, velocity_at
 from .load import WEIGHTS as EDITORS
 from .load import load
@@ -96,7 +97,7 @@ def batches(pipe: Any, options: argparse.Namespace) -> Iterator[Batch]:
     sizes = [size for size in SIZES if max(size) <= options.largest]
     while True:
         size = rng.choice(sizes)
-        yield encode(pipe, seeds(drawn, SIZES[size]), size, str(pipe.device))
+        yield encode(pipe, [scenes.describe(s) for s in seeds(drawn, SIZES[size])], size, str(pipe.device))
         drawn += SIZES[size]
 
 

@@ -19,7 +19,8 @@ class Family:
     transformer. look(pipe, images): what the text encoder sees of pictures (B, 3, H, W) in 0..1, None if nothing.
     text(pipe, prompts, seen, device): features as the pipeline makes them, with gradients; seen=None: no pictures.
     readings(features): tensors (B, D) or (B, n, D) that should each tell what the prompt says, of `widths(pipe)`.
-    velocity(pipe, x, source, grid, sigma, features, **draw): the transformer's output (B, N, C) for packed tokens.
+    velocity(pipe, x, source, grid, sigma, features, at, **draw): the transformer's output (B, N, C) for packed tokens,
+    which are those `at` (N,) of the grid, None for all.
     asked_blocks(transformer): the blocks that the questions read, early and late. empty: share of training prompts that
     are left empty, for guidance. arguments(image): of the pipeline's call. passes(pipe, case, call): the length of the
     sequence of each of a step's transformer calls. default_steps: the stock pipeline's own.

@@ -41,25 +41,27 @@ def text(pipe: Any, prompts: list[str], seen: None, device: str) -> tuple[Tensor
 
 
 def velocity(
-    pipe: Any, x: Tensor, source: Tensor, grid: tuple[int, int], sigma: Tensor, features: tuple[Tensor, Tensor], **draw
-) -> Tensor:
+    pipe: Any, x: Tensor, source: Tensor, grid: tuple[int, int], sigma: Tensor, features: tuple[Tensor, Tensor],
+    at: Tensor | None = None, **draw,
+) -> Tensor:  # fmt: skip
     """At a distilled guidance drawn from 1 to 5 by `draw`, the arguments of torch.rand."""
-    return velocity_at(pipe, x, source, grid, sigma, features, 1 + 4 * torch.rand(len(x), **draw))
+    return velocity_at(pipe, x, source, grid, sigma, features, 1 + 4 * torch.rand(len(x), **draw), at)
 
 
 def velocity_at(
     pipe: Any, x: Tensor, source: Tensor, grid: tuple[int, int], sigma: Tensor, features: tuple[Tensor, Tensor],
-    guidance: Tensor,
+    guidance: Tensor, at: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The transformer's output (B, N, C) at distilled guidance (B,)."""
     embeds, pooled = features
+    places = torch.cat([ids(grid, image, x.device)[... if at is None else at] for image in (0, 1)])
     return pipe.transformer(
         hidden_states=torch.cat([x, source], 1),
         encoder_hidden_states=embeds,
         pooled_projections=pooled,
         timestep=sigma,
         guidance=guidance,
-        img_ids=torch.cat([ids(grid, 0, x.device), ids(grid, 1, x.device)]),
+        img_ids=places,
         txt_ids=torch.zeros(embeds.shape[1], 3, device=x.device),
         return_dict=False,
     )[0][:, : x.shape[1]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -104,21 +105,37 @@ def readings(features: tuple[Tensor, Tensor]) -> tuple[Tensor]:
 
 
 def velocity(
-    pipe: Any, x: Tensor, source: Tensor, grid: tuple[int, int], sigma: Tensor, features: tuple[Tensor, Tensor], **draw
-) -> Tensor:
+    pipe: Any, x: Tensor, source: Tensor, grid: tuple[int, int], sigma: Tensor, features: tuple[Tensor, Tensor],
+    at: Tensor | None = None, **draw,
+) -> Tensor:  # fmt: skip
     embeds, mask = features
     more = {}
     if "txt_seq_lens" in inspect.signature(pipe.transformer.forward).parameters:  # diffusers before 0.37
         more["txt_seq_lens"] = mask.sum(1).tolist()
-    return pipe.transformer(
-        hidden_states=torch.cat([x, source], 1),
-        encoder_hidden_states=embeds,
-        encoder_hidden_states_mask=None if bool(mask.all()) else mask,
-        timestep=sigma,
-        img_shapes=[[(1, *grid), (1, *grid)]] * len(x),
-        return_dict=False,
-        **more,
-    )[0][:, : x.shape[1]]
+    with at_places(pipe.transformer, grid, at):
+        return pipe.transformer(
+            hidden_states=torch.cat([x, source], 1),
+            encoder_hidden_states=embeds,
+            encoder_hidden_states_mask=None if bool(mask.all()) else mask,
+            timestep=sigma,
+            img_shapes=[[(1, *grid), (1, *grid)]] * len(x),
+            return_dict=False,
+            **more,
+        )[0][:, : x.shape[1]]
+
+
+@contextlib.contextmanager
+def at_places(transformer: nn.Module, grid: tuple[int, int], at: Tensor | None) -> Iterator[None]:
+    """Inside, target and reference are the tokens `at` (n,) of their grids: of the positions only those are given."""
+    if at is None:
+        yield
+        return
+    rows = torch.cat([at, at + math.prod(grid)])
+    hook = transformer.pos_embed.register_forward_hook(lambda _module, _inputs, out: (out[0][rows], *out[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def arguments(image: Image.Image) -> dict[str, Any]:

@@ -5,6 +5,7 @@ These linear readings of hidden states ask directly. Only training has them; the
 """
 
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 import torch.nn.functional as F
@@ -103,3 +104,9 @@ class Answers:
         self.said = torch.tensor([said(s) for s in scenes], device=edited.device)
         self.seen = torch.stack([seen(s, grid) for s in scenes]).to(edited.device)
         self.edited = edited
+
+    def part(self, at: Tensor) -> "Answers":
+        """Of the tokens `at` (n,) only."""
+        out = copy(self)
+        out.seen, out.edited = self.seen[:, at], self.edited[:, at]
+        return out

@@ -31,6 +31,13 @@ class Scene:
     background: Backdrop
     new_background: Backdrop
 
+    @property
+    def place(self) -> tuple[int, int] | None:
+        """Column and row, on the board of 3 x 3, of the object that is edited; None where the whole picture is."""
+        if self.kind in ("background", "greyscale"):
+            return None
+        return _cell((self.after if self.kind == "add" else self.before)[0])
+
 
 @dataclass(frozen=True)
 class Case:

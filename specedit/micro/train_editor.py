@@ -4,7 +4,7 @@ import math
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,10 +27,14 @@ BATCHES: dict[tuple[int, int], int] = {
 # Share of steps spent at each longer side, at the start, the middle and the end of training.
 CURRICULUM = (
     {64: 0.15, 128: 0.85, 256: 0.0, 512: 0.0},
-    {64: 0.05, 128: 0.6, 256: 0.3, 512: 0.05},
-    {64: 0.02, 128: 0.13, 256: 0.35, 512: 0.5},
+    {64: 0.05, 128: 0.5, 256: 0.3, 512: 0.15},
+    {64: 0.02, 128: 0.1, 256: 0.28, 512: 0.6},
 )
 REUSE = 3  # each encoded batch is seen about this often, with fresh noise, since rendering and encoding cost too
+# Share of each kind among the tasks: what has to be drawn anew takes longest to learn.
+SHARES = {"add": 0.28, "shape": 0.28, "background": 0.16, "recolor": 0.12, "remove": 0.11, "greyscale": 0.05}
+# Of the steps at 512 px this share is focused: more tasks, edited in one place, on this share of the tokens only.
+FOCUSED, FOCUS = 0.75, 0.35
 EDIT_WEIGHT = 2.0
 # Above this noise level the target can hardly be seen, so what the model draws comes from the instruction alone.
 HIGH = 0.85
@@ -42,7 +46,8 @@ ASK = {"said": 0.1, "seen": 0.1, "find": 0.2}  # weights of the questions beside
 class Batch:
     """Encoded tasks of one size: packed latents (B, N, 64) of source and target, prompts, and what is known of both.
 
-    `seen`: what the text encoder sees of the sources, where it does.
+    `seen`: what the text encoder sees of the sources, where it does. `at`: which of the grid's tokens (n,) these are,
+    None for all. `place`: the tasks' cell of the board, where they share one.
     """
 
     grid: tuple[int, int]
@@ -51,11 +56,17 @@ class Batch:
     prompts: list[str]
     answers: Answers
     seen: Any = None
+    at: Tensor | None = None
+    place: tuple[int, int] | None = None
 
     @property
     def edited(self) -> Tensor:
         """1 (B, N) for the tokens that the edit touches."""
         return self.answers.edited
+
+    def part(self, at: Tensor) -> "Batch":
+        """The same tasks on the tokens `at` (n,) of target and reference only."""
+        return replace(self, source=self.source[:, at], target=self.target[:, at], answers=self.answers.part(at), at=at)
 
 
 def pack(latents: Tensor) -> Tensor:
@@ -64,27 +75,53 @@ def pack(latents: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode(pipe: Any, seeds: range, size: tuple[int, int], device: str) -> Batch:
-    """Draw the tasks of `seeds` at `size` (height, width) px and encode them as the pipeline would."""
+def encode(pipe: Any, tasks: list[scenes.Scene], size: tuple[int, int], device: str) -> Batch:
+    """Draw `tasks` at `size` (height, width) px and encode them as the pipeline would."""
     family = of(pipe)
-    batch = [scenes.describe(s) for s in seeds]
-    before, after, mask = scenes.draw(batch, *size, device=device)
+    before, after, mask = scenes.draw(tasks, *size, device=device)
     images = torch.cat([before, after]) * 2 - 1
     with torch.autocast(torch.device(device).type, torch.bfloat16):
         latents = pack(family.latents(pipe.vae, images))
     edited = F.max_pool2d(mask.float()[:, None], 16).flatten(1)
     source, target = latents.chunk(2)
     grid = (size[0] // 16, size[1] // 16)
-    prompts, seen = [s.prompt for s in batch], family.look(pipe, before)
-    return Batch(grid, source, target, prompts, Answers(batch, grid, edited), seen)
+    prompts, seen = [s.prompt for s in tasks], family.look(pipe, before)
+    return Batch(grid, source, target, prompts, Answers(tasks, grid, edited), seen)
+
+
+def draw_tasks(
+    seeds: Iterator[int], count: int, rng: random.Random, place: tuple[int, int] | None = None
+) -> list[scenes.Scene]:
+    """`count` tasks, their kinds by `SHARES`. With `place`, a cell of the board, the edits of one object are there."""
+    out = []
+    for kind in rng.choices(list(SHARES), list(SHARES.values()), k=count):
+        scene = scenes.describe(next(seeds), kind)
+        while place is not None and scene.place not in (None, place):
+            scene = scenes.describe(next(seeds), kind)
+        out.append(scene)
+    return out
+
+
+def focus(edited: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Indices (n,) int64, ascending, of a share `FOCUS` of the tokens: around the small edits, the others by chance.
+
+    `edited` (B, N): edits of more than half of a picture have no place and are not looked at. A step on these tokens
+    of target and reference alone costs that share of a whole one, and the tokens keep their positions.
+    """
+    local = edited[edited.mean(1) <= 0.5]
+    touched = local.amax(0) if len(local) else edited.new_zeros(edited.shape[1])
+    near = F.max_pool2d(touched.view(1, 1, *grid), 3, stride=1, padding=1).flatten()
+    order = near + 0.5 * torch.rand_like(near)
+    return order.topk(math.ceil(FOCUS * len(order))).indices.sort().values
 
 
 def batches(pipe: Any, settings: Settings, clock: Clock, start: int) -> Iterator[Batch]:
-    """Tasks without end, sizes by the curriculum, each batch coming back about REUSE times."""
+    """Tasks without end, sizes by the curriculum, each batch coming back about REUSE times, a focused one each time on
+    other tokens."""
     rng = random.Random(settings.seed + start)
     pools: dict[int, list[Batch]] = {}
     # Another seed sees other tasks, and so does a resumed run: it starts further on than any step so far.
-    drawn = start * 64 * settings.batch_scale + (settings.seed << 32)
+    seeds = iter(training_seeds((settings.seed << 36) + (start * settings.batch_scale << 12), 1 << 36))
     while True:
         weights = {side: share for side, share in mixture(clock.progress).items() if side <= settings.largest}
         side = rng.choices(list(weights), list(weights.values()))[0]
@@ -93,14 +130,16 @@ def batches(pipe: Any, settings: Settings, clock: Clock, start: int) -> Iterator
             sizes = [s for s in BATCHES if side // 2 < max(s) <= side or s == (side, side)]
             square = (side, side)
             size = square if rng.random() < 0.7 else rng.choice(sizes)
-            count = BATCHES[size] * settings.batch_scale
-            pool.append(encode(pipe, training_seeds(drawn, count), size, settings.device))
-            drawn += count
+            place = (rng.randrange(3), rng.randrange(3)) if max(size) == 512 and rng.random() < FOCUSED else None
+            count = int(BATCHES[size] / (1 if place is None else FOCUS)) * settings.batch_scale
+            batch = encode(pipe, draw_tasks(seeds, count, rng, place), size, settings.device)
+            batch.place = place
+            pool.append(batch)
             if len(pool) > 24:
                 pool.pop(0)
-            yield pool[-1]
         else:
-            yield rng.choice(pool)
+            batch = rng.choice(pool)
+        yield batch if batch.place is None else batch.part(focus(batch.edited, batch.grid))
 
 
 def mixture(progress: float) -> dict[int, float]:
@@ -148,13 +187,13 @@ def editor_loss(
     """
     n, tokens, _ = batch.target.shape
     family, draw = of(pipe), dict(device=device, generator=generator)
-    sigma = noise_levels(n, tokens, high, pipe.scheduler.config, **draw)
+    sigma = noise_levels(n, math.prod(batch.grid), high, pipe.scheduler.config, **draw)
     noise = torch.randn(batch.target.shape, **draw)
     s = sigma.view(n, 1, 1)
     x = (1 - s) * batch.target + s * noise
     prompts, told = left_empty(batch.prompts, family, **draw)
     features = family.text(pipe, prompts, batch.seen, device)
-    out = family.velocity(pipe, x, batch.source, batch.grid, sigma, features, **draw)
+    out = family.velocity(pipe, x, batch.source, batch.grid, sigma, features, batch.at, **draw)
     error = ((out.float() - (noise - batch.target)) ** 2).mean(-1)
     weight = token_weights(batch.edited)
     flow = (error * weight).sum() / weight.sum()

@@ -9,6 +9,7 @@ leads straight to where the blocks that follow can read it. The log has it in un
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -56,7 +57,7 @@ def words_side(pipe: Any) -> list[nn.Module]:
 def link_loss(pipe: Any, teacher: Any, batch: Batch, device: str, high: float = HIGH_SHARE[0]) -> tuple[Tensor, Tensor]:
     """Mean squared distance of the picture tokens' states from the teacher's, and from its own under other prompts."""
     family, n = of(pipe), len(batch.target)
-    sigma = noise_levels(n, batch.target.shape[1], high, pipe.scheduler.config, device=device)
+    sigma = noise_levels(n, math.prod(batch.grid), high, pipe.scheduler.config, device=device)
     s = sigma.view(n, 1, 1)
     x = (1 - s) * batch.target + s * torch.randn_like(batch.target)
     call = (x, batch.source, batch.grid, sigma)
@@ -64,9 +65,9 @@ def link_loss(pipe: Any, teacher: Any, batch: Batch, device: str, high: float = 
         embeds, pooled = family_kontext.text(teacher, batch.prompts, None, device)
         pooled = pooled.mean(0, keepdim=True).expand(n, -1)  # a Qwen transformer has a constant in its place
         for words in (embeds, embeds.roll(1, 0)):
-            family_kontext.velocity_at(teacher, *call, (words, pooled), torch.full_like(sigma, GUIDANCE))
+            family_kontext.velocity_at(teacher, *call, (words, pooled), torch.full_like(sigma, GUIDANCE), batch.at)
     with only_first(pipe.transformer) as got:
-        family.velocity(pipe, *call, family.text(pipe, batch.prompts, batch.seen, device))
+        family.velocity(pipe, *call, family.text(pipe, batch.prompts, batch.seen, device), batch.at)
     true, other = (state.float() for state in wanted)
     return (got[0].float() - true).square().mean(), (other - true).square().mean()
 

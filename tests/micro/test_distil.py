@@ -9,7 +9,7 @@ import torch
 
 import specedit
 from specedit import micro
-from specedit.micro import build, distil
+from specedit.micro import build, distil, scenes
 from specedit.micro.train_editor import encode
 from specedit.micro.training import seeds
 
@@ -50,7 +50,7 @@ def call(pipe):
 def test_a_fresh_student_is_the_teacher_and_learns_where_it_arrives(trained):
     pytest.importorskip("peft")
     torch.manual_seed(0)
-    batch = encode(trained, seeds(10_000_000, 2), (64, 64), "cpu")
+    batch = encode(trained, [scenes.describe(s) for s in seeds(10_000_000, 2)], (64, 64), "cpu")
     parameters = distil.add_lora(trained.transformer, 2)
     try:
         assert sum(p.numel() for p in parameters) < 0.2 * sum(p.numel() for p in trained.transformer.parameters())

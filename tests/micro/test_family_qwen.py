@@ -104,7 +104,7 @@ def test_velocity_is_the_pipelines_first_step(small_qwen, monkeypatch):
     )  # fmt: skip
     given, expected = calls[0]
     with torch.no_grad():
-        batch = encode(small_qwen, range(seed, seed + 1), (64, 64), "cpu")
+        batch = encode(small_qwen, [scenes.describe(s) for s in range(seed, seed + 1)], (64, 64), "cpu")
         features = family_qwen.text(small_qwen, batch.prompts, batch.seen, "cpu")
         x = given["hidden_states"][:, :16]
         # Encoding in training is in bfloat16, so the reference is taken from the pipeline.
@@ -135,7 +135,7 @@ def test_stock_flops_count_both_prompts(small_qwen):
 
 
 def test_batches_are_packed_as_the_pipelines(small_qwen):
-    batch = encode(small_qwen, training.seeds(0, 2), (64, 96), "cpu")
+    batch = encode(small_qwen, [scenes.describe(s) for s in training.seeds(0, 2)], (64, 96), "cpu")
     assert batch.source.shape == batch.target.shape == (2, 24, 64) and batch.grid == (4, 6)
     latents = torch.randn(2, 16, 8, 12)
     assert torch.equal(pack(latents), small_qwen._pack_latents(latents, 2, 16, 8, 12))

@@ -119,3 +119,15 @@ def test_bad_size_and_kind():
         scenes.sample(0, 8)
     with pytest.raises(ValueError, match="expected one of recolor"):
         scenes.sample(0, 64, kind="paint")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_place_of_an_edit_is_where_the_mask_is(kind):
+    for seed in range(12):
+        scene, case = scenes.describe(seed, kind), scenes.sample(seed, 96, kind)
+        if kind in ("background", "greyscale"):
+            assert scene.place is None
+            continue
+        rows, columns = np.nonzero(case.mask)
+        column, row = scene.place
+        assert int(columns.mean() / 32) == column and int(rows.mean() / 32) == row

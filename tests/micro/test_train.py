@@ -1,5 +1,9 @@
 """The trainer: it learns, it stops, it goes on where it was."""
 
+import math
+import random
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,6 +12,7 @@ from specedit.micro import (
     build_qwen,
     family,
     family_kontext,
+    load,
     scenes,
     train,
     train_editor,
@@ -63,7 +68,7 @@ def test_average_follows_and_swaps():
 
 def test_edited_tokens_weigh_more():
     pipe = build.kontext()
-    batch = train_editor.encode(pipe, training.seeds(0, 4), (64, 64), "cpu")
+    batch = train_editor.encode(pipe, [scenes.describe(s) for s in training.seeds(0, 4)], (64, 64), "cpu")
     assert batch.source.shape == (4, 16, 64) and batch.grid == (4, 4)
     assert set(batch.edited.unique().tolist()) <= {0.0, 1.0} and batch.edited.any()
     batch.target = 10 * batch.edited[..., None].expand_as(batch.target)  # an error of 101 there, of 1 elsewhere
@@ -98,7 +103,7 @@ def test_noise_levels_follow_the_share_from_the_top():
 
 def test_the_loss_of_an_untrained_editor_is_that_of_predicting_nothing():
     pipe = build.kontext()
-    batch = train_editor.encode(pipe, training.seeds(0, 8), (64, 64), "cpu")
+    batch = train_editor.encode(pipe, [scenes.describe(s) for s in training.seeds(0, 8)], (64, 64), "cpu")
     losses = train_editor.editor_loss(pipe, batch, "cpu", torch.Generator().manual_seed(0))
     assert set(losses) == {"flow", "total"}  # nothing else is asked without questions
     assert torch.equal(losses["flow"], losses["total"])
@@ -155,7 +160,7 @@ def test_a_step_of_qwen_reaches_everything_that_is_used():
     modules = dict(transformer=pipe.transformer, text_encoder=pipe.text_encoder, questions=questions)
     for module in modules.values():
         module.train().requires_grad_(True)
-    batch = train_editor.encode(pipe, training.seeds(0, 3), (64, 64), "cpu")
+    batch = train_editor.encode(pipe, [scenes.describe(s) for s in training.seeds(0, 3)], (64, 64), "cpu")
     losses = train_editor.editor_loss(pipe, batch, "cpu", torch.Generator().manual_seed(0), questions=questions)
     assert set(losses) == {"flow", "said", "seen", "find", "total"}
     losses["total"].backward()
@@ -177,6 +182,96 @@ def test_modulation_is_no_matrix_for_muon():
     assert id(block.attn.to_q.weight) in of_muon and id(block.txt_mlp.net[2].weight) in of_muon
     assert id(block.img_mod[1].weight) not in of_muon and id(block.txt_mod[1].weight) not in of_muon
     assert sum(len(o.param_groups[0]["params"]) for o in (adam, muon)) == len(list(pipe.transformer.parameters()))
+
+
+def test_focused_tasks_are_edited_in_one_place_and_any_kind_comes():
+    rng, seeds = random.Random(0), iter(training.seeds(0, 10**6))
+    tasks = train_editor.draw_tasks(seeds, 200, rng, (2, 0))
+    assert {scene.kind for scene in tasks} == set(train_editor.SHARES) == set(scenes.KINDS)
+    assert {scene.place for scene in tasks} == {(2, 0), None}
+    assert len({scene.place for scene in train_editor.draw_tasks(seeds, 200, rng)}) == 10
+    assert sum(train_editor.SHARES.values()) == pytest.approx(1)
+
+
+def test_focus_keeps_what_is_around_small_edits():
+    grid = (12, 20)
+    edited = torch.zeros(3, *grid)
+    edited[0, 3:6, 4:7] = edited[1, 4:7, 5:9] = 1
+    edited[2] = 1  # the whole picture: has no place
+    at = train_editor.focus(edited.flatten(1), grid)
+    assert len(at) == math.ceil(train_editor.FOCUS * 240) and torch.equal(at, at.unique())
+    near = torch.zeros(grid)
+    near[2:8, 3:10] = 1
+    near[7, 3] = near[2, 8:10] = 0  # a token away from neither edit
+    wanted = set(near.flatten().nonzero().flatten().tolist())
+    assert wanted < set(at.tolist())
+    assert set(at.tolist()) != set(train_editor.focus(edited.flatten(1), grid).tolist())  # the others by chance
+    whole = train_editor.focus(edited[2:].flatten(1), grid)
+    assert len(whole) == len(at) and int(whole.max()) > 200
+
+
+@pytest.mark.parametrize("name", ["kontext", "qwen"])
+def test_tokens_of_a_part_keep_their_places(name):
+    """All tokens in another order: the same velocities in that order. And without most of them it is another matter."""
+    torch.manual_seed(0)
+    pipe = load(name)
+    batch = train_editor.encode(pipe, [scenes.describe(s) for s in training.seeds(0, 2)], (64, 96), "cpu")
+    noise = torch.randn_like(batch.target)
+
+    @torch.no_grad()
+    def velocity(batch, x):
+        kind = family.of(pipe)
+        features = kind.text(pipe, batch.prompts, batch.seen, "cpu")
+        call = (x, batch.source, batch.grid, torch.tensor([0.9, 0.4]), features, batch.at)
+        return kind.velocity(pipe, *call, generator=torch.Generator().manual_seed(0))
+
+    whole, order = velocity(batch, noise), torch.randperm(24)
+    mixed = batch.part(order)
+    assert torch.equal(mixed.edited, batch.edited[:, order]) and torch.equal(mixed.target, batch.target[:, order])
+    assert torch.equal(mixed.answers.seen, batch.answers.seen[:, order])
+    assert torch.allclose(velocity(mixed, noise[:, order]), whole[:, order], atol=1e-4)
+    few = order[:6]
+    assert not torch.allclose(velocity(batch.part(few), noise[:, few]), whole[:, few], atol=1e-2)
+    assert not getattr(pipe.transformer.pos_embed, "_forward_hooks", None)
+
+
+def test_steps_at_512_px_are_mostly_focused(monkeypatch):
+    def encode(_pipe, tasks, size, _device):
+        grid = (size[0] // 16, size[1] // 16)
+        empty = torch.zeros(len(tasks), math.prod(grid), 1)
+        mask = scenes.draw(tasks, *grid)[2].float().flatten(1)
+        return train_editor.Batch(grid, empty, empty, [], train_editor.Answers(tasks, grid, mask))
+
+    monkeypatch.setattr(train_editor, "encode", encode)
+    settings = training.Settings(Path(), seed=1)
+    stream = train_editor.batches(None, settings, training.Clock(0.0), 0)  # at its end
+    drawn = [next(stream) for _ in range(200)]
+    focused = [b for b in drawn if b.at is not None]
+    large = [b for b in drawn if max(b.grid) == 32]
+    assert len(large) / 2 < len(focused) < len(large) and all(max(b.grid) == 32 for b in focused)
+    for b in focused:
+        n = math.ceil(train_editor.FOCUS * math.prod(b.grid))
+        assert b.target.shape == (5, n, 1) and b.edited.shape == (5, n) and b.edited.any(1).all()
+    again = next(b for i, b in enumerate(focused) if any(b.answers.said is c.answers.said for c in focused[:i]))
+    parts = [b.at for b in focused if b.answers.said is again.answers.said]
+    assert not torch.equal(parts[0], parts[1])  # a batch that comes back has other tokens
+
+
+def test_the_loss_of_a_part_is_that_of_its_tokens():
+    """Its noise level too is the whole grid's: `shift` must not follow the number of tokens kept."""
+    pipe = build.kontext()  # untrained: predicts nothing, so that the loss is what the tokens make it
+    batch = train_editor.encode(pipe, [scenes.describe(s) for s in training.seeds(0, 4)], (128, 128), "cpu")
+    at = train_editor.focus(batch.edited, batch.grid)
+    levels = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = train_editor.noise_levels
+        patch.setattr(train_editor, "noise_levels", lambda *a, **k: levels.append(real(*a, **k)) or levels[-1])
+        for one in (batch, batch.part(at)):
+            loss = train_editor.editor_loss(pipe, one, "cpu", torch.Generator().manual_seed(0))["flow"]
+            weight = train_editor.token_weights(one.edited)
+            expected = (((1 + one.target**2).mean(-1)) * weight).sum() / weight.sum()
+            assert float(loss) == pytest.approx(float(expected), rel=0.1)
+    assert torch.equal(*levels)
 
 
 @pytest.mark.parametrize("name", ["kontext", "qwen"])

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from specedit.micro import build, build_qwen, inherit, train_link, training
+from specedit.micro import build, build_qwen, inherit, scenes, train_link, training
 from specedit.micro.train_editor import encode
 
 
@@ -33,7 +33,7 @@ def test_only_the_first_blocks_run_inside_and_all_again_outside(student):
     model = student.transformer
     blocks, seen = model.transformer_blocks, []
     hooks = [block.register_forward_hook(lambda *_, i=i: seen.append(i)) for i, block in enumerate(blocks)]
-    batch = encode(student, training.seeds(0, 2), (64, 64), "cpu")
+    batch = encode(student, [scenes.describe(s) for s in training.seeds(0, 2)], (64, 64), "cpu")
     family = train_link.of(student)
     call = (batch.target, batch.source, batch.grid, torch.tensor([0.9, 0.5]))
     with torch.no_grad():
@@ -53,7 +53,7 @@ def test_only_the_first_blocks_run_inside_and_all_again_outside(student):
 
 
 def test_who_says_what_the_teacher_says_has_no_distance(student, teacher):
-    batch = encode(student, training.seeds(0, 6), (64, 64), "cpu")
+    batch = encode(student, [scenes.describe(s) for s in training.seeds(0, 6)], (64, 64), "cpu")
     losses = []
     for _ in range(2):
         torch.manual_seed(0)
@@ -71,14 +71,16 @@ def test_who_says_what_the_teacher_says_has_no_distance(student, teacher):
         pooled = each.mean(0, keepdim=True).expand(len(prompts), -1)
         return embeds
 
-    def velocity(pipe, x, source, grid, sigma, embeds):
+    def velocity(pipe, x, source, grid, sigma, embeds, at):
         guidance = torch.full_like(sigma, inherit.GUIDANCE)
-        return train_link.family_kontext.velocity_at(teacher, x, source, grid, sigma, (embeds, pooled), guidance)
+        return train_link.family_kontext.velocity_at(teacher, x, source, grid, sigma, (embeds, pooled), guidance, at)
 
     family = type("family", (), {"text": staticmethod(text), "velocity": staticmethod(velocity)})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_link, "of", lambda pipe: family)
         distance, unit = train_link.link_loss(Echo, teacher, batch, "cpu")
+        assert distance == 0 and unit > 0
+        distance, unit = train_link.link_loss(Echo, teacher, batch.part(torch.tensor([1, 6, 7])), "cpu")
         assert distance == 0 and unit > 0
 
 
@@ -104,7 +106,7 @@ def test_only_the_side_of_the_words_learns(student, teacher, tmp_path):
 
 
 def test_it_is_learned(student, teacher):
-    batch = encode(student, training.seeds(0, 8), (64, 64), "cpu")
+    batch = encode(student, [scenes.describe(s) for s in training.seeds(0, 8)], (64, 64), "cpu")
     for module in (modules := train_link.words_side(student)):
         module.requires_grad_(True)
     optimizer = torch.optim.Adam([p for m in modules for p in m.parameters()], lr=1e-3)
