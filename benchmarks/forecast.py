@@ -97,10 +97,10 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"--only: expected some of {', '.join(every)}, got {', '.join(sorted(unknown))}")
     cases = [micro.scenes.sample(seed, args.size) for seed in range(args.cases)]
     command = f"python -m benchmarks.forecast --cases {args.cases} --size {args.size}"
-    predictor = args.lesa or lesa.WEIGHTS / "lesa-micro-kontext.safetensors"
+    pipe = micro.load("kontext", device="cuda" if torch.cuda.is_available() else "cpu")
+    predictor = args.lesa or lesa.packaged(pipe.transformer.config)
     files = dict(weights=WEIGHTS / "kontext", student=student, lesa=predictor)
     of = dict(model="kontext", size=args.size) | {name: fingerprint(file) for name, file in files.items()}
-    pipe = micro.load("kontext", device="cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
     # Counted, so that ratios stand also where --only leaves the stock run to quality.py, which has the same tasks.
     stock = sum(stock_flops(pipe, case, STOCK_STEPS) for case in cases) / len(cases)

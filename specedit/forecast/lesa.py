@@ -125,6 +125,12 @@ def save(predictor: Predictor, path: str | PathLike[str], model_config: Any) -> 
     save_file({k: v.detach().cpu().contiguous() for k, v in predictor.state_dict().items()}, path, metadata)
 
 
+def packaged(model_config: Any) -> Path | None:
+    """The weights in the package that were trained for such a model, None without any."""
+    wanted = signature(model_config)
+    return next((f for f in sorted(WEIGHTS.glob("lesa-*.safetensors")) if _model(str(f)) == wanted), None)
+
+
 def load(path: str | PathLike[str] | None, model_config: Any) -> Predictor:
     """The predictor of `path`, or the packaged one that fits the model.
 
@@ -132,15 +138,13 @@ def load(path: str | PathLike[str] | None, model_config: Any) -> Predictor:
         FileNotFoundError: no such file, or no packaged weights for this model; it says how to train them.
         ValueError: not such a file, or weights of another model.
     """
-    wanted = signature(model_config)
     if path is None:
-        fitting = [file for file in sorted(WEIGHTS.glob("lesa-*.safetensors")) if _model(str(file)) == wanted]
-        if not fitting:
+        if (file := packaged(model_config)) is None:
             raise FileNotFoundError(f"forecast='lesa': no trained predictor for this transformer; {TRAIN}")
-        return _read(str(fitting[0]))
+        return _read(str(file))
     if not Path(path).exists():
         raise FileNotFoundError(f"forecast_weights: expected a file, got {str(path)!r}, which does not exist; {TRAIN}")
-    if (got := _model(str(path))) != wanted:
+    if (got := _model(str(path))) != (wanted := signature(model_config)):
         raise ValueError(f"forecast_weights: expected a predictor trained for {wanted}, got one for {got}; {TRAIN}")
     return _read(str(path))
 

@@ -114,3 +114,19 @@ def test_caches_and_the_student_are_scored_and_the_pipeline_is_left_plain(tmp_pa
     assert student["family"] == "student + specedit" and student["nfe"] == 6
     assert not [name for name, _ in pipes[0].transformer.named_parameters() if "lora" in name]
     assert type(pipes[0]) is FluxKontextPipeline
+
+
+def test_a_task_that_ran_stock_is_no_small_edit(tmp_path, monkeypatch):
+    """A preset that gives way to the stock call leaves no report, and no share of the picture that was edited."""
+    shares = iter([{"edit_fraction": 0.1}, {}, {"edit_fraction": 0.5}])
+
+    def evaluate(_pipe, cases, _steps):
+        plain = dict(kind="add", success=True, edit_psnr=20.0, keep_psnr=30.0, seconds=1.0, flops=1e12)
+        return {"cases": [plain | {"seed": case.seed} | next(shares) for case in cases]}
+
+    monkeypatch.setattr(micro, "evaluate", evaluate)
+    monkeypatch.setattr(scores, "last_report", lambda _pipe: None)
+    cases = [micro.scenes.sample(seed, 64) for seed in range(3)]
+    scores.Scores(tmp_path / "q.json", "c", cases, {}, False).score(None, "turbo", None, drafts=True)
+    (row,) = json.loads((tmp_path / "q.json").read_text())["rows"]
+    assert row["mean"]["count"] == 3 and row["small"]["count"] == 1 and row["small"]["edit_fraction"] == 0.1

@@ -65,6 +65,7 @@ def test_the_embedded_editors_weights_come_with_the_package():
     folder = Path(lesa.__file__).parents[1] / "micro" / "weights" / "kontext" / "transformer"
     config = json.loads((folder / "config.json").read_text())
     predictor = lesa.load(None, config)
+    assert lesa.packaged(config).parent == lesa.WEIGHTS and lesa.packaged(MODEL) is None
     assert predictor.order == 2
     for sigma in (0.9, 0.5, 0.1):
         weights = predictor(3.0, sigma, sigma + 0.06)
