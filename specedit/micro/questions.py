@@ -26,11 +26,10 @@ def said(scene: Scene) -> list[int]:
     thing = {"add": scene.after}.get(scene.kind, scene.before)[0]
     named = f"{thing.colour} {thing.shape}" in scene.prompt
     colour, shape = 1 + _COLOURS.index(thing.colour), 1 + SHAPES.index(thing.shape)
-    if scene.kind in ("background", "greyscale"):
+    if scene.place is None:
         return [kind, 0, 0, 0, 0, 0]
     if scene.kind == "add":
-        cell = (int(thing.x * 3), int(thing.y * 3))
-        place = next(i for i, p in enumerate(_PLACES) if PLACES[p] == cell)
+        place = next(i for i, p in enumerate(_PLACES) if PLACES[p] == scene.place)
         return [kind, 0, 0, colour, shape, 1 + place]
     new_colour = 1 + _COLOURS.index(scene.after[0].colour) if scene.kind == "recolor" else 0
     new_shape = 1 + SHAPES.index(scene.after[0].shape) if scene.kind == "shape" else 0
