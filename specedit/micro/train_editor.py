@@ -47,7 +47,7 @@ class Batch:
     """Encoded tasks of one size: packed latents (B, N, 64) of source and target, prompts, and what is known of both.
 
     `seen`: what the text encoder sees of the sources, where it does. `at`: which of the grid's tokens (n,) these are,
-    None for all. `place`: the tasks' cell of the board, where they share one.
+    None for all. `focused`: whether the tasks' edits share a place, so that steps see the tokens around it only.
     """
 
     grid: tuple[int, int]
@@ -57,7 +57,7 @@ class Batch:
     answers: Answers
     seen: Any = None
     at: Tensor | None = None
-    place: tuple[int, int] | None = None
+    focused: bool = False
 
     @property
     def edited(self) -> Tensor:
@@ -133,13 +133,13 @@ def batches(pipe: Any, settings: Settings, clock: Clock, start: int) -> Iterator
             place = (rng.randrange(3), rng.randrange(3)) if max(size) == 512 and rng.random() < FOCUSED else None
             count = int(BATCHES[size] / (1 if place is None else FOCUS)) * settings.batch_scale
             batch = encode(pipe, draw_tasks(seeds, count, rng, place), size, settings.device)
-            batch.place = place
+            batch.focused = place is not None
             pool.append(batch)
             if len(pool) > 24:
                 pool.pop(0)
         else:
             batch = rng.choice(pool)
-        yield batch if batch.place is None else batch.part(focus(batch.edited, batch.grid))
+        yield batch.part(focus(batch.edited, batch.grid)) if batch.focused else batch
 
 
 def mixture(progress: float) -> dict[int, float]:
