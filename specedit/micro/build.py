@@ -275,7 +275,9 @@ def load(folder: Path, **kwargs) -> FluxKontextPipeline:
         name: CappedTokenizer.from_pretrained(folder / name, local_files_only=True)
         for name in ("tokenizer", "tokenizer_2")
     }
-    return FluxKontextPipeline.from_pretrained(folder, local_files_only=True, **tokenizers, **kwargs)
+    pipe = FluxKontextPipeline.from_pretrained(folder, local_files_only=True, **tokenizers, **kwargs)
+    pipe.vae.to(memory_format=torch.channels_last)  # faster convolutions on a CPU
+    return pipe
 
 
 def save(pipe: FluxKontextPipeline, folder: Path) -> None:
