@@ -64,17 +64,15 @@ def lacking(settings: dict[str, Any], pipe: Any) -> str | None:
     return None
 
 
-def run(scores: Scores, pipe: Any, name: str, settings: dict[str, Any]) -> None:
-    """Score one variant on the tasks that it has not seen."""
-    if not scores.lacks(name):
-        return
+def run(scores: Scores, pipe: Any, name: str, todo: list[micro.scenes.Case], settings: dict[str, Any]) -> None:
+    """Score one variant on tasks that it has not seen."""
     if settings.get("student") is not None:
         pipe.load_lora_weights(settings["student"])
     try:
         if "install" in settings:
             install(pipe, **settings["install"])
         family = settings["family"]  # a cache alone has no draft, and finds no edit
-        scores.score(pipe, name, settings.get("steps"), drafts="specedit" in family, family=family)
+        scores.score(pipe, name, todo, settings.get("steps"), drafts="specedit" in family, family=family)
     finally:
         uninstall(pipe)
         if settings.get("student") is not None:
@@ -106,13 +104,13 @@ def main(arguments: list[str] | None = None) -> None:
     stock = sum(stock_flops(pipe, case, STOCK_STEPS) for case in cases) / len(cases)
     more = dict(preset=SpecEditConfig.preset(PRESET).steps, stock_flops=stock)
     scores = Scores(args.out, command, cases, of, args.resume, **more)
-    for name, settings in every.items():
-        if args.only and name not in args.only:
-            continue
-        if (reason := lacking(settings, pipe)) is not None:
+    chosen = {name: settings for name, settings in every.items() if not args.only or name in args.only}
+    for name, reason in [(name, lacking(settings, pipe)) for name, settings in chosen.items()]:
+        if reason is not None:
             print(f"{name}: left out, {reason}")
-            continue
-        run(scores, pipe, name, settings)
+            del chosen[name]
+    for name, todo in scores.turns(chosen):
+        run(scores, pipe, name, todo, chosen[name])
 
 
 if __name__ == "__main__":

@@ -48,11 +48,13 @@ def main(arguments: list[str] | None = None) -> None:
     scores = Scores(args.out, command, cases, of, args.resume)
     pipe = micro.load(args.model, device="cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
-    for name, settings in variants(args.only).items():
+    chosen = variants(args.only)
+    for name, todo in scores.turns(chosen):
+        settings = chosen[name]
         drafts = "preset" in settings
         if drafts:
             install(pipe, settings["preset"], restore=settings["restore"])
-        scores.score(pipe, name, settings.get("steps"), drafts=drafts, size=args.size, **settings)
+        scores.score(pipe, name, todo, settings.get("steps"), drafts=drafts, size=args.size, **settings)
         uninstall(pipe)
 
 

@@ -1,7 +1,8 @@
 """A results file of many tasks under many variants, written as they are scored.
 
-A run that was stopped, or that is to see more tasks than before, goes on where the file ends. It refuses to mix scores
-of other weights, of another size or from another machine.
+The variants take turns every few tasks, so that a machine whose speed drifts is as slow for one as for another. A run
+that was stopped, or that is to see more tasks than before, goes on where the file ends. It refuses to mix scores of
+other weights, of another size or from another machine.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from tqdm.auto import tqdm
 from specedit import micro, results
 from specedit.install import last_report
 
-EVERY = 4  # tasks between two writings of the file
+EVERY = 4  # tasks of one variant before it is the next one's turn
 SMALL = 0.15  # edits of up to this share of the picture apart: there locking pays, and the goals speak of them
 
 
@@ -60,30 +62,47 @@ class Scores:
         seen = {case["seed"] for row in self.rows if row["variant"] == variant for case in row["cases"]}
         return [case for case in self.cases if case.seed not in seen]
 
-    def score(self, pipe: Any, variant: str, num_inference_steps: int | None, *, drafts: bool, **fields: Any) -> None:
-        """Run the tasks that `variant` lacks and write the file.
+    def turns(self, variants: Iterable[str]) -> Iterator[tuple[str, list[micro.scenes.Case]]]:
+        """Each variant in turn with the next `EVERY` tasks, those that it lacks, until none lacks any; then tell."""
+        lacking = {variant: {case.seed for case in self.lacks(variant)} for variant in variants}
+        with tqdm(total=sum(map(len, lacking.values()))) as bar:
+            for start in range(0, len(self.cases), EVERY):
+                part = self.cases[start : start + EVERY]
+                for variant, seeds in lacking.items():
+                    if todo := [case for case in part if case.seed in seeds]:
+                        bar.set_description(variant)
+                        yield variant, todo
+                        bar.update(len(todo))
+        for row in self.rows:
+            if lacking.get(row["variant"]):
+                mean = row["mean"]
+                print(
+                    f"{row['variant']}: success {mean['success']:.1%}, edit {mean['edit_psnr']:.1f} dB, "
+                    f"keep {mean['keep_psnr']:.1f} dB, {mean['flops'] / 1e12:.3f} TFLOPs"
+                )
 
-        `drafts`: the variant looks for the edit, so that small ones can be told apart.
+    def score(
+        self,
+        pipe: Any,
+        variant: str,
+        cases: list[micro.scenes.Case],
+        num_inference_steps: int | None,
+        *,
+        drafts: bool,
+        **fields: Any,
+    ) -> None:
+        """Run `cases`, which `variant` lacks, and write the file.
+
+        `drafts`: the variant looks for the edit, so that small ones can be told apart. `fields` go into its row.
         """
-        todo = self.lacks(variant)
         row = next((row for row in self.rows if row["variant"] == variant), None)
         if row is None:
             row = dict(variant=variant, **fields, mean={}, kinds={}, small=None, cases=[])
             self.rows.append(row)
-        with tqdm(total=len(todo), desc=variant) as bar:
-            for start in range(0, len(todo), EVERY):
-                part = todo[start : start + EVERY]
-                row["cases"] += micro.evaluate(pipe, part, num_inference_steps)["cases"]
-                row |= micro.summary(row["cases"])
-                small = [case for case in row["cases"] if drafts and case.get("edit_fraction", 1) <= SMALL]
-                row["small"] = micro.mean(small) if small else None
-                if (last := last_report(pipe)) is not None:
-                    row |= dict(nfe=last.nfe, cached_steps=last.cached_steps, cache_bytes=last.cache_bytes)
-                results.write(self.path, self.command, self.rows, **self.more)
-                bar.update(len(part))
-        if todo:
-            mean = row["mean"]
-            print(
-                f"{variant}: success {mean['success']:.1%}, edit {mean['edit_psnr']:.1f} dB, "
-                f"keep {mean['keep_psnr']:.1f} dB, {mean['flops'] / 1e12:.3f} TFLOPs"
-            )
+        row["cases"] += micro.evaluate(pipe, cases, num_inference_steps)["cases"]
+        row |= micro.summary(row["cases"])
+        small = [case for case in row["cases"] if drafts and case.get("edit_fraction", 1) <= SMALL]
+        row["small"] = micro.mean(small) if small else None
+        if (last := last_report(pipe)) is not None:
+            row |= dict(nfe=last.nfe, cached_steps=last.cached_steps, cache_bytes=last.cache_bytes)
+        results.write(self.path, self.command, self.rows, **self.more)
