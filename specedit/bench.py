@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from . import install, report, uninstall
+from . import RunReport, install, report, uninstall
 from .config import CHOICES, presets
 from .install import STOCK_STEPS
 from .micro import arguments, load, scenes
@@ -18,8 +18,9 @@ SEED = 1
 
 
 def presets_against_stock(size: int, repeat: int = 1, seed: int = SEED, model: str = "kontext") -> list[dict[str, Any]]:
-    """Rows of an `end_to_end` result file; medians of `repeat` calls, one short call before them to warm up.
+    """Rows of an `end_to_end` result file; medians of `repeat` calls, one short call of each before them to warm up.
 
+    Stock and presets take turns, so that a machine whose speed drifts is as slow for one as for another.
     `peak_memory` is the most bytes that torch held on the GPU at once. On a CPU it is None: a process can neither be
     asked for the peak of one call, nor be told to forget that of the calls before.
     """
@@ -29,40 +30,49 @@ def presets_against_stock(size: int, repeat: int = 1, seed: int = SEED, model: s
     case = scenes.sample(seed, size)
     call = dict(image=case.source, prompt=case.prompt, **arguments(case.source, model))
 
-    def measure(**more: Any) -> tuple[list[float], int | None]:
-        """Seconds of every call, and the peak of all."""
-        taken = []
+    def measure(**more: Any) -> tuple[float, int]:
+        """Seconds of one call, and its peak, 0 on a CPU."""
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        for _ in range(repeat):
-            began = time.perf_counter()
-            pipe(**call, **more, generator=torch.Generator().manual_seed(seed))
-            taken.append(time.perf_counter() - began)
-        return taken, torch.cuda.max_memory_allocated() if device == "cuda" else None
+        began = time.perf_counter()
+        pipe(**call, **more, generator=torch.Generator().manual_seed(seed))
+        seconds = time.perf_counter() - began
+        return seconds, torch.cuda.max_memory_allocated() if device == "cuda" else 0
 
     runs = [(preset, restore) for preset in presets if "lightning" not in preset for restore in CHOICES["restore"]]
-    pipe(**call, num_inference_steps=2)
-    with tqdm(total=1 + len(runs), desc="bench") as bar:
-        stock, peak_stock = measure(num_inference_steps=STOCK_STEPS)
-        bar.update()
-        rows = []
-        for preset, restore in runs:
-            install(pipe, preset, restore=restore)
-            pipe(**call, num_inference_steps=2)
-            taken, peak = measure()
-            done = report(pipe)
-            uninstall(pipe)
-            rows.append(
-                dict(
-                    model=f"micro-{model}", preset=preset, restore=restore, edit_fraction=done.edit_fraction,
-                    height=size, width=size, baseline=f"stock {STOCK_STEPS} steps",
-                    seconds_stock=statistics.median(stock),
-                    seconds=statistics.median(taken), speedup=statistics.median(stock) / statistics.median(taken),
-                    flops_ratio=done.flops_ratio, spread=max(taken) - min(taken),
-                    peak_memory_stock=peak_stock, peak_memory=peak,
-                    stages=[dict(name=s.name, steps=s.steps, tokens=s.tokens, flops=s.flops, seconds=s.seconds)
-                            for s in done.stages],
-                )
-            )  # fmt: skip
+    stock: list[tuple[float, int]] = []
+    taken: dict[tuple[str, str], list[tuple[float, int]]] = {run: [] for run in runs}
+    reports: dict[tuple[str, str], RunReport] = {}
+    with tqdm(total=repeat * (1 + len(runs)), desc="bench") as bar:
+        for turn in range(repeat):
+            if turn == 0:
+                pipe(**call, num_inference_steps=2)
+            stock.append(measure(num_inference_steps=STOCK_STEPS))
             bar.update()
+            for preset, restore in runs:
+                install(pipe, preset, restore=restore)
+                if turn == 0:
+                    pipe(**call, num_inference_steps=2)
+                taken[preset, restore].append(measure())
+                reports[preset, restore] = report(pipe)
+                uninstall(pipe)
+                bar.update()
+
+    seconds_stock = statistics.median(seconds for seconds, _ in stock)
+    rows = []
+    for (preset, restore), calls in taken.items():
+        times, done = [seconds for seconds, _ in calls], reports[preset, restore]
+        rows.append(
+            dict(
+                model=f"micro-{model}", preset=preset, restore=restore, edit_fraction=done.edit_fraction,
+                height=size, width=size, baseline=f"stock {STOCK_STEPS} steps",
+                seconds_stock=seconds_stock, seconds=statistics.median(times),
+                speedup=seconds_stock / statistics.median(times),
+                flops_ratio=done.flops_ratio, spread=max(times) - min(times),
+                peak_memory_stock=max(peak for _, peak in stock) or None,
+                peak_memory=max(peak for _, peak in calls) or None,
+                stages=[dict(name=s.name, steps=s.steps, tokens=s.tokens, flops=s.flops, seconds=s.seconds)
+                        for s in done.stages],
+            )
+        )  # fmt: skip
     return rows

@@ -107,10 +107,16 @@ def test_eval_micro(tmp_path, capsys):
     assert "success" in capsys.readouterr().out
 
 
-def test_bench(tmp_path):
-    path = tmp_path / "bench.json"
-    assert cli.main(["bench", "--size", "128", "--json", str(path)]) == 0
+def test_bench(tmp_path, monkeypatch):
+    from specedit import bench
+
+    path, installed, install = tmp_path / "bench.json", [], bench.install
+    monkeypatch.setattr(
+        bench, "install", lambda *args, **more: installed.append((args[1:], more)) or install(*args, **more)
+    )
+    assert cli.main(["bench", "--size", "128", "--repeat", "2", "--json", str(path)]) == 0
     rows = json.loads(path.read_text())["rows"]
+    assert installed[: len(rows)] == installed[len(rows) :] and installed[0] != installed[1]  # they take turns
     assert {(r["preset"], r["restore"]) for r in rows} >= {("turbo", "reference"), ("quality", "full")}
     for row in rows:
         assert row["speedup"] == pytest.approx(row["seconds_stock"] / row["seconds"], rel=1e-3)
