@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -17,11 +18,14 @@ import torch
 def machine() -> dict[str, Any]:
     """The machine and versions behind a measurement; None for what there is not."""
     cuda = torch.cuda.is_available()
+    # Threads that sleep between two operations make small ones slow: who sets this has other seconds.
+    policy = os.environ.get("OMP_WAIT_POLICY")
     return {
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
+        **({"wait_policy": policy} if policy else {}),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "diffusers": diffusers.__version__,

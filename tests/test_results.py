@@ -19,6 +19,13 @@ def test_a_result_file_says_where_it_comes_from(tmp_path):
     assert {"gpu", "driver", "cpu", "torch", "triton", "diffusers", "commit", "date"} <= set(written["machine"])
 
 
+def test_threads_that_wait_otherwise_are_another_machine(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    plain = results.machine()
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    assert results.machine() == plain | {"wait_policy": "PASSIVE"} and "wait_policy" not in plain
+
+
 def test_every_committed_result_names_its_machine_and_command():
     files = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
     assert files
