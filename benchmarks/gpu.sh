@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs on a GPU machine what only a GPU can show, each part well within 9 minutes.
-#   benchmarks/gpu.sh [--out FOLDER] [--part tests|kernels|micro|forecast|real|steps|train]... [--dry]
+#   benchmarks/gpu.sh [--out FOLDER] [--part tests|kernels|micro|forecast|real|caches|steps|train]... [--dry]
 # Default: tests, kernels and micro. --dry prints the commands and runs nothing.
 #
 #   tests     the kernels' tests compiled, bf16 included, and compute-sanitizer where it is installed
@@ -10,6 +10,9 @@
 #   real      FLUX.1-Kontext and Qwen-Image-Edit at full size, stock against SpecEdit, for 8 minutes; a later run goes on
 #             where FOLDER/end_to_end-real.json ends. REAL holds more arguments of benchmarks/end_to_end.py; all cases
 #             are hours, and REAL="--model flux-kontext --size 1024x1024 --batch 1 --preset turbo --shape blob" is a start
+#   caches    FLUX.1-Kontext at full size: temporal caches alone (N = 6 and 9) and with SpecEdit, and few-step presets,
+#             into FOLDER/end_to_end-real-caches.json, for 8 minutes; a later run goes on where that ends. LESA is left
+#             out: nobody has trained its predictor on the full model
 #   steps     one step of their transformers against the number of tokens, into FOLDER/transformer-real.json
 #   train     goes on training the embedded editor for TRAIN_MINUTES (default 7); its weights land in FOLDER/editor.tar.*
 #
@@ -72,6 +75,19 @@ run_real() {
   at_most 530 python3 -m benchmarks.end_to_end --minutes 8 --json "$out/end_to_end-real.json" ${REAL:-}
 }
 
+run_caches() {
+  local json="$out/end_to_end-real-caches.json" name n given=(--changes "")
+  for name in reuse taylor hermite foca freqca toca duca; do
+    for n in 6 9; do given+=(--changes "steps=(0,0,50) forecast='$name' forecast_interval=$n"); done
+  done
+  for name in taylor hermite; do given+=(--changes "forecast='$name' forecast_interval=3 forecast_order=1"); done
+  given+=(--changes "forecast='foca' forecast_interval=3")
+  local common=(--model flux-kontext --size 1024x1024 --batch 1 --execution eager --share 20 --shape blob --json "$json")
+  at_most 400 python3 -m benchmarks.end_to_end --minutes 6 "${common[@]}" --preset balanced --restore full "${given[@]}"
+  at_most 130 python3 -m benchmarks.end_to_end --minutes 1.5 "${common[@]}" --preset lightning-8 --preset lightning-6 \
+    --restore reference
+}
+
 # shellcheck disable=SC2086
 run_steps() {
   at_most 530 python3 -m benchmarks.end_to_end --part transformer --batch 1 --minutes 8 \
@@ -97,10 +113,10 @@ failed=()
 for part in "${parts[@]}"; do
   case $part in
     # A part in a process of its own, stopped by its first failure, does not stop the parts behind it.
-    tests | kernels | micro | forecast | real | steps | train) printf '\n== %s\n' "$part"
+    tests | kernels | micro | forecast | real | caches | steps | train) printf '\n== %s\n' "$part"
       (set -e; "run_$part") &
       wait $! || failed+=("$part") ;;
-    *) echo "gpu.sh: expected a part named tests, kernels, micro, forecast, real, steps or train, got $part" >&2; exit 2 ;;
+    *) echo "gpu.sh: expected a part named tests, kernels, micro, forecast, real, caches, steps or train, got $part" >&2; exit 2 ;;
   esac
 done
 if [ ${#failed[@]} -gt 0 ]; then

@@ -156,6 +156,16 @@ def test_presets_with_other_fields_are_cases_of_their_own(tmp_path):
     assert changed["flops_ratio"] > plain["flops_ratio"]
 
 
+def test_a_cache_alone_is_a_case_without_a_draft(tmp_path):
+    path, cache = tmp_path / "cache.json", "steps=(0,0,50) forecast='reuse' forecast_interval=9"
+    assert end_to_end.main(["--json", str(path), *FLUX, "--batch", "1", "--restore", "full", "--changes", cache]) == 0
+    (row,) = json.loads(path.read_text())["rows"]
+    names = [stage["name"] for stage in row["stages"]]
+    assert "draft" not in names and "full" in names and "mixed" not in names
+    # Three full steps, then one in nine of the other 47: 8 of 50, and of a full step's last block not all is computed.
+    assert 50 / 8 < row["flops_ratio"] < 50 / 6
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [(["--size", "1024"], "HEIGHTxWIDTH"), (["--size", "100x128"], "multiples of 16"), (["--share", "0"], "percentage"),
