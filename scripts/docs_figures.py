@@ -3,7 +3,21 @@
 from pathlib import Path
 
 from docs_results import against_faster, load
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+
+def over_flops(axis: Axes, label: str) -> None:
+    """An axis of `label` over the operations of an edit. Shares reach from 0 to 1, so that a task is not a cliff."""
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_xlabel("TFLOPs an edit")
+    axis.set_ylabel(label)
+    if label == "success":
+        axis.set_ylim(0, 1)
 
 
 def pareto(name: str, path: Path) -> None:
@@ -22,9 +36,7 @@ def pareto(name: str, path: Path) -> None:
             axis.plot(x, [r["mean"][key] for r in rows], marker=marker, label=family)
             for r, at in zip(rows, x):
                 axis.annotate(r["variant"].split("-")[-1 if family == "stock" else 0], (at, r["mean"][key]), fontsize=8)
-        axis.set_xscale("log")
-        axis.set_xlabel("TFLOPs an edit")
-        axis.set_ylabel(label)
+        over_flops(axis, label)
         axis.legend()
     figure.savefig(path, dpi=90)
 
@@ -47,11 +59,9 @@ def forecast_pareto(name: str, path: Path) -> None:
                 color=f"C{families.index(family)}", label=family if first else None,
             )  # fmt: skip
         edit.annotate(method, (x[-1], members[-1]["mean"]["edit_psnr"]), fontsize=7)
-    success.set_ylim(0, 1)  # with few tasks many variants share a value: their names stand beside
+    # Many variants share a success: their names stand beside.
     for axis, label in ((success, "success"), (edit, "edit PSNR, dB")):
-        axis.set_xscale("log")
-        axis.set_xlabel("TFLOPs an edit")
-        axis.set_ylabel(label)
+        over_flops(axis, label)
     success.legend(fontsize=7)
     figure.savefig(path, dpi=90)
 
