@@ -48,8 +48,10 @@ class Scores:
         self.rows: list[dict[str, Any]] = []
         if resume and path.exists():
             old = json.loads(path.read_text())
-            here = {k: v for k, v in results.machine().items() if k not in ("commit", "date")}
-            there = {k: v for k, v in old["machine"].items() if k in here}
+            here, there = (
+                {k: v for k, v in machine.items() if k not in ("commit", "date")}
+                for machine in (results.machine(), old["machine"])
+            )
             for expected, got in ((of, old.get("of")), (here, there)):
                 if expected != got:
                     raise SystemExit(f"--resume: {path} holds scores of {got}, expected {expected}; give another --out")

@@ -71,6 +71,7 @@ def test_a_number_that_was_not_there_stays_away_from_the_mean(tmp_path, scored):
         (lambda content: content["of"].update(weights="0123456789ab"), "0123456789ab"),
         (lambda content: content["of"].update(size=512), "'size': 512"),
         (lambda content: content["machine"].update(threads=1000), "'threads': 1000"),
+        (lambda content: content["machine"].update(wait_policy="PASSIVE"), "'wait_policy': 'PASSIVE'"),
         (lambda content: content.pop("of"), "scores of None"),
     ],
 )
