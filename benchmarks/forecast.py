@@ -104,11 +104,14 @@ def main(arguments: list[str] | None = None) -> None:
     stock = sum(stock_flops(pipe, case, STOCK_STEPS) for case in cases) / len(cases)
     more = dict(preset=SpecEditConfig.preset(PRESET).steps, stock_flops=stock)
     scores = Scores(args.out, command, cases, of, args.resume, **more)
-    chosen = {name: settings for name, settings in every.items() if not args.only or name in args.only}
-    for name, reason in [(name, lacking(settings, pipe)) for name, settings in chosen.items()]:
-        if reason is not None:
+    chosen = {}
+    for name, settings in every.items():
+        if args.only and name not in args.only:
+            continue
+        if (reason := lacking(settings, pipe)) is not None:
             print(f"{name}: left out, {reason}")
-            del chosen[name]
+            continue
+        chosen[name] = settings
     for name, todo in scores.turns(chosen):
         run(scores, pipe, name, todo, chosen[name])
 

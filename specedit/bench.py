@@ -44,9 +44,8 @@ def presets_against_stock(size: int, repeat: int = 1, seed: int = SEED, model: s
     taken: dict[tuple[str, str], list[tuple[float, int]]] = {run: [] for run in runs}
     reports: dict[tuple[str, str], RunReport] = {}
     with tqdm(total=repeat * (1 + len(runs)), desc="bench") as bar:
+        pipe(**call, num_inference_steps=2)
         for turn in range(repeat):
-            if turn == 0:
-                pipe(**call, num_inference_steps=2)
             stock.append(measure(num_inference_steps=STOCK_STEPS))
             bar.update()
             for preset, restore in runs:
