@@ -21,9 +21,10 @@ class Family:
     readings(features): tensors (B, D) or (B, n, D) that should each tell what the prompt says, of `widths(pipe)`.
     velocity(pipe, x, source, grid, sigma, features, at, **draw): the transformer's output (B, N, C) for packed tokens,
     which are those `at` (N,) of the grid, None for all.
-    asked_blocks(transformer): the blocks that the questions read, early and late. empty: share of training prompts that
-    are left empty, for guidance. arguments(image): of the pipeline's call. passes(pipe, case, call): the length of the
-    sequence of each of a step's transformer calls. default_steps: the stock pipeline's own.
+    asked_blocks(transformer): the blocks that the questions read, early, middle and late; the early one is the last of
+    the first `train_link.DEPTH`. empty: share of training prompts that are left empty, for guidance.
+    arguments(image): of the pipeline's call. passes(pipe, case, call): the length of the sequence of each of a step's
+    transformer calls. default_steps: the stock pipeline's own.
     """
 
     name: str
@@ -40,7 +41,7 @@ class Family:
     readings: Callable[[Any], tuple[Tensor, ...]]
     widths: Callable[[Any], tuple[int, ...]]
     velocity: Callable[..., Tensor]
-    asked_blocks: Callable[[nn.Module], tuple[nn.Module, nn.Module]]
+    asked_blocks: Callable[[nn.Module], tuple[nn.Module, nn.Module, nn.Module]]
     arguments: Callable[..., dict[str, Any]]
     passes: Callable[..., list[int]]
     default_steps: int

@@ -9,8 +9,10 @@ from copy import copy
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
+from .render import coverage
 from .scenes import Scene
 from .vocabulary import COLOURS, KINDS, PLACES, SHAPES
 
@@ -50,6 +52,18 @@ def seen(scene: Scene, grid: tuple[int, int]) -> Tensor:
     return out.flatten(0, 1)
 
 
+FINE = 4  # an outline is asked about in FINE x FINE parts of a token
+
+
+def outline(scene: Scene, grid: tuple[int, int]) -> Tensor:
+    """How much of each part of each token (N, FINE^2) the edited object covers in the target; 0 where there is none."""
+    height, width = grid
+    if scene.place is None or scene.kind == "remove":
+        return torch.zeros(height * width, FINE**2)
+    (parts,) = coverage(scene.after[:1], height * FINE, width * FINE)
+    return rearrange(parts, "(h p) (w q) -> (h w) (p q)", p=FINE, q=FINE)
+
+
 def cross_entropy(logits: Tensor, labels: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """Mean over the questions; logits (..., sum(sizes)), labels (..., len(sizes))."""
     parts = logits.float().split(sizes, -1)
@@ -57,18 +71,19 @@ def cross_entropy(logits: Tensor, labels: Tensor, sizes: tuple[int, ...]) -> Ten
 
 
 class Questions(nn.Module):
-    """Linear readings of two blocks' image tokens.
+    """Linear readings of three blocks' image tokens.
 
     After the early block every token must know what the prompt says, and a reference token what it shows; after the
-    late one a reference token must know whether it is to change.
+    middle one a reference token must know whether it is to change; after the late one a target token must know which
+    of its parts the edited object is to cover.
     """
 
-    def __init__(self, transformer: nn.Module, blocks: tuple[nn.Module, nn.Module]):
+    def __init__(self, transformer: nn.Module, blocks: tuple[nn.Module, nn.Module, nn.Module]):
         super().__init__()
         width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
-        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
+        self.norms = nn.ModuleList([nn.LayerNorm(width) for _ in blocks])
         self.prompt, self.thing = nn.Linear(width, sum(SAID)), nn.Linear(width, sum(SEEN))
-        self.change = nn.Linear(width, 1)
+        self.change, self.cover = nn.Linear(width, 1), nn.Linear(width, FINE**2)
         self.hidden: dict[int, Tensor] = {}
         for i, block in enumerate(blocks):
             block.register_forward_hook(lambda _block, _inputs, output, i=i: self._see(i, output))
@@ -77,35 +92,55 @@ class Questions(nn.Module):
         if torch.is_grad_enabled():  # sampling leaves nothing behind
             self.hidden[i] = output[1]
 
-    def losses(self, tokens: int, answers: "Answers", noisy: Tensor, told: Tensor | None = None) -> dict[str, Tensor]:
-        """Mean cross-entropies of what the last forward left: `said`, `seen`, and `find` over the samples in `noisy`.
+    def early(self, tokens: int, answers: "Answers", told: Tensor | None = None) -> dict[str, Tensor]:
+        """Mean cross-entropies, `said` and `seen`, of what the last forward left after the early block.
 
-        `tokens`: how many target tokens precede the reference tokens. `noisy` (B,) bool: a target that shows through
-        its noise would give `find` away. `told` (B,) bool: the samples that had their prompt, at least one; None: all.
+        `tokens`: how many target tokens precede the reference tokens. `told` (B,) bool: the samples that had their
+        prompt, at least one; None: all.
         """
-        early, late = (norm(self.hidden.pop(i)) for i, norm in enumerate(self.norms))
-        prompts, readers = answers.said[:, None].expand(-1, early.shape[1], -1), early
+        states = self.norms[0](self.hidden.pop(0))
+        prompts, readers = answers.said[:, None].expand(-1, states.shape[1], -1), states
         if told is not None:
-            prompts, readers, noisy = prompts[told], early[told], noisy * told
-        change = self.change(late[:, tokens:]).squeeze(-1).float()
-        find = F.binary_cross_entropy_with_logits(change, answers.edited, reduction="none").mean(-1)
+            prompts, readers = prompts[told], states[told]
         return {
             "said": cross_entropy(self.prompt(readers), prompts, SAID),
-            "seen": cross_entropy(self.thing(early[:, tokens:]), answers.seen, SEEN),
-            "find": (find * noisy).sum() / noisy.sum().clamp_min(1),
+            "seen": cross_entropy(self.thing(states[:, tokens:]), answers.seen, SEEN),
         }
+
+    def losses(
+        self, tokens: int, answers: "Answers", noisy: Tensor, weight: Tensor, told: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Those of `early`, and over the samples in `noisy` `find` and, target tokens weighed by `weight` (B, N),
+        `cover`.
+
+        `noisy` (B,): 1 or 0; a target that shows through its noise would give `find` and `cover` away.
+        """
+        losses = self.early(tokens, answers, told)
+        middle, late = (norm(self.hidden.pop(i)) for i, norm in enumerate(self.norms) if i)
+        if told is not None:
+            noisy = noisy * told
+        change = self.change(middle[:, tokens:]).squeeze(-1).float()
+        find = F.binary_cross_entropy_with_logits(change, answers.edited, reduction="none").mean(-1)
+        cover = F.binary_cross_entropy_with_logits(
+            self.cover(late[:, :tokens]).float(), answers.covered, reduction="none"
+        ).mean(-1)
+        cover = (cover * weight).sum(-1) / weight.sum(-1)
+        losses["find"] = (find * noisy).sum() / noisy.sum().clamp_min(1)
+        losses["cover"] = (cover * noisy).sum() / noisy.sum().clamp_min(1)
+        return losses
 
 
 class Answers:
-    """Labels of a batch: `said` (B, 6), `seen` (B, N, 2) int64, `edited` (B, N) float32."""
+    """Labels of a batch: `said` (B, 6), `seen` (B, N, 2) int64, `edited` (B, N), `covered` (B, N, FINE^2) float32."""
 
     def __init__(self, scenes: Sequence[Scene], grid: tuple[int, int], edited: Tensor):
         self.said = torch.tensor([said(s) for s in scenes], device=edited.device)
         self.seen = torch.stack([seen(s, grid) for s in scenes]).to(edited.device)
+        self.covered = torch.stack([outline(s, grid) for s in scenes]).to(edited.device)
         self.edited = edited
 
     def part(self, at: Tensor) -> "Answers":
         """Of the tokens `at` (n,) only."""
         out = copy(self)
-        out.seen, out.edited = self.seen[:, at], self.edited[:, at]
+        out.seen, out.edited, out.covered = self.seen[:, at], self.edited[:, at], self.covered[:, at]
         return out

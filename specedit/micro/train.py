@@ -1,5 +1,5 @@
-"""Trains an embedded editor from nothing: its autoencoder, its text encoders on prompts alone, then text encoders and
-transformer together.
+"""Trains an embedded editor from nothing: its autoencoder, its text encoders on prompts alone, the first blocks on
+questions alone, then text encoders and transformer together.
 
     python -m specedit.micro.train --out runs/kontext --vae-minutes 13 --text-minutes 6 --minutes 80
     python -m specedit.micro.train --model qwen --out runs/qwen --like specedit/micro/weights/kontext --minutes 60
@@ -21,6 +21,8 @@ import torch
 from .family import named
 from .family_kontext import KONTEXT
 from .inherit import inherit
+from .questions import Questions
+from .train_ask import train_ask
 from .train_editor import train_editor
 from .train_link import train_link
 from .train_text import train_text
@@ -57,11 +59,13 @@ def train(settings: Settings):
             inherit(pipe, teacher)
     else:
         pipe = family.load(settings.start, torch_dtype=torch.float32)
+    questions = Questions(pipe.transformer, family.asked_blocks(pipe.transformer))
     if not (settings.out / "editor.pt").exists():  # a resumed run has it behind it
         train_text(pipe, settings, log)
         if teacher is not None:
             train_link(pipe, teacher, settings, log)
-    train_editor(pipe, settings, log)
+        train_ask(pipe, questions, settings, log)
+    train_editor(pipe, questions, settings, log)
     family.save(pipe, settings.out / "editor")
     return pipe
 
@@ -72,6 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--vae-minutes", type=float, default=Settings.vae_minutes)
     parser.add_argument("--text-minutes", type=float, default=Settings.text_minutes, help="0: leave them as they are")
+    parser.add_argument("--ask-minutes", type=float, default=Settings.ask_minutes, help="0: no questions beforehand")
     parser.add_argument("--minutes", type=float, default=Settings.minutes)
     parser.add_argument("--seed", type=int, default=0, help="another seed sees other tasks and other noise")
     parser.add_argument("--steps", type=int, help="at most this many steps of each part")

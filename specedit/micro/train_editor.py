@@ -39,7 +39,7 @@ EDIT_WEIGHT = 2.0
 # Above this noise level the target can hardly be seen, so what the model draws comes from the instruction alone.
 HIGH = 0.85
 HIGH_SHARE = (0.7, 0.4)  # of the samples that are drawn from there, at the start and at the end of training
-ASK = {"said": 0.1, "seen": 0.1, "find": 0.2}  # weights of the questions beside the flow loss
+ASK = {"said": 0.1, "seen": 0.1, "find": 0.2, "cover": 0.4}  # weights of the questions beside the flow loss
 
 
 @dataclass
@@ -199,7 +199,7 @@ def editor_loss(
     flow = (error * weight).sum() / weight.sum()
     losses = {"flow": flow}
     if questions is not None:
-        losses |= questions.losses(tokens, batch.answers, (sigma > HIGH).float(), told)
+        losses |= questions.losses(tokens, batch.answers, (sigma > HIGH).float(), weight, told)
     return losses | {"total": flow + sum(ASK[name] * loss for name, loss in losses.items() if name in ASK)}
 
 
@@ -213,11 +213,10 @@ def left_empty(prompts: list[str], family: Family, **draw) -> tuple[list[str], T
     return [prompt if kept else " " for prompt, kept in zip(prompts, told.tolist(), strict=True)], told
 
 
-def train_editor(pipe, settings: Settings, log: Log) -> None:
+def train_editor(pipe, questions: Questions, settings: Settings, log: Log) -> None:
     device = settings.device
     path = settings.out / "editor.pt"
     family = of(pipe)
-    questions = Questions(pipe.transformer, family.asked_blocks(pipe.transformer))
     modules = [pipe.transformer, *family.text_modules(pipe), questions]
     for module in modules:
         module.to(device).train().requires_grad_(True)

@@ -49,6 +49,7 @@ class Settings:
     start: Path | None = None
     like: Path | None = None
     link_minutes: float = 8.0
+    ask_minutes: float = 5.0
     model: str = "kontext"
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from specedit.micro import build, questions, scenes
+from specedit.micro.render import coverage
 from specedit.micro.vocabulary import COLOURS, KINDS, PLACES, SHAPES
 
 
@@ -40,51 +41,73 @@ def test_seen_marks_the_objects_where_they_are_drawn():
 
 def test_losses_are_those_of_what_the_blocks_put_out():
     transformer = build.transformer()
-    blocks = (transformer.transformer_blocks[-1], transformer.single_transformer_blocks[1])
+    blocks = (transformer.transformer_blocks[-1], *transformer.single_transformer_blocks[1:4:2])
     asked = questions.Questions(transformer, blocks)
     with torch.no_grad():
-        for head in (asked.prompt, asked.thing, asked.change):
+        for head in (asked.prompt, asked.thing, asked.change, asked.cover):
             head.weight.zero_()
             head.bias.zero_()
         asked.change.bias.fill_(2.0)
-    batch = [scenes.describe(seed) for seed in range(2)]
+        asked.cover.bias.fill_(1.0)
+    batch = [scenes.describe(seed, "shape") for seed in range(2)]
     edited = torch.zeros(2, 6)
     edited[0] = 1.0
     answers = questions.Answers(batch, (2, 3), edited)
     late = transformer.single_transformer_blocks[1]
-    for block in (transformer.transformer_blocks[-1], late):
+    for block in blocks:
         for hook in block._forward_hooks.values():
-            hook(block, (), (torch.zeros(2, 3, 256), torch.randn(2, 10, 256)))
-    losses = asked.losses(4, answers, torch.tensor([1.0, 0.0]))
+            hook(block, (), (torch.zeros(2, 3, 256), torch.randn(2, 12, 256)))
+    weight = torch.tensor([[5.0, 1.0, 1.0, 1.0, 1.0, 3.0]]).expand(2, -1)
+    losses = asked.losses(6, answers, torch.tensor([1.0, 0.0]), weight)
     # Heads that know nothing: the entropy of a guess. Only the first sample, all of it edited, counts for `find`.
+    covered = questions.outline(batch[0], (2, 3)).mean(1)
+    guess = ((math.log1p(math.e) - covered) * weight[0]).sum() / weight[0].sum()
+    assert float(losses["cover"]) == pytest.approx(float(guess), rel=1e-5)
     assert float(losses["said"]) == pytest.approx(sum(map(math.log, questions.SAID)) / 6, rel=1e-5)
     assert float(losses["seen"]) == pytest.approx(sum(map(math.log, questions.SEEN)) / 2, rel=1e-5)
     assert float(losses["find"]) == pytest.approx(math.log1p(math.exp(-2.0)), rel=1e-5)
     assert not asked.hidden
     with torch.no_grad():
         for hook in late._forward_hooks.values():
-            hook(late, (), (None, torch.randn(2, 10, 256)))
+            hook(late, (), (None, torch.randn(2, 12, 256)))
     assert not asked.hidden  # sampling leaves nothing behind
 
 
 def test_samples_without_a_prompt_are_not_asked_about_it():
     transformer = build.transformer()
-    blocks = (transformer.transformer_blocks[0], transformer.transformer_blocks[1])
+    blocks = (*transformer.transformer_blocks, transformer.single_transformer_blocks[0])
     asked = questions.Questions(transformer, blocks)
     batch = [scenes.describe(seed) for seed in range(3)]
     edited = torch.zeros(3, 6)
-    states = torch.randn(3, 10, 256, generator=torch.Generator().manual_seed(0))
+    states = torch.randn(3, 12, 256, generator=torch.Generator().manual_seed(0))
 
     def losses(states, answers, **told):
         for block in blocks:
             for hook in block._forward_hooks.values():
                 hook(block, (), (None, states))
-        return asked.losses(4, answers, torch.ones(len(states)), **told)
+        return asked.losses(6, answers, torch.ones(len(states)), torch.ones(len(states), 6), **told)
 
     some = losses(states, questions.Answers(batch, (2, 3), edited), told=torch.tensor([True, False, True]))
     alone = losses(states[::2], questions.Answers(batch[::2], (2, 3), edited[::2]))
     whole = losses(states, questions.Answers(batch, (2, 3), edited))
-    for name in ("said", "find"):
+    for name in ("said", "find", "cover"):
         assert float(some[name]) == pytest.approx(float(alone[name]), rel=1e-5)
         assert float(some[name]) != pytest.approx(float(whole[name]), rel=1e-5)
     assert torch.equal(some["seen"], whole["seen"])  # what a reference shows needs no prompt
+
+
+@pytest.mark.parametrize("kind", ["add", "shape", "recolor", "remove", "background", "greyscale"])
+def test_an_outline_is_where_the_edited_object_is_in_the_target(kind):
+    scene, grid = scenes.describe(3, kind), (16, 24)
+    parts = questions.outline(scene, grid)
+    assert parts.shape == (16 * 24, 16)
+    if kind in ("remove", "background", "greyscale"):
+        assert not parts.any()
+        return
+    thing = scene.after[0]
+    (whole,) = coverage([thing], 16 * 16, 24 * 16)  # at 16 px a token
+    expected = whole.view(16, 4, 4, 24, 4, 4).mean((2, 5)).permute(0, 2, 1, 3).reshape(16 * 24, 16)
+    assert (parts - expected).abs().mean() < 0.02 * expected.mean() + 0.01 and parts.sum() > 0
+    assert parts.sum() == pytest.approx(float(expected.sum()), rel=0.1)
+    centre = int(thing.y * 16) * 24 + int(thing.x * 24)
+    assert thing.shape == "ring" or parts[centre].max() == 1

@@ -1,0 +1,96 @@
+"""The first blocks learn to tell picture tokens what a prompt says; nothing behind them is touched."""
+
+import copy
+
+import pytest
+import torch
+
+from specedit.micro import family, scenes, train, train_ask, training
+from specedit.micro.questions import Questions
+from specedit.micro.train_editor import encode
+
+
+def untrained(name):
+    torch.manual_seed(0)
+    pipe = family.named(name).build(0)
+    return pipe, Questions(pipe.transformer, family.of(pipe).asked_blocks(pipe.transformer))
+
+
+@pytest.mark.parametrize("name", ["kontext", "qwen"])
+def test_it_is_learned(name):
+    pipe, questions = untrained(name)
+    batch = encode(pipe, [scenes.describe(s) for s in training.seeds(0, 16)], (64, 64), "cpu")
+    modules = [pipe.transformer, *family.of(pipe).text_modules(pipe), questions]
+    parameters = [p.requires_grad_(True) for m in modules for p in m.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3)
+    losses = []
+    for _ in range(25):
+        loss = sum(train_ask.ask_loss(pipe, questions, batch, "cpu").values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.6 * losses[0]
+    assert not questions.hidden  # the blocks behind were not run, so nothing of them is left
+
+
+@pytest.mark.parametrize("name", ["kontext", "qwen"])
+def test_only_words_and_first_blocks_learn(name, tmp_path):
+    pipe, questions = untrained(name)
+    texts = family.of(pipe).text_modules(pipe)
+    before = [copy.deepcopy(module.state_dict()) for module in (pipe.transformer, *texts, pipe.vae, questions)]
+    settings = training.Settings(tmp_path, steps=3, ask_minutes=10.0, largest=64)
+    train_ask.train_ask(pipe, questions, settings, training.Log(tmp_path / "log.json"))
+    changed = [
+        {key for key, value in module.state_dict().items() if not torch.equal(value, old[key])}
+        for module, old in zip((pipe.transformer, *texts, pipe.vae, questions), before, strict=True)
+    ]
+    later = tuple(f"transformer_blocks.{i}." for i in range(2, 6)) + (
+        "single_transformer_blocks",
+        "proj_out",
+        "norm_out",
+    )
+    assert any(key.startswith("transformer_blocks.0.") for key in changed[0])
+    assert not any(key.startswith(later) for key in changed[0])
+    assert all(changed[1 : 1 + len(texts)]) and not changed[-2]
+    assert {key.split(".")[0] for key in changed[-1]} <= {"norms", "prompt", "thing"} and changed[-1]
+    assert not any(p.requires_grad for p in pipe.transformer.parameters())
+
+
+def test_no_time_no_change(tmp_path):
+    pipe, questions = untrained("kontext")
+    before = copy.deepcopy(pipe.transformer.state_dict())
+    settings = training.Settings(tmp_path, ask_minutes=0.0, largest=64)
+    train_ask.train_ask(pipe, questions, settings, training.Log(tmp_path / "log.json"))
+    assert all(torch.equal(value, before[key]) for key, value in pipe.transformer.state_dict().items())
+
+
+def test_pictures_are_small_and_their_tasks_are_seen_nowhere_else(tmp_path, monkeypatch):
+    pipe, questions = untrained("kontext")
+    seen = []
+
+    def batches(pipe, settings, clock, start):
+        seen.append((settings.largest, start))
+        return iter(())
+
+    monkeypatch.setattr(train_ask, "batches", batches)
+    for largest in (512, 64):
+        settings = training.Settings(tmp_path, largest=largest)
+        train_ask.train_ask(pipe, questions, settings, training.Log(tmp_path / "log.json"))
+    assert [largest for largest, _ in seen] == [128, 64]
+    assert all(0 < start != 1 << 20 for _, start in seen)  # where train_link's tasks begin
+
+
+def test_the_heads_go_on_into_the_training_of_the_whole(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(train, "train_vae", lambda *_: None)
+    monkeypatch.setattr(train, "train_text", lambda *_: calls.append("text"))
+    monkeypatch.setattr(train, "train_ask", lambda _pipe, questions, *_: calls.append(questions))
+    monkeypatch.setattr(train, "train_editor", lambda _pipe, questions, *_: calls.append(questions))
+    settings = training.Settings(tmp_path, largest=64)
+    train.train(settings)
+    assert calls[0] == "text" and isinstance(calls[1], Questions) and calls[1] is calls[2]
+    (tmp_path / "editor.pt").touch()  # a run to be resumed
+    calls.clear()
+    train.train(settings)
+    assert len(calls) == 1  # asked beforehand once only
