@@ -1,7 +1,7 @@
 """Teaches the first blocks to tell picture tokens what the prompt says, before the rest of the editor learns from it.
 
 A question's answer is a far shorter way to those blocks than what is drawn in the end, and they are a third of the
-transformer: what takes the whole editor an hour is learned in minutes, on small pictures.
+transformer: small pictures and a few minutes do where the whole editor takes far longer.
 """
 
 from dataclasses import replace
