@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .family import of
 from .questions import Questions
-from .train_editor import Batch, batches
+from .train_editor import Batch, batches, noised
 from .train_link import only_first
 from .training import Clock, Log, Settings, descend, rate_at
 
@@ -21,10 +21,9 @@ LARGEST = 128  # px; a prompt says the same at any size
 
 def ask_loss(pipe: Any, questions: Questions, batch: Batch, device: str) -> dict[str, Tensor]:
     """The cross-entropies `said` and `seen` behind the first blocks, at any noise level."""
-    family, n = of(pipe), len(batch.target)
-    sigma = torch.rand(n, device=device)
-    s = sigma.view(n, 1, 1)
-    x = (1 - s) * batch.target + s * torch.randn_like(batch.target)
+    family = of(pipe)
+    sigma = torch.rand(len(batch.target), device=device)
+    x, _ = noised(batch.target, sigma, device=device)
     with only_first(pipe.transformer):
         features = family.text(pipe, batch.prompts, batch.seen, device)
         family.velocity(pipe, x, batch.source, batch.grid, sigma, features, batch.at)

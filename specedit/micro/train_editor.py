@@ -162,6 +162,13 @@ def noise_levels(count: int, tokens: int, high: float, config, **draw) -> Tensor
     return torch.where(torch.rand(count, **draw) < high, top, shifted)
 
 
+def noised(target: Tensor, sigma: Tensor, **draw) -> tuple[Tensor, Tensor]:
+    """x = (1 - s) x0 + s e for target latents x0 (B, N, C) and noise levels s (B,); and the noise e."""
+    noise = torch.randn(target.shape, **draw)
+    s = sigma.view(-1, 1, 1)
+    return (1 - s) * target + s * noise, noise
+
+
 def token_weights(edited: Tensor) -> Tensor:
     """How much each token counts, (B, N): 1, and 1 + EDIT_WEIGHT / sqrt(share) where edited, share being its picture's.
 
@@ -188,9 +195,7 @@ def editor_loss(
     n, tokens, _ = batch.target.shape
     family, draw = of(pipe), dict(device=device, generator=generator)
     sigma = noise_levels(n, math.prod(batch.grid), high, pipe.scheduler.config, **draw)
-    noise = torch.randn(batch.target.shape, **draw)
-    s = sigma.view(n, 1, 1)
-    x = (1 - s) * batch.target + s * noise
+    x, noise = noised(batch.target, sigma, **draw)
     prompts, told = left_empty(batch.prompts, family, **draw)
     features = family.text(pipe, prompts, batch.seen, device)
     out = family.velocity(pipe, x, batch.source, batch.grid, sigma, features, batch.at, **draw)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import family_kontext
 from .family import of
 from .inherit import GUIDANCE
-from .train_editor import HIGH_SHARE, Batch, batches, noise_levels
+from .train_editor import HIGH_SHARE, Batch, batches, noise_levels, noised
 from .training import Clock, Log, Settings, descend, rate_at
 
 DEPTH = 2  # double-stream blocks of FLUX, which have weights of their own for words
@@ -58,8 +58,7 @@ def link_loss(pipe: Any, teacher: Any, batch: Batch, device: str, high: float = 
     """Mean squared distance of the picture tokens' states from the teacher's, and from its own under other prompts."""
     family, n = of(pipe), len(batch.target)
     sigma = noise_levels(n, math.prod(batch.grid), high, pipe.scheduler.config, device=device)
-    s = sigma.view(n, 1, 1)
-    x = (1 - s) * batch.target + s * torch.randn_like(batch.target)
+    x, _ = noised(batch.target, sigma, device=device)
     call = (x, batch.source, batch.grid, sigma)
     with torch.no_grad(), only_first(teacher.transformer) as wanted:
         embeds, pooled = family_kontext.text(teacher, batch.prompts, None, device)
