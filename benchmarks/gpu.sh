@@ -66,8 +66,10 @@ run_kernels() {
 }
 
 run_micro() {
-  at_most 120 python3 -m specedit.cli bench --size 512 --repeat 5 --json "$out/end_to_end-micro-gpu.json"
-  at_most 380 python3 -m benchmarks.quality --cases 64 --size 512 --out "$out/quality-512-gpu.json"
+  local failed=0
+  at_most 120 python3 -m specedit.cli bench --size 512 --repeat 5 --json "$out/end_to_end-micro-gpu.json" || failed=1
+  at_most 380 python3 -m benchmarks.quality --cases 64 --size 512 --out "$out/quality-512-gpu.json" || failed=1
+  return $failed
 }
 
 # shellcheck disable=SC2086 # REAL is a list of arguments
@@ -76,16 +78,18 @@ run_real() {
 }
 
 run_caches() {
-  local json="$out/end_to_end-real-caches.json" name n given=(--changes "")
+  local json="$out/end_to_end-real-caches.json" failed=0 name n given=(--changes "")
   for name in reuse taylor hermite foca freqca toca duca; do
     for n in 6 9; do given+=(--changes "steps=(0,0,50) forecast='$name' forecast_interval=$n"); done
   done
   for name in taylor hermite; do given+=(--changes "forecast='$name' forecast_interval=3 forecast_order=1"); done
   given+=(--changes "forecast='foca' forecast_interval=3")
   local common=(--model flux-kontext --size 1024x1024 --batch 1 --execution eager --share 20 --shape blob --json "$json")
-  at_most 400 python3 -m benchmarks.end_to_end --minutes 6 "${common[@]}" --preset balanced --restore full "${given[@]}"
+  at_most 400 python3 -m benchmarks.end_to_end --minutes 6 "${common[@]}" --preset balanced --restore full \
+    "${given[@]}" || failed=1
   at_most 130 python3 -m benchmarks.end_to_end --minutes 1.5 "${common[@]}" --preset lightning-8 --preset lightning-6 \
-    --restore reference
+    --restore reference || failed=1
+  return $failed
 }
 
 # shellcheck disable=SC2086

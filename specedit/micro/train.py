@@ -76,7 +76,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--vae-minutes", type=float, default=Settings.vae_minutes)
     parser.add_argument("--text-minutes", type=float, default=Settings.text_minutes, help="0: leave them as they are")
-    parser.add_argument("--ask-minutes", type=float, default=Settings.ask_minutes, help="0: no questions beforehand")
+    parser.add_argument(
+        "--ask-minutes",
+        type=float,
+        default=Settings.ask_minutes,
+        help="questions beforehand; with --start only their readings learn; 0: none",
+    )
     parser.add_argument("--minutes", type=float, default=Settings.minutes)
     parser.add_argument("--seed", type=int, default=0, help="another seed sees other tasks and other noise")
     parser.add_argument("--steps", type=int, help="at most this many steps of each part")

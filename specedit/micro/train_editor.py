@@ -127,9 +127,8 @@ def batches(pipe: Any, settings: Settings, clock: Clock, start: int) -> Iterator
         side = rng.choices(list(weights), list(weights.values()))[0]
         pool = pools.setdefault(side, [])
         if len(pool) < 8 or rng.random() < 1 / REUSE:
-            sizes = [s for s in BATCHES if side // 2 < max(s) <= side or s == (side, side)]
             square = (side, side)
-            size = square if rng.random() < 0.7 else rng.choice(sizes)
+            size = square if rng.random() < 0.7 else rng.choice(sizes(side))
             place = (rng.randrange(3), rng.randrange(3)) if max(size) == 512 and rng.random() < FOCUSED else None
             count = int(BATCHES[size] / (1 if place is None else FOCUS)) * settings.batch_scale
             batch = encode(pipe, draw_tasks(seeds, count, rng, place), size, settings.device)
@@ -140,6 +139,11 @@ def batches(pipe: Any, settings: Settings, clock: Clock, start: int) -> Iterator
         else:
             batch = rng.choice(pool)
         yield batch.part(focus(batch.edited, batch.grid)) if batch.focused else batch
+
+
+def sizes(side: int) -> list[tuple[int, int]]:
+    """The sizes of `BATCHES` with about the pixels of `side` x `side`."""
+    return [size for size in BATCHES if side / 2 < math.sqrt(math.prod(size)) <= side]
 
 
 def mixture(progress: float) -> dict[int, float]:

@@ -28,6 +28,12 @@ def test_mixture_is_a_distribution_at_every_moment():
     assert train_editor.mixture(0.0)[512] == 0 and train_editor.mixture(1.0)[512] > 0
 
 
+def test_every_size_has_the_share_of_its_pixels():
+    drawn = [size for side in train_editor.mixture(0.0) for size in train_editor.sizes(side)]
+    assert sorted(drawn) == sorted(train_editor.BATCHES)  # each once
+    assert (192, 320) in train_editor.sizes(256) and (512, 384) in train_editor.sizes(512)
+
+
 def test_learning_rate_warms_up_and_decays():
     assert training.rate_at(0.0, 0) < training.rate_at(0.0, 50) < training.rate_at(0.0, 100) == 1
     assert training.rate_at(1.0, 1000) == pytest.approx(0.05)

@@ -7,7 +7,7 @@ import torch
 
 from specedit.micro import family, scenes, train, train_ask, training
 from specedit.micro.questions import Questions
-from specedit.micro.train_editor import encode
+from specedit.micro.train_editor import ASK, encode
 
 
 def untrained(name):
@@ -55,6 +55,27 @@ def test_only_words_and_first_blocks_learn(name, tmp_path):
     assert all(changed[1 : 1 + len(texts)]) and not changed[-2]
     assert {key.split(".")[0] for key in changed[-1]} <= {"norms", "prompt", "thing"} and changed[-1]
     assert not any(p.requires_grad for p in pipe.transformer.parameters())
+
+
+@pytest.mark.parametrize("name", ["kontext", "qwen"])
+def test_of_an_editor_to_go_on_from_the_readings_alone_learn(name, tmp_path):
+    pipe, questions = untrained(name)
+    batch = encode(pipe, [scenes.describe(s) for s in training.seeds(0, 16)], (64, 64), "cpu")
+
+    def loss():
+        torch.manual_seed(0)  # the same noise
+        return sum(float(part.detach()) for part in train_ask.reading_loss(pipe, questions, batch, "cpu").values())
+
+    editor = (pipe.transformer, *family.of(pipe).text_modules(pipe), pipe.vae)
+    before, first = [copy.deepcopy(module.state_dict()) for module in editor], loss()
+    log = training.Log(tmp_path / "log.json")
+    settings = training.Settings(tmp_path, steps=50, ask_minutes=10.0, largest=64, start=tmp_path)
+    train_ask.train_ask(pipe, questions, settings, log)
+    for module, old in zip(editor, before, strict=True):
+        assert all(torch.equal(value, old[key]) for key, value in module.state_dict().items())
+    assert loss() < 0.8 * first
+    assert set(log.rows[-1]) == {"part", "step", "seconds", *ASK}
+    assert not any(p.requires_grad for module in (*editor, questions) for p in module.parameters())
 
 
 def test_no_time_no_change(tmp_path):
