@@ -26,7 +26,9 @@ step "ruff"
 "$venv/bin/ruff" format --check .
 
 step "tests (kernels on a CPU run in Triton's interpreter)"
-"$venv/bin/python" -m pytest -q
+# Each test runs on one thread, up to four at a time.
+cores=$(nproc)
+OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest -q -n $((cores < 4 ? cores : 4)) --dist worksteal
 
 # The next ones run away from the checkout, so they see the installed package and its data files.
 cd "$scratch"

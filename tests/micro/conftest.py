@@ -1,4 +1,4 @@
-"""An embedded Qwen editor that was never trained, small enough for tests."""
+"""An embedded Qwen editor that was never trained, small enough for tests, and steps of training of a few tasks."""
 
 import copy
 
@@ -38,3 +38,11 @@ def make_small_qwen(qwen_parts):
 @pytest.fixture
 def small_qwen(make_small_qwen):
     return make_small_qwen()
+
+
+@pytest.fixture
+def few_tasks(monkeypatch):
+    """A step of training at 64 px sees 8 tasks."""
+    from specedit.micro import train_editor
+
+    monkeypatch.setitem(train_editor.BATCHES, (64, 64), 8)

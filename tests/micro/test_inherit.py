@@ -136,7 +136,7 @@ def test_a_teacher_that_agrees_changes_nothing_and_another_is_approached():
     assert distance() < 0.98 * before and all(p.grad is None for p in other.parameters())
 
 
-def test_training_takes_over_and_says_what_cannot_be(tmp_path):
+def test_training_takes_over_and_says_what_cannot_be(tmp_path, few_tasks):
     teacher = build.kontext(1)
     with torch.no_grad():
         teacher.transformer.proj_out.weight.normal_()

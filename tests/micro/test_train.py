@@ -118,7 +118,7 @@ def test_the_loss_of_an_untrained_editor_is_that_of_predicting_nothing():
     assert float(losses["flow"]) == pytest.approx(expected, rel=0.15)
 
 
-def test_train_resume_and_go_on_from_weights(tmp_path):
+def test_train_resume_and_go_on_from_weights(tmp_path, few_tasks):
     few = dict(vae_minutes=10.0, text_minutes=10.0, minutes=10.0, largest=64)
     torch.manual_seed(0)
     train.train(training.Settings(tmp_path / "run", steps=2, **few))
@@ -136,7 +136,7 @@ def test_train_resume_and_go_on_from_weights(tmp_path):
     assert all(torch.equal(kept[name], value) for name, value in pipe.vae.state_dict().items())
 
 
-def test_train_resume_and_go_on_with_qwen(tmp_path):
+def test_train_resume_and_go_on_with_qwen(tmp_path, few_tasks):
     few = dict(vae_minutes=10.0, text_minutes=10.0, minutes=10.0, largest=64, model="qwen")
     train.train(training.Settings(tmp_path / "run", steps=1, **few))
     pipe = train.train(training.Settings(tmp_path / "run", steps=2, **few))

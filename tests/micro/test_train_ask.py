@@ -35,7 +35,7 @@ def test_it_is_learned(name):
 
 
 @pytest.mark.parametrize("name", ["kontext", "qwen"])
-def test_only_words_and_first_blocks_learn(name, tmp_path):
+def test_only_words_and_first_blocks_learn(name, tmp_path, few_tasks):
     pipe, questions = untrained(name)
     texts = family.of(pipe).text_modules(pipe)
     before = [copy.deepcopy(module.state_dict()) for module in (pipe.transformer, *texts, pipe.vae, questions)]
@@ -58,7 +58,7 @@ def test_only_words_and_first_blocks_learn(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["kontext", "qwen"])
-def test_of_an_editor_to_go_on_from_the_readings_alone_learn(name, tmp_path):
+def test_of_an_editor_to_go_on_from_the_readings_alone_learn(name, tmp_path, few_tasks):
     pipe, questions = untrained(name)
     batch = encode(pipe, [scenes.describe(s) for s in training.seeds(0, 16)], (64, 64), "cpu")
 
