@@ -61,7 +61,8 @@ def train(settings: Settings):
         pipe = family.load(settings.start, torch_dtype=torch.float32)
     questions = Questions(pipe.transformer, family.asked_blocks(pipe.transformer))
     if not (settings.out / "editor.pt").exists():  # a resumed run has it behind it
-        train_text(pipe, settings, log)
+        if settings.start is None:  # whoever has learned to understand its words would no longer
+            train_text(pipe, settings, log)
         if teacher is not None:
             train_link(pipe, teacher, settings, log)
         train_ask(pipe, questions, settings, log)
@@ -75,7 +76,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", default=Settings.model, choices=["kontext", "qwen"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--vae-minutes", type=float, default=Settings.vae_minutes)
-    parser.add_argument("--text-minutes", type=float, default=Settings.text_minutes, help="0: leave them as they are")
+    parser.add_argument(
+        "--text-minutes",
+        type=float,
+        default=Settings.text_minutes,
+        help="text encoders alone; 0 and --start: left as they are",
+    )
     parser.add_argument(
         "--ask-minutes",
         type=float,

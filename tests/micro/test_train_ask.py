@@ -1,11 +1,13 @@
 """The first blocks learn to tell picture tokens what a prompt says; nothing behind them is touched."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 
-from specedit.micro import family, scenes, train, train_ask, training
+from specedit import micro
+from specedit.micro import family, scenes, train, train_ask, train_editor, training
 from specedit.micro.questions import Questions
 from specedit.micro.train_editor import ASK, encode
 
@@ -78,6 +80,15 @@ def test_of_an_editor_to_go_on_from_the_readings_alone_learn(name, tmp_path, few
     assert not any(p.requires_grad for module in (*editor, questions) for p in module.parameters())
 
 
+def test_the_readings_are_asked_where_the_target_does_not_show(monkeypatch):
+    pipe, questions = untrained("kontext")
+    batch = encode(pipe, [scenes.describe(s) for s in training.seeds(0, 32)], (64, 64), "cpu")
+    real, levels = train_editor.noise_levels, []
+    monkeypatch.setattr(train_editor, "noise_levels", lambda *a, **k: levels.append(real(*a, **k)) or levels[-1])
+    train_ask.reading_loss(pipe, questions, batch, "cpu")
+    assert len(levels) == 1 and levels[0].shape == (32,) and bool((levels[0] >= train_editor.HIGH).all())
+
+
 def test_no_time_no_change(tmp_path):
     pipe, questions = untrained("kontext")
     before = copy.deepcopy(pipe.transformer.state_dict())
@@ -115,3 +126,12 @@ def test_the_heads_go_on_into_the_training_of_the_whole(tmp_path, monkeypatch):
     calls.clear()
     train.train(settings)
     assert len(calls) == 1  # asked beforehand once only
+
+
+def test_who_goes_on_keeps_its_words(tmp_path, monkeypatch):
+    calls = []
+    for part in ("text", "ask", "editor"):
+        monkeypatch.setattr(train, f"train_{part}", lambda *_, part=part: calls.append(part))
+    start = Path(micro.__file__).parent / "weights" / "kontext"
+    train.train(training.Settings(tmp_path, largest=64, start=start))
+    assert calls == ["ask", "editor"]
