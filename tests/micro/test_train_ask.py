@@ -1,13 +1,12 @@
 """The first blocks learn to tell picture tokens what a prompt says; nothing behind them is touched."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
 
-from specedit import micro
 from specedit.micro import family, scenes, train, train_ask, train_editor, training
+from specedit.micro.load import WEIGHTS
 from specedit.micro.questions import Questions
 from specedit.micro.train_editor import ASK, encode
 
@@ -132,6 +131,6 @@ def test_who_goes_on_keeps_its_words(tmp_path, monkeypatch):
     calls = []
     for part in ("text", "ask", "editor"):
         monkeypatch.setattr(train, f"train_{part}", lambda *_, part=part: calls.append(part))
-    start = Path(micro.__file__).parent / "weights" / "kontext"
+    start = WEIGHTS / "kontext"
     train.train(training.Settings(tmp_path, largest=64, start=start))
     assert calls == ["ask", "editor"]
