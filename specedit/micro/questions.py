@@ -4,6 +4,7 @@ Few tokens change in an edit, and the flow loss speaks of colours, shapes and pl
 These linear readings of hidden states ask directly. Only training has them; the shipped editor does not.
 """
 
+import math
 from collections.abc import Sequence
 from copy import copy
 
@@ -64,6 +65,17 @@ def outline(scene: Scene, grid: tuple[int, int]) -> Tensor:
     return rearrange(parts, "(h p) (w q) -> (h w) (p q)", p=FINE, q=FINE)
 
 
+WAVES = 6  # the fourth changes sign where stripes and checks do, the sixth peaks on the lines of the board of objects
+
+
+def where(grid: tuple[int, int]) -> Tensor:
+    """Where in the picture each token (N, 2 * WAVES) is: cos(pi k x), k = 1..WAVES, of its centre's row and column x,
+    both from 0 to 1."""
+    axes = [(torch.arange(n) + 0.5) / n for n in grid]
+    places = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
+    return (math.pi * places[..., None] * torch.arange(1, WAVES + 1)).cos().flatten(2).flatten(0, 1)
+
+
 def cross_entropy(logits: Tensor, labels: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """Mean over the questions; logits (..., sum(sizes)), labels (..., len(sizes))."""
     parts = logits.float().split(sizes, -1)
@@ -73,9 +85,9 @@ def cross_entropy(logits: Tensor, labels: Tensor, sizes: tuple[int, ...]) -> Ten
 class Questions(nn.Module):
     """Linear readings of three blocks' image tokens.
 
-    After the early block every token must know what the prompt says, and a reference token what it shows; after the
-    middle one a reference token must know whether it is to change; after the late one a target token must know which
-    of its parts the edited object is to cover.
+    After the early block every token must know where it is and what the prompt says, and a reference token what it
+    shows; after the middle one a reference token must know whether it is to change; after the late one a target token
+    must know which of its parts the edited object is to cover.
     """
 
     def __init__(self, transformer: nn.Module, blocks: tuple[nn.Module, nn.Module, nn.Module]):
@@ -83,6 +95,7 @@ class Questions(nn.Module):
         width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
         self.norms = nn.ModuleList([nn.LayerNorm(width) for _ in blocks])
         self.prompt, self.thing = nn.Linear(width, sum(SAID)), nn.Linear(width, sum(SEEN))
+        self.place = nn.Linear(width, 2 * WAVES)
         self.change, self.cover = nn.Linear(width, 1), nn.Linear(width, FINE**2)
         self.hidden: dict[int, Tensor] = {}
         for i, block in enumerate(blocks):
@@ -93,7 +106,8 @@ class Questions(nn.Module):
             self.hidden[i] = output[1]
 
     def early(self, tokens: int, answers: "Answers", told: Tensor | None = None) -> dict[str, Tensor]:
-        """Mean cross-entropies, `said` and `seen`, of what the last forward left after the early block.
+        """Mean squared error `where` and cross-entropies `said` and `seen` of what the last forward left after the
+        early block.
 
         `tokens`: how many target tokens precede the reference tokens. `told` (B,) bool: the samples that had their
         prompt, at least one; None: all.
@@ -102,7 +116,9 @@ class Questions(nn.Module):
         prompts, readers = answers.said[:, None].expand(-1, states.shape[1], -1), states
         if told is not None:
             prompts, readers = prompts[told], states[told]
+        error = self.place(states).float() - answers.where.repeat(states.shape[1] // tokens, 1)
         return {
+            "where": error.square().mean(),
             "said": cross_entropy(self.prompt(readers), prompts, SAID),
             "seen": cross_entropy(self.thing(states[:, tokens:]), answers.seen, SEEN),
         }
@@ -131,16 +147,19 @@ class Questions(nn.Module):
 
 
 class Answers:
-    """Labels of a batch: `said` (B, 6), `seen` (B, N, 2) int64, `edited` (B, N), `covered` (B, N, FINE^2) float32."""
+    """Labels of a batch: `said` (B, 6), `seen` (B, N, 2) int64, `where` (N, 2 * WAVES), `edited` (B, N), `covered`
+    (B, N, FINE^2) float32."""
 
     def __init__(self, scenes: Sequence[Scene], grid: tuple[int, int], edited: Tensor):
         self.said = torch.tensor([said(s) for s in scenes], device=edited.device)
         self.seen = torch.stack([seen(s, grid) for s in scenes]).to(edited.device)
         self.covered = torch.stack([outline(s, grid) for s in scenes]).to(edited.device)
+        self.where = where(grid).to(edited.device)
         self.edited = edited
 
     def part(self, at: Tensor) -> "Answers":
         """Of the tokens `at` (n,) only."""
         out = copy(self)
-        out.seen, out.edited, out.covered = self.seen[:, at], self.edited[:, at], self.covered[:, at]
+        out.where, out.edited = self.where[at], self.edited[:, at]
+        out.seen, out.covered = self.seen[:, at], self.covered[:, at]
         return out

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from . import landmarks
 from .family import named
 from .family_kontext import KONTEXT
 from .inherit import inherit
@@ -60,11 +61,15 @@ def train(settings: Settings):
     else:
         pipe = family.load(settings.start, torch_dtype=torch.float32)
     questions = Questions(pipe.transformer, family.asked_blocks(pipe.transformer))
-    if not (settings.out / "editor.pt").exists():  # a resumed run has it behind it
+    resumed = (settings.out / "editor.pt").exists()  # has what comes beforehand behind it
+    if not resumed:
         if settings.start is None:  # whoever has learned to understand its words would no longer
             train_text(pipe, settings, log)
         if teacher is not None:
             train_link(pipe, teacher, settings, log)
+    if family is KONTEXT:  # Qwen's words stand in a row, each at a place of its own
+        landmarks.place(pipe)
+    if not resumed:
         train_ask(pipe, questions, settings, log)
     train_editor(pipe, questions, settings, log)
     family.save(pipe, settings.out / "editor")

@@ -24,7 +24,7 @@ READING_RATE = 5e-3  # of readings alone, which are linear
 
 
 def ask_loss(pipe: Any, questions: Questions, batch: Batch, device: str) -> dict[str, Tensor]:
-    """The cross-entropies `said` and `seen` behind the first blocks, at any noise level."""
+    """The losses `where`, `said` and `seen` behind the first blocks, at any noise level."""
     family = of(pipe)
     sigma = torch.rand(len(batch.target), device=device)
     x, _ = noised(batch.target, sigma, device=device)

@@ -24,7 +24,8 @@ BATCHES: dict[tuple[int, int], int] = {
     (64, 64): 64, (128, 128): 32, (96, 160): 32, (160, 96): 32, (256, 256): 8, (192, 320): 8, (320, 192): 8,
     (512, 512): 2, (384, 512): 2, (512, 384): 2,
 }  # fmt: skip
-# Share of steps spent at each longer side, at the start, the middle and the end of training.
+# Share of steps spent at each longer side, at the start, the middle and the end of training; whoever goes on from an
+# editor that has learned starts at the middle, lest it forgets the larger sizes.
 CURRICULUM = (
     {64: 0.15, 128: 0.85, 256: 0.0, 512: 0.0},
     {64: 0.05, 128: 0.5, 256: 0.3, 512: 0.15},
@@ -34,12 +35,13 @@ REUSE = 3  # each encoded batch is seen about this often, with fresh noise, sinc
 # Share of each kind among the tasks: what has to be drawn anew takes longest to learn.
 SHARES = {"add": 0.28, "shape": 0.28, "background": 0.16, "recolor": 0.12, "remove": 0.11, "greyscale": 0.05}
 # Of the steps at 512 px this share is focused: more tasks, edited in one place, on this share of the tokens only.
-FOCUSED, FOCUS = 0.75, 0.35
+FOCUSED, FOCUS = 0.75, 0.25
 EDIT_WEIGHT = 2.0
 # Above this noise level the target can hardly be seen, so what the model draws comes from the instruction alone.
 HIGH = 0.85
 HIGH_SHARE = (0.7, 0.4)  # of the samples that are drawn from there, at the start and at the end of training
-ASK = {"said": 0.1, "seen": 0.1, "find": 0.2, "cover": 0.4}  # weights of the questions beside the flow loss
+# Weights of the questions beside the flow loss.
+ASK = {"where": 0.4, "said": 0.1, "seen": 0.1, "find": 0.2, "cover": 0.4}
 
 
 @dataclass
@@ -123,7 +125,8 @@ def batches(pipe: Any, settings: Settings, clock: Clock, start: int) -> Iterator
     # Another seed sees other tasks, and so does a resumed run: it starts further on than any step so far.
     seeds = iter(training_seeds((settings.seed << 36) + (start * settings.batch_scale << 12), 1 << 36))
     while True:
-        weights = {side: share for side, share in mixture(clock.progress).items() if side <= settings.largest}
+        progress = clock.progress if settings.start is None else (1 + clock.progress) / 2
+        weights = {side: share for side, share in mixture(progress).items() if side <= settings.largest}
         side = rng.choices(list(weights), list(weights.values()))[0]
         pool = pools.setdefault(side, [])
         if len(pool) < 8 or rng.random() < 1 / REUSE:

@@ -39,16 +39,27 @@ def test_seen_marks_the_objects_where_they_are_drawn():
         assert (labels == 0).any()
 
 
+def test_where_is_the_same_place_at_any_size():
+    n = questions.WAVES
+    coarse, fine = questions.where((2, 3)), questions.where((6, 9))
+    assert coarse.shape == (6, 2 * n) and fine.shape == (54, 2 * n)
+    centres = fine.unflatten(0, (6, 9))[1::3, 1::3].flatten(0, 1)  # of 3 x 3 tokens each
+    assert torch.allclose(coarse, centres, atol=1e-6)
+    assert float(coarse[5, 0]) == pytest.approx(math.cos(math.pi * 3 / 4))  # first wave of the second of two rows
+    assert float(coarse[5, n + 1]) == pytest.approx(math.cos(2 * math.pi * 5 / 6))  # second, third of three columns
+
+
 def test_losses_are_those_of_what_the_blocks_put_out():
     transformer = build.transformer()
     blocks = (transformer.transformer_blocks[-1], *transformer.single_transformer_blocks[1:4:2])
     asked = questions.Questions(transformer, blocks)
     with torch.no_grad():
-        for head in (asked.prompt, asked.thing, asked.change, asked.cover):
+        for head in (asked.prompt, asked.thing, asked.place, asked.change, asked.cover):
             head.weight.zero_()
             head.bias.zero_()
         asked.change.bias.fill_(2.0)
         asked.cover.bias.fill_(1.0)
+        asked.place.bias.copy_(torch.arange(12.0))
     batch = [scenes.describe(seed, "shape") for seed in range(2)]
     edited = torch.zeros(2, 6)
     edited[0] = 1.0
@@ -66,6 +77,8 @@ def test_losses_are_those_of_what_the_blocks_put_out():
     assert float(losses["said"]) == pytest.approx(sum(map(math.log, questions.SAID)) / 6, rel=1e-5)
     assert float(losses["seen"]) == pytest.approx(sum(map(math.log, questions.SEEN)) / 2, rel=1e-5)
     assert float(losses["find"]) == pytest.approx(math.log1p(math.exp(-2.0)), rel=1e-5)
+    missed = (torch.arange(12.0) - questions.where((2, 3))).square().mean()
+    assert float(losses["where"]) == pytest.approx(float(missed), rel=1e-5)
     assert not asked.hidden
     with torch.no_grad():
         for hook in late._forward_hooks.values():

@@ -13,6 +13,7 @@ from specedit.micro import (
     family,
     family_kontext,
     load,
+    questions,
     scenes,
     train,
     train_editor,
@@ -168,7 +169,7 @@ def test_a_step_of_qwen_reaches_everything_that_is_used():
         module.train().requires_grad_(True)
     batch = train_editor.encode(pipe, [scenes.describe(s) for s in training.seeds(0, 3)], (64, 64), "cpu")
     losses = train_editor.editor_loss(pipe, batch, "cpu", torch.Generator().manual_seed(0), questions=questions)
-    assert set(losses) == {"flow", "said", "seen", "find", "cover", "total"}
+    assert set(losses) == {"flow", "where", "said", "seen", "find", "cover", "total"}
     losses["total"].backward()
     idle = {
         f"{name}.{inner}" for name, module in modules.items() for inner, p in module.named_parameters()
@@ -257,10 +258,22 @@ def test_steps_at_512_px_are_mostly_focused(monkeypatch):
     assert len(large) / 2 < len(focused) < len(large) and all(max(b.grid) == 32 for b in focused)
     for b in focused:
         n = math.ceil(train_editor.FOCUS * math.prod(b.grid))
-        assert b.target.shape == (5, n, 1) and b.edited.shape == (5, n) and b.edited.any(1).all()
+        count = 2 / train_editor.FOCUS
+        assert b.target.shape == (count, n, 1) and b.edited.shape == (count, n) and b.edited.any(1).all()
+        assert torch.equal(b.answers.where, questions.where(b.grid)[b.at])
     again = next(b for i, b in enumerate(focused) if any(b.answers.said is c.answers.said for c in focused[:i]))
     parts = [b.at for b in focused if b.answers.said is again.answers.said]
     assert not torch.equal(parts[0], parts[1])  # a batch that comes back has other tokens
+
+
+def test_who_goes_on_starts_in_the_middle_of_the_curriculum(monkeypatch):
+    asked = []
+    monkeypatch.setattr(train_editor, "mixture", lambda progress: asked.append(progress) or {64: 1.0})
+    monkeypatch.setattr(train_editor, "encode", lambda *_: train_editor.Batch((1, 1), None, None, [], None))
+    for start, progress in ((None, 0.25), (Path("weights"), 0.625)):
+        clock = training.Clock(1.0, spent=15.0)
+        next(train_editor.batches(None, training.Settings(Path(), start=start), clock, 0))
+        assert asked.pop() == pytest.approx(progress, abs=0.02)
 
 
 def test_the_loss_of_a_part_is_that_of_its_tokens():
