@@ -18,7 +18,7 @@ import torch
 from tokenizers import processors
 from torch import Tensor
 
-from . import scenes
+from . import family_kontext, scenes
 from .training import seeds
 
 PHASES = 6  # landmarks of an axis
@@ -61,17 +61,15 @@ def _name(pipe: Any) -> None:
 def _states(pipe: Any) -> tuple[Tensor, Tensor]:
     """What the first block's text projections see of some prompts at all noise levels, (n, width) float32, and which
     landmark each is: (n,) int64, -1 for the other tokens."""
-    from . import family_kontext as kontext
-
     tokenizer, transformer = pipe.tokenizer_2, pipe.transformer
     prompts = [scenes.describe(seed).prompt for seed in seeds(1 << 41, SAMPLES)]
-    features = kontext.text(pipe, prompts, None, "cpu")
+    features = family_kontext.text(pipe, prompts, None, "cpu")
     seen: list[Tensor] = []
     hook = transformer.transformer_blocks[0].attn.add_k_proj.register_forward_pre_hook(
         lambda _module, inputs: seen.append(inputs[0].float())
     )
     noise = torch.randn(SAMPLES, 4, transformer.config.in_channels)
-    kontext.velocity(pipe, noise, noise, (2, 2), torch.rand(SAMPLES), features)
+    family_kontext.velocity(pipe, noise, noise, (2, 2), torch.rand(SAMPLES), features)
     hook.remove()
     length = features[0].shape[1]
     ids = tokenizer(prompts, padding="max_length", max_length=length, return_tensors="pt").input_ids

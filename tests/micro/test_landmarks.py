@@ -1,9 +1,11 @@
 """The landmarks: every prompt ends with them, and the first block's picture tokens can tell by them where they are."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
+from diffusers.models.embeddings import apply_rotary_emb
 
 from specedit.micro import build, family_kontext, landmarks, train, training
 from specedit.micro.load import WEIGHTS
@@ -59,8 +61,7 @@ def weights(pipe, grid):
         q, k, text = (t.unflatten(-1, (4, 64)) for t in (seen["q"], seen["k"], seen["text"]))
         q, k, text = attn.norm_q(q), attn.norm_k(k), attn.norm_added_k(text)
         places = torch.cat([family_kontext.ids(grid, image, "cpu") for image in (0, 1)])
-        cos, sin = pipe.transformer.pos_embed(places)
-        turn = lambda t: t * cos[:, None] + torch.stack([-t[..., 1::2], t[..., ::2]], -1).flatten(-2) * sin[:, None]  # noqa: E731
+        turn = partial(apply_rotary_emb, freqs_cis=pipe.transformer.pos_embed(places), sequence_dim=1)
         logits = torch.einsum("bnhd,bmhd->bhnm", turn(q), torch.cat([text, turn(k)], 1)) / 8
     for hook in hooks:
         hook.remove()
