@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from . import landmarks
+from .cpu import fast
 from .family import named
 from .family_kontext import KONTEXT
 from .inherit import inherit
@@ -107,7 +108,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--like", type=Path, help="directory of a Kontext editor that a new Qwen editor takes over")
     parser.add_argument("--link-minutes", type=float, default=Settings.link_minutes, help="with --like")
-    train(Settings(**vars(parser.parse_args(arguments))))
+    settings = Settings(**vars(parser.parse_args(arguments)))
+    with fast(settings.device):
+        train(settings)
 
 
 if __name__ == "__main__":

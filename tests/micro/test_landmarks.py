@@ -13,9 +13,13 @@ from specedit.micro.load import WEIGHTS
 PROMPTS = ["make it grey", "add a small yellow hexagon at the bottom right of the picture", ""]
 
 
-@pytest.fixture(scope="module")
-def placed():
+@pytest.fixture(scope="module", params=[1, 30], ids=["fresh", "trained"])
+def placed(request):
     pipe = build.kontext()
+    with torch.no_grad():  # the blocks of a trained encoder add more to the embeddings than fresh ones do
+        for block in pipe.text_encoder_2.encoder.block:
+            block.layer[0].SelfAttention.o.weight.mul_(request.param)
+            block.layer[-1].DenseReluDense.wo.weight.mul_(request.param)
     landmarks.place(pipe)
     return pipe
 

@@ -1,0 +1,104 @@
+"""Training on a CPU: attention as products is attention, where it is asked for, and freed memory stays."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from specedit.micro import cpu, train
+
+
+def inputs(n=37, m=53, dtype=torch.float32):
+    """q (2, 3, n, 64), k and v (2, 3, m, 64), not contiguous, as diffusers passes them."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, length, 3, 64, generator=generator).to(dtype).transpose(1, 2) for length in (n, m, m)]
+
+
+def gradients(f, tensors):
+    leaves = [t.detach().clone().requires_grad_(True) for t in tensors]
+    out = f(*leaves)
+    out.backward(torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out))
+    return [out.detach(), *(t.grad for t in leaves)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n, m", [(37, 53), (1, 1), (1, 130), (256, 256)])
+def test_value_and_gradients_are_those_of_attention(n, m, dtype):
+    tensors = inputs(n, m, dtype)
+    exact = gradients(F.scaled_dot_product_attention, [t.double() for t in tensors])
+    theirs = gradients(F.scaled_dot_product_attention, tensors)
+    ours = gradients(cpu.attention, tensors)
+    for got, peer, wanted in zip(ours, theirs, exact, strict=True):
+        assert got.dtype == dtype and got.shape == wanted.shape
+        error, allowed = ((t.double() - wanted).norm() for t in (got, peer))
+        assert error <= 2 * allowed + torch.finfo(dtype).eps * 1e-3 * wanted.norm()
+
+
+def test_plain_calls_become_products_by_position_or_name():
+    q, k, v = inputs()
+    wanted = cpu.attention(q, k, v)
+    assert not torch.equal(F.scaled_dot_product_attention(q, k, v), wanted)  # so that the two can be told apart
+    with cpu.PlainAttention():
+        assert torch.equal(F.scaled_dot_product_attention(q, k, v), wanted)
+        named = F.scaled_dot_product_attention(query=q, key=k, value=v, attn_mask=None, dropout_p=0.0, is_causal=False)
+        assert torch.equal(named, wanted)
+        assert torch.equal(F.scaled_dot_product_attention(q, k, v, None, 0.0), wanted)
+    assert not torch.equal(F.scaled_dot_product_attention(q, k, v), wanted)
+
+
+@pytest.mark.parametrize(
+    "special",
+    [
+        dict(is_causal=True),
+        dict(attn_mask=torch.rand(37, 53, generator=torch.Generator().manual_seed(1)) < 0.5),
+        dict(attn_mask=torch.zeros(37, 53)),
+        dict(scale=0.5),
+        dict(dropout_p=0.5),
+    ],
+)
+def test_calls_with_more_to_them_go_where_they_went(special):
+    def call():
+        torch.manual_seed(0)
+        return F.scaled_dot_product_attention(*inputs(), **special)
+
+    wanted = call()
+    with cpu.PlainAttention():
+        assert torch.equal(call(), wanted)
+
+
+def test_on_a_gpu_nothing_changes():
+    q, k, v = inputs()
+    wanted = F.scaled_dot_product_attention(q, k, v)
+    with cpu.fast("cuda"):
+        assert torch.equal(F.scaled_dot_product_attention(q, k, v), wanted)
+
+
+FREED = """
+import torch
+from specedit.micro import cpu
+if {fast}:
+    with cpu.fast("cpu"):
+        pass
+torch.ones(1 << 26)  # 256 MiB, dropped at once
+print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) >> 10)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_the_process_keeps_what_it_frees():
+    plain, kept = (
+        int(subprocess.run([sys.executable, "-c", FREED.format(fast=fast)], capture_output=True, check=True).stdout)
+        for fast in (False, True)
+    )
+    assert kept - plain > 200  # MiB
+
+
+def test_the_command_trains_so(tmp_path, monkeypatch):
+    q, k, v = inputs()
+    monkeypatch.setattr(cpu.ctypes, "CDLL", lambda _: None)  # this process goes on as it is
+    seen = []
+    monkeypatch.setattr(train, "train", lambda settings: seen.append(F.scaled_dot_product_attention(q, k, v)))
+    train.main(["--out", str(tmp_path), "--device", "cpu"])
+    assert torch.equal(seen[0], cpu.attention(q, k, v))
