@@ -11,10 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
 from torch import Tensor, nn
 
 from . import scenes
+from .family import of
 from .family_kontext import KONTEXT
 from .training import seeds
 
@@ -23,11 +25,12 @@ LEFT_OUT = 0
 GUIDANCE = 3.5  # FluxKontextPipeline's default; the transformer embeds a thousand times this
 TO_Q = ("to_q", "to_k", "to_v")
 ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
+SAME = 0.1  # latents that are apart by less of their variance are the same to a transformer
 
 
 @torch.no_grad()
 def inherit(pipe: Any, teacher: Any) -> None:
-    """Let an untrained QwenImageEditPipeline's transformer take over that of a trained FluxKontextPipeline."""
+    """Let a QwenImageEditPipeline's transformer take over that of a trained FluxKontextPipeline, but for `txt_in`."""
     prompts = [scenes.describe(seed).prompt for seed in seeds(0, 64)]
     pooled = KONTEXT.text(teacher, prompts, None, "cpu")[1]
     take_over(pipe.transformer, teacher.transformer, pooled)
@@ -93,6 +96,14 @@ def from_single(block: nn.Module, single: nn.Module) -> None:
         _copy(mlp.net[0].proj, single.proj_mlp)
         mlp.net[2].weight.copy_(single.proj_out.weight[:, width:])
         mlp.net[2].bias.zero_()
+
+
+@torch.no_grad()
+def distance(pipe: Any, teacher: Any) -> float:
+    """Mean squared distance of a Qwen editor's latents from a Kontext editor's, in units of the latter's variance."""
+    images = scenes.draw([scenes.describe(seed) for seed in seeds(0, 8)], 128, 128)[0] * 2 - 1
+    theirs = KONTEXT.latents(teacher.vae, images)
+    return float(F.mse_loss(of(pipe).latents(pipe.vae, images), theirs) / theirs.var())
 
 
 def same_latents(vae: nn.Module, teacher: nn.Module) -> None:

@@ -6,10 +6,11 @@ questions alone, then text encoders and transformer together.
     python -m specedit.micro.train --out runs/more --start specedit/micro/weights/kontext --minutes 8 --batch-scale 8
 
 The second line lets a Qwen editor take over what a Kontext editor knows; without --like it learns all by itself. The
-last line goes on from weights that are there. The budget is wall-clock time, so the same command fits a GPU and
-two cores. Run it again with the same --out to go on: a larger budget continues where the last run stopped.
-`runs/kontext/editor` always holds the newest averaged weights as a pipeline directory, `runs/kontext/log.json` what
-happened.
+last line goes on from weights that are there; with both options autoencoder and words are --start's, and only the
+transformer is taken over, from a Kontext editor that has learned more since. The budget is wall-clock time, so the same
+command fits a GPU and two cores. Run it again with the same --out to go on: a larger budget continues where the last
+run stopped. `runs/kontext/editor` always holds the newest averaged weights as a pipeline directory,
+`runs/kontext/log.json` what happened.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from . import landmarks
 from .cpu import fast
 from .family import named
 from .family_kontext import KONTEXT
-from .inherit import inherit
+from .inherit import SAME, distance, inherit
 from .questions import Questions
 from .train_ask import train_ask
 from .train_editor import train_editor
@@ -39,8 +40,8 @@ def train(settings: Settings):
         ValueError: an unknown model, one of the folders holds another one's editor, or `like` where it cannot serve.
     """
     family = named(settings.model)
-    if settings.like is not None and (settings.model != "qwen" or settings.start is not None):
-        raise ValueError("--like: expected --model qwen and no --start, which has learned already")
+    if settings.like is not None and settings.model != "qwen":
+        raise ValueError(f"--like: expected --model qwen, got {settings.model}")
     for option, folder, kind in (
         ("--out", settings.out / "editor", family),
         ("--start", settings.start, family),
@@ -57,10 +58,15 @@ def train(settings: Settings):
     if settings.start is None:
         pipe = family.build(settings.seed)
         train_vae(pipe, settings, log, teacher)
-        if teacher is not None:
-            inherit(pipe, teacher)
     else:
         pipe = family.load(settings.start, torch_dtype=torch.float32)
+        if teacher is not None and (apart := distance(pipe, teacher)) > SAME:
+            raise ValueError(
+                "--start: expected an editor whose latents are those of --like, "
+                f"got some that are apart by {apart:.2f} of their variance"
+            )
+    if teacher is not None:
+        inherit(pipe, teacher)
     questions = Questions(pipe.transformer, family.asked_blocks(pipe.transformer))
     resumed = (settings.out / "editor.pt").exists()  # has what comes beforehand behind it
     if not resumed:
@@ -106,7 +112,9 @@ def main(arguments: list[str] | None = None) -> None:
         type=Path,
         help="directory of an editor to go on from; its autoencoder is kept, since the latents are what it learned",
     )
-    parser.add_argument("--like", type=Path, help="directory of a Kontext editor that a new Qwen editor takes over")
+    parser.add_argument(
+        "--like", type=Path, help="directory of a Kontext editor whose transformer a Qwen editor takes over"
+    )
     parser.add_argument("--link-minutes", type=float, default=Settings.link_minutes, help="with --like")
     settings = Settings(**vars(parser.parse_args(arguments)))
     with fast(settings.device):

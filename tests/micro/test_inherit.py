@@ -14,6 +14,7 @@ from specedit.micro import build, build_qwen, inherit, train, train_vae, trainin
 from specedit.micro.family_kontext import velocity_at
 from specedit.micro.family_qwen import latents
 from specedit.micro.family_qwen import velocity as qwen_velocity
+from specedit.micro.load import WEIGHTS
 
 WIDTH, HEADS, WORDS, PICTURE = 128, 2, 3, 6
 
@@ -160,8 +161,35 @@ def test_training_takes_over_and_says_what_cannot_be(tmp_path, few_tasks):
     with torch.no_grad():
         mean = pipe.vae.encode(picture[:, :, None]).latent_dist.mean[:, :, 0]
     assert torch.allclose(latents(pipe.vae, picture), (mean - 0.25) * 2, atol=1e-4)
-    for wrong in (dict(model="kontext"), dict(model="qwen", start=tmp_path / "qwen" / "editor")):
-        with pytest.raises(ValueError, match="--like: expected --model qwen and no --start"):
-            train.train(training.Settings(tmp_path / "new", **few | wrong))
+    with pytest.raises(ValueError, match="--like: expected --model qwen, got kontext"):
+        train.train(training.Settings(tmp_path / "new", model="kontext", **few))
+    assert inherit.distance(pipe, teacher) > inherit.SAME  # one step is not enough to learn its latents
+    with pytest.raises(ValueError, match=r"--start: expected an editor whose latents are those of --like, .* by \d"):
+        train.train(training.Settings(tmp_path / "new", model="qwen", start=tmp_path / "qwen" / "editor", **few))
     with pytest.raises(ValueError, match=r"--like: expected a FluxKontextPipeline in .*, got a Qwen"):
         train.train(training.Settings(tmp_path / "new", model="qwen", **few | {"like": tmp_path / "qwen" / "editor"}))
+
+
+def test_an_editor_that_has_learned_takes_over_the_transformer_alone(tmp_path, monkeypatch):
+    """The packaged editors have the same latents; autoencoder and words stay, and are joined to the new blocks."""
+    done = []
+    for part in ("vae", "text", "link", "ask", "editor"):
+        monkeypatch.setattr(train, f"train_{part}", lambda *_, part=part: done.append(part))
+    start, like = WEIGHTS / "qwen", WEIGHTS / "kontext"
+    got = train.train(training.Settings(tmp_path, model="qwen", start=start, like=like))
+    assert done == ["link", "ask", "editor"]
+    old = build_qwen.load(start, torch_dtype=torch.float32)
+    teacher = build.load(like, torch_dtype=torch.float32)
+    assert 0 < inherit.distance(got, teacher) < inherit.SAME
+    for name in ("vae", "text_encoder"):
+        kept = getattr(old, name).state_dict()
+        assert all(torch.equal(kept[key], value) for key, value in getattr(got, name).state_dict().items())
+    ours, before, theirs = got.transformer, old.transformer, teacher.transformer
+    assert torch.equal(ours.txt_in.weight, before.txt_in.weight)
+    block, double = ours.transformer_blocks[0], theirs.transformer_blocks[0]
+    assert torch.equal(block.attn.to_q.weight, double.attn.to_q.weight)
+    assert not torch.equal(block.attn.to_q.weight, before.transformer_blocks[0].attn.to_q.weight)
+    fresh = build_qwen.qwen(0)
+    inherit.inherit(fresh, teacher)  # an embedding of time that has learned is replaced, not added to
+    bias = "time_text_embed.timestep_embedder.linear_2.bias"
+    assert torch.equal(ours.state_dict()[bias], fresh.transformer.state_dict()[bias])
