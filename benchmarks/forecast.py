@@ -71,8 +71,7 @@ def run(scores: Scores, pipe: Any, name: str, todo: list[micro.scenes.Case], set
     try:
         if "install" in settings:
             install(pipe, **settings["install"])
-        family = settings["family"]  # a cache alone has no draft, and finds no edit
-        scores.score(pipe, name, todo, settings.get("steps"), drafts="specedit" in family, family=family)
+        scores.score(pipe, name, todo, settings.get("steps"), family=settings["family"])
     finally:
         uninstall(pipe)
         if settings.get("student") is not None:

@@ -51,10 +51,9 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = variants(args.only)
     for name, todo in scores.turns(chosen):
         settings = chosen[name]
-        drafts = "preset" in settings
-        if drafts:
+        if "preset" in settings:
             install(pipe, settings["preset"], restore=settings["restore"])
-        scores.score(pipe, name, todo, settings.get("steps"), drafts=drafts, size=args.size, **settings)
+        scores.score(pipe, name, todo, settings.get("steps"), size=args.size, **settings)
         uninstall(pipe)
 
 

@@ -20,7 +20,6 @@ from specedit import micro, results
 from specedit.install import last_report
 
 EVERY = 4  # tasks of one variant before it is the next one's turn
-SMALL = 0.15  # edits of up to this share of the picture apart: there locking pays, and the goals speak of them
 
 
 def fingerprint(path: Path | None) -> str | None:
@@ -34,7 +33,7 @@ def fingerprint(path: Path | None) -> str | None:
 
 
 class Scores:
-    """The rows of one file: `variant`, its own fields, `mean`, `kinds`, `small`, and `cases`, one entry a task."""
+    """The rows of one file: `variant`, its own fields, `mean`, `kinds`, and `cases`, one entry a task."""
 
     def __init__(
         self, path: Path, command: str, cases: list[micro.scenes.Case], of: dict[str, Any], resume: bool, **more: Any
@@ -89,22 +88,15 @@ class Scores:
         variant: str,
         cases: list[micro.scenes.Case],
         num_inference_steps: int | None,
-        *,
-        drafts: bool,
         **fields: Any,
     ) -> None:
-        """Run `cases`, which `variant` lacks, and write the file.
-
-        `drafts`: the variant looks for the edit, so that small ones can be told apart. `fields` go into its row.
-        """
+        """Run `cases`, which `variant` lacks, and write the file. `fields` go into the variant's row."""
         row = next((row for row in self.rows if row["variant"] == variant), None)
         if row is None:
-            row = dict(variant=variant, **fields, mean={}, kinds={}, small=None, cases=[])
+            row = dict(variant=variant, **fields, mean={}, kinds={}, cases=[])
             self.rows.append(row)
         row["cases"] += micro.evaluate(pipe, cases, num_inference_steps)["cases"]
         row |= micro.summary(row["cases"])
-        small = [case for case in row["cases"] if drafts and case.get("edit_fraction", 1) <= SMALL]
-        row["small"] = micro.mean(small) if small else None
         if (last := last_report(pipe)) is not None:
             row |= dict(nfe=last.nfe, cached_steps=last.cached_steps, cache_bytes=last.cache_bytes)
         results.write(self.path, self.command, self.rows, **self.more)

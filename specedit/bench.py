@@ -41,8 +41,7 @@ def presets_against_stock(size: int, repeat: int = 1, seed: int = SEED, model: s
 
     runs = [(preset, restore) for preset in presets if "lightning" not in preset for restore in CHOICES["restore"]]
     stock: list[tuple[float, int]] = []
-    taken: dict[tuple[str, str], list[tuple[float, int]]] = {run: [] for run in runs}
-    reports: dict[tuple[str, str], RunReport] = {}
+    taken: dict[tuple[str, str], list[tuple[float, int, RunReport]]] = {run: [] for run in runs}
     with tqdm(total=repeat * (1 + len(runs)), desc="bench") as bar:
         pipe(**call, num_inference_steps=2)
         for turn in range(repeat):
@@ -52,24 +51,25 @@ def presets_against_stock(size: int, repeat: int = 1, seed: int = SEED, model: s
                 install(pipe, preset, restore=restore)
                 if turn == 0:
                     pipe(**call, num_inference_steps=2)
-                taken[preset, restore].append(measure())
-                reports[preset, restore] = report(pipe)
+                taken[preset, restore].append((*measure(), report(pipe)))
                 uninstall(pipe)
                 bar.update()
 
     seconds_stock = statistics.median(seconds for seconds, _ in stock)
     rows = []
     for (preset, restore), calls in taken.items():
-        times, done = [seconds for seconds, _ in calls], reports[preset, restore]
+        times = [seconds for seconds, _, _ in calls]
+        middle = statistics.median_low(times)  # a call of its own, so that its stages are this row's
+        done = calls[times.index(middle)][2]
         rows.append(
             dict(
                 model=f"micro-{model}", preset=preset, restore=restore, edit_fraction=done.edit_fraction,
                 height=size, width=size, baseline=f"stock {STOCK_STEPS} steps",
-                seconds_stock=seconds_stock, seconds=statistics.median(times),
-                speedup=seconds_stock / statistics.median(times),
+                seconds_stock=seconds_stock, seconds=middle,
+                speedup=seconds_stock / middle,
                 flops_ratio=done.flops_ratio, spread=max(times) - min(times),
                 peak_memory_stock=max(peak for _, peak in stock) or None,
-                peak_memory=max(peak for _, peak in calls) or None,
+                peak_memory=max(peak for _, peak, _ in calls) or None,
                 stages=[dict(name=s.name, steps=s.steps, tokens=s.tokens, flops=s.flops, seconds=s.seconds)
                         for s in done.stages],
             )

@@ -60,6 +60,13 @@ def _check_size(size: int, low: int, high: int | None = None) -> None:
         raise Failure(f"--size: expected a multiple of 16 {limits}, got {size}")
 
 
+def _seed(text: str) -> int:
+    """What torch's generators take."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^63 - 1, got {text}")
+    return int(text)
+
+
 def _check_output(path: Path, kinds: Collection[str]) -> None:
     """Before any work: whether a picture can be written to `path`. `kinds`: suffixes with their dot."""
     if path.suffix.lower() not in kinds:
@@ -78,7 +85,7 @@ def _add_demo(commands) -> None:
     parser.add_argument("--size", type=int, default=512, help="side in pixels, 128 to 512")
     parser.add_argument("--preset", default="turbo", choices=list(presets))
     parser.add_argument("--restore", default="reference", choices=CHOICES["restore"])
-    parser.add_argument("--seed", type=int, help="another task")
+    parser.add_argument("--seed", type=_seed, help="another task")
     parser.set_defaults(run=_demo)
 
 
@@ -96,7 +103,8 @@ def _demo(args) -> int:
     result.edit.save(args.out / "specedit.png")
     result.save_figure(args.out / "demo.png")
     result.run.save_figure(args.out / "report.png")
-    print(f'\n"{result.case.prompt}", {args.size} x {args.size} px, preset {args.preset}\n')
+    how = f"preset {args.preset}, restore={args.restore}" + (", keep_pixels=True" if keep else "")
+    print(f'\n"{result.case.prompt}", {args.size} x {args.size} px, {how}\n')
     print(result.table())
     print(f"\n{result.run}\n\npictures in {args.out}: demo.png, report.png, input.png, stock.png, specedit.png")
     return 0
@@ -113,7 +121,7 @@ def _add_edit(commands) -> None:
     parser.add_argument("--mask", type=Path, help="picture that is nonzero where to edit; instead of the draft")
     parser.add_argument("--restore", choices=CHOICES["restore"])
     parser.add_argument("--keep-pixels", action="store_true", help="leave every pixel outside the edit as it was")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=_seed, default=0)
     parser.add_argument("--figure", type=Path, help="also write where the method looked and what it cost")
     parser.set_defaults(run=_edit)
 
@@ -181,7 +189,7 @@ def _add_eval(commands) -> None:
             "--out", type=Path, help=f"folder, by default specedit-{name}/PRESET; goes on with the run that is in it"
         )
         public.add_argument("--cases", type=int, help="only the first so many tasks")
-        public.add_argument("--seed", type=int, default=0, help="of every task's noise")
+        public.add_argument("--seed", type=_seed, default=0, help="of every task's noise")
         public.add_argument(
             "--against", type=Path, help="folder of an earlier run, of stock for instance, to compare pictures with"
         )
@@ -210,11 +218,12 @@ def _eval(args) -> int:
     overrides = _check_eval(args)
     _check_size(args.size, 64)
     _quiet()
+    import torch
     from tqdm.auto import tqdm
 
     from . import install, micro, results
 
-    pipe = micro.load(args.model)
+    pipe = micro.load(args.model, device="cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
     if args.preset != "stock":
         install(pipe, args.preset, **overrides)

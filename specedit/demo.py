@@ -75,10 +75,11 @@ class Result:
         figure = Figure(figsize=(16, 5.0), layout="constrained")
         axes = figure.subplots(1, 4)
         gain = self.stock_seconds / self.run.seconds
+        kept = ", unedited pixels kept" if self.run.config.keep_pixels else ""
         titles = (
             "input",
             f"stock {NAMES[self.model]} pipeline\n{STOCK_STEPS} steps, {self.stock_seconds:.1f} s",
-            f"SpecEdit, the same call\n{self.run.nfe} steps, {self.run.seconds:.1f} s, {gain:.1f}x faster",
+            f"SpecEdit, the same call{kept}\n{self.run.nfe} steps, {self.run.seconds:.1f} s, {gain:.1f}x faster",
             f"where it looked: {self.run.edit_fraction:.0%} edited (bright),\n{self.run.flops_ratio:.1f}x fewer FLOPs",
         )
         for axis, image, title in zip(axes, (self.case.source, self.stock, self.edit, self._map()), titles):

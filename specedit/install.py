@@ -20,7 +20,7 @@ from .models import adapters
 from .models.base import Adapter
 from .report import RunReport
 from .schedule import supported
-from .step import forward_flops
+from .step import forward_flops, tell_timestep
 from .versions import check_diffusers
 
 STOCK_STEPS = 50
@@ -114,8 +114,9 @@ def uninstall(pipe: Any) -> Any:
     installation = _installation(pipe)
     if installation is not None:
         pipe.__class__ = installation.stock_class
-        installation.adapter.detach(pipe)
         delattr(pipe, _ATTRIBUTE)
+        if pipe.transformer is not None:  # whoever frees memory takes it away first
+            installation.adapter.detach(pipe)
     return pipe
 
 
@@ -175,6 +176,8 @@ def _call(self, *args: Any, edit_mask: Any = None, **kwargs: Any) -> Any:
     bound = inspect.signature(stock).bind(self, *args, **kwargs)  # a TypeError here is the stock call's own
     if installation.asleep:
         return stock(self, *args, **kwargs)
+    if self.transformer is None:
+        raise ValueError(f"expected a {installation.stock_class.__name__} with a transformer, got one without")
     asked_steps = bound.arguments.get("num_inference_steps")
     bound.apply_defaults()
     call = {name: value for name, value in bound.arguments.items() if name != "self"}
@@ -192,13 +195,20 @@ def _call(self, *args: Any, edit_mask: Any = None, **kwargs: Any) -> Any:
 
 
 def _unsuited(pipe: Any) -> str | None:
-    if getattr(pipe.transformer, "is_cache_enabled", False):
+    if getattr(pipe.transformer, "is_cache_enabled", False) or any(map(_caches, pipe.transformer.modules())):
         return "a diffusers cache is enabled on the transformer, and it would mix up the stages"
     # cache-dit, and the caches that it descends from, mark what they patch. Their blocks need a context that only the
     # stock call opens.
     if getattr(pipe.transformer, "_is_cached", False) or any("cache_dit" in c.__module__ for c in type(pipe).__mro__):
         return "cache-dit is enabled on this pipeline, and its cache would mix up the stages; disable it first"
     return None
+
+
+def _caches(module: torch.nn.Module) -> bool:
+    """Whether a diffusers cache hangs on `module`: `apply_*_cache` puts it there without telling the transformer."""
+    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values()
+    names = [type(hook).__module__.rpartition(".")[-1] for hook in hooks]
+    return any(name.endswith("cache") or name == "pyramid_attention_broadcast" for name in names)
 
 
 def _unknown_call(stock: type, call: dict[str, Any]) -> str | None:
@@ -251,9 +261,7 @@ class _Listener:
     def step(self, index: int, sigma: float, latents: Any) -> torch.Tensor | None:
         """Called after step `index`; returns full-grid latents if the callback replaced them."""
         self.bar.update()
-        # Filled on the device: a copy from the host would wait for the step to end.
-        timestep = torch.full((), sigma * 1000, device=self.state.device)
-        self.pipe._current_timestep = timestep
+        timestep = tell_timestep(self.pipe, self.state, sigma)
         if self.callback is None:
             return None
         positive = self.state.extra["positive"]
@@ -307,4 +315,5 @@ def _report(pipe, state, config, outcome, seconds: float, images: Any, call: dic
         source=picture,
         edit=images[0] if call["output_type"] == "pil" else None,
         cache_bytes=outcome.cache_bytes,
+        missed=outcome.missed,
     )

@@ -79,6 +79,8 @@ class RunReport:
         preset: name for the table and figure. Taken from `config` when left out.
         config: the configuration that ran.
         cache_bytes: most memory that temporal caches held at once.
+        missed: samples in whose draft no cell changed enough. With restore="reference" or keep_pixels, which would give
+            them back as they came, they were edited as a whole.
         source, edit: PIL images of the first sample for the figure; not part of `to_dict`.
 
     Raises:
@@ -101,6 +103,7 @@ class RunReport:
     source: Image.Image | None = dataclasses.field(default=None, repr=False)
     edit: Image.Image | None = dataclasses.field(default=None, repr=False)
     cache_bytes: int = 0
+    missed: int = 0
 
     def __post_init__(self) -> None:
         self.stages = list(self.stages)
@@ -154,6 +157,7 @@ class RunReport:
             "cached_steps": self.cached_steps,
             "reused_steps": self.reused_steps,
             "cache_bytes": self.cache_bytes,
+            "missed": self.missed,
             "score": score,
             **{name: grid.tolist() if grid is not None else None for name, grid in grids.items()},
         }
@@ -182,6 +186,7 @@ class RunReport:
             f"{name}: NFE {self.nfe}{f' ({apart})' if apart else ''} + {self.draft_steps} draft, "
             f"stock takes {self.flops_ratio:.2f}x the FLOPs, "
             f"{self.edit_fraction:.0%} edited, {self.expand_fraction:.0%} expanded"
+            + (f"; {self.missed} of {len(self.edit_mask)} drafts showed no change" if self.missed else "")
         )
 
     def save_figure(self, path: str | PathLike[str], sample: int = 0) -> None:

@@ -38,6 +38,7 @@ class Outcome:
     expanded: Tensor
     stages: list[StageReport]
     cache_bytes: int = 0
+    missed: int = 0  # samples in whose draft nothing showed
 
 
 def run(
@@ -49,7 +50,7 @@ def run(
     make_histories = forecasting(adapter, pipe, state, config)
 
     # Section 3.3: draft the edit at a fraction of the tokens, see which cells it changes.
-    score, found = find_edit(adapter, pipe, state, config, edit_mask, listener, log)
+    score, found, missed = find_edit(adapter, pipe, state, config, edit_mask, listener, log)
     edited = everything_if_nearly(found)
     # Eq. 10: expand what is edited, and a sparse uniform set beside it.
     expanded = edited | select.uniform_cells(state.grid, config.uniform_stride, state.device)
@@ -85,7 +86,7 @@ def run(
     tokens = gather(parts, state)
     if config.restore == "reference" and done == config.nfe:  # an interrupted run has nothing clean to blend
         tokens = restore.blend_latents(tokens, state.aligned, edited, state.grid)
-    return Outcome(tokens, score, found, expanded, log, cache_bytes)
+    return Outcome(tokens, score, found, expanded, log, cache_bytes, missed)
 
 
 def forecasting(
@@ -105,15 +106,16 @@ def forecasting(
     return partial(Histories, config, branches=state.branches, predictor=predictor, backend=state.backend)
 
 
-def find_edit(adapter, pipe, state, config, edit_mask, listener, log) -> tuple[Tensor | None, Tensor]:
-    """Score on the token grid and edited cells (B, cells_h, cells_w): by draft and verification, or from a mask."""
+def find_edit(adapter, pipe, state, config, edit_mask, listener, log) -> tuple[Tensor | None, Tensor, int]:
+    """Score on the token grid and edited cells (B, cells_h, cells_w): by draft and verification, or from a mask; and in
+    how many samples the draft showed no change."""
     cells = torch.zeros((state.batch, *state.grid.coarse().shape), dtype=torch.bool, device=state.device)
     if edit_mask is not None:
-        return None, select.cells_of_mask(edit_mask, state)
+        return None, select.cells_of_mask(edit_mask, state), 0
     if not config.uses_draft:
         # Nothing depends on a mask, or the selector takes none. What is not edited is given back as it came, so
         # where nothing says what to edit, everything may be.
-        return None, cells | (config.restore == "reference" or config.keep_pixels)
+        return None, cells | (config.restore == "reference" or config.keep_pixels), 0
     began = clock(state)
     small = adapter.draft_state(pipe, state, config)
     done = 0  # fewer than asked after an interrupt
@@ -130,10 +132,11 @@ def find_edit(adapter, pipe, state, config, edit_mask, listener, log) -> tuple[T
     began = clock(state)
     score, edited = select.select(adapter, pipe, state, draft.tokens, draft.layout.grid, config)
     log.append(StageReport("verify", None, None, 0, 0, 0.0, clock(state) - began))
+    missed = ~edited.flatten(1).any(1)
     if config.restore == "reference" or config.keep_pixels:
         # A draft that shows no change at all may have missed it; locking everything would return the input.
-        edited = edited | ~edited.flatten(1).any(1)[:, None, None]
-    return score, edited
+        edited = edited | missed[:, None, None]
+    return score, edited, int(missed.sum()) if config.selector == "semantic" else 0
 
 
 def everything_if_nearly(edited: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .config import SpecEditConfig
@@ -52,6 +53,7 @@ def kept_reference(adapter: Adapter, config: SpecEditConfig) -> KeptReference | 
 def part_velocity(adapter: Adapter, pipe: Any, state: EditState, part: Part, i: int, config: SpecEditConfig) -> Tensor:
     """Velocity of one step of one part, and its work added to the part's account."""
     sigma = part.sigmas[i]
+    tell_timestep(pipe, state, sigma)
     call = (
         pipe, state, part.tokens, sigma, part.rows, part.layout, part.reference, part.reference_layout, config,
     )  # fmt: skip
@@ -75,6 +77,13 @@ def part_velocity(adapter: Adapter, pipe: Any, state: EditState, part: Part, i: 
     part.cached += not part.histories.done.full
     part.flops += part.histories.done.flops
     return adapter.guide(state, outputs)
+
+
+def tell_timestep(pipe: Any, state: EditState, sigma: float) -> Tensor:
+    """Show a step's timestep, () float32, as `pipe.current_timestep`, which hooks on the transformer may read."""
+    # Filled on the device: a copy from the host would wait for the step before to end.
+    pipe._current_timestep = torch.full((), sigma * 1000, device=state.device)
+    return pipe._current_timestep
 
 
 def call_flops(pipe: Any, state: EditState, part: Part, branches: int, call: TokenCall | None = None) -> float:

@@ -120,6 +120,7 @@ def test_bench(tmp_path, monkeypatch):
     assert {(r["preset"], r["restore"]) for r in rows} >= {("turbo", "reference"), ("quality", "full")}
     for row in rows:
         assert row["speedup"] == pytest.approx(row["seconds_stock"] / row["seconds"], rel=1e-3)
+        assert sum(stage["seconds"] for stage in row["stages"]) <= row["seconds"]  # of one and the same call
         for key in ("peak_memory_stock", "peak_memory"):
             assert (row[key] > 0) if torch.cuda.is_available() else (row[key] is None)
 
@@ -230,7 +231,9 @@ def test_an_empty_prompt_and_a_file_that_is_no_picture(tmp_path, picture, capsys
         ([], "COMMAND"),
         (["paint"], "'paint'"),
         (["demo", "--preset", "warp"], "'warp' (choose from"),
-        (["demo", "--seed", "x"], "'x'"),
+        (["demo", "--seed", "x"], "--seed: expected a whole number from 0 to 2^63 - 1, got x"),
+        (["demo", "--seed", "-1"], "got -1"),
+        (["edit", "in.png", "x", "--seed", str(2**63)], f"2^63 - 1, got {2**63}"),
         (["eval", "vibes"], "'vibes'"),
         (["edit", "in.png"], "prompt"),
         (["bench", "plan", "--colour", "red"], "--colour"),

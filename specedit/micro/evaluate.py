@@ -73,8 +73,9 @@ def evaluate(pipe: Any, cases: Iterable[Case], num_inference_steps: int | None =
         call: further arguments of the pipeline's call.
 
     Returns:
-        {"mean": {...}, "cases": [...]}: seed, kind, success, edit_psnr, keep_psnr, flops, seconds of each, and the
-        report's edit_fraction where there is one; means leave out nan. "kinds" holds the means of each kind.
+        {"mean": {...}, "cases": [...]}: seed, kind, mask_share, success, edit_psnr, keep_psnr, flops, seconds of each,
+        and the report's edit_fraction and missed where there is one; means leave out nan. "kinds" holds the means of
+        each kind.
     """
     from ..install import STOCK_STEPS, is_active, last_report
 
@@ -91,10 +92,11 @@ def evaluate(pipe: Any, cases: Iterable[Case], num_inference_steps: int | None =
         began = time.perf_counter()
         image = pipe(image=case.source, prompt=case.prompt, **given).images[0]
         seconds = time.perf_counter() - began
-        row = dict(seed=case.seed, kind=case.kind, **score(image, case), seconds=seconds)
+        row = dict(seed=case.seed, kind=case.kind, mask_share=float(case.mask.mean()), **score(image, case))
+        row["seconds"] = seconds
         if active and (run := last_report(pipe)) is not None:
             row |= dict(flops=run.flops, flops_ratio=run.flops_ratio, edit_fraction=run.edit_fraction)
-            row |= dict(mask_share=float(case.mask.mean()))
+            row |= dict(missed=run.missed)
         else:
             taken = given.get("num_inference_steps", family.default_steps)
             row["flops"] = stock_flops(pipe, case, taken, given)

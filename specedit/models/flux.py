@@ -360,7 +360,7 @@ class FluxKontext:
     @staticmethod
     def _last(pipe: Any) -> torch.nn.Module | None:
         """The last single block; None of a transformer without any, whose double blocks stay as they are."""
-        return next(iter(pipe.transformer.single_transformer_blocks[-1:]), None)
+        return next(iter(getattr(pipe.transformer, "single_transformer_blocks", ())[-1:]), None)
 
     def _trims(self, pipe: Any, attention: str) -> bool:
         """Whether the last block will compute the target's rows alone."""

@@ -82,7 +82,11 @@ def decoder_features(vae: Any, latents: Tensor) -> list[Tensor]:
 
 
 def _hooked_features(vae: Any, latents: Tensor) -> list[Tensor]:
-    """The same features of an offloaded autoencoder: only a whole decode brings every weight to the device."""
+    """The same features of an offloaded autoencoder: only a whole decode brings every weight to the device.
+
+    Whole means neither in tiles nor sample by sample, of which only the last would be seen.
+    """
+    parted = {name: getattr(vae, name) for name in ("use_tiling", "use_slicing") if hasattr(vae, name)}
     seen: dict[str, Tensor] = {}
     parts = {"conv_in": vae.decoder.conv_in, "mid_block": vae.decoder.mid_block, "up": vae.decoder.up_blocks[0]}
     hooks = [
@@ -90,8 +94,12 @@ def _hooked_features(vae: Any, latents: Tensor) -> list[Tensor]:
         for name, part in parts.items()
     ]
     try:
+        for name in parted:
+            setattr(vae, name, False)
         vae.decode(latents, return_dict=False)
     finally:
+        for name, value in parted.items():
+            setattr(vae, name, value)
         for hook in hooks:
             hook.remove()
     return list(seen.values())

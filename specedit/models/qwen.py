@@ -61,6 +61,8 @@ class QwenImageEdit:
         return isinstance(pipe, QwenImageEditPipeline)
 
     def refusal(self, pipe: Any, call: dict[str, Any]) -> str | None:
+        if not any(isinstance(module, Attention) for module in pipe.transformer.modules()):
+            return f"the attention of {type(pipe.transformer).__name__} takes no processors of ours"
         for option, reason in UNUSUAL.items():
             if getattr(pipe.transformer.config, option, False):  # older versions do not have every option
                 return reason
@@ -91,7 +93,7 @@ class QwenImageEdit:
         pipe._interrupt = False
         device = pipe._execution_device
         grid = TokenGrid(height // multiple, width // multiple)
-        pictures = self._pictures(pipe, images, grid)
+        pictures = self._pictures(pipe, call["image"], grid)
         say_why_unguided(call)
         positive, negative = encode(pipe, call, pictures.condition, device)
         batch, dtype = positive["encoder_hidden_states"].shape[0], positive["encoder_hidden_states"].dtype
@@ -122,7 +124,7 @@ class QwenImageEdit:
             branches=1 if negative is None else 2,
             pixels_per_token=multiple,
             backend={"auto": None, "stock": None}.get(attention, attention),
-            last_block=attention != "stock" and last_block.attached(pipe.transformer.transformer_blocks[-1]),
+            last_block=attention != "stock" and last_block.attached(self._last(pipe)),
             extra=dict(
                 positive=positive, negative=negative, dtype=dtype, call=call, condition=pictures.condition,
                 true_cfg_scale=call["true_cfg_scale"], kwargs=call["attention_kwargs"] or {},
@@ -145,10 +147,11 @@ class QwenImageEdit:
             raise ValueError(f"image: expected one picture or as many as fit {total} edits, got {len(images)}")
 
     @staticmethod
-    def _pictures(pipe: Any, images: list[Image.Image], grid: TokenGrid) -> Pictures:
-        """Every picture of the batch at the size of the first one, for both encoders."""
-        width, height = picture_size(pipe, images[0])
-        resized = pipe.image_processor.resize(images if len(images) > 1 else images[0], height, width)
+    def _pictures(pipe: Any, image: Image.Image | list[Image.Image], grid: TokenGrid) -> Pictures:
+        """Every picture of the batch at the size of the first one; a list's reach the vision-language encoder as they
+        are, even of one, since that is what `resize` does to lists."""
+        width, height = picture_size(pipe, check_pictures(image)[0])
+        resized = pipe.image_processor.resize(image, height, width)
         return Pictures(resized, [pipe.image_processor.preprocess(resized, height, width).unsqueeze(2)])
 
     @staticmethod
@@ -230,13 +233,20 @@ class QwenImageEdit:
 
     def attach(self, pipe: Any) -> None:
         attention.attach(pipe.transformer, Attention, attention.QwenMixedProcessor)
-        qwen_positions.attach(pipe.transformer.pos_embed)
-        last_block.attach(pipe.transformer.transformer_blocks[-1], QwenImageTransformerBlock, last_block.QwenLastBlock)
+        if (block := self._last(pipe)) is not None:
+            qwen_positions.attach(pipe.transformer.pos_embed)
+            last_block.attach(block, QwenImageTransformerBlock, last_block.QwenLastBlock)
 
     def detach(self, pipe: Any) -> None:
         attention.detach(pipe.transformer, Attention)
-        qwen_positions.detach(pipe.transformer.pos_embed)
-        last_block.detach(pipe.transformer.transformer_blocks[-1])
+        if (block := self._last(pipe)) is not None:
+            qwen_positions.detach(pipe.transformer.pos_embed)
+            last_block.detach(block)
+
+    @staticmethod
+    def _last(pipe: Any) -> torch.nn.Module | None:
+        """The last block; None of another engine without the model's parts, which runs the stock path."""
+        return next(iter(getattr(pipe.transformer, "transformer_blocks", ())[-1:]), None)
 
 
 class QwenImageEditPlus(QwenImageEdit):
@@ -253,6 +263,12 @@ class QwenImageEditPlus(QwenImageEdit):
     def matches(pipe: Any) -> bool:
         return isinstance(pipe, QwenImageEditPlusPipeline)
 
+    def refusal(self, pipe: Any, call: dict[str, Any]) -> str | None:
+        prompts = call["prompt"] if isinstance(call["prompt"], list) else call["prompt_embeds"]
+        if prompts is not None and len(prompts) > 1:  # what becomes of them is for each version's own call to say
+            return f"{len(prompts)} prompts in one call, and the pipeline takes one"
+        return super().refusal(pipe, call)
+
     @staticmethod
     def _output_size(pipe: Any, call: dict[str, Any], images: list[Image.Image], multiple: int) -> tuple[int, int]:
         width, height = edit_size(plus, images[-1])
@@ -260,17 +276,16 @@ class QwenImageEditPlus(QwenImageEdit):
 
     @staticmethod
     def _check_batch(call: dict[str, Any], images: list[Image.Image]) -> None:
-        if (prompts := count_prompts(call)) > 1:
-            raise ValueError(f"prompt: expected one prompt a call for QwenImageEditPlusPipeline, got {prompts}")
+        """One prompt has any number of pictures."""
 
     @staticmethod
-    def _pictures(pipe: Any, images: list[Image.Image], grid: TokenGrid) -> Pictures:
+    def _pictures(pipe: Any, image: Image.Image | list[Image.Image], grid: TokenGrid) -> Pictures:
         condition, reference = [], []
-        for image in images:
-            width, height = edit_size(plus, image, plus.CONDITION_IMAGE_SIZE)
-            condition.append(pipe.image_processor.resize(image, height, width))
-            width, height = edit_size(plus, image, plus.VAE_IMAGE_SIZE)
-            reference.append(pipe.image_processor.preprocess(image, height, width).unsqueeze(2))
+        for one in check_pictures(image):
+            width, height = edit_size(plus, one, plus.CONDITION_IMAGE_SIZE)
+            condition.append(pipe.image_processor.resize(one, height, width))
+            width, height = edit_size(plus, one, plus.VAE_IMAGE_SIZE)
+            reference.append(pipe.image_processor.preprocess(one, height, width).unsqueeze(2))
         return Pictures(condition, reference, nearest_shape([tuple(r.shape[-2:]) for r in reference], grid))
 
     @staticmethod
@@ -335,14 +350,19 @@ def encode(pipe: Any, call: dict[str, Any], condition: Any, device: torch.device
     """Both prompts beside the pictures, as the stock pipelines encode them.
 
     Of each: `encoder_hidden_states` (B, L, D), `mask` (B, L) bool and `lengths`, both None where nothing is padding.
+    The images of a prompt stand together. `encode_prompt` itself repeats embeddings so, but masks one prompt after the
+    other, and would give a prompt another one's.
     """
+    images = call["num_images_per_prompt"]
 
     def one(prefix: str) -> dict[str, Any]:
         embeds, mask = pipe.encode_prompt(
             image=condition, prompt=call[f"{prefix}prompt"], prompt_embeds=call[f"{prefix}prompt_embeds"],
             prompt_embeds_mask=call[f"{prefix}prompt_embeds_mask"], device=device,
-            num_images_per_prompt=call["num_images_per_prompt"], max_sequence_length=call["max_sequence_length"],
+            num_images_per_prompt=1, max_sequence_length=call["max_sequence_length"],
         )  # fmt: skip
+        embeds = embeds.repeat_interleave(images, 0)
+        mask = None if mask is None else mask.repeat_interleave(images, 0)
         mask = None if mask is None or bool(mask.all()) else mask.bool()
         lengths = None if mask is None else mask.sum(1).tolist()
         return dict(encoder_hidden_states=embeds, mask=mask, lengths=lengths)

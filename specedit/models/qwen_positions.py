@@ -8,6 +8,7 @@ model's own tables, which stay as they are.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,12 @@ class PlacedImages(list):
     def __init__(self, target: int, reference: int, batch: int, frequencies: tuple[Tensor, Tensor]):
         super().__init__([[(1, target, 1), (1, reference, 1)]] * batch)
         self.frequencies = frequencies
+
+    def to(self, device: Any, non_blocking: bool = False) -> PlacedImages:
+        """A copy on `device`. Offloading hooks ask for it; of a plain list they would make a new one, item by item."""
+        moved = copy.copy(self)
+        moved.frequencies = tuple(table.to(device, non_blocking=non_blocking) for table in self.frequencies)
+        return moved
 
 
 class PositionHook:

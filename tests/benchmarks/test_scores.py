@@ -32,7 +32,7 @@ def test_a_resumed_run_scores_only_what_is_missing(tmp_path, scored, monkeypatch
     first = json.loads(out.read_text())
     assert scored == [0, 0] and [row["variant"] for row in first["rows"]] == ["stock-10", "turbo-reference"]
     stock, turbo = first["rows"]
-    assert stock["steps"] == 10 and stock["small"] is None and "nfe" not in stock
+    assert stock["steps"] == 10 and "nfe" not in stock
     assert (turbo["preset"], turbo["restore"], turbo["nfe"]) == ("turbo", "reference", 9)
 
     quality.main([*TWO, "--out", str(out), "--cases", "3", "--resume"])
@@ -56,11 +56,11 @@ def test_a_number_that_was_not_there_stays_away_from_the_mean(tmp_path, scored):
     cases[0].mask[:] = True
     pipe = micro.load("kontext")
     pipe.set_progress_bar_config(disable=True)
-    scores.Scores(out, "c", cases[:1], {}, False).score(pipe, "stock", cases[:1], 1, drafts=False)
+    scores.Scores(out, "c", cases[:1], {}, False).score(pipe, "stock", cases[:1], 1)
     assert json.loads(out.read_text())["rows"][0]["cases"][0]["keep_psnr"] is None
     again = scores.Scores(out, "c", cases, {}, True)
     assert [case.seed for case in again.lacks("stock")] == [1]
-    again.score(pipe, "stock", cases[1:], 1, drafts=False)
+    again.score(pipe, "stock", cases[1:], 1)
     (row,) = again.rows
     assert math.isfinite(row["mean"]["keep_psnr"]) and row["mean"]["keep_psnr"] == row["cases"][1]["keep_psnr"]
 
@@ -111,23 +111,6 @@ def test_caches_and_the_student_are_scored_and_the_pipeline_is_left_plain(tmp_pa
         student["cases"][0]["flops_ratio"] * student["mean"]["flops"], rel=1e-4
     )
     assert alone["family"] == "cache" and alone["cached_steps"] > 0 and alone["cache_bytes"] > 0
-    assert alone["small"] is None  # no draft looked for an edit
     assert student["family"] == "student + specedit" and student["nfe"] == 6
     assert not [name for name, _ in pipes[0].transformer.named_parameters() if "lora" in name]
     assert type(pipes[0]) is FluxKontextPipeline
-
-
-def test_a_task_that_ran_stock_is_no_small_edit(tmp_path, monkeypatch):
-    """A preset that gives way to the stock call leaves no report, and no share of the picture that was edited."""
-    shares = iter([{"edit_fraction": 0.1}, {}, {"edit_fraction": 0.5}])
-
-    def evaluate(_pipe, cases, _steps):
-        plain = dict(kind="add", success=True, edit_psnr=20.0, keep_psnr=30.0, seconds=1.0, flops=1e12)
-        return {"cases": [plain | {"seed": case.seed} | next(shares) for case in cases]}
-
-    monkeypatch.setattr(micro, "evaluate", evaluate)
-    monkeypatch.setattr(scores, "last_report", lambda _pipe: None)
-    cases = [micro.scenes.sample(seed, 64) for seed in range(3)]
-    scores.Scores(tmp_path / "q.json", "c", cases, {}, False).score(None, "turbo", cases, None, drafts=True)
-    (row,) = json.loads((tmp_path / "q.json").read_text())["rows"]
-    assert row["mean"]["count"] == 3 and row["small"]["count"] == 1 and row["small"]["edit_fraction"] == 0.1

@@ -54,6 +54,29 @@ def test_uninstall_is_harmless_twice_and_without_install(pipe, check_untouched):
     check()
 
 
+def test_uninstall_without_the_transformer(pipe, edit, check_untouched):
+    check = check_untouched(pipe)
+    specedit.install(pipe, **QUICK)
+    model, pipe.transformer = pipe.transformer, None  # taken away to free memory
+    with pytest.raises(ValueError, match="expected a FluxKontextPipeline with a transformer, got one without"):
+        edit(pipe)
+    assert specedit.uninstall(pipe) is pipe and not is_active(pipe) and type(pipe) is FluxKontextPipeline
+    pipe.transformer = model
+    specedit.install(pipe, **QUICK)
+    edit(pipe)
+    assert specedit.report(pipe).nfe == 3
+    check()
+
+
+def test_uninstall_after_another_engine_came(pipe, edit):
+    specedit.install(pipe, **QUICK)
+    model, pipe.transformer = pipe.transformer, torch.nn.Linear(1, 1)
+    assert type(specedit.uninstall(pipe)) is FluxKontextPipeline and not is_active(pipe)
+    specedit.install(pipe, **QUICK)  # it has none of the model's blocks
+    specedit.uninstall(pipe)
+    pipe.transformer = model
+
+
 def test_install_and_uninstall_many_times(pipe, edit, check_untouched):
     check = check_untouched(pipe)
     images = []

@@ -6,15 +6,18 @@ import warnings
 import pytest
 import torch
 from diffusers import (
+    FirstBlockCacheConfig,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     FluxKontextPipeline,
     PyramidAttentionBroadcastConfig,
 )
+from diffusers.hooks import apply_first_block_cache, apply_pyramid_attention_broadcast
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 
 import specedit
+from specedit.install import _unsuited
 from tests.install.common import QUICK, processors
 
 
@@ -133,6 +136,37 @@ def cached():
     yield enable
     for pipe in pipes:
         pipe.transformer.disable_cache()
+
+
+def apply_pyramid(transformer):
+    apply_pyramid_attention_broadcast(
+        transformer,
+        PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(-1, 1001),
+            current_timestep_callback=lambda: 500,
+        ),
+    )  # fmt: skip
+
+
+def apply_first_block(transformer):
+    apply_first_block_cache(transformer, FirstBlockCacheConfig(threshold=0.1))
+
+
+@pytest.mark.parametrize("apply", [apply_pyramid, apply_first_block])
+def test_a_diffusers_cache_that_the_transformer_does_not_know_of(make_pipe, apply):
+    pipe = make_pipe()
+    assert _unsuited(pipe) is None
+    apply(pipe.transformer)
+    assert not pipe.transformer.is_cache_enabled
+    with pytest.warns(UserWarning, match="will run the stock pipeline: a diffusers cache is enabled"):
+        specedit.install(pipe)
+
+
+def test_layerwise_casting_is_no_cache(make_pipe):
+    pipe = make_pipe()
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    assert any(hasattr(module, "_diffusers_hook") for module in pipe.transformer.modules())
+    assert _unsuited(pipe) is None
 
 
 def test_a_diffusers_cache_enabled_before(pipe, edit, cached):

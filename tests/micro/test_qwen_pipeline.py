@@ -12,7 +12,8 @@ import specedit
 from specedit.micro import scenes
 from specedit.micro.qwen_pipeline import OwnSizeQwenImageEditPipeline, PictureProcessor
 from specedit.models.qwen import QwenImageEdit
-from tests.models.conformance import Conformance, Family
+from tests.models.conformance import Conformance
+from tests.models.family import Family
 
 QUICK = dict(num_inference_steps=2, output_type="latent")
 

@@ -8,111 +8,18 @@ class TestMyModel(Conformance):
 
 import copy
 import dataclasses
-import inspect
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from accelerate import cpu_offload
 
 import specedit
 from specedit import SpecEditConfig
 from specedit.forecast.toca import TokenCall, TokenStore
-from specedit.grid import MixedLayout
 from specedit.sampler import restrict
+from tests.models.family import Ops, Shuffled, layouts, mixed_layout, step_of, trace
 
 QUICK = dict(steps=(2, 1, 1), draft_steps=2)
-
-
-@dataclass
-class Family:
-    """A model family under test.
-
-    adapter: its class. make: makes equal pipelines that share nothing. call: (height, width) to the arguments of one
-    call whose reference covers the output. guided: arguments that switch true classifier-free guidance on, or None.
-    batch: (n) to arguments that make a call edit n pictures, or None where the pipeline takes only one.
-    """
-
-    adapter: type
-    make: Callable[[], Any]
-    call: Callable[[int, int], dict[str, Any]]
-    guided: dict[str, Any] | None = None
-    batch: Callable[[int], dict[str, Any]] | None = None
-    sizes: tuple[tuple[int, int], ...] = field(default=((128, 128), (160, 96)))
-
-    def run(self, pipe, size=(128, 128), seed=0, **changes):
-        """Latents of one call."""
-        arguments = self.call(*size) | {"output_type": "latent"} | changes
-        arguments.setdefault("generator", torch.Generator().manual_seed(seed))
-        return pipe(**arguments).images
-
-    def prepare(self, pipe, size=(128, 128), attention="auto", **changes):
-        """(adapter, state) of one call, as an installation makes them."""
-        adapter = self.adapter()
-        adapter.attach(pipe)
-        arguments = self.call(*size) | {"generator": torch.Generator().manual_seed(0)} | changes
-        bound = inspect.signature(type(pipe).__call__).bind(pipe, **arguments)
-        bound.apply_defaults()
-        call = {name: value for name, value in bound.arguments.items() if name != "self"}
-        with torch.no_grad():
-            return adapter, adapter.prepare(pipe, call, attention)
-
-
-class Shuffled:
-    """A mixed layout whose tokens are listed in another order."""
-
-    is_mixed, is_coarse, is_fine = True, False, False
-
-    def __init__(self, layout: MixedLayout, order: torch.Tensor, move: bool = True):
-        self.grid, self.tokens, self.area = layout.grid, layout.tokens, layout.area[order]
-        self.positions = layout.positions[order] if move else layout.positions
-
-    @property
-    def parts(self):
-        return (self,)
-
-
-class Ops(TorchDispatchMode):
-    """Names of the operators that ran inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = Counter()
-
-    def __torch_dispatch__(self, function, classes, args=(), kwargs=None):
-        self.names[function.overloadpacket.__name__] += 1
-        return function(*args, **kwargs or {})
-
-
-def mixed_layout(grid, share=0.4, seed=0):
-    return MixedLayout(grid, torch.rand(grid.coarse().shape, generator=torch.Generator().manual_seed(seed)) < share)
-
-
-def step_of(family, adapter, pipe, state, layout, config, sigma=0.5):
-    """Calls the adapter on random tokens of a layout: `run(calls)` is what `branches` gives."""
-    beside = layout.resized(state.reference_grid)
-    draw = torch.Generator().manual_seed(1)
-    tokens = torch.randn(state.batch, layout.tokens, state.noise.shape[2], generator=draw)
-    call = (pipe, state, tokens, sigma, list(range(state.batch)), layout, restrict(state.reference, beside), beside)
-
-    @torch.no_grad()
-    def run(calls=None):
-        return adapter.branches(*call, config, calls)
-
-    return run
-
-
-def layouts(grid):
-    return [mixed_layout(grid), MixedLayout.all_coarse(grid), MixedLayout.all_fine(grid)]
-
-
-def trace(pipe):
-    """What an installation may change on a pipeline."""
-    hooks = [vars(module).get("forward") for module in pipe.transformer.modules()]
-    return type(pipe), list(pipe.transformer.attn_processors.values()), hooks
 
 
 class Conformance:
@@ -163,6 +70,33 @@ class Conformance:
         stock = family.run(family.make(), num_inference_steps=2)
         assert torch.equal(family.run(copied, num_inference_steps=2), stock)
         assert torch.equal(family.run(pipe), expected)
+
+    # Hooks that bring weights to the device send every argument there too, and rebuild what they do not know.
+    @pytest.mark.parametrize("offload", ["models", "modules"])
+    def test_offloading_changes_nothing(self, family, offload):
+        for guide in self.guides(family):
+            expected = family.run(specedit.install(family.make(), **QUICK), **guide)
+            pipe = family.make()
+            for name, part in pipe.components.items():
+                if isinstance(part, torch.nn.Module):  # pipelines may share what offloading leaves its marks on
+                    setattr(pipe, name, copy.deepcopy(part))
+            if offload == "models":
+                pipe.enable_model_cpu_offload(device="cpu")
+            else:
+                for model in (pipe.transformer, pipe.vae):
+                    cpu_offload(model, torch.device("cpu"))
+            specedit.install(pipe, **QUICK)
+            self.close(family.run(pipe, **guide), expected)
+            assert specedit.report(pipe).nfe == 4
+
+    def test_compiling_changes_nothing(self, family):
+        guide = self.guides(family)[-1]
+        expected, kept = family.run(specedit.install(family.make(), **QUICK), **guide), trace(pipe := family.make())
+        pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+        specedit.install(pipe, **QUICK)
+        self.close(family.run(pipe, **guide), expected)
+        specedit.uninstall(pipe)
+        assert all(a is b for a, b in zip(kept[1], trace(pipe)[1], strict=True))
 
     @pytest.mark.parametrize("changes", [{}, {"key_bias": "none"}, {"rope": "phase_aligned"}, {"attention": "stock"}])
     def test_permuting_tokens_with_their_positions_changes_nothing(self, family, changes):

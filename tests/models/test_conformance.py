@@ -6,7 +6,8 @@ from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
 from specedit.models import LongCatImageEdit
 from specedit.models.flux import FluxKontext
 from specedit.models.qwen import QwenImageEdit, QwenImageEditPlus
-from tests.models.conformance import Conformance, Family
+from tests.models.conformance import Conformance
+from tests.models.family import Family
 
 
 class TestFluxKontext(Conformance):

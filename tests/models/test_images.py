@@ -1,5 +1,6 @@
 """Pictures as callers give them, and the decoder's features."""
 
+import copy
 from types import SimpleNamespace
 
 import numpy as np
@@ -53,17 +54,19 @@ def test_source_pictures_at_their_own_size_are_the_pixels(picture):
 
 
 @pytest.mark.parametrize("components", ["tiny_components", "qwen_components"])
-def test_features_of_an_offloaded_decoder_are_the_same(request, components):
-    vae = request.getfixturevalue(components)["vae"]
+@pytest.mark.parametrize("parts", ["use_tiling", "use_slicing", None])
+def test_features_of_an_offloaded_decoder_are_the_same(request, components, parts):
+    vae = copy.deepcopy(request.getfixturevalue(components)["vae"])
     frame = () if components == "tiny_components" else (1,)
-    latents = torch.randn(2, 4, *frame, 6, 4, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(2, 4, *frame, 6, 40, generator=torch.Generator().manual_seed(0))  # wider than a tile
     with torch.no_grad():
         plain = decoder_features(vae, latents)
         vae._hf_hook = object()  # what accelerate leaves behind
-        try:
-            hooked = decoder_features(vae, latents)
-        finally:
-            del vae._hf_hook
+        if parts is not None:
+            assert getattr(vae, parts) is False
+            setattr(vae, parts, True)
+        hooked = decoder_features(vae, latents)
+    assert parts is None or getattr(vae, parts) is True
     assert len(plain) == len(hooked) == 3
     for a, b in zip(plain, hooked, strict=True):
         torch.testing.assert_close(a, b)

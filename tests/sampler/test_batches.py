@@ -117,12 +117,14 @@ def test_reference_restore_without_any_mask_is_full(pipe, edit):
 
 
 def test_a_draft_that_shows_no_change_is_not_believed(pipe, edit):
-    specedit.install(pipe, **QUICK, restore="reference", threshold=4.0)
-    edit(pipe)
-    assert specedit.report(pipe).edit_fraction == 1
-    specedit.install(pipe, **QUICK, restore="full", threshold=4.0)
-    edit(pipe)
-    assert specedit.report(pipe).edit_fraction == 0
+    for restore, share in (("reference", 1), ("full", 0)):
+        specedit.install(pipe, **QUICK, restore=restore, threshold=4.0)
+        edit(pipe, num_images_per_prompt=2)
+        report = specedit.report(pipe)
+        assert report.edit_fraction == share and report.missed == report.to_dict()["missed"] == 2
+        assert "; 2 of 2 drafts showed no change" in str(report)
+        edit(pipe, edit_mask=CORNER)
+        assert specedit.report(pipe).missed == 0 and "drafts" not in str(specedit.report(pipe)).splitlines()[0]
 
 
 def test_nearly_everything_edited_is_everything(pipe, edit):

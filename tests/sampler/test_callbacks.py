@@ -42,6 +42,24 @@ def test_callback_timesteps_are_the_stock_pipelines(pipe, edit):
         torch.testing.assert_close(ours, stock)
 
 
+def test_hooks_on_the_transformer_read_the_timestep_of_their_own_step(pipe, edit):
+    """Of the draft too: diffusers' caches and adapters that act on some steps only read it in the middle of a step."""
+    shown, given = [], []
+
+    def hook(module, args, kwargs):
+        shown.append(pipe.current_timestep.item())
+        given.append(kwargs["timestep"][0].item() * 1000)
+
+    handle = pipe.transformer.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        specedit.install(pipe, **QUICK)
+        edit(pipe, edit_mask=CORNER)
+        edit(pipe)
+    finally:
+        handle.remove()
+    assert len(shown) == 6 + specedit.report(pipe).draft_steps + 6 and shown == pytest.approx(given)
+
+
 @pytest.mark.parametrize("way", ["returned", "in place"])
 @pytest.mark.parametrize("step", [1, 3, 5], ids=["coarse", "mixed", "full"])
 def test_latents_that_a_callback_replaces_take_effect(pipe, edit, step, way):

@@ -126,7 +126,7 @@ def test_training_in_several_runs(docs, tmp_path):
 def scored(variant, flops, **kinds):
     mean = dict(count=sum(kinds.values()), success=0.5, edit_psnr=18.0, keep_psnr=30.0, flops=flops, seconds=2.0)
     every = {name: dict(count=count, success=1.0, edit_psnr=20.0, keep_psnr=None) for name, count in kinds.items()}
-    return dict(variant=variant, family="specedit", mean=mean, kinds=every, small=None)
+    return dict(variant=variant, family="specedit", mean=mean, kinds=every)
 
 
 def test_variants_stand_in_the_order_of_their_cost_with_a_column_for_each_kind(docs, tmp_path):
@@ -143,6 +143,30 @@ def test_variants_stand_in_the_order_of_their_cost_with_a_column_for_each_kind(d
     assert lines[0] == "| variant | add (1) | shape (3) |"  # of whoever has seen most
     assert lines[3] == "| stock-10 | 100%, 20.0, - | 100%, 20.0, - |"
     assert lines[4] == "| turbo-full | 100%, 20.0, - | - |"
+
+
+def test_small_edits_are_those_that_were_asked_for(docs, tmp_path):
+    """By the task's mask, of every variant alike: what a variant found is another matter, nothing above all."""
+
+    def case(seed, flops, found=None, **more):
+        drafted = {} if found is None else dict(edit_fraction=found, flops_ratio=8e12 / flops)
+        return dict(seed=seed, success=seed == 0, edit_psnr=20.0, keep_psnr=30.0 + seed, flops=flops) | drafted | more
+
+    rows = [
+        scored("stock-50", 8e12, add=3) | dict(cases=[case(seed, 8e12) for seed in range(3)]),
+        scored("turbo-reference", 1e12, add=3)
+        | dict(
+            cases=[
+                case(0, 0.5e12, 0.1, mask_share=0.05, missed=0),
+                case(1, 1.5e12, 1.0, mask_share=0.15, missed=1),  # nothing was found, so all of it was edited
+                case(2, 0.5e12, 0.1, mask_share=0.9, missed=0),  # found small, and is not
+            ]
+        ),
+    ]
+    write(tmp_path, rows, "quality-512.json")
+    lines = docs.measured.small_edits("quality-512.json").splitlines()
+    assert lines[2] == "| stock-50 | 2 | - | - | 1.00 | 50.0% | 20.0 | 30.5 |"
+    assert lines[3] == "| turbo-reference | 2 | 55.0% | 1 | 8.00 | 50.0% | 20.0 | 30.5 |"
 
 
 def test_operations_of_stock_are_known_without_a_run_but_not_its_seconds(docs, tmp_path):

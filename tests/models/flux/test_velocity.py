@@ -11,7 +11,7 @@ from specedit.grid import MixedLayout
 from specedit.models import attention, joint
 from specedit.models.base import rows_index
 from specedit.sampler import restrict
-from tests.models.conformance import Ops
+from tests.models.family import Ops
 from tests.models.flux.common import random_like
 
 

@@ -4,7 +4,7 @@ import pytest
 from diffusers import QwenImageEditPlusPipeline
 
 from specedit.models.qwen import QwenImageEdit, QwenImageEditPlus
-from tests.models.conformance import Family
+from tests.models.family import Family
 
 
 @pytest.fixture

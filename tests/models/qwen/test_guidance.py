@@ -7,7 +7,7 @@ import specedit
 from specedit import SpecEditConfig
 from specedit.flops import transformer_flops
 from specedit.grid import MixedLayout
-from tests.models.conformance import mixed_layout
+from tests.models.family import mixed_layout
 from tests.models.qwen.common import GUIDED, QUICK, close, velocity
 
 

@@ -7,7 +7,7 @@ import specedit
 from specedit import SpecEditConfig
 from specedit.grid import GridSet, LayoutSet, MixedLayout, TokenGrid
 from specedit.models.qwen import nearest_shape
-from tests.models.conformance import mixed_layout
+from tests.models.family import mixed_layout
 from tests.models.qwen.common import GUIDED, QUICK, close, velocity
 
 

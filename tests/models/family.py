@@ -1,0 +1,101 @@
+"""What the tests of adapters share: a model family under test, and how its parts are looked at."""
+
+import inspect
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from specedit.grid import MixedLayout
+from specedit.sampler import restrict
+
+
+@dataclass
+class Family:
+    """A model family under test.
+
+    adapter: its class. make: makes equal pipelines that share nothing. call: (height, width) to the arguments of one
+    call whose reference covers the output. guided: arguments that switch true classifier-free guidance on, or None.
+    batch: (n) to arguments that make a call edit n pictures, or None where the pipeline takes only one.
+    """
+
+    adapter: type
+    make: Callable[[], Any]
+    call: Callable[[int, int], dict[str, Any]]
+    guided: dict[str, Any] | None = None
+    batch: Callable[[int], dict[str, Any]] | None = None
+    sizes: tuple[tuple[int, int], ...] = field(default=((128, 128), (160, 96)))
+
+    def run(self, pipe, size=(128, 128), seed=0, **changes):
+        """Latents of one call."""
+        arguments = self.call(*size) | {"output_type": "latent"} | changes
+        arguments.setdefault("generator", torch.Generator().manual_seed(seed))
+        return pipe(**arguments).images
+
+    def prepare(self, pipe, size=(128, 128), attention="auto", **changes):
+        """(adapter, state) of one call, as an installation makes them."""
+        adapter = self.adapter()
+        adapter.attach(pipe)
+        arguments = self.call(*size) | {"generator": torch.Generator().manual_seed(0)} | changes
+        bound = inspect.signature(type(pipe).__call__).bind(pipe, **arguments)
+        bound.apply_defaults()
+        call = {name: value for name, value in bound.arguments.items() if name != "self"}
+        with torch.no_grad():
+            return adapter, adapter.prepare(pipe, call, attention)
+
+
+class Shuffled:
+    """A mixed layout whose tokens are listed in another order."""
+
+    is_mixed, is_coarse, is_fine = True, False, False
+
+    def __init__(self, layout: MixedLayout, order: torch.Tensor, move: bool = True):
+        self.grid, self.tokens, self.area = layout.grid, layout.tokens, layout.area[order]
+        self.positions = layout.positions[order] if move else layout.positions
+
+    @property
+    def parts(self):
+        return (self,)
+
+
+class Ops(TorchDispatchMode):
+    """Names of the operators that ran inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+
+    def __torch_dispatch__(self, function, classes, args=(), kwargs=None):
+        self.names[function.overloadpacket.__name__] += 1
+        return function(*args, **kwargs or {})
+
+
+def mixed_layout(grid, share=0.4, seed=0):
+    return MixedLayout(grid, torch.rand(grid.coarse().shape, generator=torch.Generator().manual_seed(seed)) < share)
+
+
+def step_of(family, adapter, pipe, state, layout, config, sigma=0.5):
+    """Calls the adapter on random tokens of a layout: `run(calls)` is what `branches` gives."""
+    beside = layout.resized(state.reference_grid)
+    draw = torch.Generator().manual_seed(1)
+    tokens = torch.randn(state.batch, layout.tokens, state.noise.shape[2], generator=draw)
+    call = (pipe, state, tokens, sigma, list(range(state.batch)), layout, restrict(state.reference, beside), beside)
+
+    @torch.no_grad()
+    def run(calls=None):
+        return adapter.branches(*call, config, calls)
+
+    return run
+
+
+def layouts(grid):
+    return [mixed_layout(grid), MixedLayout.all_coarse(grid), MixedLayout.all_fine(grid)]
+
+
+def trace(pipe):
+    """What an installation may change on a pipeline."""
+    hooks = [vars(module).get("forward") for module in pipe.transformer.modules()]
+    return type(pipe), list(pipe.transformer.attn_processors.values()), hooks
