@@ -1,6 +1,6 @@
 """One setting at a time on the embedded editor: the curves behind the defaults.
 
-    python benchmarks/sweep.py --cases 24 --size 256 --out benchmarks/results/sweep-256.json
+    python -m benchmarks.sweep --cases 24 --size 256 --out benchmarks/results/sweep-256.json
 
 The starting point is `turbo` with restore="reference" and "full"; each row changes one field (those of `guidance_range`
 run under true guidance, which the others do without). Where the true mask of a task is known, `recall` is the share of
@@ -15,15 +15,18 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
+from benchmarks.scores import fingerprint
 from specedit import install, micro, report, results, uninstall
+from specedit.micro.load import WEIGHTS
 
 BASE = {"preset": "turbo", "restore": "reference"}
 GRID: dict[str, list[dict]] = {
     "base": [{}],
     "restore": [{"restore": "full"}],
     "boundaries": [{"boundaries": b} for b in ((0.9, 0.75), (0.8, 0.65), (0.6, 0.45), (0.5, 0.3), (0.4, 0.25))],
-    "threshold (full)": [{"threshold": t} for t in (0.1, 0.2, 0.35, 0.5, 1.0)],
-    "threshold (draft)": [{"verify_at": "draft", "threshold": t} for t in (0.1, 0.2, 0.35, 0.5, 0.75, 1.0)],
+    "second_look": [{"second_look": False}],
+    "threshold (full)": [{"verify_at": "full", "threshold": t} for t in (0.2, 0.35, 0.5, 0.75, 1.0)],
+    "threshold (draft)": [{"threshold": t} for t in (0.1, 0.35, 0.5, 0.75, 1.0)],
     "dilation": [{"dilation": d} for d in (0, 2)],
     "uniform_stride": [{"uniform_stride": k} for k in (0, 2, 4, 6)],
     "key_bias": [{"key_bias": "none"}],
@@ -61,8 +64,8 @@ def main() -> None:
     pipe = micro.load(args.model, device="cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
     cases = [micro.scenes.sample(10_000 + i, args.size) for i in range(args.cases)]  # not those of quality.py
-    command = f"python benchmarks/sweep.py --model {args.model} --cases {args.cases} --size {args.size}"
-    rows = []
+    command = f"python -m benchmarks.sweep --model {args.model} --cases {args.cases} --size {args.size}"
+    rows, of = [], dict(model=args.model, size=args.size, weights=fingerprint(WEIGHTS / args.model))
     todo = [
         (name, change) for name, changes in GRID.items() if args.only is None or name in args.only for change in changes
     ]
@@ -79,7 +82,7 @@ def main() -> None:
         uninstall(pipe)
         mean = micro.mean(scored)
         rows.append(dict(group=name, change={k: str(v) for k, v in change.items()}, mean=mean))
-        results.write(args.out, command, rows)
+        results.write(args.out, command, rows, of=of)
         short = {
             k: round(mean[k], 3) for k in ("success", "edit_psnr", "keep_psnr", "flops_ratio", "recall", "precision")
         }

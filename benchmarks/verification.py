@@ -1,6 +1,6 @@
 """How well verification tells edited cells from others, by threshold, given a perfect draft.
 
-    python benchmarks/verification.py --cases 48 --out benchmarks/results/verification.json
+    python -m benchmarks.verification --cases 48 --out benchmarks/results/verification.json
 
 The draft is the true result drawn and encoded at a quarter of the side, so that only the comparison is measured: at
 full size with the draft upsampled ("full"), and at the draft's own size ("draft"). Recall is the share of truly edited
@@ -14,45 +14,45 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
+from benchmarks.scores import fingerprint
 from specedit import micro, results, select
 from specedit.config import SpecEditConfig
 from specedit.grid import TokenGrid
 from specedit.micro import scenes
+from specedit.micro.family import of
+from specedit.micro.load import WEIGHTS
 from specedit.micro.train_editor import pack
+from specedit.models import adapters
 from specedit.models.base import EditState
-from specedit.models.flux import FluxKontext
 
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
 LOCAL = ("recolor", "remove", "add", "shape")  # global edits change every cell
 
 
 @torch.no_grad()
-def encode(pipe, image: torch.Tensor) -> torch.Tensor:
-    """Images (B, 3, H, W) in 0..1 to packed clean tokens."""
-    latent = pipe.vae.encode(image * 2 - 1).latent_dist.mean
-    return pack((latent - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor)
-
-
-@torch.no_grad()
 def scores(pipe, scene, size: int, verify_at: str) -> torch.Tensor:
     grid = TokenGrid(size // 16, size // 16)
-    source = encode(pipe, scenes.draw([scene], size, size)[0])
-    draft = encode(pipe, scenes.draw([scene], size // 4, size // 4)[1])
+    source, draft = (
+        pack(of(pipe).latents(pipe.vae, image * 2 - 1))
+        for image in (scenes.draw([scene], size, size)[0], scenes.draw([scene], size // 4, size // 4)[1])
+    )
     state = EditState(
         grid=grid, noise=source, reference=source, reference_grid=grid, aligned=source, generator=None, text_tokens=0,
         branches=1, pixels_per_token=16,
     )  # fmt: skip
     config = SpecEditConfig(verify_at=verify_at)
-    score = select.semantic_score(FluxKontext(), pipe, state, draft, grid.coarse(4), config)
+    adapter = next(each for each in adapters() if each.matches(pipe))()
+    score = select.semantic_score(adapter, pipe, state, draft, grid.coarse(4), config)
     return select.to_cells(score)[0]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="kontext", help="the embedded editor: kontext or qwen")
     parser.add_argument("--cases", type=int, default=48)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    pipe = micro.load("kontext", device="cpu")
+    pipe = micro.load(args.model, device="cpu")
     rows = []
     for size in (256, 512):
         found: dict[str, tuple[list, list]] = {"full": ([], []), "draft": ([], [])}
@@ -70,7 +70,8 @@ def main() -> None:
             for threshold in THRESHOLDS:
                 recall, false = (float((s > threshold).float().mean()) for s in (inside, outside))
                 rows.append(dict(size=size, verify_at=verify_at, threshold=threshold, recall=recall, false=false))
-    results.write(args.out, f"python benchmarks/verification.py --cases {args.cases}", rows)
+    command = f"python -m benchmarks.verification --model {args.model} --cases {args.cases}"
+    results.write(args.out, command, rows, of=dict(model=args.model, weights=fingerprint(WEIGHTS / args.model / "vae")))
 
 
 if __name__ == "__main__":

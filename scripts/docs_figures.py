@@ -105,13 +105,13 @@ def stages_figure(name: str, path: Path) -> None:
     axis = figure.subplots()
     labels = [", ".join(key) for key in nearest]
     left = [0.0] * len(labels)
-    for stage in ("encode", "draft", "verify", "coarse", "mixed", "full", "decode"):
+    for stage in ("encode", "draft", "verify", "coarse", "second look", "mixed", "full", "decode"):
         seconds = [sum(s["seconds"] for s in r["stages"] if s["name"] == stage) for r in nearest.values()]
         axis.barh(labels, seconds, left=left, label=stage)
         left = [a + b for a, b in zip(left, seconds)]
     axis.invert_yaxis()
     axis.set_xlabel("seconds")
-    axis.legend(ncols=7, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axis.legend(ncols=8, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     figure.savefig(path, dpi=90)
 
 

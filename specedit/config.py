@@ -80,6 +80,9 @@ class SpecEditConfig:
         restore: "full" makes every token fine for the last steps; "reference" runs the mixed sequence to sigma 0 and
             takes the locked cells from the reference.
         keep_pixels: everything outside the feathered edit mask is the input's own pixels.
+        second_look: where something is kept for good (restore="reference", keep_pixels) and a draft was verified, the
+            main run's own clean prediction at the end of the coarse stage is verified in the same way, and what it
+            changes is edited too: a draft may have chosen another object. Takes no model evaluation.
         couple_noise: draw the main run's noise as an expansion of the draft's.
         key_bias: "area" adds log 4 to the logits of coarse keys in mixed sequences.
         rope: positions in mixed sequences: "scaled" ids, or "phase_aligned" per query resolution.
@@ -120,6 +123,7 @@ class SpecEditConfig:
     selector: str = "semantic"
     restore: str = "full"
     keep_pixels: bool = False
+    second_look: bool = True
     couple_noise: bool = False
     key_bias: str = "area"
     rope: str = "scaled"
@@ -144,7 +148,7 @@ class SpecEditConfig:
             raise ValueError(
                 "rope: expected 'scaled' with attention='stock', the model's own processors, got 'phase_aligned'"
             )
-        for name in ("keep_pixels", "couple_noise"):
+        for name in ("keep_pixels", "second_look", "couple_noise"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         self._set("steps", self._checked_steps())
@@ -297,6 +301,16 @@ class SpecEditConfig:
         """Whether a run without a caller's edit_mask needs the draft: its mask decides something."""
         mixed = self.steps[1] > 0 or (self.restore == "reference" and self.steps[2] > 0)
         return self.selector != "uniform" and (mixed or self.keep_pixels)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether what was not found is given back as it came."""
+        return self.restore == "reference" or self.keep_pixels
+
+    @property
+    def looks_twice(self) -> bool:
+        """Whether a run that made a draft verifies the end of its coarse stage too."""
+        return self.second_look and self.keeps and self.selector == "semantic" and self.steps[0] > 0
 
     def with_steps(self, n: int) -> SpecEditConfig:
         """The same configuration with NFE `n`, in the proportions of `steps` (largest remainder).

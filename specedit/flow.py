@@ -31,7 +31,8 @@ def haar(tokens: Tensor) -> tuple[Tensor, Tensor]:
 def coarsen_noise(noise: Tensor, grid: TokenGrid) -> Tensor:
     """White noise (B, N, C) of a grid to white noise of its cells (B, cells, C): the sum coefficient of each 2 x 2.
 
-    Unlike a mean it keeps the variance, and `noise_detail` holds exactly what it leaves out.
+    Unlike a mean it keeps the variance, and `cell_detail` holds exactly what it leaves out. On a grid with an odd side
+    the half of the last cells that lies outside the picture repeats the noise of the first row or column.
     """
     sums, _ = haar(grid.pad(noise, mode="circular"))
     children = sums[:, grid.children(noise.device)]  # (B, cells, 4, channels)

@@ -234,14 +234,16 @@ def plan(
 
     encode = stage("encode", [(1, autoencoder_ops(model, "encode", latent))])
     decode = stage("decode", [(1, autoencoder_ops(model, "decode", latent))])
-    stages = [encode]
+    stages, verify = [encode], None
     for row in predicted["stages"]:
         calls = [(count, forward(call)) for call, count in row["calls"]]
         stages.append(stage(row["name"], calls, row["steps"], row["tokens"]))
         if row["name"] == "draft":
             first, _ = row["calls"][0]
-            verified = verification_ops(config, model, latent, (first.tokens - first.text) // 2)
-            stages.append(stage("verify", [(1, verified)]))
+            verify = verification_ops(config, model, latent, (first.tokens - first.text) // 2)
+            stages.append(stage("verify", [(1, verify)]))
+        if row["name"] == "coarse" and verify is not None and config.looks_twice:
+            stages.append(stage("second look", [(1, verify)]))
     stages.append(decode)
     full = MODELS[model].text_tokens + 2 * (height // TOKEN_PIXELS) * (width // TOKEN_PIXELS)
     stock = stage("stock", [(STOCK_STEPS * MODELS[model].passes, transformer_ops(model, full))], STOCK_STEPS, full)

@@ -22,7 +22,8 @@ class StageReport:
     """One stage of a run.
 
     Args:
-        name: "draft", "coarse", "mixed", "full", or the name of work outside the transformer ("verify", "decode").
+        name: "draft", "coarse", "mixed", "full", or the name of work outside the transformer ("encode",
+            "verify", "second look", "decode").
         sigma_start, sigma_end: the noise levels between which the stage ran; None where there are none.
         steps: model evaluations; guidance passes are not counted twice.
         tokens: length of one sample's sequence (text + target + reference); the mean where samples differ.
@@ -80,7 +81,7 @@ class RunReport:
         config: the configuration that ran.
         cache_bytes: most memory that temporal caches held at once.
         missed: samples in whose draft no cell changed enough. With restore="reference" or keep_pixels, which would give
-            them back as they came, they were edited as a whole.
+            them back as they came, they were edited as a whole, unless the second look found something.
         source, edit: PIL images of the first sample for the figure; not part of `to_dict`.
 
     Raises:

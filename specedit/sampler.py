@@ -1,6 +1,8 @@
 """SpecEdit's sampler, as section 3 of the paper tells it (arXiv 2605.02152).
 
 draft (3.3.1) -> verify (3.3.2) -> coarse -> expand (3.4.1, 3.4.2) -> mixed (3.4.3) -> restore
+
+Beyond it: where cells are kept for good, what the coarse stage is about to change is verified too.
 """
 
 from __future__ import annotations
@@ -50,15 +52,12 @@ def run(
     make_histories = forecasting(adapter, pipe, state, config)
 
     # Section 3.3: draft the edit at a fraction of the tokens, see which cells it changes.
-    score, found, missed = find_edit(adapter, pipe, state, config, edit_mask, listener, log)
-    edited = everything_if_nearly(found)
-    # Eq. 10: expand what is edited, and a sparse uniform set beside it.
-    expanded = edited | select.uniform_cells(state.grid, config.uniform_stride, state.device)
+    score, seen = find_edit(adapter, pipe, state, config, edit_mask, listener, log)
+    drafted = config.uses_draft and edit_mask is None
+    missed = int((~seen.flatten(1).any(1)).sum()) if score is not None else 0
+    cells = Cells.of(seen, state, config, looked=drafted or edit_mask is not None)
 
     # Section 3.4: coarse tokens first, then a mixed sequence, then (restore="full") every token fine.
-    # Detail is known where somebody looked and found no edit.
-    unchanged = ~edited & (config.uses_draft or edit_mask is not None)
-    known = cell_detail(state.aligned, state.grid) * unchanged.flatten(1)[:, :, None, None, None]
     split_noise = cell_detail(state.noise, state.grid, mode="circular")
     parts: list[Part] = []
     done = cache_bytes = 0
@@ -66,8 +65,8 @@ def run(
         if pipe.interrupt and parts:
             break
         began, first = clock(state), done
-        layouts = stage_layouts(stage, state, expanded)
-        parts = enter(parts, layouts, stage, state, split_noise, known, pipe)
+        layouts = stage_layouts(stage, state, cells.expanded)
+        parts = enter(parts, layouts, stage, state, split_noise, cells.known, pipe)
         for part in parts:
             if make_histories is not None:
                 part.histories = make_histories(first=stage is plan[0], layout=part.layout)
@@ -77,16 +76,59 @@ def run(
                 break
             for part in parts:  # eq. 11: one Euler step of each sample's own sequence
                 velocity = part_velocity(adapter, pipe, state, part, i, config)
+                part.clean = part.tokens - part.sigmas[i] * velocity
                 part.tokens = part.tokens + (part.sigmas[i + 1] - part.sigmas[i]) * velocity
             cache_bytes = max(cache_bytes, sum(part.cache_bytes for part in parts))
             notify(listener, done, parts, i, state)
             done += 1
         log.append(account(stage.name, parts, done - first, pipe, state, clock(state) - began))
+        if stage.name == "coarse" and drafted and config.looks_twice and not pipe.interrupt:
+            began = clock(state)
+            seen = seen | second_look(adapter, pipe, state, parts, config)
+            cells = Cells.of(seen, state, config, looked=True)
+            log.append(StageReport("second look", None, None, 0, 0, 0.0, clock(state) - began))
 
     tokens = gather(parts, state)
     if config.restore == "reference" and done == config.nfe:  # an interrupted run has nothing clean to blend
-        tokens = restore.blend_latents(tokens, state.aligned, edited, state.grid)
-    return Outcome(tokens, score, found, expanded, log, cache_bytes, missed)
+        tokens = restore.blend_latents(tokens, state.aligned, cells.edited, state.grid)
+    return Outcome(tokens, score, cells.found, cells.expanded, log, cache_bytes, missed)
+
+
+@dataclass
+class Cells:
+    """What becomes of each cell, (B, cells_h, cells_w) bool.
+
+    found: reported as edited. edited: not taken from the reference; a sample that is nearly all edited is edited as a
+    whole. expanded: computed at full resolution. known: the reference's Haar detail (B, cells, 4, channels, 3) where
+    somebody looked and found no edit, else 0.
+    """
+
+    found: Tensor
+    edited: Tensor
+    expanded: Tensor
+    known: Tensor
+
+    @staticmethod
+    def of(seen: Tensor, state: EditState, config: SpecEditConfig, looked: bool) -> Cells:
+        """`seen`: the cells that a draft, a mask or a second look says change. `looked`: whether anyone said so."""
+        found = seen
+        if config.keeps:
+            # Keeping everything would return the input, and who sees no change at all may have missed it.
+            found = seen | ~seen.flatten(1).any(1)[:, None, None]
+        edited = everything_if_nearly(found)
+        # Eq. 10: expand what is edited, and a sparse uniform set beside it.
+        expanded = edited | select.uniform_cells(state.grid, config.uniform_stride, state.device)
+        unchanged = (~edited & looked).flatten(1)[:, :, None, None, None]
+        return Cells(found, edited, expanded, cell_detail(state.aligned, state.grid) * unchanged)
+
+
+def second_look(adapter: Adapter, pipe: Any, state: EditState, parts: list[Part], config: SpecEditConfig) -> Tensor:
+    """Cells (B, cells_h, cells_w) that the coarse stage's clean prediction changes, verified as a draft is."""
+    clean = torch.empty_like(state.noise[:, : state.grid.coarse().tokens])
+    for part in parts:
+        clean[part.rows] = part.clean
+    small, grid = drafts.shrink(clean, state.grid.coarse(), config.draft_scale // 2)
+    return select.select(adapter, pipe, state, small, grid, config)[1]
 
 
 def forecasting(
@@ -106,16 +148,13 @@ def forecasting(
     return partial(Histories, config, branches=state.branches, predictor=predictor, backend=state.backend)
 
 
-def find_edit(adapter, pipe, state, config, edit_mask, listener, log) -> tuple[Tensor | None, Tensor, int]:
-    """Score on the token grid and edited cells (B, cells_h, cells_w): by draft and verification, or from a mask; and in
-    how many samples the draft showed no change."""
+def find_edit(adapter, pipe, state, config, edit_mask, listener, log) -> tuple[Tensor | None, Tensor]:
+    """Score on the token grid and edited cells (B, cells_h, cells_w): by draft and verification, or from a mask."""
     cells = torch.zeros((state.batch, *state.grid.coarse().shape), dtype=torch.bool, device=state.device)
     if edit_mask is not None:
-        return None, select.cells_of_mask(edit_mask, state), 0
-    if not config.uses_draft:
-        # Nothing depends on a mask, or the selector takes none. What is not edited is given back as it came, so
-        # where nothing says what to edit, everything may be.
-        return None, cells | (config.restore == "reference" or config.keep_pixels), 0
+        return None, select.cells_of_mask(edit_mask, state)
+    if not config.uses_draft:  # nothing depends on a mask, or the selector takes none
+        return None, cells
     began = clock(state)
     small = adapter.draft_state(pipe, state, config)
     done = 0  # fewer than asked after an interrupt
@@ -132,11 +171,7 @@ def find_edit(adapter, pipe, state, config, edit_mask, listener, log) -> tuple[T
     began = clock(state)
     score, edited = select.select(adapter, pipe, state, draft.tokens, draft.layout.grid, config)
     log.append(StageReport("verify", None, None, 0, 0, 0.0, clock(state) - began))
-    missed = ~edited.flatten(1).any(1)
-    if config.restore == "reference" or config.keep_pixels:
-        # A draft that shows no change at all may have missed it; locking everything would return the input.
-        edited = edited | missed[:, None, None]
-    return score, edited, int(missed.sum()) if config.selector == "semantic" else 0
+    return score, edited
 
 
 def everything_if_nearly(edited: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ def test_defaults():
     assert (config.threshold, config.verify_at) == (0.75, "full")
     assert (config.dilation, config.uniform_stride, config.selector) == (1, 3, "semantic")
     assert (config.restore, config.key_bias, config.rope, config.attention) == ("full", "area", "scaled", "auto")
-    assert config.keep_pixels is False and config.couple_noise is False
+    assert config.keep_pixels is False and config.couple_noise is False and config.second_look is True
 
 
 def test_presets_nfe():
@@ -85,6 +85,7 @@ def test_uniform_stride_none_is_zero():
         ("restore", True, ValueError),
         ("keep_pixels", 1, TypeError),
         ("couple_noise", "no", TypeError),
+        ("second_look", None, TypeError),
         ("key_bias", "log4", ValueError),
         ("rope", "", ValueError),
         ("attention", "flash", ValueError),
@@ -171,6 +172,15 @@ def test_uses_draft():
     assert not SpecEditConfig(steps=(4, 0, 5)).uses_draft
     assert SpecEditConfig(steps=(4, 0, 5), restore="reference").uses_draft
     assert SpecEditConfig(steps=(0, 0, 5), keep_pixels=True).uses_draft
+
+
+def test_who_keeps_cells_for_good_looks_twice():
+    keeping = [SpecEditConfig(restore="reference"), SpecEditConfig(keep_pixels=True)]
+    assert all(config.keeps and config.looks_twice for config in keeping)
+    assert not SpecEditConfig().keeps and not SpecEditConfig().looks_twice
+    for change in ({"second_look": False}, {"selector": "edges"}, {"steps": (0, 3, 3)}):
+        config = SpecEditConfig(restore="reference", **change)
+        assert config.keeps and not config.looks_twice
     assert not SpecEditConfig(steps=(4, 0, 0), restore="reference").uses_draft
 
 

@@ -112,6 +112,21 @@ def test_coarsened_noise_is_white():
     assert correlation(pairs) < 0.2
 
 
+@pytest.mark.parametrize("shape", [(47, 87), (63, 64)])
+def test_coarsened_noise_of_an_odd_grid_is_white_inside_the_picture(shape):
+    grid = TokenGrid(*shape)
+    coarse = coarsen_noise(normal(4, grid.tokens, CHANNELS), grid).view(4, *grid.coarse().shape, CHANNELS // 4, 2, 2)
+    assert coarse.std().item() == pytest.approx(1, rel=0.04)
+    pixels = coarse.permute(0, 3, 1, 4, 2, 5).reshape(4 * CHANNELS // 4, 2 * grid.coarse().height, -1)
+    inside = pixels[:, : grid.height, : grid.width]  # one pixel of a coarse token is one token of the grid
+    assert inside.std().item() == pytest.approx(1, rel=0.04)
+    rows, columns = inside.transpose(0, 1).flatten(1), inside.flatten(0, 1).T
+    for first, last in ((rows[0], rows[-1]), (columns[0], columns[-1])):
+        assert abs(torch.corrcoef(torch.stack([first, last]))[0, 1]) < 0.2
+    if grid.height % 2:
+        assert torch.equal(pixels[:, grid.height, : grid.width], inside[:, 0])  # as the docstring says
+
+
 @few
 @given(grids)
 def test_coarsened_noise_and_its_detail_hold_everything(grid):

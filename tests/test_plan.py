@@ -154,6 +154,16 @@ def test_verification_costs_what_it_decodes():
     assert verify(selector="edges") == pixels * 605_618_176 + 4 * 512 * pixels**2
 
 
+def test_a_second_look_costs_what_verification_does():
+    config = resolve("turbo", restore="reference")
+    stages = plan(config, "flux-kontext", 1024, 1024, 0.2, "H100")["stages"]
+    names = ["encode", "draft", "verify", "coarse", "second look", "mixed", "decode"]
+    assert [s["name"] for s in stages] == names
+    assert stages[2] | {"name": "second look"} == stages[4]
+    once = plan(resolve(config, second_look=False), "flux-kontext", 1024, 1024, 0.2, "H100")["stages"]
+    assert [s["name"] for s in once] == [name for name in names if name != "second look"]
+
+
 def test_without_a_draft_nothing_is_verified():
     config = SpecEditConfig(steps=(0, 0, 50), attention="stock")
     done = plan(config, "flux-kontext", 512, 512, 0.2, "A100")

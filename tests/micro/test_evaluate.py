@@ -130,6 +130,23 @@ def test_stock_and_installed_are_scored(pipe, size):
     assert [r["edit_psnr"] for r in again["cases"]] == [r["edit_psnr"] for r in stock["cases"]]
 
 
+def test_what_stock_can_do_specedit_does(pipe):
+    """Removing and adding an object, in tasks that the stock pipeline solves in ten steps."""
+    cases = [micro.scenes.sample(seed, 256) for seed in (2, 6)]
+    assert [case.kind for case in cases] == ["remove", "add"]
+    stock = micro.evaluate(pipe, cases, num_inference_steps=10)["cases"]
+    assert all(row["success"] for row in stock)
+    for restore in ("full", "reference"):
+        specedit.install(pipe, "turbo", restore=restore)
+        try:
+            fast = micro.evaluate(pipe, cases)["cases"]
+        finally:
+            specedit.uninstall(pipe)
+        for ours, theirs in zip(fast, stock, strict=True):
+            assert ours["success"] and ours["edit_psnr"] > theirs["edit_psnr"] - 6
+            assert ours["flops"] < theirs["flops"] / 1.2
+
+
 def test_reference_restore_keeps_what_was_not_edited(pipe, name):
     case = micro.scenes.sample(3, 128)
     call = dict(image=case.source, prompt=case.prompt, edit_mask=case.mask, **micro.arguments(case.source, name))
