@@ -1,5 +1,6 @@
 """Pictures of what was measured."""
 
+from ast import literal_eval
 from pathlib import Path
 
 from docs_results import against_faster, load
@@ -39,6 +40,44 @@ def pareto(name: str, path: Path) -> None:
         over_flops(axis, label)
         axis.legend()
     figure.savefig(path, dpi=90)
+
+
+# Panels of the sweep: its group, the field on the axis, and whether the starting point lies on the curve too.
+CURVES = (
+    ("threshold (draft)", "threshold", True), ("threshold (full)", "threshold", False), ("dilation", "dilation", True),
+    ("uniform_stride", "uniform_stride", True), ("draft_steps", "draft_steps", True),
+    ("boundaries", "boundaries", True),
+)  # fmt: skip
+
+
+def sweep_curves(name: str, path: Path) -> None:
+    """Edit PSNR and FLOPs ratio over the values of one setting at a time; a dashed line where the default is."""
+    from specedit.config import resolve
+
+    rows, start = load(name)["rows"], resolve("turbo", restore="reference")
+    (base,) = [row for row in rows if row["group"] == "base"]
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    for axis, (group, field, through) in zip(figure.subplots(2, 3).flat, CURVES):
+        points = [(_first(literal_eval(r["change"][field])), r["mean"]) for r in rows if r["group"] == group]
+        default = _first(getattr(start, field))
+        if through:
+            points.append((default, base["mean"]))
+            axis.axvline(default, color="grey", linestyle=":", linewidth=1)
+        points.sort(key=lambda point: point[0])
+        x = [value for value, _ in points]
+        axis.plot(x, [mean["edit_psnr"] for _, mean in points], marker="o", color="C0")
+        axis.set_ylim(base["mean"]["edit_psnr"] - 3, base["mean"]["edit_psnr"] + 2)  # so that chance looks like chance
+        axis.set_ylabel("edit PSNR, dB", color="C0")
+        axis.set_xlabel("sigma at which the coarse stage ends" if field == "boundaries" else group)
+        other = axis.twinx()
+        other.plot(x, [mean["flops_ratio"] for _, mean in points], marker="^", color="C1")
+        other.set_ylim(0, 2 * base["mean"]["flops_ratio"])
+        other.set_ylabel("FLOPs ratio", color="C1")
+    figure.savefig(path, dpi=90)
+
+
+def _first(value: float | tuple) -> float:
+    return value[0] if isinstance(value, tuple) else value
 
 
 def forecast_pareto(name: str, path: Path) -> None:

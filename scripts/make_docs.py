@@ -67,6 +67,8 @@ def main() -> int:
         return 1 if stale else 0
     for file in sorted(RESULTS.glob("quality-*.json")):
         figures.pareto(file.name, ROOT / "docs" / "images" / f"{file.stem}.png")
+    for file in sorted(RESULTS.glob("sweep-*.json")):
+        figures.sweep_curves(file.name, ROOT / "docs" / "images" / f"{file.stem}.png")
     for file in sorted(RESULTS.glob("kernels*.json")):
         kernel_pages.draw(load(file.name), ROOT / "docs" / "images", file.stem)
     for file in sorted(RESULTS.glob("forecast-*.json")):

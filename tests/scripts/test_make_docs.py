@@ -169,6 +169,30 @@ def test_small_edits_are_those_that_were_asked_for(docs, tmp_path):
     assert lines[3] == "| turbo-reference | 2 | 55.0% | 1 | 8.00 | 50.0% | 20.0 | 30.5 |"
 
 
+def test_curves_of_a_sweep_go_through_the_starting_point(docs, tmp_path, monkeypatch):
+    def tried(group, psnr, **change):
+        return dict(group=group, change=change, mean=dict(edit_psnr=psnr, flops_ratio=10.0))
+
+    groups = [("threshold (draft)", dict(threshold="0.5")),
+              ("threshold (full)", dict(verify_at="full", threshold="1.0")),
+              ("dilation", dict(dilation="0")), ("uniform_stride", dict(uniform_stride="0")),
+              ("draft_steps", dict(draft_steps="4")), ("boundaries", dict(boundaries="(0.9, 0.75)"))]  # fmt: skip
+    write(
+        tmp_path, [tried("base", 20.0), *(tried(group, 21.0, **change) for group, change in groups)], "sweep-256.json"
+    )
+    lines, plot = [], docs.figures.Axes.plot
+    monkeypatch.setattr(
+        docs.figures.Axes, "plot", lambda axis, x, y, **how: lines.append((x, y)) or plot(axis, x, y, **how)
+    )
+    docs.figures.sweep_curves("sweep-256.json", tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").size[0] > 500
+    psnr = lines[::2]
+    assert psnr[0] == ([0.2, 0.5], [20.0, 21.0]) and psnr[1] == ([1.0], [21.0])  # another place to compare at
+    assert psnr[2:] == [
+        ([0, 1], [21.0, 20.0]), ([0, 3], [21.0, 20.0]), ([4, 8], [21.0, 20.0]), ([0.7, 0.9], [20.0, 21.0])
+    ]  # fmt: skip
+
+
 def test_operations_of_stock_are_known_without_a_run_but_not_its_seconds(docs, tmp_path):
     write(tmp_path, [scored("student-8", 2e12, add=4)], "forecast-512.json", stock_flops=16e12)
     (line,) = [line for line in docs.measured.forecast("forecast-512.json").splitlines() if "student-8" in line]
