@@ -286,7 +286,11 @@ class QwenImageEditPlus(QwenImageEdit):
             condition.append(pipe.image_processor.resize(one, height, width))
             width, height = edit_size(plus, one, plus.VAE_IMAGE_SIZE)
             reference.append(pipe.image_processor.preprocess(one, height, width).unsqueeze(2))
-        return Pictures(condition, reference, nearest_shape([tuple(r.shape[-2:]) for r in reference], grid))
+        alike = nearest_shapes([tuple(r.shape[-2:]) for r in reference], grid)
+        if len(alike) > 1:
+            names = ", ".join(str(i + 1) for i in alike)
+            logger.warning(f"pictures {names} have one shape; SpecEdit takes the last of them for the one being edited")
+        return Pictures(condition, reference, alike[-1])
 
     @staticmethod
     def _edited(images: list[Image.Image], aligned: int) -> list[Image.Image]:
@@ -323,10 +327,10 @@ def whole_tokens(call: dict[str, Any], height: int, width: int, multiple: int) -
     return height // multiple * multiple, width // multiple * multiple
 
 
-def nearest_shape(sizes: list[tuple[int, int]], grid: TokenGrid) -> int:
-    """Index of the (height, width) whose aspect ratio is nearest to the grid's; of equal ones the last."""
+def nearest_shapes(sizes: list[tuple[int, int]], grid: TokenGrid) -> list[int]:
+    """Indices of the (height, width) whose aspect ratio is nearest to the grid's, several where these are equal."""
     distance = [abs(math.log(h * grid.width / (w * grid.height))) for h, w in sizes]
-    return max(i for i, d in enumerate(distance) if d <= min(distance) + 1e-9)
+    return [i for i, d in enumerate(distance) if d <= min(distance) + 1e-9]
 
 
 def shrink_picture(image: Image.Image, scale: int) -> Image.Image:

@@ -6,7 +6,8 @@ import torch
 import specedit
 from specedit import SpecEditConfig
 from specedit.grid import GridSet, LayoutSet, MixedLayout, TokenGrid
-from specedit.models.qwen import nearest_shape
+from specedit.models import qwen
+from specedit.models.qwen import nearest_shapes
 from tests.models.family import mixed_layout
 from tests.models.qwen.common import GUIDED, QUICK, close, velocity
 
@@ -54,11 +55,22 @@ def test_locked_cells_take_the_aligned_reference(plus):
 
 def test_the_aligned_reference_has_the_outputs_shape():
     square = TokenGrid(64, 64)
-    assert nearest_shape([(1024, 1024), (768, 1344)], square) == 0
-    assert nearest_shape([(768, 1344), (1024, 1024)], square) == 1
-    assert nearest_shape([(1024, 1024), (512, 512)], square) == 1  # of equal ones the last
-    assert nearest_shape([(1344, 768), (768, 1344), (800, 1312)], TokenGrid(48, 84)) == 1
-    assert nearest_shape([(512, 1024)], square) == 0
+    assert nearest_shapes([(1024, 1024), (768, 1344)], square) == [0]
+    assert nearest_shapes([(768, 1344), (1024, 1024)], square) == [1]
+    assert nearest_shapes([(1024, 1024), (768, 1344), (512, 512)], square) == [0, 2]
+    assert nearest_shapes([(1344, 768), (768, 1344), (800, 1312)], TokenGrid(48, 84)) == [1]
+    assert nearest_shapes([(512, 1024)], square) == [0]
+
+
+def test_of_pictures_of_one_shape_the_last_is_edited_and_that_is_said(plus, picture, monkeypatch):
+    said = []
+    monkeypatch.setattr(qwen.logger, "warning", said.append)
+    first, last = picture(128, 128, seed=3), picture(128, 128)
+    _, state = plus.prepare(plus.make(), image=[first, picture(64, 128), last], true_cfg_scale=1.0)
+    assert said == ["pictures 1, 3 have one shape; SpecEdit takes the last of them for the one being edited"]
+    _, alone = plus.prepare(plus.make(), image=[last], true_cfg_scale=1.0)
+    close(state.aligned, alone.aligned)
+    assert len(said) == 1
 
 
 def test_output_follows_the_last_picture(plus, picture):
