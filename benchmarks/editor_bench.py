@@ -19,7 +19,7 @@ import specedit
 from benchmarks import real_models
 from specedit import sampler
 from specedit.install import STOCK_STEPS
-from specedit.models import adapters
+from specedit.models import adapter_of
 
 # Attention backends of diffusers; those that the machine lacks are passed over.
 BACKENDS = ("native", "_native_cudnn", "_native_flash", "flash", "_flash_3")
@@ -127,7 +127,7 @@ class Bench:
 
     def adapter(self) -> Any:
         """What specedit.install would use for the pipeline, or None."""
-        return next((adapter() for adapter in adapters() if adapter.matches(self.pipe)), None)
+        return adapter_of(self.pipe)
 
     def arguments(self, case: Case) -> dict[str, Any]:
         if self.given is None or self.given[0] != case.setting:

@@ -22,7 +22,7 @@ from specedit.micro import scenes
 from specedit.micro.family import of
 from specedit.micro.load import WEIGHTS
 from specedit.micro.train_editor import pack
-from specedit.models import adapters
+from specedit.models import adapter_of
 from specedit.models.base import EditState
 
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
@@ -41,8 +41,7 @@ def scores(pipe, scene, size: int, verify_at: str) -> torch.Tensor:
         branches=1, pixels_per_token=16,
     )  # fmt: skip
     config = SpecEditConfig(verify_at=verify_at)
-    adapter = next(each for each in adapters() if each.matches(pipe))()
-    score = select.semantic_score(adapter, pipe, state, draft, grid.coarse(4), config)
+    score = select.semantic_score(adapter_of(pipe), pipe, state, draft, grid.coarse(4), config)
     return select.to_cells(score)[0]
 
 

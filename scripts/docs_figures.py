@@ -51,7 +51,7 @@ CURVES = (
 
 
 def sweep_curves(name: str, path: Path) -> None:
-    """Edit PSNR and FLOPs ratio over the values of one setting at a time; a dashed line where the default is."""
+    """Edit PSNR and FLOPs ratio over the values of one setting at a time; a dotted line where the default is."""
     from specedit.config import resolve
 
     rows, start = load(name)["rows"], resolve("turbo", restore="reference")

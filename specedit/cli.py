@@ -218,12 +218,11 @@ def _eval(args) -> int:
     overrides = _check_eval(args)
     _check_size(args.size, 64)
     _quiet()
-    import torch
     from tqdm.auto import tqdm
 
     from . import install, micro, results
 
-    pipe = micro.load(args.model, device="cuda" if torch.cuda.is_available() else "cpu")
+    pipe, _ = pipelines.load(args.model)
     pipe.set_progress_bar_config(disable=True)
     if args.preset != "stock":
         install(pipe, args.preset, **overrides)

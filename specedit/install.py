@@ -16,7 +16,7 @@ import torch
 
 from . import restore, sampler
 from .config import SpecEditConfig, resolve
-from .models import adapters
+from .models import adapter_of, adapters
 from .models.base import Adapter
 from .report import RunReport
 from .schedule import supported
@@ -66,7 +66,7 @@ def install(pipe: Any, config: str | SpecEditConfig | None = None, **overrides: 
     if (old := _installation(pipe)) is not None:
         old.config, old.report, old.stock_reason = config, None, None
         return pipe
-    adapter = next((a() for a in adapters() if a.matches(pipe)), None)
+    adapter = adapter_of(pipe)
     if adapter is None and "Inpaint" in type(pipe).__name__:
         # Inpainting has its own idea of what stays; the user loses nothing but the speed.
         warnings.warn(f"SpecEdit leaves {type(pipe).__name__} as it is: inpainting runs the stock path", stacklevel=2)

@@ -58,6 +58,7 @@ def run(
     cells = Cells.of(seen, state, config, looked=drafted or edit_mask is not None)
 
     # Section 3.4: coarse tokens first, then a mixed sequence, then (restore="full") every token fine.
+    detail = cell_detail(state.aligned, state.grid)
     split_noise = cell_detail(state.noise, state.grid, mode="circular")
     parts: list[Part] = []
     done = cache_bytes = 0
@@ -66,7 +67,9 @@ def run(
             break
         began, first = clock(state), done
         layouts = stage_layouts(stage, state, cells.expanded)
-        parts = enter(parts, layouts, stage, state, split_noise, cells.known, pipe)
+        known = detail * cells.unchanged.flatten(1)[:, :, None, None, None]
+        parts = enter(parts, layouts, stage, state, split_noise, known, pipe)
+        looks = stage.name == "coarse" and drafted and config.looks_twice
         for part in parts:
             if make_histories is not None:
                 part.histories = make_histories(first=stage is plan[0], layout=part.layout)
@@ -76,13 +79,14 @@ def run(
                 break
             for part in parts:  # eq. 11: one Euler step of each sample's own sequence
                 velocity = part_velocity(adapter, pipe, state, part, i, config)
-                part.clean = part.tokens - part.sigmas[i] * velocity
+                if looks:
+                    part.clean = part.tokens - part.sigmas[i] * velocity
                 part.tokens = part.tokens + (part.sigmas[i + 1] - part.sigmas[i]) * velocity
             cache_bytes = max(cache_bytes, sum(part.cache_bytes for part in parts))
             notify(listener, done, parts, i, state)
             done += 1
         log.append(account(stage.name, parts, done - first, pipe, state, clock(state) - began))
-        if stage.name == "coarse" and drafted and config.looks_twice and not pipe.interrupt:
+        if looks and not pipe.interrupt:
             began = clock(state)
             seen = seen | second_look(adapter, pipe, state, parts, config)
             cells = Cells.of(seen, state, config, looked=True)
@@ -99,14 +103,14 @@ class Cells:
     """What becomes of each cell, (B, cells_h, cells_w) bool.
 
     found: reported as edited. edited: not taken from the reference; a sample that is nearly all edited is edited as a
-    whole. expanded: computed at full resolution. known: the reference's Haar detail (B, cells, 4, channels, 3) where
-    somebody looked and found no edit, else 0.
+    whole. expanded: computed at full resolution. unchanged: somebody looked and found no edit, so that the detail is
+    known, the reference's.
     """
 
     found: Tensor
     edited: Tensor
     expanded: Tensor
-    known: Tensor
+    unchanged: Tensor
 
     @staticmethod
     def of(seen: Tensor, state: EditState, config: SpecEditConfig, looked: bool) -> Cells:
@@ -118,8 +122,7 @@ class Cells:
         edited = everything_if_nearly(found)
         # Eq. 10: expand what is edited, and a sparse uniform set beside it.
         expanded = edited | select.uniform_cells(state.grid, config.uniform_stride, state.device)
-        unchanged = (~edited & looked).flatten(1)[:, :, None, None, None]
-        return Cells(found, edited, expanded, cell_detail(state.aligned, state.grid) * unchanged)
+        return Cells(found, edited, expanded, ~edited & looked)
 
 
 def second_look(adapter: Adapter, pipe: Any, state: EditState, parts: list[Part], config: SpecEditConfig) -> Tensor:

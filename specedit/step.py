@@ -32,7 +32,7 @@ class Part:
     flops: float = 0.0
     cached: int = 0  # steps that were not computed fully
     reused: int = 0  # steps that ran over the target's tokens alone
-    clean: Tensor | None = None  # what the last step predicted, x0 = x - s v
+    clean: Tensor | None = None  # what the last step predicted, x0 = x - s v, where somebody looks
 
     @property
     def cache_bytes(self) -> int:

@@ -172,6 +172,7 @@ def test_uses_draft():
     assert not SpecEditConfig(steps=(4, 0, 5)).uses_draft
     assert SpecEditConfig(steps=(4, 0, 5), restore="reference").uses_draft
     assert SpecEditConfig(steps=(0, 0, 5), keep_pixels=True).uses_draft
+    assert not SpecEditConfig(steps=(4, 0, 0), restore="reference").uses_draft
 
 
 def test_who_keeps_cells_for_good_looks_twice():
@@ -181,7 +182,6 @@ def test_who_keeps_cells_for_good_looks_twice():
     for change in ({"second_look": False}, {"selector": "edges"}, {"steps": (0, 3, 3)}):
         config = SpecEditConfig(restore="reference", **change)
         assert config.keeps and not config.looks_twice
-    assert not SpecEditConfig(steps=(4, 0, 0), restore="reference").uses_draft
 
 
 # --------------------------------------------------------------------------------------------------- temporal caches

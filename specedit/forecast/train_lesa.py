@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from ..config import SpecEditConfig
 from ..grid import MixedLayout
-from ..models import adapters
+from ..models import adapter_of, adapters
 from ..models.base import Adapter, EditState
 from ..schedule import stage_sigmas
 from . import lesa
@@ -69,7 +69,7 @@ def record(pipe: Any, steps: int, **arguments: Any) -> Trajectory:
     Raises:
         TypeError: a pipeline without an adapter.
     """
-    adapter = next((a() for a in adapters() if a.matches(pipe)), None)
+    adapter = adapter_of(pipe)
     if adapter is None:
         raise TypeError(f"pipeline: expected one of {', '.join(a.pipelines for a in adapters())}, got {type(pipe)}")
     bound = inspect.signature(type(pipe).__call__).bind(pipe, **arguments)

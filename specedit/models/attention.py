@@ -290,6 +290,13 @@ def half_table(table: Tensor) -> Tensor:
     return table[:, ::2].float().contiguous()
 
 
+def foreign(transformer: nn.Module, attention_class: type) -> str | None:
+    """Why a transformer, such as a quantised engine with kernels of its own, runs stock; None of the model's own."""
+    if any(isinstance(module, attention_class) for module in transformer.modules()):
+        return None
+    return f"the attention of {type(transformer).__name__} takes no processors of ours"
+
+
 def attach(transformer: nn.Module, attention_class: type, processor_class: type) -> None:
     """Wrap the processor of every attention module.
 

@@ -53,8 +53,8 @@ class FluxKontext:
         given = [name for name in IP_ADAPTER if call.get(name) is not None]
         if given:
             return f"{given[0]} needs the stock attention processors"
-        if not any(isinstance(module, FluxAttention) for module in pipe.transformer.modules()):
-            return f"the attention of {type(pipe.transformer).__name__} takes no processors of ours"
+        if (reason := attention.foreign(pipe.transformer, FluxAttention)) is not None:
+            return reason
         if any(isinstance(processor, torch.nn.Module) for processor in pipe.transformer.attn_processors.values()):
             return "an IP-Adapter is loaded, and it needs the stock attention processors"
         if call.get("image") is None:
@@ -349,23 +349,20 @@ class FluxKontext:
 
     def attach(self, pipe: Any) -> None:
         attention.attach(pipe.transformer, FluxAttention, attention.FluxMixedProcessor)
-        if (block := self._last(pipe)) is not None:
-            last_block.attach(block, FluxSingleTransformerBlock, last_block.FluxLastBlock)
+        last_block.attach(self._last(pipe), FluxSingleTransformerBlock, last_block.FluxLastBlock)
 
     def detach(self, pipe: Any) -> None:
         attention.detach(pipe.transformer, FluxAttention)
-        if (block := self._last(pipe)) is not None:
-            last_block.detach(block)
+        last_block.detach(self._last(pipe))
 
     @staticmethod
     def _last(pipe: Any) -> torch.nn.Module | None:
         """The last single block; None of a transformer without any, whose double blocks stay as they are."""
-        return next(iter(getattr(pipe.transformer, "single_transformer_blocks", ())[-1:]), None)
+        return last_block.last(pipe.transformer, "single_transformer_blocks")
 
     def _trims(self, pipe: Any, attention: str) -> bool:
         """Whether the last block will compute the target's rows alone."""
-        block = self._last(pipe)
-        return attention != "stock" and block is not None and last_block.attached(block)
+        return attention != "stock" and last_block.attached(self._last(pipe))
 
 
 def check_negative(positive: dict[str, Tensor], negative: dict[str, Tensor]) -> None:

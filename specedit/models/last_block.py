@@ -110,7 +110,12 @@ def clipped(states: Tensor) -> Tensor:
     return states.clip(-65504, 65504) if states.dtype == torch.float16 else states
 
 
-def attach(block: nn.Module, block_class: type, hook: Callable[[nn.Module], LastBlock]) -> None:
+def last(transformer: nn.Module, blocks: str) -> nn.Module | None:
+    """The last of a transformer's `blocks`; None of one without any, such as another engine's."""
+    return next(iter(getattr(transformer, blocks, ())[-1:]), None)
+
+
+def attach(block: nn.Module | None, block_class: type, hook: Callable[[nn.Module], LastBlock]) -> None:
     """Put the hook in place; idempotent.
 
     A block of another class, or one whose `forward` another library has taken over (to bring its weights to the device
@@ -120,11 +125,11 @@ def attach(block: nn.Module, block_class: type, hook: Callable[[nn.Module], Last
         block.forward = hook(block)
 
 
-def attached(block: nn.Module) -> bool:
-    return isinstance(vars(block).get("forward"), LastBlock)
+def attached(block: nn.Module | None) -> bool:
+    return block is not None and isinstance(vars(block).get("forward"), LastBlock)
 
 
-def detach(block: nn.Module) -> None:
+def detach(block: nn.Module | None) -> None:
     """Take the hook out again."""
     if attached(block):
         del block.forward

@@ -167,10 +167,8 @@ class LongCatImageEdit(FluxKontext):
 
     def attach(self, pipe: Any) -> None:
         attention.attach(pipe.transformer, LongCatImageAttention, LongCatMixedProcessor)
-        if (block := self._last(pipe)) is not None:
-            last_block.attach(block, LongCatImageSingleTransformerBlock, LongCatLastBlock)
+        last_block.attach(self._last(pipe), LongCatImageSingleTransformerBlock, LongCatLastBlock)
 
     def detach(self, pipe: Any) -> None:
         attention.detach(pipe.transformer, LongCatImageAttention)
-        if (block := self._last(pipe)) is not None:
-            last_block.detach(block)
+        last_block.detach(self._last(pipe))

@@ -61,8 +61,8 @@ class QwenImageEdit:
         return isinstance(pipe, QwenImageEditPipeline)
 
     def refusal(self, pipe: Any, call: dict[str, Any]) -> str | None:
-        if not any(isinstance(module, Attention) for module in pipe.transformer.modules()):
-            return f"the attention of {type(pipe.transformer).__name__} takes no processors of ours"
+        if (reason := attention.foreign(pipe.transformer, Attention)) is not None:
+            return reason
         for option, reason in UNUSUAL.items():
             if getattr(pipe.transformer.config, option, False):  # older versions do not have every option
                 return reason
@@ -93,7 +93,7 @@ class QwenImageEdit:
         pipe._interrupt = False
         device = pipe._execution_device
         grid = TokenGrid(height // multiple, width // multiple)
-        pictures = self._pictures(pipe, call["image"], grid)
+        pictures = self._pictures(pipe, call, images, grid)
         say_why_unguided(call)
         positive, negative = encode(pipe, call, pictures.condition, device)
         batch, dtype = positive["encoder_hidden_states"].shape[0], positive["encoder_hidden_states"].dtype
@@ -147,11 +147,11 @@ class QwenImageEdit:
             raise ValueError(f"image: expected one picture or as many as fit {total} edits, got {len(images)}")
 
     @staticmethod
-    def _pictures(pipe: Any, image: Image.Image | list[Image.Image], grid: TokenGrid) -> Pictures:
+    def _pictures(pipe: Any, call: dict[str, Any], images: list[Image.Image], grid: TokenGrid) -> Pictures:
         """Every picture of the batch at the size of the first one; a list's reach the vision-language encoder as they
         are, even of one, since that is what `resize` does to lists."""
-        width, height = picture_size(pipe, check_pictures(image)[0])
-        resized = pipe.image_processor.resize(image, height, width)
+        width, height = picture_size(pipe, images[0])
+        resized = pipe.image_processor.resize(call["image"], height, width)
         return Pictures(resized, [pipe.image_processor.preprocess(resized, height, width).unsqueeze(2)])
 
     @staticmethod
@@ -246,7 +246,7 @@ class QwenImageEdit:
     @staticmethod
     def _last(pipe: Any) -> torch.nn.Module | None:
         """The last block; None of another engine without the model's parts, which runs the stock path."""
-        return next(iter(getattr(pipe.transformer, "transformer_blocks", ())[-1:]), None)
+        return last_block.last(pipe.transformer, "transformer_blocks")
 
 
 class QwenImageEditPlus(QwenImageEdit):
@@ -279,13 +279,13 @@ class QwenImageEditPlus(QwenImageEdit):
         """One prompt has any number of pictures."""
 
     @staticmethod
-    def _pictures(pipe: Any, image: Image.Image | list[Image.Image], grid: TokenGrid) -> Pictures:
+    def _pictures(pipe: Any, call: dict[str, Any], images: list[Image.Image], grid: TokenGrid) -> Pictures:
         condition, reference = [], []
-        for one in check_pictures(image):
-            width, height = edit_size(plus, one, plus.CONDITION_IMAGE_SIZE)
-            condition.append(pipe.image_processor.resize(one, height, width))
-            width, height = edit_size(plus, one, plus.VAE_IMAGE_SIZE)
-            reference.append(pipe.image_processor.preprocess(one, height, width).unsqueeze(2))
+        for image in images:
+            width, height = edit_size(plus, image, plus.CONDITION_IMAGE_SIZE)
+            condition.append(pipe.image_processor.resize(image, height, width))
+            width, height = edit_size(plus, image, plus.VAE_IMAGE_SIZE)
+            reference.append(pipe.image_processor.preprocess(image, height, width).unsqueeze(2))
         alike = nearest_shapes([tuple(r.shape[-2:]) for r in reference], grid)
         if len(alike) > 1:
             names = ", ".join(str(i + 1) for i in alike)

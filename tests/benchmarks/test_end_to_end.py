@@ -90,7 +90,7 @@ def test_another_machine_or_code_needs_another_file(measured, tmp_path, capsys):
 
 
 def test_a_pipeline_without_an_adapter_is_skipped_and_its_stock_is_measured(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("benchmarks.editor_bench.adapters", lambda: [])
+    monkeypatch.setattr("benchmarks.editor_bench.adapter_of", lambda pipe: None)
     path = tmp_path / "qwen.json"
     given = [*TINY, "--model", "qwen-image-edit", "--execution", "eager", "--batch", "1"]
     assert end_to_end.main(["--json", str(path), *given]) == 0

@@ -20,6 +20,11 @@ import specedit
 from specedit.install import _unsuited
 from tests.install.common import QUICK, processors
 
+PYRAMID = PyramidAttentionBroadcastConfig(
+    spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(-1, 1001),
+    current_timestep_callback=lambda: 500,
+)  # fmt: skip
+
 
 def stock_path(pipe, call):
     """Calls twice: the stock pipeline's own result both times, and one warning that points here. Returns its text."""
@@ -127,11 +132,7 @@ def cached():
 
     def enable(pipe):
         pipes.append(pipe)
-        config = PyramidAttentionBroadcastConfig(
-            spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(-1, 1001),
-            current_timestep_callback=lambda: 500,
-        )  # fmt: skip
-        pipe.transformer.enable_cache(config)
+        pipe.transformer.enable_cache(PYRAMID)
 
     yield enable
     for pipe in pipes:
@@ -139,13 +140,7 @@ def cached():
 
 
 def apply_pyramid(transformer):
-    apply_pyramid_attention_broadcast(
-        transformer,
-        PyramidAttentionBroadcastConfig(
-            spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(-1, 1001),
-            current_timestep_callback=lambda: 500,
-        ),
-    )  # fmt: skip
+    apply_pyramid_attention_broadcast(transformer, PYRAMID)
 
 
 def apply_first_block(transformer):
