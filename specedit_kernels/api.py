@@ -1,7 +1,8 @@
 """The public functions: check the arguments, then one dispatch each.
 
-CUDA tensors run Triton, CPU tensors the plain PyTorch reference. `backend="triton"` or `"torch"` chooses explicitly
-and raises where the choice cannot run; nothing ever falls back silently. All of it is for inference: no gradients.
+CUDA tensors run Triton, all others the plain PyTorch reference. `backend="triton"` or `"torch"` chooses explicitly
+and raises where the choice cannot run; nothing ever falls back silently. The Triton kernels are for inference: they
+have no gradients, and raise RuntimeError where one would be lost.
 
 Wrong dtypes and types raise TypeError; wrong shapes, devices and values raise ValueError; both say what was expected
 and what came. Values inside CUDA tensors (indices, cu_seqlens) are not read, because that would make the host wait:
@@ -35,13 +36,23 @@ def _interpreting() -> bool:
 
 def _call(backend: str | None, name: str, tensor: torch.Tensor, args: tuple):
     """Runs an operator on the chosen backend; None lets the device of `tensor` choose."""
-    if backend is None:
-        return ops.dispatch(name, args)
-    if backend == "triton" and tensor.device.type == "cuda":
-        return ops.dispatch(name, args)
-    if backend == "triton" and not _interpreting():
+    on_gpu = tensor.device.type == "cuda"
+    if backend == "triton" and not on_gpu and not _interpreting():
         raise ValueError(f'backend: expected CUDA tensors for "triton", got {tensor.device}')
-    return ops.run(backend, name, args)
+    native = "triton" if on_gpu else "torch"
+    chosen, differentiated = backend or native, _differentiated(args)
+    if chosen == "triton" and differentiated:
+        raise RuntimeError(
+            f"{name}: expected torch.no_grad(), got a tensor that requires a gradient, which Triton kernels do not "
+            'give; backend="torch" does'
+        )
+    # What the device would choose goes through the dispatcher, which torch.compile sees as one operator; gradients are
+    # those of the operations inside.
+    return ops.dispatch(name, args) if chosen == native and not differentiated else ops.run(chosen, name, args)
+
+
+def _differentiated(args: tuple) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args)
 
 
 def _check_backend(backend: str | None) -> None:
@@ -144,7 +155,7 @@ def expand_tokens(
     sigma = checks.check_sigma("sigma", sigma)
     seed = None
     if noise is None:
-        if backend == "torch" or (coarse.device.type == "cpu" and backend is None):
+        if backend == "torch" or (coarse.device.type != "cuda" and backend is None):
             noise = reference.draw_noise(
                 (*coarse.shape[:-1], 4, coarse.shape[-1] // 4, 3), generator,
                 dtype=torch.float64 if coarse.dtype == torch.float64 else torch.float32, device=coarse.device,
@@ -203,14 +214,16 @@ def mixed_attention(
             `cu_seqlens_q[b]:cu_seqlens_q[b + 1]`, and keys likewise. They start at 0, never decrease and end at T.
         max_seqlen_q: at least the longest query sequence. Optional: it makes the launch grid smaller when sequences
             are many and short.
-        key_bias: float32 (T_k,) or (B, N_k), added to the logits of that key after scaling; -inf hides the key.
+        key_bias: float32 (T_k,) or (B, N_k), added to the logits of that key after scaling; -inf hides the key (on
+            CUDA everything below -2.3e38 does).
         scale: factor of the logits; D ** -0.5 when None.
         return_lse: also return the natural logarithm of the softmax denominators.
         backend: "triton", "torch" or None (by device).
 
     Returns:
         `out`, shape and dtype of `q`, contiguous; with `return_lse` also `lse` float32 (float64 for float64 inputs),
-        (H, T_q) or (B, H, N_q). A query that sees no key gets 0, and -inf as its lse.
+        (H, T_q) or (B, H, N_q). A query that sees no key gets 0, and -inf as its lse. On CUDA, where offsets are not
+        read, a query that no sequence covers, or that `max_seqlen_q` leaves out, is not written at all.
 
     Raises:
         TypeError: dtypes or types that do not fit.

@@ -14,14 +14,17 @@ def key_bias_from_mask(mask: torch.Tensor | None, batch: int, keys: int) -> torc
     """The per-key bias, float32 (B, N_k), that a diffusers mask stands for.
 
     Args:
-        mask: (B, N_k), or broadcastable to (B, 1, 1, N_k): boolean (True attends) or additive.
+        mask: (B, N_k), or broadcastable to (B, 1, 1, N_k): boolean (True attends) or additive, floating point.
         batch, keys: B and N_k.
 
     Raises:
+        TypeError: a mask of integers, such as a tokenizer's, which says neither.
         ValueError: a mask that differs between queries or heads; it has no per-key form.
     """
     if mask is None:
         return None
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"attn_mask: expected a boolean or floating point mask, got {mask.dtype}")
     if mask.dim() == 2 and mask.shape == (batch, keys):
         mask = mask[:, None, None, :]
     shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
@@ -51,6 +54,8 @@ def attention(
     """diffusers' attention call; query (B, N_q, H, D), key and value (B, N_k, H, D), in its order of axes.
 
     Raises:
+        TypeError: a mask of integers.
+        RuntimeError: on a GPU, tensors that require a gradient.
         ValueError: dropout, causal masks, masks that differ between queries, and context parallelism, none of which
             this kernel does. Nothing falls back to another backend.
     """

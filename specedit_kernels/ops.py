@@ -1,4 +1,4 @@
-"""Operators of `torch.library`: one schema per kernel, with a CUDA, a CPU and a shape-only implementation.
+"""Operators of `torch.library`: one schema per kernel, with a CUDA, a plain and a shape-only implementation.
 
 Registered this way the kernels are opaque to `torch.compile` (no graph break, dynamic lengths) and may be captured in
 CUDA graphs. Values inside tensors are checked here, below the compiler, so a compiled call checks them too.
@@ -7,6 +7,8 @@ Operators return fresh tensors or write into arguments marked `(a!)`; nothing re
 
 from __future__ import annotations
 
+import functools
+import importlib
 import math
 from collections.abc import Callable
 
@@ -17,15 +19,18 @@ from . import checks, reference
 # Named after the package, so that copies of it under other names (the Hub's loader does that) do not collide.
 NAMESPACE = __package__.replace(".", "_")
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+MINIMUM_TRITON = (3, 6)
 
+# Numbers that change from step to step are Scalar: of a float the compiler would make a constant, and compile again for
+# every other one.
 _SCHEMAS = {
     "gather_tokens": "(Tensor x, Tensor index) -> Tensor",
     "scatter_tokens": "(Tensor src, Tensor index, Tensor(a!) out) -> ()",
-    "expand_tokens": "(Tensor coarse, float sigma, Tensor? noise, Tensor? seed, Tensor? detail) -> Tensor",
-    "contract_tokens": "(Tensor fine, float sigma_fine) -> Tensor",
+    "expand_tokens": "(Tensor coarse, Scalar sigma, Tensor? noise, Tensor? seed, Tensor? detail) -> Tensor",
+    "contract_tokens": "(Tensor fine, Scalar sigma_fine) -> Tensor",
     "mixed_attention": (
         "(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q,"
-        " Tensor? key_bias, float scale, bool return_lse) -> (Tensor, Tensor)"
+        " Tensor? key_bias, Scalar scale, bool return_lse) -> (Tensor, Tensor)"
     ),
     "qk_norm_rope": (
         "(Tensor q, Tensor k, Tensor? v, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps,"
@@ -35,7 +40,7 @@ _SCHEMAS = {
 }
 
 
-# --- the CPU implementations: plain PyTorch behind the operators' schemas --------------------------------------------
+# --- plain PyTorch behind the operators' schemas ----------------------------------------------------------------------
 
 
 def _scatter_tokens_torch(src, index, out):
@@ -139,13 +144,21 @@ def run(backend: str, name: str, args: tuple):
     _check_values(name, args)
     if backend == "torch":
         return _TORCH[name](*args)
-    try:
-        from . import gpu
-    except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
-        raise ImportError('expected Triton 3.6 or newer to run kernels, found none; use backend="torch"') from error
+    _check_triton()
+    from . import gpu
+
     return gpu.run(name, args)
+
+
+@functools.cache
+def _check_triton() -> None:
+    try:
+        found = importlib.import_module("triton").__version__
+    except ModuleNotFoundError:
+        found = "none"
+    if found == "none" or tuple(map(int, found.split(".")[:2])) < MINIMUM_TRITON:
+        wanted = ".".join(map(str, MINIMUM_TRITON))
+        raise ImportError(f'expected Triton {wanted} or newer to run kernels, found {found}; use backend="torch"')
 
 
 def _implementation(backend: str, name: str) -> Callable:
@@ -157,7 +170,8 @@ def _implementation(backend: str, name: str) -> Callable:
 
 for _name, _schema in _SCHEMAS.items():
     _LIBRARY.define(_name + _schema)
-    _LIBRARY.impl(_name, _implementation("torch", _name), "CPU")
+    # Every device without kernels of its own.
+    _LIBRARY.impl(_name, _implementation("torch", _name), "CompositeExplicitAutograd")
     _LIBRARY.impl(_name, _implementation("triton", _name), "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _FAKE[_name], lib=_LIBRARY)
 

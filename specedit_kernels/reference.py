@@ -52,10 +52,10 @@ def scatter_tokens(src: torch.Tensor, index: torch.Tensor, out: torch.Tensor) ->
 def weighted_sum(stack: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """`y = sum_k weights[k] * stack[k]`; see `specedit_kernels.weighted_sum`."""
     compute = _compute_dtype(stack.dtype)
-    y = weights[0].to(compute) * stack[0]
+    y = weights[0].to(compute) * stack[0].to(compute)
     for weight, row in zip(weights[1:], stack[1:]):
         y = torch.addcmul(y, weight.to(compute), row.to(compute))
-    return y.to(stack.dtype)
+    return y.to(stack.dtype).contiguous()
 
 
 # --- noise-exact resolution changes ----------------------------------------------------------------------------------

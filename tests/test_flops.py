@@ -59,7 +59,9 @@ def test_a_trimmed_last_block_against_counted_operations():
     text, image, target = 32, 300, 150
     counted = []
     for read in (None, target):
-        context = joint.MixedContext(backend="stock", read=read and joint.Queries(read), plain=True)
+        context = joint.MixedContext(
+            backend="stock", read=joint.Queries(torch.arange(read)) if read else None, plain=True
+        )
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(
                 hidden_states=torch.zeros(1, image, 64), encoder_hidden_states=torch.zeros(1, text, 64),

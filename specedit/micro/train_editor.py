@@ -33,7 +33,7 @@ CURRICULUM = (
 )
 REUSE = 3  # each encoded batch is seen about this often, with fresh noise, since rendering and encoding cost too
 # Share of each kind among the tasks: what has to be drawn anew takes longest to learn.
-SHARES = {"add": 0.28, "shape": 0.28, "background": 0.16, "recolor": 0.12, "remove": 0.11, "greyscale": 0.05}
+SHARES = {"add": 0.25, "shape": 0.34, "background": 0.16, "recolor": 0.10, "remove": 0.11, "greyscale": 0.04}
 # Of the steps at 512 px this share is focused: more tasks, edited in one place, on this share of the tokens only.
 FOCUSED, FOCUS = 0.75, 0.25
 EDIT_WEIGHT = 2.0

@@ -18,7 +18,9 @@ from .joint import MixedContext, Queries
 class MixedProcessor:
     """Joint attention of text and image with a bias per key. Without a context it is the processor that it replaced.
 
-    A model family says which processor is its stock one, and has a `__call__` with the arguments of that one.
+    A model family says which processor is its stock one, and has a `__call__` with the arguments of that one. Its
+    `rows`, a slice or None, are never compared with None: torch.compile would make constants of their ends, which every
+    edit has others of.
     """
 
     stock: type
@@ -45,7 +47,7 @@ class MixedProcessor:
 
     def mixed(self, rows: slice | None, *call: Any):
         """`joint` of `call`, or with `rows` of hidden_states these alone."""
-        return self.joint(*call) if rows is None else self.read_rows(rows, *call)
+        return self.read_rows(rows, *call) if isinstance(rows, slice) else self.joint(*call)
 
     def joint(
         self,
@@ -121,7 +123,7 @@ class MixedProcessor:
             values.append(v)
             for (cos, sin), placed in zip(tables, keys, strict=True):
                 placed.append(_rotated(k, norm_k, cos[..., start:stop, :], sin[..., start:stop, :], kernels))
-                if asked is not None:
+                if isinstance(asked, slice):
                     own = slice(start + rows.start, start + rows.stop)
                     queries.append(_rotated(q, norm_q, cos[..., own, :], sin[..., own, :], kernels))
             start = stop
@@ -184,7 +186,7 @@ class FluxMixedProcessor(MixedProcessor):
         specedit: MixedContext | None = None,
         rows: slice | None = None,
     ):
-        if specedit is None or (specedit.plain and rows is None):
+        if specedit is None or (specedit.plain and not isinstance(rows, slice)):
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         rotary = half_tables(specedit.rotary or image_rotary_emb, attn.head_dim)
         coarse = None if specedit.coarse_rotary is None else half_tables(specedit.coarse_rotary, attn.head_dim)
@@ -211,7 +213,7 @@ class QwenMixedProcessor(MixedProcessor):
         specedit: MixedContext | None = None,
         rows: slice | None = None,
     ):
-        if specedit is None or (specedit.plain and rows is None):
+        if specedit is None or (specedit.plain and not isinstance(rows, slice)):
             return self.original(
                 attn, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, attention_mask, image_rotary_emb
             )
@@ -257,9 +259,9 @@ def _projected(attn: nn.Module, names: tuple[str, ...], states: Tensor, rows: sl
     *each, fused = names
     if getattr(attn, "fused_projections", False):  # one product gives all three, of rows that do not ask too
         q, k, v = getattr(attn, fused)(states).chunk(3, dim=-1)
-        return None if rows is None else q[:, rows], k, v
+        return q[:, rows] if isinstance(rows, slice) else None, k, v
     q, k, v = (getattr(attn, name) for name in each)
-    return None if rows is None else q(states[:, rows]), k(states), v(states)
+    return q(states[:, rows]) if isinstance(rows, slice) else None, k(states), v(states)
 
 
 def _output(attn: nn.Module, image: Tensor) -> Tensor:

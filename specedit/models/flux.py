@@ -295,11 +295,11 @@ class FluxKontext:
             segments = joint.segments(torch.cat([text > 0, area > 1]))
             asked = joint.segments(area[:target] > 1, [target], [len(text) + len(area)])
             coarse_rotary = rotary(self._ids(state, layout, reference_layout, 0.5))
+        index = torch.arange(len(text) + len(area), device=area.device)
         return joint.MixedContext(
             bias, segments, coarse_rotary, state.backend if own else "stock",
-            rotary=rotary(self._ids(state, layout, reference_layout)),
-            index=torch.arange(len(text) + len(area), device=area.device),
-            read=joint.Queries(target, asked) if state.last_block else None, plain=not own,
+            rotary=rotary(self._ids(state, layout, reference_layout)), index=index,
+            read=joint.Queries(index[:target], asked) if state.last_block else None, plain=not own,
         )  # fmt: skip
 
     @staticmethod
@@ -317,7 +317,7 @@ class FluxKontext:
         text = torch.arange(first, device=ids.device).expand(len(states), -1)
         rows = torch.cat([text, first + call.index], 1)  # (b, text + m) of the joint sequence
         tables = tuple(table[rows] for table in context.rotary)
-        read = None if context.read is None else joint.Queries(call.index.shape[1])
+        read = None if context.read is None else joint.Queries(call.index[0])
         partial = dataclasses.replace(context, store=call.store.entries, rows=rows, rotary=tables, read=read)
         # The processors take their positions from the context, which knows every sample's own.
         index = call.index[..., None].expand(-1, -1, states.shape[2])

@@ -51,7 +51,11 @@ class Packing:
     text: Tensor
     image: Tensor
     cu_seqlens: Tensor
-    longest: int
+
+    @property
+    def longest(self) -> int:
+        """No sequence has more tokens. All have as many image tokens; of the texts only the sum is known here."""
+        return self.text.shape[0] + self.image.shape[0] // (self.cu_seqlens.shape[0] - 1)
 
 
 def pack(texts: list[int], target: int, reference: int, device: torch.device) -> Packing:
@@ -67,20 +71,30 @@ def pack(texts: list[int], target: int, reference: int, device: torch.device) ->
     image = [
         (behind + torch.arange(a, b, device=device)).flatten() for a, b in ((0, target), (target, target + reference))
     ]
-    return Packing(torch.arange(sum(texts), device=device) + shift, torch.cat(image), ends, max(lengths))
+    return Packing(torch.arange(sum(texts), device=device) + shift, torch.cat(image), ends)
 
 
 @dataclass(frozen=True, eq=False)
 class Queries:
-    """The rows that ask, where not every row of the sequence does: the first `count` of the image stream.
+    """The rows that ask, where not every row of the sequence does: `rows` (n,), the first n of the image stream.
 
-    segments: of these rows, for phase-aligned RoPE. cu_seqlens, longest: of the rows of packed sequences.
+    segments: of these rows, for phase-aligned RoPE. cu_seqlens: of the rows of packed sequences, as many of each.
+
+    Each edit has another n. Of an integer torch.compile would make a constant; the length of a tensor may vary.
     """
 
-    count: int
+    rows: Tensor
     segments: Segments | None = None
     cu_seqlens: Tensor | None = None
-    longest: int | None = None
+
+    @property
+    def count(self) -> int:
+        return self.rows.shape[0]
+
+    @property
+    def longest(self) -> int | None:
+        """How many rows each packed sequence has."""
+        return None if self.cu_seqlens is None else self.count // (self.cu_seqlens.shape[0] - 1)
 
 
 @dataclass(frozen=True, eq=False)

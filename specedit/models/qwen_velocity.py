@@ -43,7 +43,7 @@ class Sequences:
         text, device = len(packing.text), packing.text.device
         here = torch.arange(rows, device=device)
         cu_seqlens = n * torch.arange(self.count + 1, dtype=torch.int32, device=device)
-        asking = joint.Queries(rows, cu_seqlens=cu_seqlens, longest=n)
+        asking = joint.Queries(here, cu_seqlens=cu_seqlens)
         alone = dataclasses.replace(
             context, packing=dataclasses.replace(packing, text=here[:0], image=here), rows=packing.image[None, :rows],
             asking=asking, read=asking if context.read is not None else None,
@@ -149,7 +149,7 @@ class Inputs:
             coarse = tables(0.5)
         read = None
         if self.state.last_block:
-            read = joint.Queries(count * n, asked, joint.cumulative([n] * count, device), n)
+            read = joint.Queries(packing.image[: count * n], asked, joint.cumulative([n] * count, device))
         context = joint.MixedContext(bias, segments, coarse, self.state.backend, packing, read=read)
         placed = PlacedImages(count * n, count * r, 1, tables(1.0))
         return Sequences(
@@ -174,7 +174,7 @@ class Inputs:
         else:
             frequencies = phases(angle[length:]), phases(angle[:length])
             if self.state.last_block:
-                read = joint.Queries(n)
+                read = joint.Queries(torch.arange(n, device=device))
                 context = joint.MixedContext(backend="stock", rotary=tables, read=read, plain=True)
         return Sequences(self._layouts, tuple(prompts), PlacedImages(n, r, b, frequencies), context, mask)
 

@@ -46,6 +46,10 @@ def check_device(device: torch.device) -> None:
 def check_dtype(name: str, tensor: torch.Tensor) -> None:
     if tensor.dtype == torch.float64:
         raise TypeError(f'{name}: expected float16, bfloat16 or float32 on a GPU, got float64; use backend="torch"')
+    if tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu":
+        raise TypeError(
+            f"{name}: expected float16 or float32 in Triton's interpreter, got bfloat16, which it gets wrong"
+        )
 
 
 def config_file_name(gpu_name: str) -> str:

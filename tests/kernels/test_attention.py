@@ -222,6 +222,30 @@ def test_bad_input(backend, device):
             call()
 
 
+def test_gradients_are_given_or_refused(backend, device, rng):
+    """Plain PyTorch gives them; a kernel must not lose them silently."""
+    q = torch.randn(1, 5, 2, 16, generator=rng).to(device).requires_grad_()
+    if backend == "triton":
+        with pytest.raises(
+            RuntimeError, match=r"mixed_attention: expected torch.no_grad\(\), got a tensor that requires"
+        ):
+            mixed_attention(q, q, q, backend=backend)
+        with torch.no_grad():
+            assert not mixed_attention(q, q, q, backend=backend).requires_grad
+        return
+    (got,) = torch.autograd.grad(mixed_attention(q, q, q, backend=backend).square().sum(), q)
+    (want,) = torch.autograd.grad(softmax_attention(q[0], q[0], q[0], None, 0.25, torch.float32)[0].square().sum(), q)
+    torch.testing.assert_close(got, want)
+
+
+def test_the_interpreter_does_not_know_bfloat16(backend, device):
+    if backend != "triton" or device.type != "cpu":
+        pytest.skip("needs Triton's interpreter")
+    q = torch.zeros(1, 4, 1, 16, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match="q: expected float16 or float32 in Triton's interpreter, got bfloat16"):
+        mixed_attention(q, q, q, backend=backend)
+
+
 @pytest.mark.parametrize("ends", [[0, 2, 5], [0, 7, 6], [1, 2, 6], [0, 2, 7]], ids=str)
 def test_bad_cu_seqlens(backend, device, monkeypatch, ends):
     monkeypatch.setenv("SPECEDIT_KERNELS_DEBUG", "1")

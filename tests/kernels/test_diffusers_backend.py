@@ -93,6 +93,8 @@ def test_bad_input():
     ]:
         with pytest.raises(ValueError, match=text):
             attention(q, q, q, **arguments)
+    with pytest.raises(TypeError, match=r"attn_mask: expected a boolean or floating point mask, got torch\.int64"):
+        attention(q, q, q, attn_mask=torch.ones(2, 4, dtype=torch.long))
 
 
 def test_the_registry_is_still_what_it_was():

@@ -38,9 +38,10 @@ def samples(device):
     yield "qk_norm_rope", (q, q, None, weight, weight, angles, angles, 1e-6, None, randn(8, 2, 16), randn(8, 2, 16),
                            None)  # fmt: skip
     yield "weighted_sum", (randn(3, 2, 5, 8), randn(3))
+    yield "weighted_sum", (randn(3, 8, 5).transpose(1, 2), randn(3))
 
 
-@pytest.mark.parametrize("at", range(11))
+@pytest.mark.parametrize("at", range(12))
 def test_opcheck(device, at):
     name, arguments = list(samples(device))[at]
     torch.library.opcheck(getattr(torch.ops.specedit_kernels, name).default, arguments)
@@ -76,6 +77,51 @@ def test_fullgraph_compile_with_dynamic_lengths(device):
         for got, want in zip(compiled(*arguments), edit(*arguments)):
             torch.testing.assert_close(got, want)
     assert len(graphs) == 1, "other lengths must not compile again"
+
+
+def test_other_numbers_do_not_compile_again(device):
+    """Noise levels and scales change from step to step."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def edit(x, q, sigma, scale):
+        coarse, coarse_sigma = kernels.contract_tokens(x, sigma)
+        fine, _ = kernels.expand_tokens(
+            coarse, coarse_sigma, noise=torch.ones(*coarse.shape[:-1], 4, 2, 3, device=x.device)
+        )
+        return fine, kernels.mixed_attention(q, q, q, scale=scale)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(edit, fullgraph=True, backend=backend)
+    x, q = torch.randn(2, 3, 4, 8, device=device), torch.randn(1, 7, 2, 16, device=device)
+    for i in range(12):
+        numbers = (0.1 + i / 20, 0.2 + i / 10)
+        for got, want in zip(compiled(x, q, *numbers), edit(x, q, *numbers)):
+            torch.testing.assert_close(got, want)
+    assert len(graphs) <= 2, "once with the first numbers, once with any"
+
+
+def test_plain_pytorch_by_choice_compiles_whole_on_the_cpu():
+    torch._dynamo.reset()
+    x, index, cu = torch.randn(5, 4), torch.tensor([3, 0]), torch.tensor([0, 3, 8], dtype=torch.int32)
+    q = torch.randn(8, 2, 16)
+
+    def edit(x, index, q, cu):
+        attended = kernels.mixed_attention(q, q, q, cu_seqlens_q=cu, cu_seqlens_k=cu, backend="torch")
+        return kernels.gather_tokens(x, index, backend="torch"), attended
+
+    compiled = torch.compile(edit, fullgraph=True, backend="aot_eager")
+    for got, want in zip(compiled(x, index, q, cu), edit(x, index, q, cu)):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("key", ["CPU", "MPS", "XPU"])
+def test_devices_without_kernels_run_plain_pytorch(key):
+    for name in ("gather_tokens", "mixed_attention", "weighted_sum"):
+        assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"specedit_kernels::{name}", key)
 
 
 def test_values_are_checked_in_compiled_calls(device, monkeypatch):
@@ -139,6 +185,22 @@ def test_works_without_triton():
         'ValueError backend: expected CUDA tensors for "triton", got cpu',
         'ImportError expected Triton 3.6 or newer to run kernels, found none; use backend="torch"',
     ]
+
+
+def test_an_older_triton_is_named():
+    result = run_python("""
+        import sys, types
+        sys.modules["triton"] = types.ModuleType("triton")
+        sys.modules["triton"].__version__ = "3.2.0"
+        import torch
+        from specedit_kernels import ops
+        try:
+            ops.run("triton", "gather_tokens", (torch.zeros(3, 2), torch.tensor([1])))
+        except ImportError as error:
+            print(error)
+    """)
+    message = 'expected Triton 3.6 or newer to run kernels, found 3.2.0; use backend="torch"'
+    assert result.stdout.strip() == message, result.stderr
 
 
 def test_triton_is_imported_lazily():

@@ -30,6 +30,13 @@ def test_strided_stack(backend, device, rng):
     torch.testing.assert_close(weighted_sum(stack, weights, backend=backend), 0.5 * stack[0] - 2 * stack[1])
 
 
+def test_products_are_not_rounded_before_they_are_added(backend, dtype, device, rng):
+    """Terms that cancel leave nothing; a product rounded to a half would leave its rounding."""
+    y = torch.randn(1000, generator=rng).to(device, dtype)
+    left = weighted_sum(torch.stack([y, y]), torch.tensor([0.3, -0.3], device=device), backend=backend)
+    assert left.abs().max() < 1e-6
+
+
 def test_what_does_not_fit(backend, device):
     stack, weights = torch.zeros(3, 4, device=device), torch.zeros(3, device=device)
     for arguments, error, message in (

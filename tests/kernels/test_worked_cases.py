@@ -25,8 +25,8 @@ def merging():
     return names
 
 
-def test_merging_averages_and_gives_back(merging, rng):
-    x = torch.randn(2, 20, 16, generator=rng)
+def test_merging_averages_and_gives_back(merging, device, rng):
+    x = torch.randn(2, 20, 16, generator=rng).to(device)
     plan = merging["merge_plan"](x, 0.3)
     kept, merged, destination = plan
     for b in range(2):
@@ -39,28 +39,30 @@ def test_merging_averages_and_gives_back(merging, rng):
         torch.testing.assert_close(back[b, merged[b]], short[b, destination[b]])
 
 
-def test_merging_equal_tokens_changes_nothing(merging, rng):
+def test_merging_equal_tokens_changes_nothing(merging, device, rng):
     """Pairs of equal tokens merge without loss, and the bias makes attention over them exact."""
-    x = torch.randn(2, 12, 32, generator=rng).repeat_interleave(2, dim=1)
+    x = torch.randn(2, 12, 32, generator=rng).repeat_interleave(2, dim=1).to(device)
     out = merging["merged_attention"](x, 2, 0.5)
     q = x.unflatten(-1, (2, -1))
     torch.testing.assert_close(out, kernels.mixed_attention(q, q, q).flatten(-2), atol=1e-5, rtol=1e-5)
 
 
-@torch.no_grad()
-def test_diffusers_backend_as_on_the_page(rng):
+def test_diffusers_backend_as_on_the_page(device):
     torch.manual_seed(0)
     model = FluxTransformer2DModel(
         in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=32, num_attention_heads=2,
         joint_attention_dim=32, pooled_projection_dim=16, axes_dims_rope=(8, 12, 12),
-    ).eval()  # fmt: skip
+    ).eval().to(device)  # fmt: skip
     inputs = {
         "hidden_states": torch.randn(1, 12, 16), "encoder_hidden_states": torch.randn(1, 5, 32),
         "pooled_projections": torch.randn(1, 16), "timestep": torch.tensor([0.5]),
         "img_ids": torch.randint(4, (12, 3)).float(), "txt_ids": torch.zeros(5, 3),
     }  # fmt: skip
-    want = model(**inputs).sample
+    inputs = {name: x.to(device) for name, x in inputs.items()}
+    with torch.no_grad():
+        want = model(**inputs).sample
     names = {"torch": torch, "kernels": kernels, "model": model, "inputs": inputs}
     exec(compile(blocks("The diffusers attention backend"), "docs/backend.md", "exec"), names)
     torch.testing.assert_close(names["out"], want, atol=1e-4, rtol=1e-4)
-    assert torch.equal(model(**inputs).sample, want)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).sample, want)

@@ -98,6 +98,23 @@ class Conformance:
         specedit.uninstall(pipe)
         assert all(a is b for a, b in zip(kept[1], trace(pipe)[1], strict=True))
 
+    # Every edit has a number of tokens of its own.
+    @pytest.mark.parametrize("changes", [{}, {"rope": "phase_aligned"}, {"attention": "stock"}])
+    def test_other_edits_do_not_compile_again(self, family, changes):
+        if not family.fullgraph:
+            pytest.skip("what crosses a graph break becomes a constant")
+        graphs, counts = [], []
+        torch._dynamo.reset()
+        pipe = family.make()
+        pipe.transformer.compile_repeated_blocks(
+            fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph
+        )
+        specedit.install(pipe, **QUICK, **changes)
+        for cells in (3, 5, 6, 8, 9, 11):
+            family.run(pipe, edit_mask=(torch.arange(16) < cells).view(4, 4), **self.guides(family)[-1])
+            counts.append(len(graphs))
+        assert counts[0] and counts[2] == counts[-1], counts
+
     @pytest.mark.parametrize("changes", [{}, {"key_bias": "none"}, {"rope": "phase_aligned"}, {"attention": "stock"}])
     def test_permuting_tokens_with_their_positions_changes_nothing(self, family, changes):
         config = SpecEditConfig(**changes)

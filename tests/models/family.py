@@ -19,7 +19,8 @@ class Family:
 
     adapter: its class. make: makes equal pipelines that share nothing. call: (height, width) to the arguments of one
     call whose reference covers the output. guided: arguments that switch true classifier-free guidance on, or None.
-    batch: (n) to arguments that make a call edit n pictures, or None where the pipeline takes only one.
+    batch: (n) to arguments that make a call edit n pictures, or None where the pipeline takes only one. fullgraph:
+    whether its blocks compile without a graph break.
     """
 
     adapter: type
@@ -27,6 +28,7 @@ class Family:
     call: Callable[[int, int], dict[str, Any]]
     guided: dict[str, Any] | None = None
     batch: Callable[[int], dict[str, Any]] | None = None
+    fullgraph: bool = True
     sizes: tuple[tuple[int, int], ...] = field(default=((128, 128), (160, 96)))
 
     def run(self, pipe, size=(128, 128), seed=0, **changes):

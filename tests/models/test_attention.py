@@ -288,7 +288,7 @@ def test_some_rows_alone_are_those_rows_of_all(attn, fused, backend, aligned):
     more = {}
     if aligned:
         asked = segments(coarse[TEXT : TEXT + 5], [5], [n])
-        more = dict(segments=segments(coarse), coarse_rotary=POS_EMBED(ids / 2), read=Queries(5, asked))
+        more = dict(segments=segments(coarse), coarse_rotary=POS_EMBED(ids / 2), read=Queries(torch.arange(5), asked))
     context = MixedContext(key_bias=coarse.float(), backend=backend, **more)
     whole = run(attn, states, ids, specedit=context)[:, TEXT : TEXT + 5]
     given = dict(image_rotary_emb=POS_EMBED(ids), specedit=context, rows=rows)
@@ -311,7 +311,7 @@ def test_some_rows_of_packed_sequences():
     total = sum(texts) + 2 * (target + reference)
     text, image = (torch.randn(1, n, 32, generator=generator) for n in (sum(texts), total - sum(texts)))
     angle = torch.randn(total, DIM // 2, generator=generator)
-    read = Queries(2 * target, cu_seqlens=torch.tensor([0, 5, 10], dtype=torch.int32), longest=5)
+    read = Queries(torch.arange(2 * target), cu_seqlens=torch.tensor([0, 5, 10], dtype=torch.int32))
     context = MixedContext(torch.rand(1, total, generator=generator), packing=packing, read=read)
     given = dict(encoder_hidden_states=text, image_rotary_emb=(angle.cos(), angle.sin()), specedit=context)
     whole, _ = attn(image, **given)

@@ -69,4 +69,5 @@ class TestLongCatImageEdit(Conformance):
         return Family(
             LongCatImageEdit, make_longcat, call, guided=dict(negative_prompt="blue", guidance_scale=2.5),
             batch=lambda n: dict(num_images_per_prompt=n),
+            fullgraph=False,  # no compiler reads the context variable that carries the context past the transformer
         )  # fmt: skip
