@@ -34,8 +34,7 @@ from benchmarks import real_models
 from benchmarks.editor_bench import Bench, Case, fields, first_line
 from benchmarks.transformer_steps import transformer_steps
 from specedit import results
-from specedit.config import CHOICES, presets, resolve
-from specedit.install import STOCK_STEPS
+from specedit.config import CHOICES, STOCK_STEPS, presets, resolve
 
 SHAPES = ("blob", "scattered")
 EXECUTIONS = ("eager", "compiled")

@@ -17,9 +17,8 @@ import torch
 
 from benchmarks.scores import Scores, fingerprint
 from specedit import SpecEditConfig, install, micro, uninstall
-from specedit.config import FORECASTS
+from specedit.config import FORECASTS, STOCK_STEPS
 from specedit.forecast import lesa
-from specedit.install import STOCK_STEPS
 from specedit.micro import distil
 from specedit.micro.evaluate import stock_flops
 from specedit.micro.load import WEIGHTS

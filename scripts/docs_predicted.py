@@ -21,8 +21,8 @@ def plan(name: str) -> str:
 def plan_qwen(name: str) -> str:
     from dataclasses import replace
 
-    from specedit.config import presets
-    from specedit.flops import MODELS, STOCK_STEPS, transformer_flops
+    from specedit.config import STOCK_STEPS, presets
+    from specedit.flops import MODELS, transformer_flops
     from specedit.flops import plan as predict
 
     cost = MODELS["qwen-image-edit"]

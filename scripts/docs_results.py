@@ -18,12 +18,23 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
+OPTIONS = {"specedit ": "--json", "python -m benchmarks.": "--out", "python benchmarks/": "--out"}
+
+
+def typed(command: str, name: str) -> str:
+    """The command with the option that names its result file, which the file itself need not know."""
+    option = next((option for start, option in OPTIONS.items() if command.startswith(start)), None)
+    if option is None or "--out" in command or "--json" in command:
+        return command
+    return f"{command} {option} benchmarks/results/{name}"
+
+
 def source(result: dict, name: str) -> str:
     m = result["machine"]
     where = m["gpu"] or f"{m['cpu']}, {m['threads']} threads, no GPU"
     return (
         f"\n\nMeasured on {where}; torch {m['torch']}, diffusers {m['diffusers']}, {m['date']}. "
-        f"`{result['command']}` wrote `benchmarks/results/{name}`."
+        f"`{typed(result['command'], name)}` wrote `benchmarks/results/{name}`."
     )
 
 

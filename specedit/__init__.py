@@ -7,12 +7,15 @@ specedit.uninstall(pipe)
 
 from importlib import import_module as _import_module
 
-# The functions below share their names with the modules they come from, so the modules are bound first.
-from . import config, flops  # noqa: F401
-from . import report as _report_module  # noqa: F401
-from .config import SpecEditConfig, presets
-from .install import disabled, install, report, uninstall
-from .report import RunReport, StageReport
+from .versions import no_word_of_torchvision as _no_word_of_torchvision
+
+with _no_word_of_torchvision():
+    # The functions below share their names with the modules they come from, so the modules are bound first.
+    from . import config, flops  # noqa: F401
+    from . import report as _report_module  # noqa: F401
+    from .config import SpecEditConfig, presets
+    from .install import disabled, install, report, uninstall
+    from .report import RunReport, StageReport
 
 __version__ = "0.1.0"
 __all__ = [

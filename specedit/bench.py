@@ -10,8 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from . import RunReport, install, report, uninstall
-from .config import CHOICES, presets
-from .install import STOCK_STEPS
+from .config import CHOICES, STOCK_STEPS, presets
 from .micro import arguments, load, scenes
 
 SEED = 1

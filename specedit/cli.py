@@ -114,13 +114,18 @@ def _add_edit(commands) -> None:
     parser = commands.add_parser("edit", help="edit a picture with any supported pipeline")
     parser.add_argument("image", type=Path)
     parser.add_argument("prompt")
-    parser.add_argument("--model", help="hub id or directory of a pipeline, or an embedded editor: kontext, qwen")
+    parser.add_argument(
+        "--model", help=f"hub id or directory of a pipeline, or an embedded editor: {', '.join(EDITORS)} (default: the "
+        "embedded kontext, which only knows coloured shapes)"
+    )  # fmt: skip
     parser.add_argument("--negative-prompt", help="what to keep away from; Qwen's guidance needs one, if only a space")
-    parser.add_argument("--preset", default=DEFAULT_PRESET, choices=list(presets))
-    parser.add_argument("--out", type=Path, default=Path("edit.png"))
+    parser.add_argument("--preset", default=DEFAULT_PRESET, choices=list(presets), help=f"default: {DEFAULT_PRESET}")
+    parser.add_argument("--out", type=Path, default=Path("edit.png"), help="picture to write (default: edit.png)")
     parser.add_argument("--mask", type=Path, help="picture that is nonzero where to edit; instead of the draft")
     parser.add_argument("--restore", choices=CHOICES["restore"])
-    parser.add_argument("--keep-pixels", action="store_true", help="leave every pixel outside the edit as it was")
+    parser.add_argument(
+        "--keep-pixels", action="store_true", help="outside the edit, the input's own pixels (at the output's size)"
+    )
     parser.add_argument("--seed", type=_seed, default=0)
     parser.add_argument("--figure", type=Path, help="also write where the method looked and what it cost")
     parser.set_defaults(run=_edit)
@@ -145,7 +150,9 @@ def _edit(args) -> int:
     image = pipelines.read(args.image).convert("RGB")
     mask = None if args.mask is None else pipelines.read(args.mask)
     pipe, prepare = pipelines.load(args.model)
-    image, given = prepare(image)
+    if args.model is None:
+        print(f"editing with the embedded {EDITORS[0]} editor, which only knows coloured shapes; --model takes others")
+    size, (image, given) = image.size, prepare(image)
     if args.negative_prompt is not None:
         given["negative_prompt"] = args.negative_prompt
     overrides = {} if args.restore is None else {"restore": args.restore}
@@ -159,7 +166,8 @@ def _edit(args) -> int:
             done.save_figure(args.figure)
     elif args.figure is not None:
         print(f"specedit: no {args.figure}, because the stock pipeline ran", file=sys.stderr)
-    print(f"wrote {args.out}")
+    resized = f", {result.width} x {result.height} px of {size[0]} x {size[1]}" if result.size != size else ""
+    print(f"wrote {args.out}{resized}")
     return 0
 
 
@@ -245,8 +253,7 @@ def _eval_public(args) -> int:
     from tqdm.auto import tqdm
 
     from . import evaluation, install, results, tasks
-    from .config import resolve
-    from .install import STOCK_STEPS
+    from .config import STOCK_STEPS, resolve
 
     stock = args.preset == "stock"
     todo = tasks.gedit(args.data, args.language) if args.what == "gedit" else tasks.imgedit(args.data)
@@ -354,8 +361,16 @@ def _plan(args) -> int:
         args.preset, restore=args.restore, reference_refresh=args.reference_refresh, guidance_range=args.guidance_range
     )
     asked = (args.model, args.height, args.width, args.edited / 100, args.gpu)
+    if not 0 <= args.edited <= 100:
+        raise Failure(f"--edited: expected percent, from 0 to 100, got {args.edited:g}")
+    files = [json.loads(path.read_text()) for path in args.measured]
+    for path, content in zip(args.measured, files, strict=True):
+        if not isinstance(content, dict) or not {"machine", "rows"} <= content.keys():
+            raise Failure(f"--measured: expected a result file with machine and rows, got {path}")
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
     predicted = plan.plan(config, *asked)
-    row = plan.measured_row([json.loads(path.read_text()) for path in args.measured], config, *asked)
+    row = plan.measured_row(files, config, *asked)
     seconds = {} if row is None else {stage["name"]: stage["seconds"] for stage in row["stages"]}
     print(
         f"{args.model}, {args.preset}, restore={args.restore}, {args.height} x {args.width}, {args.edited:g} % edited"

@@ -14,11 +14,11 @@ from PIL import Image
 
 from . import install, uninstall
 from . import report as report_of
+from .config import STOCK_STEPS
 from .micro import arguments, load, scenes
 from .micro.evaluate import score, stock_flops
 from .report import RunReport
 
-STOCK_STEPS = 50
 NAMES = {"kontext": "FLUX-Kontext", "qwen": "Qwen-Image-Edit"}
 SEED = 1  # an added object on a photograph that training never saw
 

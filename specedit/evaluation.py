@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .install import STOCK_STEPS, is_active, last_report
+from .config import STOCK_STEPS
+from .install import is_active, last_report
 from .micro.evaluate import mean, psnr
 from .tasks import Task
 

@@ -13,14 +13,13 @@ from typing import Any
 
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from .config import SpecEditConfig, resolve
+from .config import STOCK_STEPS, SpecEditConfig, resolve
 from .forecast import METHODS, TOKEN_WISE, KeptReference, forecast_flops, full_steps, warmup
 from .forecast.toca import fresh_tokens
 from .schedule import Stage, stage_sigmas, stages
 
 TOKEN_PIXELS = 16  # side of one packed token in pixels: 8x VAE, 2x2 patches
 CHANNELS = 64  # of a packed token: 16 latent channels, 2x2 patches
-STOCK_STEPS = 50
 # The released editors' schedulers.
 FLUX_SCHEDULER = dict(
     shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from . import restore, sampler
-from .config import SpecEditConfig, resolve
+from .config import STOCK_STEPS, SpecEditConfig, resolve
 from .models import adapter_of, adapters
 from .models.base import Adapter
 from .report import RunReport
@@ -23,7 +23,6 @@ from .schedule import supported
 from .step import forward_flops, tell_timestep
 from .versions import check_diffusers
 
-STOCK_STEPS = 50
 _ATTRIBUTE = "_specedit"
 
 
@@ -183,11 +182,15 @@ def _call(self, *args: Any, edit_mask: Any = None, **kwargs: Any) -> Any:
     call = {name: value for name, value in bound.arguments.items() if name != "self"}
     installation.report = None  # a report is of the last call, whatever becomes of it
     reason = supported(self.scheduler) or _unsuited(self) or _unknown_call(installation.stock_class, call)
-    reason = installation.stock_reason = reason or installation.adapter.refusal(self, call)
+    reason = reason or installation.adapter.refusal(self, call, installation.config.attention)
+    installation.stock_reason = reason
     if reason:
-        if reason not in installation.warned:
+        # What the stock pipeline does not know of may be what protects somebody's pixels: said of every such call.
+        lost = ["edit_mask"] * (edit_mask is not None) + ["keep_pixels"] * installation.config.keep_pixels
+        if lost or reason not in installation.warned:
             installation.warned.add(reason)
-            warnings.warn(f"SpecEdit runs the stock pipeline: {reason}", stacklevel=2)
+            more = f"; {' and '.join(lost)} not applied, so any pixel may change" if lost else ""
+            warnings.warn(f"SpecEdit runs the stock pipeline: {reason}{more}", stacklevel=2)
         return stock(self, *args, **kwargs)
     config = installation.config if asked_steps is None else installation.config.with_steps(asked_steps)
     with torch.no_grad():
@@ -201,6 +204,8 @@ def _unsuited(pipe: Any) -> str | None:
     # stock call opens.
     if getattr(pipe.transformer, "_is_cached", False) or any("cache_dit" in c.__module__ for c in type(pipe).__mro__):
         return "cache-dit is enabled on this pipeline, and its cache would mix up the stages; disable it first"
+    if getattr(getattr(pipe.transformer, "_parallel_config", None), "context_parallel_config", None) is not None:
+        return "context parallelism splits the sequence over several devices, and SpecEdit's has coarse and fine tokens"
     return None
 
 

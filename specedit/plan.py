@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from .config import SpecEditConfig, resolve
-from .flops import MODELS, STOCK_STEPS, TOKEN_PIXELS, Forward, transformer_flops
+from .config import STOCK_STEPS, SpecEditConfig, resolve
+from .flops import MODELS, TOKEN_PIXELS, Forward, transformer_flops
 from .flops import plan as plan_flops
 
 BYTES = 2  # bf16

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .config import SpecEditConfig
+from .config import STOCK_STEPS, SpecEditConfig
 
 # Accent and quiet colours of the figure; the masks use the two accents.
 EDITED, EXPANDED, QUIET = "#d1495b", "#30638e", "#8d99ae"
@@ -185,7 +185,7 @@ class RunReport:
         apart = ", ".join(f"{count} {what}" for count, what in apart if count)
         return (
             f"{name}: NFE {self.nfe}{f' ({apart})' if apart else ''} + {self.draft_steps} draft, "
-            f"stock takes {self.flops_ratio:.2f}x the FLOPs, "
+            f"{STOCK_STEPS} stock steps take {self.flops_ratio:.2f}x the FLOPs, "
             f"{self.edit_fraction:.0%} edited, {self.expand_fraction:.0%} expanded"
             + (f"; {self.missed} of {len(self.edit_mask)} drafts showed no change" if self.missed else "")
         )

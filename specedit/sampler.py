@@ -55,7 +55,9 @@ def run(
     score, seen = find_edit(adapter, pipe, state, config, edit_mask, listener, log)
     drafted = config.uses_draft and edit_mask is None
     missed = int((~seen.flatten(1).any(1)).sum()) if score is not None else 0
-    cells = Cells.of(seen, state, config, looked=drafted or edit_mask is not None)
+    # The other selectors rank cells: what they leave out may change as well, unless it is given back as it came.
+    verified = drafted and (config.selector == "semantic" or config.keeps)
+    cells = Cells.of(seen, state, config, looked=verified or edit_mask is not None)
 
     # Section 3.4: coarse tokens first, then a mixed sequence, then (restore="full") every token fine.
     detail = cell_detail(state.aligned, state.grid)
@@ -148,6 +150,7 @@ def forecasting(
     predictor = None
     if config.forecast == "lesa":
         predictor = lesa.load(config.forecast_weights, pipe.transformer.config)
+        lesa.check_order(predictor, config.forecast_history - 1)
     return partial(Histories, config, branches=state.branches, predictor=predictor, backend=state.backend)
 
 

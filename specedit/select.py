@@ -107,9 +107,13 @@ def cells_of_mask(mask: Any, state: EditState) -> Tensor:
         TypeError, ValueError: another type or shape, values that are not finite, nothing that is nonzero.
     """
     if isinstance(mask, (list, tuple)):
-        parts = [cells_of_mask(m, state)[:1] for m in mask]
-        mask_cells = torch.cat(parts) if parts else torch.zeros(0)
-        return _match_batch(mask_cells, state)
+        return _match_batch(torch.cat([_cells(m, state) for m in mask]) if mask else torch.zeros(0), state)
+    shape = f", shape {tuple(mask.shape)}" if isinstance(mask, np.ndarray | Tensor) else ""
+    return _match_batch(_cells(mask, state), state, shape)
+
+
+def _cells(mask: Any, state: EditState) -> Tensor:
+    """Those of one mask, or of several in one array or tensor, (n, cells_h, cells_w) bool."""
     if isinstance(mask, Image.Image):
         mask = _nonzero(mask)
     if not isinstance(mask, (np.ndarray, Tensor)):
@@ -128,12 +132,11 @@ def cells_of_mask(mask: Any, state: EditState) -> Tensor:
         raise ValueError(f"edit_mask: expected (H, W), (B, H, W) or (B, 1, H, W), got {given}")
     if mask.is_floating_point() and not bool(mask.isfinite().all()):
         raise ValueError("edit_mask: expected finite values, got NaN or infinity")
-    _check_count(len(mask), state, f", shape {given}")
     wanted = (mask != 0).float().to(state.device)
     cells = cells_touched(wanted[:, 0], state.grid)
     if not bool(cells.flatten(1).any(1).all()):
         raise ValueError("edit_mask: expected some nonzero pixels, got an empty mask; there would be nothing to edit")
-    return _match_batch(cells, state)
+    return cells
 
 
 def _numbers(array: np.ndarray) -> Tensor:
@@ -157,11 +160,16 @@ def _any_colour(values: Tensor, alpha: bool) -> Tensor:
     return found & (values[..., -1] != 0) if alpha else found
 
 
-def _check_count(count: int, state: EditState, more: str = "") -> None:
-    if count == 0 or state.batch % count:
-        raise ValueError(f"edit_mask: expected 1 mask or {state.batch}, one for each image, got {count}{more}")
-
-
-def _match_batch(cells: Tensor, state: EditState) -> Tensor:
-    _check_count(len(cells), state)
-    return cells.repeat(state.batch // len(cells), 1, 1)  # images are tiled over the batch, and so are their masks
+def _match_batch(cells: Tensor, state: EditState, given: str = "") -> Tensor:
+    """One for each sample, of one for all, for each of the pictures or prompts, or for each sample."""
+    count, batch = len(cells), state.batch
+    if count == batch:
+        return cells
+    if count == 1 or count == state.pictures:
+        return cells.repeat(batch // count, 1, 1)
+    if count == state.prompts:
+        return cells.repeat_interleave(batch // count, 0)
+    several = (("picture", state.pictures), ("prompt", state.prompts))
+    wanted = [f"{n}, one for each {what}" for what, n in several if 1 < n < batch]
+    wanted = " or ".join(["1 mask", *wanted, f"{batch}, one for each image"])
+    raise ValueError(f"edit_mask: expected {wanted}, got {count}{given}")

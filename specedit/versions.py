@@ -1,4 +1,8 @@
-"""Which diffusers this package needs."""
+"""Which diffusers this package needs, and what its import need not say."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import diffusers
 
@@ -13,3 +17,18 @@ def check_diffusers() -> None:
         raise ImportError(
             f"specedit: expected diffusers >= {wanted}, got {diffusers.__version__}; pip install -U diffusers"
         )
+
+
+@contextmanager
+def no_word_of_torchvision() -> Iterator[None]:
+    """transformers warns of every picture processor that it runs without torchvision, which none here needs."""
+    logger = logging.getLogger("transformers.utils.import_utils")
+
+    def something_else(record: logging.LogRecord) -> bool:
+        return "torchvision" not in record.getMessage()
+
+    logger.addFilter(something_else)
+    try:
+        yield
+    finally:
+        logger.removeFilter(something_else)

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 import warnings
 from types import SimpleNamespace
 
@@ -83,7 +85,11 @@ def test_edit_with_the_embedded_editor(tmp_path, picture, capsys):
     given = ["edit", str(picture), "make it greyscale", "--preset", "turbo", "--out", str(out)]
     assert cli.main([*given, "--figure", str(tmp_path / "figure.png")]) == 0
     assert Image.open(out).size == (128, 128) and (tmp_path / "figure.png").exists()
-    assert str(out) in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("editing with the embedded kontext editor") and said[-1] == f"wrote {out}"
+    Image.open(picture).resize((150, 100)).save(tmp_path / "other.png")
+    assert cli.main(["edit", str(tmp_path / "other.png"), "make it greyscale", "--out", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"wrote {out}, 144 x 96 px of 150 x 100"
 
 
 def test_edit_keeps_pixels_outside_a_mask(tmp_path, picture):
@@ -189,7 +195,7 @@ def test_edit_with_another_pipeline(tmp_path, picture, monkeypatch, sized):
         (["bench", "plan", "--gpu", "H900"], "gpu: expected one of A100, H100, H200, B200, got 'H900'"),
         (["bench", "plan", "--reference-refresh", "0"], "reference_refresh: expected an integer of at least 1"),
         (["bench", "plan", "--guidance-range", "0.9", "0.2"], "guidance_range: expected two sigmas"),
-        (["bench", "plan", "--edited", "120"], "edit_fraction: expected a number from 0 to 1"),
+        (["bench", "plan", "--edited", "120"], "--edited: expected percent, from 0 to 100, got 120"),
         (["bench", "plan", "--measured", "nowhere.json"], "nowhere.json"),
         (["edit", "nowhere.png", "make it red"], "nowhere.png"),
         (["demo", "--size", "100"], "--size: expected a multiple of 16 from 128 to 512, got 100"),
@@ -210,6 +216,23 @@ def test_errors_are_one_line_and_exit_code_2(arguments, says, capsys):
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err.strip()
     assert says in error and len(error.splitlines()) == 1
+
+
+def test_a_command_says_one_line_from_its_very_start():
+    """Libraries have their say while they are imported, before any of our code could stop them."""
+    code = "import sys; from specedit.cli import main; sys.exit(main(['edit', 'nowhere.png', 'x']))"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stderr.splitlines() == [
+        "specedit: image: expected a picture file, got nowhere.png, which does not exist"
+    ]
+
+
+def test_plan_beside_a_file_that_is_no_result(tmp_path, capsys):
+    (tmp_path / "other.json").write_text("[]")
+    assert cli.main(["bench", "plan", "--measured", str(tmp_path / "other.json")]) == 2
+    assert "--measured: expected a result file with machine and rows, got" in capsys.readouterr().err
+    plan = tmp_path / "new" / "plan.json"
+    assert cli.main(["bench", "plan", "--measured", "--json", str(plan)]) == 0 and plan.exists()
 
 
 def test_a_model_directory_without_a_pipeline(tmp_path, picture, capsys):

@@ -1,4 +1,7 @@
+import ast
 import dataclasses
+import itertools
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -258,3 +261,26 @@ def test_switches_are_off_by_default():
 def test_switches_that_do_not_go_together(fields, message):
     with pytest.raises(ValueError, match=message):
         SpecEditConfig(**fields)
+
+
+# ------------------------------------------------------------------------------------------------------ the guide
+
+
+def table(heading):
+    """The rows under a table's head in docs/guide.md, their cells without backticks."""
+    lines = (Path(__file__).parents[1] / "docs" / "guide.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(heading)) + 2
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start:])
+    return [[cell.strip().strip("`") for cell in row.strip("|").split(" | ")] for row in rows]
+
+
+def test_the_guide_has_every_field_with_its_default():
+    rows = {name: default for name, default, *_ in table("| field | default |")}
+    fields = {field.name: field.default for field in dataclasses.fields(SpecEditConfig)}
+    assert {name: ast.literal_eval(default) for name, default in rows.items()} == fields
+
+
+def test_the_guide_has_every_preset():
+    rows = {name: [ast.literal_eval(cell) for cell in cells] for name, *cells in table("| preset |")}
+    assert rows == {name: [preset.steps, preset.draft_steps] for name, preset in presets.items()}
+    assert {(preset.verify_at, preset.threshold) for preset in presets.values()} == {("draft", 0.2)}

@@ -64,8 +64,8 @@ def test_uniform_cells(stride):
     assert cells.tolist() == expected
 
 
-def state_of(grid, batch=1):
-    return SimpleNamespace(grid=grid, batch=batch, device=torch.device("cpu"))
+def state_of(grid, batch=1, prompts=1, pictures=1):
+    return SimpleNamespace(grid=grid, batch=batch, prompts=prompts, pictures=pictures, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("grid", [TokenGrid(8, 8), TokenGrid(9, 11)], ids=str)
@@ -123,11 +123,14 @@ def test_kinds_of_mask(mask):
     assert cells.tolist() == [[[True, False]] * 2] * 2
 
 
-def test_masks_of_a_batch_are_tiled_as_images_are():
+def test_masks_of_pictures_are_tiled_as_these_are_and_those_of_prompts_stand_together():
     left, right = HALF, HALF[:, ::-1]
-    expected = [[[True, False]] * 2, [[False, True]] * 2] * 2
+    tiled = [[[True, False]] * 2, [[False, True]] * 2] * 2
+    together = [tiled[0], tiled[0], tiled[1], tiled[1]]
     for masks in (np.stack([left, right]), [left, right], [Image.fromarray(left), torch.from_numpy(right.copy())]):
-        assert cells_of_mask(masks, state_of(TokenGrid(4, 4), batch=4)).tolist() == expected
+        for prompts, pictures, expected in ((1, 2, tiled), (2, 2, tiled), (2, 1, together)):
+            state = state_of(TokenGrid(4, 4), 4, prompts, pictures)
+            assert cells_of_mask(masks, state).tolist() == expected
 
 
 def test_masks_three_pixels_wide_are_no_colours():

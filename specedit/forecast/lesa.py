@@ -84,12 +84,16 @@ class Predictor(nn.Module):
         return torch.cat([torch.ones_like(series[:1]), self.alpha[e] * series * (1 + gain)])
 
 
+def check_order(predictor: Predictor, order: int) -> None:
+    if order != predictor.order:
+        raise ValueError(f"forecast_order: expected {predictor.order}, as the weights were trained, got {order}")
+
+
 class Lesa(Forecaster):
     """TaylorSeer's differences with the coefficients of a trained `Predictor`."""
 
     def __init__(self, interval: int, *, predictor: Predictor, order: int = 2, **more):
-        if order != predictor.order:
-            raise ValueError(f"forecast_order: expected {predictor.order}, as the weights were trained, got {order}")
+        check_order(predictor, order)
         self.predictor, self.order, self.history = predictor, order, order + 1
         super().__init__(interval, **more)
 

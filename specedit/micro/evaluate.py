@@ -77,7 +77,8 @@ def evaluate(pipe: Any, cases: Iterable[Case], num_inference_steps: int | None =
         and the report's edit_fraction and missed where there is one; means leave out nan. "kinds" holds the means of
         each kind.
     """
-    from ..install import STOCK_STEPS, is_active, last_report
+    from ..config import STOCK_STEPS
+    from ..install import is_active, last_report
 
     active, family = is_active(pipe), of(pipe)
     steps = num_inference_steps

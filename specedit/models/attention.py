@@ -86,7 +86,7 @@ class MixedProcessor:
                 _place(q, k, values, norm_q, norm_k, *part, out, rows, kernels)
             start = stop
         if context.store is not None:
-            joint[1:] = _stored(context, id(attn), *joint[1:])
+            joint[1:] = _stored(context, attn, *joint[1:])
         out = self._attend(joint, coarse, context, context.asking).flatten(2, 3).to(hidden_states.dtype)
         if encoder_hidden_states is None:
             return out
@@ -132,7 +132,7 @@ class MixedProcessor:
             order = torch.cat([context.packing.text, context.packing.image])
             v, *keys = (torch.empty_like(x).index_copy_(1, order, x) for x in (v, *keys))
         if context.store is not None:
-            keys[0], v = _stored(context, id(attn), keys[0], v)
+            keys[0], v = _stored(context, attn, keys[0], v)
         coarse = [queries[1], keys[1]] if len(tables) == 2 else None
         out = self._attend([queries[0], keys[0], v], coarse, context, context.read)
         out = out.flatten(2, 3).to(hidden_states.dtype)
@@ -236,8 +236,9 @@ def _place(q, k, v, norm_q, norm_k, cos, sin, out, rows: Tensor, backend: str | 
 
 
 @torch.compiler.disable
-def _stored(context: MixedContext, module: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _stored(context: MixedContext, attn: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values of the whole sequence: these, or the kept ones with these in their rows."""
+    module = id(attn)  # taken here, since the compiler would compile for each module's own
     if context.rows is not None:
         index = context.rows[..., None, None].expand_as(k)
         k, v = (kept.scatter(1, index, new) for kept, new in zip(context.store[module], (k, v), strict=True))
@@ -292,11 +293,18 @@ def half_table(table: Tensor) -> Tensor:
     return table[:, ::2].float().contiguous()
 
 
-def foreign(transformer: nn.Module, attention_class: type) -> str | None:
-    """Why a transformer, such as a quantised engine with kernels of its own, runs stock; None of the model's own."""
-    if any(isinstance(module, attention_class) for module in transformer.modules()):
-        return None
-    return f"the attention of {type(transformer).__name__} takes no processors of ours"
+def foreign(transformer: nn.Module, attention_class: type, backend: str) -> str | None:
+    """Why a transformer runs stock, such as a quantised engine with kernels of its own, or one with processors that
+    somebody else wrote, which `backend` "stock" would run but ours would not; None of the model's own."""
+    modules = [module for module in transformer.modules() if isinstance(module, attention_class)]
+    if not modules:
+        return f"the attention of {type(transformer).__name__} takes no processors of ours"
+    for processor in (module.processor for module in modules):
+        own = processor.original if isinstance(processor, MixedProcessor) else processor
+        if backend != "stock" and type(own).__module__.partition(".")[0] != "diffusers":
+            name = type(own).__name__
+            return f'its attention processor {name} is none of diffusers\' own, which attention="stock" would run'
+    return None
 
 
 def attach(transformer: nn.Module, attention_class: type, processor_class: type) -> None:

@@ -35,6 +35,8 @@ class EditState:
     pixels_per_token: int
     backend: str | None = None  # of specedit_kernels
     negative_text_tokens: float | None = None  # of the second branch, where its prompt has another length
+    prompts: int = 1  # whose images stand together in the batch
+    pictures: int = 1  # being edited, over which the batch repeats
     last_block: bool = False  # whether the transformer's last block computes the target's rows alone
     extra: dict[str, Any] = field(default_factory=dict)  # the adapter's own: embeddings, guidance, ...
 
@@ -78,8 +80,8 @@ class Adapter(Protocol):
     def matches(pipe: Any) -> bool:
         """Whether this adapter knows the pipeline's class."""
 
-    def refusal(self, pipe: Any, call: dict[str, Any]) -> str | None:
-        """Why this call cannot be accelerated (one phrase), or None."""
+    def refusal(self, pipe: Any, call: dict[str, Any], backend: str) -> str | None:
+        """Why this call cannot be accelerated (one phrase), or None. `backend`: `attention` of the configuration."""
 
     def prepare(self, pipe: Any, call: dict[str, Any], attention: str) -> EditState:
         """Check and encode the call's arguments as the stock pipeline does."""

@@ -11,13 +11,17 @@ from diffusers import FluxKontextPipeline
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxSingleTransformerBlock
 from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
+from diffusers.utils import logging
 from torch import Tensor
 
 from ..grid import MixedLayout, TokenGrid
 from . import attention, joint, last_block
 from .base import EditState, active_branches, rows_index
 from .images import batched, check_image, decoder_features, source_pictures
+from .prompts import count_prompts, one_for_each
 
+logger = logging.get_logger(__name__)
+STRETCHED = 1.2  # whole tokens change the shape of a picture by less
 IP_ADAPTER = (
     "ip_adapter_image", "ip_adapter_image_embeds", "negative_ip_adapter_image", "negative_ip_adapter_image_embeds",
 )  # fmt: skip
@@ -49,11 +53,11 @@ class FluxKontext:
     def matches(pipe: Any) -> bool:
         return isinstance(pipe, FluxKontextPipeline)
 
-    def refusal(self, pipe: Any, call: dict[str, Any]) -> str | None:
+    def refusal(self, pipe: Any, call: dict[str, Any], backend: str) -> str | None:
         given = [name for name in IP_ADAPTER if call.get(name) is not None]
         if given:
             return f"{given[0]} needs the stock attention processors"
-        if (reason := attention.foreign(pipe.transformer, FluxAttention)) is not None:
+        if (reason := attention.foreign(pipe.transformer, FluxAttention, backend)) is not None:
             return reason
         if any(isinstance(processor, torch.nn.Module) for processor in pipe.transformer.attn_processors.values()):
             return "an IP-Adapter is loaded, and it needs the stock attention processors"
@@ -111,6 +115,8 @@ class FluxKontext:
             branches=1 if negative is None else 2,
             pixels_per_token=multiple,
             backend={"auto": None, "stock": None}.get(attention, attention),
+            prompts=count_prompts(call),
+            pictures=len(image),
             last_block=self._trims(pipe, attention),
             extra=dict(
                 positive=positive, negative=negative, dtype=dtype, height=height, width=width,
@@ -118,6 +124,8 @@ class FluxKontext:
             ),
         )  # fmt: skip
         source = None if latent_input else source_pictures(pipe, call["image"], height, width)
+        if not latent_input:
+            say_if_stretched(call["image"], height, width)
         if reference_grid != grid:
             state.aligned = self._aligned(pipe, state, source, dtype, device)
         if source is not None:  # images are tiled over the prompts, as prepare_latents does
@@ -160,6 +168,7 @@ class FluxKontext:
 
         given = call["negative_prompt_embeds"] is not None and call["negative_pooled_prompt_embeds"] is not None
         guided = call["true_cfg_scale"] > 1 and (call["negative_prompt"] is not None or given)
+        call = one_for_each(call) if guided else call
         return encode(""), encode("negative_") if guided else None
 
     @staticmethod
@@ -363,6 +372,17 @@ class FluxKontext:
     def _trims(self, pipe: Any, attention: str) -> bool:
         """Whether the last block will compute the target's rows alone."""
         return attention != "stock" and last_block.attached(self._last(pipe))
+
+
+def say_if_stretched(image: Any, height: int, width: int) -> None:
+    """A warning where the output has another shape than the picture, with which it is compared."""
+    high, wide = check_image(image[0] if isinstance(image, list) else image)
+    shapes = (wide / high, width / height)
+    if max(shapes) > STRETCHED * min(shapes):
+        logger.warning(
+            f"the output is {width} x {height} and the picture {wide} x {high}, so it is compared with the picture "
+            "stretched; height and width in the picture's shape avoid that"
+        )
 
 
 def check_negative(positive: dict[str, Tensor], negative: dict[str, Tensor]) -> None:

@@ -23,6 +23,7 @@ from . import attention, joint, last_block
 from .base import EditState
 from .flux import FluxKontext, position_ids
 from .images import check_pictures, source_pictures
+from .prompts import count_prompts
 
 EDIT_AREA = 1024 * 1024
 LATENT_CHANNELS = 16  # a constant of the stock pipeline
@@ -76,7 +77,7 @@ class LongCatImageEdit(FluxKontext):
     def matches(pipe: Any) -> bool:
         return isinstance(pipe, LongCatImageEditPipeline)
 
-    def refusal(self, pipe: Any, call: dict[str, Any]) -> str | None:
+    def refusal(self, pipe: Any, call: dict[str, Any], backend: str) -> str | None:
         if call.get("sigmas") is not None:
             return "sigmas were given, and SpecEdit's stages choose their own"
         if call.get("prompt") is None:
@@ -106,7 +107,9 @@ class LongCatImageEdit(FluxKontext):
             return dict(encoder_hidden_states=embeds, txt_ids=ids)
 
         positive = encode(call["prompt"])
-        negative = encode(call["negative_prompt"] or "") if pipe.do_classifier_free_guidance else None
+        said, prompts = call["negative_prompt"] or "", count_prompts(call)
+        said = [said] * prompts if isinstance(said, str) and prompts > 1 else said
+        negative = encode(said) if pipe.do_classifier_free_guidance else None
         embeds = positive["encoder_hidden_states"]
         batch, length = embeds.shape[:2]
         pixels = pipe.image_processor.preprocess(resized, height, width)
@@ -127,6 +130,7 @@ class LongCatImageEdit(FluxKontext):
             generator=call["generator"],
             text_tokens=length,
             branches=1 if negative is None else 2,
+            prompts=prompts,
             pixels_per_token=multiple,
             backend={"auto": None, "stock": None}.get(attention, attention),
             last_block=self._trims(pipe, attention),

@@ -22,6 +22,7 @@ from ..grid import GridSet, TokenGrid
 from . import attention, last_block, qwen_positions
 from .base import EditState, active_branches
 from .images import check_pictures, decoder_features, source_pictures
+from .prompts import count_prompts, one_for_each
 from .qwen_velocity import Inputs, guided
 
 logger = logging.get_logger(__name__)
@@ -60,8 +61,8 @@ class QwenImageEdit:
     def matches(pipe: Any) -> bool:
         return isinstance(pipe, QwenImageEditPipeline)
 
-    def refusal(self, pipe: Any, call: dict[str, Any]) -> str | None:
-        if (reason := attention.foreign(pipe.transformer, Attention)) is not None:
+    def refusal(self, pipe: Any, call: dict[str, Any], backend: str) -> str | None:
+        if (reason := attention.foreign(pipe.transformer, Attention, backend)) is not None:
             return reason
         for option, reason in UNUSUAL.items():
             if getattr(pipe.transformer.config, option, False):  # older versions do not have every option
@@ -120,10 +121,12 @@ class QwenImageEdit:
             reference_grid=grids.grids[0] if len(grids.grids) == 1 else grids,
             aligned=aligned,
             generator=call["generator"],
-            **text_counts(positive, negative),
+            **text_counts(positive, negative, attention),
             branches=1 if negative is None else 2,
             pixels_per_token=multiple,
             backend={"auto": None, "stock": None}.get(attention, attention),
+            prompts=count_prompts(call),
+            pictures=len(source),
             last_block=attention != "stock" and last_block.attached(self._last(pipe)),
             extra=dict(
                 positive=positive, negative=negative, dtype=dtype, call=call, condition=pictures.condition,
@@ -178,7 +181,7 @@ class QwenImageEdit:
         if state.extra["negative"] is None or negative is None:
             negative = state.extra["negative"]
         extra |= {"positive": positive, "negative": negative}
-        return dataclasses.replace(state, extra=extra, **text_counts(positive, negative))
+        return dataclasses.replace(state, extra=extra, **text_counts(positive, negative, config.attention))
 
     # ------------------------------------------------------------------------------------------------ velocity
 
@@ -263,11 +266,11 @@ class QwenImageEditPlus(QwenImageEdit):
     def matches(pipe: Any) -> bool:
         return isinstance(pipe, QwenImageEditPlusPipeline)
 
-    def refusal(self, pipe: Any, call: dict[str, Any]) -> str | None:
+    def refusal(self, pipe: Any, call: dict[str, Any], backend: str) -> str | None:
         prompts = call["prompt"] if isinstance(call["prompt"], list) else call["prompt_embeds"]
         if prompts is not None and len(prompts) > 1:  # what becomes of them is for each version's own call to say
             return f"{len(prompts)} prompts in one call, and the pipeline takes one"
-        return super().refusal(pipe, call)
+        return super().refusal(pipe, call, backend)
 
     @staticmethod
     def _output_size(pipe: Any, call: dict[str, Any], images: list[Image.Image], multiple: int) -> tuple[int, int]:
@@ -295,13 +298,6 @@ class QwenImageEditPlus(QwenImageEdit):
     @staticmethod
     def _edited(images: list[Image.Image], aligned: int) -> list[Image.Image]:
         return [images[aligned]]
-
-
-def count_prompts(call: dict[str, Any], prefix: str = "") -> int:
-    prompt = call[f"{prefix}prompt"]
-    if prompt is not None:
-        return 1 if isinstance(prompt, str) else len(prompt)
-    return call[f"{prefix}prompt_embeds"].shape[0]
 
 
 def picture_size(pipe: Any, image: Image.Image) -> tuple[int, int]:
@@ -373,18 +369,20 @@ def encode(pipe: Any, call: dict[str, Any], condition: Any, device: torch.device
 
     if not (call["true_cfg_scale"] > 1 and has_negative(call)):
         return one(""), None
+    call = one_for_each(call)
     expected, got = count_prompts(call), count_prompts(call, "negative_")
     if expected != got:
         raise ValueError(f"negative_prompt: expected {expected}, one for each prompt, got {got}")
     return one(""), one("negative_")
 
 
-def text_counts(positive: dict[str, Any], negative: dict[str, Any] | None) -> dict[str, float | None]:
-    """Mean text tokens of each branch, as EditState's fields."""
+def text_counts(positive: dict[str, Any], negative: dict[str, Any] | None, attention: str) -> dict[str, float | None]:
+    """Mean text tokens of each branch, as EditState's fields. Stock attention computes the padding too."""
 
     def mean(prompt: dict[str, Any]) -> float:
         lengths = prompt["lengths"]
-        return prompt["encoder_hidden_states"].shape[1] if lengths is None else sum(lengths) / len(lengths)
+        padded = lengths is None or attention == "stock"
+        return prompt["encoder_hidden_states"].shape[1] if padded else sum(lengths) / len(lengths)
 
     return dict(text_tokens=mean(positive), negative_text_tokens=None if negative is None else mean(negative))
 

@@ -39,7 +39,8 @@ def check_device(device: torch.device) -> None:
         wanted, got = (".".join(map(str, c)) for c in (MINIMUM_CAPABILITY, capability))
         name = torch.cuda.get_device_name(device)
         raise RuntimeError(
-            f'expected a GPU of compute capability {wanted} or newer, got {got} ({name}); use backend="torch"'
+            f'expected a GPU of compute capability {wanted} or newer, got {got} ({name}); use backend="torch", '
+            'in specedit.install attention="torch"'
         )
 
 

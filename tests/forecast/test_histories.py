@@ -271,6 +271,13 @@ def test_lesa_without_weights(pipe, edit):
     edit(pipe)
 
 
+def test_lesa_of_another_order_is_refused_before_the_draft(pipe, edit, weights, monkeypatch):
+    specedit.install(pipe, "balanced", forecast="lesa", forecast_order=1, **weights["lesa"])
+    monkeypatch.setattr(type(pipe.transformer), "forward", None)  # nothing may run
+    with pytest.raises(ValueError, match="forecast_order: expected 2, as the weights were trained, got 1"):
+        edit(pipe)
+
+
 def test_untrained_lesa_is_taylorseer(pipe, edit, weights):
     specedit.install(pipe, **ALONE, forecast="lesa", **weights["lesa"])
     image = edit(pipe)

@@ -139,7 +139,7 @@ def test_attention_that_cannot_run_here_does_not_fall_back(pipe, edit, check_unt
 def test_prompts_of_different_length_are_refused(pipe, edit):
     specedit.install(pipe, **QUICK)
     with pytest.raises(ValueError, match="negative prompt: expected encoder_hidden_states of shape"):
-        edit(pipe, prompt=["a", "b"], negative_prompt="c", true_cfg_scale=2.0)
+        edit(pipe, prompt=["a", "b"], negative_prompt=["c", "d", "e"], true_cfg_scale=2.0)
 
 
 def test_a_huge_picture(pipe, edit, picture, monkeypatch):

@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProc
 
 import specedit
 from specedit.install import _unsuited
-from tests.install.common import QUICK, processors
+from tests.install.common import CORNER, QUICK, processors
 
 PYRAMID = PyramidAttentionBroadcastConfig(
     spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(-1, 1001),
@@ -43,6 +44,57 @@ def test_text_to_image(pipe, edit):
     specedit.install(pipe)
     text = stock_path(pipe, lambda p: edit(p, image=None, num_inference_steps=2))
     assert text == "SpecEdit runs the stock pipeline: there is no image to edit"
+
+
+@pytest.mark.parametrize(
+    ("changes", "given", "lost"),
+    [
+        ({}, {"edit_mask": CORNER}, "edit_mask"),
+        ({"keep_pixels": True}, {}, "keep_pixels"),
+        ({"keep_pixels": True}, {"edit_mask": CORNER}, "edit_mask and keep_pixels"),
+    ],
+)
+def test_what_would_have_protected_pixels_is_missed_aloud(pipe, edit, changes, given, lost):
+    specedit.install(pipe, **changes)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=f"sigmas were given.*; {lost} not applied, so any pixel may change"):
+            edit(pipe, sigmas=[1.0, 0.5], **given)
+
+
+class Silent:
+    """Attention that says nothing."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
+        return (
+            (0 * hidden_states, 0 * encoder_hidden_states) if encoder_hidden_states is not None else 0 * hidden_states
+        )
+
+
+def test_a_processor_of_somebody_else(make_pipe, edit):
+    pipe = make_pipe()
+    kept = pipe.transformer.attn_processors
+    pipe.transformer.set_attn_processor(Silent())
+    try:
+        specedit.install(pipe)
+        text = stock_path(pipe, lambda p: edit(p, num_inference_steps=2))
+        assert "its attention processor Silent is none of diffusers' own" in text
+        specedit.install(pipe, **QUICK, attention="stock")
+        edit(pipe)
+        assert specedit.report(pipe).nfe == 3
+    finally:
+        specedit.uninstall(pipe)
+        pipe.transformer.set_attn_processor(kept)
+
+
+def test_context_parallelism(make_pipe, edit):
+    pipe = make_pipe()
+    kept = pipe.transformer._parallel_config
+    pipe.transformer._parallel_config = SimpleNamespace(context_parallel_config=object())
+    try:
+        assert "context parallelism splits the sequence" in _unsuited(pipe)
+    finally:
+        pipe.transformer._parallel_config = kept
+    assert _unsuited(pipe) is None
 
 
 def test_sigmas(pipe, edit):

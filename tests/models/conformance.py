@@ -48,6 +48,16 @@ class Conformance:
         pipe = specedit.install(family.make(), steps=(0, 3, 0), restore="reference")
         self.close(family.run(pipe, edit_mask=mask), stock)
 
+    def test_one_negative_prompt_serves_every_prompt(self, family):
+        if family.guided is None or "prompt" not in (family.batch or dict)(2):
+            pytest.skip("one prompt a call")
+        call = family.guided | family.batch(2)
+        each = call | {"negative_prompt": [call["negative_prompt"]] * 2}
+        stock = family.run(family.make(), num_inference_steps=3, **each)
+        pipe = specedit.install(family.make(), steps=(0, 0, 3))
+        self.close(family.run(pipe, **call), stock)
+        assert specedit.report(pipe).nfe == 3
+
     def test_uninstall_is_bit_exact(self, family):
         pipe = family.make()
         before, kept = family.run(pipe, num_inference_steps=2), trace(pipe)

@@ -9,7 +9,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, FluxPosEmbed
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 
-from specedit.models.attention import FluxMixedProcessor, QwenMixedProcessor, attach, detach, half_table
+from specedit.models.attention import FluxMixedProcessor, QwenMixedProcessor, _stored, attach, detach, half_table
 from specedit.models.joint import MixedContext, Queries, pack, segments
 
 HEADS, DIM, TEXT = 2, 16, 3
@@ -317,3 +317,19 @@ def test_some_rows_of_packed_sequences():
     whole, _ = attn(image, **given)
     alone = attn(image, **given, rows=slice(0, 2 * target))
     torch.testing.assert_close(alone, whole[:, : 2 * target], rtol=1e-4, atol=1e-5)
+
+
+def test_keeping_compiles_once_for_all_modules():
+    """As many attention modules as a real model has would be beyond the compiler's limit."""
+    graphs = []
+    torch._dynamo.reset()
+
+    @torch.compile(backend=lambda graph, inputs: graphs.append(graph) or graph)
+    def keep(context, attn, k, v):
+        return _stored(context, attn, 2 * k, v)
+
+    context, x = MixedContext(store={}), torch.randn(1, 4, 2, 8)
+    modules = [torch.nn.Identity() for _ in range(5)]
+    for module in modules:
+        assert torch.equal(keep(context, module, x, x)[0], 2 * x)
+    assert list(context.store) == [id(module) for module in modules] and len(graphs) <= 2

@@ -45,6 +45,31 @@ def test_several_images_for_a_prompt(pipe, edit):
         close(both[i], edit(pipe, generator=generators(3, 4)[i], edit_mask=CENTRE)[0])
 
 
+def reported(pipe):
+    return specedit.report(pipe).edit_mask
+
+
+def test_masks_belong_to_pictures_or_to_prompts(pipe, edit, picture):
+    """Images of one prompt stand together, pictures are repeated over the batch; masks go with either."""
+    specedit.install(pipe, **QUICK)
+    prompts, pictures = ["make it red", "add a boat"], [picture(seed=1), picture(seed=2)]
+    several = dict(num_images_per_prompt=2, edit_mask=[CORNER, CENTRE])
+    edit(pipe, prompt=prompts, **several)
+    of_prompts = reported(pipe)
+    assert torch.equal(of_prompts[0], of_prompts[1]) and torch.equal(of_prompts[2], of_prompts[3])
+    assert not torch.equal(of_prompts[0], of_prompts[2])
+    edit(pipe, image=pictures, prompt=prompts, **several)
+    assert torch.equal(reported(pipe), of_prompts[[0, 2, 0, 2]])
+    edit(pipe, prompt=prompts, edit_mask=[np.stack([CORNER, CENTRE])])
+    assert torch.equal(reported(pipe), of_prompts[[0, 2]])
+    edit(pipe, num_images_per_prompt=2, edit_mask=[CORNER, CENTRE])
+    assert torch.equal(reported(pipe), of_prompts[[0, 2]])
+    with pytest.raises(ValueError, match="edit_mask: expected 1 mask or 4, one for each image, got 2"):
+        edit(pipe, num_images_per_prompt=4, edit_mask=[CORNER, CENTRE])
+    with pytest.raises(ValueError, match="1 mask or 2, one for each prompt or 6, one for each image, got 3"):
+        edit(pipe, prompt=prompts, num_images_per_prompt=3, edit_mask=[CORNER] * 3)
+
+
 def test_the_generator_alone_decides(pipe, edit):
     specedit.install(pipe, **QUICK)
     torch.manual_seed(1)

@@ -45,6 +45,25 @@ def test_cells_that_the_draft_missed_are_edited_too(pipe, edit, say, changes):
     assert next(s for s in report.stages if s.name == "second look").seconds > 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "unchanged"),
+    [
+        ({}, True),
+        ({"selector": "edges"}, False),
+        ({"selector": "variance"}, False),
+        ({"selector": "variance", "restore": "reference"}, True),  # given back as it came
+    ],
+)
+def test_only_what_was_compared_is_unchanged(pipe, edit, say, monkeypatch, changes, unchanged):
+    """Selectors that rank cells say nothing of those they leave out, whose detail is then not the reference's."""
+    made, of = [], sampler.Cells.of
+    monkeypatch.setattr(sampler.Cells, "of", lambda *a, **k: made.append(of(*a, **k)) or made[-1])
+    say([(0, 0)], [])
+    specedit.install(pipe, **QUICK, **changes)
+    edit(pipe)
+    assert bool(made[0].unchanged[0, 3, 3]) == unchanged and not made[0].unchanged[0, 0, 0]
+
+
 def test_it_is_the_same_whoever_finds_a_cell(pipe, edit, say):
     """The coarse stage does not know yet; all that comes after does."""
     say([(0, 0)], [(3, 2)], [(0, 0), (3, 2)], [], [(0, 0)], [])

@@ -197,3 +197,14 @@ def test_operations_of_stock_are_known_without_a_run_but_not_its_seconds(docs, t
     write(tmp_path, [scored("student-8", 2e12, add=4)], "forecast-512.json", stock_flops=16e12)
     (line,) = [line for line in docs.measured.forecast("forecast-512.json").splitlines() if "student-8" in line]
     assert line == "| student-8 | 4 | 50.0% | 18.0 | 30.0 | 2.000 | 2.0 | 8.00 | - | - | - |"
+
+
+def test_a_command_is_told_where_to_write(docs):
+    typed = importlib.import_module("docs_results").typed
+    for command, ends in (
+        ("python -m benchmarks.quality --cases 64", " --out benchmarks/results/q.json"),
+        ("specedit bench --size 512", " --json benchmarks/results/q.json"),
+        ("python -m specedit.micro.train --out runs/x", " --out runs/x"),
+        ("python -m benchmarks.end_to_end --json q.json", " --json q.json"),
+    ):
+        assert typed(command, "q.json").endswith(ends) and typed(command, "q.json").startswith(command)

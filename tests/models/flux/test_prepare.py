@@ -7,6 +7,7 @@ from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProc
 from PIL import Image
 
 from specedit.grid import TokenGrid
+from specedit.models import flux
 from specedit.models.flux import FluxKontext
 from tests.models.flux.common import CALL
 
@@ -103,16 +104,16 @@ def test_preferred_resolutions(prepare, picture, monkeypatch):
 def test_refusals(pipe):
     adapter = FluxKontext()
     call = CALL | {"image": object()}
-    assert adapter.refusal(pipe, call) is None
-    assert "no image" in adapter.refusal(pipe, CALL)
-    assert "sigmas" in adapter.refusal(pipe, call | {"sigmas": [1.0, 0.5]})
+    assert adapter.refusal(pipe, call, "auto") is None
+    assert "no image" in adapter.refusal(pipe, CALL, "auto")
+    assert "sigmas" in adapter.refusal(pipe, call | {"sigmas": [1.0, 0.5]}, "auto")
     for name in (n for n in CALL if "ip_adapter" in n):
-        assert name in adapter.refusal(pipe, call | {name: object()})
+        assert name in adapter.refusal(pipe, call | {name: object()}, "auto")
     processor = FluxIPAdapterAttnProcessor(hidden_size=32, cross_attention_dim=32)
     pipe.transformer.transformer_blocks[0].attn.set_processor(processor)
-    assert "IP-Adapter is loaded" in adapter.refusal(pipe, call)
+    assert "IP-Adapter is loaded" in adapter.refusal(pipe, call, "auto")
     pipe.transformer = torch.nn.Linear(1, 1)  # such as a quantised engine with kernels of its own
-    assert adapter.refusal(pipe, call) == "the attention of Linear takes no processors of ours"
+    assert adapter.refusal(pipe, call, "auto") == "the attention of Linear takes no processors of ours"
 
 
 @pytest.mark.parametrize(
@@ -137,3 +138,19 @@ def test_refusals(pipe):
 def test_bad_images(prepare, image, error, message):
     with pytest.raises(error, match=f"image: {message}"):
         prepare(image=image)
+
+
+@pytest.mark.parametrize(
+    ("size", "asked", "told"),
+    [
+        ((96, 128), {}, True),
+        ((96, 128), dict(height=96, width=128, max_area=96 * 128), False),
+        ((128, 128), {}, False),
+        ((64, 256), dict(height=64, width=256, max_area=128 * 128), False),  # FLUX's own resolutions are less unequal
+    ],
+)
+def test_a_picture_that_would_be_stretched_is_said(prepare, picture, monkeypatch, size, asked, told):
+    said = []
+    monkeypatch.setattr(flux.logger, "warning", said.append)
+    prepare(image=picture(*size), **asked)
+    assert [text.split(", so")[0] for text in said] == ["the output is 128 x 128 and the picture 128 x 96"] * told

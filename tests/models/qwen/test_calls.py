@@ -92,7 +92,11 @@ def test_an_exception_leaves_the_pipeline_usable(edit):
         (dict(prompt=None), ValueError, "Provide either `prompt` or `prompt_embeds`"),
         (dict(prompt=3), ValueError, "`prompt` has to be of type `str` or `list`"),
         (dict(latents=torch.zeros(1, 9, 16)), ValueError, r"latents: expected shape \(1, 64, 16\), got \(1, 9, 16\)"),
-        (dict(prompt=["a", "b"], **GUIDED), ValueError, "negative_prompt: expected 2, one for each prompt, got 1"),
+        (
+            dict(prompt=["a", "b"], **GUIDED | {"negative_prompt": ["c", "d", "e"]}),
+            ValueError,
+            "negative_prompt: expected 2, one for each prompt, got 3",
+        ),
         (dict(callback_on_step_end_tensor_inputs=["noise"]), ValueError, "callback_on_step_end_tensor_inputs"),
     ],
 )
@@ -145,7 +149,7 @@ def test_an_engine_of_another_kind_runs_stock(edit):
     pipe = edit.make()
     model, pipe.transformer = pipe.transformer, torch.nn.Linear(1, 1)  # such as a quantised one with its own kernels
     specedit.install(pipe, **QUICK)
-    assert "Linear takes no processors of ours" in QwenImageEdit().refusal(pipe, {})
+    assert "Linear takes no processors of ours" in QwenImageEdit().refusal(pipe, {}, "auto")
     specedit.uninstall(pipe)
     pipe.transformer = model
     assert edit.run(specedit.install(pipe, **QUICK)).isfinite().all()
@@ -158,7 +162,7 @@ def test_what_cannot_be_accelerated_runs_stock_with_a_reason(edit):
     with pytest.warns(UserWarning, match="sigmas were given"):
         assert torch.equal(edit.run(pipe, sigmas=[1.0, 0.5], num_inference_steps=2), stock)
     pipe.transformer.register_to_config(guidance_embeds=True)
-    assert "guidance-distilled" in QwenImageEdit().refusal(pipe, {})
+    assert "guidance-distilled" in QwenImageEdit().refusal(pipe, {}, "auto")
 
 
 def test_adapters_know_their_own_pipelines(edit, plus):

@@ -7,6 +7,7 @@ import specedit
 from specedit import SpecEditConfig
 from specedit.flops import transformer_flops
 from specedit.grid import MixedLayout
+from specedit.models.qwen import text_counts
 from tests.models.family import mixed_layout
 from tests.models.qwen.common import GUIDED, QUICK, close, velocity
 
@@ -103,3 +104,9 @@ def test_prompts_of_different_length_run_without_their_padding(edit, picture):
             for name in ("encoder_hidden_states",):
                 alone.extra["positive"][name] = alone.extra["positive"][name].repeat(2, 1, 1)
             close(velocity(adapter, pipe, alone, layout, config)[row], both[row])
+
+
+def test_padding_counts_where_it_is_computed():
+    prompt = dict(encoder_hidden_states=torch.zeros(2, 10, 4), lengths=[4, 10])
+    assert text_counts(prompt, None, "auto") == dict(text_tokens=7.0, negative_text_tokens=None)
+    assert text_counts(prompt, prompt, "stock") == dict(text_tokens=10, negative_text_tokens=10)
