@@ -1,0 +1,149 @@
+"""A device that is not there: its tensors are computed on the CPU, but may not be mixed with the CPU's own.
+
+What would fail on a GPU because a tensor was left behind fails here too, and `waits` counts what would make the host
+and a GPU wait for each other. Nothing can be said here of kernels or of speed.
+"""
+
+from collections import Counter
+from contextlib import contextmanager
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+NAME = "pretend"
+_setup_privateuseone_for_python_backend(NAME)
+aten = torch.ops.aten
+
+ACROSS = {aten._to_copy.default, aten.copy_.default}
+INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}  # a GPU takes indices from the host
+WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default}
+waits: Counter = Counter()
+
+
+def is_there(device) -> bool:
+    return device is not None and torch.device(device).type == NAME
+
+
+class Pretended(torch.Tensor):
+    """A tensor on the device that is not there; `held` has its values."""
+
+    @staticmethod
+    def __new__(cls, held):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
+            device=f"{NAME}:0",
+        )  # fmt: skip
+
+    def __init__(self, held):
+        self.held = held
+
+    def __repr__(self, *, tensor_contents=None):
+        return f"Pretended({self.held!r})"
+
+    @classmethod
+    def __torch_dispatch__(cls, function, classes, args=(), kwargs=None):
+        return compute(function, args, kwargs or {})
+
+    def numpy(self, *, force=False):
+        raise TypeError("can't convert a tensor on another device to numpy")
+
+    def __array__(self, dtype=None, copy=None):
+        raise TypeError("can't convert a tensor on another device to numpy")
+
+    def tolist(self):
+        waits["tolist"] += 1
+        return self.held.tolist()
+
+
+def compute(function, args, kwargs):
+    """Runs an operator on the CPU; its result is where the operator's would be."""
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    there = [x for x in tensors if isinstance(x, Pretended)]
+    here = [x for x in tensors if not isinstance(x, Pretended) and x.dim()]
+    asked = kwargs.get("device")
+    if there and here and function not in ACROSS and not (function in INDEXED and isinstance(args[0], Pretended)):
+        raise RuntimeError(f"{function}: expected tensors on one device, got {[str(x.device) for x in tensors]}")
+    if function in WAITS and there:
+        waits[str(function)] += 1
+    if function is aten._to_copy.default and asked is not None and is_there(asked) != bool(there):
+        waits["copied across"] += 1
+    plain_args, plain_kwargs = tree_map(lambda x: x.held if isinstance(x, Pretended) else x, (args, kwargs))
+    if asked is not None:
+        plain_kwargs["device"] = torch.device("cpu")
+    result = function(*plain_args, **plain_kwargs)
+    if function is aten.copy_.default:
+        there = [x for x in args[:1] if isinstance(x, Pretended)]
+    given = {id(x.held): x for x in there}
+    goes_there = bool(there) if asked is None else is_there(asked)
+
+    def placed(x):
+        if not isinstance(x, torch.Tensor) or isinstance(x, Pretended):
+            return x
+        return given[id(x)] if id(x) in given else Pretended(x) if goes_there else x
+
+    return tree_map(placed, result)
+
+
+class Factories(TorchDispatchMode):
+    """New tensors that are asked for there are made there."""
+
+    def __torch_dispatch__(self, function, classes, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if is_there(kwargs.get("device")) or any(isinstance(x, Pretended) for x in tree_leaves((args, kwargs))):
+            return compute(function, args, kwargs)
+        return function(*args, **kwargs)
+
+
+def _empty_strided(size, stride, dtype=None, layout=None, device=None, pin_memory=None):
+    waits["an index from a list"] += 1
+    return Pretended(torch.empty_strided(size, stride, dtype=dtype))
+
+
+def _copy_from(source, target, non_blocking=False):
+    source, target_held = (x.held if isinstance(x, Pretended) else x for x in (source, target))
+    target_held.copy_(source)
+    return target
+
+
+# What indexing by a list does below the dispatch mode.
+_library = torch.library.Library("aten", "IMPL")
+_library.impl("empty_strided", _empty_strided, "PrivateUse1")
+_library.impl("_copy_from", _copy_from, "PrivateUse1")
+
+
+@contextmanager
+def device():
+    """Inside the block tensors can be made on the device."""
+    kept = torch.tensor, torch.as_tensor
+
+    def there(make):
+        def made(*args, device=None, **kwargs):
+            out = make(*args, **kwargs)
+            if not is_there(device):
+                return out if device is None else out.to(device)
+            waits["a tensor from numbers"] += 1
+            return Pretended(out)
+
+        return made
+
+    torch.tensor, torch.as_tensor = map(there, kept)
+    try:
+        with Factories():
+            yield
+    finally:
+        torch.tensor, torch.as_tensor = kept
+
+
+def move(pipe):
+    """The pipeline's weights go there."""
+    for part in pipe.components.values():
+        for module in part.modules() if isinstance(part, torch.nn.Module) else ():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = torch.nn.Parameter(Pretended(parameter.data), requires_grad=False)
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = Pretended(buffer)
+    return pipe

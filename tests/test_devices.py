@@ -1,0 +1,131 @@
+"""Edits on another device than the host's: nothing is left behind, and no step waits for the host.
+
+The device is one that is not there (tests/pretend.py). It stays with the process, so `test_another_device` runs this
+file again in one of its own.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import specedit
+from specedit import micro
+from specedit.micro.scenes import sample
+
+HERE = os.environ.get("SPECEDIT_PRETEND") == "1"
+if HERE:
+    from tests import pretend
+
+inside = pytest.mark.skipif(not HERE, reason="runs in a process of its own")
+SIZE = 96
+MASK, OTHER = np.zeros((2, SIZE, SIZE), dtype=bool)
+MASK[:40, :50] = OTHER[50:, 60:] = True
+QUICK = dict(steps=(2, 3, 2), draft_steps=2)
+MODELS = ("kontext", "qwen")
+
+
+@pytest.mark.skipif(HERE, reason="this is the process of its own")
+def test_another_device():
+    pytest.importorskip("torch.utils.backend_registration")
+    if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip("this torch takes no device written in Python")
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        cwd=Path(__file__).parents[1], env={**os.environ, "SPECEDIT_PRETEND": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout
+
+
+@pytest.fixture(scope="module")
+def pipes():
+    """Of each editor one on the host and one on the device."""
+    made = {}
+    for name in MODELS:
+        made[name] = micro.load(name), pretend.move(micro.load(name))
+        for pipe in made[name]:
+            pipe.set_progress_bar_config(disable=True)
+    return made
+
+
+def edit(pipe, name, settings, *, images=1, **more):
+    """Latents of one call with SpecEdit, on the host, and the report."""
+    specedit.install(pipe, **QUICK | settings)
+    tasks = [sample(seed, SIZE) for seed in range(images)]
+    call = micro.arguments(tasks[0].source, name) | {"output_type": "latent"} | more
+    with pretend.device():
+        out = pipe(
+            image=[task.source for task in tasks] if images > 1 else tasks[0].source,
+            prompt=[task.prompt for task in tasks] if images > 1 else tasks[0].prompt,
+            generator=torch.Generator().manual_seed(3), **call,
+        ).images  # fmt: skip
+        report = specedit.report(pipe)
+    specedit.uninstall(pipe)
+    assert not isinstance(report.edit_mask, pretend.Pretended) if HERE else True
+    return out.held if isinstance(out, pretend.Pretended) else out, report
+
+
+@inside
+def test_the_device_does_not_mix_with_the_host():
+    here = torch.ones(3)
+    with pretend.device():
+        there = here.to(pretend.NAME)
+        assert there.device.type == pretend.NAME and (there + 1).cpu().tolist() == [2, 2, 2]
+        with pytest.raises(RuntimeError, match="expected tensors on one device"):
+            there + here
+        assert there[torch.tensor([0])].tolist() == [1]
+        with pytest.raises(RuntimeError, match="expected tensors on one device"):
+            here[torch.tensor([0], device=pretend.NAME)]
+        with pytest.raises(TypeError, match="another device"):
+            np.asarray(there)
+        pretend.waits.clear()
+        assert there.sum().item() == 3 and sum(pretend.waits.values()) == 1
+
+
+@inside
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("settings", "call"),
+    [
+        ({}, {}),
+        ({"restore": "reference"}, {}),
+        ({"verify_at": "full", "couple_noise": True}, {}),
+        ({"selector": "edges"}, {}),
+        ({"selector": "variance", "keep_pixels": True}, {}),
+        ({"restore": "reference", "keep_pixels": True}, dict(edit_mask=MASK, output_type="pt")),
+        ({}, dict(images=2, edit_mask=[MASK, OTHER])),
+        ({"rope": "phase_aligned"}, dict(images=2, edit_mask=[MASK, OTHER])),
+        ({"attention": "stock"}, dict(edit_mask=MASK)),
+        ({"reference_refresh": 2}, dict(edit_mask=MASK, num_images_per_prompt=2)),
+        ({"cfg": "separate", "draft_condition": "small"}, {}),
+        ({}, dict(edit_mask=MASK, callback_on_step_end=lambda pipe, i, t, given: {"latents": 1.01 * given["latents"]})),
+        *(({"steps": (0, 6, 0), "forecast": f}, dict(edit_mask=MASK)) for f in ("taylor", "freqca", "foca")),
+    ],
+    ids=lambda given: "-".join(map(str, given)) or "none",
+)
+def test_an_edit_is_the_hosts(pipes, name, settings, call):
+    host, other = (edit(pipe, name, settings, **call) for pipe in pipes[name])
+    torch.testing.assert_close(other[0], host[0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(other[1].edit_mask, host[1].edit_mask)
+    assert other[1].flops == host[1].flops
+
+
+@inside
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "settings", [{}, {"rope": "phase_aligned"}, {"reference_refresh": 2}, {"forecast": "foca"}], ids=str
+)
+def test_no_step_waits_for_the_host(pipes, name, settings):
+    """Twice the steps bring no more of what makes host and device wait for each other."""
+    counts = []
+    for steps in ((5, 5, 5), (10, 10, 10)):
+        pretend.waits.clear()
+        edit(pipes[name][1], name, settings | {"steps": steps}, edit_mask=MASK)
+        counts.append(dict(pretend.waits))
+    assert counts[0] and counts[0] == counts[1]
