@@ -5,15 +5,26 @@ and a GPU wait for each other. Nothing can be said here of kernels or of speed.
 """
 
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+
+
+class Module(_DummyBackendModule):
+    """What stands at torch.pretend."""
+
+    def get_rng_state(self, device=None):  # random numbers are the CPU's
+        return None
+
+    def set_rng_state(self, state, device=None):
+        pass
+
 
 NAME = "pretend"
-_setup_privateuseone_for_python_backend(NAME)
+_setup_privateuseone_for_python_backend(NAME, backend_module=Module())
 aten = torch.ops.aten
 
 ACROSS = {aten._to_copy.default, aten.copy_.default}
@@ -113,10 +124,13 @@ _library.impl("empty_strided", _empty_strided, "PrivateUse1")
 _library.impl("_copy_from", _copy_from, "PrivateUse1")
 
 
+_makers = torch.tensor, torch.as_tensor
+
+
 @contextmanager
 def device():
-    """Inside the block tensors can be made on the device."""
-    kept = torch.tensor, torch.as_tensor
+    """Inside the block tensors can be made on the device, and autocast does nothing there."""
+    kept = torch.tensor, torch.as_tensor, torch.autocast
 
     def there(make):
         def made(*args, device=None, **kwargs):
@@ -128,12 +142,28 @@ def device():
 
         return made
 
-    torch.tensor, torch.as_tensor = map(there, kept)
+    torch.tensor, torch.as_tensor = map(there, _makers)
+    torch.autocast = lambda kind, *args, **kwargs: nullcontext() if kind == NAME else kept[2](kind, *args, **kwargs)
     try:
         with Factories():
             yield
     finally:
-        torch.tensor, torch.as_tensor = kept
+        torch.tensor, torch.as_tensor, torch.autocast = kept
+
+
+def on_the_host(function):
+    """`function`, as it is outside of `device`: loading makes tensors in ways of its own."""
+
+    def call(*args, **kwargs):
+        kept = torch.tensor, torch.as_tensor
+        torch.tensor, torch.as_tensor = _makers
+        try:
+            with _disable_current_modes():
+                return function(*args, **kwargs)
+        finally:
+            torch.tensor, torch.as_tensor = kept
+
+    return call
 
 
 def move(pipe):

@@ -15,7 +15,12 @@ import torch
 
 import specedit
 from specedit import micro
+from specedit.micro import train, train_editor, train_vae
+from specedit.micro.family import named
+from specedit.micro.family_kontext import KONTEXT
+from specedit.micro.load import WEIGHTS
 from specedit.micro.scenes import sample
+from specedit.micro.training import Settings
 
 HERE = os.environ.get("SPECEDIT_PRETEND") == "1"
 if HERE:
@@ -129,3 +134,32 @@ def test_no_step_waits_for_the_host(pipes, name, settings):
         edit(pipes[name][1], name, settings | {"steps": steps}, edit_mask=MASK)
         counts.append(dict(pretend.waits))
     assert counts[0] and counts[0] == counts[1]
+
+
+@inside
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("kontext", {}), ("kontext", {"start": "kontext"}), ("qwen", {"start": "qwen", "like": "kontext"})],
+    ids=str,
+)
+def test_training(tmp_path, monkeypatch, name, changes):
+    """Every part of it: from nothing, going on, and from another family's editor."""
+    for family in {id(each): each for each in (named(name), KONTEXT)}.values():
+        replaced = dict(build=family.build, load=family.load, save=family.save)
+        for what, function in replaced.items():
+            monkeypatch.setitem(vars(family), what, pretend.on_the_host(function))
+        monkeypatch.setitem(vars(family), "save", lambda pipe, folder: None)  # what is not there has no storage
+    for module in (train_editor, train_vae):
+        monkeypatch.setattr(module, "write", lambda state, path: None)
+    images, roundtrip = train_vae.vae_images, train_vae.roundtrip
+    monkeypatch.setattr(train_vae, "vae_images", lambda step, count, size, device: images(step, 2, 64, device))
+    monkeypatch.setattr(train_vae, "roundtrip", lambda vae, device: roundtrip(vae, device, 64, 1))
+    monkeypatch.setitem(train_editor.BATCHES, (64, 64), 4)
+    settings = Settings(
+        out=tmp_path, model=name, device=pretend.NAME, steps=2, largest=64,
+        **{option: WEIGHTS / folder for option, folder in changes.items()},
+    )  # fmt: skip
+    with pretend.device():
+        pipe = train.train(settings)
+        moved = [p for part in (pipe.transformer, pipe.vae) for p in part.parameters()]
+        assert {p.device.type for p in moved} == {pretend.NAME} and all(p.isfinite().all() for p in moved)

@@ -45,7 +45,8 @@ def velocity(
     at: Tensor | None = None, **draw,
 ) -> Tensor:  # fmt: skip
     """At a distilled guidance drawn from 1 to 5 by `draw`, the arguments of torch.rand."""
-    return velocity_at(pipe, x, source, grid, sigma, features, 1 + 4 * torch.rand(len(x), **draw), at)
+    guidance = 1 + 4 * torch.rand(len(x), **{"device": x.device} | draw)
+    return velocity_at(pipe, x, source, grid, sigma, features, guidance, at)
 
 
 def velocity_at(
