@@ -50,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":  # torch's
             raise
-        print("specedit: out of memory; a smaller picture or model takes less", file=sys.stderr)
+        first = "--offload, " if hasattr(args, "offload") else ""
+        print(f"specedit: out of memory; {first}a smaller picture or model takes less", file=sys.stderr)
         return 2
 
 
@@ -76,6 +77,12 @@ def _check_output(path: Path, kinds: Collection[str]) -> None:
 
 def _add_model(parser) -> None:
     parser.add_argument("--model", default=EDITORS[0], choices=EDITORS, help="which embedded editor")
+
+
+def _add_offload(parser) -> None:
+    parser.add_argument(
+        "--offload", action="store_true", help="only the part that runs is on the GPU, for models that it does not hold"
+    )
 
 
 def _add_demo(commands) -> None:
@@ -118,6 +125,7 @@ def _add_edit(commands) -> None:
         "--model", help=f"hub id or directory of a pipeline, or an embedded editor: {', '.join(EDITORS)} (default: the "
         "embedded kontext, which only knows coloured shapes)"
     )  # fmt: skip
+    _add_offload(parser)
     parser.add_argument("--negative-prompt", help="what to keep away from; Qwen's guidance needs one, if only a space")
     parser.add_argument("--preset", default=DEFAULT_PRESET, choices=list(presets), help=f"default: {DEFAULT_PRESET}")
     parser.add_argument("--out", type=Path, default=Path("edit.png"), help="picture to write (default: edit.png)")
@@ -149,7 +157,7 @@ def _edit(args) -> int:
         _check_output(args.figure, [f".{kind}" for kind in FigureCanvasBase.get_supported_filetypes()])
     image = pipelines.read(args.image).convert("RGB")
     mask = None if args.mask is None else pipelines.read(args.mask)
-    pipe, prepare = pipelines.load(args.model)
+    pipe, prepare = pipelines.load(args.model, offload=args.offload)
     if args.model is None:
         print(f"editing with the embedded {EDITORS[0]} editor, which only knows coloured shapes; --model takes others")
     size, (image, given) = image.size, prepare(image)
@@ -192,6 +200,7 @@ def _add_eval(commands) -> None:
         public.add_argument(
             "--model", required=True, help="hub id or directory of a pipeline, or an embedded editor: kontext, qwen"
         )
+        _add_offload(public)
         public.add_argument("--negative-prompt", help="of every task; Qwen's guidance needs one, if only a space")
         public.add_argument(
             "--out", type=Path, help=f"folder, by default specedit-{name}/PRESET; goes on with the run that is in it"
@@ -270,7 +279,7 @@ def _eval_public(args) -> int:
     }
     against = None if args.against is None else evaluation.check_against(todo, args.against)
     evaluation.begin(out, settings)
-    pipe, prepare = pipelines.load(args.model, own_size=False)
+    pipe, prepare = pipelines.load(args.model, own_size=False, offload=args.offload)
     pipe.set_progress_bar_config(disable=True)
     if not stock:
         install(pipe, args.preset, **overrides)
@@ -293,8 +302,8 @@ def _command(args) -> str:
     """What to type for the same results."""
     words = ["specedit", "eval", args.what]
     for name, value in vars(args).items():
-        if name not in ("command", "what", "run", "out", "json") and value is not None:
-            words += [f"--{name.replace('_', '-')}", str(value)]
+        if name not in ("command", "what", "run", "out", "json") and value is not None and value is not False:
+            words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
     return shlex.join(words)
 
 

@@ -23,13 +23,16 @@ def read(path: Path) -> Any:
         raise ValueError(f"{path}: {error}") from error
 
 
-def load(model: str | None, own_size: bool = True) -> tuple[Any, Callable[[Any], tuple[Any, dict[str, Any]]]]:
+def load(
+    model: str | None, own_size: bool = True, offload: bool = False
+) -> tuple[Any, Callable[[Any], tuple[Any, dict[str, Any]]]]:
     """The pipeline, and what makes of a picture the one that it takes and the arguments to pass beside it.
 
     Args:
         model: hub id or directory of a pipeline, or an embedded editor, by default the first.
         own_size: an edit gets its picture's size where the pipeline takes one and the picture has no more than a
             megapixel; otherwise the pipeline chooses.
+        offload: only the part that runs is on the GPU (diffusers' model offloading), for models that it does not hold.
 
     Raises:
         ValueError: a directory without a pipeline.
@@ -41,20 +44,26 @@ def load(model: str | None, own_size: bool = True) -> tuple[Any, Callable[[Any],
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
+    def placed(pipe: Any) -> Any:
+        if not offload:
+            return pipe.to(device)
+        pipe.enable_model_cpu_offload(device=device)
+        return pipe
+
     def small(image: Any, editor: str = EDITORS[0]) -> tuple[Any, dict[str, Any]]:
         image = fit(image, 512)
         return image, micro.arguments(image, editor)
 
     if model is None or model in EDITORS:
         editor = model or EDITORS[0]
-        return micro.load(editor, device=device), lambda image: small(image, editor)
+        return placed(micro.load(editor)), lambda image: small(image, editor)
     from diffusers import DiffusionPipeline
 
     folder = Path(model)
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise ValueError(f"--model: expected a pipeline directory with a model_index.json, got {model}")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype).to(device)
+    pipe = placed(DiffusionPipeline.from_pretrained(model, torch_dtype=dtype))
     taken = inspect.signature(type(pipe).__call__).parameters
     # A small editor, which works at the picture's own size; FLUX.1-Kontext has 19 such layers.
     if "max_area" in taken and pipe.transformer.config.num_layers < 19:

@@ -329,12 +329,12 @@ def test_a_decompression_bomb(tmp_path, capsys, picture, monkeypatch):
 
 @pytest.mark.parametrize("error", [MemoryError("no"), torch.OutOfMemoryError("no")])
 def test_out_of_memory_is_one_line(capsys, monkeypatch, picture, error):
-    def fail(*_):
+    def fail(*_, **__):
         raise error
 
     monkeypatch.setattr(pipelines, "load", fail)
     assert cli.main(["edit", str(picture), "make it red", "--out", str(picture.parent / "out.png")]) == 2
-    assert capsys.readouterr().err == "specedit: out of memory; a smaller picture or model takes less\n"
-    monkeypatch.setattr(pipelines, "load", lambda *_: [][0])
+    assert capsys.readouterr().err == "specedit: out of memory; --offload, a smaller picture or model takes less\n"
+    monkeypatch.setattr(pipelines, "load", lambda *_, **__: [][0])
     with pytest.raises(IndexError):  # a mistake of this package keeps its traceback
         cli.main(["edit", str(picture), "make it red", "--out", str(picture.parent / "out.png")])

@@ -1,9 +1,12 @@
 """Pipelines by name, and the pictures that they get."""
 
 import pytest
+import torch
 from PIL import Image
 
+import specedit
 from specedit import pipelines
+from specedit.micro import scenes
 
 
 @pytest.mark.parametrize(("side", "got"), [(4000, (512, 512)), (500, (496, 496)), (130, (128, 128)), (64, (64, 64))])
@@ -56,3 +59,17 @@ def test_who_chooses_the_size(monkeypatch, kind, own_size, size):
     picture = Image.new("RGB", size)
     named = kind is Kontext or (own_size and size != (1040, 1024))
     assert prepare(picture) == (picture, {"height": size[1], "width": size[0]} if named else {})
+
+
+def test_offloading_changes_nothing():
+    """Each part comes to the device when it runs, and the edit is the same."""
+    task, images = scenes.sample(4, 64), []
+    for offload in (False, True):
+        pipe, prepare = pipelines.load("kontext", offload=offload)
+        assert hasattr(pipe.transformer, "_hf_hook") == offload
+        picture, given = prepare(task.source)
+        pipe.set_progress_bar_config(disable=True)
+        specedit.install(pipe, steps=(1, 1, 1), draft_steps=1)
+        generator = torch.Generator().manual_seed(0)
+        images.append(pipe(image=picture, prompt=task.prompt, generator=generator, output_type="pt", **given).images)
+    torch.testing.assert_close(*images, rtol=1e-4, atol=1e-4)
