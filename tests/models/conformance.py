@@ -108,7 +108,8 @@ class Conformance:
         specedit.uninstall(pipe)
         assert all(a is b for a, b in zip(kept[1], trace(pipe)[1], strict=True))
 
-    # Every edit has a number of tokens of its own.
+    # Every edit has a number of tokens of its own. Stock attention runs prompts of different length one after the other
+    # and with a mask or without, which takes more graphs than the compiler allows unasked.
     @pytest.mark.parametrize("changes", [{}, {"rope": "phase_aligned"}, {"attention": "stock"}])
     def test_other_edits_do_not_compile_again(self, family, changes):
         if not family.fullgraph:
@@ -120,9 +121,10 @@ class Conformance:
             fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph
         )
         specedit.install(pipe, **QUICK, **changes)
-        for cells in (3, 5, 6, 8, 9, 11):
-            family.run(pipe, edit_mask=(torch.arange(16) < cells).view(4, 4), **self.guides(family)[-1])
-            counts.append(len(graphs))
+        with torch._dynamo.config.patch(recompile_limit=8 if "attention" not in changes else 16):
+            for cells in (3, 5, 6, 8, 9, 11):
+                family.run(pipe, edit_mask=(torch.arange(16) < cells).view(4, 4), **self.guides(family)[-1])
+                counts.append(len(graphs))
         assert counts[0] and counts[2] == counts[-1], counts
 
     @pytest.mark.parametrize("changes", [{}, {"key_bias": "none"}, {"rope": "phase_aligned"}, {"attention": "stock"}])
