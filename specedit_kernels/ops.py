@@ -8,7 +8,6 @@ Operators return fresh tensors or write into arguments marked `(a!)`; nothing re
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 from collections.abc import Callable
 
@@ -153,7 +152,9 @@ def run(backend: str, name: str, args: tuple):
 @functools.cache
 def _check_triton() -> None:
     try:
-        found = importlib.import_module("triton").__version__
+        import triton
+
+        found = triton.__version__
     except ModuleNotFoundError:
         found = "none"
     if found == "none" or tuple(map(int, found.split(".")[:2])) < MINIMUM_TRITON:

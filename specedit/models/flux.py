@@ -11,17 +11,14 @@ from diffusers import FluxKontextPipeline
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxSingleTransformerBlock
 from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
-from diffusers.utils import logging
 from torch import Tensor
 
 from ..grid import MixedLayout, TokenGrid
 from . import attention, joint, last_block
 from .base import EditState, active_branches, rows_index
-from .images import batched, check_image, decoder_features, source_pictures
+from .images import batched, check_image, decoder_features, say_if_stretched, source_pictures
 from .prompts import count_prompts, one_for_each
 
-logger = logging.get_logger(__name__)
-STRETCHED = 1.2  # whole tokens change the shape of a picture by less
 IP_ADAPTER = (
     "ip_adapter_image", "ip_adapter_image_embeds", "negative_ip_adapter_image", "negative_ip_adapter_image_embeds",
 )  # fmt: skip
@@ -372,17 +369,6 @@ class FluxKontext:
     def _trims(self, pipe: Any, attention: str) -> bool:
         """Whether the last block will compute the target's rows alone."""
         return attention != "stock" and last_block.attached(self._last(pipe))
-
-
-def say_if_stretched(image: Any, height: int, width: int) -> None:
-    """A warning where the output has another shape than the picture, with which it is compared."""
-    high, wide = check_image(image[0] if isinstance(image, list) else image)
-    shapes = (wide / high, width / height)
-    if max(shapes) > STRETCHED * min(shapes):
-        logger.warning(
-            f"the output is {width} x {height} and the picture {wide} x {high}, so it is compared with the picture "
-            "stretched; height and width in the picture's shape avoid that"
-        )
 
 
 def check_negative(positive: dict[str, Tensor], negative: dict[str, Tensor]) -> None:

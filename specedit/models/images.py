@@ -6,10 +6,14 @@ from typing import Any
 
 import numpy as np
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor
 
 SMALLEST = 64  # px a side: four tokens, one of the draft's
+STRETCHED = 1.2  # whole tokens change the shape of a picture by less
+
+logger = logging.get_logger(__name__)
 
 
 def check_image(image: Any) -> tuple[int, int]:
@@ -34,6 +38,17 @@ def check_image(image: Any) -> tuple[int, int]:
     if min(height, width) < SMALLEST:
         raise ValueError(f"image: expected at least {SMALLEST} px a side, got {width} x {height}")
     return height, width
+
+
+def say_if_stretched(image: Any, height: int, width: int) -> None:
+    """A warning where the output has another shape than the picture, with which it is compared."""
+    high, wide = check_image(image[0] if isinstance(image, list) else image)
+    shapes = (wide / high, width / height)
+    if max(shapes) > STRETCHED * min(shapes):
+        logger.warning(
+            f"the output is {width} x {height} and the picture {wide} x {high}, so it is compared with the picture "
+            "stretched; height and width in the picture's shape avoid that"
+        )
 
 
 def check_pictures(image: Any) -> list[Image.Image]:

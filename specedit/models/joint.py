@@ -45,17 +45,19 @@ class Packing:
     """Several sequences of different length in one launch, without padding.
 
     Both streams then have a batch of one and hold the rows of all sequences; `text` (T_text,) and `image` (T_image,)
-    int64 say where each row lies in the joint sequence, [text | image] of one sequence after the other.
+    int64 say where each row lies in the joint sequence, [text | image] of one sequence after the other. of_longest
+    (n,): as long as the longest sequence; of an integer torch.compile would make a constant.
     """
 
     text: Tensor
     image: Tensor
     cu_seqlens: Tensor
+    of_longest: Tensor
 
     @property
     def longest(self) -> int:
-        """No sequence has more tokens. All have as many image tokens; of the texts only the sum is known here."""
-        return self.text.shape[0] + self.image.shape[0] // (self.cu_seqlens.shape[0] - 1)
+        """How many rows the longest sequence has."""
+        return self.of_longest.shape[0]
 
 
 def pack(texts: list[int], target: int, reference: int, device: torch.device) -> Packing:
@@ -71,7 +73,8 @@ def pack(texts: list[int], target: int, reference: int, device: torch.device) ->
     image = [
         (behind + torch.arange(a, b, device=device)).flatten() for a, b in ((0, target), (target, target + reference))
     ]
-    return Packing(torch.arange(sum(texts), device=device) + shift, torch.cat(image), ends)
+    of_longest = torch.arange(max(lengths), device=device)
+    return Packing(torch.arange(sum(texts), device=device) + shift, torch.cat(image), ends, of_longest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +83,7 @@ class Queries:
 
     segments: of these rows, for phase-aligned RoPE. cu_seqlens: of the rows of packed sequences, as many of each.
 
-    Each edit has another n. Of an integer torch.compile would make a constant; the length of a tensor may vary.
+    Each edit has another n, which the length of a tensor may vary with, as in `Packing`.
     """
 
     rows: Tensor

@@ -23,7 +23,7 @@ from . import attention, joint, last_block
 from .base import EditState
 from .flux import FluxKontext, position_ids
 from .images import check_pictures, source_pictures
-from .prompts import count_prompts
+from .prompts import count_prompts, one_for_each
 
 EDIT_AREA = 1024 * 1024
 LATENT_CHANNELS = 16  # a constant of the stock pipeline
@@ -107,9 +107,8 @@ class LongCatImageEdit(FluxKontext):
             return dict(encoder_hidden_states=embeds, txt_ids=ids)
 
         positive = encode(call["prompt"])
-        said, prompts = call["negative_prompt"] or "", count_prompts(call)
-        said = [said] * prompts if isinstance(said, str) and prompts > 1 else said
-        negative = encode(said) if pipe.do_classifier_free_guidance else None
+        guided = one_for_each(call | {"negative_prompt": call["negative_prompt"] or ""})
+        negative = encode(guided["negative_prompt"]) if pipe.do_classifier_free_guidance else None
         embeds = positive["encoder_hidden_states"]
         batch, length = embeds.shape[:2]
         pixels = pipe.image_processor.preprocess(resized, height, width)
@@ -130,7 +129,7 @@ class LongCatImageEdit(FluxKontext):
             generator=call["generator"],
             text_tokens=length,
             branches=1 if negative is None else 2,
-            prompts=prompts,
+            prompts=count_prompts(call),
             pixels_per_token=multiple,
             backend={"auto": None, "stock": None}.get(attention, attention),
             last_block=self._trims(pipe, attention),

@@ -7,7 +7,7 @@ from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProc
 from PIL import Image
 
 from specedit.grid import TokenGrid
-from specedit.models import flux
+from specedit.models import images
 from specedit.models.flux import FluxKontext
 from tests.models.flux.common import CALL
 
@@ -151,6 +151,6 @@ def test_bad_images(prepare, image, error, message):
 )
 def test_a_picture_that_would_be_stretched_is_said(prepare, picture, monkeypatch, size, asked, told):
     said = []
-    monkeypatch.setattr(flux.logger, "warning", said.append)
+    monkeypatch.setattr(images.logger, "warning", said.append)
     prepare(image=picture(*size), **asked)
     assert [text.split(", so")[0] for text in said] == ["the output is 128 x 128 and the picture 128 x 96"] * told

@@ -41,7 +41,7 @@ def test_packed_guidance_is_one_forward_without_padding(edit, monkeypatch):
     assert seen[0]["encoder_hidden_states"].shape[:2] == (1, sum(texts))
     packing = seen[0]["attention_kwargs"]["specedit"].packing
     ends = [0, texts[0] + layout.tokens + beside.tokens, sum(texts) + 2 * (layout.tokens + beside.tokens)]
-    assert packing.cu_seqlens.tolist() == ends and packing.longest >= max(ends[1], ends[2] - ends[1])
+    assert packing.cu_seqlens.tolist() == ends and packing.longest == max(ends[1], ends[2] - ends[1])
     rows = torch.cat([packing.text, packing.image]).sort().values
     assert torch.equal(rows, torch.arange(ends[-1]))  # every row of the joint sequence, once
     seen.clear()
