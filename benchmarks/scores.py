@@ -91,11 +91,15 @@ class Scores:
         **fields: Any,
     ) -> None:
         """Run `cases`, which `variant` lacks, and write the file. `fields` go into the variant's row."""
+        self.add(pipe, variant, micro.evaluate(pipe, cases, num_inference_steps)["cases"], **fields)
+
+    def add(self, pipe: Any, variant: str, scored: list[dict[str, Any]], **fields: Any) -> None:
+        """Put what `pipe` has just scored, as `micro.evaluate` returns it in "cases", into the file."""
         row = next((row for row in self.rows if row["variant"] == variant), None)
         if row is None:
             row = dict(variant=variant, **fields, mean={}, kinds={}, cases=[])
             self.rows.append(row)
-        row["cases"] += micro.evaluate(pipe, cases, num_inference_steps)["cases"]
+        row["cases"] += scored
         row |= micro.summary(row["cases"])
         if (last := last_report(pipe)) is not None:
             row |= dict(nfe=last.nfe, cached_steps=last.cached_steps, cache_bytes=last.cache_bytes)

@@ -1,22 +1,21 @@
 """One setting at a time on the embedded editor: the curves behind the defaults.
 
-    python -m benchmarks.sweep --cases 24 --size 256 --out benchmarks/results/sweep-256.json
+    python -m benchmarks.sweep --cases 24 --size 512 --out benchmarks/results/sweep-512.json
 
 The starting point is `turbo` with restore="reference" and "full"; each row changes one field (those of `guidance_range`
 run under true guidance, which the others do without). Where the true mask of a task is known, `recall` is the share of
-its cells that were found, `precision` the share of found cells that it covers.
+its cells that were found, `precision` the share of found cells that it covers. With --resume a run that was stopped, or
+that is to see more tasks than before, goes on.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm.auto import tqdm
 
-from benchmarks.scores import fingerprint
-from specedit import install, micro, report, results, uninstall
+from benchmarks.scores import Scores, fingerprint
+from specedit import install, micro, report, uninstall
 from specedit.micro.load import WEIGHTS
 
 BASE = {"preset": "turbo", "restore": "reference"}
@@ -53,40 +52,45 @@ def agreement(pipe, case) -> dict[str, float]:
     return dict(recall=both / max(1.0, float(true.sum())), precision=both / max(1.0, float(found.sum())))
 
 
-def main() -> None:
+def variants(groups: list[str] | None = None) -> dict[str, dict]:
+    """Name to group and change, of all groups or of some."""
+    return {
+        ", ".join(f"{field}={value}" for field, value in change.items()) or "base": dict(group=group, change=change)
+        for group, changes in GRID.items()
+        if groups is None or group in groups
+        for change in changes
+    }
+
+
+def score(scores: Scores, pipe, name: str, todo: list[micro.scenes.Case], group: str, change: dict) -> None:
+    """Score one variant on tasks that it has not seen."""
+    settings = {**BASE, **change}
+    scale = settings.pop("true_cfg_scale", None)
+    call = {} if scale is None else {"negative_prompt": "", "true_cfg_scale": scale}
+    install(pipe, settings.pop("preset"), **settings)
+    scored = [{**micro.evaluate(pipe, [case], **call)["cases"][0], **agreement(pipe, case)} for case in todo]
+    scores.add(pipe, name, scored, group=group, change={field: str(value) for field, value in change.items()})
+    uninstall(pipe)
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="kontext", help="the embedded editor: kontext or qwen")
     parser.add_argument("--cases", type=int, default=24)
-    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="+", choices=list(GRID))
-    args = parser.parse_args()
-    pipe = micro.load(args.model, device="cuda" if torch.cuda.is_available() else "cpu")
-    pipe.set_progress_bar_config(disable=True)
+    parser.add_argument("--resume", action="store_true")
+    args = parser.parse_args(arguments)
     cases = [micro.scenes.sample(10_000 + i, args.size) for i in range(args.cases)]  # not those of quality.py
     command = f"python -m benchmarks.sweep --model {args.model} --cases {args.cases} --size {args.size}"
-    rows, of = [], dict(model=args.model, size=args.size, weights=fingerprint(WEIGHTS / args.model))
-    todo = [
-        (name, change) for name, changes in GRID.items() if args.only is None or name in args.only for change in changes
-    ]
-    for name, change in tqdm(todo, file=sys.stderr):
-        settings = {**BASE, **change}
-        preset = settings.pop("preset")
-        scale = settings.pop("true_cfg_scale", None)
-        call = {} if scale is None else {"negative_prompt": "", "true_cfg_scale": scale}
-        install(pipe, preset, **settings)
-        scored = []
-        for case in cases:
-            one = micro.evaluate(pipe, [case], **call)["cases"][0]
-            scored.append({**one, **agreement(pipe, case)})
-        uninstall(pipe)
-        mean = micro.mean(scored)
-        rows.append(dict(group=name, change={k: str(v) for k, v in change.items()}, mean=mean))
-        results.write(args.out, command, rows, of=of)
-        short = {
-            k: round(mean[k], 3) for k in ("success", "edit_psnr", "keep_psnr", "flops_ratio", "recall", "precision")
-        }
-        print(name, change, short, flush=True)
+    of = dict(model=args.model, size=args.size, weights=fingerprint(WEIGHTS / args.model))
+    scores = Scores(args.out, command, cases, of, args.resume)
+    pipe = micro.load(args.model, device="cuda" if torch.cuda.is_available() else "cpu")
+    pipe.set_progress_bar_config(disable=True)
+    chosen = variants(args.only)
+    for name, todo in scores.turns(chosen):
+        score(scores, pipe, name, todo, **chosen[name])
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from specedit import cli, pipelines
+from specedit.cli import shared
 from specedit.micro import scenes
 
 
@@ -285,7 +286,7 @@ def test_what_libraries_say_at_the_start_is_not_the_users_concern():
 
     before = [library.utils.logging.get_verbosity() for library in (diffusers, transformers)]
     try:
-        cli._quiet()
+        shared.quiet()
         assert all(library.utils.logging.get_verbosity() == logging.ERROR for library in (diffusers, transformers))
         with warnings.catch_warnings(record=True) as caught:
             warnings.warn("dtype", FutureWarning, stacklevel=1)

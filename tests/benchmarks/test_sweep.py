@@ -1,4 +1,6 @@
-"""The settings that the sweep runs."""
+"""The settings that the sweep runs, and the file that it writes."""
+
+import json
 
 from benchmarks import sweep
 from specedit.config import resolve
@@ -18,3 +20,27 @@ def test_approximations_are_measured_against_their_own_baseline():
     assert all(change["true_cfg_scale"] == first["true_cfg_scale"] for change in ranges)
     assert all("guidance_range" in change for change in ranges)
     assert [change["reference_refresh"] for change in sweep.GRID["reference_refresh"]] == [2, 4]
+
+
+def test_variants_have_names_of_their_own():
+    assert len(sweep.variants()) == sum(map(len, sweep.GRID.values()))
+    assert sweep.variants(["dilation"]) == {
+        f"dilation={d}": dict(group="dilation", change=dict(dilation=d)) for d in (0, 2)
+    }
+
+
+def test_a_sweep_goes_on_where_it_ended(tmp_path):
+    out = tmp_path / "sweep-64.json"
+    some = ["--only", "base", "guidance_range", "--size", "64", "--out", str(out)]
+    sweep.main([*some, "--cases", "1"])
+    first = json.loads(out.read_text())
+    base, guided, *_ = first["rows"]
+    assert (base["variant"], base["group"], base["change"]) == ("base", "base", {})
+    assert guided["change"] == {"true_cfg_scale": "2.5"}
+    assert guided["mean"]["flops"] > 1.5 * base["mean"]["flops"]  # two passes a step
+    assert all(0 <= row["mean"][name] <= 1 for row in first["rows"] for name in ("recall", "precision"))
+    sweep.main([*some, "--cases", "2", "--resume"])
+    second = json.loads(out.read_text())
+    for old, new in zip(first["rows"], second["rows"], strict=True):
+        assert new["cases"][0] == old["cases"][0] and new["mean"]["count"] == 2
+        assert [case["seed"] for case in new["cases"]] == [10_000, 10_001]

@@ -7,6 +7,7 @@ import textwrap
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import specedit_kernels as kernels
 
@@ -48,11 +49,7 @@ def test_opcheck(device, at):
 
 
 def test_fullgraph_compile_with_dynamic_lengths(device):
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph
+    counter = CompileCounter()
 
     def edit(x, index, q, cu, bias, weight, cos, sin):
         picked = kernels.gather_tokens(x, index)
@@ -66,7 +63,7 @@ def test_fullgraph_compile_with_dynamic_lengths(device):
         return out, attended, lse
 
     torch._dynamo.reset()
-    compiled = torch.compile(edit, fullgraph=True, dynamic=True, backend=backend)
+    compiled = torch.compile(edit, fullgraph=True, dynamic=True, backend=counter)
     for tokens, length in ((10, 21), (14, 30), (31, 40)):  # sizes that never coincide, as dynamic shapes want
         arguments = [
             torch.randn(2, tokens, 8), torch.randperm(tokens)[: tokens // 2], torch.randn(length, 2, 16),
@@ -76,16 +73,12 @@ def test_fullgraph_compile_with_dynamic_lengths(device):
         arguments = [x.to(device) for x in arguments]
         for got, want in zip(compiled(*arguments), edit(*arguments)):
             torch.testing.assert_close(got, want)
-    assert len(graphs) == 1, "other lengths must not compile again"
+    assert counter.frame_count == 1, "other lengths must not compile again"
 
 
 def test_other_numbers_do_not_compile_again(device):
     """Noise levels and scales change from step to step."""
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph
+    counter = CompileCounter()
 
     def edit(x, q, sigma, scale):
         coarse, coarse_sigma = kernels.contract_tokens(x, sigma)
@@ -95,13 +88,13 @@ def test_other_numbers_do_not_compile_again(device):
         return fine, kernels.mixed_attention(q, q, q, scale=scale)
 
     torch._dynamo.reset()
-    compiled = torch.compile(edit, fullgraph=True, backend=backend)
+    compiled = torch.compile(edit, fullgraph=True, backend=counter)
     x, q = torch.randn(2, 3, 4, 8, device=device), torch.randn(1, 7, 2, 16, device=device)
     for i in range(12):
         numbers = (0.1 + i / 20, 0.2 + i / 10)
         for got, want in zip(compiled(x, q, *numbers), edit(x, q, *numbers)):
             torch.testing.assert_close(got, want)
-    assert len(graphs) <= 2, "once with the first numbers, once with any"
+    assert counter.frame_count <= 2, "once with the first numbers, once with any"
 
 
 def test_plain_pytorch_by_choice_compiles_whole_on_the_cpu():

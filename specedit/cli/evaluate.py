@@ -1,0 +1,138 @@
+"""`specedit eval micro | gedit | imgedit`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from .. import pipelines
+from ..config import CHOICES, DEFAULT_PRESET, presets
+from .shared import Failure, add_model, add_offload, check_size, quiet, seed_number
+
+
+def add(commands) -> None:
+    parser = commands.add_parser("eval", help="score a preset on the embedded tasks, or run it over a public benchmark")
+    kinds = parser.add_subparsers(dest="what", required=True, metavar="micro|gedit|imgedit")
+    micro = kinds.add_parser("micro", help="tasks with exact results, on an embedded editor")
+    add_model(micro)
+    micro.add_argument("--cases", type=int, default=16)
+    micro.add_argument("--size", type=int, default=512)
+    micro.set_defaults(run=_micro)
+    for name, title, data in (
+        ("gedit", "GEdit-Bench", "download of the dataset stepfun-ai/GEdit-Bench, its parquet files"),
+        ("imgedit", "ImgEdit-Bench", "download of PKU-YuanGroup/ImgEdit's basic suite: its list and pictures"),
+    ):
+        about = (
+            f"run a pipeline over a local copy of {title}, and write the pictures where its own scorer looks for them"
+        )
+        scores = "Its scores come from a vision-language model over the network, which is not called here."
+        public = kinds.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}. {scores}")
+        public.add_argument("--data", type=Path, required=True, help=data)
+        public.add_argument(
+            "--model", required=True, help="hub id or directory of a pipeline, or an embedded editor: kontext, qwen"
+        )
+        add_offload(public)
+        public.add_argument("--negative-prompt", help="of every task; Qwen's guidance needs one, if only a space")
+        public.add_argument(
+            "--out", type=Path, help=f"folder, by default specedit-{name}/PRESET; goes on with the run that is in it"
+        )
+        public.add_argument("--cases", type=int, help="only the first so many tasks")
+        public.add_argument("--seed", type=seed_number, default=0, help="of every task's noise")
+        public.add_argument(
+            "--against", type=Path, help="folder of an earlier run, of stock for instance, to compare pictures with"
+        )
+        public.set_defaults(run=_public)
+    kinds.choices["gedit"].add_argument(
+        "--language", default="en", choices=["en", "cn", "all"], help="of the instructions"
+    )
+    for each in kinds.choices.values():
+        each.add_argument("--preset", default=DEFAULT_PRESET, choices=[*presets, "stock"])
+        each.add_argument("--restore", choices=CHOICES["restore"], help="instead of the preset's; not with stock")
+        each.add_argument("--steps", type=int, help="model evaluations, instead of the preset's (stock: 50)")
+        each.add_argument("--json", type=Path, help="also write means and rows to this file")
+
+
+def _check(args) -> dict[str, str]:
+    """Errors that need no data; the preset's overrides."""
+    for name in ("cases", "steps"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise Failure(f"--{name}: expected at least 1, got {value}")
+    if args.preset == "stock" and args.restore is not None:
+        raise Failure(f"--restore: expected none with --preset stock, which restores nothing, got {args.restore}")
+    return {} if args.restore is None else {"restore": args.restore}
+
+
+def _micro(args) -> int:
+    overrides = _check(args)
+    check_size(args.size, 64)
+    quiet()
+    from tqdm.auto import tqdm
+
+    from .. import install, micro, results
+
+    pipe, _ = pipelines.load(args.model)
+    pipe.set_progress_bar_config(disable=True)
+    if args.preset != "stock":
+        install(pipe, args.preset, **overrides)
+    cases = (micro.scenes.sample(seed, args.size) for seed in range(args.cases))
+    result = micro.evaluate(pipe, tqdm(cases, total=args.cases, desc=args.preset), args.steps)
+    print(f"{'':12}{'tasks':>6}{'success':>9}{'edit dB':>9}{'keep dB':>9}{'TFLOPs':>9}{'seconds':>9}")
+    for name, row in [*result["kinds"].items(), ("all", result["mean"])]:
+        print(
+            f"{name:12}{row['count']:6.0f}{row['success']:9.0%}{row['edit_psnr']:9.1f}{row['keep_psnr']:9.1f}"
+            f"{row['flops'] / 1e12:9.3f}{row['seconds']:9.2f}"
+        )
+    if args.json is not None:
+        results.write(args.json, _command(args), result["cases"], mean=result["mean"])
+    return 0
+
+
+def _public(args) -> int:
+    overrides = _check(args)
+    quiet()
+    from tqdm.auto import tqdm
+
+    from .. import evaluation, install, results, tasks
+    from ..config import STOCK_STEPS, resolve
+
+    stock = args.preset == "stock"
+    todo = tasks.gedit(args.data, args.language) if args.what == "gedit" else tasks.imgedit(args.data)
+    todo = todo[: args.cases]
+    out = args.out or Path(f"specedit-{args.what}") / args.preset
+    settings = {
+        "benchmark": args.what,
+        "model": args.model,
+        "preset": args.preset,
+        "restore": None if stock else resolve(args.preset, **overrides).restore,
+        "steps": STOCK_STEPS if stock and args.steps is None else args.steps,
+        "seed": args.seed,
+        "negative_prompt": args.negative_prompt,
+    }
+    against = None if args.against is None else evaluation.check_against(todo, args.against)
+    evaluation.begin(out, settings)
+    pipe, prepare = pipelines.load(args.model, own_size=False, offload=args.offload)
+    pipe.set_progress_bar_config(disable=True)
+    if not stock:
+        install(pipe, args.preset, **overrides)
+    call = {} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}
+    rows = evaluation.run(
+        pipe, prepare, tqdm(todo, desc=args.preset), out, steps=args.steps, seed=args.seed, against=args.against, **call
+    )
+    mean, kinds = evaluation.means(rows)
+    print(evaluation.table(mean, kinds))
+    if not stock and (count := sum(not row["accelerated"] for row in rows)):
+        print(f"{count} of {len(rows)} ran the stock pipeline, with its own number of steps unless --steps says one")
+    print(f"pictures in {out}, for the scorer of the benchmark")
+    if args.json is not None:
+        more = {} if against is None else {"against": against}
+        results.write(args.json, _command(args), rows, mean=mean, kinds=kinds, settings=settings, **more)
+    return 0
+
+
+def _command(args) -> str:
+    """What to type for the same results."""
+    words = ["specedit", "eval", args.what]
+    for name, value in vars(args).items():
+        if name not in ("command", "what", "run", "out", "json") and value is not None and value is not False:
+            words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    return shlex.join(words)

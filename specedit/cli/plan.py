@@ -1,0 +1,77 @@
+"""`specedit bench plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..config import CHOICES, DEFAULT_PRESET, presets
+from .shared import Failure, quiet
+
+
+def add(commands) -> None:
+    parser = commands.add_parser("plan", help="predict a run of a real editor on a GPU that is not at hand")
+    parser.add_argument("--gpu", default="H100", help="A100, H100, H200 or B200")
+    parser.add_argument("--model", default="flux-kontext", help="flux-kontext or qwen-image-edit")
+    parser.add_argument("--preset", default=DEFAULT_PRESET, choices=list(presets))
+    parser.add_argument("--restore", default="full", choices=CHOICES["restore"])
+    parser.add_argument("--height", type=int, default=1024)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--edited", type=float, default=20, help="share of the picture that is edited, in percent")
+    parser.add_argument("--reference-refresh", type=int, metavar="R", help="text and reference only every R steps")
+    parser.add_argument(
+        "--guidance-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="sigmas at which true guidance runs"
+    )
+    parser.add_argument(
+        "--measured", type=Path, nargs="*", default=sorted(Path("benchmarks/results").glob("end_to_end*.json")),
+        help="result files to compare with, by default those in benchmarks/results",
+    )  # fmt: skip
+    parser.add_argument("--json", type=Path, help="also write the plan to this file")
+    parser.set_defaults(run=run)
+
+
+def run(args) -> int:
+    quiet()
+    import json
+
+    from .. import plan
+    from ..config import resolve
+
+    config = resolve(
+        args.preset, restore=args.restore, reference_refresh=args.reference_refresh, guidance_range=args.guidance_range
+    )
+    asked = (args.model, args.height, args.width, args.edited / 100, args.gpu)
+    if not 0 <= args.edited <= 100:
+        raise Failure(f"--edited: expected percent, from 0 to 100, got {args.edited:g}")
+    files = [json.loads(path.read_text()) for path in args.measured]
+    for path, content in zip(args.measured, files, strict=True):
+        if not isinstance(content, dict) or not {"machine", "rows"} <= content.keys():
+            raise Failure(f"--measured: expected a result file with machine and rows, got {path}")
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+    predicted = plan.plan(config, *asked)
+    row = plan.measured_row(files, config, *asked)
+    seconds = {} if row is None else {stage["name"]: stage["seconds"] for stage in row["stages"]}
+    print(
+        f"{args.model}, {args.preset}, restore={args.restore}, {args.height} x {args.width}, {args.edited:g} % edited"
+    )
+    print(f"predicted for {args.gpu} ({plan.GPUS[args.gpu].source}): roofline, a bound from below\n")
+    print(f"{'stage':10}{'steps':>6}{'tokens':>8}{'TFLOPs':>10}{'GB':>9}{'seconds':>10}{'measured':>10}")
+    for s in predicted["stages"]:
+        tokens = f"{s['tokens']:,}" if s["steps"] else ""
+        measured = f"{seconds[s['name']]:10.3f}" if s["name"] in seconds else f"{'-':>10}"
+        print(
+            f"{s['name']:10}{s['steps'] or '':>6}{tokens:>8}{s['flops'] / 1e12:10.2f}{s['bytes'] / 1e9:9.1f}"
+            f"{s['seconds']:10.4f}{measured}"
+        )
+    lines = [("predicted", predicted)] + ([] if row is None else [("measured", row | {"clock_ratio": row["speedup"]})])
+    print(f"\n{'':10}{'seconds':>9}{'stock':>9}{'FLOPs ratio':>13}{'clock ratio':>13}{'quotient':>10}")
+    for name, r in lines:
+        print(
+            f"{name:10}{r['seconds']:9.3f}{r['seconds_stock']:9.3f}{r['flops_ratio']:12.2f}x{r['clock_ratio']:12.2f}x"
+            f"{r['clock_ratio'] / r['flops_ratio']:10.2f}"
+        )
+    if row is None:
+        print("\nnot measured: no result file has this run on such a GPU")
+    if args.json is not None:
+        args.json.write_text(json.dumps(predicted, indent=1) + "\n")
+    return 0
