@@ -99,7 +99,7 @@ def sweep(name: str) -> str:
     rows = []
     for row in result["rows"]:
         m = row["mean"]
-        change = ", ".join(f"{k}={v}" for k, v in row["change"].items()) or "turbo, restore=reference"
+        change = row["variant"] if row["change"] else "turbo, restore=reference"
         rows.append(
             [change, f"{m['success']:.0%}", f"{m['edit_psnr']:.1f}", number(m["keep_psnr"], ".1f"),
              f"{m['flops_ratio']:.2f}", f"{m['recall']:.0%}", f"{m['precision']:.0%}"]

@@ -12,6 +12,7 @@ import dataclasses
 import pytest
 import torch
 from accelerate import cpu_offload
+from torch._dynamo.testing import CompileCounter
 
 import specedit
 from specedit import SpecEditConfig
@@ -114,17 +115,15 @@ class Conformance:
     def test_other_edits_do_not_compile_again(self, family, changes):
         if not family.fullgraph:
             pytest.skip("what crosses a graph break becomes a constant")
-        graphs, counts = [], []
+        counter, counts = CompileCounter(), []
         torch._dynamo.reset()
         pipe = family.make()
-        pipe.transformer.compile_repeated_blocks(
-            fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph
-        )
+        pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=counter)
         specedit.install(pipe, **QUICK, **changes)
         with torch._dynamo.config.patch(recompile_limit=8 if "attention" not in changes else 16):
             for cells in (3, 5, 6, 8, 9, 11):
                 family.run(pipe, edit_mask=(torch.arange(16) < cells).view(4, 4), **self.guides(family)[-1])
-                counts.append(len(graphs))
+                counts.append(counter.frame_count)
         assert counts[0] and counts[2] == counts[-1], counts
 
     @pytest.mark.parametrize("changes", [{}, {"key_bias": "none"}, {"rope": "phase_aligned"}, {"attention": "stock"}])
