@@ -9,19 +9,15 @@ specedit.micro.distil` has written its weights. Every variant edits the same uns
 weights is named and left out.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.scores import Scores, fingerprint
+from benchmarks.scores import Scores, command, editor, fingerprint, options, some, whose
 from specedit import SpecEditConfig, install, micro, uninstall
 from specedit.config import FORECASTS, STOCK_STEPS
 from specedit.forecast import lesa
 from specedit.micro import distil
 from specedit.micro.evaluate import stock_flops
-from specedit.micro.load import WEIGHTS
 
 INTERVALS = (4, 6, 9)
 PRESET = "balanced"
@@ -78,34 +74,22 @@ def run(scores: Scores, pipe: Any, name: str, todo: list[micro.scenes.Case], set
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--cases", type=int, default=64)
-    parser.add_argument("--size", type=int, default=512)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", nargs="+", help="names of variants")
-    parser.add_argument("--resume", action="store_true")
+    parser = options(__doc__, models=["kontext"])
     parser.add_argument("--lesa", type=Path, help="predictor to use instead of the packaged one")
     parser.add_argument("--student", type=Path, help="LoRA of the student instead of the packaged one")
     args = parser.parse_args(arguments)
     student = args.student or (distil.WEIGHTS if distil.WEIGHTS.exists() else None)
-    every = variants(args.lesa, student)
-    if unknown := set(args.only or ()) - set(every):
-        raise SystemExit(f"--only: expected some of {', '.join(every)}, got {', '.join(sorted(unknown))}")
+    every = some(variants(args.lesa, student), args.only)
     cases = [micro.scenes.sample(seed, args.size) for seed in range(args.cases)]
-    command = f"python -m benchmarks.forecast --cases {args.cases} --size {args.size}"
-    pipe = micro.load("kontext", device="cuda" if torch.cuda.is_available() else "cpu")
-    predictor = args.lesa or lesa.packaged(pipe.transformer.config)
-    files = dict(weights=WEIGHTS / "kontext", student=student, lesa=predictor)
-    of = dict(model="kontext", size=args.size) | {name: fingerprint(file) for name, file in files.items()}
-    pipe.set_progress_bar_config(disable=True)
+    pipe = editor(args.model)
+    files = dict(student=student, lesa=args.lesa or lesa.packaged(pipe.transformer.config))
+    of = whose(args) | {name: fingerprint(file) for name, file in files.items()}
     # Counted, so that ratios stand also where --only leaves the stock run to quality.py, which has the same tasks.
     stock = sum(stock_flops(pipe, case, STOCK_STEPS) for case in cases) / len(cases)
     more = dict(preset=SpecEditConfig.preset(PRESET).steps, stock_flops=stock)
-    scores = Scores(args.out, command, cases, of, args.resume, **more)
+    scores = Scores(args.out, command("forecast", args), cases, of, args.resume, **more)
     chosen = {}
     for name, settings in every.items():
-        if args.only and name not in args.only:
-            continue
         if (reason := lacking(settings, pipe)) is not None:
             print(f"{name}: left out, {reason}")
             continue

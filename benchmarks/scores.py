@@ -7,19 +7,63 @@ other weights, of another size or from another machine.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
 from specedit import micro, results
 from specedit.install import last_report
+from specedit.micro.load import WEIGHTS
+from specedit.pipelines import EDITORS
 
 EVERY = 4  # tasks of one variant before it is the next one's turn
+
+
+def options(about: str | None, cases: int = 64, models: Sequence[str] = EDITORS) -> argparse.ArgumentParser:
+    """What every such file is asked for; `about`: the docstring of the module that writes it."""
+    parser = argparse.ArgumentParser(description=(about or "").split("\n")[0])
+    parser.add_argument("--model", default=models[0], choices=models, help="the embedded editor")
+    parser.add_argument("--cases", type=int, default=cases)
+    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", metavar="NAME")
+    parser.add_argument("--resume", action="store_true")
+    return parser
+
+
+def command(module: str, args: argparse.Namespace) -> str:
+    """What was typed, for the file; where it went and what it left out is seen there."""
+    return f"python -m benchmarks.{module} --model {args.model} --cases {args.cases} --size {args.size}"
+
+
+def whose(args: argparse.Namespace) -> dict[str, Any]:
+    """Whose scores a file holds."""
+    return dict(model=args.model, size=args.size, weights=fingerprint(WEIGHTS / args.model))
+
+
+def some(every: dict[str, Any], names: list[str] | None) -> dict[str, Any]:
+    """The entries of `every` with these names; None: all.
+
+    Raises:
+        SystemExit: there is none of such a name.
+    """
+    if unknown := set(names or ()) - set(every):
+        raise SystemExit(f"--only: expected some of {', '.join(every)}, got {', '.join(sorted(unknown))}")
+    return every if names is None else {name: every[name] for name in names}
+
+
+def editor(model: str) -> Any:
+    """The embedded editor, on a GPU where there is one, without its own progress bars."""
+    pipe = micro.load(model, device="cuda" if torch.cuda.is_available() else "cpu")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def fingerprint(path: Path | None) -> str | None:

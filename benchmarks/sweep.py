@@ -8,15 +8,11 @@ its cells that were found, `precision` the share of found cells that it covers. 
 that is to see more tasks than before, goes on.
 """
 
-import argparse
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 
-from benchmarks.scores import Scores, fingerprint
+from benchmarks.scores import Scores, command, editor, options, some, whose
 from specedit import install, micro, report, uninstall
-from specedit.micro.load import WEIGHTS
 
 BASE = {"preset": "turbo", "restore": "reference"}
 GRID: dict[str, list[dict]] = {
@@ -74,21 +70,11 @@ def score(scores: Scores, pipe, name: str, todo: list[micro.scenes.Case], group:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="kontext", help="the embedded editor: kontext or qwen")
-    parser.add_argument("--cases", type=int, default=24)
-    parser.add_argument("--size", type=int, default=512)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", nargs="+", choices=list(GRID))
-    parser.add_argument("--resume", action="store_true")
-    args = parser.parse_args(arguments)
+    args = options(__doc__, cases=24).parse_args(arguments)
+    chosen = variants(list(some(GRID, args.only)))
     cases = [micro.scenes.sample(10_000 + i, args.size) for i in range(args.cases)]  # not those of quality.py
-    command = f"python -m benchmarks.sweep --model {args.model} --cases {args.cases} --size {args.size}"
-    of = dict(model=args.model, size=args.size, weights=fingerprint(WEIGHTS / args.model))
-    scores = Scores(args.out, command, cases, of, args.resume)
-    pipe = micro.load(args.model, device="cuda" if torch.cuda.is_available() else "cpu")
-    pipe.set_progress_bar_config(disable=True)
-    chosen = variants(args.only)
+    scores = Scores(args.out, command("sweep", args), cases, whose(args), args.resume)
+    pipe = editor(args.model)
     for name, todo in scores.turns(chosen):
         score(scores, pipe, name, todo, **chosen[name])
 

@@ -3,6 +3,7 @@
 python scripts/training_result.py runs/kontext/log.json --command "the command that trained"
 python scripts/training_result.py runs/kontext/log.json runs/more/log.json --command "one; and the other"
 python scripts/training_result.py runs/qwen/log.json --command "the command that trained" --name micro-training-qwen
+python scripts/training_result.py runs/new/log.json --keep 2 --command "those; and a third"
 """
 
 import argparse
@@ -12,9 +13,9 @@ from pathlib import Path
 from specedit import results
 
 
-def combine(logs: list[list[dict]]) -> list[dict]:
-    """Rows of all logs in order, each with the number of its run, from 1."""
-    return [{"run": number, **row} for number, log in enumerate(logs, 1) for row in log]
+def combine(logs: list[list[dict]], first: int = 1) -> list[dict]:
+    """Rows of all logs in order, each with the number of its run, from `first`."""
+    return [{"run": number, **row} for number, log in enumerate(logs, first) for row in log]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -25,9 +26,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--folder", type=Path, default=Path(__file__).resolve().parent.parent / "benchmarks" / "results"
     )
+    parser.add_argument("--keep", type=int, default=0, help="so many runs of the file stay, before those of the logs")
     args = parser.parse_args(arguments)
+    path = args.folder / f"{args.name}.json"
+    old = json.loads(path.read_text())["rows"] if args.keep else []
+    if (held := max((row["run"] for row in old), default=0)) < args.keep:
+        raise SystemExit(f"--keep: expected at most {held}, the runs in {path}, got {args.keep}")
     logs = [json.loads(path.read_text()) for path in args.logs]
-    results.write(args.folder / f"{args.name}.json", args.command, combine(logs))
+    kept = [row for row in old if row["run"] <= args.keep]
+    results.write(path, args.command, kept + combine(logs, args.keep + 1))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ class Family:
     velocity(pipe, x, source, grid, sigma, features, at, **draw): the transformer's output (B, N, C) for packed tokens,
     which are those `at` (N,) of the grid, None for all.
     asked_blocks(transformer): the blocks that the questions read, early, middle and late; the early one is the last of
-    the first `train_link.DEPTH`. empty: share of training prompts that are left empty, for guidance.
+    the first `train_ask.DEPTH`. empty: share of training prompts that are left empty, for guidance.
     arguments(image): of the pipeline's call. passes(pipe, case, call): the length of the sequence of each of a step's
     transformer calls. default_steps: the stock pipeline's own.
     """

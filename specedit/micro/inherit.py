@@ -43,19 +43,16 @@ def take_over(target: QwenImageTransformer2DModel, source: FluxTransformer2DMode
     Raises:
         ValueError: the two differ in width, heads or number of blocks.
     """
-    singles = [b for i, b in enumerate(source.single_transformer_blocks) if i != LEFT_OUT]
-    doubles = list(source.transformer_blocks)
+    blocks = len(source.transformer_blocks) + len(source.single_transformer_blocks) - 1
     for name, ours, theirs in (
         ("width", target.inner_dim, source.inner_dim),
         ("heads", target.config.num_attention_heads, source.config.num_attention_heads),
-        ("blocks", len(target.transformer_blocks), len(doubles) + len(singles)),
+        ("blocks", len(target.transformer_blocks), blocks),
     ):
         if ours != theirs:
             raise ValueError(f"{name}: expected {theirs}, as the editor to take over has, got {ours}")
-    for block, double in zip(target.transformer_blocks, doubles, strict=False):
-        from_double(block, double)
-    for block, single in zip(target.transformer_blocks[len(doubles) :], singles, strict=True):
-        from_single(block, single)
+    for i, (block, theirs) in enumerate(taken_over(target, source)):
+        (from_double if i < len(source.transformer_blocks) else from_single)(block, theirs)
     _copy(target.img_in, source.x_embedder)
     _copy(target.norm_out, source.norm_out)
     _copy(target.proj_out, source.proj_out)
@@ -64,6 +61,14 @@ def take_over(target: QwenImageTransformer2DModel, source: FluxTransformer2DMode
     guidance = theirs.time_proj(torch.tensor([1000.0 * GUIDANCE], device=pooled.device))
     constant = theirs.guidance_embedder(guidance)[0] + theirs.text_embedder(pooled).mean(0)
     ours.timestep_embedder.linear_2.bias += constant
+
+
+def taken_over(
+    target: QwenImageTransformer2DModel, source: FluxTransformer2DModel
+) -> list[tuple[nn.Module, nn.Module]]:
+    """The target's blocks, each with the source's that it takes over."""
+    singles = [b for i, b in enumerate(source.single_transformer_blocks) if i != LEFT_OUT]
+    return list(zip(target.transformer_blocks, [*source.transformer_blocks, *singles], strict=True))
 
 
 @torch.no_grad()

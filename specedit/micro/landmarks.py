@@ -35,7 +35,7 @@ DAMPING = 1e-3
 @torch.no_grad()
 def place(pipe: Any) -> None:
     """Give an editor landmarks, and two heads that look at them in place of what those heads did; once is enough."""
-    if NAMES[0] in pipe.tokenizer_2.get_vocab():
+    if placed(pipe):
         return
     pipe.to("cpu")  # little work; whoever trains brings it to a device again
     with torch.random.fork_rng():
@@ -43,6 +43,11 @@ def place(pipe: Any) -> None:
         _name(pipe)
         states, marks = _states(pipe)
         _look(pipe.transformer, states, marks)
+
+
+def placed(pipe: Any) -> bool:
+    """Whether an editor has landmarks."""
+    return NAMES[0] in pipe.tokenizer_2.get_vocab()
 
 
 def _name(pipe: Any) -> None:
@@ -100,15 +105,15 @@ def _look(transformer: Any, states: Tensor, marks: Tensor) -> None:
         ):  # fmt: skip
             linear.weight[rows], linear.bias[rows] = 0, constant
         for linear, wanted in ((attn.add_k_proj, keys / attn.norm_added_k.weight), (attn.add_v_proj, values)):
-            linear.weight[rows], linear.bias[rows] = _fit(states, wanted[marks])
+            linear.weight[rows], linear.bias[rows] = fit(states, wanted[marks])
         attn.to_out[0].weight[:, rows].normal_(std=spread)
         attn.to_add_out.weight[:, rows] = 0
 
 
-def _fit(states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+def fit(states: Tensor, wanted: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
     """Weight and bias of the linear map from `states` (n, d) that comes nearest to `wanted` (n, e)."""
     known = torch.cat([states, torch.ones(len(states), 1)], 1)
     gram = known.T @ known / len(known)
-    damped = gram + DAMPING * gram.diagonal().mean() * torch.eye(len(gram))
+    damped = gram + damping * gram.diagonal().mean() * torch.eye(len(gram))
     solved = torch.linalg.solve(damped, known.T @ wanted / len(known))
     return solved[:-1].T, solved[-1]

@@ -2,12 +2,13 @@
 questions alone, then text encoders and transformer together.
 
     python -m specedit.micro.train --out runs/kontext --vae-minutes 13 --text-minutes 6 --minutes 80
-    python -m specedit.micro.train --model qwen --out runs/qwen --like specedit/micro/weights/kontext --minutes 60
+    python -m specedit.micro.train --model qwen --out runs/qwen --like specedit/micro/weights/kontext --minutes 0
     python -m specedit.micro.train --out runs/more --start specedit/micro/weights/kontext --minutes 8 --batch-scale 8
 
-The second line lets a Qwen editor take over what a Kontext editor knows; without --like it learns all by itself. The
-last line goes on from weights that are there; with both options autoencoder and words are --start's, and only the
-transformer is taken over, from a Kontext editor that has learned more since. The budget is wall-clock time, so the same
+The second line lets a Qwen editor take over what a Kontext editor knows, for --link-minutes; with --minutes it would go
+on by itself, as it does all along without --like. The last line goes on from weights that are there; with both options
+autoencoder and words are --start's, and only the transformer is taken over, from a Kontext editor that has learned more
+since. The budget is wall-clock time, so the same
 command fits a GPU and two cores. Run it again with the same --out to go on: a larger budget continues where the last
 run stopped. `runs/kontext/editor` always holds the newest averaged weights as a pipeline directory,
 `runs/kontext/log.json` what happened.
@@ -24,6 +25,7 @@ from .cpu import fast
 from .family import named
 from .family_kontext import KONTEXT
 from .inherit import SAME, distance, inherit
+from .inherit_places import lead, take_over_places
 from .questions import Questions
 from .train_ask import train_ask
 from .train_editor import train_editor
@@ -55,6 +57,8 @@ def train(settings: Settings):
     torch.manual_seed(settings.seed)
     log = Log(settings.out / "log.json")
     teacher = None if settings.like is None else KONTEXT.load(settings.like, torch_dtype=torch.float32)
+    if teacher is not None and not landmarks.placed(teacher):
+        raise ValueError(f"--like: expected an editor with landmarks, got {settings.like}; train it on and it has them")
     if settings.start is None:
         pipe = family.build(settings.seed)
         train_vae(pipe, settings, log, teacher)
@@ -67,18 +71,22 @@ def train(settings: Settings):
             )
     if teacher is not None:
         inherit(pipe, teacher)
+        lead(pipe)
     questions = Questions(pipe.transformer, family.asked_blocks(pipe.transformer))
     resumed = (settings.out / "editor.pt").exists()  # has what comes beforehand behind it
     if not resumed:
         if settings.start is None:  # whoever has learned to understand its words would no longer
             train_text(pipe, settings, log)
         if teacher is not None:
+            if not (settings.out / "link.pt").exists():
+                take_over_places(pipe, teacher)
             train_link(pipe, teacher, settings, log)
     if family is KONTEXT:  # Qwen's words stand in a row, each at a place of its own
         landmarks.place(pipe)
-    if not resumed:
-        train_ask(pipe, questions, settings, log)
-    train_editor(pipe, questions, settings, log)
+    if settings.minutes > 0:
+        if not resumed:
+            train_ask(pipe, questions, settings, log)
+        train_editor(pipe, questions, settings, log)
     family.save(pipe, settings.out / "editor")
     return pipe
 

@@ -7,20 +7,37 @@ An editor that has learned would unlearn the rest by it, since the later blocks 
 on, the readings, which do not travel with it, learn to read it as it is.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .family import of
 from .questions import Questions
 from .train_editor import ASK, Batch, batches, editor_loss, noised
-from .train_link import only_first
 from .training import Clock, Log, Settings, descend, rate_at
 
 LARGEST = 128  # px; a prompt says the same at any size
 READING_RATE = 5e-3  # of readings alone, which are linear
+DEPTH = 2  # blocks that learn to read the prompt
+
+
+@contextlib.contextmanager
+def only_first(model: nn.Module) -> Iterator[None]:
+    """Inside, only the first `DEPTH` blocks run."""
+    names = [name for name in ("transformer_blocks", "single_transformer_blocks") if hasattr(model, name)]
+    whole = {name: getattr(model, name) for name in names}
+    model.transformer_blocks = whole["transformer_blocks"][:DEPTH]
+    if "single_transformer_blocks" in whole:
+        model.single_transformer_blocks = nn.ModuleList()
+    try:
+        yield
+    finally:
+        for name, blocks in whole.items():
+            setattr(model, name, blocks)
 
 
 def ask_loss(pipe: Any, questions: Questions, batch: Batch, device: str) -> dict[str, Tensor]:

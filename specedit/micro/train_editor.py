@@ -3,7 +3,7 @@
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import scenes
 from .family import Family, of
@@ -33,7 +33,7 @@ CURRICULUM = (
 )
 REUSE = 3  # each encoded batch is seen about this often, with fresh noise, since rendering and encoding cost too
 # Share of each kind among the tasks: what has to be drawn anew takes longest to learn.
-SHARES = {"add": 0.25, "shape": 0.34, "background": 0.16, "recolor": 0.10, "remove": 0.11, "greyscale": 0.04}
+SHARES = {"add": 0.24, "shape": 0.30, "background": 0.20, "recolor": 0.11, "remove": 0.11, "greyscale": 0.04}
 # Of the steps at 512 px this share is focused: more tasks, edited in one place, on this share of the tokens only.
 FOCUSED, FOCUS = 0.75, 0.25
 EDIT_WEIGHT = 2.0
@@ -226,17 +226,40 @@ def left_empty(prompts: list[str], family: Family, **draw) -> tuple[list[str], T
 
 
 def train_editor(pipe, questions: Questions, settings: Settings, log: Log) -> None:
+    """Train for `settings.minutes`, from where the last run stopped."""
     device = settings.device
-    path = settings.out / "editor.pt"
-    family = of(pipe)
-    modules = [pipe.transformer, *family.text_modules(pipe), questions]
+
+    def loss(batch: Batch, progress: float) -> dict[str, Tensor]:
+        high = HIGH_SHARE[0] + (HIGH_SHARE[1] - HIGH_SHARE[0]) * progress
+        return editor_loss(pipe, batch, device, high=high, questions=questions)
+
+    learn(pipe, [questions], settings, log, "editor", settings.minutes, loss)
+
+
+def learn(
+    pipe: Any,
+    more: list[nn.Module],
+    settings: Settings,
+    log: Log,
+    part: str,
+    minutes: float,
+    loss: Callable[[Batch, float], dict[str, Tensor]],
+    start: int = 0,
+) -> None:
+    """Train transformer, text encoders and `more` for `minutes`; `part`.pt holds how far it got, averaged weights stay.
+
+    `loss`: of a batch and the share of time that is spent, by name, "total" being what is descended. `start`: where
+    its stretch of tasks begins.
+    """
+    device, path, family = settings.device, settings.out / f"{part}.pt", of(pipe)
+    modules = [pipe.transformer, *family.text_modules(pipe), *more]
     for module in modules:
         module.to(device).train().requires_grad_(True)
     pipe.vae.to(device)
     parameters = [p for m in modules for p in m.parameters()]
     optims = optimizers(modules, settings.rate)
     average = Average(modules)
-    step, clock = 0, Clock(settings.minutes)
+    step, clock = 0, Clock(minutes)
     if path.exists():
         state = torch.load(path, map_location=device, weights_only=True)
         for module, weights in zip(modules, state["modules"], strict=True):
@@ -255,24 +278,21 @@ def train_editor(pipe, questions: Questions, settings: Settings, log: Log) -> No
         average.swap()
 
     saved, losses = time.monotonic(), {}
-    for batch in batches(pipe, settings, clock, step):
+    for batch in batches(pipe, settings, clock, start + step):
         if clock.progress >= 1 or (settings.steps is not None and step >= settings.steps):
             break
-        rate = settings.rate * rate_at(clock.progress, step)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
-            high = HIGH_SHARE[0] + (HIGH_SHARE[1] - HIGH_SHARE[0]) * clock.progress
-            parts = editor_loss(pipe, batch, device, high=high, questions=questions)
-        descend(parts["total"], parameters, optims, rate)
+            parts = loss(batch, clock.progress)
+        descend(parts["total"], parameters, optims, settings.rate * rate_at(clock.progress, step))
         average.update()
         step += 1
         side = max(batch.grid) * 16
-        for name, part in parts.items():
-            losses.setdefault(f"{name}_{side}", []).append(float(part.detach()))
+        for name, one in parts.items():
+            losses.setdefault(f"{name}_{side}", []).append(float(one.detach()))
         if step % 50 == 0:
             means = {name: sum(v) / len(v) for name, v in sorted(losses.items())}
-            log.add(
-                part="editor", step=step, seconds=round(clock.seconds, 1), rate=optims[0].param_groups[0]["lr"], **means
-            )
+            rate = optims[0].param_groups[0]["lr"]
+            log.add(part=part, step=step, seconds=round(clock.seconds, 1), rate=rate, **means)
             losses = {}
         if time.monotonic() - saved > 60 * settings.save_minutes:
             save()

@@ -1,9 +1,10 @@
-"""Teaches a Qwen editor that took over a Kontext editor's blocks to say to them what that editor's text encoders said.
+"""Teaches a Qwen editor that took over a Kontext editor's blocks to do with its own words what that editor does.
 
-The picture's side of the first blocks is kept; text encoder and the words' side of those blocks learn to give the
-picture tokens what the other editor's words gave them. Two blocks of both run on the same latents, at the same noise:
-the loss is the squared distance of the picture tokens' states behind them. It costs a third of a training step and
-leads straight to where the blocks that follow can read it. The log has it in units of what another prompt would make.
+What it could not take over is another text encoder's words and FLUX's pooled prompt, which turns every block by what is
+asked for; here it has to come through attention. So both run on the same tasks at the same noise, and the loss is how
+far apart they are: behind every block they share, in the picture tokens' states, and in what comes out (hints, Romero
+et al. 2015; here teacher and student have the same width, so nothing stands between). Each block is told on the spot
+what it should have made of the words, which the result alone tells only after all of them.
 """
 
 from __future__ import annotations
@@ -18,89 +19,77 @@ from torch import Tensor, nn
 
 from . import family_kontext
 from .family import of
-from .inherit import GUIDANCE
-from .train_editor import HIGH_SHARE, Batch, batches, noise_levels, noised
-from .training import Clock, Log, Settings, descend, rate_at
+from .inherit import GUIDANCE, taken_over
+from .train_editor import HIGH_SHARE, Batch, learn, left_empty, noise_levels, noised, token_weights
+from .training import Log, Settings
 
-DEPTH = 2  # double-stream blocks of FLUX, which have weights of their own for words
+START = 1 << 20  # tasks of another stretch than the editor's
+FAINT = 1e-3  # channels of less than this share of the mean variance count no more than one of this share
 
 
 @contextlib.contextmanager
-def only_first(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside, only the first `DEPTH` blocks run; the list holds the picture tokens' states behind them."""
-    names = [name for name in ("transformer_blocks", "single_transformer_blocks") if hasattr(model, name)]
-    whole = {name: getattr(model, name) for name in names}
+def listening(blocks: list[nn.Module]) -> Iterator[list[Tensor]]:
+    """Inside, every run of the model appends the picture tokens' states (B, n, width) behind each of `blocks`."""
     states: list[Tensor] = []
-    model.transformer_blocks = whole["transformer_blocks"][:DEPTH]
-    if "single_transformer_blocks" in whole:
-        model.single_transformer_blocks = nn.ModuleList()
-    hook = model.transformer_blocks[-1].register_forward_hook(lambda _block, _inputs, out: states.append(out[1]))
+    hooks = [block.register_forward_hook(lambda _block, _inputs, out: states.append(out[1])) for block in blocks]
     try:
         yield states
     finally:
-        hook.remove()
-        for name, blocks in whole.items():
-            setattr(model, name, blocks)
+        for hook in hooks:
+            hook.remove()
 
 
-def words_side(pipe: Any) -> list[nn.Module]:
-    """What learns: the text encoder, and what only words pass through in the first blocks."""
-    model = pipe.transformer
-    out = [pipe.text_encoder, model.txt_norm, model.txt_in]
-    for block in model.transformer_blocks[:DEPTH]:
-        attn = block.attn
-        out += [block.txt_mod, block.txt_mlp, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.to_add_out]
-        out += [attn.norm_added_q, attn.norm_added_k]
-    return out
+def apart(got: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
+    """Mean squared distance of `got` from `wanted`, both (B, n, d), each channel in units of its own variance over all
+    tokens, with `weight` (B, n) for each token."""
+    variance = wanted.flatten(0, 1).var(0)
+    variance = variance.clamp_min(FAINT * float(variance.mean()))
+    error = ((got.float() - wanted) ** 2 / variance).mean(-1)
+    return (error * weight).sum() / weight.sum()
 
 
-def link_loss(pipe: Any, teacher: Any, batch: Batch, device: str, high: float = HIGH_SHARE[0]) -> tuple[Tensor, Tensor]:
-    """Mean squared distance of the picture tokens' states from the teacher's, and from its own under other prompts."""
+def link_loss(pipe: Any, teacher: Any, batch: Batch, device: str, high: float = HIGH_SHARE[0]) -> dict[str, Tensor]:
+    """`states`: how far the picture tokens' states are from the teacher's, mean of all blocks; `velocity`: the output.
+
+    Prompts that are left empty, as where a guided family is trained, have no teacher, and their velocity is the truth.
+
+    Raises:
+        ValueError: the teacher's output is the same everywhere.
+    """
     family, n = of(pipe), len(batch.target)
     sigma = noise_levels(n, math.prod(batch.grid), high, pipe.scheduler.config, device=device)
-    x, _ = noised(batch.target, sigma, device=device)
+    x, noise = noised(batch.target, sigma, device=device)
     call = (x, batch.source, batch.grid, sigma)
-    with torch.no_grad(), only_first(teacher.transformer) as wanted:
-        embeds, pooled = family_kontext.text(teacher, batch.prompts, None, device)
-        pooled = pooled.mean(0, keepdim=True).expand(n, -1)  # a Qwen transformer has a constant in its place
-        for words in (embeds, embeds.roll(1, 0)):
-            family_kontext.velocity_at(teacher, *call, (words, pooled), torch.full_like(sigma, GUIDANCE), batch.at)
-    with only_first(pipe.transformer) as got:
-        family.velocity(pipe, *call, family.text(pipe, batch.prompts, batch.seen, device), batch.at)
-    true, other = (state.float() for state in wanted)
-    return (got[0].float() - true).square().mean(), (other - true).square().mean()
+    pairs = taken_over(pipe.transformer, teacher.transformer)
+    with torch.no_grad(), listening([theirs for _, theirs in pairs]) as wanted:
+        words = family_kontext.text(teacher, batch.prompts, None, device)
+        guidance = torch.full_like(sigma, GUIDANCE)
+        right = family_kontext.velocity_at(teacher, *call, words, guidance, batch.at).float()
+    if not right.var() > 0:
+        raise ValueError("--like: expected a trained editor, got one whose output is the same everywhere")
+    prompts, told = left_empty(batch.prompts, family, device=device)
+    with listening([ours for ours, _ in pairs]) as got:
+        velocity = family.velocity(pipe, *call, family.text(pipe, prompts, batch.seen, device), batch.at)
+    weight = token_weights(batch.edited)
+    both = torch.cat([weight, torch.ones_like(weight)], 1)  # target and reference
+    if told is not None:
+        both = both * told[:, None]
+        right = torch.where(told[:, None, None], right, noise - batch.target)
+    states = [apart(ours, theirs.float(), both) for ours, theirs in zip(got, wanted, strict=True)]
+    losses = dict(states=torch.stack(states).mean(), velocity=apart(velocity, right, weight))
+    return losses | dict(total=losses["states"] + losses["velocity"])
 
 
 def train_link(pipe: Any, teacher: Any, settings: Settings, log: Log) -> None:
-    """Train for `settings.link_minutes`.
+    """Train for `settings.link_minutes`, from where the last run stopped.
 
     Raises:
-        ValueError: the teacher does the same whatever the prompt says.
+        ValueError: the teacher's output is the same everywhere.
     """
     device = settings.device
-    teacher.to(device)
-    for part in (teacher.transformer, teacher.text_encoder, teacher.text_encoder_2, pipe.transformer):
-        part.requires_grad_(False)
-    for part in (pipe.transformer, pipe.text_encoder, pipe.vae):
-        part.to(device).train()
-    modules = words_side(pipe)
-    for module in modules:
-        module.requires_grad_(True)
-    parameters = [p for module in modules for p in module.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.text_rate, betas=(0.9, 0.98), weight_decay=0.0)
-    clock, losses, units = Clock(settings.link_minutes), [], []
-    for step, batch in enumerate(batches(pipe, settings, clock, 1 << 20)):  # tasks of another stretch
-        if clock.progress >= 1 or (settings.steps is not None and step >= settings.steps):
-            break
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
-            loss, unit = link_loss(pipe, teacher, batch, device)
-        if not units and not unit > 0:
-            raise ValueError("--like: expected a trained editor, got one that does the same whatever the prompt says")
-        descend(loss, parameters, [optimizer], settings.text_rate * rate_at(clock.progress, step))
-        losses.append(float(loss.detach()))
-        units.append(float(unit))
-        if (step + 1) % 50 == 0:
-            distance = sum(losses[-50:]) / sum(units[-50:])
-            log.add(part="link", step=step + 1, seconds=round(clock.seconds, 1), distance=distance)
-    for part in (pipe.transformer, pipe.text_encoder, pipe.vae):
-        part.eval().requires_grad_(False)
+    for part in (teacher.transformer, teacher.text_encoder, teacher.text_encoder_2):
+        part.to(device).requires_grad_(False)
+    learn(
+        pipe, [], settings, log, "link", settings.link_minutes,
+        lambda batch, _progress: link_loss(pipe, teacher, batch, device), START,
+    )  # fmt: skip

@@ -48,7 +48,7 @@ class Settings:
     batch_scale: int = 1
     start: Path | None = None
     like: Path | None = None
-    link_minutes: float = 8.0
+    link_minutes: float = 36.0
     ask_minutes: float = 5.0
     model: str = "kontext"
 

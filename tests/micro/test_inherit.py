@@ -10,7 +10,7 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 
-from specedit.micro import build, build_qwen, inherit, train, train_vae, training
+from specedit.micro import build, build_qwen, inherit, inherit_places, landmarks, train, train_vae, training
 from specedit.micro.family_kontext import velocity_at
 from specedit.micro.family_qwen import latents
 from specedit.micro.family_qwen import velocity as qwen_velocity
@@ -137,14 +137,15 @@ def test_a_teacher_that_agrees_changes_nothing_and_another_is_approached():
     assert distance() < 0.98 * before and all(p.grad is None for p in other.parameters())
 
 
-def test_training_takes_over_and_says_what_cannot_be(tmp_path, few_tasks):
+def test_training_takes_over_and_says_what_cannot_be(tmp_path, few_tasks, monkeypatch):
     teacher = build.kontext(1)
     with torch.no_grad():
         teacher.transformer.proj_out.weight.normal_()
-        for block in teacher.transformer.transformer_blocks:
-            block.norm1.linear.bias.fill_(0.3)  # open gates: an untrained editor hears no word
+    landmarks.place(teacher)
     teacher.vae.register_to_config(shift_factor=0.25, scaling_factor=2.0)
     build.save(teacher, tmp_path / "kontext")
+    for name, value in (("SIDE", 64), ("SAMPLES", 16), ("SEEN", 2), ("PART", 8)):  # quicker
+        monkeypatch.setattr(inherit_places, name, value)
     few = dict(vae_minutes=10.0, text_minutes=10.0, minutes=10.0, largest=64, steps=1, like=tmp_path / "kontext")
     pipe = train.train(training.Settings(tmp_path / "qwen", model="qwen", **few))
     ours, theirs = pipe.transformer, teacher.transformer
@@ -168,6 +169,9 @@ def test_training_takes_over_and_says_what_cannot_be(tmp_path, few_tasks):
         train.train(training.Settings(tmp_path / "new", model="qwen", start=tmp_path / "qwen" / "editor", **few))
     with pytest.raises(ValueError, match=r"--like: expected a FluxKontextPipeline in .*, got a Qwen"):
         train.train(training.Settings(tmp_path / "new", model="qwen", **few | {"like": tmp_path / "qwen" / "editor"}))
+    build.save(build.kontext(1), tmp_path / "bare")
+    with pytest.raises(ValueError, match=r"--like: expected an editor with landmarks, got .*bare"):
+        train.train(training.Settings(tmp_path / "new", model="qwen", **few | {"like": tmp_path / "bare"}))
 
 
 def test_an_editor_that_has_learned_takes_over_the_transformer_alone(tmp_path, monkeypatch):
@@ -175,9 +179,11 @@ def test_an_editor_that_has_learned_takes_over_the_transformer_alone(tmp_path, m
     done = []
     for part in ("vae", "text", "link", "ask", "editor"):
         monkeypatch.setattr(train, f"train_{part}", lambda *_, part=part: done.append(part))
+    monkeypatch.setattr(train, "take_over_places", lambda *_: done.append("places"))
     start, like = WEIGHTS / "qwen", WEIGHTS / "kontext"
     got = train.train(training.Settings(tmp_path, model="qwen", start=start, like=like))
-    assert done == ["link", "ask", "editor"]
+    assert done == ["places", "link", "ask", "editor"]
+    assert len(got.tokenizer("").input_ids) == landmarks.LANDMARKS
     old = build_qwen.load(start, torch_dtype=torch.float32)
     teacher = build.load(like, torch_dtype=torch.float32)
     assert 0 < inherit.distance(got, teacher) < inherit.SAME

@@ -35,6 +35,28 @@ def test_it_is_learned(name):
     assert not questions.hidden  # the blocks behind were not run, so nothing of them is left
 
 
+def test_only_the_first_blocks_run_inside_and_all_again_outside():
+    pipe, _ = untrained("qwen")
+    model, seen = pipe.transformer, []
+    blocks = model.transformer_blocks
+    hooks = [block.register_forward_hook(lambda *_, i=i: seen.append(i)) for i, block in enumerate(blocks)]
+    batch = encode(pipe, [scenes.describe(s) for s in training.seeds(0, 2)], (64, 64), "cpu")
+    call = (batch.target, batch.source, batch.grid, torch.tensor([0.9, 0.5]))
+    with torch.no_grad():
+        features = family.of(pipe).text(pipe, batch.prompts, batch.seen, "cpu")
+        whole = family.of(pipe).velocity(pipe, *call, features)
+        with train_ask.only_first(model):
+            family.of(pipe).velocity(pipe, *call, features)
+        again = family.of(pipe).velocity(pipe, *call, features)
+    assert seen == [*range(6), 0, 1, *range(6)]
+    assert torch.equal(whole, again) and model.transformer_blocks is blocks
+    with pytest.raises(RuntimeError), train_ask.only_first(model):
+        raise RuntimeError
+    assert model.transformer_blocks is blocks
+    for hook in hooks:
+        hook.remove()
+
+
 @pytest.mark.parametrize("name", ["kontext", "qwen"])
 def test_only_words_and_first_blocks_learn(name, tmp_path, few_tasks):
     pipe, questions = untrained(name)

@@ -121,6 +121,14 @@ def test_training_in_several_runs(docs, tmp_path):
     text = docs.measured.training("micro-training.json")
     assert "| 1 | vae | 60 | 2 |" in text and "| 2 | editor | 400 | 10 |" in text
     assert "31.5 dB" in text and "`one; two` wrote" in text
+    training_result.main([second, "--keep", "1", "--command", "one; other", "--folder", str(tmp_path)])
+    third = log("c", dict(part="link", step=70, seconds=60))
+    training_result.main([third, "--keep", "2", "--command", "and on", "--folder", str(tmp_path)])
+    assert docs.measured.training("micro-training.json").splitlines()[2:6] == [
+        "| 1 | vae | 60 | 2 |", "| 2 | editor | 400 | 10 |", "| 3 | link | 70 | 1 |", ""
+    ]  # fmt: skip
+    with pytest.raises(SystemExit, match=r"--keep: expected at most 3, the runs in .*micro-training.json, got 4"):
+        training_result.main([third, "--keep", "4", "--command", "c", "--folder", str(tmp_path)])
 
 
 def scored(variant, flops, **kinds):
