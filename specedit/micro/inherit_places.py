@@ -36,7 +36,9 @@ DAMPING = 1e-5  # tokens are not noisy, but those of the template are much like 
 
 
 def take_over_places(pipe: Any, teacher: Any) -> None:
-    """Give a QwenImageEditPipeline that took over `teacher`'s transformer also its landmarks. Both are on the CPU."""
+    """Give a QwenImageEditPipeline that took over `teacher`'s transformer also its landmarks."""
+    pipe.to("cpu")  # little work; whoever trains brings it to a device again
+    teacher.to("cpu")
     lead(pipe)
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)

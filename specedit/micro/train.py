@@ -8,10 +8,9 @@ questions alone, then text encoders and transformer together.
 The second line lets a Qwen editor take over what a Kontext editor knows, for --link-minutes; with --minutes it would go
 on by itself, as it does all along without --like. The last line goes on from weights that are there; with both options
 autoencoder and words are --start's, and only the transformer is taken over, from a Kontext editor that has learned more
-since. The budget is wall-clock time, so the same
-command fits a GPU and two cores. Run it again with the same --out to go on: a larger budget continues where the last
-run stopped. `runs/kontext/editor` always holds the newest averaged weights as a pipeline directory,
-`runs/kontext/log.json` what happened.
+since. The budget is wall-clock time, so the same command fits a GPU and two cores. Run it again with the same --out to
+go on: a larger budget continues where the last run stopped. `runs/kontext/editor` always holds the newest averaged
+weights as a pipeline directory, `runs/kontext/log.json` what happened.
 """
 
 import argparse
@@ -42,6 +41,8 @@ def train(settings: Settings):
         ValueError: an unknown model, one of the folders holds another one's editor, or `like` where it cannot serve.
     """
     family = named(settings.model)
+    if settings.follow and (settings.start is None or settings.like is None):
+        raise ValueError("--follow: expected --start, an editor that took over another, and --like, that other one")
     if settings.like is not None and settings.model != "qwen":
         raise ValueError(f"--like: expected --model qwen, got {settings.model}")
     for option, folder, kind in (
@@ -70,7 +71,8 @@ def train(settings: Settings):
                 f"got some that are apart by {apart:.2f} of their variance"
             )
     if teacher is not None:
-        inherit(pipe, teacher)
+        if not settings.follow:
+            inherit(pipe, teacher)
         lead(pipe)
     questions = Questions(pipe.transformer, family.asked_blocks(pipe.transformer))
     resumed = (settings.out / "editor.pt").exists()  # has what comes beforehand behind it
@@ -78,9 +80,9 @@ def train(settings: Settings):
         if settings.start is None:  # whoever has learned to understand its words would no longer
             train_text(pipe, settings, log)
         if teacher is not None:
-            if not (settings.out / "link.pt").exists():
+            if not settings.follow and not (settings.out / "link.pt").exists():
                 take_over_places(pipe, teacher)
-            train_link(pipe, teacher, settings, log)
+            train_link(pipe, teacher, questions, settings, log)
     if family is KONTEXT:  # Qwen's words stand in a row, each at a place of its own
         landmarks.place(pipe)
     if settings.minutes > 0:
@@ -122,6 +124,11 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument(
         "--like", type=Path, help="directory of a Kontext editor whose transformer a Qwen editor takes over"
+    )
+    parser.add_argument(
+        "--follow",
+        action="store_true",
+        help="with both: --start's transformer is kept too, and follows --like's further",
     )
     parser.add_argument("--link-minutes", type=float, default=Settings.link_minutes, help="with --like")
     settings = Settings(**vars(parser.parse_args(arguments)))

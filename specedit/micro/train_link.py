@@ -4,7 +4,9 @@ What it could not take over is another text encoder's words and FLUX's pooled pr
 asked for; here it has to come through attention. So both run on the same tasks at the same noise, and the loss is how
 far apart they are: behind every block they share, in the picture tokens' states, and in what comes out (hints, Romero
 et al. 2015; here teacher and student have the same width, so nothing stands between). Each block is told on the spot
-what it should have made of the words, which the result alone tells only after all of them.
+what it should have made of the words, which the result alone tells only after all of them; less and less so, since with
+words alone other states may do better. What a prompt asks for is little of those states, so the readings that every
+training has beside it ask for it here too.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +23,8 @@ from torch import Tensor, nn
 from . import family_kontext
 from .family import of
 from .inherit import GUIDANCE, taken_over
-from .train_editor import HIGH_SHARE, Batch, learn, left_empty, noise_levels, noised, token_weights
+from .questions import Questions
+from .train_editor import ASK, HIGH, HIGH_SHARE, Batch, learn, left_empty, noise_levels, noised, token_weights
 from .training import Log, Settings
 
 START = 1 << 20  # tasks of another stretch than the editor's
@@ -48,10 +52,19 @@ def apart(got: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
     return (error * weight).sum() / weight.sum()
 
 
-def link_loss(pipe: Any, teacher: Any, batch: Batch, device: str, high: float = HIGH_SHARE[0]) -> dict[str, Tensor]:
+def link_loss(
+    pipe: Any,
+    teacher: Any,
+    batch: Batch,
+    device: str,
+    high: float = HIGH_SHARE[0],
+    questions: Questions | None = None,
+    hints: float = 1.0,
+) -> dict[str, Tensor]:
     """`states`: how far the picture tokens' states are from the teacher's, mean of all blocks; `velocity`: the output.
 
-    Prompts that are left empty, as where a guided family is trained, have no teacher, and their velocity is the truth.
+    With `questions` their losses too. Prompts that are left empty, as where a guided family is trained, have no
+    teacher, and their velocity is the truth. `total` is what to train on; `states` weigh `hints` in it.
 
     Raises:
         ValueError: the teacher's output is the same everywhere.
@@ -77,10 +90,14 @@ def link_loss(pipe: Any, teacher: Any, batch: Batch, device: str, high: float = 
         right = torch.where(told[:, None, None], right, noise - batch.target)
     states = [apart(ours, theirs.float(), both) for ours, theirs in zip(got, wanted, strict=True)]
     losses = dict(states=torch.stack(states).mean(), velocity=apart(velocity, right, weight))
-    return losses | dict(total=losses["states"] + losses["velocity"])
+    total = hints * losses["states"] + losses["velocity"]
+    if questions is not None:
+        losses |= questions.losses(x.shape[1], batch.answers, (sigma > HIGH).float(), weight, told)
+        total = total + sum(ASK[name] * loss for name, loss in losses.items() if name in ASK)
+    return losses | dict(total=total)
 
 
-def train_link(pipe: Any, teacher: Any, settings: Settings, log: Log) -> None:
+def train_link(pipe: Any, teacher: Any, questions: Questions, settings: Settings, log: Log) -> None:
     """Train for `settings.link_minutes`, from where the last run stopped.
 
     Raises:
@@ -89,7 +106,9 @@ def train_link(pipe: Any, teacher: Any, settings: Settings, log: Log) -> None:
     device = settings.device
     for part in (teacher.transformer, teacher.text_encoder, teacher.text_encoder_2):
         part.to(device).requires_grad_(False)
-    learn(
-        pipe, [], settings, log, "link", settings.link_minutes,
-        lambda batch, _progress: link_loss(pipe, teacher, batch, device), START,
-    )  # fmt: skip
+
+    def loss(batch: Batch, progress: float) -> dict[str, Tensor]:
+        return link_loss(pipe, teacher, batch, device, questions=questions, hints=1 - progress)
+
+    small_first = replace(settings, start=None)  # words are what is new, and a prompt says the same at any size
+    learn(pipe, [questions], small_first, log, "link", settings.link_minutes, loss, START)

@@ -48,6 +48,7 @@ class Settings:
     batch_scale: int = 1
     start: Path | None = None
     like: Path | None = None
+    follow: bool = False
     link_minutes: float = 36.0
     ask_minutes: float = 5.0
     model: str = "kontext"

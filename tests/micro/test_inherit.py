@@ -199,3 +199,19 @@ def test_an_editor_that_has_learned_takes_over_the_transformer_alone(tmp_path, m
     inherit.inherit(fresh, teacher)  # an embedding of time that has learned is replaced, not added to
     bias = "time_text_embed.timestep_embedder.linear_2.bias"
     assert torch.equal(ours.state_dict()[bias], fresh.transformer.state_dict()[bias])
+
+
+def test_an_editor_that_took_over_follows_further(tmp_path, monkeypatch):
+    done = []
+    for part in ("link", "ask", "editor"):
+        monkeypatch.setattr(train, f"train_{part}", lambda *_, part=part: done.append(part))
+    start, like = WEIGHTS / "qwen", WEIGHTS / "kontext"
+    settings = training.Settings(tmp_path, model="qwen", start=start, like=like, follow=True, minutes=0)
+    got = train.train(settings)
+    assert done == ["link"]
+    kept = build_qwen.load(start, torch_dtype=torch.float32).transformer.state_dict()
+    assert all(torch.equal(kept[key], value) for key, value in got.transformer.state_dict().items())
+    for missing in ("start", "like"):
+        parts = {"start": start, "like": like, missing: None}
+        with pytest.raises(ValueError, match=r"--follow: expected --start, .* and --like"):
+            train.train(training.Settings(tmp_path, model="qwen", follow=True, **parts))

@@ -6,7 +6,18 @@ import pytest
 import torch
 from torch import nn
 
-from specedit.micro import build, build_qwen, family_kontext, inherit, landmarks, scenes, train_link, training
+from specedit.micro import (
+    build,
+    build_qwen,
+    family_kontext,
+    family_qwen,
+    inherit,
+    landmarks,
+    scenes,
+    train_link,
+    training,
+)
+from specedit.micro.questions import Questions
 from specedit.micro.train_editor import encode
 
 
@@ -29,6 +40,10 @@ def student(teacher):
     pipe = build_qwen.qwen(0)
     inherit.inherit(pipe, teacher)
     return pipe
+
+
+def asked(pipe):
+    return Questions(pipe.transformer, family_qwen.QWEN.asked_blocks(pipe.transformer))
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +89,9 @@ def test_who_does_what_the_teacher_does_has_no_distance(student, teacher, batch,
         parts = train_link.link_loss(student, teacher, batch, "cpu")
         losses.append(torch.stack(list(parts.values())))
     assert torch.equal(*losses) and bool((losses[0] > 0).all())
+    torch.manual_seed(0)
+    less = train_link.link_loss(student, teacher, batch, "cpu", hints=0.25)
+    assert less["total"] == 0.25 * parts["states"] + parts["velocity"] < parts["total"]
 
     class Echo:  # a student that is the teacher
         transformer, scheduler = teacher.transformer, student.scheduler
@@ -103,7 +121,7 @@ def test_all_but_the_autoencoder_learns_and_the_teacher_stays(student, teacher, 
     before = {name: copy.deepcopy(getattr(student, name).state_dict()) for name in names}
     known = copy.deepcopy(teacher.transformer.state_dict())
     settings = training.Settings(tmp_path, steps=2, link_minutes=10.0, largest=64)
-    train_link.train_link(student, teacher, settings, training.Log(tmp_path / "log.json"))
+    train_link.train_link(student, teacher, asked(student), settings, training.Log(tmp_path / "log.json"))
     changed = {
         f"{part}.{name}" for part, old in before.items() for name, value in getattr(student, part).state_dict().items()
         if not torch.equal(value, old[name])
@@ -115,28 +133,29 @@ def test_all_but_the_autoencoder_learns_and_the_teacher_stays(student, teacher, 
     assert not any(p.requires_grad for p in student.transformer.parameters())
     assert (tmp_path / "editor" / "model_index.json").exists()
     settings.steps = 5  # goes on
-    train_link.train_link(student, teacher, settings, training.Log(tmp_path / "log.json"))
+    train_link.train_link(student, teacher, asked(student), settings, training.Log(tmp_path / "log.json"))
     assert torch.load(tmp_path / "link.pt", weights_only=True)["step"] == 5
 
 
 def test_it_is_learned(student, teacher, batch):
-    modules: list[nn.Module] = [student.transformer, student.text_encoder]
+    questions = asked(student)
+    modules: list[nn.Module] = [student.transformer, student.text_encoder, questions]
     for module in modules:
         module.requires_grad_(True)
     optimizer = torch.optim.Adam([p for m in modules for p in m.parameters()], lr=1e-3)
-    losses = {"states": [], "velocity": [], "total": []}
+    losses = {"states": [], "velocity": [], "said": [], "total": []}
     for _ in range(10):
         torch.manual_seed(0)
-        parts = train_link.link_loss(student, teacher, batch, "cpu")
+        parts = train_link.link_loss(student, teacher, batch, "cpu", questions=questions)
         optimizer.zero_grad()
         parts["total"].backward()
         optimizer.step()
-        for name, loss in parts.items():
-            losses[name].append(float(loss.detach()))
+        for name, values in losses.items():
+            values.append(float(parts[name].detach()))
     assert all(values[-1] < 0.8 * values[0] for values in losses.values())
 
 
 def test_an_untrained_editor_is_no_teacher(student, tmp_path):
     settings = training.Settings(tmp_path, steps=2, link_minutes=10.0, largest=64)
     with pytest.raises(ValueError, match="expected a trained editor, got one whose output is the same everywhere"):
-        train_link.train_link(student, build.kontext(0), settings, training.Log(tmp_path / "log.json"))
+        train_link.train_link(student, build.kontext(0), asked(student), settings, training.Log(tmp_path / "log.json"))
