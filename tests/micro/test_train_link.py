@@ -116,7 +116,7 @@ def test_who_does_what_the_teacher_does_has_no_distance(student, teacher, batch,
     assert parts["states"] == 0 and parts["velocity"] > 0  # where nothing is asked, what counts is the truth
 
 
-def test_all_but_the_autoencoder_learns_and_the_teacher_stays(student, teacher, tmp_path):
+def test_all_but_the_autoencoder_learns_and_the_teacher_stays(student, teacher, tmp_path, few_tasks):
     names = ("transformer", "text_encoder", "vae")
     before = {name: copy.deepcopy(getattr(student, name).state_dict()) for name in names}
     known = copy.deepcopy(teacher.transformer.state_dict())
@@ -157,7 +157,7 @@ def test_it_is_learned(student, teacher, batch, ask):
     assert all(values[-1] < 0.8 * values[0] for values in losses.values())
 
 
-def test_an_untrained_editor_is_no_teacher(student, tmp_path):
+def test_an_untrained_editor_is_no_teacher(student, tmp_path, few_tasks):
     settings = training.Settings(tmp_path, steps=2, link_minutes=10.0, largest=64)
     with pytest.raises(ValueError, match="expected a trained editor, got one whose output is the same everywhere"):
         train_link.train_link(student, build.kontext(0), asked(student), settings, training.Log(tmp_path / "log.json"))
