@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import family_kontext, scenes
 from .family import of
-from .landmarks import LANDMARKS, NAMES, fit
+from .landmarks import LANDMARKS, fit, which
 from .train_editor import encode, noised
 from .training import seeds
 
@@ -72,11 +72,10 @@ def _say(pipe: Any, teacher: Any) -> None:
 
 def _landmarks(teacher: Any, prompts: list[str]) -> Tensor:
     """(LANDMARKS, width) float32: what the blocks of a Kontext editor are given for its landmarks."""
-    tokenizer = teacher.tokenizer_2
     words = family_kontext.text(teacher, prompts, None, "cpu")[0]
-    ids = tokenizer(prompts, padding="max_length", max_length=words.shape[1], return_tensors="pt").input_ids
-    places = (ids == tokenizer.convert_tokens_to_ids(NAMES[0])).int().argmax(1)[:, None] + torch.arange(LANDMARKS)
-    return teacher.transformer.context_embedder(words)[torch.arange(len(ids))[:, None], places].mean(0)
+    marks = which(teacher.tokenizer_2, prompts, words.shape[1])
+    states = teacher.transformer.context_embedder(words)
+    return torch.stack([states[marks == i].mean(0) for i in range(LANDMARKS)])
 
 
 def _turn(pipe: Any) -> None:

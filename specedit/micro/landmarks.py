@@ -76,11 +76,14 @@ def _states(pipe: Any) -> tuple[Tensor, Tensor]:
     noise = torch.randn(SAMPLES, 4, transformer.config.in_channels)
     family_kontext.velocity(pipe, noise, noise, (2, 2), torch.rand(SAMPLES), features)
     hook.remove()
-    length = features[0].shape[1]
+    return seen[0].flatten(0, 1), which(tokenizer, prompts, features[0].shape[1]).flatten()
+
+
+def which(tokenizer: Any, prompts: list[str], length: int) -> Tensor:
+    """Which landmark each token of the prompts, padded to `length`, is: (B, length) int64, -1 for the others."""
     ids = tokenizer(prompts, padding="max_length", max_length=length, return_tensors="pt").input_ids
     first = tokenizer.convert_tokens_to_ids(NAMES[0])
-    marks = torch.where((ids >= first) & (ids < first + LANDMARKS), ids - first, -1)
-    return seen[0].flatten(0, 1), marks.flatten()
+    return torch.where((ids >= first) & (ids < first + LANDMARKS), ids - first, -1)
 
 
 def _look(transformer: Any, states: Tensor, marks: Tensor) -> None:
