@@ -102,9 +102,9 @@ def sweep(name: str) -> str:
         change = row["variant"] if row["change"] else "turbo, restore=reference"
         rows.append(
             [change, f"{m['success']:.0%}", f"{m['edit_psnr']:.1f}", number(m["keep_psnr"], ".1f"),
-             f"{m['flops_ratio']:.2f}", f"{m['recall']:.0%}", f"{m['precision']:.0%}"]
+             f"{m['flops_ratio']:.2f}", f"{m['seconds']:.2f}", f"{m['recall']:.0%}", f"{m['precision']:.0%}"]
         )  # fmt: skip
-    header = ["change", "success", "edit dB", "keep dB", "FLOPs ratio", "recall", "precision"]
+    header = ["change", "success", "edit dB", "keep dB", "FLOPs ratio", "seconds", "recall", "precision"]
     return table(header, rows) + source(result, name)
 
 

@@ -2,12 +2,15 @@
 
 import json
 
+import pytest
+
 from benchmarks import sweep
 from specedit.config import resolve
 
 
-def test_every_setting_is_a_configuration():
-    for changes in sweep.GRID.values():
+@pytest.mark.parametrize("model", ["kontext", "qwen"])
+def test_every_setting_is_a_configuration(model):
+    for changes in sweep.grid(model).values():
         for change in changes:
             settings = {**sweep.BASE, **change}
             settings.pop("true_cfg_scale", None)  # an argument of the call
@@ -23,8 +26,8 @@ def test_approximations_are_measured_against_their_own_baseline():
 
 
 def test_variants_have_names_of_their_own():
-    assert len(sweep.variants()) == sum(map(len, sweep.GRID.values()))
-    assert sweep.variants(["dilation"]) == {
+    assert len(sweep.variants(sweep.GRID)) == sum(map(len, sweep.GRID.values()))
+    assert sweep.variants({"dilation": sweep.GRID["dilation"]}) == {
         f"dilation={d}": dict(group="dilation", change=dict(dilation=d)) for d in (0, 2)
     }
 
@@ -44,3 +47,14 @@ def test_a_sweep_goes_on_where_it_ended(tmp_path):
     for old, new in zip(first["rows"], second["rows"], strict=True):
         assert new["cases"][0] == old["cases"][0] and new["mean"]["count"] == 2
         assert [case["seed"] for case in new["cases"]] == [10_000, 10_001]
+
+
+def test_a_qwen_editor_is_compared_under_its_own_guidance(tmp_path):
+    out = tmp_path / "switches-64.json"
+    some = ["--model", "qwen", "--only", "base", "cfg", "guidance_range", "draft_condition"]
+    sweep.main([*some, "--size", "64", "--cases", "1", "--out", str(out)])
+    rows = {row["variant"]: row["mean"] for row in json.loads(out.read_text())["rows"]}
+    base, separate = rows["base"], rows["cfg=separate"]
+    assert separate["flops"] == base["flops"]
+    assert rows["guidance_range=(0.2, 0.9)"]["flops"] < base["flops"]
+    assert rows["draft_condition=small"]["flops"] <= base["flops"]
