@@ -28,7 +28,7 @@ step "ruff"
 step "tests (kernels on a CPU run in Triton's interpreter)"
 # Each test runs on one thread, up to four at a time.
 cores=$(nproc)
-OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest -q -n $((cores < 4 ? cores : 4)) --dist worksteal
+OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest -q --durations 12 -n $((cores < 4 ? cores : 4)) --dist worksteal
 
 # The next ones run away from the checkout, so they see the installed package and its data files.
 cd "$scratch"
