@@ -57,4 +57,4 @@ def test_a_qwen_editor_is_compared_under_its_own_guidance(tmp_path):
     base, separate = rows["base"], rows["cfg=separate"]
     assert separate["flops"] == base["flops"]
     assert rows["guidance_range=(0.2, 0.9)"]["flops"] < base["flops"]
-    assert rows["draft_condition=small"]["flops"] <= base["flops"]
+    assert rows["draft_condition=small"]["flops"] < base["flops"]
