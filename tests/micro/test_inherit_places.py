@@ -77,8 +77,8 @@ def given(pipe, run, tokens):
     return logits.softmax(-1)[:, HEADS, :n, tokens]
 
 
-@pytest.mark.parametrize("seed", [0, 2])
-def test_picture_tokens_look_at_the_template_as_they_did_at_landmarks(monkeypatch, seed):
+@pytest.mark.parametrize("seed, bound", [(0, 0.5), (1, 0.35), (2, 0.5)])
+def test_picture_tokens_look_at_the_template_as_they_did_at_landmarks(monkeypatch, seed, bound):
     """With the packaged editors, at the size that is fitted for; smaller here, to be quick. The packaged Qwen editor
     has taken over already, so its words come to the blocks as an editor's that has not: by a projection that knows of
     no landmarks."""
@@ -124,5 +124,5 @@ def test_picture_tokens_look_at_the_template_as_they_did_at_landmarks(monkeypatc
         return parts / parts.sum(-1, keepdim=True)
 
     distances = [float((share(got) - share(expected)).abs().sum(-1).mean()) for got in (before, after)]
-    assert distances[1] < 0.5 * distances[0]
+    assert distances[1] < bound * distances[0]
     assert after.sum(-1).mean() > 0.5
