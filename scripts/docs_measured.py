@@ -20,7 +20,7 @@ def against_stock(result: dict, mean: dict) -> list[str]:
 
 def by_cost(rows: list[dict]) -> list[dict]:
     """Stock first, then SpecEdit, each from the dearest to the cheapest."""
-    return sorted(rows, key=lambda row: (not row["variant"].startswith("stock"), -row["mean"]["flops"]))
+    return sorted(rows, key=lambda row: (not row["variant"].startswith("stock"), -row["mean"].get("flops", 0)))
 
 
 def quality(name: str) -> str:

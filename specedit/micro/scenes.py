@@ -138,7 +138,7 @@ def _paint(background: Tensor, lists: list[tuple[Thing, ...]], alpha: Tensor, at
     for slot in range(max((len(things) for things in lists), default=0)):
         rows = [i for i, things in enumerate(lists) if len(things) > slot]
         layer = alpha[[at[i, lists[i][slot]] for i in rows]]
-        colour = torch.tensor([_rgb(lists[i][slot].colour) for i in rows], dtype=torch.float32, device=alpha.device)
+        colour = torch.tensor([rgb(lists[i][slot].colour) for i in rows], dtype=torch.float32, device=alpha.device)
         image[rows] = compose(image[rows], [layer], [colour])
     return image
 
@@ -199,7 +199,7 @@ def _asked_background(rng: np.random.Generator, taken: Sequence[str]) -> tuple[B
     """A background that the prompt can name, in colours that no object has, so that every object stays visible."""
     kind = str(rng.choice(list(BACKGROUNDS)))
     c1, c2 = (str(c) for c in rng.choice([c for c in COLOURS if c not in taken], 2, replace=False))
-    background = Backdrop(kind, _rgb(c1), _rgb(c2), angle=0.0, period=0.25)
+    background = Backdrop(kind, rgb(c1), rgb(c2), angle=0.0, period=0.25)
     return background, BACKGROUNDS[kind].format(c1=c1, c2=c2)
 
 
@@ -207,7 +207,8 @@ def _other(rng: np.random.Generator, names, current: str) -> str:
     return str(rng.choice([n for n in names if n != current]))
 
 
-def _rgb(colour: str) -> tuple[float, float, float]:
+def rgb(colour: str) -> tuple[float, float, float]:
+    """A colour's name as numbers from 0 to 1."""
     return tuple(c / 255 for c in COLOURS[colour])
 
 

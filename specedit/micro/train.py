@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from . import landmarks
+from . import landmarks, order
 from .cpu import fast
 from .family import named
 from .family_kontext import KONTEXT
@@ -85,6 +85,11 @@ def train(settings: Settings):
             train_link(pipe, teacher, questions, settings, log)
     if family is KONTEXT:  # Qwen's words stand in a row, each at a place of its own
         landmarks.place(pipe)
+        if order.shallow(pipe):
+            if resumed:
+                order.deepen(pipe)
+            else:
+                order.train_order(pipe, settings, log)
     if settings.minutes > 0:
         if not resumed:
             train_ask(pipe, questions, settings, log)
@@ -102,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--text-minutes",
         type=float,
         default=Settings.text_minutes,
-        help="text encoders alone; 0 and --start: left as they are",
+        help="text encoders alone; with --start only a block that T5 still lacks; 0: left as they are",
     )
     parser.add_argument(
         "--ask-minutes",

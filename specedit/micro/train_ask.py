@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .cpu import autocast
 from .family import of
 from .questions import Questions
 from .train_editor import ASK, Batch, batches, editor_loss, noised
@@ -41,7 +42,7 @@ def only_first(model: nn.Module) -> Iterator[None]:
 
 
 def ask_loss(pipe: Any, questions: Questions, batch: Batch, device: str) -> dict[str, Tensor]:
-    """The losses `where`, `said` and `seen` behind the first blocks, at any noise level."""
+    """The losses of `Questions.early`, behind the first blocks, at any noise level."""
     family = of(pipe)
     sigma = torch.rand(len(batch.target), device=device)
     x, _ = noised(batch.target, sigma, device=device)
@@ -73,7 +74,7 @@ def train_ask(pipe: Any, questions: Questions, settings: Settings, log: Log) -> 
     for step, batch in enumerate(batches(pipe, small, clock, 1 << 19)):  # tasks of another stretch
         if clock.progress >= 1 or (settings.steps is not None and step >= settings.steps):
             break
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
+        with autocast(device):
             answered = asked(pipe, questions, batch, device)
         rate = full * rate_at(clock.progress, step)
         descend(sum(answered.values()), parameters, [optimizer], rate)

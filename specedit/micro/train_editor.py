@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from . import scenes
+from .cpu import autocast
 from .family import Family, of
 from .questions import Answers, Questions
 from .training import Average, Clock, Log, Settings, descend, optimizers, rate_at, write
@@ -33,7 +34,7 @@ CURRICULUM = (
 )
 REUSE = 3  # each encoded batch is seen about this often, with fresh noise, since rendering and encoding cost too
 # Share of each kind among the tasks: what has to be drawn anew takes longest to learn.
-SHARES = {"add": 0.24, "shape": 0.30, "background": 0.20, "recolor": 0.11, "remove": 0.11, "greyscale": 0.04}
+SHARES = {"add": 0.20, "shape": 0.32, "background": 0.24, "recolor": 0.10, "remove": 0.10, "greyscale": 0.04}
 # Of the steps at 512 px this share is focused: more tasks, edited in one place, on this share of the tokens only.
 FOCUSED, FOCUS = 0.75, 0.25
 EDIT_WEIGHT = 2.0
@@ -41,7 +42,7 @@ EDIT_WEIGHT = 2.0
 HIGH = 0.85
 HIGH_SHARE = (0.7, 0.4)  # of the samples that are drawn from there, at the start and at the end of training
 # Weights of the questions beside the flow loss.
-ASK = {"where": 0.4, "said": 0.1, "seen": 0.1, "find": 0.2, "cover": 0.4}
+ASK = {"where": 0.4, "said": 0.15, "seen": 0.1, "shown": 0.2, "find": 0.2, "aim": 0.2, "cover": 0.4}
 
 
 @dataclass
@@ -82,7 +83,7 @@ def encode(pipe: Any, tasks: list[scenes.Scene], size: tuple[int, int], device: 
     family = of(pipe)
     before, after, mask = scenes.draw(tasks, *size, device=device)
     images = torch.cat([before, after]) * 2 - 1
-    with torch.autocast(torch.device(device).type, torch.bfloat16):
+    with autocast(device):
         latents = pack(family.latents(pipe.vae, images))
     edited = F.max_pool2d(mask.float()[:, None], 16).flatten(1)
     source, target = latents.chunk(2)
@@ -281,7 +282,7 @@ def learn(
     for batch in batches(pipe, settings, clock, start + step):
         if clock.progress >= 1 or (settings.steps is not None and step >= settings.steps):
             break
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
+        with autocast(device):
             parts = loss(batch, clock.progress)
         descend(parts["total"], parameters, optims, settings.rate * rate_at(clock.progress, step))
         average.update()

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import scenes
+from .cpu import autocast
 from .family import Family, of
 from .inherit import same_latents
 from .training import Average, Clock, Log, Settings, descend, rate_at, seeds, write
@@ -81,7 +82,7 @@ def train_vae(pipe, settings: Settings, log: Log, teacher: Any = None) -> None:
     saved, errors = time.monotonic(), []
     while clock.progress < 1 and (settings.steps is None or step < settings.steps):
         images = vae_images(step, 16, 128, device)
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
+        with autocast(device):
             loss, error = vae_loss(flat, images, teacher=known)
         descend(loss, list(vae.parameters()), [optimizer], settings.vae_rate * rate_at(clock.progress, step))
         average.update()

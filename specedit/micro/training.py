@@ -60,15 +60,23 @@ def rate_at(progress: float, step: int, warmup: int = 100, floor: float = 0.05) 
     return min(1.0, (step + 1) / warmup) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * decay)))
 
 
+# T5 does not scale its attention's logits: at the rate of all else they grow until every token looks at one other only,
+# whatever the words, and no gradient leads back.
+UNSCALED, SLOWER = ("SelfAttention.q.", "SelfAttention.k."), 0.1
+
+
 def optimizers(modules: list[nn.Module], rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices (Jordan et al. 2024), AdamW for all else: embeddings, modulation, norms, ends."""
-    matrices, rest = [], []
+    """Muon for the blocks' matrices (Jordan et al. 2024), AdamW for all else: embeddings, modulation, norms, ends; T5's
+    queries and keys at the share `SLOWER` of its rate."""
+    matrices, slow, rest = [], [], []
     for module in modules:
         for name, parameter in module.named_parameters():
             modulation = ".norm" in name or "_mod." in name
             inner = "blocks." in name and parameter.ndim == 2 and not modulation
-            (matrices if inner else rest).append(parameter)
-    out: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)]
+            unscaled = any(part in name for part in UNSCALED)
+            (matrices if inner else slow if unscaled else rest).append(parameter)
+    groups = [dict(params=rest, share=1.0), *([dict(params=slow, share=SLOWER)] if slow else [])]
+    out: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)]
     if matrices:
         out.append(torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
     for optimizer in out:
@@ -83,7 +91,7 @@ def descend(
     """One step down the gradient of `loss`, whose norm is clipped to 1, at learning rate `rate`."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("share", 1.0)
         optimizer.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -102,3 +102,29 @@ def test_the_command_trains_so(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "train", lambda settings: seen.append(F.scaled_dot_product_attention(q, k, v)))
     train.main(["--out", str(tmp_path), "--device", "cpu"])
     assert torch.equal(seen[0], cpu.attention(q, k, v))
+
+
+@pytest.mark.parametrize("slower, chosen", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_training_multiplies_in_the_precision_in_which_this_cpu_is_faster(monkeypatch, slower, chosen):
+    now, linear = [0.0], F.linear
+
+    def timed(x, weight):
+        now[0] += 2.0 if x.dtype is slower else 1.0
+        return linear(x, weight)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(F, "linear", timed)
+        faster = cpu.bfloat16_is_faster.__wrapped__(lambda: now[0])
+    assert faster == (chosen is torch.bfloat16)
+    monkeypatch.setattr(cpu, "bfloat16_is_faster", lambda: faster)
+    with cpu.autocast("cpu"):
+        assert torch.ones(2, 3).matmul(torch.ones(3, 2)).dtype is chosen
+
+
+def test_on_a_gpu_training_is_in_bfloat16_whatever_the_cpu(monkeypatch):
+    def ask():
+        raise AssertionError("the CPU was asked")
+
+    monkeypatch.setattr(cpu, "bfloat16_is_faster", ask)
+    monkeypatch.setattr(torch, "autocast", lambda kind, dtype, enabled: (kind, dtype, enabled))
+    assert cpu.autocast("cuda:1") == ("cuda", torch.bfloat16, True)

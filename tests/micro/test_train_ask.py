@@ -76,7 +76,7 @@ def test_only_words_and_first_blocks_learn(name, tmp_path, few_tasks):
     assert any(key.startswith("transformer_blocks.0.") for key in changed[0])
     assert not any(key.startswith(later) for key in changed[0])
     assert all(changed[1 : 1 + len(texts)]) and not changed[-2]
-    assert {key.split(".")[0] for key in changed[-1]} <= {"norms", "place", "prompt", "thing"} and changed[-1]
+    assert {key.split(".")[0] for key in changed[-1]} <= {"norms", "place", "prompt", "shown", "thing"} and changed[-1]
     assert not any(p.requires_grad for p in pipe.transformer.parameters())
 
 
