@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from specedit.micro import family, scenes, train, train_ask, train_editor, training
+from specedit.micro import build, family, order, scenes, train, train_ask, train_editor, training
 from specedit.micro.load import WEIGHTS
 from specedit.micro.questions import Questions
 from specedit.micro.train_editor import ASK, encode
@@ -153,6 +153,8 @@ def test_who_goes_on_keeps_its_words(tmp_path, monkeypatch):
     calls = []
     for part in ("text", "ask", "editor"):
         monkeypatch.setattr(train, f"train_{part}", lambda *_, part=part: calls.append(part))
+    monkeypatch.setattr(order, "train_order", lambda *_: calls.append("order"))
     start = WEIGHTS / "kontext"
     train.train(training.Settings(tmp_path, largest=64, start=start))
-    assert calls == ["ask", "editor"]
+    lacks = order.shallow(build.load(start))
+    assert calls == [*(["order"] if lacks else []), "ask", "editor"]
