@@ -16,9 +16,9 @@ from transformers import T5EncoderModel
 
 from . import build, scenes
 from .questions import cross_entropy
+from .train_text import BATCH
 from .training import Clock, Log, Settings, descend, rate_at, seeds
 
-BATCH = 96
 TASKS = 1 << 41  # where the stretch of tasks begins whose prompts are read
 RATE = 2e-3
 LOUDER = 8.0  # times the reading, which learns as much faster for it

@@ -100,8 +100,8 @@ def offsets(things: Sequence[Thing], grid: tuple[int, int]) -> tuple[Tensor, Ten
     for thing in things:
         r = thing.r * min(grid)
         right, down = (columns - thing.x * width) / r, (rows - thing.y * height) / r
-        near = torch.hypot(right, down) < best
-        best = torch.where(near, torch.hypot(right, down), best)
+        distance = torch.hypot(right, down)
+        near, best = distance < best, torch.minimum(distance, best)
         seen_so = torch.stack([right, down, torch.full_like(right, (thing.r - RADIUS) / SPREAD)], -1)
         out = torch.where(near[..., None], seen_so, out)
     return out.flatten(0, 1), (best < REACH).float().flatten()
