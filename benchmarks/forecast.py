@@ -12,8 +12,8 @@ weights is named and left out.
 from pathlib import Path
 from typing import Any
 
-from benchmarks.scores import Scores, command, editor, fingerprint, options, some, whose
-from specedit import SpecEditConfig, install, micro, uninstall
+from benchmarks.scores import Scores, command, editor, options, some, whose
+from specedit import SpecEditConfig, install, micro, results, uninstall
 from specedit.config import FORECASTS, STOCK_STEPS
 from specedit.forecast import lesa
 from specedit.micro import distil
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     cases = [micro.scenes.sample(seed, args.size) for seed in range(args.cases)]
     pipe = editor(args.model)
     files = dict(student=student, lesa=args.lesa or lesa.packaged(pipe.transformer.config))
-    of = whose(args) | {name: fingerprint(file) for name, file in files.items()}
+    of = whose(args) | {name: results.fingerprint(file) for name, file in files.items()}
     # Counted, so that ratios stand also where --only leaves the stock run to quality.py, which has the same tasks.
     stock = sum(stock_flops(pipe, case, STOCK_STEPS) for case in cases) / len(cases)
     more = dict(preset=SpecEditConfig.preset(PRESET).steps, stock_flops=stock)

@@ -8,7 +8,6 @@ other weights, of another size or from another machine.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -45,7 +44,7 @@ def command(module: str, args: argparse.Namespace) -> str:
 
 def whose(args: argparse.Namespace) -> dict[str, Any]:
     """Whose scores a file holds."""
-    return dict(model=args.model, size=args.size, weights=fingerprint(WEIGHTS / args.model))
+    return dict(model=args.model, size=args.size, weights=results.fingerprint(WEIGHTS / args.model))
 
 
 def some(every: dict[str, Any], names: list[str] | None) -> dict[str, Any]:
@@ -64,16 +63,6 @@ def editor(model: str) -> Any:
     pipe = micro.load(model, device="cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def fingerprint(path: Path | None) -> str | None:
-    """First 12 hexadecimal digits of the SHA-256 of a file, or of a folder's .safetensors files; None without it."""
-    if path is None or not path.exists():
-        return None
-    digest = hashlib.sha256()
-    for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 class Scores:

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from benchmarks.scores import fingerprint
 from specedit import micro, results, select
 from specedit.config import SpecEditConfig
 from specedit.grid import TokenGrid
@@ -70,7 +69,9 @@ def main() -> None:
                 recall, false = (float((s > threshold).float().mean()) for s in (inside, outside))
                 rows.append(dict(size=size, verify_at=verify_at, threshold=threshold, recall=recall, false=false))
     command = f"python -m benchmarks.verification --model {args.model} --cases {args.cases}"
-    results.write(args.out, command, rows, of=dict(model=args.model, weights=fingerprint(WEIGHTS / args.model / "vae")))
+    results.write(
+        args.out, command, rows, of=dict(model=args.model, weights=results.fingerprint(WEIGHTS / args.model / "vae"))
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+from specedit.micro.load import WEIGHTS
+from specedit.results import fingerprint
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SETTING = ("model", "height", "width", "batch", "preset", "restore", "edit_fraction", "shape")
@@ -29,12 +32,19 @@ def typed(command: str, name: str) -> str:
     return f"{command} {option} benchmarks/results/{name}"
 
 
+def age(result: dict) -> str:
+    """A sentence where the embedded editor has other weights now than those that were measured."""
+    measured, folder = result.get("of", {}), WEIGHTS / result.get("of", {}).get("model", "")
+    now = {fingerprint(folder), fingerprint(folder / "vae")}  # what verification reads is the decoder alone
+    return "" if measured.get("weights") in {None, *now} else " The editor's weights have changed since."
+
+
 def source(result: dict, name: str) -> str:
     m = result["machine"]
     where = m["gpu"] or f"{m['cpu']}, {m['threads']} threads, no GPU"
     return (
         f"\n\nMeasured on {where}; torch {m['torch']}, diffusers {m['diffusers']}, {m['date']}. "
-        f"`{typed(result['command'], name)}` wrote `benchmarks/results/{name}`."
+        f"`{typed(result['command'], name)}` wrote `benchmarks/results/{name}`.{age(result)}"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import math
 import os
@@ -39,6 +40,16 @@ def write(path: Path, command: str, rows: list[dict[str, Any]], **more: Any) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"machine": machine(), "command": command, **more, "rows": rows}
     path.write_text(json.dumps(_plain(content), indent=1) + "\n")
+
+
+def fingerprint(path: Path | None) -> str | None:
+    """First 12 hexadecimal digits of the SHA-256 of a file, or of a folder's .safetensors files; None without it."""
+    if path is None or not path.exists():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _plain(value: Any) -> Any:

@@ -45,3 +45,15 @@ def test_the_readme_opens_with_two_one_line_commands():
     blocks = (ROOT / "README.md").read_text().split("```")[1::2]
     assert all(block.startswith("sh\n") and block.strip().count("\n") == 1 for block in blocks[:2])
     assert not any(block.startswith("sh\n") for block in blocks[2:])
+
+
+def test_a_fingerprint_tells_weights_apart(tmp_path):
+    folder = tmp_path / "editor"
+    (folder / "vae").mkdir(parents=True)
+    (folder / "vae" / "a.safetensors").write_bytes(b"1")
+    first = results.fingerprint(folder)
+    (folder / "model_index.json").write_text("{}")  # not weights
+    assert results.fingerprint(folder) == first
+    (folder / "vae" / "a.safetensors").write_bytes(b"2")
+    assert results.fingerprint(folder) != first
+    assert results.fingerprint(None) is None and results.fingerprint(tmp_path / "nowhere") is None

@@ -4,11 +4,13 @@ A question's answer is a far shorter way to those blocks than what is drawn in t
 transformer: small pictures and a few minutes do where the whole editor takes far longer.
 
 An editor that has learned would unlearn the rest by it, since the later blocks are not there to object. Where one goes
-on, the readings, which do not travel with it, learn to read it as it is.
+on, the readings, which do not travel with it, first learn to read it as it is; then its first blocks learn to say what
+they do not say yet, while what the later ones read stays near what it was.
 """
 
 import contextlib
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,13 +19,16 @@ from torch import Tensor, nn
 
 from .cpu import autocast
 from .family import of
-from .questions import Questions
+from .questions import SAID, Questions
 from .train_editor import ASK, Batch, batches, editor_loss, noised
-from .training import Clock, Log, Settings, descend, rate_at
+from .training import Clock, Log, Settings, descend, gentle, rate_at
 
 LARGEST = 128  # px; a prompt says the same at any size
 READING_RATE = 5e-3  # of readings alone, which are linear
+READING_SHARE = 0.2  # of the time, where an editor goes on
 DEPTH = 2  # blocks that learn to read the prompt
+NEAR = 0.5  # weight of how far the first blocks' words and picture go, in shares of their variance
+TASKS = {"ask": 1 << 19, "heed": 3 << 18}  # where the stretches of tasks begin, which nothing else sees
 
 
 @contextlib.contextmanager
@@ -41,15 +46,39 @@ def only_first(model: nn.Module) -> Iterator[None]:
             setattr(model, name, blocks)
 
 
+def first_states(pipe: Any, batch: Batch, x: Tensor, sigma: Tensor, **draw) -> tuple[Tensor, Tensor]:
+    """What the first blocks make of words and of pictures: (B, L, C) and (B, N, C)."""
+    family, out = of(pipe), []
+    hook = pipe.transformer.transformer_blocks[DEPTH - 1].register_forward_hook(lambda *call: out.append(call[-1]))
+    try:
+        with only_first(pipe.transformer):
+            features = family.text(pipe, batch.prompts, batch.seen, x.device)
+            family.velocity(pipe, x, batch.source, batch.grid, sigma, features, batch.at, **draw)
+    finally:
+        hook.remove()
+    return out[0]
+
+
 def ask_loss(pipe: Any, questions: Questions, batch: Batch, device: str) -> dict[str, Tensor]:
     """The losses of `Questions.early`, behind the first blocks, at any noise level."""
-    family = of(pipe)
     sigma = torch.rand(len(batch.target), device=device)
     x, _ = noised(batch.target, sigma, device=device)
-    with only_first(pipe.transformer):
-        features = family.text(pipe, batch.prompts, batch.seen, device)
-        family.velocity(pipe, x, batch.source, batch.grid, sigma, features, batch.at)
+    first_states(pipe, batch, x, sigma)
     return questions.early(x.shape[1], batch.answers)
+
+
+def heed_loss(pipe: Any, questions: Questions, batch: Batch, device: str, old: Any) -> dict[str, Tensor]:
+    """Those of `ask_loss`, each answer of what is said counting whole, and how far the states went from `old`'s."""
+    sigma = torch.rand(len(batch.target), device=device)
+    x, _ = noised(batch.target, sigma, device=device)
+    seed = int(torch.randint(1 << 31, ()))
+    drawn = [dict(device=device, generator=torch.Generator(device).manual_seed(seed)) for _ in range(2)]
+    with torch.no_grad():
+        before = first_states(old, batch, x, sigma, **drawn[0])
+    after = first_states(pipe, batch, x, sigma, **drawn[1])
+    losses = questions.early(x.shape[1], batch.answers)
+    moved = [(a.float() - b).square().mean() / b.float().var() for a, b in zip(after, before, strict=True)]
+    return losses | {"said": len(SAID) * losses["said"], "moved": NEAR * sum(moved)}
 
 
 def reading_loss(pipe: Any, questions: Questions, batch: Batch, device: str) -> dict[str, Tensor]:
@@ -59,29 +88,52 @@ def reading_loss(pipe: Any, questions: Questions, batch: Batch, device: str) -> 
 
 
 def train_ask(pipe: Any, questions: Questions, settings: Settings, log: Log) -> None:
-    """Train text encoders and first blocks for `settings.ask_minutes`; with `settings.start` the readings alone."""
-    device, started = settings.device, settings.start is not None
-    modules = [pipe.transformer, *of(pipe).text_modules(pipe), questions]
-    for module in modules:
-        module.to(device).train().requires_grad_(not started or module is questions)
-    pipe.vae.to(device)
-    asked, full = (reading_loss, READING_RATE) if started else (ask_loss, settings.text_rate)
-    parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
+    """For `settings.ask_minutes`, train text encoders and first blocks; with `settings.start` the readings alone, then
+    what the first blocks do not say yet."""
+    device = settings.device
+    editor = [pipe.transformer, *of(pipe).text_modules(pipe)]
+    for module in (*editor, pipe.vae, questions):
+        module.to(device)
+    if settings.start is None:
+        _learn(pipe, questions, editor, "ask", ask_loss, settings.text_rate, settings.ask_minutes, settings, log)
+        return
+    reading = READING_SHARE * settings.ask_minutes
+    _learn(pipe, questions, [], "ask", reading_loss, READING_RATE, reading, settings, log)
+    old = copy.deepcopy(pipe)
+
+    def heed(*call):
+        return heed_loss(*call, old)
+
+    minutes, rate = settings.ask_minutes - reading, settings.text_rate
+    _learn(pipe, questions, editor, "heed", heed, rate, minutes, settings, log, louder=READING_RATE / rate)
+
+
+def _learn(
+    pipe: Any, questions: Questions, editor: list[nn.Module], part: str, loss: Callable[..., dict[str, Tensor]],
+    rate: float, minutes: float, settings: Settings, log: Log, louder: float = 1.0,
+) -> None:  # fmt: skip
+    """Train the readings, at `louder` times the rate, and of `editor` what `loss` reaches."""
+    whole = [pipe.transformer, *of(pipe).text_modules(pipe)]
+    for module in whole:
+        module.train().requires_grad_(any(module is one for one in editor))
+    questions.train().requires_grad_(True)
     # What lies behind the first blocks gets no gradient, and what has none is left as it is.
-    optimizer = torch.optim.AdamW(parameters, lr=full, betas=(0.9, 0.98), weight_decay=0.0)
-    clock, losses = Clock(settings.ask_minutes), []
+    groups = gentle(named for module in editor for named in module.named_parameters())
+    groups.append(dict(params=list(questions.parameters()), share=louder))
+    parameters = [p for group in groups for p in group["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
+    clock, losses = Clock(minutes), []
     small = replace(settings, largest=min(LARGEST, settings.largest))
-    for step, batch in enumerate(batches(pipe, small, clock, 1 << 19)):  # tasks of another stretch
+    for step, batch in enumerate(batches(pipe, small, clock, TASKS[part])):
         if clock.progress >= 1 or (settings.steps is not None and step >= settings.steps):
             break
-        with autocast(device):
-            answered = asked(pipe, questions, batch, device)
-        rate = full * rate_at(clock.progress, step)
-        descend(sum(answered.values()), parameters, [optimizer], rate)
-        losses.append([float(loss.detach()) for loss in answered.values()])
+        with autocast(settings.device):
+            answered = loss(pipe, questions, batch, settings.device)
+        descend(sum(answered.values()), parameters, [optimizer], rate * rate_at(clock.progress, step))
+        losses.append([float(one.detach()) for one in answered.values()])
         if (step + 1) % 50 == 0:
             means = dict(zip(answered, torch.tensor(losses).mean(0).tolist(), strict=True))
-            log.add(part="ask", step=step + 1, seconds=round(clock.seconds, 1), **means)
+            log.add(part=part, step=step + 1, seconds=round(clock.seconds, 1), **means)
             losses = []
-    for module in modules:
+    for module in (*whole, questions):
         module.eval().requires_grad_(False)

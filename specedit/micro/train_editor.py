@@ -42,7 +42,7 @@ EDIT_WEIGHT = 2.0
 HIGH = 0.85
 HIGH_SHARE = (0.7, 0.4)  # of the samples that are drawn from there, at the start and at the end of training
 # Weights of the questions beside the flow loss.
-ASK = {"where": 0.4, "said": 0.15, "seen": 0.1, "shown": 0.2, "find": 0.2, "aim": 0.2, "cover": 0.4}
+ASK = {"where": 0.4, "said": 0.4, "seen": 0.1, "shown": 0.2, "find": 0.2, "aim": 0.2, "cover": 0.4}
 
 
 @dataclass

@@ -3,8 +3,10 @@
 import json
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -65,18 +67,24 @@ def rate_at(progress: float, step: int, warmup: int = 100, floor: float = 0.05) 
 UNSCALED, SLOWER = ("SelfAttention.q.", "SelfAttention.k."), 0.1
 
 
+def gentle(named: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
+    """Groups of an optimizer's parameters, each with its share of the rate: T5's queries and keys at `SLOWER`."""
+    slow, rest = [], []
+    for name, parameter in named:
+        (slow if any(part in name for part in UNSCALED) else rest).append(parameter)
+    return [dict(params=params, share=share) for params, share in ((rest, 1.0), (slow, SLOWER)) if params]
+
+
 def optimizers(modules: list[nn.Module], rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices (Jordan et al. 2024), AdamW for all else: embeddings, modulation, norms, ends; T5's
-    queries and keys at the share `SLOWER` of its rate."""
-    matrices, slow, rest = [], [], []
+    """Muon for the blocks' matrices (Jordan et al. 2024), AdamW for all else: embeddings, modulation, norms, ends."""
+    matrices, rest = [], []
     for module in modules:
         for name, parameter in module.named_parameters():
             modulation = ".norm" in name or "_mod." in name
             inner = "blocks." in name and parameter.ndim == 2 and not modulation
-            unscaled = any(part in name for part in UNSCALED)
-            (matrices if inner else slow if unscaled else rest).append(parameter)
-    groups = [dict(params=rest, share=1.0), *([dict(params=slow, share=SLOWER)] if slow else [])]
-    out: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)]
+            (matrices if inner else rest).append((name, parameter))
+    matrices = [p for _, p in matrices]
+    out: list[torch.optim.Optimizer] = [torch.optim.AdamW(gentle(rest), lr=rate, betas=(0.9, 0.98), weight_decay=0.0)]
     if matrices:
         out.append(torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
     for optimizer in out:

@@ -87,18 +87,6 @@ def test_scores_of_something_else_are_not_gone_on_with(tmp_path, scored, change,
     assert named in str(refused.value) and out.read_bytes() == before and scored == [0]
 
 
-def test_a_fingerprint_tells_weights_apart(tmp_path):
-    folder = tmp_path / "editor"
-    (folder / "vae").mkdir(parents=True)
-    (folder / "vae" / "a.safetensors").write_bytes(b"1")
-    first = scores.fingerprint(folder)
-    (folder / "model_index.json").write_text("{}")  # not weights
-    assert scores.fingerprint(folder) == first
-    (folder / "vae" / "a.safetensors").write_bytes(b"2")
-    assert scores.fingerprint(folder) != first
-    assert scores.fingerprint(None) is None and scores.fingerprint(tmp_path / "nowhere") is None
-
-
 def test_caches_and_the_student_are_scored_and_the_pipeline_is_left_plain(tmp_path, scored, monkeypatch):
     out = tmp_path / "f.json"
     pipes, load = [], micro.load

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import sweep
 from specedit.config import resolve
+from specedit.models import qwen
 
 
 @pytest.mark.parametrize("model", ["kontext", "qwen"])
@@ -49,12 +50,26 @@ def test_a_sweep_goes_on_where_it_ended(tmp_path):
         assert [case["seed"] for case in new["cases"]] == [10_000, 10_001]
 
 
-def test_a_qwen_editor_is_compared_under_its_own_guidance(tmp_path):
+def test_a_qwen_editor_is_compared_under_its_own_guidance(tmp_path, monkeypatch):
     out = tmp_path / "switches-64.json"
+    prompts_of: dict[str, set[int]] = {}  # how many prompts the mixed steps of each variant run together
+    packed, score = qwen.Inputs.packed, sweep.score
+
+    def counted(inputs, prompts, *more):
+        prompts_of[next(reversed(prompts_of))].add(len(prompts))
+        return packed(inputs, prompts, *more)
+
+    def scored(scores, pipe, name, *more, **change):
+        prompts_of[name] = set()
+        score(scores, pipe, name, *more, **change)
+
+    monkeypatch.setattr(qwen.Inputs, "packed", counted)
+    monkeypatch.setattr(sweep, "score", scored)
     some = ["--model", "qwen", "--only", "base", "cfg", "guidance_range", "draft_condition"]
     sweep.main([*some, "--size", "64", "--cases", "1", "--out", str(out)])
     rows = {row["variant"]: row["mean"] for row in json.loads(out.read_text())["rows"]}
     base, separate = rows["base"], rows["cfg=separate"]
     assert separate["flops"] == base["flops"]
+    assert prompts_of["base"] == {2} and prompts_of["cfg=separate"] == {1}
     assert rows["guidance_range=(0.2, 0.9)"]["flops"] < base["flops"]
     assert rows["draft_condition=small"]["flops"] < base["flops"]

@@ -7,7 +7,7 @@ import torch
 
 from specedit.micro import build, family, order, scenes, train, train_ask, train_editor, training
 from specedit.micro.load import WEIGHTS
-from specedit.micro.questions import Questions
+from specedit.micro.questions import SAID, Questions
 from specedit.micro.train_editor import ASK, encode
 
 
@@ -81,7 +81,8 @@ def test_only_words_and_first_blocks_learn(name, tmp_path, few_tasks):
 
 
 @pytest.mark.parametrize("name", ["kontext", "qwen"])
-def test_of_an_editor_to_go_on_from_the_readings_alone_learn(name, tmp_path, few_tasks):
+def test_of_an_editor_to_go_on_from_the_readings_learn_first_and_alone(name, tmp_path, few_tasks, monkeypatch):
+    monkeypatch.setattr(train_ask, "READING_SHARE", 1.0)  # and no time for what comes after
     pipe, questions = untrained(name)
     batch = encode(pipe, [scenes.describe(s) for s in training.seeds(0, 16)], (64, 64), "cpu")
 
@@ -97,8 +98,48 @@ def test_of_an_editor_to_go_on_from_the_readings_alone_learn(name, tmp_path, few
     for module, old in zip(editor, before, strict=True):
         assert all(torch.equal(value, old[key]) for key, value in module.state_dict().items())
     assert loss() < 0.8 * first
-    assert set(log.rows[-1]) == {"part", "step", "seconds", *ASK}
+    assert [set(row) for row in log.rows] == [{"part", "step", "seconds", *ASK}]
     assert not any(p.requires_grad for module in (*editor, questions) for p in module.parameters())
+
+
+@pytest.mark.parametrize("name", ["kontext", "qwen"])
+def test_then_the_first_blocks_learn_to_say_more_and_stay_near(name, tmp_path, few_tasks, monkeypatch):
+    monkeypatch.setattr(train_ask, "READING_SHARE", 0.0)
+    pipe, questions = untrained(name)
+    texts = family.of(pipe).text_modules(pipe)
+    before = [copy.deepcopy(module.state_dict()) for module in (pipe.transformer, *texts, pipe.vae)]
+    log = training.Log(tmp_path / "log.json")
+    settings = training.Settings(tmp_path, steps=100, ask_minutes=10.0, largest=64, start=tmp_path)
+    train_ask.train_ask(pipe, questions, settings, log)
+    first, last = log.rows
+    assert set(first) == {"part", "step", "seconds", "where", "said", "seen", "shown", "moved"}
+    assert {row["part"] for row in log.rows} == {"heed"} and last["said"] < 0.8 * first["said"]
+    assert 0 < last["moved"] < 2 * train_ask.NEAR  # each of the two by less than its variance
+    changed = [
+        {key for key, value in module.state_dict().items() if not torch.equal(value, old[key])}
+        for module, old in zip((pipe.transformer, *texts, pipe.vae), before, strict=True)
+    ]
+    assert all(changed[:-1]) and not changed[-1]
+    later = tuple(f"transformer_blocks.{i}." for i in range(2, 6)) + ("single_transformer_blocks", "proj_out")
+    assert not any(key.startswith(later) for key in changed[0])
+    assert not any(p.requires_grad for module in (pipe.transformer, *texts, questions) for p in module.parameters())
+
+
+def test_what_has_not_changed_is_as_near_as_can_be_and_every_answer_counts_whole():
+    pipe, questions = untrained("kontext")
+    batch = encode(pipe, [scenes.describe(s) for s in training.seeds(0, 4)], (64, 64), "cpu")
+    old = copy.deepcopy(pipe)
+
+    def losses(loss, *others):
+        torch.manual_seed(0)
+        return {name: float(one.detach()) for name, one in loss(pipe, questions, batch, "cpu", *others).items()}
+
+    heeded, asked = losses(train_ask.heed_loss, old), losses(train_ask.ask_loss)
+    assert heeded["moved"] == 0.0
+    assert heeded["said"] == pytest.approx(len(SAID) * asked["said"], rel=0.05)  # another guidance
+    with torch.no_grad():
+        pipe.transformer.x_embedder.weight.mul_(1.5)
+    assert losses(train_ask.heed_loss, old)["moved"] > 0.0
 
 
 def test_the_readings_are_asked_where_the_target_does_not_show(monkeypatch):

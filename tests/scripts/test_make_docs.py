@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from specedit.results import fingerprint
+
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
@@ -216,3 +218,16 @@ def test_a_command_is_told_where_to_write(docs):
         ("python -m benchmarks.end_to_end --json q.json", " --json q.json"),
     ):
         assert typed(command, "q.json").endswith(ends) and typed(command, "q.json").startswith(command)
+
+
+def test_a_page_says_where_the_weights_are_others_now(docs):
+    results = importlib.import_module("docs_results")
+    folder = results.WEIGHTS / "kontext"
+    for of in (
+        {},
+        dict(model="kontext", weights=fingerprint(folder)),
+        dict(model="kontext", weights=fingerprint(folder / "vae")),
+    ):
+        assert results.age(dict(of=of)) == "" == results.age({})
+    assert "changed since" in results.age(dict(of=dict(model="kontext", weights="0" * 12)))
+    assert "changed since" in results.age(dict(of=dict(model="qwen", weights=fingerprint(folder))))
