@@ -46,7 +46,7 @@ def velocity(
 ) -> Tensor:  # fmt: skip
     """At a distilled guidance drawn from 1 to 5 by `draw`, the arguments of torch.rand."""
     guidance = 1 + 4 * torch.rand(len(x), **{"device": x.device} | draw)
-    return velocity_at(pipe, x, source, grid, sigma, features, guidance, at)
+    return velocity_at(pipe, x, source, grid, sigma, features, guidance.to(x.device), at)
 
 
 def velocity_at(
