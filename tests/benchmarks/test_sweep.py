@@ -52,18 +52,23 @@ def test_a_sweep_goes_on_where_it_ended(tmp_path):
 
 def test_a_qwen_editor_is_compared_under_its_own_guidance(tmp_path, monkeypatch):
     out = tmp_path / "switches-64.json"
-    prompts_of: dict[str, set[int]] = {}  # how many prompts the mixed steps of each variant run together
-    packed, score = qwen.Inputs.packed, sweep.score
+    prompts_of: dict[str, set[int]] = {}  # how many prompts the passes of each variant run together
+    packed, dense, score = qwen.Inputs.packed, qwen.Inputs.dense, sweep.score
 
     def counted(inputs, prompts, *more):
         prompts_of[next(reversed(prompts_of))].add(len(prompts))
         return packed(inputs, prompts, *more)
+
+    def alone(inputs, prompt):  # a step that is not mixed: whether this small edit has mixed ones depends on its draft
+        prompts_of[next(reversed(prompts_of))].add(1)
+        return dense(inputs, prompt)
 
     def scored(scores, pipe, name, *more, **change):
         prompts_of[name] = set()
         score(scores, pipe, name, *more, **change)
 
     monkeypatch.setattr(qwen.Inputs, "packed", counted)
+    monkeypatch.setattr(qwen.Inputs, "dense", alone)
     monkeypatch.setattr(sweep, "score", scored)
     some = ["--model", "qwen", "--only", "base", "cfg", "guidance_range", "draft_condition"]
     sweep.main([*some, "--size", "64", "--cases", "1", "--out", str(out)])
