@@ -15,6 +15,8 @@ from PIL import Image
 from specedit import cli, pipelines
 from specedit.cli import shared
 from specedit.micro import scenes
+from specedit.micro.load import WEIGHTS
+from specedit.results import fingerprint
 
 
 @pytest.fixture
@@ -68,7 +70,9 @@ def test_bench_of_the_qwen_editor(tmp_path, monkeypatch):
     path = tmp_path / "bench.json"
     assert cli.main(["bench", "--model", "qwen", "--size", "128", "--json", str(path)]) == 0
     assert asked == [((128, 1), {"model": "qwen"})]
-    assert "specedit bench --model qwen --size 128" in json.loads(path.read_text())["command"]
+    written = json.loads(path.read_text())
+    assert "specedit bench --model qwen --size 128" in written["command"]
+    assert written["of"] == dict(model="qwen", weights=fingerprint(WEIGHTS / "qwen"))
 
 
 @pytest.mark.parametrize("command", [["demo"], ["eval", "micro"], ["bench"]])

@@ -25,6 +25,7 @@ def run(args) -> int:
     check_size(args.size, 64)
     quiet()
     from .. import bench, results
+    from ..micro.load import WEIGHTS
 
     rows = bench.presets_against_stock(args.size, args.repeat, model=args.model)
     print(f"{'preset':14}{'restore':11}{'edited':>8}{'seconds':>9}{'speedup':>9}{'FLOPs ratio':>13}{'quotient':>10}")
@@ -36,5 +37,6 @@ def run(args) -> int:
         )
     if args.json is not None:
         named = "" if args.model == EDITORS[0] else f" --model {args.model}"
-        results.write(args.json, f"specedit bench{named} --size {args.size} --repeat {args.repeat}", rows)
+        of = dict(model=args.model, weights=results.fingerprint(WEIGHTS / args.model))
+        results.write(args.json, f"specedit bench{named} --size {args.size} --repeat {args.repeat}", rows, of=of)
     return 0

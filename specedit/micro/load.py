@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from .cpu import channels_last
+
 WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -29,4 +31,7 @@ def load(name: str = "kontext", *, device: str | torch.device = "cpu", dtype: to
             f"`python -m specedit.micro.train --model {name} --out runs/{name}` leaves in runs/{name}/editor; "
             f"it holds {', '.join(held) or 'none'}"
         )
-    return family.load(folder).to(device=device, dtype=dtype)  # versions of diffusers disagree about the loader's dtype
+    pipe = family.load(folder).to(device=device, dtype=dtype)  # versions of diffusers disagree about the loader's dtype
+    if torch.device(device).type == "cpu":
+        channels_last(pipe.vae)
+    return pipe

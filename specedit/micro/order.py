@@ -17,7 +17,7 @@ from transformers import T5EncoderModel
 from . import build, scenes
 from .questions import cross_entropy
 from .train_text import BATCH
-from .training import Clock, Log, Settings, descend, rate_at, seeds
+from .training import Clock, Log, Settings, fit, seeds
 
 TASKS = 1 << 41  # where the stretch of tasks begins whose prompts are read
 RATE = 2e-3
@@ -65,10 +65,8 @@ def train_order(pipe: Any, settings: Settings, log: Log) -> None:
     block.requires_grad_(True)
     sizes = (encoder.config.vocab_size,) * 2
     head = nn.Linear(encoder.config.d_model, sum(sizes)).to(device)
-    parameters = [*block.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.98), weight_decay=0.0)
-    clock, step, losses = Clock(settings.text_minutes), 0, []
-    while clock.progress < 1 and (settings.steps is None or step < settings.steps):
+
+    def losses(step: int) -> dict[str, Tensor]:
         prompts = [scenes.describe(s).prompt for s in seeds(TASKS + step * BATCH, BATCH)]
         padded = dict(padding="max_length", truncation=True, max_length=tokenizer.model_max_length)
         words = tokenizer(prompts, return_tensors="pt", **padded).input_ids.to(device)
@@ -76,12 +74,8 @@ def train_order(pipe: Any, settings: Settings, log: Log) -> None:
             before = old(words)[0]
         states = encoder(words)[0]
         beside = cross_entropy(LOUDER * head(states), neighbours(words), sizes)
-        moved = (states - before).square().mean() / before.var()
-        descend(beside + NEAR * moved, parameters, [optimizer], RATE * rate_at(clock.progress, step))
-        step += 1
-        losses.append([float(beside.detach()), float(moved.detach())])
-        if step % 50 == 0:
-            means = torch.tensor(losses).mean(0).tolist()
-            log.add(part="order", step=step, seconds=round(clock.seconds, 1), beside=means[0], moved=means[1])
-            losses = []
+        return dict(beside=beside, moved=NEAR * (states - before).square().mean() / before.var())
+
+    groups = [dict(params=[*block.parameters(), *head.parameters()])]
+    fit("order", losses, groups, RATE, Clock(settings.text_minutes), settings, log)
     encoder.eval().requires_grad_(False)

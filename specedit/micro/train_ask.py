@@ -21,7 +21,7 @@ from .cpu import autocast
 from .family import of
 from .questions import SAID, Questions
 from .train_editor import ASK, Batch, batches, editor_loss, noised
-from .training import Clock, Log, Settings, descend, gentle, rate_at
+from .training import Clock, Log, Settings, fit, gentle
 
 LARGEST = 128  # px; a prompt says the same at any size
 READING_RATE = 5e-3  # of readings alone, which are linear
@@ -59,18 +59,22 @@ def first_states(pipe: Any, batch: Batch, x: Tensor, sigma: Tensor, **draw) -> t
     return out[0]
 
 
+def _anyhow(batch: Batch, device: str) -> tuple[Tensor, Tensor]:
+    """The batch's targets at noise levels drawn uniformly (B, N, C), and these (B,)."""
+    sigma = torch.rand(len(batch.target), device=device)
+    return noised(batch.target, sigma, device=device)[0], sigma
+
+
 def ask_loss(pipe: Any, questions: Questions, batch: Batch, device: str) -> dict[str, Tensor]:
     """The losses of `Questions.early`, behind the first blocks, at any noise level."""
-    sigma = torch.rand(len(batch.target), device=device)
-    x, _ = noised(batch.target, sigma, device=device)
+    x, sigma = _anyhow(batch, device)
     first_states(pipe, batch, x, sigma)
     return questions.early(x.shape[1], batch.answers)
 
 
 def heed_loss(pipe: Any, questions: Questions, batch: Batch, device: str, old: Any) -> dict[str, Tensor]:
     """Those of `ask_loss`, each answer of what is said counting whole, and how far the states went from `old`'s."""
-    sigma = torch.rand(len(batch.target), device=device)
-    x, _ = noised(batch.target, sigma, device=device)
+    x, sigma = _anyhow(batch, device)
     seed = int(torch.randint(1 << 31, ()))
     drawn = [dict(device="cpu", generator=torch.Generator().manual_seed(seed)) for _ in range(2)]  # the same twice
     with torch.no_grad():
@@ -90,6 +94,8 @@ def reading_loss(pipe: Any, questions: Questions, batch: Batch, device: str) -> 
 def train_ask(pipe: Any, questions: Questions, settings: Settings, log: Log) -> None:
     """For `settings.ask_minutes`, train text encoders and first blocks; with `settings.start` the readings alone, then
     what the first blocks do not say yet."""
+    if settings.ask_minutes <= 0:
+        return
     device = settings.device
     editor = [pipe.transformer, *of(pipe).text_modules(pipe)]
     for module in (*editor, pipe.vae, questions):
@@ -99,7 +105,7 @@ def train_ask(pipe: Any, questions: Questions, settings: Settings, log: Log) -> 
         return
     reading = READING_SHARE * settings.ask_minutes
     _learn(pipe, questions, [], "ask", reading_loss, READING_RATE, reading, settings, log)
-    old = copy.deepcopy(pipe)
+    old = copy.deepcopy(pipe, {id(pipe.vae): pipe.vae})  # the autoencoder does not learn, so one does
 
     def heed(*call):
         return heed_loss(*call, old)
@@ -120,20 +126,14 @@ def _learn(
     # What lies behind the first blocks gets no gradient, and what has none is left as it is.
     groups = gentle(named for module in editor for named in module.named_parameters())
     groups.append(dict(params=list(questions.parameters()), share=louder))
-    parameters = [p for group in groups for p in group["params"]]
-    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
-    clock, losses = Clock(minutes), []
-    small = replace(settings, largest=min(LARGEST, settings.largest))
-    for step, batch in enumerate(batches(pipe, small, clock, TASKS[part])):
-        if clock.progress >= 1 or (settings.steps is not None and step >= settings.steps):
-            break
+    clock = Clock(minutes)
+    feed = batches(pipe, replace(settings, largest=min(LARGEST, settings.largest)), clock, TASKS[part])
+
+    def losses(_step: int) -> dict[str, Tensor]:
+        batch = next(feed)
         with autocast(settings.device):
-            answered = loss(pipe, questions, batch, settings.device)
-        descend(sum(answered.values()), parameters, [optimizer], rate * rate_at(clock.progress, step))
-        losses.append([float(one.detach()) for one in answered.values()])
-        if (step + 1) % 50 == 0:
-            means = dict(zip(answered, torch.tensor(losses).mean(0).tolist(), strict=True))
-            log.add(part=part, step=step + 1, seconds=round(clock.seconds, 1), **means)
-            losses = []
+            return loss(pipe, questions, batch, settings.device)
+
+    fit(part, losses, groups, rate, clock, settings, log)
     for module in (*whole, questions):
         module.eval().requires_grad_(False)

@@ -10,7 +10,7 @@ from torch import nn
 from . import scenes
 from .family import of
 from .questions import SAID, cross_entropy, said
-from .training import Clock, Log, Settings, descend, rate_at, seeds
+from .training import Clock, Log, Settings, fit, gentle, seeds
 
 BATCH = 96
 
@@ -34,18 +34,14 @@ def train_text(pipe, settings: Settings, log: Log) -> None:
     heads = nn.ModuleList(nn.Linear(w, sum(SAID)) for w in family.widths(pipe)).to(device)
     for module in modules:
         module.to(device).train().requires_grad_(True)
-    parameters = [p for m in (*modules, heads) for p in m.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.text_rate, betas=(0.9, 0.98), weight_decay=0.0)
-    clock, step, losses = Clock(settings.text_minutes), 0, []
-    while clock.progress < 1 and (settings.steps is None or step < settings.steps):
+    groups = gentle(named for module in modules for named in module.named_parameters())
+    groups.append(dict(params=list(heads.parameters())))
+
+    def losses(step: int) -> dict[str, torch.Tensor]:
         # Only the words are needed, so the tasks are another stretch of the training seeds than the pictures'.
         batch = [scenes.describe(s) for s in seeds((1 << 40) + step * BATCH, BATCH)]
-        loss = text_loss(pipe, heads, batch, device)
-        descend(loss, parameters, [optimizer], settings.text_rate * rate_at(clock.progress, step))
-        step += 1
-        losses.append(float(loss.detach()))
-        if step % 50 == 0:
-            log.add(part="text", step=step, seconds=round(clock.seconds, 1), said=sum(losses) / len(losses))
-            losses = []
+        return dict(said=text_loss(pipe, heads, batch, device))
+
+    fit("text", losses, groups, settings.text_rate, Clock(settings.text_minutes), settings, log)
     for module in modules:
         module.eval().requires_grad_(False)

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,6 +140,28 @@ class Log:
         self.rows.append(row)
         self.path.write_text(json.dumps(self.rows) + "\n")
         print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
+
+
+def fit(
+    part: str, losses: Callable[[int], dict[str, torch.Tensor]], groups: list[dict[str, Any]], rate: float,
+    clock: Clock, settings: Settings, log: Log,
+) -> None:  # fmt: skip
+    """Descend the sum of `losses`, by name, of every step until `clock` has run out.
+
+    `groups`: AdamW's, each with its share of `rate`. Every 50 steps `log` gets a row of `part` with the losses' means.
+    """
+    parameters = [p for group in groups for p in group["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
+    step, seen = 0, []
+    while clock.progress < 1 and (settings.steps is None or step < settings.steps):
+        parts = losses(step)
+        descend(sum(parts.values()), parameters, [optimizer], rate * rate_at(clock.progress, step))
+        step += 1
+        seen.append([float(one.detach()) for one in parts.values()])
+        if step % 50 == 0:
+            means = dict(zip(parts, torch.tensor(seen).mean(0).tolist(), strict=True))
+            log.add(part=part, step=step, seconds=round(clock.seconds, 1), **means)
+            seen = []
 
 
 def seeds(start: int, count: int) -> range:

@@ -1,4 +1,4 @@
-"""Training on a CPU: attention as products is attention, where it is asked for, and freed memory stays."""
+"""On a CPU: attention as products is attention, where it is asked for, freed memory stays, channels may lie last."""
 
 import subprocess
 import sys
@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from specedit.micro import cpu, train
+from specedit.micro import cpu, family, train
+from specedit.micro.load import WEIGHTS, load
 
 
 def inputs(n=37, m=53, dtype=torch.float32):
@@ -132,3 +133,19 @@ def test_on_a_gpu_training_is_in_bfloat16_whatever_the_cpu(monkeypatch):
     monkeypatch.setattr(cpu, "bfloat16_is_faster", ask)
     monkeypatch.setattr(torch, "autocast", lambda kind, dtype, enabled: (kind, dtype, enabled))
     assert cpu.autocast("cuda:1") == ("cuda", torch.bfloat16, True)
+
+
+def test_channels_last_changes_how_pictures_lie_and_not_what_they_hold(tmp_path):
+    laid, plain = load("qwen").vae, family.named("qwen").load(WEIGHTS / "qwen", torch_dtype=torch.float32).vae
+    picture, results = torch.rand(1, 3, 1, 64, 96) * 2 - 1, []
+    for vae in (laid, plain):
+        deep = [p for p in vae.parameters() if p.ndim == 5 and p.shape[1] > 1 and p[0, 0].numel() > 1]
+        assert deep and all((p.stride(1) == 1) == (vae is laid) for p in deep)
+        with torch.no_grad():
+            latents = vae.encode(picture).latent_dist.mean
+            results.append((latents, vae.decode(latents).sample))
+    for got, wanted in zip(*results, strict=True):
+        assert torch.allclose(got, wanted, atol=1e-4)
+    laid.save_pretrained(tmp_path)
+    again = type(laid).from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in plain.state_dict().items())

@@ -175,7 +175,7 @@ def test_pictures_are_small_and_their_tasks_are_seen_nowhere_else(tmp_path, monk
 
     monkeypatch.setattr(train_ask, "batches", batches)
     for largest in (512, 64):
-        settings = training.Settings(tmp_path, largest=largest)
+        settings = training.Settings(tmp_path, largest=largest, steps=0)
         train_ask.train_ask(pipe, questions, settings, training.Log(tmp_path / "log.json"))
     assert [largest for largest, _ in seen] == [128, 64]
     assert all(0 < start != 1 << 20 for _, start in seen)  # where train_link's tasks begin
