@@ -16,8 +16,11 @@ from .micro import arguments, load, scenes
 SEED = 1
 
 
-def presets_against_stock(size: int, repeat: int = 1, seed: int = SEED, model: str = "kontext") -> list[dict[str, Any]]:
+def presets_against_stock(
+    size: int, repeat: int = 1, seed: int = SEED, model: str = "kontext", **settings: Any
+) -> list[dict[str, Any]]:
     """Rows of an `end_to_end` result file; medians of `repeat` calls, one short call of each before them to warm up.
+    `settings`: of SpecEditConfig, beside every preset.
 
     Stock and presets take turns, so that a machine whose speed drifts is as slow for one as for another.
     `peak_memory` is the most bytes that torch held on the GPU at once. On a CPU it is None: a process can neither be
@@ -47,7 +50,7 @@ def presets_against_stock(size: int, repeat: int = 1, seed: int = SEED, model: s
             stock.append(measure(num_inference_steps=STOCK_STEPS))
             bar.update()
             for preset, restore in runs:
-                install(pipe, preset, restore=restore)
+                install(pipe, preset, restore=restore, **settings)
                 if turn == 0:
                     pipe(**call, num_inference_steps=2)
                 taken[preset, restore].append((*measure(), report(pipe)))

@@ -56,7 +56,7 @@ def load(
 
     if model is None or model in EDITORS:
         editor = model or EDITORS[0]
-        return placed(micro.load(editor)), lambda image: small(image, editor)
+        return placed(micro.load(editor, device="cpu" if offload else device)), lambda image: small(image, editor)
     from diffusers import DiffusionPipeline
 
     folder = Path(model)

@@ -159,7 +159,23 @@ def _check_triton() -> None:
         found = "none"
     if found == "none" or tuple(map(int, found.split(".")[:2])) < MINIMUM_TRITON:
         wanted = ".".join(map(str, MINIMUM_TRITON))
-        raise ImportError(f'expected Triton {wanted} or newer to run kernels, found {found}; use backend="torch"')
+        raise ImportError(
+            f'expected Triton {wanted} or newer to run kernels, found {found}; use backend="torch", '
+            'in specedit.install attention="torch"'
+        )
+
+
+def check_gpu(device: torch.device) -> None:
+    """Nothing, on a GPU that the kernels run on.
+
+    Raises:
+        ImportError: Triton is missing or too old.
+        RuntimeError: the GPU is.
+    """
+    _check_triton()
+    from .gpu.launch import check_device
+
+    check_device(device)
 
 
 def _implementation(backend: str, name: str) -> Callable:

@@ -97,6 +97,45 @@ def test_edit_with_the_embedded_editor(tmp_path, picture, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == f"wrote {out}, 144 x 96 px of 150 x 100"
 
 
+def test_a_gpu_without_kernels_takes_pytorch(monkeypatch, capsys):
+    from specedit_kernels import ops
+
+    assert torch.cuda.is_available() or shared.attention_here() == {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for error in (None, RuntimeError("expected a GPU of 8.0, got 7.5"), ImportError("expected Triton")):
+
+        def check(device, error=error):
+            if error is not None:
+                raise error
+
+        monkeypatch.setattr(ops, "check_gpu", check)
+        assert shared.attention_here() == ({} if error is None else {"attention": "torch"})
+        said = f"specedit: no Triton kernels here, PyTorch instead: {error}\n"
+        assert capsys.readouterr().err == ("" if error is None else said)
+
+
+def test_commands_run_with_the_attention_of_this_machine(monkeypatch, tmp_path, picture):
+    import specedit
+    from specedit import bench
+
+    taken, install = [], specedit.install
+
+    def recorded(pipe, *args, **settings):
+        taken.append(settings["attention"])
+        return install(pipe, *args, **settings)
+
+    monkeypatch.setattr(specedit, "install", recorded)
+    for command in (cli.edit, cli.evaluate, cli.bench):
+        monkeypatch.setattr(command, "attention_here", lambda: {"attention": "torch"})
+    given = ["make it greyscale", "--out", str(tmp_path / "out.png"), "--preset", "turbo"]
+    assert cli.main(["edit", str(picture), *given]) == 0
+    assert cli.main(["eval", "micro", "--cases", "1", "--size", "64", "--preset", "turbo"]) == 0
+    assert taken == ["torch", "torch"]
+    monkeypatch.setattr(bench, "presets_against_stock", lambda *_, **settings: taken.append(settings) or [])
+    assert cli.main(["bench", "--size", "64"]) == 0
+    assert taken[2] == {"model": "kontext", "attention": "torch"}
+
+
 def test_edit_keeps_pixels_outside_a_mask(tmp_path, picture):
     mask = Image.new("L", (128, 128))
     mask.paste(255, (0, 0, 32, 32))

@@ -124,7 +124,9 @@ def test_an_edit_is_the_hosts(pipes, name, settings, call):
 @inside
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
-    "settings", [{}, {"rope": "phase_aligned"}, {"reference_refresh": 2}, {"forecast": "foca"}], ids=str
+    "settings",
+    [{}, {"rope": "phase_aligned"}, {"reference_refresh": 2}, {"forecast": "foca"}, {"forecast": "taylor"}],
+    ids=str,
 )
 def test_no_step_waits_for_the_host(pipes, name, settings):
     """Twice the steps bring no more of what makes host and device wait for each other."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..pipelines import EDITORS
 from . import plan
-from .shared import Failure, add_model, check_size, quiet
+from .shared import Failure, add_model, attention_here, check_size, quiet
 
 
 def add(commands) -> None:
@@ -27,7 +27,7 @@ def run(args) -> int:
     from .. import bench, results
     from ..micro.load import WEIGHTS
 
-    rows = bench.presets_against_stock(args.size, args.repeat, model=args.model)
+    rows = bench.presets_against_stock(args.size, args.repeat, model=args.model, **attention_here())
     print(f"{'preset':14}{'restore':11}{'edited':>8}{'seconds':>9}{'speedup':>9}{'FLOPs ratio':>13}{'quotient':>10}")
     for row in rows:
         quotient = row["speedup"] / row["flops_ratio"]

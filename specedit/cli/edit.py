@@ -8,7 +8,7 @@ from pathlib import Path
 from .. import pipelines
 from ..config import CHOICES, DEFAULT_PRESET, presets
 from ..pipelines import EDITORS
-from .shared import Failure, add_offload, check_output, quiet, seed_number
+from .shared import Failure, add_offload, attention_here, check_output, quiet, seed_number
 
 
 def add(commands) -> None:
@@ -57,7 +57,7 @@ def run(args) -> int:
     size, (image, given) = image.size, prepare(image)
     if args.negative_prompt is not None:
         given["negative_prompt"] = args.negative_prompt
-    overrides = {} if args.restore is None else {"restore": args.restore}
+    overrides = attention_here() | ({} if args.restore is None else {"restore": args.restore})
     install(pipe, args.preset, keep_pixels=args.keep_pixels, **overrides)
     generator = torch.Generator().manual_seed(args.seed)
     result = pipe(image=image, prompt=args.prompt, edit_mask=mask, generator=generator, **given).images[0]

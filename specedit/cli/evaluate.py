@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .. import pipelines
 from ..config import CHOICES, DEFAULT_PRESET, presets
-from .shared import Failure, add_model, add_offload, check_size, quiet, seed_number
+from .shared import Failure, add_model, add_offload, attention_here, check_size, quiet, seed_number
 
 
 def add(commands) -> None:
@@ -73,7 +73,7 @@ def _micro(args) -> int:
     pipe, _ = pipelines.load(args.model)
     pipe.set_progress_bar_config(disable=True)
     if args.preset != "stock":
-        install(pipe, args.preset, **overrides)
+        install(pipe, args.preset, **overrides, **attention_here())
     cases = (micro.scenes.sample(seed, args.size) for seed in range(args.cases))
     result = micro.evaluate(pipe, tqdm(cases, total=args.cases, desc=args.preset), args.steps)
     print(f"{'':12}{'tasks':>6}{'success':>9}{'edit dB':>9}{'keep dB':>9}{'TFLOPs':>9}{'seconds':>9}")
@@ -113,7 +113,7 @@ def _public(args) -> int:
     pipe, prepare = pipelines.load(args.model, own_size=False, offload=args.offload)
     pipe.set_progress_bar_config(disable=True)
     if not stock:
-        install(pipe, args.preset, **overrides)
+        install(pipe, args.preset, **overrides, **attention_here())
     call = {} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}
     rows = evaluation.run(
         pipe, prepare, tqdm(todo, desc=args.preset), out, steps=args.steps, seed=args.seed, against=args.against, **call

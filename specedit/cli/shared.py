@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import warnings
 from collections.abc import Collection
 from pathlib import Path
@@ -42,6 +43,21 @@ def add_offload(parser) -> None:
     parser.add_argument(
         "--offload", action="store_true", help="only the part that runs is on the GPU, for models that it does not hold"
     )
+
+
+def attention_here() -> dict[str, str]:
+    """The settings with which an edit runs on this machine: none, or on a GPU without kernels attention="torch"."""
+    import torch
+
+    from specedit_kernels.ops import check_gpu
+
+    if torch.cuda.is_available():
+        try:
+            check_gpu(torch.device("cuda"))
+        except (ImportError, RuntimeError) as error:
+            print(f"specedit: no Triton kernels here, PyTorch instead: {error}", file=sys.stderr)
+            return {"attention": "torch"}
+    return {}
 
 
 def quiet() -> None:

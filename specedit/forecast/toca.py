@@ -93,7 +93,7 @@ class ToCa(Forecaster):
         start = self.store.text_tokens
         length = values[:, start : start + tokens].float().square().sum((2, 3)).sqrt()
         low, high = length.amin(1, keepdim=True), length.amax(1, keepdim=True)
-        importance = (high - length) / (high - low).clamp_min(1e-12)
+        importance = ((high - length) / (high - low).clamp_min(1e-12)).to(self.age.device)  # kept on the transformer's
         score = importance + STALENESS_WEIGHT * (step - self.age) / self.interval
         return score.topk(fresh_tokens(tokens), 1).indices.sort(1).values
 

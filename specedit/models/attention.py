@@ -224,11 +224,10 @@ class QwenMixedProcessor(MixedProcessor):
 
 def _place(q, k, v, norm_q, norm_k, cos, sin, out, rows: Tensor, backend: str | None) -> None:
     """Norm and rotate q and k, and write them (and v) into `rows` of the joint sequence."""
-    if norm_q.weight.device == q.device:
+    if _readable(norm_q, q) and _readable(norm_k, k):
         weights = (norm_q.weight, norm_k.weight)
         qk_norm_rope(q, k, *weights, cos, sin, eps=norm_q.eps, v=v, out_index=rows, out=out, backend=backend)
         return
-    # Offloaded module by module: a norm's weights only come to the device when the norm itself is called.
     for x, norm, target in ((q, norm_q, out[0]), (k, norm_k, out[1])):
         target[:, rows] = _turned(norm(x), cos, sin).to(target.dtype)
     if v is not None:
@@ -272,9 +271,16 @@ def _output(attn: nn.Module, image: Tensor) -> Tensor:
 
 def _rotated(x: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor, backend: str | None) -> Tensor:
     """Normed and rotated x (b, n, H, D). The kernel does pairs; its second half is dropped."""
-    if norm.weight.device == x.device:
+    if _readable(norm, x):
         return qk_norm_rope(x, x, norm.weight, norm.weight, cos, sin, eps=norm.eps, backend=backend)[0]
     return _turned(norm(x), cos, sin)
+
+
+def _readable(norm: nn.Module, x: Tensor) -> bool:
+    """Whether the weights of `norm` are beside x. Of one that is offloaded by itself they come when it is called, and
+    where they are on their way already, as under diffusers' streams, only its hook waits for them."""
+    hooked = hasattr(norm, "_diffusers_hook") or hasattr(norm, "_hf_hook")
+    return not hooked and norm.weight.device == x.device
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -293,9 +299,10 @@ def half_table(table: Tensor) -> Tensor:
     return table[:, ::2].float().contiguous()
 
 
-def foreign(transformer: nn.Module, attention_class: type, backend: str) -> str | None:
+def foreign(transformer: nn.Module, attention_class: type, backend: str | None) -> str | None:
     """Why a transformer runs stock, such as a quantised engine with kernels of its own, or one with processors that
-    somebody else wrote, which `backend` "stock" would run but ours would not; None of the model's own."""
+    somebody else wrote; None of the model's own. `backend`: None where attention="stock" would not run those either.
+    """
     modules = [module for module in transformer.modules() if isinstance(module, attention_class)]
     if not modules:
         return f"the attention of {type(transformer).__name__} takes no processors of ours"
@@ -303,7 +310,8 @@ def foreign(transformer: nn.Module, attention_class: type, backend: str) -> str 
         own = processor.original if isinstance(processor, MixedProcessor) else processor
         if backend != "stock" and type(own).__module__.partition(".")[0] != "diffusers":
             name = type(own).__name__
-            return f'its attention processor {name} is none of diffusers\' own, which attention="stock" would run'
+            hint = "" if backend is None else ', which attention="stock" would run'
+            return f"its attention processor {name} is none of diffusers' own{hint}"
     return None
 
 

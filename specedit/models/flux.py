@@ -111,7 +111,7 @@ class FluxKontext:
             text_tokens=positive["encoder_hidden_states"].shape[1],
             branches=1 if negative is None else 2,
             pixels_per_token=multiple,
-            backend={"auto": None, "stock": None}.get(attention, attention),
+            backend={"auto": None, "stock": "torch"}.get(attention, attention),
             prompts=count_prompts(call),
             pictures=len(image),
             last_block=self._trims(pipe, attention),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from accelerate.hooks import CpuOffload
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
 from PIL import Image
@@ -87,7 +88,9 @@ def decoder_features(vae: Any, latents: Tensor) -> list[Tensor]:
             f"vae: expected a decoder with conv_in, mid_block and up_blocks to verify the draft with, got "
             f"{type(vae).__name__}; selector='variance' or an edit_mask needs none"
         )
-    if hasattr(vae, "_hf_hook") or hasattr(vae.decoder, "_diffusers_hook"):
+    if isinstance(getattr(vae, "_hf_hook", None), CpuOffload):
+        vae.to(latents.device)  # its hook would first take the transformer away, which the next step needs again
+    elif hasattr(vae, "_hf_hook") or hasattr(vae.decoder, "_diffusers_hook"):
         return _hooked_features(vae, latents)
     if getattr(vae, "post_quant_conv", None) is not None:
         latents = vae.post_quant_conv(latents)

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 
+class Movable:
+    """A frozen dataclass of tensors that `to` brings to a device: what accelerate's hooks ask of every argument."""
+
+    def to(self, device: torch.device | str | int, **how: Any) -> Self:
+        """Itself where all of it is there already; else a copy with every tensor moved. What is kept stays the one."""
+        moved = {field.name: _moved(getattr(self, field.name), device, how) for field in fields(self)}
+        return self if all(value is getattr(self, name) for name, value in moved.items()) else replace(self, **moved)
+
+
+def _moved(value: Any, device: torch.device | str | int, how: dict[str, Any]) -> Any:
+    if isinstance(value, tuple):
+        each = tuple(_moved(one, device, how) for one in value)
+        return value if all(a is b for a, b in zip(each, value, strict=True)) else each
+    return value.to(device, **how) if isinstance(value, Tensor | Movable) else value
+
+
 @dataclass(frozen=True, eq=False)
-class Segments:
+class Segments(Movable):
     """Two query segments over two copies of the keys: `order` lists fine queries, then coarse; cu_seqlens of both."""
 
     fine: Tensor
@@ -41,7 +58,7 @@ def cumulative(lengths: list[int], device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Packing:
+class Packing(Movable):
     """Several sequences of different length in one launch, without padding.
 
     Both streams then have a batch of one and hold the rows of all sequences; `text` (T_text,) and `image` (T_image,)
@@ -78,7 +95,7 @@ def pack(texts: list[int], target: int, reference: int, device: torch.device) ->
 
 
 @dataclass(frozen=True, eq=False)
-class Queries:
+class Queries(Movable):
     """The rows that ask, where not every row of the sequence does: `rows` (n,), the first n of the image stream.
 
     segments: of these rows, for phase-aligned RoPE. cu_seqlens: of the rows of packed sequences, as many of each.
@@ -101,7 +118,7 @@ class Queries:
 
 
 @dataclass(frozen=True, eq=False)
-class MixedContext:
+class MixedContext(Movable):
     """What a mixed sequence adds to an attention call; travels in `joint_attention_kwargs`.
 
     key_bias: (S,) or (B, S) float32 or None, log of the area of every key. segments: None, or which queries are

@@ -41,6 +41,12 @@ def running(context: joint.MixedContext | None) -> Iterator[None]:
         _running.reset(token)
 
 
+def current(device: torch.device) -> joint.MixedContext | None:
+    """The context from `running`, on `device`: hooks that move what a transformer is given do not see this one."""
+    context = _running.get()
+    return None if context is None else context.to(device)
+
+
 class LongCatMixedProcessor(attention.FluxMixedProcessor):
     """FLUX's attention, with the context from `running`."""
 
@@ -55,16 +61,17 @@ class LongCatMixedProcessor(attention.FluxMixedProcessor):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         rows: slice | None = None,
     ):
+        context = current(hidden_states.device)
         return super().__call__(
-            attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, _running.get(), rows
+            attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, context, rows
         )
 
 
 class LongCatLastBlock(last_block.FluxLastBlock):
     """FLUX's last block, with the context from `running`."""
 
-    def context(self, kwargs: dict[str, Any] | None) -> joint.MixedContext | None:
-        return _running.get()
+    def context(self, kwargs: dict[str, Any] | None, device: torch.device) -> joint.MixedContext | None:
+        return current(device)
 
 
 class LongCatImageEdit(FluxKontext):
@@ -78,6 +85,10 @@ class LongCatImageEdit(FluxKontext):
         return isinstance(pipe, LongCatImageEditPipeline)
 
     def refusal(self, pipe: Any, call: dict[str, Any], backend: str) -> str | None:
+        if (reason := attention.foreign(pipe.transformer, LongCatImageAttention, None)) is not None:
+            return reason
+        if any(isinstance(processor, torch.nn.Module) for processor in pipe.transformer.attn_processors.values()):
+            return "an attention processor with weights is loaded, and SpecEdit cannot stand in for it"
         if call.get("sigmas") is not None:
             return "sigmas were given, and SpecEdit's stages choose their own"
         if call.get("prompt") is None:
@@ -100,17 +111,22 @@ class LongCatImageEdit(FluxKontext):
         resized = pipe.image_processor.resize(images[0], height, width)
         condition = pipe.image_processor.resize(resized, height // 2, width // 2)
 
-        def encode(prompt: Any) -> dict[str, Tensor]:
+        def encode(prompt: Any, given: Tensor | None = None) -> dict[str, Tensor]:
             embeds, ids = pipe.encode_prompt(
-                prompt=prompt, image=condition, num_images_per_prompt=call["num_images_per_prompt"]
+                prompt=prompt, image=condition, num_images_per_prompt=call["num_images_per_prompt"], prompt_embeds=given
             )
             return dict(encoder_hidden_states=embeds, txt_ids=ids)
 
         positive = encode(call["prompt"])
         guided = one_for_each(call | {"negative_prompt": call["negative_prompt"] or ""})
-        negative = encode(guided["negative_prompt"]) if pipe.do_classifier_free_guidance else None
+        negative = None
+        if pipe.do_classifier_free_guidance:
+            negative = encode(guided["negative_prompt"], call["negative_prompt_embeds"])
         embeds = positive["encoder_hidden_states"]
         batch, length = embeds.shape[:2]
+        if negative is not None and (got := negative["encoder_hidden_states"].shape) != embeds.shape:
+            expected = tuple(embeds.shape)
+            raise ValueError(f"negative_prompt_embeds: expected shape {expected}, as the prompt's, got {tuple(got)}")
         pixels = pipe.image_processor.preprocess(resized, height, width)
         noise, reference, _, _ = pipe.prepare_latents(
             pixels, batch, LATENT_CHANNELS, height, width, embeds.dtype, length, pipe._execution_device,
@@ -131,7 +147,7 @@ class LongCatImageEdit(FluxKontext):
             branches=1 if negative is None else 2,
             prompts=count_prompts(call),
             pixels_per_token=multiple,
-            backend={"auto": None, "stock": None}.get(attention, attention),
+            backend={"auto": None, "stock": "torch"}.get(attention, attention),
             last_block=self._trims(pipe, attention),
             extra=dict(
                 positive=positive, negative=negative, dtype=embeds.dtype, scale=call["guidance_scale"],

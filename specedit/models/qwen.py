@@ -62,7 +62,8 @@ class QwenImageEdit:
         return isinstance(pipe, QwenImageEditPipeline)
 
     def refusal(self, pipe: Any, call: dict[str, Any], backend: str) -> str | None:
-        if (reason := attention.foreign(pipe.transformer, Attention, backend)) is not None:
+        # With "stock" too, mixed stages need a processor that takes a bias per key.
+        if (reason := attention.foreign(pipe.transformer, Attention, None)) is not None:
             return reason
         for option, reason in UNUSUAL.items():
             if getattr(pipe.transformer.config, option, False):  # older versions do not have every option
@@ -124,7 +125,7 @@ class QwenImageEdit:
             **text_counts(positive, negative, attention),
             branches=1 if negative is None else 2,
             pixels_per_token=multiple,
-            backend={"auto": None, "stock": None}.get(attention, attention),
+            backend={"auto": None, "stock": "torch"}.get(attention, attention),
             prompts=count_prompts(call),
             pictures=len(source),
             last_block=attention != "stock" and last_block.attached(self._last(pipe)),
@@ -361,8 +362,8 @@ def encode(pipe: Any, call: dict[str, Any], condition: Any, device: torch.device
             prompt_embeds_mask=call[f"{prefix}prompt_embeds_mask"], device=device,
             num_images_per_prompt=1, max_sequence_length=call["max_sequence_length"],
         )  # fmt: skip
-        embeds = embeds.repeat_interleave(images, 0)
-        mask = None if mask is None else mask.repeat_interleave(images, 0)
+        embeds = embeds.to(device).repeat_interleave(images, 0)  # the caller's own stay where they are
+        mask = None if mask is None else mask.to(device).repeat_interleave(images, 0)
         mask = None if mask is None or bool(mask.all()) else mask.bool()
         lengths = None if mask is None else mask.sum(1).tolist()
         return dict(encoder_hidden_states=embeds, mask=mask, lengths=lengths)

@@ -32,6 +32,7 @@ class Sequences:
     context: joint.MixedContext | None
     mask: Tensor | None = None
     texts: tuple[Tensor, ...] = ()
+    rows: slice | Tensor | None = None  # of the embeddings, where they are taken as they are
     count: int = 0  # of packed sequences
     length: int = 0  # of all of them
 
@@ -98,7 +99,7 @@ class Inputs:
         Those take no bias per key, so where there is one its sum goes to the model's attention backend as a mask.
         """
         sequences = self._made("dense", [prompt], self._dense)
-        embeds = prompt["encoder_hidden_states"][rows_index(self.rows, self.tokens.device)]
+        embeds = prompt["encoder_hidden_states"][sequences.rows]
         states = torch.cat([self.tokens, self.reference], 1)
         return self._run(states, embeds, sequences.placed, sequences.context, sequences.mask)[:, : self.tokens.shape[1]]
 
@@ -176,7 +177,8 @@ class Inputs:
             if self.state.last_block:
                 read = joint.Queries(torch.arange(n, device=device))
                 context = joint.MixedContext(backend="stock", rotary=tables, read=read, plain=True)
-        return Sequences(self._layouts, tuple(prompts), PlacedImages(n, r, b, frequencies), context, mask)
+        placed, rows = PlacedImages(n, r, b, frequencies), rows_index(self.rows, device)
+        return Sequences(self._layouts, tuple(prompts), placed, context, mask, rows=rows)
 
     @property
     def _layouts(self) -> tuple[MixedLayout, MixedLayout | LayoutSet]:

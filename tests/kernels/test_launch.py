@@ -13,7 +13,7 @@ from specedit_kernels import available_backends, mixed_attention, tune
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
 
-from specedit_kernels import gpu
+from specedit_kernels import gpu, ops
 from specedit_kernels.gpu import attention, launch
 
 runs_kernels = pytest.mark.skipif("triton" not in available_backends(), reason="needs a GPU or Triton's interpreter")
@@ -50,11 +50,18 @@ def test_an_old_architecture_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     with pytest.raises(RuntimeError, match=r"expected a GPU of compute capability 8.0 or newer, got 7.5 \(Tesla T4\)"):
-        launch.check_device(torch.device("cuda", 0))
+        ops.check_gpu(torch.device("cuda", 0))
     first = SimpleNamespace(device=torch.device("cuda", 0))  # all that a call looks at before it looks at the GPU
     for name in gpu._LAUNCHES:
         with pytest.raises(RuntimeError, match=r"8.0 or newer, got 7.5 \(Tesla T4\); use backend=\"torch\""):
             gpu.run(name, (first,))
+
+
+def test_a_new_architecture_will_do(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    ops.check_gpu(torch.device("cuda", 0))
+    with pytest.raises(ValueError, match="expected CUDA tensors, got mps"):
+        ops.check_gpu(torch.device("mps"))
 
 
 def test_an_unknown_gpu_is_logged_once(monkeypatch, caplog):

@@ -176,7 +176,8 @@ def test_works_without_triton():
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [
         'ValueError backend: expected CUDA tensors for "triton", got cpu',
-        'ImportError expected Triton 3.6 or newer to run kernels, found none; use backend="torch"',
+        'ImportError expected Triton 3.6 or newer to run kernels, found none; use backend="torch", in specedit.install '
+        'attention="torch"',
     ]
 
 
@@ -188,11 +189,12 @@ def test_an_older_triton_is_named():
         import torch
         from specedit_kernels import ops
         try:
-            ops.run("triton", "gather_tokens", (torch.zeros(3, 2), torch.tensor([1])))
+            ops.check_gpu(torch.device("cuda"))
         except ImportError as error:
             print(error)
     """)
-    message = 'expected Triton 3.6 or newer to run kernels, found 3.2.0; use backend="torch"'
+    message = 'expected Triton 3.6 or newer to run kernels, found 3.2.0; use backend="torch", in specedit.install '
+    message += 'attention="torch"'
     assert result.stdout.strip() == message, result.stderr
 
 

@@ -194,6 +194,26 @@ class Conformance:
     def test_the_last_block_is_stocks_with_stock_attention(self, family):
         assert not family.prepare(family.make(), attention="stock")[1].last_block
 
+    def test_stock_attention_needs_no_kernels(self, family):
+        backends = [family.prepare(family.make(), attention=attention)[1].backend for attention in ("stock", "auto")]
+        assert backends == ["torch", None]
+
+    def test_a_processor_of_somebody_else_runs_stock(self, family):
+        pipe = family.make()
+        for module in pipe.transformer.modules():
+            if (processor := vars(module).get("processor")) is not None:
+                processor.__class__ = type("Other", (type(processor),), {"__module__": "elsewhere"})
+        stock = family.run(pipe, num_inference_steps=2)
+        for attention in ("auto", "torch", "stock")[: 2 if family.runs_others else 3]:
+            specedit.install(pipe, attention=attention)
+            with pytest.warns(UserWarning, match="its attention processor Other is none of diffusers' own"):
+                assert torch.equal(family.run(pipe, num_inference_steps=2), stock)
+            specedit.uninstall(pipe)
+        if family.runs_others:
+            specedit.install(pipe, attention="stock", **QUICK)
+            family.run(pipe)
+            assert specedit.report(pipe).nfe == 4
+
     # Keys and values of this very step: then the target's tokens alone give what all tokens give.
     @pytest.mark.parametrize("changes", [{}, {"cfg": "separate"}, {"key_bias": "none"}])
     def test_the_target_alone_beside_kept_keys(self, family, changes):

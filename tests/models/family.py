@@ -20,7 +20,8 @@ class Family:
     adapter: its class. make: makes equal pipelines that share nothing. call: (height, width) to the arguments of one
     call whose reference covers the output. guided: arguments that switch true classifier-free guidance on, or None.
     batch: (n) to arguments that make a call edit n pictures, or None where the pipeline takes only one. fullgraph:
-    whether its blocks compile without a graph break.
+    whether its blocks compile without a graph break. runs_others: whether attention="stock" runs other processors than
+    diffusers'.
     """
 
     adapter: type
@@ -29,6 +30,7 @@ class Family:
     guided: dict[str, Any] | None = None
     batch: Callable[[int], dict[str, Any]] | None = None
     fullgraph: bool = True
+    runs_others: bool = False
     sizes: tuple[tuple[int, int], ...] = field(default=((128, 128), (160, 96)))
 
     def run(self, pipe, size=(128, 128), seed=0, **changes):

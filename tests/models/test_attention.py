@@ -10,6 +10,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAt
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from torch._dynamo.testing import CompileCounter
 
+from specedit.models import attention
 from specedit.models.attention import FluxMixedProcessor, QwenMixedProcessor, _stored, attach, detach, half_table
 from specedit.models.joint import MixedContext, Queries, pack, segments
 
@@ -165,6 +166,35 @@ def test_half_table_takes_every_angle_once():
     half = half_table(cos)
     assert half.dtype == torch.float32 and half.is_contiguous()
     torch.testing.assert_close(half.repeat_interleave(2, 1), cos.float())
+
+
+@pytest.mark.parametrize("mark", ["_diffusers_hook", "_hf_hook"])
+def test_a_norm_that_is_offloaded_by_itself_is_called(mark):
+    """Its weight may be on the device and not there yet: what it holds before the call counts for nothing."""
+    norms, right = [torch.nn.RMSNorm(8, eps=1e-6) for _ in range(2)], [torch.rand(8) + 0.5 for _ in range(2)]
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 3, 2, 8, generator=generator) for _ in range(3))
+    angle = torch.rand(3, 4, generator=generator)
+    tables, rows = (angle.cos(), angle.sin()), torch.tensor([2, 0, 1])
+
+    def arrives(norm, weight):
+        norm.weight.copy_(weight)
+
+    def placed():
+        out = [torch.full_like(q, torch.nan) for _ in range(3)]
+        attention._place(q, k, v, *norms, *tables, out, rows, "torch")
+        return [*out, attention._rotated(q, norms[0], *tables, "torch")]
+
+    with torch.no_grad():
+        for norm, weight in zip(norms, right, strict=True):
+            norm.weight.copy_(weight)
+        wanted = placed()
+        for norm, weight in zip(norms, right, strict=True):
+            norm.weight.fill_(torch.nan)
+            setattr(norm, mark, object())
+            norm.register_forward_pre_hook(lambda module, _, weight=weight: arrives(module, weight))
+        for got, expected in zip(placed(), wanted, strict=True):
+            torch.testing.assert_close(got, expected)
 
 
 def test_attach_and_detach_put_back_the_very_objects():

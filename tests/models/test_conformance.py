@@ -1,12 +1,14 @@
 """Every adapter against the conformance tests."""
 
 import pytest
+import torch
 from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
 
+import specedit
 from specedit.models import LongCatImageEdit
 from specedit.models.flux import FluxKontext
 from specedit.models.qwen import QwenImageEdit, QwenImageEditPlus
-from tests.models.conformance import Conformance
+from tests.models.conformance import QUICK, Conformance
 from tests.models.family import Family
 
 
@@ -22,6 +24,7 @@ class TestFluxKontext(Conformance):
         return Family(
             FluxKontext, make_pipe, call, guided=dict(negative_prompt="blue", true_cfg_scale=2.5),
             batch=lambda n: dict(image=[picture(seed=i) for i in range(n)], prompt=["red", "make it large"][:n]),
+            runs_others=True,
         )  # fmt: skip
 
 
@@ -71,3 +74,13 @@ class TestLongCatImageEdit(Conformance):
             batch=lambda n: dict(num_images_per_prompt=n),
             fullgraph=False,  # no compiler reads the context variable that carries the context past the transformer
         )  # fmt: skip
+
+    def test_embeddings_of_a_negative_prompt(self, family):
+        pipe = specedit.install(family.make(), **QUICK)
+        expected = family.run(pipe, **family.guided)
+        _, state = family.prepare(family.make(), **family.guided)
+        given = dict(guidance_scale=2.5, negative_prompt_embeds=state.extra["negative"]["encoder_hidden_states"])
+        assert torch.equal(family.run(pipe, **given), expected)
+        given["negative_prompt_embeds"] = given["negative_prompt_embeds"][:, 1:]
+        with pytest.raises(ValueError, match=r"negative_prompt_embeds: expected shape .*, as the prompt's, got"):
+            family.run(pipe, **given)

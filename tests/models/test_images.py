@@ -73,6 +73,24 @@ def test_features_of_an_offloaded_decoder_are_the_same(request, components, part
     assert not any(module._forward_hooks for module in vae.modules())
 
 
+def test_verification_under_model_offloading_leaves_the_other_models_where_they_are(tiny_components, monkeypatch):
+    from accelerate import cpu_offload_with_hook
+
+    vae = copy.deepcopy(tiny_components["vae"])
+    latents = torch.randn(2, 4, 6, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = decoder_features(vae, latents)
+        cpu_offload_with_hook(vae, "cpu")
+        calls = []  # of what takes the model before away
+        monkeypatch.setattr(vae._hf_hook, "pre_forward", lambda module, *given: calls.append(module) or (given, {}))
+        features = decoder_features(vae, latents)
+        assert not calls
+        vae.decode(latents)
+    assert calls == [vae]  # as a whole decode does
+    for a, b in zip(plain, features, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_a_decoder_without_the_layers_of_verification():
     from diffusers import AutoencoderTiny
 

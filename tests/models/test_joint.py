@@ -1,8 +1,10 @@
 """Where rows of joint and packed sequences lie, and which of them ask."""
 
+from dataclasses import fields
+
 import torch
 
-from specedit.models.joint import pack, segments
+from specedit.models.joint import MixedContext, Queries, pack, segments
 
 
 def test_pack_gives_every_row_its_place():
@@ -23,3 +25,27 @@ def test_segments_of_several_sequences():
 def test_segments_of_some_queries():
     parts = segments(torch.tensor([1, 0, 0], dtype=torch.bool), [2, 1], [7, 4])
     assert parts.cu_q.tolist() == [0, 1, 2, 3, 3] and parts.cu_k.tolist() == [0, 7, 11, 18, 22]
+
+
+def tensors(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, tuple):
+        return [tensor for one in value for tensor in tensors(one)]
+    parts = fields(value) if hasattr(value, "__dataclass_fields__") else ()
+    return [tensor for part in parts for tensor in tensors(getattr(value, part.name))]
+
+
+def test_a_context_moves_whole_and_keeps_its_store():
+    coarse, tables, store = torch.tensor([True, False, True]), (torch.ones(3, 2), torch.zeros(3, 2)), {}
+    context = MixedContext(
+        key_bias=torch.zeros(3), segments=segments(coarse), coarse_rotary=tables, rotary=tables, index=torch.arange(3),
+        packing=pack([1, 0], 1, 0, "cpu"), store=store, rows=torch.arange(2)[None], backend="torch",
+        asking=Queries(torch.arange(2)), read=Queries(torch.arange(1), segments(coarse[:1])),
+    )  # fmt: skip
+    assert context.to("cpu") is context and context.to(torch.device("cpu"), non_blocking=True) is context
+    moved = context.to("meta")
+    assert len(tensors(moved)) == len(tensors(context)) == 23
+    assert {tensor.device.type for tensor in tensors(moved)} == {"meta"}
+    assert moved.store is store and moved.backend == "torch" and not context.rotary[0].is_meta
+    assert [t.shape for t in tensors(moved)] == [t.shape for t in tensors(context)]
