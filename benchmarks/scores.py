@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from specedit import micro, results
 from specedit.install import last_report
-from specedit.micro.load import WEIGHTS
+from specedit.micro.load import identity
 from specedit.pipelines import EDITORS
 
 EVERY = 4  # tasks of one variant before it is the next one's turn
@@ -44,7 +44,7 @@ def command(module: str, args: argparse.Namespace) -> str:
 
 def whose(args: argparse.Namespace) -> dict[str, Any]:
     """Whose scores a file holds."""
-    return dict(model=args.model, size=args.size, weights=results.fingerprint(WEIGHTS / args.model))
+    return identity(args.model) | dict(size=args.size)
 
 
 def some(every: dict[str, Any], names: list[str] | None) -> dict[str, Any]:

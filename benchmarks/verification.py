@@ -19,7 +19,7 @@ from specedit.config import SpecEditConfig
 from specedit.grid import TokenGrid
 from specedit.micro import scenes
 from specedit.micro.family import of
-from specedit.micro.load import WEIGHTS
+from specedit.micro.load import identity
 from specedit.micro.train_editor import pack
 from specedit.models import adapter_of
 from specedit.models.base import EditState
@@ -69,9 +69,7 @@ def main() -> None:
                 recall, false = (float((s > threshold).float().mean()) for s in (inside, outside))
                 rows.append(dict(size=size, verify_at=verify_at, threshold=threshold, recall=recall, false=false))
     command = f"python -m benchmarks.verification --model {args.model} --cases {args.cases}"
-    results.write(
-        args.out, command, rows, of=dict(model=args.model, weights=results.fingerprint(WEIGHTS / args.model / "vae"))
-    )
+    results.write(args.out, command, rows, of=identity(args.model, "vae"))
 
 
 if __name__ == "__main__":

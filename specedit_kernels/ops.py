@@ -170,12 +170,13 @@ def check_gpu(device: torch.device) -> None:
 
     Raises:
         ImportError: Triton is missing or too old.
-        RuntimeError: the GPU is.
+        RuntimeError: the GPU is too old, or Triton finds no C compiler.
     """
     _check_triton()
-    from .gpu.launch import check_device
+    from .gpu.launch import check_compiler, check_device
 
     check_device(device)
+    check_compiler()
 
 
 def _implementation(backend: str, name: str) -> Callable:

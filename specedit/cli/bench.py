@@ -25,7 +25,7 @@ def run(args) -> int:
     check_size(args.size, 64)
     quiet()
     from .. import bench, results
-    from ..micro.load import WEIGHTS
+    from ..micro.load import identity
 
     rows = bench.presets_against_stock(args.size, args.repeat, model=args.model, **attention_here())
     print(f"{'preset':14}{'restore':11}{'edited':>8}{'seconds':>9}{'speedup':>9}{'FLOPs ratio':>13}{'quotient':>10}")
@@ -37,6 +37,7 @@ def run(args) -> int:
         )
     if args.json is not None:
         named = "" if args.model == EDITORS[0] else f" --model {args.model}"
-        of = dict(model=args.model, weights=results.fingerprint(WEIGHTS / args.model))
-        results.write(args.json, f"specedit bench{named} --size {args.size} --repeat {args.repeat}", rows, of=of)
+        results.write(
+            args.json, f"specedit bench{named} --size {args.size} --repeat {args.repeat}", rows, of=identity(args.model)
+        )
     return 0

@@ -5,9 +5,15 @@ from typing import Any
 
 import torch
 
+from .. import results
 from .cpu import channels_last
 
 WEIGHTS = Path(__file__).parent / "weights"
+
+
+def identity(name: str, part: str = "") -> dict[str, Any]:
+    """Whose numbers a results file holds: the editor's name, and the fingerprint of its weights or of a `part`'s."""
+    return dict(model=name, weights=results.fingerprint(WEIGHTS / name / part))
 
 
 def load(name: str = "kontext", *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:

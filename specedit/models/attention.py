@@ -301,7 +301,8 @@ def half_table(table: Tensor) -> Tensor:
 
 def foreign(transformer: nn.Module, attention_class: type, backend: str | None) -> str | None:
     """Why a transformer runs stock, such as a quantised engine with kernels of its own, or one with processors that
-    somebody else wrote; None of the model's own. `backend`: None where attention="stock" would not run those either.
+    somebody else wrote; None of the model's own. `backend`: None where attention="stock" would not run those either,
+    nor diffusers' own that have weights.
     """
     modules = [module for module in transformer.modules() if isinstance(module, attention_class)]
     if not modules:
@@ -312,6 +313,8 @@ def foreign(transformer: nn.Module, attention_class: type, backend: str | None) 
             name = type(own).__name__
             hint = "" if backend is None else ', which attention="stock" would run'
             return f"its attention processor {name} is none of diffusers' own{hint}"
+        if backend is None and isinstance(own, nn.Module):
+            return "an attention processor with weights is loaded, and SpecEdit cannot stand in for it"
     return None
 
 

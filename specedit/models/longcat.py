@@ -87,8 +87,6 @@ class LongCatImageEdit(FluxKontext):
     def refusal(self, pipe: Any, call: dict[str, Any], backend: str) -> str | None:
         if (reason := attention.foreign(pipe.transformer, LongCatImageAttention, None)) is not None:
             return reason
-        if any(isinstance(processor, torch.nn.Module) for processor in pipe.transformer.attn_processors.values()):
-            return "an attention processor with weights is loaded, and SpecEdit cannot stand in for it"
         if call.get("sigmas") is not None:
             return "sigmas were given, and SpecEdit's stages choose their own"
         if call.get("prompt") is None:

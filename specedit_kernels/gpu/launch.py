@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import subprocess
 from pathlib import Path
 
 import torch
@@ -42,6 +43,19 @@ def check_device(device: torch.device) -> None:
             f'expected a GPU of compute capability {wanted} or newer, got {got} ({name}); use backend="torch", '
             'in specedit.install attention="torch"'
         )
+
+
+def check_compiler() -> None:
+    """Starts Triton's driver, which it builds with the machine's C compiler once, or names what is missing there."""
+    from triton.runtime import driver
+
+    try:
+        driver.active  # noqa: B018 - made when it is first asked for
+    except (RuntimeError, ImportError, OSError, subprocess.CalledProcessError) as error:
+        raise RuntimeError(
+            f"expected a C compiler and Python's headers, with which Triton builds its launchers, got: {error}; "
+            'use backend="torch", in specedit.install attention="torch"'
+        ) from error
 
 
 def check_dtype(name: str, tensor: torch.Tensor) -> None:

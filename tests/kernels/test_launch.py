@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,8 @@ from specedit_kernels import available_backends, mixed_attention, tune
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
+
+import triton
 
 from specedit_kernels import gpu, ops
 from specedit_kernels.gpu import attention, launch
@@ -59,9 +62,26 @@ def test_an_old_architecture_is_named(monkeypatch):
 
 def test_a_new_architecture_will_do(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=None))
     ops.check_gpu(torch.device("cuda", 0))
     with pytest.raises(ValueError, match="expected CUDA tensors, got mps"):
         ops.check_gpu(torch.device("mps"))
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("Failed to find C compiler."), subprocess.CalledProcessError(1, ["gcc", "main.c"])]
+)
+def test_a_gpu_without_a_compiler_is_named(monkeypatch, error):
+    class Driver:
+        @property
+        def active(self):
+            raise error
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(triton.runtime, "driver", Driver())
+    with pytest.raises(RuntimeError, match="expected a C compiler and Python's headers") as raised:
+        ops.check_gpu(torch.device("cuda", 0))
+    assert str(error) in str(raised.value) and 'attention="torch"' in str(raised.value)
 
 
 def test_an_unknown_gpu_is_logged_once(monkeypatch, caplog):

@@ -11,7 +11,15 @@ from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStream
 from torch._dynamo.testing import CompileCounter
 
 from specedit.models import attention
-from specedit.models.attention import FluxMixedProcessor, QwenMixedProcessor, _stored, attach, detach, half_table
+from specedit.models.attention import (
+    FluxMixedProcessor,
+    QwenMixedProcessor,
+    _stored,
+    attach,
+    detach,
+    foreign,
+    half_table,
+)
 from specedit.models.joint import MixedContext, Queries, pack, segments
 
 HEADS, DIM, TEXT = 2, 16, 3
@@ -218,6 +226,14 @@ def test_a_processor_with_weights_is_left_alone():
     attach(model, FluxAttention, FluxMixedProcessor)
     assert isinstance(model[0].processor, Weighty)
     assert "0.processor" in dict(model.named_modules())
+
+
+def test_processors_with_weights_run_stock_where_nobody_stands_in_for_them():
+    model = torch.nn.ModuleList([make_attention(False)])
+    model[0].set_processor(type("Weighty", (torch.nn.Module,), {"__module__": "diffusers.models"})())
+    assert foreign(model, FluxAttention, None).startswith("an attention processor with weights is loaded")
+    for backend in ("triton", "stock"):  # FLUX's adapter has its own words for an IP-Adapter
+        assert foreign(model, FluxAttention, backend) is None
 
 
 def test_an_attention_backend_reaches_the_original():
