@@ -14,6 +14,7 @@ from typing import Any
 # Threshold of the verification score (0..4) per `verify_at`. "full" is the paper's tau; the score at the draft's own
 # size has another scale (no blur from upsampling the draft), so it has its own: benchmarks/results/verification.json.
 DEFAULT_THRESHOLDS = {"full": 0.75, "draft": 0.2}
+ALL_EDITED = 0.9  # beyond this share of edited cells nothing is saved by locking the rest
 STOCK_STEPS = 50  # of the stock run that every ratio compares with
 MAX_SCORE = 4.0  # squared distance of two unit vectors
 

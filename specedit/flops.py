@@ -13,7 +13,7 @@ from typing import Any
 
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from .config import STOCK_STEPS, SpecEditConfig, resolve
+from .config import ALL_EDITED, STOCK_STEPS, SpecEditConfig, resolve
 from .forecast import METHODS, TOKEN_WISE, KeptReference, forecast_flops, full_steps, warmup
 from .forecast.toca import fresh_tokens
 from .schedule import Stage, stage_sigmas, stages
@@ -123,9 +123,12 @@ def _cells(rows: int, cols: int, side: int) -> int:
 def expanded_cells(config: SpecEditConfig, rows: int, cols: int, edit_fraction: float) -> int:
     """Expected number of expanded cells on a rows x cols coarse grid.
 
-    The edited cells, and of the unedited ones the share that uniform coverage (eq. 9) picks anyway.
+    The edited cells, and of the unedited ones the share that uniform coverage (eq. 9) picks anyway. All of them where a
+    run edits everything: nearly all are edited, or none was found and what is not found is kept.
     """
     cells = rows * cols
+    if edit_fraction > ALL_EDITED or (edit_fraction == 0 and config.keeps):
+        return cells
     edited = edit_fraction * cells
     uniform = _cells(rows, cols, config.uniform_stride) / cells if config.uniform_stride else 0.0
     return round(edited + uniform * (cells - edited))

@@ -127,16 +127,23 @@ class MixedLayout:
         width = 2 * cells.width
         return (children // width < self.grid.height) & (children % width < self.grid.width)
 
+    def _children(self, cells: Tensor) -> tuple[Tensor, Tensor]:
+        """Of `cells` (n,) int64: which of their 4 n children lie inside the grid, and where on it; (m,) int64 both."""
+        children = self.grid.children(self.expanded.device)[cells].flatten()
+        width = 2 * self.grid.coarse().width
+        flat = (children // width) * self.grid.width + children % width
+        slots = self._members[cells].flatten().nonzero()[:, 0]
+        return flat[slots], slots
+
     @cached_property
     def _fine_order(self) -> tuple[Tensor, Tensor]:
-        cells = self.grid.coarse()
-        children = self.grid.children(self.expanded.device)[self.expanded_cells].flatten()
-        inside = self._members[self.expanded_cells].flatten()
-        width = 2 * cells.width
-        flat = (children // width) * self.grid.width + children % width
-        slots = inside.nonzero()[:, 0]
-        order = flat[slots].argsort()
-        return flat[slots][order], slots[order]
+        places, slots = self._children(self.expanded_cells)
+        order = places.argsort()
+        return places[order], slots[order]
+
+    @cached_property
+    def _locked_order(self) -> tuple[Tensor, Tensor]:
+        return self._children(self.locked_cells)
 
     @property
     def fine_tokens(self) -> Tensor:
@@ -195,12 +202,8 @@ class MixedLayout:
         split = len(self.locked_cells)
         out = tokens.new_empty(batch, self.grid.tokens, channels)
         if split:
-            children = repeat_pixels(tokens[:, :split])
-            chosen = self._members[self.locked_cells]
-            flat = self.grid.children(tokens.device)[self.locked_cells]
-            width = 2 * self.grid.coarse().width
-            flat = (flat // width) * self.grid.width + flat % width
-            out[:, flat[chosen]] = children[:, chosen]
+            places, slots = self._locked_order
+            out[:, places] = repeat_pixels(tokens[:, :split]).flatten(1, 2)[:, slots]
         out[:, self.fine_tokens] = tokens[:, split:]
         return out
 

@@ -174,6 +174,9 @@ def _call(self, *args: Any, edit_mask: Any = None, **kwargs: Any) -> Any:
     stock = installation.stock_class.__call__
     bound = inspect.signature(stock).bind(self, *args, **kwargs)  # a TypeError here is the stock call's own
     if installation.asleep:
+        installation.report, installation.stock_reason = None, "SpecEdit was disabled"
+        if edit_mask is not None:
+            warnings.warn("SpecEdit is disabled here; edit_mask not applied, so any pixel may change", stacklevel=2)
         return stock(self, *args, **kwargs)
     if self.transformer is None:
         raise ValueError(f"expected a {installation.stock_class.__name__} with a transformer, got one without")
@@ -181,7 +184,7 @@ def _call(self, *args: Any, edit_mask: Any = None, **kwargs: Any) -> Any:
     bound.apply_defaults()
     call = {name: value for name, value in bound.arguments.items() if name != "self"}
     installation.report = None  # a report is of the last call, whatever becomes of it
-    reason = supported(self.scheduler) or _unsuited(self) or _unknown_call(installation.stock_class, call)
+    reason = supported(self.scheduler) or _unsuited(self) or _own_call(installation.stock_class)
     reason = reason or installation.adapter.refusal(self, call, installation.config.attention)
     installation.stock_reason = reason
     if reason:
@@ -216,10 +219,12 @@ def _caches(module: torch.nn.Module) -> bool:
     return any(name.endswith("cache") or name == "pyramid_attention_broadcast" for name in names)
 
 
-def _unknown_call(stock: type, call: dict[str, Any]) -> str | None:
-    if "image" in call and "prompt" in call:
+def _own_call(stock: type) -> str | None:
+    """Why a class whose call is not the library's runs stock: what it does beside or instead would be left out."""
+    owner = next(base for base in stock.__mro__ if "__call__" in vars(base))
+    if owner.__module__.partition(".")[0] in ("diffusers", __package__):
         return None
-    return f"{stock.__qualname__} has a __call__ of its own, which takes other arguments than its base class"
+    return f"{owner.__qualname__} has a __call__ of its own, and SpecEdit's loop would not run what it adds"
 
 
 def _accelerated(pipe: Any, installation: Installation, config: SpecEditConfig, call: dict, edit_mask: Any) -> Any:
@@ -263,8 +268,10 @@ class _Listener:
     def draft_step(self) -> None:
         self.bar.update()
 
-    def step(self, index: int, sigma: float, latents: Any) -> torch.Tensor | None:
-        """Called after step `index`; returns full-grid latents if the callback replaced them."""
+    def step(self, index: int, sigma: float, latents: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Called after step `index`; returns the callback's full-grid latents and whether they are other ones, a bool
+        () on the device, None where it was not shown any. None where it gave none.
+        """
         self.bar.update()
         timestep = tell_timestep(self.pipe, self.state, sigma)
         if self.callback is None:
@@ -277,7 +284,7 @@ class _Listener:
             else:
                 shown[name] = positive["encoder_hidden_states"]
         before = shown.get("latents")
-        # An in-place change counts as a change too.
+        # A change in place counts as a change too. Whether there is one stays on the device, or every step would wait.
         snapshot = before.clone() if before is not None else None
         answer = self.callback(self.pipe, index, timestep, dict(shown)) or {}
         if not isinstance(answer, Mapping):
@@ -286,10 +293,10 @@ class _Listener:
             _check_answer("prompt_embeds", embeds, positive["encoder_hidden_states"].shape)
             positive["encoder_hidden_states"] = embeds
         after = answer.get("latents", before)
-        if after is None or (after is before and torch.equal(after, snapshot)):
+        if after is None:
             return None
         _check_answer("latents", after, self.state.noise.shape)
-        return after
+        return after, None if snapshot is None else (after.to(snapshot.device) != snapshot).any()
 
 
 def _check_answer(name: str, value: Any, shape: torch.Size) -> None:
@@ -301,6 +308,7 @@ def _check_answer(name: str, value: Any, shape: torch.Size) -> None:
 
 def _report(pipe, state, config, outcome, seconds: float, images: Any, call: dict) -> RunReport:
     tokens = state.grid.tokens + state.reference_grid.tokens
+    mixed = any(stage.name == "mixed" for stage in outcome.stages)
     stock = STOCK_STEPS * forward_flops(pipe, state, tokens, state.branches) * state.batch
     source = state.extra.get("source")
     picture = None
@@ -314,8 +322,8 @@ def _report(pipe, state, config, outcome, seconds: float, images: Any, call: dic
         flops_stock=stock,
         seconds=seconds,
         score=None if outcome.score is None else outcome.score.cpu(),
-        edit_mask=outcome.edited.cpu(),
-        expand_mask=outcome.expanded.cpu(),
+        edit_mask=outcome.edited.cpu() if outcome.looked else None,
+        expand_mask=outcome.expanded.cpu() if outcome.looked or mixed else None,
         config=config,
         source=picture,
         edit=images[0] if call["output_type"] == "pil" else None,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import draft as drafts
 from . import restore, select
-from .config import SpecEditConfig
+from .config import ALL_EDITED, SpecEditConfig
 from .flow import cell_detail, coarsen_noise, enter_layout, renoise
 from .forecast import TOKEN_WISE, Histories, lesa
 from .grid import LayoutSet, MixedLayout, mean_pixels
@@ -27,7 +27,7 @@ from .report import StageReport
 from .schedule import Stage, stage_sigmas, stages
 from .step import Part, kept_reference, part_velocity
 
-ALL_EDITED = 0.9  # beyond this share of edited cells nothing is saved by locking the rest
+SAME_SIGMA = 1e-6  # a stage's last noise level is float32's, its boundary is not
 
 
 @dataclass
@@ -41,6 +41,7 @@ class Outcome:
     stages: list[StageReport]
     cache_bytes: int = 0
     missed: int = 0  # samples in whose draft nothing showed
+    looked: bool = True  # whether a draft or a mask says what is edited
 
 
 def run(
@@ -88,6 +89,8 @@ def run(
             notify(listener, done, parts, i, state)
             done += 1
         log.append(account(stage.name, parts, done - first, pipe, state, clock(state) - began))
+        for part in parts:  # caches end with their stage, before the second look needs the memory
+            part.histories = part.kept = None
         if looks and not pipe.interrupt:
             began = clock(state)
             seen = seen | second_look(adapter, pipe, state, parts, config)
@@ -97,7 +100,8 @@ def run(
     tokens = gather(parts, state)
     if config.restore == "reference" and done == config.nfe:  # an interrupted run has nothing clean to blend
         tokens = restore.blend_latents(tokens, state.aligned, cells.edited, state.grid)
-    return Outcome(tokens, score, cells.found, cells.expanded, log, cache_bytes, missed)
+    looked = drafted or edit_mask is not None
+    return Outcome(tokens, score, cells.found, cells.expanded, log, cache_bytes, missed, looked)
 
 
 @dataclass
@@ -225,7 +229,7 @@ def enter(parts: list[Part], layouts: list[MixedLayout], stage: Stage, state: Ed
         if same:
             # A layout that did not change goes on where the last stage ended, unless this one ends above that.
             start = before[rows[0]][0].sigmas[-1]
-            if start <= stage.end:
+            if start <= stage.end + SAME_SIGMA:
                 fresh_tokens = start_tokens(fresh[rows], layout)
                 tokens, start = renoise(tokens, start, stage.start, fresh_tokens), stage.start
         reference_layout = layout.resized(state.reference_grid)
@@ -254,17 +258,20 @@ def restrict(reference: Tensor, layout: MixedLayout | LayoutSet) -> Tensor:
 
 def notify(listener: Any, index: int, parts: list[Part], i: int, state: EditState) -> None:
     """Tell the listener of a step; it may hand back other full-grid latents."""
-    tokens = listener.step(index, parts[0].sigmas[i], lambda: gather(parts, state))
-    if tokens is not None:
+    answer = listener.step(index, parts[0].sigmas[i], lambda: gather(parts, state))
+    if answer is not None:
+        tokens, changed = answer
         for part in parts:
-            part.tokens = part.layout.from_full_grid(tokens[part.rows].to(part.tokens))
+            new = part.layout.from_full_grid(torch.stack([tokens[row] for row in part.rows]).to(part.tokens))
+            part.tokens = new if changed is None else torch.where(changed, new, part.tokens)
 
 
 def gather(parts: list[Part], state: EditState) -> Tensor:
     """All samples on the full grid (B, N, C)."""
     out = torch.empty_like(state.noise)
     for part in parts:
-        out[part.rows] = part.layout.full_grid(part.tokens)
+        for row, own in zip(part.rows, part.layout.full_grid(part.tokens), strict=True):  # a list would be sent over
+            out[row] = own
     return out
 
 

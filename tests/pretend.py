@@ -76,7 +76,8 @@ def compute(function, args, kwargs):
     asked = kwargs.get("device")
     if there and here and function not in ACROSS and not (function in INDEXED and isinstance(args[0], Pretended)):
         raise RuntimeError(f"{function}: expected tensors on one device, got {[str(x.device) for x in tensors]}")
-    if function in WAITS and there:
+    chosen = function is aten.index.Tensor and any(x is not None and x.dtype == torch.bool for x in args[1])
+    if (function in WAITS or chosen) and there:  # a GPU counts a mask's places and says how many
         waits[str(function)] += 1
     if function is aten._to_copy.default and asked is not None and is_there(asked) != bool(there):
         waits["copied across"] += 1

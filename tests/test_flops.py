@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from specedit.config import SpecEditConfig, presets
-from specedit.flops import MODELS, Forward, plan, transformer_flops
+from specedit.flops import MODELS, Forward, expanded_cells, plan, transformer_flops
 from specedit.models import attention, joint, last_block
 
 FLUX = MODELS["flux-kontext"].config
@@ -130,6 +130,14 @@ def test_reference_restore_never_runs_full():
 def test_everything_edited_makes_the_mixed_stage_full():
     stages = {s["name"]: s["tokens"] for s in plan("balanced", "flux-kontext", 1024, 768, 1.0)["stages"]}
     assert stages["mixed"] == stages["full"] == 512 + 2 * 64 * 48
+
+
+@pytest.mark.parametrize(("share", "whole"), [(0.9, False), (0.91, True), (0.0, True), (0.01, False)])
+def test_where_a_run_edits_everything(share, whole):
+    """Nearly all edited, or nothing found where what is not found would be kept: the sampler's own two rules."""
+    config = dataclasses.replace(presets["turbo"], restore="reference")
+    assert (expanded_cells(config, 32, 32, share) == 32 * 32) == whole
+    assert expanded_cells(presets["turbo"], 32, 32, 0.0) < 32 * 32
 
 
 def test_stock_steps_without_a_draft_have_ratio_one():

@@ -31,18 +31,20 @@ def full_steps(steps: int, interval: int, warmup: int) -> list[bool]:
 class OfPrompt:
     """A cache whose content answers one prompt."""
 
-    embeddings: Tensor | None = None
+    embeddings: tuple[Tensor, int | None] | None = None  # and how often they were written to
 
     def reset(self) -> None:
         """Forget everything."""
         raise NotImplementedError
 
     def of_prompt(self, prompt: dict[str, Tensor] | None) -> None:
-        """Start over where a callback has replaced the prompt's embeddings: what is held answered another question."""
-        embeddings = None if prompt is None else prompt.get("encoder_hidden_states")
-        if self.embeddings is not None and embeddings is not self.embeddings:
+        """Start over where a callback has replaced the prompt's embeddings, or written to them: what is held answered
+        another question."""
+        words = None if prompt is None else prompt.get("encoder_hidden_states")
+        written = None if words is None or words.is_inference() else words._version
+        if self.embeddings is not None and (words is not self.embeddings[0] or written != self.embeddings[1]):
             self.reset()
-        self.embeddings = embeddings
+        self.embeddings = None if words is None else (words, written)
 
 
 class Forecaster:

@@ -42,8 +42,9 @@ class LowPass:
         own_grid = self.layout.is_coarse or self.layout.is_fine
         image = tokens if own_grid else self.layout.full_grid(tokens)
         image = image.unflatten(1, grid.shape)
-        spectrum = torch.einsum("yh,xw,bhwc->byxc", rows, columns, image) * keep[..., None]
-        low = torch.einsum("yh,xw,byxc->bhwc", rows, columns, spectrum).flatten(1, 2)
+        # One side after the other: both at once would be a matrix of tokens by tokens.
+        spectrum = torch.einsum("xw,bywc->byxc", columns, torch.einsum("yh,bhwc->bywc", rows, image)) * keep[..., None]
+        low = torch.einsum("xw,bhxc->bhwc", columns, torch.einsum("yh,byxc->bhxc", rows, spectrum)).flatten(1, 2)
         return low if own_grid else self.layout.from_full_grid(low)
 
 

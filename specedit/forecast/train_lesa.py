@@ -45,18 +45,25 @@ class Trajectory:
     adapter: Adapter
     pipe: Any
     state: EditState
+    layouts: tuple[MixedLayout, MixedLayout]  # of target and reference: one object each, which adapters keep things by
     sigmas: list[float]
     tokens: list[Tensor]  # state before each step, and the result: steps + 1 of (1, N, C)
     outputs: list[list[Tensor]]  # of each step, by guidance branch
 
     def branches(self, tokens: Tensor, step: int) -> list[Tensor]:
-        return branches(self.adapter, self.pipe, self.state, tokens, self.sigmas[step])
+        return branches(self.adapter, self.pipe, self.state, self.layouts, tokens, self.sigmas[step])
 
 
-def branches(adapter: Adapter, pipe: Any, state: EditState, tokens: Tensor, sigma: float) -> list[Tensor]:
+def branches(
+    adapter: Adapter,
+    pipe: Any,
+    state: EditState,
+    layouts: tuple[MixedLayout, MixedLayout],
+    tokens: Tensor,
+    sigma: float,
+) -> list[Tensor]:
     """The transformer's outputs with every token fine."""
-    layout = MixedLayout.all_fine(state.grid, state.device)
-    reference = MixedLayout.all_fine(state.reference_grid, state.device)
+    layout, reference = layouts
     rows = list(range(state.batch))
     config = SpecEditConfig(steps=(0, 0, 1))
     return adapter.branches(pipe, state, tokens, sigma, rows, layout, state.reference, reference, config)
@@ -77,11 +84,12 @@ def record(pipe: Any, steps: int, **arguments: Any) -> Trajectory:
     call = {name: value for name, value in bound.arguments.items() if name != "self"}
     state = adapter.prepare(pipe, call, "auto")
     sigmas = stage_sigmas(pipe.scheduler, state.grid.tokens, 1.0, 0.0, steps).tolist()
+    layouts = tuple(MixedLayout.all_fine(grid, state.device) for grid in (state.grid, state.reference_grid))
     tokens, outputs = [state.noise], []
     for sigma, following in itertools.pairwise(sigmas):
-        outputs.append(branches(adapter, pipe, state, tokens[-1], sigma))
+        outputs.append(branches(adapter, pipe, state, layouts, tokens[-1], sigma))
         tokens.append(tokens[-1] + (following - sigma) * adapter.guide(state, outputs[-1]))
-    return Trajectory(adapter, pipe, state, sigmas, tokens, outputs)
+    return Trajectory(adapter, pipe, state, layouts, sigmas, tokens, outputs)
 
 
 @dataclass

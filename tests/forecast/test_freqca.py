@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from specedit.forecast.freqca import FreqCa, LowPass, cosine_matrix
 from specedit.forecast.hermite import hermite_coefficients
@@ -61,6 +62,21 @@ def test_low_is_reused_and_high_is_forecast():
     expected = split(features[2]) + sum(w * d for w, d in zip(weights, differences, strict=True))
     torch.testing.assert_close(forecaster.predict(5), expected)
     assert forecaster.memory == 4 * features[0].numel() * 4
+
+
+def test_memory_grows_with_the_tokens_alone():
+    class Largest(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, function, classes, args=(), kwargs=None):
+            result = function(*args, **kwargs or {})
+            self.seen = max(self.seen, result.numel() if isinstance(result, torch.Tensor) else 0)
+            return result
+
+    layout = MixedLayout.all_fine(TokenGrid(24, 20))
+    with Largest() as largest:
+        LowPass(layout)(torch.ones(1, 480, 8))
+    assert largest.seen == 480 * 8
 
 
 def test_constants_are_exact():

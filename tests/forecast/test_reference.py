@@ -62,8 +62,14 @@ def test_a_new_prompt_brings_a_refresh():
     for step, fresh in enumerate((True, False)):
         kept.of_prompt(prompt)
         assert kept.calls(step, 1)[0].target != fresh
-    kept.of_prompt({"encoder_hidden_states": torch.zeros(1)})
+    prompt["encoder_hidden_states"].add_(1)  # the same tensor, with other words
+    kept.of_prompt(prompt)
     assert not kept.calls(2, 1)[0].target
+    kept.of_prompt({"encoder_hidden_states": torch.zeros(1)})
+    assert not kept.calls(3, 1)[0].target
+    with torch.inference_mode():  # whose tensors do not count
+        kept.of_prompt({"encoder_hidden_states": torch.zeros(1)})
+    assert not kept.calls(4, 1)[0].target
     kept.of_prompt(None)
 
 

@@ -30,6 +30,12 @@ def test_a_recorded_trajectory_is_the_stock_run(pipe, picture, trajectory):
     assert len(trajectory.tokens) == 10 and len(trajectory.outputs) == 9
 
 
+def test_what_an_adapter_keeps_of_a_layout_is_kept_once(trajectory):
+    assert len(trajectory.state.extra["sequences"]) == 1
+    train_lesa.rollout(lesa.Predictor(), trajectory, 3)
+    assert len(trajectory.state.extra["sequences"]) == 1
+
+
 def test_samples_hold_the_squared_error_of_every_forecast(trajectory):
     data = list(train_lesa.samples(trajectory, 3, 2))
     full = full_steps(9, 3, 3)

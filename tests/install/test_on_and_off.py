@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm.auto import tqdm
 
 import specedit
-from specedit.install import _Listener, is_active
+from specedit.install import _Listener, is_active, last_report
 from tests.install.common import CORNER, QUICK, processors, same_objects
 
 
@@ -96,7 +96,7 @@ def test_report_needs_an_accelerated_call(pipe, edit):
         specedit.report(pipe)
     with specedit.disabled(pipe):
         edit(pipe, num_inference_steps=1)
-    with pytest.raises(ValueError, match="got none since install"):
+    with pytest.raises(ValueError, match="the last one ran the stock pipeline: SpecEdit was disabled"):
         specedit.report(pipe)
     with pytest.raises(ValueError, match="got a plain NoneType"):
         specedit.report(None)
@@ -106,9 +106,13 @@ def test_disabled_runs_the_stock_call(pipe, edit):
     stock = edit(pipe, num_inference_steps=3)
     specedit.install(pipe, **QUICK)
     accelerated = edit(pipe)
+    assert last_report(pipe).nfe == 3
     with specedit.disabled(pipe) as same:
         assert same is pipe and not is_active(pipe)
         assert torch.equal(edit(pipe, num_inference_steps=3), stock)
+        assert last_report(pipe) is None  # nor is an earlier one given out
+        with pytest.warns(UserWarning, match="disabled here; edit_mask not applied"):
+            assert torch.equal(edit(pipe, num_inference_steps=3, edit_mask=CORNER), stock)
         with specedit.disabled(pipe):
             pass
         assert not is_active(pipe)

@@ -283,13 +283,32 @@ def test_cache_dit(make_pipe, edit, first):
         specedit.report(pipe)
 
 
-def test_a_subclass_with_a_call_of_its_own(make_pipe, edit):
-    class Mine(FluxKontextPipeline):
-        def __call__(self, *args, **kwargs):
-            return super().__call__(*args, **kwargs)
+class Passes(FluxKontextPipeline):
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs)
 
-    pipe = specedit.install(make_pipe(Mine), **QUICK)
-    assert "Mine has a __call__ of its own" in stock_path(pipe, lambda p: edit(p, num_inference_steps=2))
+
+class Names(FluxKontextPipeline):
+    def __call__(self, image, prompt, **kwargs):
+        return super().__call__(image=image, prompt=prompt, **kwargs)
+
+
+class Wraps(FluxKontextPipeline):
+    @functools.wraps(FluxKontextPipeline.__call__)
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs)
+
+
+class Inherits(Wraps):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Passes, Names, Wraps, Inherits])
+def test_a_subclass_with_a_call_of_its_own(make_pipe, edit, kind):
+    """It may check or watermark what comes out, which SpecEdit's loop would not."""
+    pipe = specedit.install(make_pipe(kind), **QUICK)
+    warned = stock_path(pipe, lambda p: edit(p, num_inference_steps=2))
+    assert f"{'Wraps' if kind is Inherits else kind.__name__} has a __call__ of its own" in warned
 
 
 def test_inpaint_pipelines_stay_stock_with_one_warning(pipe):

@@ -1,5 +1,7 @@
 """Callbacks and interrupts."""
 
+import copy
+
 import pytest
 import torch
 
@@ -78,6 +80,17 @@ def test_latents_that_a_callback_replaces_take_effect(pipe, edit, step, way):
     assert (out - plain).abs().max() > 1e-2
     if step == 5:
         assert (out == 0.25).all()
+
+
+def test_a_copy_of_the_latents_is_no_change(pipe, edit):
+    """Nor does it round them: a pipeline in half precision shows its callback rounded ones."""
+    pipe = copy.deepcopy(pipe).to(dtype=torch.bfloat16)  # its modules are everybody's
+    specedit.install(pipe, **QUICK, uniform_stride=0)
+    plain = edit(pipe, edit_mask=CORNER)
+    copied = lambda pipe, index, timestep, kwargs: {"latents": kwargs["latents"].clone()}  # noqa: E731
+    assert torch.equal(edit(pipe, edit_mask=CORNER, callback_on_step_end=copied), plain)
+    rounded = lambda pipe, index, timestep, kwargs: {"latents": kwargs["latents"] + 1}  # noqa: E731
+    assert not torch.equal(edit(pipe, edit_mask=CORNER, callback_on_step_end=rounded), plain)
 
 
 def test_a_callback_may_replace_the_prompt(pipe, edit):

@@ -35,6 +35,27 @@ def test_every_stage_has_its_tokens(pipe, edit):
     assert report.draft_steps == 0 and report.edit_fraction == report.expand_fraction == 0.25
 
 
+@pytest.mark.parametrize(
+    ("changes", "expand"),
+    [({"steps": (0, 0, 2)}, 1), ({"steps": (1, 0, 2)}, 1), ({"steps": (2, 2, 2), "selector": "uniform"}, 0.25)],
+)
+def test_without_a_mask_everything_may_have_been_edited(pipe, edit, changes, expand):
+    specedit.install(pipe, **changes)
+    edit(pipe)
+    report = specedit.report(pipe)
+    assert report.edit_mask is None and report.edit_fraction == 1 and report.expand_fraction == expand
+
+
+def test_a_boundary_that_is_met_again_leaves_no_empty_stage(pipe, edit):
+    """0.55 as float32 lies above 0.55."""
+    for boundary in (0.55, 0.7):
+        specedit.install(pipe, steps=(4, 4, 4), boundaries=(boundary, boundary), uniform_stride=0, threshold=4)
+        edit(pipe)
+        mixed = next(stage for stage in specedit.report(pipe).stages if stage.name == "mixed")
+        assert mixed.sigma_start > boundary + 0.1 and mixed.sigma_end == pytest.approx(boundary)
+        specedit.uninstall(pipe)
+
+
 def test_reference_restore_never_runs_at_full_resolution(pipe, edit):
     specedit.install(pipe, steps=(2, 3, 4), restore="reference", uniform_stride=0)
     calls = count_calls(pipe)

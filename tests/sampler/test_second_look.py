@@ -98,6 +98,20 @@ def test_where_nobody_looks_twice(pipe, edit, say, changes):
     assert len(shown) == 1 and "second look" not in [stage.name for stage in specedit.report(pipe).stages]
 
 
+def test_caches_are_gone_when_it_looks(pipe, edit, say, monkeypatch):
+    held, look = [], sampler.second_look
+
+    def looking(adapter, pipe, state, parts, config):
+        held.extend((part.kept, part.histories) for part in parts)
+        return look(adapter, pipe, state, parts, config)
+
+    monkeypatch.setattr(sampler, "second_look", looking)
+    say([(0, 0)], [])
+    specedit.install(pipe, **QUICK, restore="reference", reference_refresh=2)
+    edit(pipe)
+    assert held == [(None, None)] and specedit.report(pipe).cache_bytes > 0
+
+
 def test_a_callers_mask_is_not_questioned(pipe, edit, say):
     shown = say()
     specedit.install(pipe, **QUICK, restore="reference")
