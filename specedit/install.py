@@ -18,6 +18,7 @@ from . import restore, sampler
 from .config import STOCK_STEPS, SpecEditConfig, resolve
 from .models import adapter_of, adapters
 from .models.base import Adapter
+from .models.images import check_decoder
 from .report import RunReport
 from .schedule import supported
 from .step import forward_flops, tell_timestep
@@ -230,11 +231,13 @@ def _own_call(stock: type) -> str | None:
 def _accelerated(pipe: Any, installation: Installation, config: SpecEditConfig, call: dict, edit_mask: Any) -> Any:
     began = time.perf_counter()
     adapter = installation.adapter
+    needs_draft = config.uses_draft and edit_mask is None
+    if needs_draft and config.selector == "semantic":
+        check_decoder(pipe.vae)
     adapter.attach(pipe)  # fusing projections or loading an adapter may have replaced processors since install
     try:
         state = adapter.prepare(pipe, call, config.attention)
         prepared = sampler.clock(state)
-        needs_draft = config.uses_draft and edit_mask is None
         pipe._num_timesteps = config.nfe
         with pipe.progress_bar(total=config.nfe + (config.draft_steps if needs_draft else 0)) as bar:
             outcome = sampler.run(adapter, pipe, state, config, edit_mask, _Listener(pipe, call, state, bar))

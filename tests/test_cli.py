@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from specedit import cli, pipelines
+from specedit import cli, micro, pipelines
 from specedit.cli import shared
 from specedit.micro import scenes
 from specedit.micro.load import WEIGHTS
@@ -95,6 +95,27 @@ def test_edit_with_the_embedded_editor(tmp_path, picture, capsys):
     Image.open(picture).resize((150, 100)).save(tmp_path / "other.png")
     assert cli.main(["edit", str(tmp_path / "other.png"), "make it greyscale", "--out", str(out)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"wrote {out}, 144 x 96 px of 150 x 100"
+
+
+def test_what_guidance_needs(picture, tmp_path, capsys):
+    given = ["edit", str(picture), "make it red", "--out", str(tmp_path / "out.png"), "--preset", "turbo"]
+    assert cli.main([*given, "--negative-prompt", "blue"]) == 2
+    expected = "--negative-prompt: expected --true-cfg-scale above 1 with it, got 1, the default of FluxKontextPipeline"
+    assert capsys.readouterr().err.splitlines()[-1].endswith(expected)
+    for scale, word in ((2.0, {"negative_prompt": "blue", "true_cfg_scale": 2.0}), (None, None)):
+        asked = SimpleNamespace(negative_prompt="blue" if word else None, true_cfg_scale=scale)
+        assert shared.guidance(micro.load("kontext"), asked) == (word or {})
+    asked = SimpleNamespace(negative_prompt=" ", true_cfg_scale=None)
+    assert shared.guidance(micro.load("qwen"), asked) == {"negative_prompt": " "}  # its own default is above 1
+
+    class Other:
+        def __call__(self, image, prompt, negative_prompt=None, guidance_scale=4.5):
+            pass
+
+    assert shared.guidance(Other(), asked) == {"negative_prompt": " "}
+    asked.true_cfg_scale = 2.0
+    with pytest.raises(shared.Failure, match="--true-cfg-scale: expected none with Other, got 2"):
+        shared.guidance(Other(), asked)
 
 
 def test_a_gpu_without_kernels_takes_pytorch(monkeypatch, capsys):

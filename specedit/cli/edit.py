@@ -8,7 +8,7 @@ from pathlib import Path
 from .. import pipelines
 from ..config import CHOICES, DEFAULT_PRESET, presets
 from ..pipelines import EDITORS
-from .shared import Failure, add_offload, attention_here, check_output, quiet, seed_number
+from .shared import Failure, add_guidance, add_offload, attention_here, check_output, guidance, quiet, seed_number
 
 
 def add(commands) -> None:
@@ -20,7 +20,7 @@ def add(commands) -> None:
         "embedded kontext, which only knows coloured shapes)"
     )  # fmt: skip
     add_offload(parser)
-    parser.add_argument("--negative-prompt", help="what to keep away from; Qwen's guidance needs one, if only a space")
+    add_guidance(parser)
     parser.add_argument("--preset", default=DEFAULT_PRESET, choices=list(presets), help=f"default: {DEFAULT_PRESET}")
     parser.add_argument("--out", type=Path, default=Path("edit.png"), help="picture to write (default: edit.png)")
     parser.add_argument("--mask", type=Path, help="picture that is nonzero where to edit; instead of the draft")
@@ -55,8 +55,7 @@ def run(args) -> int:
     if args.model is None:
         print(f"editing with the embedded {EDITORS[0]} editor, which only knows coloured shapes; --model takes others")
     size, (image, given) = image.size, prepare(image)
-    if args.negative_prompt is not None:
-        given["negative_prompt"] = args.negative_prompt
+    given |= guidance(pipe, args)
     overrides = attention_here() | ({} if args.restore is None else {"restore": args.restore})
     install(pipe, args.preset, keep_pixels=args.keep_pixels, **overrides)
     generator = torch.Generator().manual_seed(args.seed)

@@ -7,7 +7,17 @@ from pathlib import Path
 
 from .. import pipelines
 from ..config import CHOICES, DEFAULT_PRESET, presets
-from .shared import Failure, add_model, add_offload, attention_here, check_size, quiet, seed_number
+from .shared import (
+    Failure,
+    add_guidance,
+    add_model,
+    add_offload,
+    attention_here,
+    check_size,
+    guidance,
+    quiet,
+    seed_number,
+)
 
 
 def add(commands) -> None:
@@ -32,7 +42,7 @@ def add(commands) -> None:
             "--model", required=True, help="hub id or directory of a pipeline, or an embedded editor: kontext, qwen"
         )
         add_offload(public)
-        public.add_argument("--negative-prompt", help="of every task; Qwen's guidance needs one, if only a space")
+        add_guidance(public)
         public.add_argument(
             "--out", type=Path, help=f"folder, by default specedit-{name}/PRESET; goes on with the run that is in it"
         )
@@ -107,14 +117,16 @@ def _public(args) -> int:
         "steps": STOCK_STEPS if stock and args.steps is None else args.steps,
         "seed": args.seed,
         "negative_prompt": args.negative_prompt,
+        # Runs from before there was the option go on.
+        **({} if args.true_cfg_scale is None else {"true_cfg_scale": args.true_cfg_scale}),
     }
     against = None if args.against is None else evaluation.check_against(todo, args.against)
     evaluation.begin(out, settings)
     pipe, prepare = pipelines.load(args.model, own_size=False, offload=args.offload)
+    call = guidance(pipe, args)
     pipe.set_progress_bar_config(disable=True)
     if not stock:
         install(pipe, args.preset, **overrides, **attention_here())
-    call = {} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}
     rows = evaluation.run(
         pipe, prepare, tqdm(todo, desc=args.preset), out, steps=args.steps, seed=args.seed, against=args.against, **call
     )

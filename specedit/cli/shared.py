@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 import warnings
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from ..pipelines import EDITORS
 
@@ -43,6 +45,31 @@ def add_offload(parser) -> None:
     parser.add_argument(
         "--offload", action="store_true", help="only the part that runs is on the GPU, for models that it does not hold"
     )
+
+
+def add_guidance(parser) -> None:
+    parser.add_argument("--negative-prompt", help="what to keep away from; Qwen's guidance needs one, if only a space")
+    parser.add_argument(
+        "--true-cfg-scale", type=float, help="strength of that guidance, above 1 (default: the model's)"
+    )
+
+
+def guidance(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of a pipeline's call that `add_guidance` asked for."""
+    given = {
+        name: value for name in ("negative_prompt", "true_cfg_scale") if (value := getattr(args, name)) is not None
+    }
+    taken = inspect.signature(type(pipe).__call__).parameters
+    name = type(pipe).__name__
+    if "true_cfg_scale" not in taken:
+        if "true_cfg_scale" in given:
+            raise Failure(f"--true-cfg-scale: expected none with {name}, got {args.true_cfg_scale:g}")
+        return given
+    scale = given.get("true_cfg_scale", taken["true_cfg_scale"].default)
+    if "negative_prompt" in given and scale <= 1:
+        whose = "" if "true_cfg_scale" in given else f", the default of {name}"
+        raise Failure(f"--negative-prompt: expected --true-cfg-scale above 1 with it, got {scale:g}{whose}")
+    return given
 
 
 def attention_here() -> dict[str, str]:

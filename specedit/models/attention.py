@@ -66,32 +66,31 @@ class MixedProcessor:
         kernels = "torch" if context.backend == "stock" else context.backend
         streams = _streams(attn, hidden_states, encoder_hidden_states)
         batch, length = hidden_states.shape[0], sum(s[0].shape[1] for s in streams)
-        places = None if context.packing is None else (context.packing.text, context.packing.image)
+        places = None if context.packing is None else (context.packing.image, context.packing.text)
         index = context.index if context.index is not None else torch.arange(length, device=hidden_states.device)
-        joint, coarse = None, None
-        start = 0
-        for i, (states, names, norm_q, norm_k) in enumerate(streams):
-            if not states.shape[1]:  # a call for the target's tokens alone has no text
-                continue
-            q, k, v = (x.unflatten(-1, (-1, head_dim)) for x in _projected(attn, names, states))
-            if joint is None:  # text and image are normed, rotated and placed side by side in one pass each
-                shape = (batch, length, *q.shape[2:])
-                joint = [q.new_empty(shape) for _ in range(3)]
-                coarse = [q.new_empty(shape) for _ in range(2)] if context.segments is not None else None
+        projected = [
+            [x.unflatten(-1, (-1, head_dim)) for x in _projected(attn, names, states)]
+            for states, _, names, _, _ in streams
+        ]
+        # Text and image are normed, rotated and placed side by side in one pass each.
+        first = projected[0][0]
+        shape = (batch, length, *first.shape[2:])
+        joint = [first.new_empty(shape) for _ in range(3)]
+        coarse = [first.new_empty(shape) for _ in range(2)] if context.segments is not None else None
+        for i, ((states, start, _, norm_q, norm_k), (q, k, v)) in enumerate(zip(streams, projected, strict=True)):
             stop = start + states.shape[1]
             rows = index[start:stop] if places is None else places[i]
             tables = [(rotary, joint, v)] + ([(coarse_rotary, coarse, None)] if coarse is not None else [])
             for (cos, sin), out, values in tables:
                 part = (cos[..., start:stop, :], sin[..., start:stop, :])
                 _place(q, k, values, norm_q, norm_k, *part, out, rows, kernels)
-            start = stop
         if context.store is not None:
             joint[1:] = _stored(context, attn, *joint[1:])
         out = self._attend(joint, coarse, context, context.asking).flatten(2, 3).to(hidden_states.dtype)
         if encoder_hidden_states is None:
             return out
         text = encoder_hidden_states.shape[1]
-        for_text, for_image = (out[:, :text], out[:, text:]) if places is None else (out[:, rows] for rows in places)
+        for_image, for_text = (out[:, text:], out[:, :text]) if places is None else (out[:, rows] for rows in places)
         return _output(attn, for_image), attn.to_add_out(for_text.contiguous()) if text else for_text
 
     def read_rows(
@@ -111,23 +110,22 @@ class MixedProcessor:
         queries: list[Tensor] = []
         keys: list[list[Tensor]] = [[] for _ in tables]
         values: list[Tensor] = []
-        start = 0
-        for states, names, norm_q, norm_k in _streams(attn, hidden_states, encoder_hidden_states):
-            if not states.shape[1]:
-                continue
-            stop = start + states.shape[1]
-            asked = rows if states is hidden_states else None
-            q, k, v = (
-                x if x is None else x.unflatten(-1, (-1, head_dim)) for x in _projected(attn, names, states, asked)
-            )
+        streams = _streams(attn, hidden_states, encoder_hidden_states)
+        projected = [
+            [
+                x if x is None else x.unflatten(-1, (-1, head_dim))
+                for x in _projected(attn, names, states, rows if states is hidden_states else None)
+            ]
+            for states, _, names, _, _ in streams
+        ]
+        for (states, start, _, norm_q, norm_k), (q, k, v) in zip(streams, projected, strict=True):
             values.append(v)
+            here, own = slice(start, start + states.shape[1]), slice(start + rows.start, start + rows.stop)
             for (cos, sin), placed in zip(tables, keys, strict=True):
-                placed.append(_rotated(k, norm_k, cos[..., start:stop, :], sin[..., start:stop, :], kernels))
-                if isinstance(asked, slice):
-                    own = slice(start + rows.start, start + rows.stop)
+                if q is not None:
                     queries.append(_rotated(q, norm_q, cos[..., own, :], sin[..., own, :], kernels))
-            start = stop
-        v, *keys = (torch.cat(parts, 1) for parts in (values, *keys))
+                placed.append(_rotated(k, norm_k, cos[..., here, :], sin[..., here, :], kernels))
+        v, *keys = (torch.cat(parts[::-1], 1) for parts in (values, *keys))  # text before image
         if context.packing is not None:
             order = torch.cat([context.packing.text, context.packing.image])
             v, *keys = (torch.empty_like(x).index_copy_(1, order, x) for x in (v, *keys))
@@ -246,11 +244,17 @@ def _stored(context: MixedContext, attn: nn.Module, k: Tensor, v: Tensor) -> tup
 
 
 def _streams(attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None) -> list[tuple]:
-    """Text before image, each with its states, the names of its projections, and the norms of queries and keys."""
-    streams = [(hidden_states, ("to_q", "to_k", "to_v", "to_qkv"), attn.norm_q, attn.norm_k)]
-    if encoder_hidden_states is not None:
+    """Image and text, each with its states, where they begin in the joint sequence, the names of its projections, and
+    the norms of queries and keys.
+
+    In the order of the stock processors, which is not that of the sequence: offloading by leaves fetches each before it
+    is called, as the first call went. A call for the target's tokens alone has no text.
+    """
+    length = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
+    streams = [(hidden_states, length, ("to_q", "to_k", "to_v", "to_qkv"), attn.norm_q, attn.norm_k)]
+    if length:
         names = ("add_q_proj", "add_k_proj", "add_v_proj", "to_added_qkv")
-        streams.insert(0, (encoder_hidden_states, names, attn.norm_added_q, attn.norm_added_k))
+        streams.append((encoder_hidden_states, 0, names, attn.norm_added_q, attn.norm_added_k))
     return streams
 
 
@@ -309,7 +313,7 @@ def foreign(transformer: nn.Module, attention_class: type, backend: str | None) 
         return f"the attention of {type(transformer).__name__} takes no processors of ours"
     for processor in (module.processor for module in modules):
         own = processor.original if isinstance(processor, MixedProcessor) else processor
-        if backend != "stock" and type(own).__module__.partition(".")[0] != "diffusers":
+        if backend != "stock" and not _of_diffusers(own):
             name = type(own).__name__
             hint = "" if backend is None else ', which attention="stock" would run'
             return f"its attention processor {name} is none of diffusers' own{hint}"
@@ -318,13 +322,20 @@ def foreign(transformer: nn.Module, attention_class: type, backend: str | None) 
     return None
 
 
+def _of_diffusers(processor: Any) -> bool:
+    return type(processor).__module__.partition(".")[0] == "diffusers"
+
+
 def attach(transformer: nn.Module, attention_class: type, processor_class: type) -> None:
     """Wrap the processor of every attention module.
 
-    One that is wrapped already is left alone, and so is one with weights (an IP-Adapter's), which belongs to the model.
+    One that is wrapped already is left alone; one with weights (an IP-Adapter's), which belongs to the model; and one
+    that somebody else wrote: diffusers hands a processor the keyword arguments that its own signature names.
     """
     for module in transformer.modules():
-        if isinstance(module, attention_class) and not isinstance(module.processor, (MixedProcessor, nn.Module)):
+        if not isinstance(module, attention_class):
+            continue
+        if _of_diffusers(module.processor) and not isinstance(module.processor, nn.Module):
             module.processor = processor_class(module.processor)
 
 

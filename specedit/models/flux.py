@@ -154,6 +154,11 @@ class FluxKontext:
             max_sequence_length=call["max_sequence_length"],
         )  # fmt: skip
 
+        total = count_prompts(call) * call["num_images_per_prompt"]
+
+        def one_each(part: Tensor) -> Tensor:
+            return part if total % len(part) else part.repeat_interleave(total // len(part), 0)
+
         def encode(prefix: str) -> dict[str, Tensor]:
             embeds, pooled, ids = pipe.encode_prompt(
                 prompt=call[f"{prefix}prompt"], prompt_2=call[f"{prefix}prompt_2"],
@@ -161,6 +166,8 @@ class FluxKontext:
                 pooled_prompt_embeds=call[f"{prefix}pooled_prompt_embeds"],
                 **shared,
             )  # fmt: skip
+            # Given embeddings come back as they are, and broadcast over the pictures that are made from them.
+            embeds, pooled = (one_each(part.to(device)) for part in (embeds, pooled))
             return dict(encoder_hidden_states=embeds, pooled_projections=pooled, txt_ids=ids)
 
         given = call["negative_prompt_embeds"] is not None and call["negative_pooled_prompt_embeds"] is not None
@@ -368,7 +375,7 @@ class FluxKontext:
 
     def _trims(self, pipe: Any, attention: str) -> bool:
         """Whether the last block will compute the target's rows alone."""
-        return attention != "stock" and last_block.attached(self._last(pipe))
+        return attention != "stock" and last_block.trims(self._last(pipe))
 
 
 def check_negative(positive: dict[str, Tensor], negative: dict[str, Tensor]) -> None:

@@ -77,17 +77,17 @@ def source_pictures(pipe: Any, image: Any, height: int, width: int) -> Tensor:
     return (image / 2 + 0.5 if image.min() < 0 else image).clamp(0, 1)
 
 
-def decoder_features(vae: Any, latents: Tensor) -> list[Tensor]:
-    """What the decoder's conv_in, mid_block and first up block make of latents: the layers of eq. 6.
-
-    Raises:
-        ValueError: a decoder without such layers, as that of AutoencoderTiny.
-    """
+def check_decoder(vae: Any) -> None:
+    """ValueError of a decoder without the layers of `decoder_features`, as that of AutoencoderTiny."""
     if not all(hasattr(vae.decoder, part) for part in ("conv_in", "mid_block", "up_blocks")):
         raise ValueError(
             f"vae: expected a decoder with conv_in, mid_block and up_blocks to verify the draft with, got "
             f"{type(vae).__name__}; selector='variance' or an edit_mask needs none"
         )
+
+
+def decoder_features(vae: Any, latents: Tensor) -> list[Tensor]:
+    """What the decoder's conv_in, mid_block and first up block make of latents: the layers of eq. 6."""
     if isinstance(getattr(vae, "_hf_hook", None), CpuOffload):
         vae.to(latents.device)  # its hook would first take the transformer away, which the next step needs again
     elif hasattr(vae, "_hf_hook") or hasattr(vae.decoder, "_diffusers_hook"):

@@ -59,10 +59,10 @@ class FluxLastBlock(LastBlock):
         text = encoder_hidden_states.shape[1]
         rows = slice(text, text + context.read.count)
         normed, gate = block.norm(torch.cat([encoder_hidden_states, hidden_states], 1), emb=temb)
+        activated = block.act_mlp(block.proj_mlp(normed[:, rows]))
         attended = block.attn(
             hidden_states=normed, image_rotary_emb=image_rotary_emb, rows=rows, **(joint_attention_kwargs or {})
         )
-        activated = block.act_mlp(block.proj_mlp(normed[:, rows]))
         out = gate.unsqueeze(1) * block.proj_out(torch.cat([attended, activated], 2))
         return encoder_hidden_states, clipped(hidden_states[:, : context.read.count] + out)
 
@@ -127,6 +127,18 @@ def attach(block: nn.Module | None, block_class: type, hook: Callable[[nn.Module
 
 def attached(block: nn.Module | None) -> bool:
     return block is not None and isinstance(vars(block).get("forward"), LastBlock)
+
+
+def trims(block: nn.Module | None) -> bool:
+    """Whether a call computes the read rows alone.
+
+    Not where diffusers offloads the block's layers one by one: each fetches the next one, and some would not be called.
+    """
+    return attached(block) and not any(
+        "group_offloading" in getattr(getattr(part, "_diffusers_hook", None), "hooks", ())
+        for part in block.modules()
+        if part is not block
+    )
 
 
 def detach(block: nn.Module | None) -> None:

@@ -106,7 +106,7 @@ class LongCatImageEdit(FluxKontext):
         pipe._joint_attention_kwargs = call["joint_attention_kwargs"] or {}
         pipe._current_timestep = None
         pipe._interrupt = False
-        resized = pipe.image_processor.resize(images[0], height, width)
+        resized = pipe.image_processor.resize(call["image"], height, width)  # which leaves a list as it is
         condition = pipe.image_processor.resize(resized, height // 2, width // 2)
 
         def encode(prompt: Any, given: Tensor | None = None) -> dict[str, Tensor]:

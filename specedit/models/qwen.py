@@ -126,7 +126,7 @@ class QwenImageEdit:
             backend={"auto": None, "stock": "torch"}.get(attention, attention),
             prompts=count_prompts(call),
             pictures=len(source),
-            last_block=attention != "stock" and last_block.attached(self._last(pipe)),
+            last_block=attention != "stock" and last_block.trims(self._last(pipe)),
             extra=dict(
                 positive=positive, negative=negative, dtype=dtype, call=call, condition=pictures.condition,
                 true_cfg_scale=call["true_cfg_scale"], kwargs=call["attention_kwargs"] or {},

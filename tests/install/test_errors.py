@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from PIL import Image
 
 import specedit
@@ -24,6 +25,24 @@ def test_an_exception_in_a_callback(pipe, edit, check_untouched):
             edit(pipe, callback_on_step_end=callback)
         assert pipe.current_timestep is None
         assert torch.equal(edit(pipe), expected)
+    check()
+
+
+def test_a_decoder_that_cannot_verify_is_named_before_the_draft(pipe, edit, check_untouched):
+    check = check_untouched(pipe)
+    vae, calls = pipe.vae, []
+    handle = pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    specedit.install(pipe, **QUICK)
+    pipe.vae = AutoencoderTiny(
+        encoder_block_out_channels=(4, 4), decoder_block_out_channels=(4, 4), latent_channels=4,
+        num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"vae: expected a decoder with conv_in.*got AutoencoderTiny"):
+        edit(pipe)
+    assert not calls
+    pipe.vae = vae
+    handle.remove()
+    edit(pipe)
     check()
 
 

@@ -17,8 +17,9 @@ from torch._dynamo.testing import CompileCounter
 import specedit
 from specedit import SpecEditConfig
 from specedit.forecast.toca import TokenCall, TokenStore
+from specedit.models import attention as attention_module
 from specedit.sampler import restrict
-from tests.models.family import Ops, Shuffled, layouts, mixed_layout, step_of, trace
+from tests.models.family import Ops, Shuffled, layouts, leaves_called, mixed_layout, step_of, trace
 
 QUICK = dict(steps=(2, 1, 1), draft_steps=2)
 
@@ -197,6 +198,21 @@ class Conformance:
     def test_stock_attention_needs_no_kernels(self, family):
         backends = [family.prepare(family.make(), attention=attention)[1].backend for attention in ("stock", "auto")]
         assert backends == ["torch", None]
+
+    # diffusers fetches the weights of one leaf after the other, in the order of the first call.
+    def test_leaves_are_called_in_the_stock_order(self, family, monkeypatch):
+        monkeypatch.setattr(attention_module, "_readable", lambda *_: False)  # as it is of norms that are offloaded
+        for guide in self.guides(family):
+            pipe = family.make()
+            calls = leaves_called(pipe.transformer)
+            family.run(pipe, num_inference_steps=1, **guide)
+            order, stock = calls[0], len(calls)
+            specedit.install(pipe, **QUICK)
+            family.run(pipe, **guide)
+            assert len(order) > 10 and len(calls) - stock >= sum(QUICK["steps"])
+            for call in calls[stock:]:  # what the last block need not compute is left out
+                rest = iter(order)
+                assert all(name in rest for name in call), [call, order]
 
     def test_a_processor_of_somebody_else_runs_stock(self, family):
         pipe = family.make()

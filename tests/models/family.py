@@ -77,6 +77,16 @@ class Ops(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
+def leaves_called(transformer):
+    """Names of the modules with weights that are called, a list for each call of the transformer that is to come."""
+    calls = []
+    transformer.register_forward_pre_hook(lambda module, args: calls.append([]))
+    for name, module in transformer.named_modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            module.register_forward_pre_hook(lambda module, args, name=name: calls[-1].append(name))
+    return calls
+
+
 def mixed_layout(grid, share=0.4, seed=0):
     return MixedLayout(grid, torch.rand(grid.coarse().shape, generator=torch.Generator().manual_seed(seed)) < share)
 

@@ -228,6 +228,17 @@ def test_a_processor_with_weights_is_left_alone():
     assert "0.processor" in dict(model.named_modules())
 
 
+def test_a_processor_of_somebody_else_keeps_its_arguments():
+    class Mine(FluxAttnProcessor):
+        def __call__(self, attn, states, text=None, attention_mask=None, image_rotary_emb=None, strength=1.0):
+            return strength * states
+
+    attn = make_attention(False)
+    attn.set_processor(Mine())
+    attach(torch.nn.ModuleList([attn]), FluxAttention, FluxMixedProcessor)
+    assert (attn(torch.ones(1, 2, HEADS * DIM), strength=0.5) == 0.5).all()
+
+
 def test_processors_with_weights_run_stock_where_nobody_stands_in_for_them():
     model = torch.nn.ModuleList([make_attention(False)])
     model[0].set_processor(type("Weighty", (torch.nn.Module,), {"__module__": "diffusers.models"})())

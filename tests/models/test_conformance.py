@@ -75,6 +75,14 @@ class TestLongCatImageEdit(Conformance):
             fullgraph=False,  # no compiler reads the context variable that carries the context past the transformer
         )  # fmt: skip
 
+    def test_a_list_of_one_picture_is_stocks(self, family, picture):
+        """Stock resizes no list, so its encoder sees the picture at its own size."""
+        given = dict(image=[picture(96, 160)])
+        stock = family.run(family.make(), num_inference_steps=2, **given)
+        pipe = specedit.install(family.make(), steps=(0, 0, 2))
+        self.close(family.run(pipe, **given), stock)
+        assert specedit.report(pipe).nfe == 2
+
     def test_embeddings_of_a_negative_prompt(self, family):
         pipe = specedit.install(family.make(), **QUICK)
         expected = family.run(pipe, **family.guided)

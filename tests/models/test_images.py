@@ -8,7 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from specedit.models.images import batched, check_image, check_pictures, decoder_features, source_pictures
+from specedit.models.images import (
+    batched,
+    check_decoder,
+    check_image,
+    check_pictures,
+    decoder_features,
+    source_pictures,
+)
 
 
 def test_check_image_returns_the_size():
@@ -97,7 +104,7 @@ def test_a_decoder_without_the_layers_of_verification():
     vae = AutoencoderTiny(encoder_block_out_channels=(4, 4), decoder_block_out_channels=(4, 4), latent_channels=4,
                           num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))  # fmt: skip
     with pytest.raises(ValueError, match=r"vae: expected a decoder with conv_in.*got AutoencoderTiny; selector="):
-        decoder_features(vae, torch.zeros(1, 4, 4, 4))
+        check_decoder(vae)
 
 
 @pytest.mark.parametrize("value", [200.0, -3.0, float("nan"), float("inf")])

@@ -139,6 +139,19 @@ def test_offloaded_group_by_group(pipe, edit, first):
     close(edit(pipe), expected)
 
 
+def test_offloaded_layer_by_layer(pipe, edit):
+    """Each layer fetches the next: none may be left out."""
+    expected, cheaper = edit(specedit.install(pipe, **STEPS)), specedit.report(pipe).flops
+    cpu = torch.device("cpu")
+    try:
+        apply_group_offloading(pipe.transformer, cpu, cpu, offload_type="leaf_level")
+    except AttributeError:
+        pytest.skip("this diffusers wants an accelerator for it")
+    assert last_block.attached(last(pipe)) and not last_block.trims(last(pipe))
+    close(edit(pipe), expected)
+    assert specedit.report(pipe).flops > cheaper
+
+
 def test_offloaded_module_by_module(pipe, edit):
     from accelerate import cpu_offload
 

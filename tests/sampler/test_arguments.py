@@ -31,6 +31,23 @@ def test_prompt_embeds(pipe, edit):
         edit(pipe, prompt=None)
 
 
+def test_embeddings_of_one_prompt_serve_several_pictures(pipe, edit):
+    """Stock does not repeat them, and they broadcast."""
+    embeds, pooled, _ = pipe.encode_prompt("make it red", None, max_sequence_length=16)
+    given = dict(prompt=None, prompt_embeds=embeds, pooled_prompt_embeds=pooled, num_images_per_prompt=2)
+    generators = lambda: [torch.Generator().manual_seed(i) for i in (3, 4)]  # noqa: E731
+    stock = edit(pipe, generator=generators(), num_inference_steps=2, **given)
+    specedit.install(pipe, **QUICK)
+    of_words = edit(pipe, num_images_per_prompt=2, generator=generators())
+    assert stock.shape == of_words.shape == (2, 64, 16)
+    close(edit(pipe, generator=generators(), **given), of_words)
+    negative = {
+        f"negative_{name}": value for name, value in zip(("prompt_embeds", "pooled_prompt_embeds"), (embeds, pooled))
+    }
+    guided = edit(pipe, num_images_per_prompt=2, generator=generators(), true_cfg_scale=3.0, **negative)
+    close(guided, of_words)  # away from what it is led to
+
+
 @pytest.mark.parametrize("kind", ["pil", "np", "pt"])
 def test_output_types(pipe, edit, kind):
     specedit.install(pipe, **QUICK)
