@@ -50,7 +50,8 @@ class TokenGrid:
         )
         width = 2 * cells.width
         first = (2 * rows * width + 2 * columns).reshape(-1, 1)
-        return first + torch.tensor([0, 1, width, width + 1], device=device)
+        child = torch.arange(4, device=device)  # counted there: numbers from the host would make every step wait
+        return first + child // 2 * width + child % 2
 
     def pad(self, tokens: Tensor, multiple: int = 2, mode: str = "replicate") -> Tensor:
         """Tokens (B, N, C) of this grid on the grid whose sides are multiples: extra rows and columns at the end.
