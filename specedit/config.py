@@ -34,6 +34,7 @@ FORECASTS = {
     "reuse": None, "taylor": 2, "hermite": 2, "foca": None, "freqca": 2, "toca": None, "duca": None, "lesa": 2,
 }  # fmt: skip
 FORECAST_INTERVAL = 4
+FIRST_FULL = 3  # full steps at the start of a run: "first_enhance" of the public TaylorSeer, ToCa and FoCa code
 
 
 def _suggest(word: object, known: Iterable[str]) -> str:
@@ -226,12 +227,15 @@ class SpecEditConfig:
                 f"expected another forecast with attention={self.attention!r} and rope={self.rope!r}"
             )
         coarse, mixed, full = self.steps
-        longest = max(coarse, mixed + full if self.restore == "reference" else max(mixed, full))
-        if longest <= self.forecast_history:
+        stages = [n for n in (coarse, *((mixed + full,) if self.restore == "reference" else (mixed, full))) if n]
+        warmups = [self.forecast_warmup(first=i == 0) for i in range(len(stages))]
+        if all(steps <= warmup for steps, warmup in zip(stages, warmups, strict=True)):
             raise ValueError(
-                f"forecast: {self.forecast!r} needs {self.forecast_history} full steps before its first forecast, "
-                f"expected a stage of more steps, got steps={self.steps}; take a lower forecast_order or more steps"
+                f"forecast: {self.forecast!r} needs {self.forecast_history} full steps before its first forecast, in "
+                f"the run's first stage at least {FIRST_FULL}, expected a stage of more steps, got steps={self.steps}; "
+                "take more steps or a lower forecast_order"
             )
+        longest = max(stages)
         if self.forecast_interval is not None and self.forecast_interval > longest:
             raise ValueError(
                 f"forecast_interval: expected at most {longest}, the steps of the longest stage of steps={self.steps}, "
@@ -281,6 +285,10 @@ class SpecEditConfig:
         order = self.forecast_order if self.forecast_order is not None else FORECASTS[self.forecast]
         return 1 if order is None else order + 1
 
+    def forecast_warmup(self, first: bool) -> int:
+        """Full steps at the start of a stage: what the method needs, in the run's first stage at least three."""
+        return max(FIRST_FULL if first else 1, self.forecast_history)
+
     @classmethod
     def preset(cls, name: str) -> SpecEditConfig:
         """The preset called `name`. ValueError lists the known ones."""
@@ -318,7 +326,10 @@ class SpecEditConfig:
         """The same configuration with NFE `n`, in the proportions of `steps` (largest remainder).
 
         A stage that had steps keeps at least one while `n` allows; when it does not, the last stages are kept,
-        because they make the picture. ValueError or TypeError unless `n` is an integer of at least 1.
+        because they make the picture.
+
+        Raises:
+            TypeError, ValueError: `n` is not an integer of at least 1, or too few steps for what else is asked for.
         """
         n = _integer("num_inference_steps", n, 1)
         active = [i for i, count in enumerate(self.steps) if count]
@@ -333,7 +344,10 @@ class SpecEditConfig:
             steps[max((i for i in kept if steps[i] > 1), key=lambda i: steps[i] - shares[i])] -= 1
         while sum(steps) < n:
             steps[max(kept, key=lambda i: shares[i] - steps[i])] += 1
-        return dataclasses.replace(self, steps=tuple(steps))
+        try:
+            return dataclasses.replace(self, steps=tuple(steps))
+        except ValueError as error:  # names steps that nobody asked for
+            raise ValueError(f"num_inference_steps: {n} are too few. {error}") from error
 
 
 # The class's own defaults are the paper's. The presets verify at the draft's size, which finds more of the edit with

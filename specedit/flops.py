@@ -14,7 +14,7 @@ from typing import Any
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from .config import ALL_EDITED, STOCK_STEPS, SpecEditConfig, resolve
-from .forecast import METHODS, TOKEN_WISE, KeptReference, forecast_flops, full_steps, warmup
+from .forecast import METHODS, TOKEN_WISE, KeptReference, forecast_flops, full_steps
 from .forecast.toca import fresh_tokens
 from .schedule import Stage, stage_sigmas, stages
 
@@ -212,7 +212,9 @@ class Forward:
 def _stage(config: SpecEditConfig, cost: ModelCost, stage: Stage, own: int, text: int, *, first: bool) -> dict:
     """A row of `plan`: the steps of one stage over `own` target tokens, as many of the reference, and the text."""
     drafts = config.forecast is None or stage.name == "draft"
-    pattern = [True] * stage.steps if drafts else full_steps(stage.steps, config.interval, warmup(config, first))
+    pattern = (
+        [True] * stage.steps if drafts else full_steps(stage.steps, config.interval, config.forecast_warmup(first))
+    )
     kept = None if config.reference_refresh is None else KeptReference(config.reference_refresh)
     whole, trims = text + 2 * own, config.attention != "stock"
     calls: Counter[Forward] = Counter()

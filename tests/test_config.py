@@ -218,6 +218,11 @@ def test_forecast_defaults():
         (dict(forecast="reuse", forecast_interval=True), TypeError, "forecast_interval: expected an integer"),
         (dict(forecast="taylor", forecast_order=6), ValueError, r"needs 7 full steps.*steps=\(7, 6, 5\)"),
         (dict(forecast="taylor", steps=(0, 0, 3)), ValueError, "needs 3 full steps before its first forecast"),
+        (
+            dict(forecast="reuse", steps=(0, 0, 3)),
+            ValueError,
+            "in the run's first stage at least 3, expected",
+        ),
         (dict(forecast="reuse", forecast_interval=8), ValueError, "forecast_interval: expected at most 7"),
         (dict(forecast="toca", attention="stock"), ValueError, "'toca' keeps keys and values of SpecEdit's own"),
         (dict(forecast="duca", rope="phase_aligned"), ValueError, "'duca' keeps keys and values of SpecEdit's own"),
@@ -235,6 +240,13 @@ def test_a_merged_last_stage_counts_as_one():
     with pytest.raises(ValueError, match="needs 4 full steps"):
         SpecEditConfig(**fields)
     assert SpecEditConfig(**fields, restore="reference").forecast_history == 4
+
+
+def test_too_few_steps_of_a_call_for_the_forecast_name_the_call():
+    config = SpecEditConfig(forecast="reuse", forecast_interval=6)
+    with pytest.raises(ValueError, match=r"num_inference_steps: 9 are too few.*steps=\(4, 3, 2\)"):
+        config.with_steps(9)
+    assert config.with_steps(18) == config
 
 
 # ------------------------------------------------------------------------------------------ approximate, by a switch

@@ -19,8 +19,6 @@ from torch import Tensor
 
 from specedit_kernels import weighted_sum
 
-FIRST_FULL = 3  # full steps at the start of a run: "first_enhance" of the public TaylorSeer, ToCa and FoCa code
-
 
 def full_steps(steps: int, interval: int, warmup: int) -> list[bool]:
     """Which of a stage's steps are computed fully: the first `warmup`, then every `interval`-th."""

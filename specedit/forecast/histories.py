@@ -11,7 +11,7 @@ from torch import Tensor
 from ..config import FORECASTS, SpecEditConfig
 from ..grid import MixedLayout
 from . import lesa
-from .base import FIRST_FULL, Forecaster, OfPrompt
+from .base import Forecaster, OfPrompt
 from .duca import DuCa
 from .foca import FoCa
 from .freqca import FreqCa, LowPass
@@ -25,11 +25,6 @@ METHODS: dict[str, type[Forecaster]] = {
     "lesa": lesa.Lesa,
 }  # fmt: skip
 TOKEN_WISE = ("toca", "duca")
-
-
-def warmup(config: SpecEditConfig, first: bool) -> int:
-    """Full steps at the start of a stage: what the method needs, in the run's first stage at least three."""
-    return max(FIRST_FULL if first else 1, config.forecast_history)
 
 
 def forecast_flops(config: SpecEditConfig, numbers: int) -> float:
@@ -62,7 +57,7 @@ class Histories(OfPrompt):
         self, config: SpecEditConfig, *, first: bool, branches: int, layout: MixedLayout,
         predictor: lesa.Predictor | None = None, backend: str | None = None,
     ):  # fmt: skip
-        more: dict[str, Any] = {"warmup": warmup(config, first), "backend": backend}
+        more: dict[str, Any] = {"warmup": config.forecast_warmup(first), "backend": backend}
         if FORECASTS[config.forecast] is not None:
             more["order"] = config.forecast_history - 1
         if config.forecast == "freqca":

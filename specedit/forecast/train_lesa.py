@@ -29,13 +29,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..config import SpecEditConfig
+from ..config import FIRST_FULL, SpecEditConfig
 from ..grid import MixedLayout
 from ..models import adapter_of, adapters
 from ..models.base import Adapter, EditState
 from ..schedule import stage_sigmas
 from . import lesa
-from .base import FIRST_FULL, Differences, full_steps
+from .base import Differences, full_steps
 
 
 @dataclass

@@ -110,5 +110,6 @@ def train_link(pipe: Any, teacher: Any, questions: Questions, settings: Settings
     def loss(batch: Batch, progress: float) -> dict[str, Tensor]:
         return link_loss(pipe, teacher, batch, device, questions=questions, hints=1 - progress)
 
-    small_first = replace(settings, start=None)  # words are what is new, and a prompt says the same at any size
-    learn(pipe, [questions], small_first, log, "link", settings.link_minutes, loss, START)
+    # Words are what is new, and a prompt says the same at any size: small pictures first, but for whoever knows them.
+    sizes = settings if settings.follow else replace(settings, start=None)
+    learn(pipe, [questions], sizes, log, "link", settings.link_minutes, loss, START)

@@ -14,6 +14,7 @@ from specedit.micro import (
     inherit,
     landmarks,
     scenes,
+    train_editor,
     train_link,
     training,
 )
@@ -161,3 +162,19 @@ def test_an_untrained_editor_is_no_teacher(student, tmp_path, few_tasks):
     settings = training.Settings(tmp_path, steps=2, link_minutes=10.0, largest=64)
     with pytest.raises(ValueError, match="expected a trained editor, got one whose output is the same everywhere"):
         train_link.train_link(student, build.kontext(0), asked(student), settings, training.Log(tmp_path / "log.json"))
+
+
+@pytest.mark.parametrize("follow", [False, True])
+def test_small_pictures_come_first_unless_the_words_are_known(student, teacher, tmp_path, monkeypatch, follow):
+    shares = []
+
+    def learn(pipe, more, settings, log, *_):
+        clock = training.Clock(1.0)
+        monkeypatch.setattr(train_editor, "mixture", lambda progress: shares.append(progress) or {64: 1.0})
+        next(train_editor.batches(pipe, settings, clock, 0))
+
+    monkeypatch.setattr(train_link, "learn", learn)
+    monkeypatch.setitem(train_editor.BATCHES, (64, 64), 1)
+    settings = training.Settings(out=tmp_path, model="qwen", start=tmp_path, like=tmp_path, follow=follow)
+    train_link.train_link(student, teacher, None, settings, training.Log(tmp_path / "log.json"))
+    assert (shares[0] >= 0.5) is follow
