@@ -10,7 +10,9 @@ from .shared import Failure, add_model, attention_here, check_size, quiet
 
 
 def add(commands) -> None:
-    parser = commands.add_parser("bench", help="time every preset against the stock pipeline on this machine")
+    parser = commands.add_parser(
+        "bench", help="time quality, balanced, fast and turbo, with both restores, against stock on this machine"
+    )
     add_model(parser)
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--repeat", type=int, default=1, help="timed calls of each; the median counts")
