@@ -22,8 +22,8 @@ from .training import seeds as training_seeds
 
 # What a step sees at each size: (height, width) in pixels and how many scenes, about the same cost each.
 BATCHES: dict[tuple[int, int], int] = {
-    (64, 64): 64, (128, 128): 32, (96, 160): 32, (160, 96): 32, (256, 256): 8, (192, 320): 8, (320, 192): 8,
-    (512, 512): 2, (384, 512): 2, (512, 384): 2,
+    (64, 64): 64, (128, 128): 32, (96, 160): 32, (160, 96): 32, (256, 256): 8, (192, 192): 14,
+    (192, 320): 8, (320, 192): 8, (512, 512): 2, (384, 384): 4, (384, 512): 2, (512, 384): 2,
 }  # fmt: skip
 # Share of steps spent at each longer side, at the start, the middle and the end of training; whoever goes on from an
 # editor that has learned starts at the middle, lest it forgets the larger sizes.

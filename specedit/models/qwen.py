@@ -131,8 +131,6 @@ class QwenImageEdit:
                 positive=positive, negative=negative, dtype=dtype, call=call, condition=pictures.condition,
                 true_cfg_scale=call["true_cfg_scale"], kwargs=call["attention_kwargs"] or {},
                 source=source.repeat(batch // len(source), 1, 1, 1),
-                # The text stands beyond the largest image; it stays there in the stages with coarser ones.
-                offset=self._offset(pipe, grid, grids),
             ),
         )  # fmt: skip
 
@@ -161,16 +159,10 @@ class QwenImageEdit:
         """The pictures being edited, one for each sample."""
         return images
 
-    @staticmethod
-    def _offset(pipe: Any, grid: TokenGrid, references: GridSet) -> int:
-        return qwen_positions.text_offset([grid, *references.grids], pipe.transformer.pos_embed.scale_rope)
-
     def draft_state(self, pipe: Any, state: EditState, config: Any) -> EditState:
-        """A draft is a small image of its own: its text stands closer, and may describe a smaller picture."""
-        grids = state.reference_grid.grids if isinstance(state.reference_grid, GridSet) else (state.reference_grid,)
+        """A draft is a small image of its own, whose text may describe a smaller picture."""
         scale, call = config.draft_scale, state.extra["call"]
-        small = GridSet(tuple(grid.coarse(scale) for grid in grids))
-        extra = state.extra | {"offset": self._offset(pipe, state.grid.coarse(scale), small), "sequences": {}}
+        extra = state.extra | {"sequences": {}}
         if config.draft_condition == "full" or call["prompt"] is None:  # embeddings that were given cannot be made anew
             return dataclasses.replace(state, extra=extra)
         given = state.extra["condition"]

@@ -67,8 +67,7 @@ def image_positions(layout: MixedLayout, frame: int, scale_rope: bool) -> Tensor
     """
     positions = layout.positions
     if scale_rope:
-        grid = layout.grid.coarse() if layout.is_coarse else layout.grid
-        centre = [side - side // 2 for side in grid.shape]
+        centre = [side - side // 2 for side in _seen(layout).shape]
         positions = positions - torch.tensor(centre, dtype=positions.dtype, device=positions.device)
     return torch.cat([torch.full_like(positions[:, :1], frame), positions], 1)
 
@@ -79,9 +78,19 @@ def all_positions(layout: MixedLayout, reference: MixedLayout | LayoutSet, scale
     return image_positions(layout, 0, scale_rope), torch.cat(others)
 
 
-def text_offset(grids: list[TokenGrid], scale_rope: bool) -> int:
-    """Where the text begins on all three axes: beyond the largest position of any image."""
-    return max(side // 2 if scale_rope else side for grid in grids for side in grid.shape)
+def text_offset(layout: MixedLayout, reference: MixedLayout | LayoutSet, scale_rope: bool) -> int:
+    """Where the text begins on all three axes: beyond the largest position of any image.
+
+    Around images that are all coarse it stands as close as around small ones. Left where the full ones have it, it
+    would stand where no image of that size has it.
+    """
+    sides = [side for part in (layout, *reference.parts) for side in _seen(part).shape]
+    return max(side // 2 if scale_rope else side for side in sides)
+
+
+def _seen(layout: MixedLayout) -> TokenGrid:
+    """The grid that a layout's positions lie in."""
+    return layout.grid.coarse() if layout.is_coarse else layout.grid
 
 
 def angles(pos_embed: nn.Module, positions: Tensor) -> Tensor:

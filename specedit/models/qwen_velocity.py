@@ -14,7 +14,7 @@ from torch import Tensor
 from ..grid import LayoutSet, MixedLayout
 from . import joint
 from .base import EditState, rows_index
-from .qwen_positions import PlacedImages, all_positions, angles, phases
+from .qwen_positions import PlacedImages, all_positions, angles, phases, text_offset
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +187,7 @@ class Inputs:
     @cached_property
     def _positions(self) -> list[Tensor]:
         """Of the target's tokens and the references'."""
-        places = all_positions(self.layout, self.reference_layout, self.pipe.transformer.pos_embed.scale_rope)
+        places = all_positions(*self._layouts, self.pipe.transformer.pos_embed.scale_rope)
         return [at.to(self.tokens.device) for at in places]
 
     @cached_property
@@ -201,7 +201,8 @@ class Inputs:
 
     def _text_positions(self, index: Tensor) -> Tensor:
         """(L, 3): text lies beyond the images, at the same number on every axis."""
-        return (self.state.extra["offset"] + index).float()[:, None].expand(-1, 3)
+        offset = text_offset(*self._layouts, self.pipe.transformer.pos_embed.scale_rope)
+        return (offset + index).float()[:, None].expand(-1, 3)
 
     def _run(
         self, states: Tensor, embeds: Tensor, placed: PlacedImages, context: joint.MixedContext | None,

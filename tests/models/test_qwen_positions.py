@@ -34,7 +34,7 @@ def test_whole_positions_are_the_tables_to_the_bit(sizes, scale_rope):
     target, reference = positions.all_positions(first, beside, scale_rope)
     at = torch.cat([target, reference] if others else [target])
     assert torch.equal(positions.phases(positions.angles(rope, at)), image)
-    offset = positions.text_offset(grids, scale_rope)
+    offset = positions.text_offset(first, LayoutSet(tuple(others)), scale_rope)
     text_at = (offset + torch.arange(6)).float()[:, None].expand(-1, 3)
     assert torch.equal(positions.phases(positions.angles(rope, text_at)), text)
 
@@ -43,7 +43,22 @@ def test_a_coarse_layout_is_a_small_image():
     rope = make_rope()
     layout = MixedLayout.all_coarse(TokenGrid(7, 10))
     at = positions.image_positions(layout, 0, True)
-    assert torch.equal(positions.phases(positions.angles(rope, at)), table(rope, [(4, 5)], 1)[0])
+    image, text = table(rope, [(4, 5)], 6)
+    assert torch.equal(positions.phases(positions.angles(rope, at)), image)
+    text_at = (positions.text_offset(layout, layout, True) + torch.arange(6)).float()[:, None].expand(-1, 3)
+    assert torch.equal(positions.phases(positions.angles(rope, text_at)), text)
+
+
+@pytest.mark.parametrize("scale_rope", [True, False])
+def test_text_stands_beyond_the_largest_picture(scale_rope):
+    coarse, fine = MixedLayout.all_coarse(TokenGrid(7, 10)), MixedLayout.all_fine(TokenGrid(6, 4))
+    mixed = MixedLayout(TokenGrid(6, 4), torch.tensor([[True, False]] * 3))
+    for layout, side in ((coarse, 5), (fine, 6), (mixed, 6)):
+        whole = side // 2 if scale_rope else side
+        assert positions.text_offset(layout, layout, scale_rope) == whole
+        assert positions.text_offset(layout, LayoutSet((layout,)), scale_rope) == whole
+    larger = LayoutSet((coarse, MixedLayout.all_fine(TokenGrid(3, 12))))
+    assert positions.text_offset(coarse, larger, scale_rope) == (6 if scale_rope else 12)
 
 
 def test_a_locked_cell_stands_in_the_middle_of_its_tokens():
