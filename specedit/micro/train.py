@@ -27,7 +27,7 @@ from .inherit import SAME, distance, inherit
 from .inherit_places import lead, take_over_places
 from .questions import Questions
 from .train_ask import train_ask
-from .train_editor import train_editor
+from .train_editor import shares, train_editor
 from .train_link import train_link
 from .train_text import train_text
 from .train_vae import train_vae
@@ -38,9 +38,13 @@ def train(settings: Settings):
     """Train, or go on training, the editor in `settings.out`; returns the pipeline with averaged weights.
 
     Raises:
-        ValueError: an unknown model, one of the folders holds another one's editor, or `like` where it cannot serve.
+        ValueError: an unknown model or kind of edit, `enter` outside 0 to 1, one of the folders holds another one's
+            editor, or `like` where it cannot serve.
     """
     family = named(settings.model)
+    shares(settings.practise)  # raises before anything is made
+    if not 0 <= settings.enter <= 1:
+        raise ValueError(f"--enter: expected 0 to 1, got {settings.enter}")
     if settings.follow and (settings.start is None or settings.like is None):
         raise ValueError("--follow: expected --start, an editor that took over another, and --like, that other one")
     if settings.like is not None and settings.model != "qwen":
@@ -134,6 +138,12 @@ def main(arguments: list[str] | None = None) -> None:
         "--follow",
         action="store_true",
         help="with both: --start's transformer is kept too, and follows --like's further",
+    )
+    parser.add_argument(
+        "--practise", nargs="+", default=(), metavar="KIND", help="kinds of edit that half of the tasks are of"
+    )
+    parser.add_argument(
+        "--enter", type=float, default=Settings.enter, help="with --start: where in the curriculum of sizes, 0 to 1"
     )
     parser.add_argument("--link-minutes", type=float, default=Settings.link_minutes, help="with --like")
     settings = Settings(**vars(parser.parse_args(arguments)))

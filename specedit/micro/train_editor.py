@@ -3,7 +3,7 @@
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ BATCHES: dict[tuple[int, int], int] = {
     (192, 320): 8, (320, 192): 8, (512, 512): 2, (384, 384): 4, (384, 512): 2, (512, 384): 2,
 }  # fmt: skip
 # Share of steps spent at each longer side, at the start, the middle and the end of training; whoever goes on from an
-# editor that has learned starts at the middle, lest it forgets the larger sizes.
+# editor that has learned starts later (Settings.enter), lest it forgets the larger sizes.
 CURRICULUM = (
     {64: 0.15, 128: 0.85, 256: 0.0, 512: 0.0},
     {64: 0.05, 128: 0.5, 256: 0.3, 512: 0.15},
@@ -92,12 +92,32 @@ def encode(pipe: Any, tasks: list[scenes.Scene], size: tuple[int, int], device: 
     return Batch(grid, source, target, prompts, Answers(tasks, grid, edited), seen)
 
 
+def shares(practise: Iterable[str] = ()) -> dict[str, float]:
+    """Share of each kind of task: `SHARES`, or one half by these and one half the kinds in `practise` alone.
+
+    Raises:
+        ValueError: there is no such kind.
+    """
+    alone = {kind: share for kind, share in SHARES.items() if kind in set(practise)}
+    if unknown := sorted(set(practise) - set(SHARES)):
+        raise ValueError(f"--practise: expected some of {', '.join(SHARES)}, got {', '.join(unknown)}")
+    if not alone:
+        return SHARES
+    whole = sum(alone.values())
+    return {kind: (share + alone.get(kind, 0.0) / whole) / 2 for kind, share in SHARES.items()}
+
+
 def draw_tasks(
-    seeds: Iterator[int], count: int, rng: random.Random, place: tuple[int, int] | None = None
+    seeds: Iterator[int],
+    count: int,
+    rng: random.Random,
+    place: tuple[int, int] | None = None,
+    practise: Iterable[str] = (),
 ) -> list[scenes.Scene]:
-    """`count` tasks, their kinds by `SHARES`. With `place`, a cell of the board, the edits of one object are there."""
-    out = []
-    for kind in rng.choices(list(SHARES), list(SHARES.values()), k=count):
+    """`count` tasks, their kinds by `shares(practise)`. With `place`, a cell of the board, the edits of one object are
+    there."""
+    out, share = [], shares(practise)
+    for kind in rng.choices(list(share), list(share.values()), k=count):
         scene = scenes.describe(next(seeds), kind)
         while place is not None and scene.place not in (None, place):
             scene = scenes.describe(next(seeds), kind)
@@ -126,7 +146,8 @@ def batches(pipe: Any, settings: Settings, clock: Clock, start: int) -> Iterator
     # Another seed sees other tasks, and so does a resumed run: it starts further on than any step so far.
     seeds = iter(training_seeds((settings.seed << 36) + (start * settings.batch_scale << 12), 1 << 36))
     while True:
-        progress = clock.progress if settings.start is None else (1 + clock.progress) / 2
+        entered = 0.0 if settings.start is None else settings.enter
+        progress = entered + (1 - entered) * clock.progress
         weights = {side: share for side, share in mixture(progress).items() if side <= settings.largest}
         side = rng.choices(list(weights), list(weights.values()))[0]
         pool = pools.setdefault(side, [])
@@ -135,7 +156,7 @@ def batches(pipe: Any, settings: Settings, clock: Clock, start: int) -> Iterator
             size = square if rng.random() < 0.7 else rng.choice(sizes(side))
             place = (rng.randrange(3), rng.randrange(3)) if max(size) == 512 and rng.random() < FOCUSED else None
             count = int(BATCHES[size] / (1 if place is None else FOCUS)) * settings.batch_scale
-            batch = encode(pipe, draw_tasks(seeds, count, rng, place), size, settings.device)
+            batch = encode(pipe, draw_tasks(seeds, count, rng, place, settings.practise), size, settings.device)
             batch.focused = place is not None
             pool.append(batch)
             if len(pool) > 24:

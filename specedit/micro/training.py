@@ -33,7 +33,11 @@ class Clock:
 
 @dataclass
 class Settings:
-    """What a run is made of; `steps` caps each part for a quick try."""
+    """What a run is made of; `steps` caps each part for a quick try.
+
+    practise: kinds of edit that half of the tasks are of, the other half by the usual shares. enter: how far into the
+    curriculum of sizes, from 0 to 1, one with `start` begins.
+    """
 
     out: Path
     vae_minutes: float = 20.0
@@ -53,6 +57,8 @@ class Settings:
     follow: bool = False
     link_minutes: float = 36.0
     ask_minutes: float = 5.0
+    practise: tuple[str, ...] = ()
+    enter: float = 0.5
     model: str = "kontext"
 
 

@@ -3,6 +3,7 @@
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,47 @@ def test_mixture_is_a_distribution_at_every_moment():
         shares = train_editor.mixture(progress)
         assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) >= 0
     assert train_editor.mixture(0.0)[512] == 0 and train_editor.mixture(1.0)[512] > 0
+
+
+def test_half_of_the_tasks_are_of_what_is_practised():
+    usual = train_editor.shares()
+    assert usual == train_editor.SHARES
+    got = train_editor.shares(("shape", "remove"))
+    assert sum(got.values()) == pytest.approx(1)
+    assert {kind: got[kind] / usual[kind] for kind in ("add", "background", "recolor", "greyscale")} == pytest.approx(
+        dict.fromkeys(("add", "background", "recolor", "greyscale"), 0.5)
+    )
+    assert got["shape"] / got["remove"] == pytest.approx(usual["shape"] / usual["remove"])
+    seeds = iter(training.seeds(0, 10**6))
+    drawn = train_editor.draw_tasks(seeds, 200, random.Random(0), practise=["remove"])
+    assert 0.45 < sum(task.kind == "remove" for task in drawn) / 200 < 0.65  # a half and 0.05
+
+
+def test_who_goes_on_enters_the_curriculum_where_it_is_told(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train_editor, "mixture", lambda progress: seen.append(progress) or {64: 1.0})
+    monkeypatch.setattr(train_editor, "encode", lambda _pipe, tasks, *_: SimpleNamespace(kinds=[t.kind for t in tasks]))
+    more = dict(practise=("greyscale",), enter=0.6)
+
+    def first(progress: float, **settings) -> SimpleNamespace:
+        clock = SimpleNamespace(progress=progress)
+        return next(train_editor.batches(None, training.Settings(tmp_path, **settings), clock, 0))
+
+    first(0.5, **more)  # from nothing: the whole curriculum
+    batch = first(0.5, start=tmp_path, **more)
+    first(1.0, start=tmp_path, **more)
+    first(0.0, start=tmp_path)
+    assert seen == pytest.approx([0.5, 0.8, 1.0, 0.5])
+    assert 0.3 < batch.kinds.count("greyscale") / len(batch.kinds) < 0.75  # a half and 0.02, of 64
+
+
+def test_what_cannot_be_practised_is_told_before_anything_is_made(tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(ValueError, match=r"--practise: expected some of add, .*, got paint"):
+        train.train(training.Settings(out, practise=("shape", "paint")))
+    with pytest.raises(ValueError, match=r"--enter: expected 0 to 1, got 1\.5"):
+        train.train(training.Settings(out, enter=1.5))
+    assert not out.exists()
 
 
 def test_every_size_has_the_share_of_its_pixels():
