@@ -3,7 +3,7 @@
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -92,7 +92,7 @@ def encode(pipe: Any, tasks: list[scenes.Scene], size: tuple[int, int], device: 
     return Batch(grid, source, target, prompts, Answers(tasks, grid, edited), seen)
 
 
-def shares(practise: Iterable[str] = ()) -> dict[str, float]:
+def shares(practise: Collection[str] = ()) -> dict[str, float]:
     """Share of each kind of task: `SHARES`, or one half by these and one half the kinds in `practise` alone.
 
     Raises:
@@ -112,7 +112,7 @@ def draw_tasks(
     count: int,
     rng: random.Random,
     place: tuple[int, int] | None = None,
-    practise: Iterable[str] = (),
+    practise: Collection[str] = (),
 ) -> list[scenes.Scene]:
     """`count` tasks, their kinds by `shares(practise)`. With `place`, a cell of the board, the edits of one object are
     there."""
