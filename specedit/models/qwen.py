@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..grid import GridSet, TokenGrid
+from ..one_frame import one_frame
 from . import attention, last_block, qwen_positions
 from .base import EditState, active_branches
 from .images import check_pictures, decoder_features, source_pictures
@@ -97,10 +98,12 @@ class QwenImageEdit:
         say_why_unguided(call)
         positive, negative = encode(pipe, call, pictures.condition, device)
         batch, dtype = positive["encoder_hidden_states"].shape[0], positive["encoder_hidden_states"].dtype
-        noise, reference = pipe.prepare_latents(
-            pictures.reference if len(pictures.reference) > 1 else pictures.reference[0], batch,
-            pipe.transformer.config.in_channels // 4, height, width, dtype, device, call["generator"], call["latents"],
-        )  # fmt: skip
+        with one_frame(pipe.vae):
+            noise, reference = pipe.prepare_latents(
+                pictures.reference if len(pictures.reference) > 1 else pictures.reference[0], batch,
+                pipe.transformer.config.in_channels // 4, height, width, dtype, device, call["generator"],
+                call["latents"],
+            )  # fmt: skip
         expected = (batch, grid.tokens, pipe.transformer.config.in_channels)
         if noise.shape != expected:
             raise ValueError(f"latents: expected shape {expected}, got {tuple(noise.shape)}")
@@ -111,7 +114,8 @@ class QwenImageEdit:
             aligned = grids.split(reference)[pictures.aligned].float()
         else:
             pixels = (source * 2 - 1)[:, :, None].to(device=device, dtype=dtype)
-            latents = pipe._encode_vae_image(image=pixels, generator=call["generator"])
+            with one_frame(pipe.vae):
+                latents = pipe._encode_vae_image(image=pixels, generator=call["generator"])
             aligned = pack_latents(pipe, latents).float().repeat(batch // len(source), 1, 1)
         return EditState(
             grid=grid,
@@ -201,12 +205,14 @@ class QwenImageEdit:
 
     def features(self, pipe: Any, tokens: Tensor, grid: TokenGrid) -> list[Tensor]:
         # One frame needs none of the decoder's cache of earlier frames.
-        return [part[:, :, 0] for part in decoder_features(pipe.vae, self._latents(pipe, tokens, grid))]
+        with one_frame(pipe.vae):
+            return [part[:, :, 0] for part in decoder_features(pipe.vae, self._latents(pipe, tokens, grid))]
 
     def decode(self, pipe: Any, state: EditState, tokens: Tensor, output_type: str) -> Any:
         if output_type == "latent":
             return tokens.to(state.extra["dtype"])
-        image = pipe.vae.decode(self._latents(pipe, tokens, state.grid), return_dict=False)[0][:, :, 0]
+        with one_frame(pipe.vae):
+            image = pipe.vae.decode(self._latents(pipe, tokens, state.grid), return_dict=False)[0][:, :, 0]
         return pipe.image_processor.postprocess(image, output_type=output_type)
 
     @staticmethod

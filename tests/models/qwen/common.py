@@ -1,6 +1,7 @@
 """What several tests in this folder use."""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from specedit.sampler import restrict
 
@@ -20,3 +21,16 @@ def velocity(adapter, pipe, state, layout, config, rows=None, seed=3, sigma=0.6)
 
 def close(a, b, tolerance=2e-4):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+class Taps(TorchDispatchMode):
+    """The taps in time of every convolution of frames that is computed inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution.default and args[1].ndim == 5:
+            self.seen.append(args[1].shape[2])
+        return func(*args, **(kwargs or {}))

@@ -11,7 +11,7 @@ from PIL import Image
 import specedit
 from specedit.models.qwen import QwenImageEdit, QwenImageEditPlus
 from tests.models.family import trace
-from tests.models.qwen.common import GUIDED, QUICK, close
+from tests.models.qwen.common import GUIDED, QUICK, Taps, close
 
 
 def test_many_images_of_one_prompt_with_generators(edit):
@@ -170,3 +170,23 @@ def test_adapters_know_their_own_pipelines(edit, plus):
         matching = [each for each in specedit.models.adapters() if each.matches(make())]
         assert matching == [adapter]
     assert QwenImageEditPipeline.__name__ in QwenImageEdit.pipelines
+
+
+def test_frames_that_are_not_there_are_not_convolved(edit):
+    pipe = edit.make()
+
+    def parts():  # but for the autoencoder itself, which counts its frames
+        return {name: set(vars(module)) for name, module in pipe.vae.named_modules() if name}
+
+    def taps():
+        with Taps() as taps:
+            pipe(**edit.call(128, 128), num_inference_steps=10, output_type="np", **GUIDED)
+        return [n for n in taps.seen if n == 3]  # the vision encoder's have two
+
+    before, stock = parts(), taps()
+    specedit.install(pipe, "turbo")
+    ours = taps()
+    specedit.uninstall(pipe)
+    assert len(stock) > 10 and ours == []
+    assert taps() == stock
+    assert parts() == before
