@@ -111,6 +111,7 @@ def test_other_convolutions_are_as_they_were(frames):
         (frames, dict(padding="same")),
         (frames, dict(padding=(2, 1, 1), stride=2)),
         (frames[0].expand(3, 3, 72, 40), {}),
+        (frames[0, :, :, :1].expand(3, 3, 1, 40), dict(padding=(0, 1, 1))),  # no batch, and one row
     ):
         stock = F.conv3d(x, weight, **options)
         with OneFrame():
