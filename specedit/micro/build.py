@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxTransformer2DModel
 from diffusers.models.resnet import ResnetBlock2D
+from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
@@ -52,7 +53,8 @@ def _tokenizer(special: dict[str, str], template: str, length: int) -> PreTraine
     tokenizer.post_processor = processors.TemplateProcessing(
         single=template, special_tokens=[(t, tokenizer.token_to_id(t)) for t in names if t in template]
     )
-    return CappedTokenizer(tokenizer_object=tokenizer, model_max_length=length, **special)
+    # transformers 4 goes by its own argument, not by the tokenizer's
+    return CappedTokenizer(tokenizer_object=tokenizer, model_max_length=length, add_prefix_space=True, **special)
 
 
 def text_parts() -> tuple[CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel, PreTrainedTokenizerFast]:
@@ -293,9 +295,27 @@ def load(folder: Path, **kwargs) -> FluxKontextPipeline:
         name: CappedTokenizer.from_pretrained(folder / name, local_files_only=True)
         for name in ("tokenizer", "tokenizer_2")
     }
-    pipe = FluxKontextPipeline.from_pretrained(folder, local_files_only=True, **tokenizers, **kwargs)
+    parts = tokenizers | nested_clip(folder / "text_encoder", kwargs.get("torch_dtype"))
+    pipe = FluxKontextPipeline.from_pretrained(folder, local_files_only=True, **parts, **kwargs)
     pipe.vae.to(memory_format=torch.channels_last)  # faster convolutions on a CPU
     return pipe
+
+
+def nested_clip(folder: Path, dtype: torch.dtype | None) -> dict[str, CLIPTextModel]:
+    """`text_encoder`, where CLIPTextModel holds its parts in `text_model`, as it does before transformers 5, and the
+    file names them without; else nothing, and the pipeline reads it."""
+    with torch.device("meta"):
+        names = CLIPTextModel(CLIPTextConfig.from_pretrained(folder)).state_dict()
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        flat = not any(name.startswith("text_model.") for name in file.keys())  # noqa: SIM118
+    if not (flat and any(name.startswith("text_model.") for name in names)):
+        return {}
+    mapping = {r"^(?!text_model\.)": "text_model."}
+    return {
+        "text_encoder": CLIPTextModel.from_pretrained(
+            folder, local_files_only=True, key_mapping=mapping, torch_dtype=dtype or torch.float32
+        )
+    }
 
 
 def save(pipe: FluxKontextPipeline, folder: Path) -> None:
@@ -310,6 +330,7 @@ def save(pipe: FluxKontextPipeline, folder: Path) -> None:
         parts[name] = ["transformers", "PreTrainedTokenizerFast"]
     index.write_text(json.dumps(parts, indent=2) + "\n")
     forget_origin(folder)
+    write_for_both(folder)
 
 
 def forget_origin(folder: Path) -> None:
@@ -317,4 +338,26 @@ def forget_origin(folder: Path) -> None:
     for file in (folder / "model_index.json", *folder.glob("*/config.json")):
         written = json.loads(file.read_text())
         if written.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(written, indent=2) + "\n")
+
+
+def write_for_both(folder: Path) -> None:
+    """Say what transformers 5 alone would read in the words of transformers 4, which both read."""
+    for file in folder.glob("*/tokenizer_config.json"):
+        written = json.loads(file.read_text())
+        if isinstance(written.get("extra_special_tokens"), list):
+            written["additional_special_tokens"] = written.pop("extra_special_tokens")
+        words = json.loads((file.parent / "tokenizer.json").read_text())["pre_tokenizer"]
+        written["add_prefix_space"] = bool(words.get("add_prefix_space"))
+        file.write_text(json.dumps(written, indent=2) + "\n")
+    for file in folder.glob("processor/preprocessor_config.json"):
+        written = json.loads(file.read_text())
+        written |= dict(min_pixels=written["size"]["shortest_edge"], max_pixels=written["size"]["longest_edge"])
+        file.write_text(json.dumps(written, indent=2) + "\n")
+    for file in folder.glob("text_encoder/config.json"):
+        written = json.loads(file.read_text())
+        text = written.get("text_config", {})
+        if (rope := text.pop("rope_parameters", None)) is not None:
+            text["rope_theta"] = rope.pop("rope_theta")
+            text["rope_scaling"] = rope
             file.write_text(json.dumps(written, indent=2) + "\n")

@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from .build import forget_origin, look_at_own_place, sentences, zero_modulation
+from .build import forget_origin, look_at_own_place, sentences, write_for_both, zero_modulation
 from .qwen_pipeline import OwnSizeQwenImageEditPipeline, PictureProcessor, Qwen2VLImageProcessor
 
 WIDTH = 192  # of the text model
@@ -234,3 +234,4 @@ def save(pipe: OwnSizeQwenImageEditPipeline, folder: Path) -> None:
     }
     index.write_text(json.dumps(written, indent=2) + "\n")
     forget_origin(Path(folder))
+    write_for_both(Path(folder))
