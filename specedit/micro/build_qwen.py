@@ -80,7 +80,9 @@ def text_parts() -> tuple[Qwen2_5_VLForConditionalGeneration, PreTrainedTokenize
             spatial_merge_size=2, fullatt_block_indexes=[0],
         ),
         image_token_id=number("<|image_pad|>"), video_token_id=number("<|video_pad|>"),
-        vision_start_token_id=number("<|vision_start|>"), vision_end_token_id=number("<|vision_end|>"),
+        # transformers 4 gives a picture's tokens rows and columns where this one stands, transformers 5 only with
+        # `mm_token_type_ids`, which the pipeline does not pass: without it they stand in line with the words in both.
+        vision_start_token_id=-1, vision_end_token_id=number("<|vision_end|>"),
         vocab_size=len(words), hidden_size=WIDTH, tie_word_embeddings=True,
     )  # fmt: skip
     look = Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=VISION_PIXELS, patch_size=14, merge_size=2)

@@ -11,6 +11,8 @@ from PIL import Image
 import specedit
 from specedit import micro
 from specedit.micro.evaluate import grow, mean, psnr, score
+from specedit.micro.family import named
+from specedit.micro.load import WEIGHTS
 
 
 @pytest.fixture(scope="module", params=["kontext", "qwen"])
@@ -87,6 +89,30 @@ def test_the_dtype_that_was_asked_for(name):
     assert {part.dtype for part in modules(half)} == {torch.bfloat16}
 
 
+def test_transformers_4_and_5_read_the_same(name, tmp_path):
+    """What is written is said in the words that both know; scripts/compat.sh runs these tests with both."""
+    named(name).save(micro.load(name), tmp_path)
+    for folder in (tmp_path, WEIGHTS / name):
+
+        def read(file, folder=folder):
+            return json.loads((folder / file).read_text())
+
+        for file in folder.glob("*/tokenizer_config.json"):
+            said, words = json.loads(file.read_text()), json.loads((file.parent / "tokenizer.json").read_text())
+            assert not isinstance(said.get("extra_special_tokens"), list)
+            assert said["add_prefix_space"] == bool(words["pre_tokenizer"].get("add_prefix_space"))
+        if name == "kontext":
+            landmarks = read("tokenizer_2/tokenizer_config.json")["additional_special_tokens"]
+            assert landmarks == [f"<landmark{i}>" for i in range(12)]
+        else:
+            encoder, look = read("text_encoder/config.json"), read("processor/preprocessor_config.json")
+            text = encoder["text_config"]
+            assert "rope_parameters" not in text and text["rope_theta"] == 1e6
+            assert text["rope_scaling"]["mrope_section"] == [6, 9, 9]
+            assert encoder["vision_start_token_id"] == -1
+            assert (look["min_pixels"], look["max_pixels"]) == (784, 3136)
+
+
 def test_unknown_editor():
     with pytest.raises(ValueError, match='expected "kontext" or "qwen", got \'flux\''):
         micro.load("flux")
@@ -106,7 +132,6 @@ def test_an_editor_whose_weights_the_package_lacks(monkeypatch, tmp_path):
 
 
 def test_the_autoencoder_keeps_30_db_at_512(pipe, name):
-    from specedit.micro.family import named
     from specedit.micro.train_vae import roundtrip
 
     assert roundtrip(named(name).flat(pipe.vae), "cpu", 512, 4) >= 30
