@@ -12,15 +12,10 @@ LARGEST = 1024 * 1024  # px that the released editors are made for
 
 
 def read(path: Path) -> Any:
-    """The picture in a file, as its viewer shows it."""
-    from PIL import Image
+    """The RGB picture in a file, as a viewer shows it; PictureError, a ValueError, where it cannot be read."""
+    from . import pictures
 
-    from .tasks import upright
-
-    try:
-        return upright(path)
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{path}: {error}") from error
+    return pictures.read(path).image
 
 
 def load(
