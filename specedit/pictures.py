@@ -16,10 +16,12 @@ from PIL import Image, UnidentifiedImageError
 
 from .pixels import off_white, on_white, to_srgb
 
-ALPHA_FORMATS = ("PNG", "WEBP", "TIFF", "TGA", "JPEG2000", "AVIF", "HEIF", "DDS", "ICO", "ICNS")
+ALPHA_FORMATS = ("PNG", "WEBP", "TIFF", "TGA", "JPEG2000", "AVIF", "HEIF", "DDS")
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 AVIF_BRANDS = (b"avif", b"avis")
 ONE_PICTURE = ("MPO", "PSD")  # whose further frames are a camera's preview and the layers
+PNG_DEPTH = 24  # where a PNG says how many bits a value has
+OTHER_SIZES = ("ICO", "ICNS")  # which hold icons only
 ORIENTATION = 0x0112  # EXIF tag
 TURNS = dict(
     enumerate(
@@ -147,7 +149,7 @@ def _check_format(path: Path) -> str:
     """The format that `path` is to be written in; PictureError where Pillow cannot write RGB pictures in it."""
     form = Image.registered_extensions().get(path.suffix.lower())
     try:
-        if form not in Image.SAVE:
+        if form not in Image.SAVE or form in OTHER_SIZES:
             raise OSError("no such format")
         Image.new("RGB", (16, 16)).save(io.BytesIO(), format=form)  # some formats hold no colours, or lack their codec
     except (OSError, ValueError, KeyError) as error:
@@ -164,6 +166,7 @@ def _open(file: Any, name: str) -> tuple[Image.Image, tuple[str, ...]]:
             image = _identify(stream)
             frames = 1 if image.format in ONE_PICTURE else getattr(image, "n_frames", 1)
             image.load()
+            _scale_key(image, stream)
             return image, (f"{name}: the first of {frames} frames is read",) if frames > 1 else ()
     except MemoryError:
         raise
@@ -190,6 +193,19 @@ def _identify(stream: BinaryIO) -> Image.Image:
             raise OSError(f"{'HEIC' if brand in HEIF_BRANDS else 'AVIF'} needs another reader; {cure}") from error
         register_heif_opener()
         return Image.open(stream)
+
+
+def _scale_key(image: Image.Image, stream: BinaryIO) -> None:
+    """Bring the transparent colour of a PNG to 8 bits, as Pillow brought the pixels."""
+    key = image.info.get("transparency")
+    if image.format != "PNG" or not isinstance(key, (int, tuple)):
+        return
+    stream.seek(PNG_DEPTH)
+    depth = stream.read(1)[0]
+    if isinstance(key, tuple) and depth == 16:
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+    elif depth in (2, 4):
+        image.info["transparency"] = key * 255 // (2**depth - 1)
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

@@ -4,6 +4,7 @@ import io
 import os
 import struct
 import sys
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -181,6 +182,44 @@ def test_formats_without_alpha_say_so(tmp_path, save, name):
     (note,) = pictures.write(read.image, tmp_path / name, alpha=read.alpha)
     assert "holds no transparency, so the picture lies on white" in note
     assert min(Image.open(tmp_path / name).getpixel((8, 8))) >= 250
+
+
+def png(depth, kind, rows, **chunks):
+    """A PNG of 8 x 8 pixels, whose rows are bytes."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, depth, kind, 0, 0, 0))
+    extra = b"".join(chunk(name.encode(), data) for name, data in chunks.items())
+    pixels = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))
+    return io.BytesIO(b"\x89PNG\r\n\x1a\n" + header + extra + pixels + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize(
+    ("depth", "kind", "key", "clear", "seen", "shade"),
+    [
+        (16, 2, (65535, 1795, 1), (65535, 1795, 1), (51400, 0, 0), (200, 0, 0)),
+        (4, 0, (15,), b"\xff" * 4, b"\x33" * 4, (51,) * 3),
+        (2, 0, (3,), b"\xff" * 2, b"\x55" * 2, (85,) * 3),
+        (1, 0, (0,), b"\0", b"\xff", (255,) * 3),
+    ],
+)
+def test_a_transparent_colour_of_other_depths(depth, kind, key, clear, seen, shade):
+    clear, seen = (row if isinstance(row, bytes) else struct.pack(">3H", *row) * 8 for row in (clear, seen))
+    read = pictures.read(png(depth, kind, [clear] * 4 + [seen] * 4, tRNS=struct.pack(f">{len(key)}H", *key)), "x")
+    assert read.alpha.getpixel((2, 1)) == 0 and read.alpha.getpixel((2, 6)) == 255
+    assert read.image.getpixel((2, 1)) == (255,) * 3 and read.image.getpixel((2, 6)) == shade
+
+
+def test_the_gamma_of_a_png():
+    rows = [b"\x80" * 8] * 8
+    for chunks, shade in (
+        ({"gAMA": struct.pack(">I", 100000)}, 186),  # linear
+        ({"gAMA": struct.pack(">I", 45455)}, 128),
+        ({"sRGB": b"\0", "gAMA": struct.pack(">I", 100000)}, 128),
+    ):
+        assert pictures.read(png(8, 0, rows, **chunks), "x").image.getpixel((1, 1)) == (shade,) * 3
 
 
 # ---------------------------------------------------------------------------------------------------------- profiles
@@ -374,7 +413,7 @@ def test_decompression_bombs_are_errors_and_large_pictures_are_not(save, picture
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
-@pytest.mark.parametrize("name", ["out", "out.xyz", "out.txt", "out.xbm", "out.psd", "out.hdf"])
+@pytest.mark.parametrize("name", ["out", "out.xyz", "out.txt", "out.xbm", "out.psd", "out.hdf", "out.ico"])
 def test_formats_that_cannot_be_written(tmp_path, name):
     with pytest.raises(PictureError, match=f"expected a picture file such as out.png, got {tmp_path / name}"):
         pictures.check_target(tmp_path / name)
