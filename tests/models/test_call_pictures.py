@@ -178,10 +178,17 @@ def test_pictures_that_the_pipeline_enlarges_may_be_tiny(stock_kontext, edit, ma
         assert specedit.report(pipe).nfe == 3
 
 
-def test_qwen_and_longcat_under_4_tokens(make_qwen, make_longcat, picture):
+def test_qwen_under_4_tokens(make_qwen, picture):
     pipe = make_qwen()
     check_stock(pipe, lambda **more: qwen_call(pipe, picture(), **{"height": 48} | more))
-    pipe = make_longcat()
+
+
+def test_longcat_under_4_tokens(request, picture):
+    import diffusers
+
+    if not hasattr(diffusers, "LongCatImageEditPipeline"):
+        pytest.skip("this diffusers has no LongCat")
+    pipe = request.getfixturevalue("make_longcat")()
     thin = picture(20, 200)
 
     def run(**more):
