@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 
@@ -183,6 +184,54 @@ def contract_tokens(fine: torch.Tensor, sigma_fine: float, *, backend: str | Non
     checks.check_contract(fine)
     sigma_fine = checks.check_sigma("sigma_fine", sigma_fine)
     return _call(backend, "contract_tokens", fine, (fine, sigma_fine)), reference.coarse_sigma(sigma_fine)
+
+
+@overload
+def mixed_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    key_bias: torch.Tensor | None = None,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+) -> torch.Tensor: ...
+
+
+@overload
+def mixed_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    key_bias: torch.Tensor | None = None,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+@overload
+def mixed_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    key_bias: torch.Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def mixed_attention(

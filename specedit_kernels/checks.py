@@ -287,6 +287,10 @@ def check_norm_rope_memory(q, k, v, q_weight, k_weight, cos, sin, out_index, out
     inputs = {"q": q, "k": k, "v": v}
     fixed = {"q_weight": q_weight, "k_weight": k_weight, "cos": cos, "sin": sin, "out_index": out_index}
     written = {f"out[{i}]": value for i, value in enumerate(out) if value is not None}
+    if all(value.is_contiguous() for value in written.values()):
+        read = [value for value in [*inputs.values(), *fixed.values()] if value is not None]
+        if overlap.clearly_apart(list(written.values()), read):
+            return
     for at, ((name, value), (own, source)) in enumerate(zip(written.items(), inputs.items())):
         others = inputs | fixed | dict(list(written.items())[:at])
         if out_index is None and source is not None and overlap.same_layout(value, source):
