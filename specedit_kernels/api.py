@@ -47,7 +47,7 @@ def _call(backend: str | None, name: str, tensor: torch.Tensor, args: tuple):
         derivatives.refuse(name, args)
     # What the device would choose goes through the dispatcher, which torch.compile sees as one operator. Derivatives
     # and torch.func are those of the operations inside.
-    inside = chosen == "torch" and (derivatives.needed(args) or derivatives.transforms_active())
+    inside = chosen == "torch" and (derivatives.transforms_active() or derivatives.needed(args))
     return ops.dispatch(name, args) if chosen == native and not inside else ops.run(chosen, name, args)
 
 
@@ -333,6 +333,9 @@ def qk_norm_rope(
     """
     _check_backend(backend)
     checks.check_norm_rope(q, k, q_weight, k_weight, cos, sin, eps, v, out_index, out)
+    if out is None and derivatives.transforms_active() and backend != "triton" and (backend or q.device.type != "cuda"):
+        # vmap takes no writes of its tensors into a fresh one.
+        return reference.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps=float(eps), v=v)
     if out is None:
         out = tuple(torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(2 if v is None else 3))
     q_out, k_out, *v_out = out

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import overlap
+from . import derivatives, overlap
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -71,7 +71,8 @@ def debug_enabled() -> bool:
 
 
 def values_are_checked(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu" or debug_enabled()
+    """Not where vmap holds many tensors as one: there is no single number to look at, and PyTorch checks the range."""
+    return not derivatives.is_batched(tensor) and (tensor.device.type == "cpu" or debug_enabled())
 
 
 def expect_writable(name: str, out: torch.Tensor, others: dict[str, torch.Tensor | None]) -> None:
@@ -136,6 +137,8 @@ def check_weighted_sum(stack, weights) -> None:
 def check_sigma(name: str, sigma) -> float:
     """The noise level as a Python float; a tensor of one element is read (on a GPU the host waits for it)."""
     if isinstance(sigma, torch.Tensor):
+        if derivatives.needed((sigma,)):
+            raise RuntimeError(f"{name}: expected a number, got a tensor with a derivative, which reading it would lose")
         if sigma.numel() != 1:
             raise ValueError(f"{name}: expected a number or a tensor of one element, got shape {tuple(sigma.shape)}")
         sigma = sigma.item()

@@ -173,8 +173,11 @@ def _norm_rope(table: dict) -> Iterator[Variant]:
             pointers = dict.fromkeys(("q", "k", "v", "q_weight", "k_weight", "q_out", "k_out", "v_out"), element)
             pointers |= {"cos": "fp32", "sin": "fp32", "out_index": "i64"}
             constants = {"HEADS": 24, "DIM": dim, "DIM_P2": dim, "BLOCK_ROWS": config["block_rows"], "INDEXED": True}
-            yield Variant(f"norm_rope {element} D{dim}", norm_rope, pointers, constants,
-                          {"num_warps": config["num_warps"]}, ("eps",))  # fmt: skip
+            for rescaled in (False, True):
+                yield Variant(
+                    f"norm_rope {element} D{dim}{' eps 0' if rescaled else ''}", norm_rope, pointers,
+                    constants | {"RESCALED": rescaled}, {"num_warps": config["num_warps"]}, ("eps",),
+                )  # fmt: skip
 
 
 def _weighted_sum(table: dict) -> Iterator[Variant]:

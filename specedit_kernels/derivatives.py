@@ -6,6 +6,8 @@ kernels have no formulas of their own, so a call that needs one must either take
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch.autograd import forward_ad
 
@@ -20,6 +22,19 @@ def forward_mode_possible() -> bool:
     return not torch.compiler.is_dynamo_compiling() and (forward_ad._current_level >= 0 or transforms_active())
 
 
+def _layers(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensor and those that it wraps, one for each transform of `torch.func` around the call."""
+    yield tensor
+    while transforms_active() and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+        yield tensor
+
+
+def is_batched(tensor: torch.Tensor) -> bool:
+    """Whether vmap holds many tensors as this one, at any level of nested transforms."""
+    return transforms_active() and any(torch._C._functorch.is_batchedtensor(layer) for layer in _layers(tensor))
+
+
 def _has_gradient(args: tuple) -> bool:
     return torch.is_grad_enabled() and any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args)
 
@@ -27,7 +42,11 @@ def _has_gradient(args: tuple) -> bool:
 def _has_tangent(args: tuple) -> bool:
     if torch.compiler.is_dynamo_compiling() or forward_ad._current_level < 0 or not torch._C._is_fwd_grad_enabled():
         return False
-    return any(isinstance(arg, torch.Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args)
+    return any(
+        forward_ad.unpack_dual(layer).tangent is not None
+        for arg in args if isinstance(arg, torch.Tensor)
+        for layer in _layers(arg) if not torch._C._functorch.is_batchedtensor(layer)
+    )  # fmt: skip
 
 
 def needed(args: tuple) -> bool:

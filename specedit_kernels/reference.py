@@ -306,7 +306,8 @@ def _norm_rope(x, weight, angles, eps):
         peak = y.detach().abs().amax(dim=-1, keepdim=True)
         peak = peak.masked_fill((peak == 0) | peak.isinf(), 1)
         y = y / peak
-        y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + eps / peak / peak) * weight.to(y.dtype)
+        floor = torch.full_like(peak, eps) / peak / peak
+        y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + floor) * weight.to(y.dtype)
     else:
         y = F.rms_norm(y, (y.shape[-1],), weight.to(y.dtype), eps)
     # An interleaved pair is one complex number, and its rotation one multiplication.

@@ -8,7 +8,7 @@ import torch
 from specedit_kernels import mixed_attention
 from specedit_kernels.diffusers_backend import attention
 
-GROUPS = [(4, 2), (6, 1), (3, 3), (6, 3)]  # heads of q, heads of k and v
+GROUPS = [(4, 2), (6, 1), (3, 3)]  # heads of q, heads of k and v
 
 
 def softmax_attention(q, k, v, bias, dtype):
