@@ -7,7 +7,7 @@ specedit.uninstall(pipe)
 
 from importlib import import_module as _import_module
 
-from specedit_kernels import __version__
+from specedit_kernels import __version__ as __version__
 
 from .versions import no_word_of_torchvision as _no_word_of_torchvision
 

@@ -45,6 +45,10 @@ def _call(backend: str | None, name: str, tensor: torch.Tensor, args: tuple):
     chosen = backend or native
     if chosen == "triton":
         derivatives.refuse(name, args)
+        if not on_gpu and derivatives.transforms_active():
+            raise RuntimeError(
+                f'{name}: expected no torch.func transform in Triton\'s interpreter, got one; use backend="torch"'
+            )
     # What the device would choose goes through the dispatcher, which torch.compile sees as one operator. Derivatives
     # and torch.func are those of the operations inside.
     inside = chosen == "torch" and (derivatives.transforms_active() or derivatives.needed(args))
@@ -254,8 +258,8 @@ def mixed_attention(
     Args:
         q: packed (T_q, H, D) with cu_seqlens, or dense (B, N_q, H, D) without. float16, bfloat16 or float32 (float64
             on the CPU), any strides. On CUDA D is a multiple of 16 up to 256 (128 in float32).
-        k, v: packed (T_k, H_kv, D) or dense (B, N_k, H_kv, D), dtype of `q`. H is a multiple of H_kv: query head h reads
-            key head `h // (H // H_kv)`, as in grouped-query attention, without a copy of the keys.
+        k, v: packed (T_k, H_kv, D) or dense (B, N_k, H_kv, D), dtype of `q`. H is a multiple of H_kv: query head h
+            reads key head `h // (H // H_kv)`, as in grouped-query attention, without a copy of the keys.
         cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, both or neither: sequence b has queries
             `cu_seqlens_q[b]:cu_seqlens_q[b + 1]`, and keys likewise. They start at 0, never decrease and end at T.
         max_seqlen_q: at least the longest query sequence. Optional: it makes the launch grid smaller when sequences
@@ -311,8 +315,8 @@ def qk_norm_rope(
         q, k: (T, H, D) packed or (B, N, H, D) dense, float; D even. Computed in float32 and rounded once.
         q_weight, k_weight: (D,), float.
         cos, sin: float32 (T, D/2); for a dense q (N, D/2), shared by the batch, or (B, N, D/2).
-        eps: at least 0, added to the mean square. With 0 rows of any size above zero have a norm, however tiny; a row of
-            zeros gives NaN, as in PyTorch.
+        eps: at least 0, added to the mean square. With 0, rows of any magnitude have a norm, however tiny; a row
+            of zeros gives NaN, as in PyTorch.
         v: values to be copied along into the same rows, shape of `q`, or None.
         out_index: (T,) (or (N,), shared by the batch) int32 or int64: row t is written to row `out_index[t]` of `out`,
             each row at most once. Needs `out`. On CUDA a row out of range is skipped.

@@ -54,7 +54,9 @@ def expect_number(name: str, value) -> None:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
-_SWITCH = {"": False} | dict.fromkeys(("0", "false", "no", "off"), False) | dict.fromkeys(("1", "true", "yes", "on"), True)
+_SWITCH = (
+    {"": False} | dict.fromkeys(("0", "false", "no", "off"), False) | dict.fromkeys(("1", "true", "yes", "on"), True)
+)
 
 
 def debug_enabled() -> bool:
@@ -84,7 +86,9 @@ def expect_writable(name: str, out: torch.Tensor, others: dict[str, torch.Tensor
         )
     for other, value in others.items():
         if value is not None and overlap.share_memory(out, value):
-            raise ValueError(f"{name}: expected no memory in common with {other}, got a tensor that shares it; clone one")
+            raise ValueError(
+                f"{name}: expected no memory in common with {other}, got a tensor that shares it; clone one"
+            )
 
 
 # --- gather and scatter ----------------------------------------------------------------------------------------------
@@ -138,7 +142,9 @@ def check_sigma(name: str, sigma) -> float:
     """The noise level as a Python float; a tensor of one element is read (on a GPU the host waits for it)."""
     if isinstance(sigma, torch.Tensor):
         if derivatives.needed((sigma,)):
-            raise RuntimeError(f"{name}: expected a number, got a tensor with a derivative, which reading it would lose")
+            raise RuntimeError(
+                f"{name}: expected a number, got a tensor with a derivative, which reading it would lose"
+            )
         if sigma.numel() != 1:
             raise ValueError(f"{name}: expected a number or a tensor of one element, got shape {tuple(sigma.shape)}")
         sigma = sigma.item()
@@ -232,9 +238,14 @@ def check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias,
             raise ValueError(f"scale: expected a finite number, got {scale}")
 
 
-def check_cu_seqlens_values(name: str, cu_seqlens: torch.Tensor, total: int, longest: int | None = None) -> None:
-    """Raises ValueError unless the offsets start at 0, never go backwards, end at `total` and respect `longest`."""
-    if not values_are_checked(cu_seqlens):
+def check_cu_seqlens_values(
+    name: str, cu_seqlens: torch.Tensor, total: int, longest: int | None = None, *, read: bool = False
+) -> None:
+    """Raises ValueError unless the offsets start at 0, never go backwards, end at `total` and respect `longest`.
+
+    With `read` they are looked at wherever they are.
+    """
+    if not read and not values_are_checked(cu_seqlens):
         return
     ends = cu_seqlens.tolist()
     if ends[0] != 0 or ends[-1] != total:

@@ -124,7 +124,7 @@ _FAKE = {
 # --- value checks, and putting it together ---------------------------------------------------------------------------
 
 
-def _check_values(name: str, args: tuple) -> None:
+def _check_values(backend: str, name: str, args: tuple) -> None:
     if name == "gather_tokens":
         x, index = args
         checks.check_index_values("index", index, x.shape[-2])
@@ -133,8 +133,9 @@ def _check_values(name: str, args: tuple) -> None:
         checks.check_index_values("index", index, out.shape[-2], unique=True)
         checks.expect_writable("out", out, {"src": src, "index": index})
     elif name == "mixed_attention" and args[3] is not None:
-        checks.check_cu_seqlens_values("cu_seqlens_q", args[3], args[0].shape[0], args[5])
-        checks.check_cu_seqlens_values("cu_seqlens_k", args[4], args[1].shape[0])
+        read = backend == "torch"  # which reads them in any case
+        checks.check_cu_seqlens_values("cu_seqlens_q", args[3], args[0].shape[0], args[5], read=read)
+        checks.check_cu_seqlens_values("cu_seqlens_k", args[4], args[1].shape[0], read=read)
     elif name == "qk_norm_rope":
         if args[8] is not None:
             checks.check_index_values("out_index", args[8], args[9].shape[-3], unique=True)
@@ -143,7 +144,7 @@ def _check_values(name: str, args: tuple) -> None:
 
 def run(backend: str, name: str, args: tuple):
     """Runs one operator on one backend, outside the dispatcher. Triton is imported here and not before."""
-    _check_values(name, args)
+    _check_values(backend, name, args)
     if backend == "torch":
         return _TORCH[name](*args)
     _check_triton()

@@ -173,7 +173,9 @@ def test_transforms_in_each_other(name, chosen):
 
 @plain
 @pytest.mark.parametrize("chosen", BACKENDS)
-@pytest.mark.parametrize("name", ["gather, index per sample", "attention, packed", "attention, dense, bias", "qk_norm_rope"])
+@pytest.mark.parametrize(
+    "name", ["gather, index per sample", "attention, packed", "attention, dense, bias", "qk_norm_rope"]
+)
 def test_jacobians_and_hessians(name, chosen):
     f, inputs = function(name, chosen)
 
@@ -296,5 +298,20 @@ def test_triton_refuses(name, device):
         f(*(forward_ad.make_dual(x, x) for x in inputs))
     with pytest.raises(RuntimeError, match="which Triton kernels do not give"):
         grad(lambda x: sum(y.sum() for y in finite(f(x, *inputs[1:]))))(inputs[0])
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="expected no torch.func transform in Triton's interpreter"):
         vmap(f)(*(x[None] for x in inputs))
+
+
+@plain
+@pytest.mark.parametrize("name", ["gather, one index", "attention, dense", "attention, packed", "qk_norm_rope"])
+def test_compiled_forward_mode_is_never_silently_zero(name):
+    """torch.compile traces through the transform: the derivative is right, or an error says that there is none."""
+    f, inputs = function(name, None)
+    want, directions = along_a_direction(f, inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *args: jvp(f, args, directions)[1], backend="aot_eager")
+    try:
+        got = compiled(*inputs)
+    except (RuntimeError, NotImplementedError):
+        return
+    close(got, want)

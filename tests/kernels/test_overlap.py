@@ -47,7 +47,10 @@ def test_scatter_refuses_overlap(backend, device):
     src = torch.ones(2, 2, 8, device=device)
     before = base.clone()
     for call, text in [
-        (lambda: scatter_tokens(src, index, base[:1].expand(2, -1, -1), backend=backend), r"out: .* strides \(0, 8, 1\)"),
+        (
+            lambda: scatter_tokens(src, index, base[:1].expand(2, -1, -1), backend=backend),
+            r"out: .* strides \(0, 8, 1\)",
+        ),
         (lambda: scatter_tokens(src[0], index, base[0, :1].expand(6, -1), backend=backend), "out: .* overlaps itself"),
         (
             lambda: scatter_tokens(src[0, :, :3], index, base.flatten()[:8].unfold(0, 3, 1), backend=backend),
@@ -68,7 +71,11 @@ def test_scatter_refuses_overlap(backend, device):
 
 def test_norm_rope_refuses_overlap(backend, device):
     q, k, v = torch.randn(3, 5, 2, 8, device=device)
-    weight, angles, index = torch.ones(8, device=device), torch.ones(5, 4, device=device), torch.arange(5, device=device)
+    weight, angles, index = (
+        torch.ones(8, device=device),
+        torch.ones(5, 4, device=device),
+        torch.arange(5, device=device),
+    )
     one, two = torch.zeros(2, 5, 2, 8, device=device)
     wide = torch.zeros(5, 2, 12, device=device)
 

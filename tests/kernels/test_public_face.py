@@ -30,7 +30,8 @@ def test_one_version():
 def test_type_checkers_know_what_attention_returns(tmp_path):
     """torch is a stub here: the real one would take mypy half a minute."""
     (tmp_path / "torch.pyi").write_text("class Tensor: ...\ndef __getattr__(name: str): ...\n")
-    (tmp_path / "snippet.py").write_text(textwrap.dedent("""
+    (tmp_path / "snippet.py").write_text(
+        textwrap.dedent("""
         import torch
         from specedit_kernels.api import mixed_attention
         q = torch.Tensor()
@@ -39,7 +40,8 @@ def test_type_checkers_know_what_attention_returns(tmp_path):
         reveal_type(mixed_attention(q, q, q, return_lse=False))
         reveal_type(mixed_attention(q, q, q, key_bias=q, return_lse=True))
         reveal_type(mixed_attention(q, q, q, return_lse=flag))
-    """))
+    """)
+    )
     result = subprocess.run(
         [sys.executable, "-m", "mypy", "--follow-imports=skip", "torch.pyi", "snippet.py",
          str(ROOT / "specedit_kernels" / "api.py")],
