@@ -54,9 +54,7 @@ def expect_number(name: str, value) -> None:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
-_SWITCH = (
-    {"": False} | dict.fromkeys(("0", "false", "no", "off"), False) | dict.fromkeys(("1", "true", "yes", "on"), True)
-)
+_SWITCH = dict.fromkeys(("", "0", "false", "no", "off"), False) | dict.fromkeys(("1", "true", "yes", "on"), True)
 
 
 def debug_enabled() -> bool:

@@ -213,9 +213,7 @@ def _source(variant: Variant):
                 aligned.append(at)
         elif name in variant.floats:
             signature[name] = "fp32"
-        elif name.endswith(_LAST_STRIDES):
-            signature[name], constants[name] = "constexpr", 1
-        elif name == "group" and not variant.grouped:  # the launch specialises 1
+        elif name.endswith(_LAST_STRIDES) or (name == "group" and not variant.grouped):  # the launch specialises 1
             signature[name], constants[name] = "constexpr", 1
         else:
             signature[name] = "i32"

@@ -30,7 +30,7 @@ def attend_specialized(
     DIM: tl.constexpr, DIM_P2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_LSE: tl.constexpr,
 ):  # fmt: skip
-    """What `attend` computes for dense batches, one program per query block and head; `group` query heads share keys."""
+    """What `attend` computes for dense batches, one program per query block and head; `group` heads share keys."""
     first = (tl.program_id(0) % tiles) * BLOCK_M
     sample = tl.program_id(0) // tiles // heads
     head = tl.program_id(0) // tiles % heads

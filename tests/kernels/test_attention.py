@@ -204,12 +204,12 @@ def test_bad_input(backend, device):
         (
             lambda: mixed_attention(q, q, q),
             ValueError,
-            r"q: expected 4 dimensions .*need cu_seqlens_q and cu_seqlens_k",
+            r"q: expected 4 dim.* need cu_seqlens_q and cu_seqlens_k",
         ),
         (
             lambda: mixed_attention(dense, dense, dense, **both),
             ValueError,
-            r"q: expected 3 dimensions \(T, H, D\) with",
+            r"q: expected 3 dimensions \(T, H, D\)",
         ),
         (lambda: mixed_attention(q, q.half(), q, **both), TypeError, "k: expected dtype float32, got float16"),
         (lambda: mixed_attention(q.int(), q, q, **both), TypeError, "q: expected dtype"),
@@ -217,7 +217,7 @@ def test_bad_input(backend, device):
         (
             lambda: mixed_attention(q, q[..., :8], q[..., :8], **both),
             ValueError,
-            r"k: expected shape \(6, 2, 16\), got",
+            r"k: expected shape \(6, 2, 16\)",
         ),
         (lambda: mixed_attention(q, q, q[:5], **both), ValueError, r"v: expected shape \(6, 2, 16\)"),
         (lambda: mixed_attention(q, q.to("meta"), q, **both), ValueError, "k: expected device"),

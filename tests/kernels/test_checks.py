@@ -150,5 +150,5 @@ def test_the_debug_switch_decides_whether_values_on_a_gpu_are_read(monkeypatch, 
 
 def test_an_unknown_debug_switch_is_refused(monkeypatch):
     monkeypatch.setenv("SPECEDIT_KERNELS_DEBUG", "maybe")
-    with pytest.raises(ValueError, match="SPECEDIT_KERNELS_DEBUG: expected 0, 1, false, .* got 'maybe'"):
+    with pytest.raises(ValueError, match=r"SPECEDIT_KERNELS_DEBUG: expected 0, 1, false, .* got 'maybe'"):
         checks.debug_enabled()

@@ -232,8 +232,8 @@ def test_bias_weights_and_angles(chosen):
     for call, same, x in (
         (attention, written_out, bias),
         (lambda bias: attention(bias)[0], lambda bias: written_out(bias)[0], bias),
-        (lambda w: kernels.weighted_sum(stack, w, backend=chosen), lambda w: torch.einsum("k,kab->ab", w.double(), stack),
-         WEIGHTS),
+        (lambda w: kernels.weighted_sum(stack, w, backend=chosen),
+         lambda w: torch.einsum("k,kab->ab", w.double(), stack), WEIGHTS),
         (rope, turned, ANGLES),
     ):  # fmt: skip
         for mode in (jacfwd, jacrev):
@@ -268,9 +268,9 @@ def test_a_write_is_seen_by_autograd():
 ])  # fmt: skip
 def test_a_noise_level_with_a_derivative_is_refused(call):
     sigma = torch.tensor(0.5)
-    with pytest.raises(RuntimeError, match="sigma.*: expected a number, got a tensor with a derivative"):
+    with pytest.raises(RuntimeError, match=r"sigma.*: expected a number, got a tensor with a derivative"):
         call(sigma.clone().requires_grad_())
-    with pytest.raises(RuntimeError, match="sigma.*: expected a number, got a tensor with a derivative"):
+    with pytest.raises(RuntimeError, match=r"sigma.*: expected a number, got a tensor with a derivative"):
         jvp(lambda s: call(s)[0], (sigma,), (sigma,))
     with torch.no_grad():
         call(sigma.clone().requires_grad_())
@@ -298,7 +298,7 @@ def test_triton_refuses(name, device):
         f(*(forward_ad.make_dual(x, x) for x in inputs))
     with pytest.raises(RuntimeError, match="which Triton kernels do not give"):
         grad(lambda x: sum(y.sum() for y in finite(f(x, *inputs[1:]))))(inputs[0])
-    with pytest.raises(RuntimeError, match="expected no torch.func transform in Triton's interpreter"):
+    with pytest.raises(RuntimeError, match=r"expected no torch.func transform in Triton's interpreter"):
         vmap(f)(*(x[None] for x in inputs))
 
 

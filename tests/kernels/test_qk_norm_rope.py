@@ -111,7 +111,7 @@ def test_matches_the_diffusers_chain(backend, device, rng):
 
 @pytest.mark.parametrize("magnitude", [1.0, 1e-4, 1e-7, 1e-20, 1e-25, 1e-38, 3e-44, 1e25], ids=str)
 def test_without_eps_any_magnitude_has_a_norm(backend, dtype, device, rng, as_good, magnitude):
-    """Squares of tiny values underflow and those of large ones overflow, in PyTorch's float32 too: to inf, NaN and 0."""
+    """In plain float32 squares of tiny values underflow (inf, NaN) and those of large ones overflow (0)."""
     if torch.tensor(magnitude).to(dtype) == 0 or torch.tensor(magnitude).to(dtype).isinf():
         pytest.skip("not a number of this dtype")
     q, k, _, qw, kw, cos, sin = inputs(rng, device, torch.float32, (9,), 2, 32)
