@@ -7,6 +7,8 @@ specedit.uninstall(pipe)
 
 from importlib import import_module as _import_module
 
+from specedit_kernels import __version__ as __version__
+
 from .versions import no_word_of_torchvision as _no_word_of_torchvision
 
 with _no_word_of_torchvision():
@@ -17,7 +19,6 @@ with _no_word_of_torchvision():
     from .install import disabled, install, report, uninstall
     from .report import RunReport, StageReport
 
-__version__ = "0.1.0"
 __all__ = [
     "RunReport", "SpecEditConfig", "StageReport", "disabled", "flops", "install", "micro", "presets", "report",
     "uninstall",

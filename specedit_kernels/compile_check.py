@@ -42,6 +42,7 @@ class Variant:
     floats: tuple[str, ...] = ()
     matrix: bool = False
     specialized: bool = False  # the compiler must have given warps different work
+    grouped: bool = False  # several query heads to a key head
 
 
 @dataclass
@@ -91,6 +92,8 @@ def _attention(table: dict) -> Iterator[Variant]:
                           ("scale_log2",), half)  # fmt: skip
             if dim == width and element != "fp16":
                 yield Variant(f"{label} dense", attend, pointers, fixed | nothing, options, ("scale_log2",), half)
+                yield Variant(f"{label} packed bias lse gqa", attend, pointers | lengths, fixed | everything, options,
+                              ("scale_log2",), half, grouped=True)  # fmt: skip
         blocks = {"BLOCK_M": config["block_m"], "BLOCK_B": 128, "BLOCK_T": 128}
         yield Variant(f"plan_tiles {config['block_m']}", plan_tiles, lengths, blocks, {"num_warps": 4})
 
@@ -117,6 +120,9 @@ def _attention_ws(table: dict) -> Iterator[Variant]:
             fixed = blocks | {"HAS_BIAS": extras, "HAS_LSE": extras} | ({} if extras else {"bias_desc": None})
             label = f"attend {element} D{dim} ws {m}x{n}{' bias lse' if extras else ''}"
             yield Variant(label, attend_specialized, pointers, fixed, options, ("scale_log2",), True, specialized=True)
+            if extras and element == "bf16":
+                yield Variant(f"{label} gqa", attend_specialized, pointers, fixed, options, ("scale_log2",), True,
+                              specialized=True, grouped=True)  # fmt: skip
 
 
 def _rows(table: dict) -> Iterator[Variant]:
@@ -167,8 +173,11 @@ def _norm_rope(table: dict) -> Iterator[Variant]:
             pointers = dict.fromkeys(("q", "k", "v", "q_weight", "k_weight", "q_out", "k_out", "v_out"), element)
             pointers |= {"cos": "fp32", "sin": "fp32", "out_index": "i64"}
             constants = {"HEADS": 24, "DIM": dim, "DIM_P2": dim, "BLOCK_ROWS": config["block_rows"], "INDEXED": True}
-            yield Variant(f"norm_rope {element} D{dim}", norm_rope, pointers, constants,
-                          {"num_warps": config["num_warps"]}, ("eps",))  # fmt: skip
+            for rescaled in (False, True):
+                yield Variant(
+                    f"norm_rope {element} D{dim}{' eps 0' if rescaled else ''}", norm_rope, pointers,
+                    constants | {"RESCALED": rescaled}, {"num_warps": config["num_warps"]}, ("eps",),
+                )  # fmt: skip
 
 
 def _weighted_sum(table: dict) -> Iterator[Variant]:
@@ -204,7 +213,7 @@ def _source(variant: Variant):
                 aligned.append(at)
         elif name in variant.floats:
             signature[name] = "fp32"
-        elif name.endswith(_LAST_STRIDES):
+        elif name.endswith(_LAST_STRIDES) or (name == "group" and not variant.grouped):  # the launch specialises 1
             signature[name], constants[name] = "constexpr", 1
         else:
             signature[name] = "i32"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -29,10 +30,20 @@ def _read(source, token, head, in_rows, source_token, source_head, source_dim, D
 
 
 @triton.jit
-def _norm_rotate(x, weight, cosines, sines, eps, weight_dim, DIM: tl.constexpr, DIM_P2: tl.constexpr):
-    """y = x * rsqrt(mean(x^2) + eps) * weight, then (y0, y1) -> (y0 cos - y1 sin, y1 cos + y0 sin) per pair."""
+def _norm_rotate(x, weight, cosines, sines, eps, weight_dim, DIM: tl.constexpr, DIM_P2: tl.constexpr,
+                 RESCALED: tl.constexpr):  # fmt: skip
+    """y = x * rsqrt(mean(x^2) + eps) * weight, then (y0, y1) -> (y0 cos - y1 sin, y1 cos + y0 sin) per pair.
+
+    With RESCALED the largest value is brought to 1 first, so that without an eps the squares of tiny ones do not
+    underflow.
+    """
     d = tl.arange(0, DIM_P2)
     x = x.to(tl.float32)
+    if RESCALED:
+        peak = tl.max(tl.abs(x), axis=1)  # [BR]
+        peak = tl.where((peak == 0) | (peak == float("inf")), 1.0, peak)
+        x = x / peak[:, None]
+        eps = eps / peak / peak
     scale = tl.rsqrt(tl.sum(x * x, axis=1) / DIM + eps)  # [BR]
     w = tl.load(weight + d * weight_dim, mask=d < DIM, other=0).to(tl.float32)
     y = x * scale[:, None] * w[None, :]  # [BR, D]
@@ -48,6 +59,7 @@ def norm_rope(
     qo_sample, qo_token, qo_head, qo_dim, ko_sample, ko_token, ko_head, ko_dim, vo_sample, vo_token, vo_head, vo_dim,
     q_weight_dim, k_weight_dim, angle_sample,
     HEADS: tl.constexpr, DIM: tl.constexpr, DIM_P2: tl.constexpr, BLOCK_ROWS: tl.constexpr, INDEXED: tl.constexpr,
+    RESCALED: tl.constexpr,
 ):  # fmt: skip
     """q_out[b, r(t), h] = rope_t(rmsnorm(q[b, t, h])), k likewise, v copied; r(t) = out_index[t] or t.
 
@@ -72,12 +84,12 @@ def norm_rope(
         sines = tl.load(sin + angles, mask=in_angles, other=0)
         if which == 0:
             x = _read(q + sample * q_sample, token, head, in_rows, q_token, q_head, q_dim, DIM, DIM_P2)
-            y = _norm_rotate(x, q_weight, cosines, sines, eps, q_weight_dim, DIM, DIM_P2)
+            y = _norm_rotate(x, q_weight, cosines, sines, eps, q_weight_dim, DIM, DIM_P2, RESCALED)
             _place(q_out + sample * qo_sample, y, token, head, in_rows, out_index, out_tokens, qo_token, qo_head,
                    qo_dim, DIM, DIM_P2, INDEXED)  # fmt: skip
         else:
             x = _read(k + sample * k_sample, token, head, in_rows, k_token, k_head, k_dim, DIM, DIM_P2)
-            y = _norm_rotate(x, k_weight, cosines, sines, eps, k_weight_dim, DIM, DIM_P2)
+            y = _norm_rotate(x, k_weight, cosines, sines, eps, k_weight_dim, DIM, DIM_P2, RESCALED)
             _place(k_out + sample * ko_sample, y, token, head, in_rows, out_index, out_tokens, ko_token, ko_head,
                    ko_dim, DIM, DIM_P2, INDEXED)  # fmt: skip
 
@@ -98,5 +110,5 @@ def launch_norm_rope(q, k, v, q_weight, k_weight, cos, sin, eps, out_index, q_ou
         tokens, rows[3].shape[1], eps, *(stride for x in rows for stride in x.stride()),
         q_weight.stride(0), k_weight.stride(0), cos.stride(0) if cos.dim() == 3 else 0,
         HEADS=heads, DIM=dim, DIM_P2=launch.next_power_of_2(dim), BLOCK_ROWS=config["block_rows"],
-        INDEXED=out_index is not None, num_warps=config["num_warps"],
+        INDEXED=out_index is not None, RESCALED=eps < torch.finfo(torch.float32).tiny, num_warps=config["num_warps"],
     )  # fmt: skip

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from specedit_kernels import available_backends, mixed_attention
+from specedit_kernels import available_backends, checks, mixed_attention
 
 
 def softmax_attention(q, k, v, bias, scale, dtype):
@@ -201,11 +201,24 @@ def test_bad_input(backend, device):
     for call, error, text in [
         (lambda: mixed_attention(q, q, q, cu_seqlens_q=cu), ValueError, "both cu_seqlens_q and cu_seqlens_k"),
         (lambda: mixed_attention(q, q, q, cu_seqlens_k=cu), ValueError, "both cu_seqlens_q and cu_seqlens_k"),
-        (lambda: mixed_attention(q, q, q), ValueError, "q: expected 4 dimensions"),
-        (lambda: mixed_attention(dense, dense, dense, **both), ValueError, "q: expected 3 dimensions"),
+        (
+            lambda: mixed_attention(q, q, q),
+            ValueError,
+            r"q: expected 4 dim.* need cu_seqlens_q and cu_seqlens_k",
+        ),
+        (
+            lambda: mixed_attention(dense, dense, dense, **both),
+            ValueError,
+            r"q: expected 3 dimensions \(T, H, D\)",
+        ),
         (lambda: mixed_attention(q, q.half(), q, **both), TypeError, "k: expected dtype float32, got float16"),
         (lambda: mixed_attention(q.int(), q, q, **both), TypeError, "q: expected dtype"),
-        (lambda: mixed_attention(q, q[:, :1], q, **both), ValueError, r"k: expected shape \(6, 2, 16\), got \(6, 1"),
+        (lambda: mixed_attention(q, q[:, :1], q, **both), ValueError, r"v: expected shape \(6, 1, 16\), got \(6, 2"),
+        (
+            lambda: mixed_attention(q, q[..., :8], q[..., :8], **both),
+            ValueError,
+            r"k: expected shape \(6, 2, 16\)",
+        ),
         (lambda: mixed_attention(q, q, q[:5], **both), ValueError, r"v: expected shape \(6, 2, 16\)"),
         (lambda: mixed_attention(q, q.to("meta"), q, **both), ValueError, "k: expected device"),
         (lambda: mixed_attention(q, q, q, cu_seqlens_q=cu.long(), cu_seqlens_k=cu), TypeError, "expected dtype int32"),
@@ -258,3 +271,11 @@ def test_bad_cu_seqlens(backend, device, monkeypatch, ends):
         mixed_attention(q, q, q, cu_seqlens_q=good, cu_seqlens_k=bad, backend=backend)
     with pytest.raises(ValueError, match=r"max_seqlen_q: expected at least the longest sequence \(4\), got 3"):
         mixed_attention(q, q, q, cu_seqlens_q=good, cu_seqlens_k=good, max_seqlen_q=3, backend=backend)
+
+
+def test_plain_pytorch_checks_the_offsets_it_reads(monkeypatch, device):
+    """On a GPU too, where nothing else reads them: pieces that do not cover the tensor would not fit together."""
+    monkeypatch.setattr(checks, "values_are_checked", lambda tensor: False)
+    q, cu = torch.zeros(6, 2, 16, device=device), torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match="cu_seqlens_q: expected offsets from 0 to 6, got 0 to 5"):
+        mixed_attention(q, q, q, cu_seqlens_q=cu, cu_seqlens_k=cu, backend="torch")

@@ -34,6 +34,7 @@ def samples(device):
     yield "contract_tokens", (randn(2, 3, 4, 8), 0.5)
     yield "mixed_attention", (q, q, q, cu, cu, 5, randn(8), 0.25, True)
     yield "mixed_attention", (q[None], q[None], q[None], None, None, None, None, 0.25, False)
+    yield "mixed_attention", (q, q[:, :1], q[:, :1], cu, cu, None, randn(8), 0.25, True)
     yield "qk_norm_rope", (q, q, q, weight, weight, angles, angles, 1e-6, torch.arange(8, device=device),
                            randn(9, 2, 16), randn(9, 2, 16), randn(9, 2, 16))  # fmt: skip
     yield "qk_norm_rope", (q, q, None, weight, weight, angles, angles, 1e-6, None, randn(8, 2, 16), randn(8, 2, 16),
@@ -42,7 +43,7 @@ def samples(device):
     yield "weighted_sum", (randn(3, 8, 5).transpose(1, 2), randn(3))
 
 
-@pytest.mark.parametrize("at", range(12))
+@pytest.mark.parametrize("at", range(13))
 def test_opcheck(device, at):
     name, arguments = list(samples(device))[at]
     torch.library.opcheck(getattr(torch.ops.specedit_kernels, name).default, arguments)

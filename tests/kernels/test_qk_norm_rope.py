@@ -1,5 +1,7 @@
 """qk_norm_rope against the chain of modules it replaces in diffusers."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -93,7 +95,8 @@ def test_heads_far_apart(backend, rng):
     x.copy_(torch.randn(5, 3, 16, generator=rng))
     weight, angles = torch.ones(16), torch.rand(5, 8, generator=rng)
     want = qk_norm_rope(*[x.contiguous()] * 2, weight, weight, angles.cos(), angles.sin(), backend=backend)
-    got = qk_norm_rope(x, x, weight, weight, angles.cos(), angles.sin(), out=(x, want[1]), backend=backend)
+    other = x.contiguous()
+    got = qk_norm_rope(x, other, weight, weight, angles.cos(), angles.sin(), out=(x, other), backend=backend)
     assert torch.equal(got[0], want[0])
 
 
@@ -104,6 +107,35 @@ def test_matches_the_diffusers_chain(backend, device, rng):
     repeated = cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1)
     want = apply_rotary_emb(norm(q)[None], repeated, sequence_dim=1)[0]
     torch.testing.assert_close(qk_norm_rope(q, k, qw, kw, cos, sin, backend=backend)[0], want.detach())
+
+
+@pytest.mark.parametrize("magnitude", [1.0, 1e-4, 1e-7, 1e-20, 1e-25, 1e-38, 3e-44, 1e25], ids=str)
+def test_without_eps_any_magnitude_has_a_norm(backend, dtype, device, rng, as_good, magnitude):
+    """In plain float32 squares of tiny values underflow (inf, NaN) and those of large ones overflow (0)."""
+    if torch.tensor(magnitude).to(dtype) == 0 or torch.tensor(magnitude).to(dtype).isinf():
+        pytest.skip("not a number of this dtype")
+    q, k, _, qw, kw, cos, sin = inputs(rng, device, torch.float32, (9,), 2, 32)
+    q, k = ((x * magnitude).to(dtype) for x in (q, k))
+    q[0, 0, 1:] = 0
+    q[0, 0, 0] = magnitude
+    got = qk_norm_rope(q, k, qw.to(dtype), kw.to(dtype), cos, sin, eps=0.0, backend=backend)
+    for new, x, w in zip(got, (q, k), (qw, kw)):
+        exact = chain(x, w.to(dtype), cos, sin, 0.0, torch.float64)
+        unit = x.double() / x.double().abs().amax(-1, keepdim=True)  # what PyTorch can do in this precision
+        as_good(new, exact, chain(unit.to(dtype), w.to(dtype), cos, sin, 0.0, dtype))
+
+
+def test_eps_of_zero_beside_pytorch(backend, device):
+    """A row of zeros has no norm (NaN, as in PyTorch), with the smallest eps it is 0; infinite values are as there."""
+    rows = torch.zeros(3, 1, 8, device=device)
+    rows[1], rows[2] = 2.0, torch.tensor([math.inf, *[1.0] * 7])
+    weight, cos = torch.ones(8, device=device), torch.ones(3, 4, device=device)
+    for eps in (0.0, 1e-40, 1e-6):
+        got = qk_norm_rope(rows, rows, weight, weight, cos, torch.zeros_like(cos), eps=eps, backend=backend)[0]
+        want = torch.nn.functional.rms_norm(rows, (8,), weight, eps)
+        assert torch.equal(got[:2, 0].isnan(), want[:2, 0].isnan()) and bool(got[2, 0, 0].isnan())
+        torch.testing.assert_close(got[1], want[1])
+        assert eps == 0 or not got[0].any()
 
 
 def test_bad_input(backend, device, monkeypatch):
