@@ -4,13 +4,13 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import diffusers
-
 OLDEST_DIFFUSERS = (0, 36)
 
 
 def check_diffusers() -> None:
     """ImportError for a diffusers that is too old."""
+    import diffusers
+
     version = tuple(int(p) for p in diffusers.__version__.split(".")[:2])
     if version < OLDEST_DIFFUSERS:
         wanted = ".".join(map(str, OLDEST_DIFFUSERS))
