@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from .lazy import lazy as _lazy
 
 if _TYPE_CHECKING:
-    from . import config, flops, micro
+    from . import flops, micro
     from .config import SpecEditConfig, presets
     from .install import disabled, install, report, uninstall
     from .report import RunReport, StageReport

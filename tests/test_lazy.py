@@ -26,8 +26,9 @@ def test_importing_the_package_and_the_vocabulary_imports_no_torch():
 
 def test_functions_take_precedence_over_modules_of_the_same_name():
     code = (
-        "import specedit.install, specedit.report, specedit.micro.load; from specedit import install, report, micro; "
-        "print([type(x).__name__ for x in (install, report, specedit.install, micro.load, micro.evaluate, micro.scenes)])"
+        "import specedit.install, specedit.report, specedit.micro.load\n"
+        "from specedit import config, install, report, micro\n"
+        "print([type(x).__name__ for x in (install, report, specedit.install, micro.load, micro.evaluate, config)])"
     )
     assert python(code) == str(["function"] * 5 + ["module"]) + "\n"
 

@@ -54,7 +54,7 @@ class Kontext(Editor):
 @pytest.mark.parametrize("kind", [Editor, Kontext])
 def test_who_chooses_the_size(monkeypatch, kind, own_size, size):
     """Of Kontext the picture's sets the aspect ratio alone; other pipelines take it as it is, up to a megapixel."""
-    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda model, torch_dtype: kind())
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda model, **_: kind())
     _, prepare = pipelines.load("some/editor", own_size)
     picture = Image.new("RGB", size)
     named = kind is Kontext or (own_size and size != (1040, 1024))

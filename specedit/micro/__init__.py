@@ -13,7 +13,11 @@ if _TYPE_CHECKING:
     from . import scenes
     from .evaluate import arguments, evaluate, mean, summary
     from .load import load
+    from .words import understood
 
-__all__ = ["arguments", "evaluate", "load", "mean", "scenes", "summary"]
+__all__ = ["arguments", "evaluate", "load", "mean", "scenes", "summary", "understood"]
 
-_lazy(__name__, arguments="evaluate", evaluate="evaluate", load="load", mean="evaluate", summary="evaluate")
+_lazy(
+    __name__, arguments="evaluate", evaluate="evaluate", load="load", mean="evaluate", summary="evaluate",
+    understood="words",
+)  # fmt: skip
