@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from .versions import no_word_of_torchvision
+
 INDEX = "model_index.json"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -24,10 +26,10 @@ def check_model(model: str, editors: tuple[str, ...] = ()) -> None:
         ValueError: neither, or a folder that `check_folder` refuses.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         return check_folder(path)
     expected = f"--model: expected {''.join(f'{name}, ' for name in editors)}a pipeline folder or a hub id (owner/name)"
-    if path.exists():
+    if model and path.exists():
         raise ValueError(f"{expected}, got the file {model}; save the pipeline with save_pretrained(FOLDER)")
     if not HUB_ID.fullmatch(model):
         raise ValueError(f"{expected}, got {model!r}, which does not exist")
@@ -65,7 +67,9 @@ def _parts(folder: Path) -> dict[str, tuple[str | None, str | None]]:
     kind = index.get("_class_name") if isinstance(index, dict) else None
     if not isinstance(kind, str):
         raise ValueError(f'--model: expected the pipeline\'s class as "_class_name" in {file}, got none; {AGAIN}')
-    if not isinstance(getattr(diffusers, kind, None), type):
+    with no_word_of_torchvision():
+        known = isinstance(getattr(diffusers, kind, None), type)
+    if not known:
         raise ValueError(
             f"--model: expected a pipeline of diffusers in {file}, got {kind!r}, which diffusers "
             f"{diffusers.__version__} does not have; pip install -U diffusers, if a newer one does"

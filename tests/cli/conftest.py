@@ -40,7 +40,9 @@ class Editor:
     def __init__(self):
         self.calls, self.configs = [], []
 
-    def __call__(self, image, prompt, num_inference_steps=50, generator=None, edit_mask=None, _auto_resize=True, **more):
+    def __call__(
+        self, image, prompt, num_inference_steps=50, generator=None, edit_mask=None, _auto_resize=True, **more
+    ):
         self.calls.append(dict(image=image, prompt=prompt, num_inference_steps=num_inference_steps, **more))
         return SimpleNamespace(images=[Image.eval(image, lambda value: 255 - value)])
 

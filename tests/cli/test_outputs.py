@@ -63,7 +63,9 @@ def test_a_folder_without_permission_is_refused(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="--out: expected a folder that can be written to, got"):
         files.check_writable("--out", tmp_path / "new" / "a.png")
     (tmp_path / "a.png").write_text("")
-    with pytest.raises(ValueError, match=r"--out: expected a file that can be written, got .*a\.png, which is protected"):
+    with pytest.raises(
+        ValueError, match=r"--out: expected a file that can be written, got .*a\.png, which is protected"
+    ):
         files.check_writable("--out", tmp_path / "a.png")
 
 
