@@ -6,6 +6,7 @@ import difflib
 import functools
 import itertools
 import re
+import warnings
 from collections.abc import Iterable
 
 from .vocabulary import BACKGROUNDS, COLOURS, PHRASES, PLACES, SHAPES, SIZES
@@ -58,10 +59,9 @@ def understood(prompt: str) -> tuple[str, tuple[str, ...]]:
             notes.append(f'"{word}" is read as "{known}"')
     words = " ".join(word for word in words.split() if word not in FILLERS)
     if unknown := [word for word in dict.fromkeys(words.split()) if word not in known_words()]:
-        verbs = dict.fromkeys(phrase.split()[0] for phrase in itertools.chain(*PHRASES.values()))
         raise ValueError(
             f"prompt: expected words that the embedded editor knows, got {_named(unknown)}; its verbs are "
-            f"{', '.join(verbs)}, its colors {', '.join(COLOURS)}, its shapes {', '.join(SHAPES)}"
+            f"{', '.join(_verbs())}, its colors {', '.join(COLOURS)}, its shapes {', '.join(SHAPES)}"
         )
     if any(re.fullmatch(pattern, words) for pattern in _patterns()):
         return words, tuple(notes)
@@ -73,6 +73,27 @@ def understood(prompt: str) -> tuple[str, tuple[str, ...]]:
         f"prompt: expected one of the embedded editor's sentences, such as {_closest(words)}, got {prompt.strip()!r}"
         f"{grey}"
     )
+
+
+def warn_unless_understood(texts: str | Iterable[str]) -> None:
+    """One warning for each prompt that an editor was not trained on. Single words, as in negative prompts, are fine."""
+    for text in [texts] if isinstance(texts, str) else texts:
+        if (problem := _problem(text)) is not None:
+            warnings.warn(problem, UserWarning, stacklevel=1)  # of this line, so that Python says it once
+
+
+@functools.lru_cache(maxsize=4096)
+def _problem(text: str) -> str | None:
+    words = text.split()
+    if any(re.fullmatch(pattern, text) for pattern in _patterns()):
+        return None
+    if known_words().issuperset(words) and (not words or words[0] not in _verbs()):
+        return None
+    try:
+        own, _ = understood(text)
+    except ValueError as error:
+        return f"the embedded editor does not understand this: {error}"
+    return f'the embedded editor was trained on "{own}", got {text!r}; specedit.micro.understood finds its words'
 
 
 def help_text() -> str:
@@ -98,6 +119,10 @@ def known_words() -> frozenset[str]:
     sentences = [*itertools.chain(*PHRASES.values()), *BACKGROUNDS.values(), *(pattern for pattern, _ in _REWRITES)]
     texts = [*(re.sub(r"\{\w+\}|\\\d|[^\w\s]", " ", s) for s in sentences), *COLOURS, *SHAPES, *PLACES, *SIZES]
     return frozenset(word for text in texts for word in text.split())
+
+
+def _verbs() -> tuple[str, ...]:
+    return tuple(dict.fromkeys(phrase.split()[0] for phrase in itertools.chain(*PHRASES.values())))
 
 
 def _fields() -> dict[str, str]:

@@ -1,5 +1,7 @@
 """Which prompts the embedded editors understand."""
 
+import warnings
+
 import pytest
 
 from specedit import micro
@@ -65,3 +67,27 @@ def test_synonyms_are_words_that_the_editors_lack():
         assert not set(word.split()) <= words.known_words() - {"top", "bottom"} or word == "an"
         assert set(known.split()) <= words.known_words()
     assert {*COLOURS, *SHAPES} <= words.known_words()
+
+
+def test_in_python_a_prompt_that_is_not_understood_warns():
+    with pytest.warns(UserWarning, match=r'the embedded editor does not understand this: .*got "frobnicate"'):
+        words.warn_unless_understood(["remove the ring", "frobnicate the ring"])
+    with pytest.warns(UserWarning, match=r'was trained on "make it greyscale", got .Make it gray.; specedit'):
+        words.warn_unless_understood("Make it gray")
+
+
+@pytest.mark.parametrize("text", ["remove the ring", "", " ", "blue", ["blue star", "make it greyscale"]])
+def test_what_is_understood_does_not_warn(text):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        words.warn_unless_understood(text)
+
+
+@pytest.mark.parametrize("name", ["kontext", "qwen"])
+def test_the_editors_warn(name):
+    pipe = micro.load(name)
+    with pytest.warns(UserWarning, match='got "frobnicate"'):
+        pipe.encode_prompt(prompt="frobnicate the ring", **({} if name == "qwen" else {"prompt_2": None}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        pipe.encode_prompt(prompt="remove the ring", **({} if name == "qwen" else {"prompt_2": None}))
