@@ -107,7 +107,7 @@ def from_pretrained(model: str, dtype: Any) -> Any:
 
     Raises:
         ValueError: it cannot be read, or parts of it are not what they should be.
-        MemoryError, OSError, ImportError: as diffusers raises them, for what is not the pipeline's fault.
+        MemoryError, or torch's OutOfMemoryError: there is too little memory.
     """
     from diffusers import DiffusionPipeline
 
@@ -117,12 +117,15 @@ def from_pretrained(model: str, dtype: Any) -> Any:
         pipe = DiffusionPipeline.from_pretrained(
             str(folder) if local else model, torch_dtype=dtype, use_safetensors=True
         )
-    except (MemoryError, ImportError):
+    except MemoryError:
         raise
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
             raise
-        reason = f"{_line(error)}; {AGAIN}" if local else _hub(model, error)
+        install = (
+            "install it, or " if isinstance(error, ImportError) else ""
+        )  # also where a tokenizer's file is missing
+        reason = f"{_line(error)}; {install}{AGAIN}" if local or install else _hub(model, error)
         raise ValueError(f"--model: expected a pipeline that can be read, got {model}: {reason}") from error
     _check_parts(pipe, folder if local else None, model)
     return pipe

@@ -103,6 +103,7 @@ def _check(args) -> tuple[str, Any]:
     if args.steps is not None:
         config.with_steps(args.steps)  # refuses too few of them
     if not embedded:
+        quiet()
         loading.check_model(args.model, EDITORS)
         return args.prompt, config
     prompt, notes = words.understood(args.prompt)

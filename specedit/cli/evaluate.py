@@ -97,9 +97,9 @@ def _public(args) -> int:
     check_numbers(args, true_cfg_scale=SCALE)
     out = args.out or Path(f"specedit-{args.what}") / args.preset
     check_folder("--out", out)
+    quiet()
     if args.model not in EDITORS:
         loading.check_model(args.model, EDITORS)
-    quiet()
     from tqdm.auto import tqdm
 
     from .. import evaluation, install, results, tasks

@@ -66,6 +66,7 @@ def attention_here() -> dict[str, str]:
 
 def quiet() -> None:
     """Libraries' start-up chatter is not the user's concern; errors still are."""
+    warnings.filterwarnings("ignore", message="CUDA is not available or torch_xla")  # diffusers 0.36 without a GPU
     import diffusers
     import transformers
 
