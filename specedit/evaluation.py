@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from . import pictures
 from .config import STOCK_STEPS
 from .install import is_active, last_report
 from .micro.evaluate import mean, psnr
@@ -94,21 +95,13 @@ def _edit(pipe: Any, prepare: Callable, task: Task, out: Path, seed: int, call: 
         measured = {name: getattr(report, name) for name in ("flops", "flops_ratio", "edit_fraction")}
         row |= {name: value for name, value in measured.items() if value is not None and math.isfinite(value)}
     if task.source_output is not None:
-        _save(task.source(), out / task.source_output)
-    _save(result, out / task.output)
+        pictures.write(task.source(), out / task.source_output)
+    pictures.write(result, out / task.output)
     return row
 
 
-def _save(image: Image.Image, path: Path) -> None:
-    """Write all of a picture or none: a run may be stopped at any time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")  # GEdit-Bench's scorer takes whatever is named KEY.*
-    image.save(part, format="PNG")
-    part.replace(path)
-
-
 def _compared(path: Path, other: Path) -> float:
-    first, second = (np.asarray(Image.open(file).convert("RGB")) for file in (path, other))
+    first, second = (np.asarray(pictures.read(file).image) for file in (path, other))
     if first.shape != second.shape:
         sizes = [f"{width} x {height}" for height, width, _ in (second.shape, first.shape)]
         raise ValueError(f"--against: expected {path} of the size of {other}, {sizes[0]}, got {sizes[1]}")

@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,10 +16,12 @@ from PIL import Image, UnidentifiedImageError
 
 from .pixels import off_white, on_white, to_srgb
 
-ALPHA_FORMATS = ("PNG", "WEBP", "TIFF", "TGA", "JPEG2000", "AVIF", "HEIF", "DDS", "ICO", "ICNS")
+ALPHA_FORMATS = ("PNG", "WEBP", "TIFF", "TGA", "JPEG2000", "AVIF", "HEIF", "DDS")
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 AVIF_BRANDS = (b"avif", b"avis")
 ONE_PICTURE = ("MPO", "PSD")  # whose further frames are a camera's preview and the layers
+PNG_DEPTH = 24  # where a PNG says how many bits a value has
+OTHER_SIZES = ("ICO", "ICNS")  # which hold icons only
 ORIENTATION = 0x0112  # EXIF tag
 TURNS = dict(
     enumerate(
@@ -69,6 +72,7 @@ def read(file: str | os.PathLike | BinaryIO, name: str | None = None) -> Picture
         turn = _turn(opened)
         if turn is not None:
             image, alpha = image.transpose(turn), None if alpha is None else alpha.transpose(turn)
+        image.info = {}  # or writing it would take the old profile along
         return Picture(on_white(image, alpha), alpha, notes + tuple(f"{name}: {note}" for note in more))
     except MemoryError:
         raise
@@ -127,6 +131,8 @@ def write(image: Image.Image, path: str | os.PathLike, *, alpha: Image.Image | N
     part = place.with_name(f".specedit-{secrets.token_hex(6)}.part")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
+        image = image.copy()
+        image.info = {}  # Pillow would write a profile that is in there
         with part.open("xb") as file:
             image.save(file, format=form)
         if place.exists():
@@ -143,7 +149,7 @@ def _check_format(path: Path) -> str:
     """The format that `path` is to be written in; PictureError where Pillow cannot write RGB pictures in it."""
     form = Image.registered_extensions().get(path.suffix.lower())
     try:
-        if form not in Image.SAVE:
+        if form not in Image.SAVE or form in OTHER_SIZES:
             raise OSError("no such format")
         Image.new("RGB", (16, 16)).save(io.BytesIO(), format=form)  # some formats hold no colours, or lack their codec
     except (OSError, ValueError, KeyError) as error:
@@ -154,30 +160,52 @@ def _check_format(path: Path) -> str:
 def _open(file: Any, name: str) -> tuple[Image.Image, tuple[str, ...]]:
     """The first frame, decoded, and notes."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pictures that are large or oddly written, yet can be read
-            with _identify(file) as image:
-                frames = 1 if image.format in ONE_PICTURE else getattr(image, "n_frames", 1)
-                image.load()
-                return image, (f"{name}: the first of {frames} frames is read",) if frames > 1 else ()
+        # Pillow gets no path: it would map uncompressed TIFFs into memory, and misread those that lie on their side.
+        with nullcontext(file) if hasattr(file, "read") else open(file, "rb") as stream, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pictures that are large or oddly written, yet can be read
+            image = _identify(stream)
+            frames = 1 if image.format in ONE_PICTURE else getattr(image, "n_frames", 1)
+            image.load()
+            _scale_key(image, stream)
+            return image, (f"{name}: the first of {frames} frames is read",) if frames > 1 else ()
     except MemoryError:
         raise
+    except FileNotFoundError as error:
+        raise PictureError(f"{name}: expected a picture file, got one that does not exist") from error
+    except IsADirectoryError as error:
+        raise PictureError(f"{name}: expected a picture file, got a folder") from error
     except Exception as error:  # Pillow's readers raise errors of any kind for damaged files
-        raise PictureError(f"{name}: {_reason(file, error)}") from error
+        raise PictureError(f"{name}: expected a picture that can be read: {_line(error)}") from error
 
 
-def _identify(file: Any) -> Image.Image:
+def _identify(stream: BinaryIO) -> Image.Image:
     try:
-        return Image.open(file)
-    except UnidentifiedImageError:
-        if _brand(file) not in HEIF_BRANDS + AVIF_BRANDS:
-            raise
+        return Image.open(stream)
+    except UnidentifiedImageError as error:
+        brand = _brand(stream)
+        if brand not in HEIF_BRANDS + AVIF_BRANDS:
+            what = "a kind of file that Pillow does not know" if brand is not None else "the file is empty"
+            raise OSError(what) from error
         try:
             from pillow_heif import register_heif_opener
         except ImportError:
-            raise UnidentifiedImageError from None
+            cure = "pip install pillow-heif" if brand in HEIF_BRANDS else 'pip install "pillow>=11.3"'
+            raise OSError(f"{'HEIC' if brand in HEIF_BRANDS else 'AVIF'} needs another reader; {cure}") from error
         register_heif_opener()
-        return Image.open(file)
+        return Image.open(stream)
+
+
+def _scale_key(image: Image.Image, stream: BinaryIO) -> None:
+    """Bring the transparent colour of a PNG to 8 bits, as Pillow brought the pixels."""
+    key = image.info.get("transparency")
+    if image.format != "PNG" or not isinstance(key, (int, tuple)):
+        return
+    stream.seek(PNG_DEPTH)
+    depth = stream.read(1)[0]
+    if isinstance(key, tuple) and depth == 16:
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+    elif depth in (2, 4):
+        image.info["transparency"] = key * 255 // (2**depth - 1)
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
@@ -188,32 +216,11 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def _reason(file: Any, error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "expected a picture file, got one that does not exist"
-    if isinstance(error, IsADirectoryError) or (not hasattr(file, "read") and Path(file).is_dir()):
-        return "expected a picture file, got a folder"
-    if not isinstance(error, UnidentifiedImageError):
-        return f"expected a picture that can be read: {_line(error)}"
-    brand = _brand(file)
-    if brand in HEIF_BRANDS:
-        return "expected pillow-heif, which reads HEIC and HEIF pictures; pip install pillow-heif"
-    if brand in AVIF_BRANDS:
-        return 'expected a Pillow that reads AVIF pictures; pip install "pillow>=11.3" or pillow-heif'
-    if brand is None:
-        return "expected a picture that can be read, got an empty file"
-    return "expected a picture that can be read, got a file that Pillow does not know"
-
-
-def _brand(file: Any) -> bytes | None:
+def _brand(stream: BinaryIO) -> bytes | None:
     """The brand in an ISO media file's first box, b"" of other files, and None of empty ones."""
-    if hasattr(file, "read"):
-        file.seek(0)
-        first = file.read(12)
-        file.seek(0)
-    else:
-        with open(file, "rb") as opened:
-            first = opened.read(12)
+    stream.seek(0)
+    first = stream.read(12)
+    stream.seek(0)
     if not first:
         return None
     return first[8:12] if first[4:8] == b"ftyp" else b""

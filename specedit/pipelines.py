@@ -14,15 +14,10 @@ LARGEST = 1024 * 1024  # px that the released editors are made for
 
 
 def read(path: Path) -> Any:
-    """The picture in a file, as its viewer shows it."""
-    from PIL import Image
+    """The RGB picture in a file, as a viewer shows it; PictureError, a ValueError, where it cannot be read."""
+    from . import pictures
 
-    from .tasks import upright
-
-    try:
-        return upright(path)
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{path}: {error}") from error
+    return pictures.read(path).image
 
 
 def load(
@@ -79,17 +74,7 @@ def load(
 
 
 def fit(image: Any, largest: int) -> Any:
-    """Resize to at most `largest` px a side and whole tokens of 16 px.
-
-    Raises:
-        ValueError: a side is, or would become, shorter than four tokens.
-    """
-    from .models.images import SMALLEST
-
-    if min(image.size) < SMALLEST:
-        raise ValueError(f"image: expected at least {SMALLEST} px a side, got {image.width} x {image.height}")
+    """Resize to at most `largest` px a side and whole tokens of 16 px, at least one."""
     scale = min(1.0, largest / max(image.size))
-    width, height = (round(side * scale) // 16 * 16 for side in image.size)
-    if min(width, height) < SMALLEST:
-        raise ValueError(f"image: expected sides less unequal, got {image.width} x {image.height}")
-    return image if (width, height) == image.size else image.resize((width, height))
+    size = tuple(max(round(side * scale) // 16, 1) * 16 for side in image.size)
+    return image if size == image.size else image.resize(size)

@@ -11,6 +11,7 @@ from PIL import Image, ImageCms
 GREY_16 = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 RANGES = (1.0, 255.0, 65535.0)  # of float pictures: black is 0, white one of these
 ALPHA = ("RGBA", "RGBa", "LA", "La", "PA")
+SCREEN_GAMMA = 2.2  # which PNG's own gamma is made for
 SAME = 2  # levels by which a profile may differ from sRGB and leave the pixels alone
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF tags
 
@@ -36,7 +37,11 @@ def to_srgb(image: Image.Image) -> tuple[Image.Image, Image.Image | None, tuple[
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
             note = f"its colour profile cannot be used, so its colours are taken as sRGB: {error}"
             return _plain(colours), alpha, (note,)
-    return _plain(colours), alpha, ()
+    colours = _plain(colours)
+    gamma = image.info.get("gamma")
+    if gamma and "srgb" not in image.info and abs(gamma * SCREEN_GAMMA - 1) > 0.05:
+        colours = colours.point([round(255 * (i / 255) ** (1 / (gamma * SCREEN_GAMMA))) for i in range(256)] * 3)
+    return colours, alpha, ()
 
 
 def on_white(image: Image.Image, alpha: Image.Image | None) -> Image.Image:

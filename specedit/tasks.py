@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import io
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
+
+from . import pictures
 
 TEXTS = ("key", "task_type", "instruction", "instruction_language")  # of GEdit-Bench's columns
 
@@ -20,9 +23,9 @@ class Task:
     """One edit of a benchmark.
 
     key, kind, prompt: as the benchmark names them. language: of the prompt, where the benchmark has several. output:
-    where its scorer looks for the result, relative to the folder of a run. image(): opens the picture to edit, an RGB
-    picture; ValueError if that cannot be read. source_output, source(): where the scorer looks for the input and which
-    picture it expects there, where it wants one.
+    where its scorer looks for the result, relative to the folder of a run. image(): opens the picture to edit, RGB as a
+    viewer shows it; ValueError if that cannot be read. source_output, source(): where the scorer looks for the input
+    and which picture it expects there, where it wants one.
     """
 
     key: str
@@ -57,7 +60,7 @@ def gedit(folder: Path, language: str = "en") -> list[Task]:
     files = _find(folder, "the parquet files of stepfun-ai/GEdit-Bench", "*.parquet")
 
     @functools.lru_cache(maxsize=1)
-    def pictures(file: Path, group: int) -> Any:
+    def row_group(file: Path, group: int) -> Any:
         with parquet.ParquetFile(file) as opened:
             names = [name for name in ("input_image", "input_image_raw") if name in opened.schema_arrow.names]
             return opened.read_row_group(group, columns=names)
@@ -65,7 +68,7 @@ def gedit(folder: Path, language: str = "en") -> list[Task]:
     def opener(file: Path, group: int, row: int, output: Path, *names: str) -> Callable[[], Image.Image]:
         def read() -> Image.Image:
             try:
-                table = pictures(file, group)
+                table = row_group(file, group)
             except (OSError, ValueError) as error:
                 raise ValueError(f"task {output}: expected a picture that can be read in {file}: {error}") from error
             structs = (table[name][row].as_py() for name in names if name in table.column_names)
@@ -141,18 +144,16 @@ def imgedit(folder: Path) -> list[Task]:
     return _checked(tasks, folder)
 
 
-def upright(file: Any) -> Image.Image:
-    """A picture as its viewer shows it: cameras write which side is up beside the pixels."""
-    return ImageOps.exif_transpose(Image.open(file))
-
-
 def _read(file: Any, named: Path, output: Path) -> Image.Image:
     try:
-        return upright(file).convert("RGB")
-    except FileNotFoundError as error:
-        raise ValueError(f"task {output}: expected its picture {named}, which does not exist") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what pillow raises
-        raise ValueError(f"task {output}: expected a picture that can be read in {named}: {error}") from error
+        picture = pictures.read(file, str(named))
+    except pictures.PictureError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise ValueError(f"task {output}: expected its picture {named}, which does not exist") from error
+        raise ValueError(f"task {output}: expected a picture that can be read in {named}: {error.__cause__}") from error
+    for note in picture.notes:
+        print(f"specedit: task {output}: {note}", file=sys.stderr)
+    return picture.image
 
 
 def _find(folder: Path, what: str, *patterns: str) -> list[Path]:

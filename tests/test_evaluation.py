@@ -197,11 +197,12 @@ def test_a_preset_that_runs_stock_is_counted(imgedit_folder, tmp_path, capsys, m
 
 def test_a_picture_that_cannot_be_edited_names_its_task_and_the_rest_is_kept(imgedit_folder, tmp_path, capsys):
     file = imgedit_folder / "Benchmark" / "singleturn" / "style" / "000278574.png"
-    Image.new("RGB", (40, 200)).save(file)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-40])
     out = tmp_path / "out"
     assert imgedit(imgedit_folder, out, *STOCK) == 2
     error = capsys.readouterr().err
-    assert "task 673.png: image: expected at least 64 px a side, got 40 x 200" in error
+    assert "task 673.png: expected a picture that can be read in" in error
     file.unlink()
     assert imgedit(imgedit_folder, out, *STOCK) == 2
     assert "task 673.png: expected its picture" in capsys.readouterr().err

@@ -203,3 +203,19 @@ def test_imgedit_copies_that_are_none(imgedit_folder, tmp_path):
     (imgedit_folder / "basic_edit.json").write_text(json.dumps({}))
     with pytest.raises(ValueError, match=r"expected one basic_edit.json, got .* and "):
         tasks.imgedit(imgedit_folder)
+
+
+def test_pictures_are_read_as_a_viewer_shows_them(write_gedit, gedit_rows, encoded, capsys):
+    hidden = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+    hidden.paste((0, 0, 255, 255), (0, 0, 32, 64))
+    deep = Image.fromarray(np.full((64, 64), 100 * 257, np.uint16))
+    frames = {"save_all": True, "append_images": [Image.new("RGB", (64, 64), "red")]}
+    gedit_rows[0]["input_image_raw"] = {"bytes": encoded(hidden), "path": None}
+    gedit_rows[2]["input_image_raw"] = {"bytes": encoded(deep), "path": None}
+    gedit_rows[4]["input_image_raw"] = {"bytes": encoded(Image.new("RGB", (64, 64)), "GIF", **frames), "path": None}
+    first, second, third = (task.image() for task in tasks.gedit(write_gedit(gedit_rows)))
+    assert first.mode == "RGB" and first.getpixel((60, 60)) == (255, 255, 255) and first.getpixel((1, 1)) == (0, 0, 255)
+    assert second.getpixel((1, 1)) == (100, 100, 100) and third.size == (64, 64)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith("specedit: task fullset/subject-add/en/en2.png: ")
+    assert said[0].endswith("the first of 2 frames is read")

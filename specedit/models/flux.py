@@ -16,7 +16,16 @@ from torch import Tensor
 from ..grid import MixedLayout, TokenGrid
 from . import attention, joint, last_block
 from .base import EditState, active_branches, rows_index
-from .images import batched, check_image, decoder_features, say_if_stretched, source_pictures
+from .images import (
+    batched,
+    check_image,
+    check_kind,
+    decoder_features,
+    is_latents,
+    say_if_stretched,
+    source_pictures,
+    too_small,
+)
 from .prompts import count_prompts, one_for_each
 
 IP_ADAPTER = (
@@ -62,7 +71,9 @@ class FluxKontext:
             return "there is no image to edit"
         if call.get("sigmas") is not None:
             return "sigmas were given, and SpecEdit's stages choose their own"
-        return None
+        multiple = pipe.vae_scale_factor * 2
+        sizes = [self._output_size(pipe, call, multiple), self._reference_size(pipe, call, multiple)]
+        return too_small(sizes, multiple)
 
     # ------------------------------------------------------------------------------------------------- prepare
 
@@ -179,18 +190,30 @@ class FluxKontext:
     def _image(pipe: Any, call: dict[str, Any], multiple: int) -> tuple[Tensor, bool]:
         """The conditioning image at the size the model takes it, as the stock pipeline prepares it."""
         image = call["image"]
-        if isinstance(image, Tensor) and image.ndim == 4 and image.shape[1] == pipe.latent_channels:
+        if is_latents(pipe, image):
             return image, True
+        for one in image if isinstance(image, list) else [image]:
+            check_image(one)
+        height, width = FluxKontext._reference_size(pipe, call, multiple)
+        image = pipe.image_processor.resize(batched(image), height, width)
+        return pipe.image_processor.preprocess(image, height, width), False
+
+    @staticmethod
+    def _reference_size(pipe: Any, call: dict[str, Any], multiple: int) -> tuple[int, int]:
+        """Height and width at which the model takes the first picture, by the stock pipeline's rule."""
+        image = call["image"]
+        if is_latents(pipe, image):
+            return tuple(side * pipe.vae_scale_factor for side in image.shape[-2:])
         if isinstance(image, list) and not image:
             raise ValueError("image: expected at least one picture, got an empty list")
-        sizes = [check_image(one) for one in (image if isinstance(image, list) else [image])]
-        height, width = (side // multiple * multiple for side in sizes[0])
+        given = check_kind(image[0] if isinstance(image, list) else image)
+        height, width = (side // multiple * multiple for side in given)
+        if min(height, width) < 1:
+            raise ValueError(f"image: expected at least {multiple} px a side, got {given[1]} x {given[0]}")
         if call["_auto_resize"]:
             ratio = width / height
             _, width, height = min((abs(ratio - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
-        height, width = height // multiple * multiple, width // multiple * multiple
-        image = pipe.image_processor.resize(batched(image), height, width)
-        return pipe.image_processor.preprocess(image, height, width), False
+        return height // multiple * multiple, width // multiple * multiple
 
     @staticmethod
     def _aligned(pipe: Any, state: EditState, source: Tensor | None, dtype: torch.dtype, device: torch.device):

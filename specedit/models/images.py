@@ -2,43 +2,79 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate.hooks import CpuOffload
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor
 
-SMALLEST = 64  # px a side: four tokens, one of the draft's
+FEWEST = 4  # tokens a side of a picture that can be drafted: one of the draft's, at its default scale
+# What to do about pictures that the stock pipelines fail on, or take for something else.
+CURES = {
+    **dict.fromkeys(("I", "I;16", "I;16B", "I;16L", "F"), 'scale it to 8 bits, then use convert("RGB")'),
+    **dict.fromkeys(("RGBA", "LA", "PA"), 'composite it on a background, then use convert("RGB")'),
+    "LAB": "use ImageCms.profileToProfile, with createProfile of LAB and sRGB",
+}
 STRETCHED = 1.2  # whole tokens change the shape of a picture by less
 
 logger = logging.get_logger(__name__)
 
 
 def check_image(image: Any) -> tuple[int, int]:
-    """Height and width of `image`; ValueError or TypeError unless it is an RGB picture of a usable size."""
+    """Height and width of `image`; ValueError or TypeError unless it is an RGB picture."""
+    size = check_kind(image)
+    if not isinstance(image, Image.Image) and not (image.min() >= -2 and image.max() <= 2):  # sharpened ones pass 1
+        low, high = float(image.min()), float(image.max())
+        raise ValueError(f"image: expected floating point values in 0..1, got values from {low:g} to {high:g}")
+    return size
+
+
+def check_kind(image: Any) -> tuple[int, int]:
+    """What `check_image` checks without reading the values, for which a GPU would have to be waited for."""
     if isinstance(image, Image.Image):
         if image.mode != "RGB":
-            raise ValueError(f'image: expected an RGB picture, got mode {image.mode!r}; use image.convert("RGB")')
-        width, height = image.size
+            cure = CURES.get(image.mode, 'use image.convert("RGB")')
+            raise ValueError(f"image: expected an RGB picture, got mode {image.mode!r}; {cure}")
+        height, width = image.height, image.width
     elif isinstance(image, (np.ndarray, Tensor)):
-        shape, array = tuple(image.shape), isinstance(image, np.ndarray)
-        if len(shape) not in (3, 4) or shape[-1 if array else -3] != 3:
-            layout = "(H, W, 3)" if array else "(3, H, W)"
-            raise ValueError(f"image: expected {layout}, with or without a batch in front, got {shape}")
-        if "float" not in str(image.dtype):
-            raise TypeError(f"image: expected floating point values in 0..1, got {image.dtype}")
-        height, width = shape[-3:-1] if array else shape[-2:]
-        if min(height, width) and not (image.min() >= -2 and image.max() <= 2):  # sharpened ones reach beyond 1
-            low, high = float(image.min()), float(image.max())
-            raise ValueError(f"image: expected floating point values in 0..1, got values from {low:g} to {high:g}")
+        height, width = _array_size(image)
     else:
         raise TypeError(f"image: expected a PIL image, array or tensor, got {type(image).__name__}")
-    if min(height, width) < SMALLEST:
-        raise ValueError(f"image: expected at least {SMALLEST} px a side, got {width} x {height}")
+    if min(height, width) < 1:
+        raise ValueError(f"image: expected at least 1 px a side, got {width} x {height}")
     return height, width
+
+
+def _array_size(image: np.ndarray | Tensor) -> tuple[int, int]:
+    shape, array = tuple(image.shape), isinstance(image, np.ndarray)
+    if len(shape) not in (3, 4) or shape[-1 if array else -3] != 3:
+        layout = "(H, W, 3)" if array else "(3, H, W)"
+        raise ValueError(f"image: expected {layout}, with or without a batch in front, got {shape}")
+    if not array and (image.layout is not torch.strided or image.is_meta):
+        kind = "a meta tensor" if image.is_meta else f"a tensor of layout {image.layout}"
+        raise TypeError(f"image: expected a dense tensor with values, got {kind}")
+    dtype = str(image.dtype)
+    if "float" not in dtype or "float8" in dtype:
+        cure = "; as floats, divide them by 255" if dtype.endswith("uint8") else ""
+        raise TypeError(f"image: expected floating point values in 0..1, got {dtype}{cure}")
+    return shape[-3:-1] if array else shape[-2:]
+
+
+def is_latents(pipe: Any, image: Any) -> bool:
+    """Whether `image` is what the autoencoder made of pictures, (B, c, h, w)."""
+    return isinstance(image, Tensor) and image.ndim == 4 and image.shape[1] == pipe.latent_channels
+
+
+def too_small(sizes: Iterable[tuple[int, int]], multiple: int) -> str | None:
+    """Why pictures of these heights and widths run stock, or None. `multiple`: px a token."""
+    if min(min(size) for size in sizes) // multiple >= FEWEST:
+        return None
+    return f"a picture with fewer than {FEWEST} tokens a side, {FEWEST * multiple} px, is too small for a draft"
 
 
 def say_if_stretched(image: Any, height: int, width: int) -> None:

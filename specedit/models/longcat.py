@@ -22,7 +22,7 @@ from ..grid import TokenGrid
 from . import attention, joint, last_block
 from .base import EditState
 from .flux import FluxKontext, position_ids
-from .images import check_pictures, source_pictures
+from .images import check_pictures, source_pictures, too_small
 from .prompts import count_prompts, one_for_each
 
 EDIT_AREA = 1024 * 1024
@@ -91,13 +91,20 @@ class LongCatImageEdit(FluxKontext):
             return "sigmas were given, and SpecEdit's stages choose their own"
         if call.get("prompt") is None:
             return "the stock pipeline cannot do without a prompt"
-        return None
+        return too_small([self._picture_size(call)], pipe.vae_scale_factor * 2)
 
-    def prepare(self, pipe: Any, call: dict[str, Any], attention: str) -> EditState:
+    @staticmethod
+    def _picture_size(call: dict[str, Any]) -> tuple[int, int]:
+        """Height and width of the picture as the model takes it, and of the output."""
         images = check_pictures(call["image"])
         if len(images) > 1:
             raise ValueError(f"image: expected one picture a call for LongCatImageEditPipeline, got {len(images)}")
         width, height = edit.calculate_dimensions(EDIT_AREA, images[0].width / images[0].height)[:2]
+        return height, width
+
+    def prepare(self, pipe: Any, call: dict[str, Any], attention: str) -> EditState:
+        images = check_pictures(call["image"])
+        height, width = self._picture_size(call)
         pipe.check_inputs(
             call["prompt"], height, width, negative_prompt=call["negative_prompt"],
             prompt_embeds=call["prompt_embeds"], negative_prompt_embeds=call["negative_prompt_embeds"],

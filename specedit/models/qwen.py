@@ -22,7 +22,7 @@ from ..grid import GridSet, TokenGrid
 from ..one_frame import one_frame
 from . import attention, last_block, qwen_positions
 from .base import EditState, active_branches
-from .images import check_pictures, decoder_features, source_pictures
+from .images import check_pictures, decoder_features, source_pictures, too_small
 from .prompts import count_prompts, one_for_each
 from .qwen_velocity import Inputs, guided
 
@@ -71,7 +71,9 @@ class QwenImageEdit:
                 return reason
         if call.get("sigmas") is not None:
             return "sigmas were given, and SpecEdit's stages choose their own"
-        return None
+        images, multiple = check_pictures(call["image"]), pipe.vae_scale_factor * 2
+        sizes = [self._output_size(pipe, call, images, multiple), *self._reference_sizes(pipe, images)]
+        return too_small(sizes, multiple)
 
     # ------------------------------------------------------------------------------------------------- prepare
 
@@ -142,6 +144,11 @@ class QwenImageEdit:
     def _output_size(pipe: Any, call: dict[str, Any], images: list[Image.Image], multiple: int) -> tuple[int, int]:
         width, height = picture_size(pipe, images[0])
         return whole_tokens(call, height, width, multiple)
+
+    @staticmethod
+    def _reference_sizes(pipe: Any, images: list[Image.Image]) -> list[tuple[int, int]]:
+        """Height and width at which the transformer sees each reference."""
+        return [picture_size(pipe, images[0])[::-1]]
 
     @staticmethod
     def _check_batch(call: dict[str, Any], images: list[Image.Image]) -> None:
@@ -273,6 +280,10 @@ class QwenImageEditPlus(QwenImageEdit):
     def _output_size(pipe: Any, call: dict[str, Any], images: list[Image.Image], multiple: int) -> tuple[int, int]:
         width, height = edit_size(plus, images[-1])
         return whole_tokens(call, height, width, multiple)
+
+    @staticmethod
+    def _reference_sizes(pipe: Any, images: list[Image.Image]) -> list[tuple[int, int]]:
+        return [edit_size(plus, image, plus.VAE_IMAGE_SIZE)[::-1] for image in images]
 
     @staticmethod
     def _check_batch(call: dict[str, Any], images: list[Image.Image]) -> None:

@@ -107,7 +107,7 @@ def test_an_exception_in_the_transformer(pipe, edit, check_untouched):
     [
         (dict(image=Image.new("RGBA", (128, 128))), ValueError, "expected an RGB picture, got mode 'RGBA'"),
         (dict(image=Image.new("L", (128, 128))), ValueError, "expected an RGB picture, got mode 'L'"),
-        (dict(image=Image.new("RGB", (40, 40))), ValueError, "expected at least 64 px a side, got 40 x 40"),
+        (dict(image=Image.new("RGB", (15, 40))), ValueError, "expected at least 16 px a side, got 15 x 40"),
         (dict(image="photo.png"), TypeError, "expected a PIL image, array or tensor, got str"),
         (dict(edit_mask=np.zeros((5, 5))), ValueError, "expected some nonzero pixels, got an empty mask"),
         (dict(edit_mask=np.full((5, 5), np.nan)), ValueError, "expected finite values, got NaN"),

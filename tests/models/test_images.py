@@ -36,7 +36,7 @@ def test_check_pictures_lists_them():
         ([Image.new("RGB", (80, 64)), "a.png"], TypeError, "a PIL image or a list of them, got str"),
         (torch.zeros(3, 64, 64), TypeError, "a PIL image or a list of them, got Tensor"),
         (Image.new("L", (80, 64)), ValueError, "an RGB picture, got mode 'L'"),
-        (Image.new("RGB", (80, 63)), ValueError, "at least 64 px a side, got 80 x 63"),
+        (Image.new("RGB", (80, 0)), ValueError, "at least 1 px a side, got 80 x 0"),
     ],
 )
 def test_bad_pictures(image, error, message):

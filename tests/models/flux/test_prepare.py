@@ -103,7 +103,7 @@ def test_preferred_resolutions(prepare, picture, monkeypatch):
 
 def test_refusals(pipe):
     adapter = FluxKontext()
-    call = CALL | {"image": object()}
+    call = CALL | {"image": Image.new("RGB", (128, 128))}
     assert adapter.refusal(pipe, call, "auto") is None
     assert "no image" in adapter.refusal(pipe, CALL, "auto")
     assert "sigmas" in adapter.refusal(pipe, call | {"sigmas": [1.0, 0.5]}, "auto")
@@ -121,9 +121,9 @@ def test_refusals(pipe):
     [
         (Image.new("RGBA", (128, 128)), ValueError, "expected an RGB picture, got mode 'RGBA'"),
         (Image.new("L", (128, 128)), ValueError, "expected an RGB picture, got mode 'L'"),
-        (Image.new("RGB", (63, 200)), ValueError, "expected at least 64 px a side, got 63 x 200"),
-        (np.zeros((128, 40, 3)), ValueError, "expected at least 64 px a side, got 40 x 128"),
-        (torch.zeros(3, 40, 128), ValueError, "expected at least 64 px a side, got 128 x 40"),
+        (Image.new("RGB", (15, 200)), ValueError, "expected at least 16 px a side, got 15 x 200"),
+        (np.zeros((128, 9, 3)), ValueError, "expected at least 16 px a side, got 9 x 128"),
+        (torch.zeros(3, 0, 128), ValueError, "expected at least 1 px a side, got 128 x 0"),
         (np.zeros((128, 128)), ValueError, r"expected \(H, W, 3\).*got \(128, 128\)"),
         (np.zeros((128, 128, 1)), ValueError, r"expected \(H, W, 3\).*got \(128, 128, 1\)"),
         (np.zeros((3, 128, 128)), ValueError, r"expected \(H, W, 3\).*got \(3, 128, 128\)"),
