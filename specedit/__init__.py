@@ -8,6 +8,7 @@ specedit.uninstall(pipe)
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from .lazy import lazy as _lazy
+from .versions import package_version as _package_version
 
 if _TYPE_CHECKING:
     from . import flops, micro
@@ -15,7 +16,7 @@ if _TYPE_CHECKING:
     from .install import disabled, install, report, uninstall
     from .report import RunReport, StageReport
 
-__version__ = "0.1.0"
+__version__ = _package_version()
 __all__ = [
     "RunReport", "SpecEditConfig", "StageReport", "disabled", "flops", "install", "micro", "presets", "report",
     "uninstall",

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from . import loading
 
 EDITORS = ("kontext", "qwen")  # that specedit.micro can load
 LARGEST = 1024 * 1024  # px that the released editors are made for
-
-
-def read(path: Path) -> Any:
-    """The RGB picture in a file, as a viewer shows it; PictureError, a ValueError, where it cannot be read."""
-    from . import pictures
-
-    return pictures.read(path).image
 
 
 def load(

@@ -3,6 +3,7 @@
 Needs PyTorch alone; Triton is imported when a CUDA tensor first arrives.
 """
 
+from ._version import __version__
 from .api import (
     available_backends,
     contract_tokens,
@@ -16,6 +17,7 @@ from .api import (
 from .diffusers_backend import register_diffusers_backend
 
 __all__ = [
+    "__version__",
     "available_backends",
     "contract_tokens",
     "expand_tokens",

@@ -1,8 +1,9 @@
 """The public functions: check the arguments, then one dispatch each.
 
 CUDA tensors run Triton, all others the plain PyTorch reference. `backend="triton"` or `"torch"` chooses explicitly
-and raises where the choice cannot run; nothing ever falls back silently. The Triton kernels are for inference: they
-have no gradients, and raise RuntimeError where one would be lost.
+and raises where the choice cannot run; nothing ever falls back silently. Plain PyTorch is differentiable in reverse and
+in forward mode and works inside `torch.func`. The Triton kernels are for inference: they have no derivatives, and raise
+RuntimeError where one would be lost.
 
 Wrong dtypes and types raise TypeError; wrong shapes, devices and values raise ValueError; both say what was expected
 and what came. Values inside CUDA tensors (indices, cu_seqlens) are not read, because that would make the host wait:
@@ -15,10 +16,11 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 
-from . import checks, ops, reference
+from . import checks, derivatives, ops, reference
 
 
 def available_backends() -> tuple[str, ...]:
@@ -40,19 +42,13 @@ def _call(backend: str | None, name: str, tensor: torch.Tensor, args: tuple):
     if backend == "triton" and not on_gpu and not _interpreting():
         raise ValueError(f'backend: expected CUDA tensors for "triton", got {tensor.device}')
     native = "triton" if on_gpu else "torch"
-    chosen, differentiated = backend or native, _differentiated(args)
-    if chosen == "triton" and differentiated:
-        raise RuntimeError(
-            f"{name}: expected torch.no_grad(), got a tensor that requires a gradient, which Triton kernels do not "
-            'give; backend="torch" does'
-        )
-    # What the device would choose goes through the dispatcher, which torch.compile sees as one operator; gradients are
-    # those of the operations inside.
-    return ops.dispatch(name, args) if chosen == native and not differentiated else ops.run(chosen, name, args)
-
-
-def _differentiated(args: tuple) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args)
+    chosen = backend or native
+    if chosen == "triton":
+        derivatives.refuse(name, args)
+    # What the device would choose goes through the dispatcher, which torch.compile sees as one operator. Derivatives
+    # and torch.func are those of the operations inside.
+    inside = chosen == "torch" and (derivatives.needed(args) or derivatives.transforms_active())
+    return ops.dispatch(name, args) if chosen == native and not inside else ops.run(chosen, name, args)
 
 
 def _check_backend(backend: str | None) -> None:
@@ -90,7 +86,7 @@ def scatter_tokens(
         src: (M, C) or (B, M, C), dtype of `out`.
         index: (M,), shared by the batch, or (B, M) for a batched `out`; int32 or int64, values in [0, N), each at most
             once per sample (which of several rows wins is not defined). On CUDA a row out of range is skipped.
-        out: (N, C) or (B, N, C), written in place, any strides; shares no memory with `src`.
+        out: (N, C) or (B, N, C), written in place, any strides that do not overlap; shares no memory with `src`.
         backend: "triton", "torch" or None (by device).
 
     Returns:
@@ -98,7 +94,8 @@ def scatter_tokens(
 
     Raises:
         TypeError: dtypes that differ, or an index that is not int32 or int64.
-        ValueError: shapes or devices that do not fit, an index out of range, an unknown backend.
+        ValueError: shapes or devices that do not fit, an index out of range, an `out` that overlaps itself or the
+            other tensors, an unknown backend.
     """
     _check_backend(backend)
     checks.check_scatter(src, index, out)
@@ -189,6 +186,54 @@ def contract_tokens(fine: torch.Tensor, sigma_fine: float, *, backend: str | Non
     return _call(backend, "contract_tokens", fine, (fine, sigma_fine)), reference.coarse_sigma(sigma_fine)
 
 
+@overload
+def mixed_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    key_bias: torch.Tensor | None = None,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+) -> torch.Tensor: ...
+
+
+@overload
+def mixed_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    key_bias: torch.Tensor | None = None,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+@overload
+def mixed_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    key_bias: torch.Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
+
+
 def mixed_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -209,7 +254,8 @@ def mixed_attention(
     Args:
         q: packed (T_q, H, D) with cu_seqlens, or dense (B, N_q, H, D) without. float16, bfloat16 or float32 (float64
             on the CPU), any strides. On CUDA D is a multiple of 16 up to 256 (128 in float32).
-        k, v: packed (T_k, H, D) or dense (B, N_k, H, D), dtype of `q`.
+        k, v: packed (T_k, H_kv, D) or dense (B, N_k, H_kv, D), dtype of `q`. H is a multiple of H_kv: query head h reads
+            key head `h // (H // H_kv)`, as in grouped-query attention, without a copy of the keys.
         cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, both or neither: sequence b has queries
             `cu_seqlens_q[b]:cu_seqlens_q[b + 1]`, and keys likewise. They start at 0, never decrease and end at T.
         max_seqlen_q: at least the longest query sequence. Optional: it makes the launch grid smaller when sequences
@@ -227,8 +273,9 @@ def mixed_attention(
 
     Raises:
         TypeError: dtypes or types that do not fit.
-        ValueError: shapes or devices that do not fit, only one cu_seqlens, cu_seqlens that do not start at 0, go
-            backwards or do not end at T, an unknown backend.
+        ValueError: shapes or devices that do not fit, packed tensors without cu_seqlens, only one cu_seqlens,
+            cu_seqlens that do not start at 0, go backwards or do not end at T, query heads that are not a multiple of
+            the key heads, an unknown backend.
 
     Source: FlashAttention-2 (arXiv 2307.08691), Algorithm 1, with the bias added to the scores; proportional attention
     (arXiv 2210.09461) is `key_bias = log(area)`.
@@ -264,13 +311,14 @@ def qk_norm_rope(
         q, k: (T, H, D) packed or (B, N, H, D) dense, float; D even. Computed in float32 and rounded once.
         q_weight, k_weight: (D,), float.
         cos, sin: float32 (T, D/2); for a dense q (N, D/2), shared by the batch, or (B, N, D/2).
-        eps: added to the mean square.
+        eps: at least 0, added to the mean square. With 0 rows of any size above zero have a norm, however tiny; a row of
+            zeros gives NaN, as in PyTorch.
         v: values to be copied along into the same rows, shape of `q`, or None.
         out_index: (T,) (or (N,), shared by the batch) int32 or int64: row t is written to row `out_index[t]` of `out`,
             each row at most once. Needs `out`. On CUDA a row out of range is skipped.
         out: (q_out, k_out), with `v` (q_out, k_out, v_out), to write into: (T_out, H, D) or (B, N_out, H, D). Without
-            `out_index` they have the shape of `q` and may be `q` and `k` themselves; with it they share no memory with
-            the inputs.
+            `out_index` they have the shape of `q` and may be `q`, `k` and `v` themselves, each its own input; otherwise
+            they share no memory with the inputs or each other.
         backend: "triton", "torch" or None (by device).
 
     Returns:
@@ -278,7 +326,8 @@ def qk_norm_rope(
 
     Raises:
         TypeError: dtypes or types that do not fit.
-        ValueError: shapes or devices that do not fit, `out_index` out of range or without `out`, an unknown backend.
+        ValueError: shapes or devices that do not fit, `out_index` out of range or without `out`, an `out` that overlaps
+            itself or another tensor, an unknown backend.
 
     Source: RMSNorm (arXiv 1910.07467) and RoPE (arXiv 2104.09864), in the order and pairing of FLUX and Qwen-Image.
     """

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 
 import torch
 
+from . import overlap
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
 BACKENDS = ("triton", "torch")
@@ -52,13 +54,36 @@ def expect_number(name: str, value) -> None:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
+_SWITCH = {"": False} | dict.fromkeys(("0", "false", "no", "off"), False) | dict.fromkeys(("1", "true", "yes", "on"), True)
+
+
 def debug_enabled() -> bool:
-    """True when SPECEDIT_KERNELS_DEBUG=1: values on a GPU are then checked too, at the cost of a wait per call."""
-    return os.environ.get("SPECEDIT_KERNELS_DEBUG", "0") not in ("", "0")
+    """True when SPECEDIT_KERNELS_DEBUG=1: values on a GPU are then checked too, at the cost of a wait per call.
+
+    Raises:
+        ValueError: a value that is not one of 0, 1, false, true, no, yes, off and on (in any case).
+    """
+    value = os.environ.get("SPECEDIT_KERNELS_DEBUG", "")
+    enabled = _SWITCH.get(value.strip().lower())
+    if enabled is None:
+        raise ValueError(f"SPECEDIT_KERNELS_DEBUG: expected 0, 1, false, true, no, yes, off or on, got {value!r}")
+    return enabled
 
 
 def values_are_checked(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" or debug_enabled()
+
+
+def expect_writable(name: str, out: torch.Tensor, others: dict[str, torch.Tensor | None]) -> None:
+    """Raises ValueError where an element of `out` would be written twice, or read and written."""
+    if overlap.overlaps_itself(out):
+        raise ValueError(
+            f"{name}: expected memory of its own for every element, got shape {tuple(out.shape)} with strides "
+            f"{tuple(out.stride())}, which overlaps itself; clone it first"
+        )
+    for other, value in others.items():
+        if value is not None and overlap.share_memory(out, value):
+            raise ValueError(f"{name}: expected no memory in common with {other}, got a tensor that shares it; clone one")
 
 
 # --- gather and scatter ----------------------------------------------------------------------------------------------
@@ -155,16 +180,31 @@ def check_contract(fine) -> None:
 # --- attention -------------------------------------------------------------------------------------------------------
 
 
+def expect_layout(q: torch.Tensor, packed: bool) -> None:
+    """Raises ValueError unless `q` is packed with cu_seqlens and dense without."""
+    if q.dim() == 3 and not packed:
+        raise ValueError(
+            "q: expected 4 dimensions (B, N, H, D) without cu_seqlens; packed tensors (T, H, D) need cu_seqlens_q and "
+            f"cu_seqlens_k, got shape {tuple(q.shape)} and neither"
+        )
+    if q.dim() == 4 and packed:
+        raise ValueError(f"q: expected 3 dimensions (T, H, D) with cu_seqlens, got shape {tuple(q.shape)}")
+
+
 def check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias, scale) -> None:
     if (cu_seqlens_q is None) != (cu_seqlens_k is None):
         given, missing = ("cu_seqlens_q", "cu_seqlens_k") if cu_seqlens_k is None else ("cu_seqlens_k", "cu_seqlens_q")
         raise ValueError(f"expected both cu_seqlens_q and cu_seqlens_k or neither, got {given} without {missing}")
     packed = cu_seqlens_q is not None
-    expect_tensor("q", q, dtypes=FLOATS, dims=(3,) if packed else (4,))
+    expect_tensor("q", q, dtypes=FLOATS, dims=(3, 4))
+    expect_layout(q, packed)
     for name, value in (("k", k), ("v", v)):
         expect_tensor(name, value, dtypes=(q.dtype,), dims=(q.dim(),), device=q.device)
-    expect_shape("k", k, (*q.shape[:-3], k.shape[-3], *q.shape[-2:]))
+    expect_shape("k", k, (*q.shape[:-3], *k.shape[-3:-1], q.shape[-1]))
     expect_shape("v", v, k.shape)
+    heads, shared = q.shape[-2], k.shape[-2]
+    if heads != shared and (shared == 0 or heads == 0 or heads % shared):
+        raise ValueError(f"k: expected as many heads as q has ({heads}) or a divisor of it, got {shared}")
     if q.shape[-1] == 0:
         raise ValueError("q: expected a head dim of at least 1, got 0")
     if packed:
@@ -240,3 +280,19 @@ def check_norm_rope(q, k, q_weight, k_weight, cos, sin, eps, v, out_index, out) 
     if out_index is not None:
         expect_tensor("out_index", out_index, dtypes=INDEX_DTYPES, dims=(1,), device=q.device)
         expect_shape("out_index", out_index, (q.shape[-3],))
+
+
+def check_norm_rope_memory(q, k, v, q_weight, k_weight, cos, sin, out_index, out) -> None:
+    """Raises ValueError unless each of `out` has memory of its own, or without `out_index` that of its own input."""
+    inputs = {"q": q, "k": k, "v": v}
+    fixed = {"q_weight": q_weight, "k_weight": k_weight, "cos": cos, "sin": sin, "out_index": out_index}
+    written = {f"out[{i}]": value for i, value in enumerate(out) if value is not None}
+    if all(value.is_contiguous() for value in written.values()):
+        read = [value for value in [*inputs.values(), *fixed.values()] if value is not None]
+        if overlap.clearly_apart(list(written.values()), read):
+            return
+    for at, ((name, value), (own, source)) in enumerate(zip(written.items(), inputs.items())):
+        others = inputs | fixed | dict(list(written.items())[:at])
+        if out_index is None and source is not None and overlap.same_layout(value, source):
+            del others[own]
+        expect_writable(name, value, others)

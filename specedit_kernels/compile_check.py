@@ -42,6 +42,7 @@ class Variant:
     floats: tuple[str, ...] = ()
     matrix: bool = False
     specialized: bool = False  # the compiler must have given warps different work
+    grouped: bool = False  # several query heads to a key head
 
 
 @dataclass
@@ -91,6 +92,8 @@ def _attention(table: dict) -> Iterator[Variant]:
                           ("scale_log2",), half)  # fmt: skip
             if dim == width and element != "fp16":
                 yield Variant(f"{label} dense", attend, pointers, fixed | nothing, options, ("scale_log2",), half)
+                yield Variant(f"{label} packed bias lse gqa", attend, pointers | lengths, fixed | everything, options,
+                              ("scale_log2",), half, grouped=True)  # fmt: skip
         blocks = {"BLOCK_M": config["block_m"], "BLOCK_B": 128, "BLOCK_T": 128}
         yield Variant(f"plan_tiles {config['block_m']}", plan_tiles, lengths, blocks, {"num_warps": 4})
 
@@ -117,6 +120,9 @@ def _attention_ws(table: dict) -> Iterator[Variant]:
             fixed = blocks | {"HAS_BIAS": extras, "HAS_LSE": extras} | ({} if extras else {"bias_desc": None})
             label = f"attend {element} D{dim} ws {m}x{n}{' bias lse' if extras else ''}"
             yield Variant(label, attend_specialized, pointers, fixed, options, ("scale_log2",), True, specialized=True)
+            if extras and element == "bf16":
+                yield Variant(f"{label} gqa", attend_specialized, pointers, fixed, options, ("scale_log2",), True,
+                              specialized=True, grouped=True)  # fmt: skip
 
 
 def _rows(table: dict) -> Iterator[Variant]:
@@ -205,6 +211,8 @@ def _source(variant: Variant):
         elif name in variant.floats:
             signature[name] = "fp32"
         elif name.endswith(_LAST_STRIDES):
+            signature[name], constants[name] = "constexpr", 1
+        elif name == "group" and not variant.grouped:  # the launch specialises 1
             signature[name], constants[name] = "constexpr", 1
         else:
             signature[name] = "i32"

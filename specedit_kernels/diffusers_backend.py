@@ -53,11 +53,13 @@ def attention(
 ):
     """diffusers' attention call; query (B, N_q, H, D), key and value (B, N_k, H, D), in its order of axes.
 
+    With `enable_gqa` key and value may have fewer heads, H a multiple of theirs; they are not repeated in memory.
+
     Raises:
         TypeError: a mask of integers.
         RuntimeError: on a GPU, tensors that require a gradient.
         ValueError: dropout, causal masks, masks that differ between queries, and context parallelism, none of which
-            this kernel does. Nothing falls back to another backend.
+            this kernel does; fewer key heads without `enable_gqa`. Nothing falls back to another backend.
     """
     if dropout_p:
         raise ValueError(f"dropout_p: expected 0, got {dropout_p}")
@@ -65,9 +67,10 @@ def attention(
         raise ValueError("is_causal: expected False, got True")
     if _parallel_config is not None:
         raise ValueError("expected no context parallelism, got a parallel config")
-    if enable_gqa:
-        repeats = query.shape[2] // key.shape[2]
-        key, value = key.repeat_interleave(repeats, dim=2), value.repeat_interleave(repeats, dim=2)
+    if not enable_gqa and key.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"enable_gqa: expected True for {query.shape[2]} query heads and {key.shape[2]} key heads, got False"
+        )
     bias = key_bias_from_mask(attn_mask, query.shape[0], key.shape[1])
     return mixed_attention(query, key, value, key_bias=bias, scale=scale, return_lse=return_lse)
 

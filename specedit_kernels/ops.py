@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import checks, reference
+from . import checks, derivatives, reference
 
 # Named after the package, so that copies of it under other names (the Hub's loader does that) do not collide.
 NAMESPACE = __package__.replace(".", "_")
@@ -129,13 +129,16 @@ def _check_values(name: str, args: tuple) -> None:
         x, index = args
         checks.check_index_values("index", index, x.shape[-2])
     elif name == "scatter_tokens":
-        _, index, out = args
+        src, index, out = args
         checks.check_index_values("index", index, out.shape[-2], unique=True)
+        checks.expect_writable("out", out, {"src": src, "index": index})
     elif name == "mixed_attention" and args[3] is not None:
         checks.check_cu_seqlens_values("cu_seqlens_q", args[3], args[0].shape[0], args[5])
         checks.check_cu_seqlens_values("cu_seqlens_k", args[4], args[1].shape[0])
-    elif name == "qk_norm_rope" and args[8] is not None:
-        checks.check_index_values("out_index", args[8], args[9].shape[-3], unique=True)
+    elif name == "qk_norm_rope":
+        if args[8] is not None:
+            checks.check_index_values("out_index", args[8], args[9].shape[-3], unique=True)
+        checks.check_norm_rope_memory(*args[:7], args[8], args[9:])
 
 
 def run(backend: str, name: str, args: tuple):
@@ -186,11 +189,27 @@ def _implementation(backend: str, name: str) -> Callable:
     return call
 
 
+def _autograd_implementation(name: str) -> Callable:
+    """What autograd calls first: derivatives are those of plain PyTorch, and refused where Triton would lose them."""
+
+    def call(keyset, *args):
+        if derivatives.needed(args):
+            if args[0].device.type != "cuda":
+                return run("torch", name, args)
+            derivatives.refuse(name, args)
+        operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    return call
+
+
 for _name, _schema in _SCHEMAS.items():
     _LIBRARY.define(_name + _schema)
     # Every device without kernels of its own.
     _LIBRARY.impl(_name, _implementation("torch", _name), "CompositeExplicitAutograd")
     _LIBRARY.impl(_name, _implementation("triton", _name), "CUDA")
+    _LIBRARY.impl(_name, _autograd_implementation(_name), "Autograd", with_keyset=True)
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _FAKE[_name], lib=_LIBRARY)
 
 

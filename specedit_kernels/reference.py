@@ -1,8 +1,10 @@
 """The kernels' functions in plain PyTorch: the oracle of the tests and the path that CPU tensors take.
 
 Half-precision inputs are computed in float32 (float64 inputs in float64) and rounded once on output. Nothing here
-builds a queries-by-keys matrix for more than one block of queries, so memory stays linear in the sequence length.
-Values are trusted here; `specedit_kernels.api` checks them.
+builds a queries-by-keys matrix for more than one block of queries, so memory stays linear in the sequence length
+(unless a gradient keeps those blocks). Values are trusted here; `specedit_kernels.api` checks them.
+
+Only the caller's `out` is written in place, so derivatives in both modes and `torch.func` pass through.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+
+from . import derivatives
 
 # Explicit attention works through the queries in blocks whose float32 logits stay below this many elements.
 _LOGITS_PER_BLOCK = 1 << 24
@@ -31,18 +35,15 @@ def gather_tokens(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         return flat.view(*index.shape, x.shape[-1])
     if index.dim() == 1:
         return x.index_select(1, index)
-    y = x.new_empty((*index.shape, x.shape[-1]))
-    for sample, rows, target in zip(x, index, y):
-        torch.index_select(sample, 0, rows, out=target)
-    return y
+    return x.gather(1, index.long().unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 def scatter_tokens(src: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """`out[..., index[m], :] = src[..., m, :]` in place; see `specedit_kernels.scatter_tokens`."""
     if index.dim() == 1:
         return out.index_copy_(-2, index.long(), src)
-    for sample, rows, target in zip(src, index, out):
-        target.index_copy_(0, rows.long(), sample)
+    for b in range(out.shape[0]):  # autograd takes writes into out[b], but not into the views of an iteration
+        out[b].index_copy_(0, index[b].long(), src[b])
     return out
 
 
@@ -170,17 +171,14 @@ def expand_tokens(
         noise = draw_noise((*lead, 4, channels, 3), generator, dtype=dtype, device=coarse.device)
     d = noise.to(dtype) * sigma_fine
     if detail is not None:
-        d += (1 - sigma_fine) * detail.to(dtype)
+        d = d + (1 - sigma_fine) * detail.to(dtype)
     # Channels are slowest and the pixel becomes the child: (..., channels, 4) -> (..., 4, channels).
     c0 = coarse.to(dtype).unflatten(-1, (channels, 4)).transpose(-1, -2) * (2 / (1 + sigma))
     d1, d2, d3 = d.unbind(-1)
     plus, minus = c0 + d1, c0 - d1
     total, difference = d2 + d3, d2 - d3
-    fine = torch.empty((*lead, 4, channels, 4), dtype=coarse.dtype, device=coarse.device)
-    fine[..., 0] = (plus + total) / 2
-    fine[..., 1] = (minus + difference) / 2
-    fine[..., 2] = (plus - total) / 2
-    fine[..., 3] = (minus - difference) / 2
+    pixels = (plus + total, minus + difference, plus - total, minus - difference)
+    fine = torch.stack([(pixel / 2).to(coarse.dtype) for pixel in pixels], dim=-1)  # (..., M, 4, channels, 4)
     return fine.flatten(-2), sigma_fine
 
 
@@ -196,49 +194,70 @@ def contract_tokens(fine: torch.Tensor, sigma_fine: float) -> tuple[torch.Tensor
 # --- attention -------------------------------------------------------------------------------------------------------
 
 
+def _detached_peak(logits):
+    if logits.shape[-1] == 0:
+        return logits.new_full((*logits.shape[:-1], 1), -math.inf)
+    return logits.detach().amax(dim=-1, keepdim=True)
+
+
+def _attend_rows(q, kt, vt, bias, scale):
+    """Softmax attention written out.
+
+    q (B, n, H, D), kt (B, H, D, K), vt (B, H, K, D), bias (B, 1, 1, K) or None -> out (B, n, H, D), lse (B, H, n).
+    """
+    logits = (q.to(kt.dtype).transpose(1, 2) * scale) @ kt
+    if bias is not None:
+        logits = logits + bias
+    # The result does not depend on the peak, so neither do its derivatives. A row without keys subtracts 0, because
+    # exp(-inf - -inf) would be NaN, and keeps weights of exp(-inf) = 0.
+    peak = _detached_peak(logits)
+    weights = (logits - peak.masked_fill(peak == -math.inf, 0)).exp()
+    total = weights.sum(dim=-1, keepdim=True)
+    hidden = total == 0
+    total = total.masked_fill(hidden, 1)
+    out = (weights @ vt) / total
+    lse = (peak + total.log()).masked_fill(hidden, -math.inf)
+    return out.transpose(1, 2).to(q.dtype), lse.squeeze(-1)
+
+
 def _attention_with_lse(q, k, v, key_bias, scale):
-    """Softmax attention written out, block of queries by block of queries.
+    """Softmax attention, block of queries by block of queries.
 
     q (B, N, H, D), k and v (B, K, H, D), key_bias (B, K) or None -> out (B, N, H, D), lse (B, H, N).
     """
     dtype = _compute_dtype(q.dtype)
-    batch, queries, heads, _ = q.shape
-    keys = k.shape[1]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, heads, queries), dtype=dtype, device=q.device)
-    if keys == 0:
-        return out.zero_(), lse.fill_(-math.inf)
+    logits_per_row = max(1, q.shape[0] * q.shape[2] * k.shape[1])
     kt = k.to(dtype).permute(0, 2, 3, 1)  # (B, H, D, K)
     vt = v.to(dtype).transpose(1, 2)  # (B, H, K, D)
     bias = None if key_bias is None else key_bias.to(dtype)[:, None, None, :]
-    block = max(1, _LOGITS_PER_BLOCK // max(1, batch * heads * keys))
-    for start in range(0, queries, block):
-        rows = slice(start, min(start + block, queries))
-        logits = (q[:, rows].to(dtype).transpose(1, 2) * scale) @ kt
-        if bias is not None:
-            logits += bias
-        peak = logits.amax(dim=-1, keepdim=True)
-        # exp(-inf - -inf) would be NaN: a row without keys subtracts 0 and keeps weights of exp(-inf) = 0.
-        weights = logits.sub_(peak.masked_fill(peak == -math.inf, 0)).exp_()
-        total = weights.sum(dim=-1, keepdim=True)
-        out[:, rows] = ((weights @ vt) / total.masked_fill(total == 0, 1)).transpose(1, 2)
-        lse[:, :, rows] = (peak + total.log()).squeeze(-1)
-    return out, lse
+    block = max(1, _LOGITS_PER_BLOCK // logits_per_row)
+    parts = [_attend_rows(rows, kt, vt, bias, scale) for rows in q.split(block, dim=1)]
+    return torch.cat([out for out, _ in parts], dim=1), torch.cat([lse for _, lse in parts], dim=2)
+
+
+def _needs_written_out(q, k, key_bias) -> bool:
+    """Whether PyTorch's fused attention cannot serve: an unfit mask, no keys, or derivatives that it does not have."""
+    # SDPA takes a float32 mask beside half-precision queries only on the CPU, where a broadcast mask costs nothing.
+    mask_fits = key_bias is None or q.device.type == "cpu" or q.dtype == torch.float32
+    return not mask_fits or k.shape[1] == 0 or derivatives.forward_mode_possible()
 
 
 def _attention(q, k, v, key_bias, scale, return_lse):
-    """Dense attention; q (B, N, H, D), k and v (B, K, H, D), key_bias (B, K) or None."""
-    # SDPA takes a float32 mask beside half-precision queries only on the CPU, where a broadcast mask costs nothing.
-    mask_fits = key_bias is None or q.device.type == "cpu" or q.dtype == torch.float32
-    if return_lse or not mask_fits or k.shape[1] == 0:
-        return _attention_with_lse(q, k, v, key_bias, scale)
-    mask = None
-    if key_bias is not None:
-        mask = key_bias.to(_compute_dtype(q.dtype))[:, None, None, :]
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale
-    )
-    return out.transpose(1, 2).contiguous(), None
+    """Dense attention; q (B, N, H, D), k and v (B, K, H_kv, D), key_bias (B, K) or None."""
+    queries, groups = q.shape[1], q.shape[2] // max(1, k.shape[2])
+    if groups > 1:
+        # The queries that share a key head become further rows of that head, so keys and values are never repeated.
+        q = q.unflatten(2, (-1, groups)).transpose(2, 3).flatten(1, 2)  # (B, N * groups, H_kv, D)
+    if return_lse or _needs_written_out(q, k, key_bias):
+        out, lse = _attention_with_lse(q, k, v, key_bias, scale)
+    else:
+        mask = None if key_bias is None else key_bias.to(_compute_dtype(q.dtype))[:, None, None, :]
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        out, lse = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale).transpose(1, 2), None
+    if groups > 1:
+        out = out.unflatten(1, (queries, groups)).transpose(2, 3).flatten(2, 3)
+        lse = None if lse is None else lse.unflatten(2, (queries, groups)).transpose(2, 3).flatten(1, 2)
+    return out.contiguous(), lse if lse is None else lse.contiguous()
 
 
 def mixed_attention(
@@ -260,22 +279,19 @@ def mixed_attention(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if cu_seqlens_q is None:
         out, lse = _attention(q, k, v, key_bias, scale, return_lse)
-        return (out, lse.to(_compute_dtype(q.dtype))) if return_lse else out
+        return (out, lse) if return_lse else out
     q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     if len(q_ends) == 2:
         bias = None if key_bias is None else key_bias[None]
         out, lse = _attention(q[None], k[None], v[None], bias, scale, return_lse)
         return (out[0], lse[0]) if return_lse else out[0]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((q.shape[1], q.shape[0]), dtype=_compute_dtype(q.dtype), device=q.device)
+    parts = []
     for i in range(len(q_ends) - 1):
         rows, cols = slice(q_ends[i], q_ends[i + 1]), slice(k_ends[i], k_ends[i + 1])
         bias = None if key_bias is None else key_bias[None, cols]
-        part, part_lse = _attention(q[None, rows], k[None, cols], v[None, cols], bias, scale, return_lse)
-        out[rows] = part[0]
-        if return_lse:
-            lse[:, rows] = part_lse[0]
-    return (out, lse) if return_lse else out
+        parts.append(_attention(q[None, rows], k[None, cols], v[None, cols], bias, scale, return_lse))
+    out = torch.cat([part[0] for part, _ in parts])
+    return (out, torch.cat([lse[0] for _, lse in parts], dim=1)) if return_lse else out
 
 
 # --- query and key preparation ---------------------------------------------------------------------------------------
@@ -284,7 +300,15 @@ def mixed_attention(
 def _norm_rope(x, weight, angles, eps):
     """RMSNorm over the last axis, then rotation of interleaved pairs; x (..., H, D), angles (..., 1, D/2) complex."""
     y = x.to(_compute_dtype(x.dtype))
-    y = F.rms_norm(y, (y.shape[-1],), weight.to(y.dtype), eps)
+    if eps < torch.finfo(y.dtype).tiny:
+        # Squares of tiny values underflow, and no eps is left to divide by. With the largest value brought to 1 the
+        # norm is the same and nothing underflows.
+        peak = y.detach().abs().amax(dim=-1, keepdim=True)
+        peak = peak.masked_fill((peak == 0) | peak.isinf(), 1)
+        y = y / peak
+        y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + eps / peak / peak) * weight.to(y.dtype)
+    else:
+        y = F.rms_norm(y, (y.shape[-1],), weight.to(y.dtype), eps)
     # An interleaved pair is one complex number, and its rotation one multiplication.
     pairs = torch.view_as_complex(y.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * angles).flatten(-2).to(x.dtype)

@@ -379,8 +379,9 @@ def test_demo_into_a_file_is_said_before_any_work(tmp_path, capsys, monkeypatch)
 @pytest.mark.parametrize(("size", "got"), [((40, 300), (32, 288)), ((2000, 100), (512, 16)), ((5, 5), (16, 16))])
 def test_pictures_that_are_too_small_or_too_long_run_stock(tmp_path, size, got):
     Image.new("RGB", size).save(tmp_path / "in.png")
+    given = ["edit", str(tmp_path / "in.png"), "make it greyscale", "--out", str(tmp_path / "out.png")]
     with pytest.warns(UserWarning, match="runs the stock pipeline: a picture with fewer than 4 tokens a side, 64 px"):
-        assert cli.main(["edit", str(tmp_path / "in.png"), "make it greyscale", "--out", str(tmp_path / "out.png")]) == 0
+        assert cli.main(given) == 0
     assert Image.open(tmp_path / "out.png").size == got
 
 

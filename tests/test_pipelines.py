@@ -17,13 +17,6 @@ def test_pictures_of_any_size_fit_the_editor(side, got):
     assert pipelines.fit(Image.new("RGB", (4000, 9)), 512).size == (512, 16)
 
 
-def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the top of the picture is on the right
-    Image.new("RGB", (200, 100)).save(tmp_path / "in.jpg", exif=exif)
-    assert pipelines.read(tmp_path / "in.jpg").size == (100, 200)
-
-
 def test_one_pipeline_prepares_pictures_of_any_size():
     pipe, prepare = pipelines.load("kontext")
     assert type(pipe).__name__ == "FluxKontextPipeline"

@@ -84,7 +84,7 @@ def _span(cu_seqlens, b, total):
 
 @triton.jit(do_not_specialize=["tiles", "queries", "keys", "scale_log2", "bias_sample"])
 def attend(
-    q, k, v, q_desc, k_desc, v_desc, bias, out, lse, cu_q, cu_k, plan, tiles, heads, queries, keys, scale_log2,
+    q, k, v, q_desc, k_desc, v_desc, bias, out, lse, cu_q, cu_k, plan, tiles, heads, group, queries, keys, scale_log2,
     q_sample, q_row, q_head, q_dim, k_sample, k_row, k_head, k_dim, v_sample, v_row, v_head, v_dim,
     bias_sample, bias_key,
     DIM: tl.constexpr, DIM_P2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -93,7 +93,8 @@ def attend(
 ):  # fmt: skip
     """out_i = sum_j p_ij v_j / sum_j p_ij,  p_ij = exp(scale * q_i . k_j + bias_j),  lse_i = log sum_j p_ij
 
-    One program takes one query block of one head and runs over the keys of its sequence. The last, partial block of
+    One program takes one query block of one head and runs over the keys of its sequence; `group` query heads in a row
+    read the same head of keys. The last, partial block of
     keys is apart, so the main loop has no mask; it is read through masked pointers, so what lies behind the
     sequence (another sample's rows) is never touched. With DESCRIPTORS the full blocks come through TMA.
     """
@@ -122,8 +123,9 @@ def attend(
     n = tl.arange(0, BLOCK_N)  # [BN]
     in_dim = (d < DIM)[None, :]
     sample = tl.cast(sample, tl.int64)
-    k += sample * k_sample + tl.cast(k_start, tl.int64) * k_row + tl.cast(head, tl.int64) * k_head
-    v += sample * v_sample + tl.cast(k_start, tl.int64) * v_row + tl.cast(head, tl.int64) * v_head
+    kv_head = head // group
+    k += sample * k_sample + tl.cast(k_start, tl.int64) * k_row + tl.cast(kv_head, tl.int64) * k_head
+    v += sample * v_sample + tl.cast(k_start, tl.int64) * v_row + tl.cast(kv_head, tl.int64) * v_head
     if HAS_BIAS:
         bias += sample * bias_sample + tl.cast(k_start, tl.int64) * bias_key
     if DESCRIPTORS:
@@ -146,8 +148,8 @@ def attend(
         v_offsets = n[:, None] * v_row + d[None, :] * v_dim  # [BN, D]
     for start in range(0, whole, BLOCK_N):
         if DESCRIPTORS:
-            key = k_desc.load([sample.to(tl.int32), head, k_start + start, 0]).reshape(BLOCK_N, DIM_P2)
-            value = v_desc.load([sample.to(tl.int32), head, k_start + start, 0]).reshape(BLOCK_N, DIM_P2)
+            key = k_desc.load([sample.to(tl.int32), kv_head, k_start + start, 0]).reshape(BLOCK_N, DIM_P2)
+            value = v_desc.load([sample.to(tl.int32), kv_head, k_start + start, 0]).reshape(BLOCK_N, DIM_P2)
         else:
             offset = tl.cast(start, tl.int64)
             if DIM == DIM_P2:
@@ -234,6 +236,7 @@ def launch_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias
     keys = k4.shape[1]
     if out.numel() == 0:
         return out, lse
+    group = heads // k4.shape[2]  # 1 is specialised by Triton, so equal heads cost nothing
     dim_p2 = launch.next_power_of_2(dim)
     sequences = cu_seqlens_k.shape[0] - 1 if packed else 1
     shape = {"bits": 8 * q.element_size(), "head_dim": dim_p2, "keys": keys // sequences}
@@ -250,7 +253,7 @@ def launch_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias
             attend_specialized[(tiles * heads * batch,)](
                 *(_descriptor(x, rows, dim_p2) for x, rows in ((q4, block_m), (k4, block_n), (v4, block_n))),
                 None if bias is None else bias_descriptor(bias, block_n), out, lse,
-                tiles, heads, queries, keys, scale_log2,
+                tiles, heads, group, queries, keys, scale_log2,
                 DIM=dim, DIM_P2=dim_p2, BLOCK_M=block_m, BLOCK_N=block_n, HAS_BIAS=bias is not None,
                 HAS_LSE=return_lse, num_warps=config["num_warps"], num_stages=config["num_stages"],
             )  # fmt: skip
@@ -277,7 +280,7 @@ def launch_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias
         described = [_descriptor(x, rows, dim_p2) for x, rows in ((q4, block_m), (k4, block_n), (v4, block_n))]
     attend[(tiles * heads * batch,)](
         q4, k4, v4, *described, bias, out, lse, cu_seqlens_q, cu_seqlens_k, table,
-        tiles, heads, queries, keys, scale_log2,
+        tiles, heads, group, queries, keys, scale_log2,
         *(stride for x in (q4, k4, v4) for stride in x.stride()), *((0, 0) if bias is None else bias.stride()),
         DIM=dim, DIM_P2=dim_p2, BLOCK_M=block_m, BLOCK_N=block_n, PACKED=packed, PLANNED=planned,
         DESCRIPTORS=descriptors, HAS_BIAS=bias is not None,

@@ -26,25 +26,26 @@ SPECIALIZED_DIMS = (64, 128)
 
 @triton.jit(do_not_specialize=["tiles", "queries", "keys", "scale_log2"])
 def attend_specialized(
-    q_desc, k_desc, v_desc, bias_desc, out, lse, tiles, heads, queries, keys, scale_log2,
+    q_desc, k_desc, v_desc, bias_desc, out, lse, tiles, heads, group, queries, keys, scale_log2,
     DIM: tl.constexpr, DIM_P2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_LSE: tl.constexpr,
 ):  # fmt: skip
-    """What `attend` computes for dense batches, one program per query block and head."""
+    """What `attend` computes for dense batches, one program per query block and head; `group` query heads share keys."""
     first = (tl.program_id(0) % tiles) * BLOCK_M
     sample = tl.program_id(0) // tiles // heads
     head = tl.program_id(0) // tiles % heads
     n = tl.arange(0, BLOCK_N)  # [BN]
+    kv_head = head // group
     query = q_desc.load([sample, head, first, 0]).reshape(BLOCK_M, DIM_P2)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, DIM_P2), tl.float32)
     for start in tl.range(0, keys, BLOCK_N, warp_specialize=True):
-        key = k_desc.load([sample, head, start, 0]).reshape(BLOCK_N, DIM_P2)
+        key = k_desc.load([sample, kv_head, start, 0]).reshape(BLOCK_N, DIM_P2)
         bias_row = tl.where(start + n < keys, 0.0, float("-inf"))  # [BN]
         if HAS_BIAS:
             bias_row += bias_desc.load([sample, start]).reshape(BLOCK_N) * LOG2_E
-        value = v_desc.load([sample, head, start, 0]).reshape(BLOCK_N, DIM_P2)
+        value = v_desc.load([sample, kv_head, start, 0]).reshape(BLOCK_N, DIM_P2)
         peak, total, acc = _attend_block(query, key, value, bias_row, n < BLOCK_N, peak, total, acc, scale_log2,
                                          True, True, False, "tf32")  # fmt: skip
     _store_rows(out, lse, peak, total, acc, sample, head, first, queries, queries, heads, DIM, DIM_P2, BLOCK_M,

@@ -101,7 +101,7 @@ READ_FAULTS = {
     "no config": (lambda f: (f / "transformer" / "config.json").unlink(), "config.json"),
     "broken config": (lambda f: put(f / "vae" / "config.json", "{"), "config.json"),
     "empty tokenizer": (lambda f: put(f / "tokenizer" / "tokenizer.json", "{}"), "added_tokens"),
-    "no tokenizer": (lambda f: (f / "tokenizer" / "tokenizer.json").unlink(), "tokenizer"),
+    "no tokenizer": (lambda f: (f / "tokenizer" / "tokenizer.json").unlink(), "that can be read"),
     "other weights": (wrong_tensors, "expected the weights of FluxTransformer2DModel in"),
 }
 

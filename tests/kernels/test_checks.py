@@ -17,7 +17,7 @@ META = torch.device("meta")
 BOTH = {"cu_seqlens_q": CU, "cu_seqlens_k": CU}
 RIGHT = {
     "gather_tokens": (X, INDEX),
-    "scatter_tokens": (X[:, :2], INDEX, X),
+    "scatter_tokens": (X[:, :2].clone(), INDEX, X),
     "expand_tokens": (X, 0.5),
     "contract_tokens": (torch.zeros(2, 5, 4, 8), 0.5),
     "mixed_attention": (Q[None], Q[None], Q[None]),
@@ -74,7 +74,7 @@ WRONG = {
     "norm_rope, device mix": (norm_rope((4, ANGLES.to(META))), ValueError, "cos: expected device cpu, got meta"),
     "attention, shapes": (
         lambda: kernels.mixed_attention(Q, Q[:, :1], Q, **BOTH), ValueError,
-        r"k: expected shape \(6, 2, 16\), got \(6, 1, 16\)",
+        r"v: expected shape \(6, 1, 16\), got \(6, 2, 16\)",
     ),
     "norm_rope, shapes": (norm_rope((5, ANGLES[:5])), ValueError, r"sin: expected shape \(6, 8\), got \(5, 8\)"),
     "cu_seqlens_q ends early": (attend(cu_seqlens_q=ends(0, 2, 5)), ValueError, "cu_seqlens_q: .* 0 to 6, got 0 to 5"),
@@ -124,7 +124,10 @@ def test_sigma_of_a_scheduler(sigma):
     assert kernels.expand_tokens(X, sigma)[1] == pytest.approx(2 / 3)
 
 
-@pytest.mark.parametrize("value,raises", [(None, False), ("0", False), ("", False), ("1", True)])
+OFF, ON = ("0", "", "false", "False", "no", "off", " 0 "), ("1", "true", "TRUE", "yes", "on")
+
+
+@pytest.mark.parametrize("value,raises", [(None, False), *((v, False) for v in OFF), *((v, True) for v in ON)])
 def test_the_debug_switch_decides_whether_values_on_a_gpu_are_read(monkeypatch, value, raises):
     """Without it the host must not wait for them; the CPU's values are read either way."""
     monkeypatch.delenv("SPECEDIT_KERNELS_DEBUG", raising=False)
@@ -143,3 +146,9 @@ def test_the_debug_switch_decides_whether_values_on_a_gpu_are_read(monkeypatch, 
             check()
     with pytest.raises(ValueError, match="got values from 0 to 3"):
         checks.check_index_values("index", INDEX, 3)
+
+
+def test_an_unknown_debug_switch_is_refused(monkeypatch):
+    monkeypatch.setenv("SPECEDIT_KERNELS_DEBUG", "maybe")
+    with pytest.raises(ValueError, match="SPECEDIT_KERNELS_DEBUG: expected 0, 1, false, .* got 'maybe'"):
+        checks.debug_enabled()

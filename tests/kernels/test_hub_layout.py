@@ -26,7 +26,8 @@ def test_layout(tmp_path, capsys):
         q = torch.randn(1, 5, 2, 16)
         assert torch.equal(copy.mixed_attention(q, q, q), specedit_kernels.mixed_attention(q, q, q))
         assert torch.ops.kernels_copy_1.mixed_attention is not torch.ops.specedit_kernels.mixed_attention
-        assert "diffusers" not in sys.modules
+        assert "diffusers" not in sys.modules and "specedit" not in sys.modules
+        assert copy.__version__ == specedit_kernels.__version__
     """
     result = subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(package.parent)],
                             capture_output=True, text=True)  # fmt: skip

@@ -1,0 +1,53 @@
+"""Which derivatives a call has to carry, and the error of kernels that have none.
+
+Plain PyTorch gives every derivative through the operations inside. The operators of `torch.library` and the Triton
+kernels have no formulas of their own, so a call that needs one must either take plain PyTorch or raise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd import forward_ad
+
+
+def transforms_active() -> bool:
+    """Whether the call runs inside grad, jvp or vmap of `torch.func`. torch.compile keeps track of those by itself."""
+    return not torch.compiler.is_dynamo_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def forward_mode_possible() -> bool:
+    """Whether some tensor may carry a tangent. Cheap, and without looking at tensors."""
+    return not torch.compiler.is_dynamo_compiling() and (forward_ad._current_level >= 0 or transforms_active())
+
+
+def _has_gradient(args: tuple) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args)
+
+
+def _has_tangent(args: tuple) -> bool:
+    if torch.compiler.is_dynamo_compiling() or forward_ad._current_level < 0 or not torch._C._is_fwd_grad_enabled():
+        return False
+    return any(isinstance(arg, torch.Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args)
+
+
+def needed(args: tuple) -> bool:
+    """Whether any of the arguments is differentiated, in reverse or in forward mode."""
+    return _has_gradient(args) or _has_tangent(args)
+
+
+def refuse(name: str, args: tuple) -> None:
+    """Raises where a Triton kernel would lose a derivative.
+
+    Raises:
+        RuntimeError: an argument requires a gradient or carries a tangent.
+    """
+    if _has_tangent(args):
+        raise RuntimeError(
+            f"{name}: expected no forward-mode derivative, got a tensor with a tangent; Triton kernels are not "
+            'differentiable in forward mode, use backend="torch"'
+        )
+    if _has_gradient(args):
+        raise RuntimeError(
+            f"{name}: expected torch.no_grad(), got a tensor that requires a gradient, which Triton kernels do not "
+            'give; backend="torch" does'
+        )
