@@ -17,6 +17,8 @@ import docs_predicted as predicted
 import kernel_pages
 from docs_results import RESULTS, ROOT, load
 
+from specedit.micro import words
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MAKERS = {
     "kernels": measured.kernels,
@@ -36,6 +38,7 @@ MAKERS = {
     "roofline": predicted.roofline,
     "real": measured.real,
     "steps": measured.steps,
+    "words": lambda _: f"```\n{words.help_text()}\n```",
 }
 
 

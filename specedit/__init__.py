@@ -5,27 +5,31 @@ image = pipe(image=picture, prompt="make the car red").images[0]
 specedit.uninstall(pipe)
 """
 
-from importlib import import_module as _import_module
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-from specedit_kernels import __version__ as __version__
+from .lazy import lazy as _lazy
+from .versions import package_version as _package_version
 
-from .versions import no_word_of_torchvision as _no_word_of_torchvision
-
-with _no_word_of_torchvision():
-    # The functions below share their names with the modules they come from, so the modules are bound first.
-    from . import config, flops  # noqa: F401
-    from . import report as _report_module  # noqa: F401
+if _TYPE_CHECKING:
+    from . import flops, micro
     from .config import SpecEditConfig, presets
     from .install import disabled, install, report, uninstall
     from .report import RunReport, StageReport
 
+__version__ = _package_version()
 __all__ = [
     "RunReport", "SpecEditConfig", "StageReport", "disabled", "flops", "install", "micro", "presets", "report",
     "uninstall",
 ]  # fmt: skip
 
-
-def __getattr__(name: str):
-    if name == "micro":  # only who uses the embedded editor pays for its imports
-        return _import_module(".micro", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+_lazy(
+    __name__,
+    RunReport="report",
+    SpecEditConfig="config",
+    StageReport="report",
+    disabled="install",
+    install="install",
+    presets="config",
+    report="install",
+    uninstall="install",
+)

@@ -17,7 +17,7 @@ SEED = 1
 
 
 def presets_against_stock(
-    size: int, repeat: int = 1, seed: int = SEED, model: str = "kontext", **settings: Any
+    size: int, repeat: int = 3, seed: int = SEED, model: str = "kontext", **settings: Any
 ) -> list[dict[str, Any]]:
     """Rows of an `end_to_end` result file; medians of `repeat` calls, one short call of each before them to warm up.
     `settings`: of SpecEditConfig, beside every preset.

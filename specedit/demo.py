@@ -14,6 +14,7 @@ from PIL import Image
 
 from . import install, uninstall
 from . import report as report_of
+from .compare import where_it_looked
 from .config import STOCK_STEPS
 from .micro import arguments, load, scenes
 from .micro.evaluate import score, stock_flops
@@ -82,19 +83,14 @@ class Result:
             f"SpecEdit, the same call{kept}\n{self.run.nfe} steps, {self.run.seconds:.1f} s, {gain:.1f}x faster",
             f"where it looked: {self.run.edit_fraction:.0%} edited (bright),\n{self.run.flops_ratio:.1f}x fewer FLOPs",
         )
-        for axis, image, title in zip(axes, (self.case.source, self.stock, self.edit, self._map()), titles):
+        for axis, image, title in zip(
+            axes, (self.case.source, self.stock, self.edit, where_it_looked(self.edit, self.run)), titles
+        ):
             axis.imshow(image)
             axis.set_title(title, fontsize=12)
             axis.axis("off")
         figure.suptitle(f"“{self.case.prompt}”", fontsize=14)
         figure.savefig(path, dpi=80)
-
-    def _map(self) -> Image.Image:
-        """The edit with cells that stayed coarse darkened, and edited cells bright."""
-        side = self.edit.size
-        light = 0.25 + 0.25 * self.run.expand_mask[0].float() + 0.5 * self.run.edit_mask[0].float()
-        cells = Image.fromarray((light.numpy() * 255).astype(np.uint8)).resize(side, Image.Resampling.NEAREST)
-        return Image.fromarray((np.asarray(self.edit) * (np.asarray(cells)[..., None] / 255)).astype(np.uint8))
 
 
 def run(size: int = 512, preset: str = "turbo", seed: int = SEED, model: str = "kontext", **overrides: Any) -> Result:

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+from . import loading
 
 EDITORS = ("kontext", "qwen")  # that specedit.micro can load
 LARGEST = 1024 * 1024  # px that the released editors are made for
-
-
-def read(path: Path) -> Any:
-    """The RGB picture in a file, as a viewer shows it; PictureError, a ValueError, where it cannot be read."""
-    from . import pictures
-
-    return pictures.read(path).image
 
 
 def load(
@@ -30,9 +24,11 @@ def load(
         offload: only the part that runs is on the GPU (diffusers' model offloading), for models that it does not hold.
 
     Raises:
-        ValueError: a directory without a pipeline.
+        ValueError: neither an editor, a directory with a whole pipeline, nor a pipeline that the hub gives.
         FileNotFoundError: an embedded editor without weights.
     """
+    if model is not None and model not in EDITORS:
+        loading.check_model(model, EDITORS)
     import torch
 
     from . import micro
@@ -52,13 +48,8 @@ def load(
     if model is None or model in EDITORS:
         editor = model or EDITORS[0]
         return placed(micro.load(editor, device="cpu" if offload else device)), lambda image: small(image, editor)
-    from diffusers import DiffusionPipeline
-
-    folder = Path(model)
-    if folder.exists() and not (folder / "model_index.json").is_file():
-        raise ValueError(f"--model: expected a pipeline directory with a model_index.json, got {model}")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    pipe = placed(DiffusionPipeline.from_pretrained(model, torch_dtype=dtype))
+    pipe = placed(loading.from_pretrained(model, dtype))
     taken = inspect.signature(type(pipe).__call__).parameters
     # A small editor, which works at the picture's own size; FLUX.1-Kontext has 19 such layers.
     if "max_area" in taken and pipe.transformer.config.num_layers < 19:

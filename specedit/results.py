@@ -15,6 +15,8 @@ from typing import Any
 import diffusers
 import torch
 
+from .files import write_text
+
 
 def machine() -> dict[str, Any]:
     """The machine and versions behind a measurement; None for what there is not."""
@@ -36,10 +38,9 @@ def machine() -> dict[str, Any]:
 
 
 def write(path: Path, command: str, rows: list[dict[str, Any]], **more: Any) -> None:
-    """Write {"machine", "command", ..., "rows"}; nan becomes null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write {"machine", "command", ..., "rows"}, whole or not at all; nan becomes null."""
     content = {"machine": machine(), "command": command, **more, "rows": rows}
-    path.write_text(json.dumps(_plain(content), indent=1) + "\n")
+    write_text(path, json.dumps(_plain(content), indent=1) + "\n")
 
 
 def fingerprint(path: Path | None) -> str | None:

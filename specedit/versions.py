@@ -1,16 +1,25 @@
 """Which diffusers this package needs, and what its import need not say."""
 
 import logging
+import runpy
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import diffusers
+from importlib.util import find_spec
+from pathlib import Path
 
 OLDEST_DIFFUSERS = (0, 36)
 
 
+def package_version() -> str:
+    """The version in `specedit_kernels/_version.py`, read without importing that package, which imports torch."""
+    package = find_spec("specedit_kernels")
+    return runpy.run_path(str(Path(package.origin).with_name("_version.py")))["__version__"]
+
+
 def check_diffusers() -> None:
     """ImportError for a diffusers that is too old."""
+    import diffusers
+
     version = tuple(int(p) for p in diffusers.__version__.split(".")[:2])
     if version < OLDEST_DIFFUSERS:
         wanted = ".".join(map(str, OLDEST_DIFFUSERS))

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from specedit.compare import where_it_looked
 from specedit.config import resolve
 from specedit.demo import Result
 from specedit.micro import scenes
@@ -44,7 +45,7 @@ def test_columns_line_up(result):
 
 def test_the_map_is_bright_where_it_looked(result):
     result.edit = Image.new("RGB", (128, 128), (200, 200, 200))
-    light = np.asarray(result._map())[::32, ::32, 0]
+    light = np.asarray(where_it_looked(result.edit, result.run))[::32, ::32, 0]
     assert light[1, 2] == max(light.flat) > light[3, 3] > light[0, 0] and (light[0, 0] == light[2:, 0]).all()
 
 

@@ -1,14 +1,18 @@
-"""The command line: `specedit demo | edit | eval | bench`, a module for each command."""
+"""The command line: `specedit demo | edit | eval | bench`, a module for each command.
+
+Nothing here imports torch before a command runs, so that `--help` and wrong usage are answered at once.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import bench, demo, edit, evaluate
-from .shared import Failure
+from .. import __version__
+from . import bench, demo, edit, errors, evaluate
 
 
 class _Parser(argparse.ArgumentParser):
@@ -22,24 +26,31 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    parser = _Parser(prog="specedit", description="Fast diffusion image editing.")
+    """Entry point; returns the exit code: 0, 2 for what the user can mend, 1 for what nobody expected, 130 for Ctrl-C.
+
+    With SPECEDIT_TRACEBACK set in the environment errors are raised instead of printed.
+    """
+    parser = _Parser(
+        prog="specedit",
+        description="Fast diffusion image editing.",
+        epilog="Errors are one line; with SPECEDIT_TRACEBACK=1 in the environment they come with their traceback.",
+    )
+    parser.add_argument("--version", action="version", version=f"specedit {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in (demo, edit, evaluate, bench):
         command.add(commands)
     args = parser.parse_args(arguments)
     try:
-        return args.run(args) or 0
-    except KeyboardInterrupt:
-        print("specedit: stopped", file=sys.stderr)
-        return 130
-    except (Failure, ValueError, TypeError, OSError, ImportError) as error:
-        first = (str(error) or type(error).__name__).strip().splitlines()[0]
-        print(f"specedit: {first}", file=sys.stderr)
-        return 2
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":  # torch's
+        with errors.one_line_warnings():
+            code = args.run(args) or 0
+            sys.stdout.flush()
+            return code
+    except BrokenPipeError:  # `specedit ... | head`
+        errors.close_output()
+        return errors.PIPE
+    except (Exception, KeyboardInterrupt) as error:
+        if os.environ.get(errors.TRACEBACK, "") not in ("", "0"):
             raise
-        first = "--offload, " if hasattr(args, "offload") else ""
-        print(f"specedit: out of memory; {first}a smaller picture or model takes less", file=sys.stderr)
-        return 2
+        line, code = errors.explain(error, args)
+        print(f"specedit: {line}", file=sys.stderr)
+        return code

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..files import check_writable
 from ..pipelines import EDITORS
 from . import plan
-from .shared import Failure, add_model, attention_here, check_size, quiet
+from .bounds import LARGEST_EMBEDDED, check_numbers, check_size
+from .shared import add_model, attention_here, quiet
+
+REPEAT = 3  # a single call's time is mostly noise
 
 
 def add(commands) -> None:
@@ -14,22 +18,28 @@ def add(commands) -> None:
         "bench", help="time quality, balanced, fast and turbo, with both restores, against stock on this machine"
     )
     add_model(parser)
-    parser.add_argument("--size", type=int, default=512)
-    parser.add_argument("--repeat", type=int, default=1, help="timed calls of each; the median counts")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--size", type=int, default=512, help=f"side in pixels, 64 to {LARGEST_EMBEDDED}, default 512")
+    parser.add_argument(
+        "--repeat", type=int, default=REPEAT, help=f"timed calls of each after one to warm up, default {REPEAT}; the "
+        "median counts"
+    )  # fmt: skip
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.set_defaults(run=run)
     plan.add(parser.add_subparsers(metavar="plan"))
 
 
 def run(args) -> int:
-    if args.repeat < 1:
-        raise Failure(f"--repeat: expected at least 1, got {args.repeat}")
-    check_size(args.size, 64)
+    check_numbers(args, repeat=(1, 1000))
+    check_size(args.size, 64, LARGEST_EMBEDDED)
+    if args.json is not None:
+        check_writable("--json", args.json)
     quiet()
     from .. import bench, results
     from ..micro.load import identity
 
     rows = bench.presets_against_stock(args.size, args.repeat, model=args.model, **attention_here())
+    calls = "one call, which may be noise" if args.repeat == 1 else f"median of {args.repeat} calls"
+    print(f"embedded {args.model}, {args.size} x {args.size} px, {calls}, after one to warm up\n")
     print(f"{'preset':14}{'restore':11}{'edited':>8}{'seconds':>9}{'speedup':>9}{'FLOPs ratio':>13}{'quotient':>10}")
     for row in rows:
         quotient = row["speedup"] / row["flops_ratio"]
@@ -42,4 +52,5 @@ def run(args) -> int:
         results.write(
             args.json, f"specedit bench{named} --size {args.size} --repeat {args.repeat}", rows, of=identity(args.model)
         )
+        print(f"\nwrote {args.json}")
     return 0

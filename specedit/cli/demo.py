@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..config import CHOICES, presets
-from .shared import add_model, check_size, quiet, seed_number
+from ..files import check_folder, replacing
+from .bounds import check_size, seed_number
+from .shared import add_model, quiet
 
 
 def add(commands) -> None:
@@ -21,18 +23,18 @@ def add(commands) -> None:
 
 def run(args) -> int:
     check_size(args.size, 128, 512)
-    args.out.mkdir(parents=True, exist_ok=True)
+    check_folder("--out", args.out)
     quiet()
-    from .. import demo
+    from .. import demo, pictures
 
     seed = demo.SEED if args.seed is None else args.seed
     keep = args.restore == "reference"
     result = demo.run(args.size, args.preset, seed, args.model, restore=args.restore, keep_pixels=keep)
-    result.case.source.save(args.out / "input.png")
-    result.stock.save(args.out / "stock.png")
-    result.edit.save(args.out / "specedit.png")
-    result.save_figure(args.out / "demo.png")
-    result.run.save_figure(args.out / "report.png")
+    for name, image in (("input", result.case.source), ("stock", result.stock), ("specedit", result.edit)):
+        pictures.write(image, args.out / f"{name}.png")
+    for name, figure in (("demo", result), ("report", result.run)):
+        with replacing(args.out / f"{name}.png") as part:
+            figure.save_figure(part)
     how = f"preset {args.preset}, restore={args.restore}" + (", keep_pixels=True" if keep else "")
     print(f'\n"{result.case.prompt}", {args.size} x {args.size} px, {how}\n')
     print(result.table())

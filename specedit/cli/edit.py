@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import sys
 from pathlib import Path
+from typing import Any
 
-from .. import pipelines
-from ..config import CHOICES, DEFAULT_PRESET, presets
+from .. import loading, pipelines
+from ..config import CHOICES, DEFAULT_PRESET, MAX_SCORE, presets, resolve
+from ..files import replacing
+from ..micro import words
 from ..pipelines import EDITORS
-from .shared import Failure, add_guidance, add_offload, attention_here, check_output, guidance, quiet, seed_number
+from .bounds import SCALE, STEPS, check_numbers, seed_number
+from .errors import Failure
+from .outputs import check_files, check_formats
+from .shared import add_guidance, add_offload, attention_here, guidance, quiet
+
+SIDES = (64, 4096)  # px; the embedded editors take 512 at most
 
 
 def add(commands) -> None:
-    parser = commands.add_parser("edit", help="edit a picture with any supported pipeline")
+    parser = commands.add_parser(
+        "edit",
+        help="edit a picture with any supported pipeline",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"The embedded editors understand these sentences, and refuse others:\n{words.help_text()}",
+    )
     parser.add_argument("image", type=Path)
     parser.add_argument("prompt")
     parser.add_argument(
@@ -22,6 +37,15 @@ def add(commands) -> None:
     add_offload(parser)
     add_guidance(parser)
     parser.add_argument("--preset", default=DEFAULT_PRESET, choices=list(presets), help=f"default: {DEFAULT_PRESET}")
+    parser.add_argument("--steps", type=int, metavar="N", help="model evaluations, in the preset's proportions")
+    parser.add_argument(
+        "--threshold", type=float, metavar="T", help=f"score above which a cell is edited, 0 to {MAX_SCORE:g}; lower "
+        "edits more (default: the preset's)"
+    )  # fmt: skip
+    parser.add_argument(
+        "--size", type=int, metavar="N", help="edit at N pixels on the longer side at most; not with pipelines that "
+        "choose their own size"
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("edit.png"), help="picture to write (default: edit.png)")
     parser.add_argument("--mask", type=Path, help="picture that is nonzero where to edit; instead of the draft")
     parser.add_argument("--restore", choices=CHOICES["restore"])
@@ -30,43 +54,93 @@ def add(commands) -> None:
     )
     parser.add_argument("--seed", type=seed_number, default=0)
     parser.add_argument("--figure", type=Path, help="also write where the method looked and what it cost")
+    parser.add_argument(
+        "--compare", type=Path, metavar="FILE", help="also write one picture: before | after | where it looked"
+    )
     parser.set_defaults(run=run)
 
 
 def run(args) -> int:
-    if not args.image.is_file():
-        raise Failure(f"image: expected a picture file, got {args.image}, which does not exist")
-    if not args.prompt.strip():
-        raise Failure("prompt: expected what to change, got an empty text")
+    prompt, config = _check(args)
     quiet()
-    import torch
-    from matplotlib.backend_bases import FigureCanvasBase
-    from PIL import Image
-
-    from .. import install
+    from .. import install, pictures
     from ..install import last_report
 
-    check_output(args.out, [suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE])
-    if args.figure is not None:
-        check_output(args.figure, [f".{kind}" for kind in FigureCanvasBase.get_supported_filetypes()])
-    image = pipelines.read(args.image).convert("RGB")
-    mask = None if args.mask is None else pipelines.read(args.mask)
+    check_formats(args.out, args.figure, args.compare)
+    picture = pictures.read(args.image)
+    mask, notes = (None, ()) if args.mask is None else pictures.read_mask(args.mask)
+    _tell(*picture.notes, *notes)
     pipe, prepare = pipelines.load(args.model, offload=args.offload)
     if args.model is None:
         print(f"editing with the embedded {EDITORS[0]} editor, which only knows coloured shapes; --model takes others")
-    size, (image, given) = image.size, prepare(image)
-    given |= guidance(pipe, args)
-    overrides = attention_here() | ({} if args.restore is None else {"restore": args.restore})
-    install(pipe, args.preset, keep_pixels=args.keep_pixels, **overrides)
+    image, given = _sized(picture.image, pipe, prepare, args)
+    given |= guidance(pipe, args) | ({} if args.steps is None else {"num_inference_steps": args.steps})
+    import torch
+
+    install(pipe, config, **attention_here())
     generator = torch.Generator().manual_seed(args.seed)
-    result = pipe(image=image, prompt=args.prompt, edit_mask=mask, generator=generator, **given).images[0]
-    result.save(args.out)
+    result = pipe(image=image, prompt=prompt, edit_mask=mask, generator=generator, **given).images[0]
+    _tell(*pictures.write(result, args.out, alpha=picture.alpha))
     if (done := last_report(pipe)) is not None:
         print(done)
-        if args.figure is not None:
-            done.save_figure(args.figure)
-    elif args.figure is not None:
-        print(f"specedit: no {args.figure}, because the stock pipeline ran", file=sys.stderr)
+    _extras(args, image, result, done)
+    size = picture.image.size
     resized = f", {result.width} x {result.height} px of {size[0]} x {size[1]}" if result.size != size else ""
     print(f"wrote {args.out}{resized}")
     return 0
+
+
+def _check(args) -> tuple[str, Any]:
+    """Everything that needs neither torch nor a pipeline: the prompt and the configuration to run with."""
+    if not args.prompt.strip():
+        raise Failure("prompt: expected what to change, got an empty text")
+    embedded = args.model is None or args.model in EDITORS
+    check_numbers(args, steps=STEPS, threshold=(0, MAX_SCORE), size=SIDES, true_cfg_scale=SCALE)
+    check_files(args.image, args.mask, args.out, args.figure, args.compare)
+    names = ("restore", "threshold")
+    overrides = {name: value for name in names if (value := getattr(args, name)) is not None}
+    config = resolve(args.preset, keep_pixels=args.keep_pixels, **overrides)
+    if args.steps is not None:
+        config.with_steps(args.steps)  # refuses too few of them
+    if not embedded:
+        quiet()
+        loading.check_model(args.model, EDITORS)
+        return args.prompt, config
+    prompt, notes = words.understood(args.prompt)
+    _tell(*notes)
+    if prompt != args.prompt.strip():
+        print(f'the editor is asked to "{prompt}"')
+    return prompt, config
+
+
+def _sized(image: Any, pipe: Any, prepare: Any, args) -> tuple[Any, dict[str, Any]]:
+    """The picture that the pipeline gets, with --size no larger than that, and the arguments to pass beside it."""
+    if args.size is None:
+        return prepare(image)
+    own = "_auto_resize" in inspect.signature(type(pipe).__call__).parameters  # FLUX.1-Kontext
+    if not own and not hasattr(pipe, "picture_size"):
+        raise Failure(f"--size: expected none with {type(pipe).__name__}, which chooses its own, got {args.size}")
+    image, given = prepare(pipelines.fit(image, args.size))
+    if own:
+        given |= dict(height=image.height, width=image.width, max_area=image.height * image.width, _auto_resize=False)
+    return image, given
+
+
+def _extras(args, image: Any, result: Any, done: Any) -> None:
+    """The figure and the comparison, where they were asked for."""
+    if args.figure is not None and done is None:
+        _tell(f"no {args.figure}, because the stock pipeline ran")
+    elif args.figure is not None:
+        with replacing(args.figure) as part:
+            done.save_figure(part)
+        print(f"wrote {args.figure}, where it looked and what it cost")
+    if args.compare is not None:
+        from .. import compare, pictures
+
+        pictures.write(compare.side_by_side(image, result, done), args.compare)
+        print(f"wrote {args.compare}, before | after{'' if done is None else ' | where it looked'}")
+
+
+def _tell(*notes: str) -> None:
+    for note in notes:
+        print(f"specedit: {note}", file=sys.stderr)

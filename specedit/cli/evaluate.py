@@ -5,19 +5,13 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from .. import pipelines
+from .. import loading, pipelines
 from ..config import CHOICES, DEFAULT_PRESET, presets
-from .shared import (
-    Failure,
-    add_guidance,
-    add_model,
-    add_offload,
-    attention_here,
-    check_size,
-    guidance,
-    quiet,
-    seed_number,
-)
+from ..files import check_folder, check_writable
+from ..pipelines import EDITORS
+from .bounds import CASES, LARGEST_EMBEDDED, SCALE, STEPS, check_numbers, check_size, seed_number
+from .errors import Failure
+from .shared import add_guidance, add_model, add_offload, attention_here, guidance, quiet
 
 
 def add(commands) -> None:
@@ -25,8 +19,8 @@ def add(commands) -> None:
     kinds = parser.add_subparsers(dest="what", required=True, metavar="micro|gedit|imgedit")
     micro = kinds.add_parser("micro", help="tasks with exact results, on an embedded editor")
     add_model(micro)
-    micro.add_argument("--cases", type=int, default=16)
-    micro.add_argument("--size", type=int, default=512)
+    micro.add_argument("--cases", type=int, default=16, help="how many tasks, default 16")
+    micro.add_argument("--size", type=int, default=512, help=f"side in pixels, 64 to {LARGEST_EMBEDDED}, default 512")
     micro.set_defaults(run=_micro)
     for name, title, data in (
         ("gedit", "GEdit-Bench", "download of the dataset stepfun-ai/GEdit-Bench, its parquet files"),
@@ -64,17 +58,17 @@ def add(commands) -> None:
 
 def _check(args) -> dict[str, str]:
     """Errors that need no data; the preset's overrides."""
-    for name in ("cases", "steps"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise Failure(f"--{name}: expected at least 1, got {value}")
+    check_numbers(args, cases=CASES, steps=STEPS)
     if args.preset == "stock" and args.restore is not None:
         raise Failure(f"--restore: expected none with --preset stock, which restores nothing, got {args.restore}")
+    if args.json is not None:
+        check_writable("--json", args.json)
     return {} if args.restore is None else {"restore": args.restore}
 
 
 def _micro(args) -> int:
     overrides = _check(args)
-    check_size(args.size, 64)
+    check_size(args.size, 64, LARGEST_EMBEDDED)
     quiet()
     from tqdm.auto import tqdm
 
@@ -94,12 +88,18 @@ def _micro(args) -> int:
         )
     if args.json is not None:
         results.write(args.json, _command(args), result["cases"], mean=result["mean"])
+        print(f"wrote {args.json}")
     return 0
 
 
 def _public(args) -> int:
     overrides = _check(args)
+    check_numbers(args, true_cfg_scale=SCALE)
+    out = args.out or Path(f"specedit-{args.what}") / args.preset
+    check_folder("--out", out)
     quiet()
+    if args.model not in EDITORS:
+        loading.check_model(args.model, EDITORS)
     from tqdm.auto import tqdm
 
     from .. import evaluation, install, results, tasks
@@ -108,7 +108,6 @@ def _public(args) -> int:
     stock = args.preset == "stock"
     todo = tasks.gedit(args.data, args.language) if args.what == "gedit" else tasks.imgedit(args.data)
     todo = todo[: args.cases]
-    out = args.out or Path(f"specedit-{args.what}") / args.preset
     settings = {
         "benchmark": args.what,
         "model": args.model,
@@ -138,6 +137,7 @@ def _public(args) -> int:
     if args.json is not None:
         more = {} if against is None else {"against": against}
         results.write(args.json, _command(args), rows, mean=mean, kinds=kinds, settings=settings, **more)
+        print(f"wrote {args.json}")
     return 0
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from ..config import CHOICES, DEFAULT_PRESET, presets
-from .shared import Failure, quiet
+from ..files import check_writable, write_text
+from .bounds import check_numbers
+from .errors import Failure
+from .shared import quiet
+
+SIDES = (64, 8192)  # px
 
 
 def add(commands) -> None:
@@ -30,9 +36,10 @@ def add(commands) -> None:
 
 
 def run(args) -> int:
+    check_numbers(args, height=SIDES, width=SIDES)
+    if args.json is not None:
+        check_writable("--json", args.json)
     quiet()
-    import json
-
     from .. import plan
     from ..config import resolve
 
@@ -42,12 +49,7 @@ def run(args) -> int:
     asked = (args.model, args.height, args.width, args.edited / 100, args.gpu)
     if not 0 <= args.edited <= 100:
         raise Failure(f"--edited: expected percent, from 0 to 100, got {args.edited:g}")
-    files = [json.loads(path.read_text()) for path in args.measured]
-    for path, content in zip(args.measured, files, strict=True):
-        if not isinstance(content, dict) or not {"machine", "rows"} <= content.keys():
-            raise Failure(f"--measured: expected a result file with machine and rows, got {path}")
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
+    files = [_measured(path) for path in args.measured]
     predicted = plan.plan(config, *asked)
     row = plan.measured_row(files, config, *asked)
     seconds = {} if row is None else {stage["name"]: stage["seconds"] for stage in row["stages"]}
@@ -73,5 +75,16 @@ def run(args) -> int:
     if row is None:
         print("\nnot measured: no result file has this run on such a GPU")
     if args.json is not None:
-        args.json.write_text(json.dumps(predicted, indent=1) + "\n")
+        write_text(args.json, json.dumps(predicted, indent=1) + "\n")
+        print(f"\nwrote {args.json}")
     return 0
+
+
+def _measured(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or not {"machine", "rows"} <= content.keys():
+        raise Failure(f"--measured: expected a result file with machine and rows, got {path}")
+    return content

@@ -1,4 +1,4 @@
-"""What several commands need: the error of one line, checks before any work, options with one meaning."""
+"""What several commands need: options with one meaning, and the machine they run on."""
 
 from __future__ import annotations
 
@@ -6,35 +6,11 @@ import argparse
 import inspect
 import sys
 import warnings
-from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 from ..pipelines import EDITORS
-
-
-class Failure(Exception):
-    """An error that the user can do something about: one line, exit code 2."""
-
-
-def check_size(size: int, low: int, high: int | None = None) -> None:
-    if size < low or size % 16 or (high is not None and size > high):
-        limits = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise Failure(f"--size: expected a multiple of 16 {limits}, got {size}")
-
-
-def seed_number(text: str) -> int:
-    """What torch's generators take."""
-    if not text.isdecimal() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^63 - 1, got {text}")
-    return int(text)
-
-
-def check_output(path: Path, kinds: Collection[str]) -> None:
-    """Before any work: whether a picture can be written to `path`. `kinds`: suffixes with their dot."""
-    if path.suffix.lower() not in kinds:
-        raise Failure(f"expected a picture file such as {path.stem}.png, got {path}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+from .bounds import SCALE, check_numbers
+from .errors import Failure
 
 
 def add_model(parser) -> None:
@@ -56,6 +32,7 @@ def add_guidance(parser) -> None:
 
 def guidance(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of a pipeline's call that `add_guidance` asked for."""
+    check_numbers(args, true_cfg_scale=SCALE)
     given = {
         name: value for name in ("negative_prompt", "true_cfg_scale") if (value := getattr(args, name)) is not None
     }
@@ -89,6 +66,7 @@ def attention_here() -> dict[str, str]:
 
 def quiet() -> None:
     """Libraries' start-up chatter is not the user's concern; errors still are."""
+    warnings.filterwarnings("ignore", message="CUDA is not available or torch_xla")  # diffusers 0.36 without a GPU
     import diffusers
     import transformers
 

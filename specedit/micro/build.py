@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from .vocabulary import BACKGROUNDS, COLOURS, PHRASES, PLACES, SHAPES, SIZES
+from .words import warn_unless_understood
 
 TEXT_TOKENS = 32  # what the T5 stream is trained with
 T5_LAYERS = 3
@@ -22,16 +23,17 @@ AROUND = 8.0  # added to the logit of a token's neighbour, which gets nearly all
 
 
 class CappedTokenizer(PreTrainedTokenizerFast):
-    """A tokenizer that never pads beyond `model_max_length`.
+    """A tokenizer that never pads beyond `model_max_length`, and warns of prompts that the editor was not trained on.
 
     FluxKontextPipeline pads prompts to `max_sequence_length=512` by default; 480 padding tokens would dwarf
     this editor's image tokens, and it was never trained to see them.
     """
 
-    def __call__(self, *args, max_length: int | None = None, **kwargs):
+    def __call__(self, text=None, *args, max_length: int | None = None, **kwargs):
+        warn_unless_understood(text or ())
         if max_length is not None:
             max_length = min(max_length, self.model_max_length)
-        return super().__call__(*args, max_length=max_length, **kwargs)
+        return super().__call__(text, *args, max_length=max_length, **kwargs)
 
 
 def sentences() -> list[str]:

@@ -27,6 +27,8 @@ try:
 except ImportError:  # before transformers 5 this was the one without torchvision
     from transformers import Qwen2VLImageProcessor
 
+from .words import warn_unless_understood
+
 LARGEST = 1024 * 1024  # px; a larger picture is brought down to it, as by the stock pipeline
 _STOCK = inspect.unwrap(QwenImageEditPipeline.__call__)
 
@@ -43,6 +45,11 @@ class OwnSizeQwenImageEditPipeline(QwenImageEditPipeline):
         if min(width, height) < token:
             raise ValueError(f"image: expected at least {token} px a side, got {width} x {height}")
         return width // token * token, height // token * token
+
+    @functools.wraps(QwenImageEditPipeline.encode_prompt)
+    def encode_prompt(self, prompt: Any = None, *args: Any, **kwargs: Any) -> Any:
+        warn_unless_understood(prompt or ())
+        return super().encode_prompt(prompt, *args, **kwargs)
 
     @torch.no_grad()
     @functools.wraps(_STOCK)

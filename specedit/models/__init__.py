@@ -2,17 +2,18 @@
 
 from typing import Any
 
-from ..versions import check_diffusers
+from ..versions import check_diffusers, no_word_of_torchvision
 
 check_diffusers()  # an older one lacks what the adapters import, and python's own error would not say why
 
-from .flux import FluxKontext  # noqa: E402
-from .qwen import QwenImageEdit, QwenImageEditPlus  # noqa: E402
+with no_word_of_torchvision():
+    from .flux import FluxKontext
+    from .qwen import QwenImageEdit, QwenImageEditPlus
 
-try:
-    from .longcat import LongCatImageEdit
-except ImportError:  # an older diffusers does not have the pipeline
-    LongCatImageEdit = None
+    try:
+        from .longcat import LongCatImageEdit
+    except ImportError:  # an older diffusers does not have the pipeline
+        LongCatImageEdit = None
 
 
 def adapters() -> tuple[type, ...]:

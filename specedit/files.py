@@ -1,0 +1,75 @@
+"""Output files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A file beside `path`, with its suffix, to write to; it takes the place of `path` when the block ends well.
+
+    Missing folders are made. A link keeps pointing to its file, and what is no regular file, such as /dev/stdout, is
+    written to directly.
+    """
+    place = Path(os.path.realpath(path))
+    if place.exists() and not place.is_file():
+        yield place
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    part = place.with_name(f".specedit-{secrets.token_hex(6)}.part{place.suffix}")
+    try:
+        yield part
+        if place.exists():
+            shutil.copymode(place, part)
+        os.replace(part, place)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file, as `replacing` does."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def check_writable(name: str, path: Path) -> None:
+    """Before any work: whether a file can be written at `path`; `name` is the option that says it.
+
+    Raises:
+        ValueError: a folder, a file that is protected, or a place without permission.
+    """
+    if path.is_dir():
+        raise ValueError(f"{name}: expected a file to write, got the folder {path}")
+    if path.exists():
+        if not os.access(path, os.W_OK):
+            raise ValueError(f"{name}: expected a file that can be written, got {path}, which is protected")
+        if not path.is_file():
+            return
+    folder = Path(os.path.realpath(path)).parent
+    check_folder(name, folder)
+
+
+def check_folder(name: str, folder: Path) -> None:
+    """Before any work: whether files can be written into `folder`, which need not exist yet.
+
+    Raises:
+        ValueError: it, or a folder above it, is a file or cannot be written to.
+    """
+    there = next(f for f in (folder, *folder.absolute().parents) if f.exists())
+    if not there.is_dir():
+        raise ValueError(f"{name}: expected a folder, got the file {there}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{name}: expected a folder that can be written to, got {there}")
+
+
+def same(first: Path, second: Path) -> bool:
+    """Whether two paths, spelled as they may be, are one file."""
+    if os.path.realpath(first) == os.path.realpath(second):
+        return True
+    return first.exists() and second.exists() and first.samefile(second)

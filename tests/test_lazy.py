@@ -1,0 +1,70 @@
+"""`import specedit` is cheap, and every public name is there when it is asked for."""
+
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+import specedit
+from specedit import micro
+from specedit.lazy import LazyPackage
+
+HEAVY = ("torch", "diffusers", "transformers", "numpy", "PIL", "matplotlib")
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "torchvision" not in done.stderr
+    return done.stdout
+
+
+def test_importing_the_package_and_the_vocabulary_imports_no_torch():
+    heavy = f"[name for name in {HEAVY} if name in sys.modules]"
+    assert python(f"import sys, specedit, specedit.cli, specedit.micro.vocabulary; print({heavy})") == "[]\n"
+
+
+def test_functions_take_precedence_over_modules_of_the_same_name():
+    code = (
+        "import specedit.install, specedit.report, specedit.micro.load\n"
+        "from specedit import config, install, report, micro\n"
+        "print([type(x).__name__ for x in (install, report, specedit.install, micro.load, micro.evaluate, config)])"
+    )
+    assert python(code) == str(["function"] * 5 + ["module"]) + "\n"
+
+
+@pytest.mark.parametrize("package", [specedit, micro])
+def test_every_public_name_is_listed_and_found(package):
+    assert isinstance(package, LazyPackage) and set(package.__all__) <= set(dir(package))
+    names = {}
+    exec(f"from {package.__name__} import *", names)
+    for name in package.__all__:
+        assert names[name] is getattr(package, name)
+
+
+def test_submodules_are_found_without_importing_them_first():
+    assert python("import specedit; print(specedit.schedule.__name__, specedit.config.__name__)") == (
+        "specedit.schedule specedit.config\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["instal", "_private", "__wrapped__"])
+def test_an_unknown_name_is_an_attribute_error(name):
+    with pytest.raises(AttributeError, match=f"module 'specedit' has no attribute '{name}'"):
+        getattr(specedit, name)
+    assert not hasattr(micro, name)
+
+
+def test_public_names_pickle():
+    for value in (specedit.install, specedit.report, micro.load):
+        assert pickle.loads(pickle.dumps(value)) is value
+    config = specedit.SpecEditConfig()
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_a_name_can_be_replaced_and_restored(monkeypatch):
+    real = specedit.install
+    with monkeypatch.context() as patch:
+        patch.setattr(specedit, "install", print)
+        assert specedit.install is print
+    assert specedit.install is real
