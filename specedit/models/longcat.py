@@ -16,7 +16,7 @@ from diffusers.pipelines.longcat_image.pipeline_output import LongCatImagePipeli
 from torch import Tensor
 
 from ..grid import TokenGrid
-from . import attention, joint, last_block, longcat_positions, qwen_positions
+from . import attention, compiled, joint, last_block, longcat_positions, qwen_positions
 from .base import EditState
 from .flux import FluxKontext, position_ids
 from .images import check_pictures, source_pictures
@@ -164,9 +164,11 @@ class LongCatImageEdit(FluxKontext):
         if hasattr(pipe.transformer, "pos_embed"):  # another engine, which runs the stock path, may have none
             qwen_positions.attach(pipe.transformer.pos_embed, longcat_positions.ContextHook)
         last_block.attach(self._last(pipe), LongCatImageSingleTransformerBlock, LongCatLastBlock)
+        compiled.attach(pipe.transformer, longcat_positions.take, longcat_positions.drop, self._last(pipe))
 
     def detach(self, pipe: Any) -> None:
         attention.detach(pipe.transformer, LongCatImageAttention)
         if hasattr(pipe.transformer, "pos_embed"):
             qwen_positions.detach(pipe.transformer.pos_embed)
         last_block.detach(self._last(pipe))
+        compiled.detach(pipe.transformer)

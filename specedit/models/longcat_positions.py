@@ -49,3 +49,13 @@ def split(rotary: tuple | None) -> tuple[tuple[Tensor, Tensor] | None, MixedCont
         return rotary, None
     cos, sin, context = rotary
     return (cos, sin), context
+
+
+def take(kwargs: dict[str, Any]) -> MixedContext | None:
+    """The context among a block's arguments."""
+    return split(kwargs.get("image_rotary_emb"))[1]
+
+
+def drop(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A block's arguments without the context."""
+    return kwargs | {"image_rotary_emb": split(kwargs["image_rotary_emb"])[0]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from ..grid import GridSet, TokenGrid
 from ..once import warn_once
 from ..one_frame import one_frame
-from . import attention, last_block, qwen_positions
+from . import attention, compiled, last_block, qwen_positions
 from .base import EditState, active_branches
 from .images import check_pictures, decoder_features, source_pictures
 from .prompts import count_prompts, one_for_each
@@ -237,12 +238,15 @@ class QwenImageEdit:
         if (block := self._last(pipe)) is not None:
             qwen_positions.attach(pipe.transformer.pos_embed)
             last_block.attach(block, QwenImageTransformerBlock, last_block.QwenLastBlock)
+            drop = partial(compiled.drop_keyword, nothing={})
+            compiled.attach(pipe.transformer, compiled.take_keyword, drop, block)
 
     def detach(self, pipe: Any) -> None:
         attention.detach(pipe.transformer, Attention)
         if (block := self._last(pipe)) is not None:
             qwen_positions.detach(pipe.transformer.pos_embed)
             last_block.detach(block)
+            compiled.detach(pipe.transformer)
 
     @staticmethod
     def _last(pipe: Any) -> torch.nn.Module | None:
