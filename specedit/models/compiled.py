@@ -2,7 +2,7 @@
 
 Dynamo keeps at most `recompile_limit` graphs of a block's code and fails beyond it under `fullgraph=True`. It compiles
 anew for inputs that are views where others are not, for other strides, and for objects that only some calls bring. A
-wrapper outside of the compiled call makes SpecEdit's calls alike; a stock call passes through as it came.
+wrapper outside of the compiled call makes calls alike, without changing a value.
 """
 
 from __future__ import annotations
@@ -29,12 +29,10 @@ class CompiledBlock:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         context = self.take(kwargs)
-        if context is None:
-            return self.compiled(*args, **kwargs)
         kwargs |= {name: unviewed(kwargs[name]) for name in STREAMS if name in kwargs}
-        if context.plain and self.drop is not None:  # the stock processor runs: the graph is a stock call's
-            return self.compiled(*args, **self.drop(kwargs))
-        if not context.plain:
+        if context is not None and context.plain and self.drop is not None:
+            kwargs = self.drop(kwargs)  # the stock processor runs: the graph is a stock call's
+        elif context is not None and not context.plain:
             for name in STREAMS:
                 mark_dynamic(kwargs.get(name), 2)
             for table in kwargs.get("image_rotary_emb") or ():
