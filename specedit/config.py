@@ -309,8 +309,12 @@ class SpecEditConfig:
     @property
     def uses_draft(self) -> bool:
         """Whether a run without a caller's edit_mask needs the draft: its mask decides something."""
-        mixed = self.steps[1] > 0 or (self.restore == "reference" and self.steps[2] > 0)
-        return self.selector != "uniform" and (mixed or self.keep_pixels)
+        return self.selector != "uniform" and (self.is_mixed or self.keep_pixels)
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether a run has a stage of mixed resolutions."""
+        return self.steps[1] > 0 or (self.restore == "reference" and self.steps[2] > 0)
 
     @property
     def keeps(self) -> bool:

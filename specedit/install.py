@@ -16,7 +16,7 @@ import torch
 
 from . import restore, sampler
 from .config import STOCK_STEPS, SpecEditConfig, resolve
-from .models import adapter_of, adapters
+from .models import adapter_of, adapters, mask_support
 from .models.base import Adapter
 from .models.images import check_decoder
 from .report import RunReport
@@ -235,6 +235,7 @@ def _accelerated(pipe: Any, installation: Installation, config: SpecEditConfig, 
     if needs_draft and config.selector == "semantic":
         check_decoder(pipe.vae)
     adapter.attach(pipe)  # fusing projections or loading an adapter may have replaced processors since install
+    mask_support.check(pipe.transformer, config)
     try:
         state = adapter.prepare(pipe, call, config.attention)
         prepared = sampler.clock(state)
