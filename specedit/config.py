@@ -226,21 +226,27 @@ class SpecEditConfig:
                 f"forecast: {self.forecast!r} keeps keys and values of SpecEdit's own attention with scaled positions, "
                 f"expected another forecast with attention={self.attention!r} and rope={self.rope!r}"
             )
-        coarse, mixed, full = self.steps
-        stages = [n for n in (coarse, *((mixed + full,) if self.restore == "reference" else (mixed, full))) if n]
-        warmups = [self.forecast_warmup(first=i == 0) for i in range(len(stages))]
-        if all(steps <= warmup for steps, warmup in zip(stages, warmups, strict=True)):
+        if not self._can_forecast(self.steps):
             raise ValueError(
                 f"forecast: {self.forecast!r} needs {self.forecast_history} full steps before its first forecast, in "
                 f"the run's first stage at least {FIRST_FULL}, expected a stage of more steps, got steps={self.steps}; "
                 "take more steps or a lower forecast_order"
             )
-        longest = max(stages)
+        longest = max(self._stage_lengths(self.steps))
         if self.forecast_interval is not None and self.forecast_interval > longest:
             raise ValueError(
                 f"forecast_interval: expected at most {longest}, the steps of the longest stage of steps={self.steps}, "
                 f"got {self.forecast_interval}"
             )
+
+    def _stage_lengths(self, steps: tuple[int, int, int]) -> list[int]:
+        """The steps of every stage that has any; restore="reference" runs the last two as one."""
+        coarse, mixed, full = steps
+        return [n for n in (coarse, *((mixed + full,) if self.restore == "reference" else (mixed, full))) if n]
+
+    def _can_forecast(self, steps: tuple[int, int, int]) -> bool:
+        """Whether some stage has steps beyond those that come before its first forecast."""
+        return any(n > self.forecast_warmup(first=i == 0) for i, n in enumerate(self._stage_lengths(steps)))
 
     def _check_reference_refresh(self) -> None:
         if self.reference_refresh is None:
@@ -309,8 +315,12 @@ class SpecEditConfig:
     @property
     def uses_draft(self) -> bool:
         """Whether a run without a caller's edit_mask needs the draft: its mask decides something."""
-        mixed = self.steps[1] > 0 or (self.restore == "reference" and self.steps[2] > 0)
-        return self.selector != "uniform" and (mixed or self.keep_pixels)
+        return self.selector != "uniform" and (self.is_mixed or self.keep_pixels)
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether a run has a stage of mixed resolutions."""
+        return self.steps[1] > 0 or (self.restore == "reference" and self.steps[2] > 0)
 
     @property
     def keeps(self) -> bool:
@@ -326,10 +336,11 @@ class SpecEditConfig:
         """The same configuration with NFE `n`, in the proportions of `steps` (largest remainder).
 
         A stage that had steps keeps at least one while `n` allows; when it does not, the last stages are kept,
-        because they make the picture.
+        because they make the picture. Where no stage is long enough for a forecast, there is none. An interval longer
+        than every stage becomes the longest stage's steps, which computes the same steps.
 
         Raises:
-            TypeError, ValueError: `n` is not an integer of at least 1, or too few steps for what else is asked for.
+            TypeError, ValueError: `n` is not an integer of at least 1.
         """
         n = _integer("num_inference_steps", n, 1)
         active = [i for i, count in enumerate(self.steps) if count]
@@ -344,10 +355,12 @@ class SpecEditConfig:
             steps[max((i for i in kept if steps[i] > 1), key=lambda i: steps[i] - shares[i])] -= 1
         while sum(steps) < n:
             steps[max(kept, key=lambda i: shares[i] - steps[i])] += 1
-        try:
-            return dataclasses.replace(self, steps=tuple(steps))
-        except ValueError as error:  # names steps that nobody asked for
-            raise ValueError(f"num_inference_steps: {n} are too few. {error}") from error
+        changes: dict[str, Any] = {"steps": tuple(steps)}
+        if self.forecast is not None and not self._can_forecast(changes["steps"]):
+            changes |= dict.fromkeys(("forecast", "forecast_interval", "forecast_order", "forecast_weights"))
+        elif self.forecast_interval is not None:
+            changes["forecast_interval"] = min(self.forecast_interval, max(self._stage_lengths(changes["steps"])))
+        return dataclasses.replace(self, **changes)
 
 
 # The class's own defaults are the paper's. The presets verify at the draft's size, which finds more of the edit with

@@ -16,9 +16,10 @@ import torch
 
 from . import restore, sampler
 from .config import STOCK_STEPS, SpecEditConfig, resolve
-from .models import adapter_of, adapters
+from .models import adapter_of, adapters, mask_support
 from .models.base import Adapter
 from .models.images import check_decoder
+from .once import warn_once
 from .report import RunReport
 from .schedule import supported
 from .step import forward_flops, tell_timestep
@@ -197,6 +198,9 @@ def _call(self, *args: Any, edit_mask: Any = None, **kwargs: Any) -> Any:
             warnings.warn(f"SpecEdit runs the stock pipeline: {reason}{more}", stacklevel=2)
         return stock(self, *args, **kwargs)
     config = installation.config if asked_steps is None else installation.config.with_steps(asked_steps)
+    if config.forecast != (forecast := installation.config.forecast):
+        text = f"num_inference_steps={asked_steps} leaves no stage long enough for forecast={forecast!r}"
+        warn_once(self, f"{text}; SpecEdit runs without it", f"too few steps for {forecast}")
     with torch.no_grad():
         return _accelerated(self, installation, config, call, edit_mask)
 
@@ -235,6 +239,7 @@ def _accelerated(pipe: Any, installation: Installation, config: SpecEditConfig, 
     if needs_draft and config.selector == "semantic":
         check_decoder(pipe.vae)
     adapter.attach(pipe)  # fusing projections or loading an adapter may have replaced processors since install
+    mask_support.check(pipe.transformer, config)
     try:
         state = adapter.prepare(pipe, call, config.attention)
         prepared = sampler.clock(state)

@@ -242,11 +242,21 @@ def test_a_merged_last_stage_counts_as_one():
     assert SpecEditConfig(**fields, restore="reference").forecast_history == 4
 
 
-def test_too_few_steps_of_a_call_for_the_forecast_name_the_call():
+def test_an_interval_beyond_a_calls_stages_becomes_the_longest_stage():
     config = SpecEditConfig(forecast="reuse", forecast_interval=6)
-    with pytest.raises(ValueError, match=r"num_inference_steps: 9 are too few.*steps=\(4, 3, 2\)"):
-        config.with_steps(9)
+    fewer = config.with_steps(9)
+    assert fewer.steps == (4, 3, 2) and fewer.forecast == "reuse" and fewer.forecast_interval == 4
     assert config.with_steps(18) == config
+
+
+@pytest.mark.parametrize("n", [1, 4, 9])
+def test_a_call_of_too_few_steps_runs_without_its_forecast(n):
+    plain = SpecEditConfig(reference_refresh=2)
+    config = SpecEditConfig(forecast="taylor", forecast_interval=4, forecast_order=3, reference_refresh=2)
+    assert config.with_steps(n) == plain.with_steps(n)
+    assert config.with_steps(18) == config
+    with pytest.raises(ValueError, match="'taylor' needs 4 full steps"):  # as a configuration it stays an error
+        SpecEditConfig(steps=plain.with_steps(n).steps, forecast="taylor", forecast_order=3)
 
 
 # ------------------------------------------------------------------------------------------ approximate, by a switch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from torch import Tensor
 
 from ..grid import MixedLayout, TokenGrid
-from . import attention, joint, last_block
+from . import attention, compiled, joint, last_block
 from .base import EditState, active_branches, rows_index
 from .images import (
     batched,
@@ -272,7 +273,7 @@ class FluxKontext:
             encoder_hidden_states=words,
             txt_ids=text_ids,
             img_ids=ids,
-            joint_attention_kwargs=kwargs,
+            joint_attention_kwargs=kwargs or None,  # as stock calls give none, and no graph is compiled for {}
             return_dict=False,
         )[0]
 
@@ -386,10 +387,13 @@ class FluxKontext:
     def attach(self, pipe: Any) -> None:
         attention.attach(pipe.transformer, FluxAttention, attention.FluxMixedProcessor)
         last_block.attach(self._last(pipe), FluxSingleTransformerBlock, last_block.FluxLastBlock)
+        drop = partial(compiled.drop_keyword, nothing=None)
+        compiled.attach(pipe.transformer, compiled.take_keyword, drop, self._last(pipe))
 
     def detach(self, pipe: Any) -> None:
         attention.detach(pipe.transformer, FluxAttention)
         last_block.detach(self._last(pipe))
+        compiled.detach(pipe.transformer)
 
     @staticmethod
     def _last(pipe: Any) -> torch.nn.Module | None:

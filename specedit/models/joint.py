@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from typing import Any, Self
@@ -149,3 +150,26 @@ class MixedContext(Movable):
     asking: Queries | None = None
     read: Queries | None = None
     plain: bool = False
+
+    def __post_init__(self) -> None:
+        # Every edit has other lengths, and the first graph should serve them all.
+        mark_all_dynamic(self)
+
+
+def mark_all_dynamic(value: Any, dims: int = 2) -> None:
+    """Mark the lengths of every tensor of a context as dynamic; a table's last dimension is the head's."""
+    if isinstance(value, Movable):
+        for field in fields(value):
+            mark_all_dynamic(getattr(value, field.name))
+    elif isinstance(value, tuple):
+        for table in value:
+            mark_dynamic(table, table.ndim - 1)
+    else:
+        mark_dynamic(value, dims)
+
+
+def mark_dynamic(value: Any, dims: int) -> None:
+    """Have Dynamo compile the first `dims` dimensions of a tensor as dynamic at once, not after a second size."""
+    # Without Dynamo imported nothing is compiled, and importing it takes seconds.
+    if isinstance(value, Tensor) and "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
+        torch._dynamo.maybe_mark_dynamic(value, list(range(min(dims, value.ndim))))

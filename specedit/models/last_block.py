@@ -38,7 +38,7 @@ class LastBlock:
 class FluxLastBlock(LastBlock):
     """Of FluxSingleTransformerBlock, whose rows are text, target, reference."""
 
-    def context(self, kwargs: dict[str, Any] | None, device: torch.device) -> MixedContext | None:
+    def context(self, kwargs: dict[str, Any] | None, rotary: tuple | None) -> MixedContext | None:
         return (kwargs or {}).get("specedit")
 
     def __call__(
@@ -49,7 +49,7 @@ class FluxLastBlock(LastBlock):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        block, context = self.block, self.context(joint_attention_kwargs, hidden_states.device)
+        block, context = self.block, self.context(joint_attention_kwargs, image_rotary_emb)
         if not self.reads(context):
             more = {} if joint_attention_kwargs is None else {"joint_attention_kwargs": joint_attention_kwargs}
             return self.stock(

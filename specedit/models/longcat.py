@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,7 +16,7 @@ from diffusers.pipelines.longcat_image.pipeline_output import LongCatImagePipeli
 from torch import Tensor
 
 from ..grid import TokenGrid
-from . import attention, joint, last_block
+from . import attention, compiled, joint, last_block, longcat_positions, qwen_positions
 from .base import EditState
 from .flux import FluxKontext, position_ids
 from .images import check_pictures, source_pictures, too_small
@@ -27,28 +24,10 @@ from .prompts import count_prompts, one_for_each
 
 EDIT_AREA = 1024 * 1024
 LATENT_CHANNELS = 16  # a constant of the stock pipeline
-# This transformer hands no arguments down to its attention; a context variable belongs to the thread that set it.
-_running: ContextVar[joint.MixedContext | None] = ContextVar("specedit_longcat", default=None)
-
-
-@contextmanager
-def running(context: joint.MixedContext | None) -> Iterator[None]:
-    """Inside the block the transformer's attention sees `context`."""
-    token = _running.set(context)
-    try:
-        yield
-    finally:
-        _running.reset(token)
-
-
-def current(device: torch.device) -> joint.MixedContext | None:
-    """The context from `running`, on `device`: hooks that move what a transformer is given do not see this one."""
-    context = _running.get()
-    return None if context is None else context.to(device)
 
 
 class LongCatMixedProcessor(attention.FluxMixedProcessor):
-    """FLUX's attention, with the context from `running`."""
+    """FLUX's attention, with the context that travels beside the rotary tables."""
 
     stock = LongCatImageAttnProcessor
 
@@ -58,20 +37,18 @@ class LongCatMixedProcessor(attention.FluxMixedProcessor):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        image_rotary_emb: tuple | None = None,
         rows: slice | None = None,
     ):
-        context = current(hidden_states.device)
-        return super().__call__(
-            attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, context, rows
-        )
+        rotary, context = longcat_positions.split(image_rotary_emb)
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary, context, rows)
 
 
 class LongCatLastBlock(last_block.FluxLastBlock):
-    """FLUX's last block, with the context from `running`."""
+    """FLUX's last block, with the context that travels beside the rotary tables."""
 
-    def context(self, kwargs: dict[str, Any] | None, device: torch.device) -> joint.MixedContext | None:
-        return current(device)
+    def context(self, kwargs: dict[str, Any] | None, rotary: tuple | None) -> joint.MixedContext | None:
+        return longcat_positions.split(rotary)[1]
 
 
 class LongCatImageEdit(FluxKontext):
@@ -162,11 +139,11 @@ class LongCatImageEdit(FluxKontext):
 
     @staticmethod
     def _forward(pipe, state, prompt, rows, states, ids, words, text_ids, timestep, kwargs) -> Tensor:
-        with running(kwargs.get("specedit")):
-            return pipe.transformer(
-                hidden_states=states, timestep=timestep, guidance=None, encoder_hidden_states=words, txt_ids=text_ids,
-                img_ids=ids, return_dict=False,
-            )[0]  # fmt: skip
+        context = kwargs.get("specedit")
+        return pipe.transformer(
+            hidden_states=states, timestep=timestep, guidance=None, encoder_hidden_states=words, txt_ids=text_ids,
+            img_ids=ids if context is None else longcat_positions.PlacedIds(ids, context), return_dict=False,
+        )[0]  # fmt: skip
 
     @staticmethod
     def _ids(state: EditState, layout, reference_layout, scale: float = 1.0) -> Tensor:
@@ -191,8 +168,14 @@ class LongCatImageEdit(FluxKontext):
 
     def attach(self, pipe: Any) -> None:
         attention.attach(pipe.transformer, LongCatImageAttention, LongCatMixedProcessor)
+        if hasattr(pipe.transformer, "pos_embed"):  # another engine, which runs the stock path, may have none
+            qwen_positions.attach(pipe.transformer.pos_embed, longcat_positions.ContextHook)
         last_block.attach(self._last(pipe), LongCatImageSingleTransformerBlock, LongCatLastBlock)
+        compiled.attach(pipe.transformer, longcat_positions.take, longcat_positions.drop, self._last(pipe))
 
     def detach(self, pipe: Any) -> None:
         attention.detach(pipe.transformer, LongCatImageAttention)
+        if hasattr(pipe.transformer, "pos_embed"):
+            qwen_positions.detach(pipe.transformer.pos_embed)
         last_block.detach(self._last(pipe))
+        compiled.detach(pipe.transformer)

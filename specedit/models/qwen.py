@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..grid import GridSet, TokenGrid
+from ..once import warn_once
 from ..one_frame import one_frame
-from . import attention, last_block, qwen_positions
+from . import attention, compiled, last_block, qwen_positions
 from .base import EditState, active_branches
 from .images import check_pictures, decoder_features, source_pictures, too_small
 from .prompts import count_prompts, one_for_each
@@ -97,7 +99,7 @@ class QwenImageEdit:
         device = pipe._execution_device
         grid = TokenGrid(height // multiple, width // multiple)
         pictures = self._pictures(pipe, call, images, grid)
-        say_why_unguided(call)
+        say_why_unguided(pipe, call)
         positive, negative = encode(pipe, call, pictures.condition, device)
         batch, dtype = positive["encoder_hidden_states"].shape[0], positive["encoder_hidden_states"].dtype
         with one_frame(pipe.vae):
@@ -243,12 +245,15 @@ class QwenImageEdit:
         if (block := self._last(pipe)) is not None:
             qwen_positions.attach(pipe.transformer.pos_embed)
             last_block.attach(block, QwenImageTransformerBlock, last_block.QwenLastBlock)
+            drop = partial(compiled.drop_keyword, nothing={})
+            compiled.attach(pipe.transformer, compiled.take_keyword, drop, block)
 
     def detach(self, pipe: Any) -> None:
         attention.detach(pipe.transformer, Attention)
         if (block := self._last(pipe)) is not None:
             qwen_positions.detach(pipe.transformer.pos_embed)
             last_block.detach(block)
+            compiled.detach(pipe.transformer)
 
     @staticmethod
     def _last(pipe: Any) -> torch.nn.Module | None:
@@ -300,7 +305,8 @@ class QwenImageEditPlus(QwenImageEdit):
         alike = nearest_shapes([tuple(r.shape[-2:]) for r in reference], grid)
         if len(alike) > 1:
             names = ", ".join(str(i + 1) for i in alike)
-            logger.warning(f"pictures {names} have one shape; SpecEdit takes the last of them for the one being edited")
+            text = f"pictures {names} have one shape; SpecEdit takes the last of them for the one being edited"
+            warn_once(pipe, text, "pictures of one shape", logger.warning)
         return Pictures(condition, reference, alike[-1])
 
     @staticmethod
@@ -345,13 +351,15 @@ def has_negative(call: dict[str, Any]) -> bool:
     return call["negative_prompt"] is not None or call["negative_prompt_embeds"] is not None
 
 
-def say_why_unguided(call: dict[str, Any]) -> None:
-    """The stock pipelines' warnings, for a call that looks as if it wanted guidance."""
+def say_why_unguided(pipe: Any, call: dict[str, Any]) -> None:
+    """The stock pipelines' warnings, once each, for a call that looks as if it wanted guidance."""
     scale = call["true_cfg_scale"]
     if scale > 1 and not has_negative(call):
-        logger.warning(f"true_cfg_scale is {scale}, but without a negative_prompt there is no guidance")
+        text = f"true_cfg_scale is {scale}, but without a negative_prompt there is no guidance"
+        warn_once(pipe, text, "guidance without a negative_prompt", logger.warning)
     elif scale <= 1 and has_negative(call):
-        logger.warning(f"there is a negative_prompt, but true_cfg_scale is {scale}: there is no guidance")
+        text = f"there is a negative_prompt, but true_cfg_scale is {scale}: there is no guidance"
+        warn_once(pipe, text, "a negative_prompt without guidance", logger.warning)
 
 
 def encode(pipe: Any, call: dict[str, Any], condition: Any, device: torch.device) -> tuple[dict, dict | None]:

@@ -45,10 +45,10 @@ class PositionHook:
         return self.stock(video_fhw, *args, **kwargs)
 
 
-def attach(pos_embed: nn.Module) -> None:
+def attach(pos_embed: nn.Module, hook: type[PositionHook] = PositionHook) -> None:
     """Put the hook in place; idempotent."""
     if not isinstance(vars(pos_embed).get("forward"), PositionHook):
-        pos_embed.forward = PositionHook(pos_embed.forward)
+        pos_embed.forward = hook(pos_embed.forward)
 
 
 def detach(pos_embed: nn.Module) -> None:

@@ -72,7 +72,6 @@ class TestLongCatImageEdit(Conformance):
         return Family(
             LongCatImageEdit, make_longcat, call, guided=dict(negative_prompt="blue", guidance_scale=2.5),
             batch=lambda n: dict(num_images_per_prompt=n),
-            fullgraph=False,  # no compiler reads the context variable that carries the context past the transformer
         )  # fmt: skip
 
     def test_a_list_of_one_picture_is_stocks(self, family, picture):
