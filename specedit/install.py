@@ -75,11 +75,12 @@ def install(pipe: Any, config: str | SpecEditConfig | None = None, **overrides: 
 
 def _not_supported(pipe: Any) -> str:
     known = [adapter.pipelines for adapter in adapters()]
-    name = type(pipe).__name__
-    if not any(base.__name__ == "ModularPipeline" for base in type(pipe).__mro__):
-        return f"install: expected one of {', '.join(known)}, got {name}"
-    own = name.replace("ModularPipeline", "Pipeline")
-    instead = own if own in known else f"one of {', '.join(known)}"
+    name, bases = type(pipe).__name__, [base.__name__ for base in type(pipe).__mro__]
+    one_of = f"one of {', '.join(known)}"
+    if "ModularPipeline" not in bases:
+        return f"install: expected {one_of}, got {name}"
+    plain = [base.replace("ModularPipeline", "Pipeline") for base in bases]
+    instead = next((one for one in plain if one in known), one_of)
     return f"install: modular pipelines cannot be accelerated yet: expected {instead}, got {name}"
 
 

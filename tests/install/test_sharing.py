@@ -158,7 +158,7 @@ def test_install_and_uninstall_of_copies_around_running_calls(pipe, edit):
 
     def come_and_go(other):
         try:
-            while not stop.is_set():
+            while not stop.wait(0.002):
                 specedit.uninstall(specedit.install(other, "turbo"))
         except BaseException as error:
             errors.append(error)
