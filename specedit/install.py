@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import copy
+import copyreg
 import inspect
-import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from . import restore, sampler
+from . import accelerated, restore, sampler, sharing
 from .config import STOCK_STEPS, SpecEditConfig, resolve
+from .installation import ATTRIBUTE, CallRecord, Calls, Installation, installation_of
 from .models import adapter_of, adapters, mask_support
 from .models.base import Adapter
 from .models.images import check_decoder
@@ -24,25 +23,6 @@ from .report import RunReport
 from .schedule import supported
 from .step import forward_flops, tell_timestep
 from .versions import check_diffusers
-
-_ATTRIBUTE = "_specedit"
-
-
-@dataclass
-class Installation:
-    """What hangs on an installed pipeline."""
-
-    config: SpecEditConfig
-    adapter: Adapter
-    stock_class: type
-    report: RunReport | None = None
-    stock_reason: str | None = None  # why the last call ran the stock pipeline
-    asleep: int = 0  # how many `disabled` blocks are open
-    warned: set[str] = field(default_factory=set)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def __reduce__(self) -> tuple:  # a copy of a pipeline has made no calls
-        return Installation, (self.config, self.adapter, self.stock_class)
 
 
 def install(pipe: Any, config: str | SpecEditConfig | None = None, **overrides: Any) -> Any:
@@ -64,8 +44,10 @@ def install(pipe: Any, config: str | SpecEditConfig | None = None, **overrides: 
     """
     check_diffusers()
     config = resolve(config, **overrides)
-    if (old := _installation(pipe)) is not None:
-        old.config, old.report, old.stock_reason = config, None, None
+    if _in_place(pipe):
+        old = installation_of(pipe)
+        old.calls = Calls()  # the reports were another configuration's
+        old.config = config
         return pipe
     adapter = adapter_of(pipe)
     if adapter is None and "Inpaint" in type(pipe).__name__:
@@ -73,136 +55,162 @@ def install(pipe: Any, config: str | SpecEditConfig | None = None, **overrides: 
         warnings.warn(f"SpecEdit leaves {type(pipe).__name__} as it is: inpainting runs the stock path", stacklevel=2)
         return pipe
     if adapter is None:
-        known = ", ".join(a.pipelines for a in adapters())
-        raise TypeError(f"install: expected one of {known}, got {type(pipe).__name__}")
+        raise TypeError(_not_supported(pipe))
     if pipe.transformer is None:
         raise ValueError(f"install: expected a {type(pipe).__name__} with a transformer, got one without")
+    uninstall(pipe)  # what an installation that was interrupted left
     stock = type(pipe)
     installation = Installation(config, adapter, stock)
     if (reason := supported(pipe.scheduler) or _unsuited(pipe)) is not None:
         installation.warned.add(reason)  # said now, not again at the call
         warnings.warn(f"SpecEdit will run the stock pipeline: {reason}", stacklevel=2)
-    adapter.attach(pipe)
-    setattr(pipe, _ATTRIBUTE, installation)
-    pipe.__class__ = _accelerated_class(stock)
+    try:
+        setattr(pipe, ATTRIBUTE, installation)
+        sharing.attach(pipe, installation)
+        pipe.__class__ = _accelerated_class(stock)  # last: until here every call is the stock one
+    except BaseException:
+        uninstall(pipe)
+        raise
     return pipe
 
 
+def _not_supported(pipe: Any) -> str:
+    known = [adapter.pipelines for adapter in adapters()]
+    name, bases = type(pipe).__name__, [base.__name__ for base in type(pipe).__mro__]
+    one_of = f"one of {', '.join(known)}"
+    if "ModularPipeline" not in bases:
+        return f"install: expected {one_of}, got {name}"
+    plain = [base.replace("ModularPipeline", "Pipeline") for base in bases]
+    instead = next((one for one in plain if one in known), one_of)
+    return f"install: modular pipelines cannot be accelerated yet: expected {instead}, got {name}"
+
+
 def _accelerated_class(stock: type) -> type:
-    """A subclass of the same name for one instance alone: save_pretrained and isinstance see what they always saw."""
-    body = {
-        "__call__": _call,
-        "__reduce_ex__": _reduce,
-        "__module__": stock.__module__,
-        "__qualname__": stock.__qualname__,
-        "__doc__": stock.__doc__,
-    }
-    return type(stock.__name__, (stock,), body)
+    return accelerated.subclass(stock, _call, __reduce_ex__=_reduce, __setstate__=_set_state)
 
 
 def _reduce(self, protocol: int) -> tuple:
     """For copy and pickle: nobody can import the class of an installed instance, so its copy gets one of its own."""
-    installation = _installation(self)
-    return _blank, (installation.stock_class,), vars(self) | {_ATTRIBUTE: copy.copy(installation)}
+    state, old, stock = dict(vars(self)), installation_of(self), accelerated.stock_of(type(self))
+    if old is None:  # uninstalled, but another library's patch keeps the class
+        return copyreg.__newobj__, (stock,), state
+    state[ATTRIBUTE] = Installation(old.config, old.adapter, stock)  # a copy has made no calls
+    return _blank, (stock,), state
 
 
 def _blank(stock: type) -> Any:
     return object.__new__(_accelerated_class(stock))
 
 
+def _set_state(self, state: dict[str, Any]) -> None:
+    vars(self).update(state)
+    if self.transformer is not None:  # the copy counts beside the original, on the same transformer or on its own
+        sharing.attach(self, installation_of(self))
+
+
 def uninstall(pipe: Any) -> Any:
-    """Take SpecEdit off: class and attention processors are the original objects again. Without it, nothing happens."""
-    installation = _installation(pipe)
-    if installation is not None:
-        pipe.__class__ = installation.stock_class
-        delattr(pipe, _ATTRIBUTE)
-        if pipe.transformer is not None:  # whoever frees memory takes it away first
-            installation.adapter.detach(pipe)
+    """Take SpecEdit off: class and attention processors are the original objects again. Without it, nothing happens.
+
+    On a transformer that other installed pipelines share, the processors stay until the last of them is uninstalled;
+    while a call is running, until it ends. They act as the stock ones in stock calls.
+    """
+    with sharing.LOCK:
+        installation = installation_of(pipe)
+        accelerated.restore_class(pipe)  # first: from here on every call is the stock one
+        sharing.leave(pipe, installation, adapter_of(pipe) if installation is None else installation.adapter)
+        if installation is not None:
+            delattr(pipe, ATTRIBUTE)
     return pipe
 
 
 def report(pipe: Any) -> RunReport:
-    """What the last accelerated call of an installed pipeline did.
+    """What the calling thread's last call of an installed pipeline did; the last call of all where it has made none.
+
+    The output of a call carries the same as its `report`.
 
     Raises:
         ValueError: SpecEdit is not installed, no call has been accelerated yet, or the last one ran the stock pipeline.
     """
-    installation = _installation(pipe)
+    installation = installation_of(pipe)
     if installation is None:
         raise ValueError(f"report: expected a pipeline with SpecEdit installed, got a plain {type(pipe).__name__}")
-    if installation.report is None and (reason := installation.stock_reason) is not None:
-        raise ValueError(f"report: expected an accelerated call, but the last one ran the stock pipeline: {reason}")
-    if installation.report is None:
+    last = installation.calls.last or CallRecord()
+    if last.report is None and last.stock_reason is not None:
+        raise ValueError(
+            f"report: expected an accelerated call, but the last one ran the stock pipeline: {last.stock_reason}"
+        )
+    if last.report is None:
         raise ValueError("report: expected at least one accelerated call, got none since install")
-    return installation.report
+    return last.report
 
 
 @contextmanager
 def disabled(pipe: Any) -> Iterator[Any]:
-    """Inside the block the pipeline runs its stock call."""
-    installation = _installation(pipe)
-    _sleep(installation, +1)
-    try:
+    """Inside the block the pipeline runs its stock call, in this thread alone."""
+    installation = installation_of(pipe)
+    if installation is None:
         yield pipe
-    finally:
-        _sleep(installation, -1)
-
-
-def _sleep(installation: Installation | None, change: int) -> None:
-    if installation is not None:
-        with installation.lock:  # blocks may open and close in several threads
-            installation.asleep += change
+        return
+    with installation.switch.turned_off():
+        yield pipe
 
 
 def is_active(pipe: Any) -> bool:
-    """Whether the next call would run SpecEdit's loop (unless its arguments prevent that)."""
-    installation = _installation(pipe)
-    return installation is not None and not installation.asleep
+    """Whether this thread's next call would run SpecEdit's loop (unless its arguments prevent that)."""
+    return _in_place(pipe) and not installation_of(pipe).switch.off
 
 
 def last_report(pipe: Any) -> RunReport | None:
-    """The report of the last call, or None where it ran stock."""
-    installation = _installation(pipe)
-    return None if installation is None else installation.report
+    """The report of the calling thread's last call (else of the last of all), or None where it ran stock."""
+    installation = installation_of(pipe)
+    last = None if installation is None else installation.calls.last
+    return None if last is None else last.report
 
 
-def _installation(pipe: Any) -> Installation | None:
-    return getattr(pipe, "__dict__", {}).get(_ATTRIBUTE)
+def _in_place(pipe: Any) -> bool:
+    """Whether a call of `pipe` comes here. It does not where an installation was interrupted, or a library has written
+    another `__call__` over ours."""
+    installation = installation_of(pipe)
+    return installation is not None and accelerated.acts(pipe, installation.stock_class)
 
 
-def _call(self, *args: Any, edit_mask: Any = None, **kwargs: Any) -> Any:
+def _call(
+    self, installation: Installation, record: CallRecord, args: tuple, kwargs: dict[str, Any], edit_mask: Any
+) -> Any:
     """The stock pipeline's call, accelerated by SpecEdit. `edit_mask`: PIL image, array or tensor, nonzero = edit."""
-    installation = _installation(self)
     stock = installation.stock_class.__call__
-    bound = inspect.signature(stock).bind(self, *args, **kwargs)  # a TypeError here is the stock call's own
-    if installation.asleep:
-        installation.report, installation.stock_reason = None, "SpecEdit was disabled"
+    try:
+        bound = inspect.signature(stock).bind(self, *args, **kwargs)
+    except TypeError:
+        return stock(self, *args, **kwargs)  # raises its own error
+    if installation.switch.off:
+        record.stock_reason = "SpecEdit was disabled"
         if edit_mask is not None:
-            warnings.warn("SpecEdit is disabled here; edit_mask not applied, so any pixel may change", stacklevel=2)
+            warnings.warn("SpecEdit is disabled here; edit_mask not applied, so any pixel may change", stacklevel=3)
         return stock(self, *args, **kwargs)
     if self.transformer is None:
         raise ValueError(f"expected a {installation.stock_class.__name__} with a transformer, got one without")
     asked_steps = bound.arguments.get("num_inference_steps")
     bound.apply_defaults()
     call = {name: value for name, value in bound.arguments.items() if name != "self"}
-    installation.report = None  # a report is of the last call, whatever becomes of it
     reason = supported(self.scheduler) or _unsuited(self) or _own_call(installation.stock_class)
     reason = reason or installation.adapter.refusal(self, call, installation.config.attention)
-    installation.stock_reason = reason
+    record.stock_reason = reason
     if reason:
         # What the stock pipeline does not know of may be what protects somebody's pixels: said of every such call.
         lost = ["edit_mask"] * (edit_mask is not None) + ["keep_pixels"] * installation.config.keep_pixels
         if lost or reason not in installation.warned:
             installation.warned.add(reason)
             more = f"; {' and '.join(lost)} not applied, so any pixel may change" if lost else ""
-            warnings.warn(f"SpecEdit runs the stock pipeline: {reason}{more}", stacklevel=2)
+            warnings.warn(f"SpecEdit runs the stock pipeline: {reason}{more}", stacklevel=3)
         return stock(self, *args, **kwargs)
     config = installation.config if asked_steps is None else installation.config.with_steps(asked_steps)
     if config.forecast != (forecast := installation.config.forecast):
         text = f"num_inference_steps={asked_steps} leaves no stage long enough for forecast={forecast!r}"
         warn_once(self, f"{text}; SpecEdit runs without it", f"too few steps for {forecast}")
-    with torch.no_grad():
-        return _accelerated(self, installation, config, call, edit_mask)
+    # Fusing projections or loading an adapter may have replaced processors since install: they come back here.
+    with torch.no_grad(), sharing.running(self, installation):
+        return _accelerated(self, installation.adapter, record, config, call, edit_mask)
 
 
 def _unsuited(pipe: Any) -> str | None:
@@ -226,19 +234,21 @@ def _caches(module: torch.nn.Module) -> bool:
 
 def _own_call(stock: type) -> str | None:
     """Why a class whose call is not the library's runs stock: what it does beside or instead would be left out."""
-    owner = next(base for base in stock.__mro__ if "__call__" in vars(base))
+    own = [base for base in stock.__mro__ if "__call__" in vars(base) and not accelerated.is_ours(base)]
+    # A library that undoes its patch of a class leaves there what the class had inherited.
+    owner = [base for base in own if vars(base)["__call__"] is vars(own[0])["__call__"]][-1]
     if owner.__module__.partition(".")[0] in ("diffusers", __package__):
         return None
     return f"{owner.__qualname__} has a __call__ of its own, and SpecEdit's loop would not run what it adds"
 
 
-def _accelerated(pipe: Any, installation: Installation, config: SpecEditConfig, call: dict, edit_mask: Any) -> Any:
+def _accelerated(
+    pipe: Any, adapter: Adapter, record: CallRecord, config: SpecEditConfig, call: dict, edit_mask: Any
+) -> Any:
     began = time.perf_counter()
-    adapter = installation.adapter
     needs_draft = config.uses_draft and edit_mask is None
     if needs_draft and config.selector == "semantic":
         check_decoder(pipe.vae)
-    adapter.attach(pipe)  # fusing projections or loading an adapter may have replaced processors since install
     mask_support.check(pipe.transformer, config)
     try:
         state = adapter.prepare(pipe, call, config.attention)
@@ -258,7 +268,7 @@ def _accelerated(pipe: Any, installation: Installation, config: SpecEditConfig, 
         ended = sampler.clock(state)
         outcome.stages.insert(0, sampler.StageReport("encode", None, None, 0, 0, 0.0, prepared - began))
         outcome.stages.append(sampler.StageReport("decode", None, None, 0, 0, 0.0, ended - finished))
-        installation.report = _report(pipe, state, config, outcome, ended - began, images, call)
+        record.report = _report(pipe, state, config, outcome, ended - began, images, call)
         pipe.maybe_free_model_hooks()
     finally:
         pipe._current_timestep = None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -31,13 +32,27 @@ class OneFrame(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def one_frame(vae: nn.Module) -> AbstractContextManager:
+@contextlib.contextmanager
+def one_frame(vae: nn.Module) -> Iterator[None]:
     """`OneFrame` around calls of an autoencoder that it is known to hold for; nothing around others.
 
-    A compiled one has been compiled as it is, and would have to be again.
+    A compiled one has been compiled as it is, and would have to be again. Calls of one autoencoder from several threads
+    take turns, because autoencoders of videos keep the features of the last frames on themselves.
     """
     known = isinstance(vae, AutoencoderKLQwenImage) and not _compiled(vae)
-    return OneFrame() if known else contextlib.nullcontext()
+    with _turn(vae), OneFrame() if known else contextlib.nullcontext():
+        yield
+
+
+_TURNS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_NEW_TURN = threading.Lock()
+
+
+def _turn(vae: Any) -> contextlib.AbstractContextManager:
+    if not isinstance(vae, nn.Module):
+        return contextlib.nullcontext()
+    with _NEW_TURN:
+        return _TURNS.setdefault(vae, threading.RLock())
 
 
 def _compiled(vae: nn.Module) -> bool:

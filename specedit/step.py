@@ -83,8 +83,9 @@ def part_velocity(adapter: Adapter, pipe: Any, state: EditState, part: Part, i: 
 def tell_timestep(pipe: Any, state: EditState, sigma: float) -> Tensor:
     """Show a step's timestep, () float32, as `pipe.current_timestep`, which hooks on the transformer may read."""
     # Filled on the device: a copy from the host would wait for the step before to end.
-    pipe._current_timestep = torch.full((), sigma * 1000, device=state.device)
-    return pipe._current_timestep
+    timestep = torch.full((), sigma * 1000, device=state.device)
+    pipe._current_timestep = timestep  # which another thread's call may replace at once
+    return timestep
 
 
 def call_flops(pipe: Any, state: EditState, part: Part, branches: int, call: TokenCall | None = None) -> float:

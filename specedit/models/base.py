@@ -127,7 +127,7 @@ class Adapter(Protocol):
         """What the stock pipeline returns for `return_dict=True`."""
 
     def attach(self, pipe: Any) -> None:
-        """Put this package's attention processors in place; idempotent."""
+        """Put this package's attention processors in place; idempotent. Touches nothing but `pipe.transformer`."""
 
     def detach(self, pipe: Any) -> None:
-        """Put back exactly what `attach` replaced."""
+        """Put back exactly what `attach` replaced. Of `pipe` only `transformer` is read, which other ones may share."""

@@ -102,7 +102,7 @@ class LongCatImageEdit(FluxKontext):
         positive = encode(call["prompt"])
         guided = one_for_each(call | {"negative_prompt": call["negative_prompt"] or ""})
         negative = None
-        if pipe.do_classifier_free_guidance:
+        if call["guidance_scale"] > 1:  # not what the pipeline keeps, which another thread's call may have replaced
             negative = encode(guided["negative_prompt"], call["negative_prompt_embeds"])
         embeds = positive["encoder_hidden_states"]
         batch, length = embeds.shape[:2]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -54,10 +55,12 @@ def attach(pos_embed: nn.Module, hook: type[PositionHook] = PositionHook) -> Non
 def detach(pos_embed: nn.Module) -> None:
     """Take the hook out again."""
     hook = vars(pos_embed).get("forward")
-    if isinstance(hook, PositionHook):
+    if not isinstance(hook, PositionHook):
+        return
+    if hook.stock == MethodType(type(pos_embed).forward, pos_embed):
         del pos_embed.forward
-        if pos_embed.forward != hook.stock:  # another library's own replacement, from before us
-            pos_embed.forward = hook.stock
+    else:
+        pos_embed.forward = hook.stock  # another library's own replacement, from before us
 
 
 def image_positions(layout: MixedLayout, frame: int, scale_rope: bool) -> Tensor:

@@ -60,3 +60,46 @@ def test_a_diffusers_that_is_too_old(pipe, monkeypatch, version):
 def test_a_diffusers_that_is_new_enough(pipe, monkeypatch, version):
     monkeypatch.setattr(diffusers, "__version__", version)
     assert is_active(specedit.install(pipe))
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("FluxKontextModularPipeline", "expected FluxKontextPipeline"),
+        ("QwenImageEditModularPipeline", "expected QwenImageEditPipeline"),
+        ("QwenImageEditPlusModularPipeline", "expected QwenImageEditPlusPipeline"),
+        (
+            "FluxModularPipeline",
+            "expected one of FluxKontextPipeline, QwenImageEditPipeline, QwenImageEditPlusPipeline",
+        ),
+        ("ModularPipeline", "expected one of FluxKontextPipeline, QwenImageEditPipeline, QwenImageEditPlusPipeline"),
+    ],
+)
+def test_modular_pipelines(name, instead):
+    cls = getattr(diffusers, name, None)
+    if cls is None:
+        pytest.skip(f"this diffusers has no {name}")
+
+    class Mine(cls):
+        pass
+
+    for kind, called in ((cls, name), (Mine, "Mine")):
+        pipe = kind.__new__(kind)  # making one needs its blocks, some of which need torchvision
+        before = dict(vars(pipe))
+        with pytest.raises(
+            TypeError, match=f"install: modular pipelines cannot be accelerated.*{instead}.*got {called}$"
+        ):
+            specedit.install(pipe)
+        assert specedit.uninstall(pipe) is pipe and type(pipe) is kind and vars(pipe) == before and not is_active(pipe)
+
+
+def test_a_modular_pipeline_that_was_made():
+    from diffusers import ModularPipeline, ModularPipelineBlocks
+
+    class Blocks(ModularPipelineBlocks):
+        pass
+
+    with pytest.raises(
+        TypeError, match=r"modular pipelines cannot be accelerated yet: expected one of .* got ModularPipe"
+    ):
+        specedit.install(ModularPipeline(Blocks()))

@@ -8,6 +8,8 @@ class TestMyModel(Conformance):
 
 import copy
 import dataclasses
+import inspect
+import threading
 
 import pytest
 import torch
@@ -83,6 +85,39 @@ class Conformance:
         stock = family.run(family.make(), num_inference_steps=2)
         assert torch.equal(family.run(copied, num_inference_steps=2), stock)
         assert torch.equal(family.run(pipe), expected)
+
+    def test_to_its_host_it_is_the_stock_pipeline(self, family):
+        pipe = family.make()
+        stock = inspect.signature(pipe.__call__)
+        signature = inspect.signature(specedit.install(pipe, **QUICK).__call__)
+        *parameters, mask = signature.parameters.values()
+        assert parameters == list(stock.parameters.values()) and mask.name == "edit_mask"
+        assert type(type(pipe)(**pipe.components)) is type(specedit.uninstall(pipe))
+
+    def test_a_stock_pipeline_on_the_same_transformer_stays_stock(self, family):
+        """Also in the middle of an accelerated call in another thread."""
+        pipe, other = family.make(), family.make()
+        stock = family.run(other, num_inference_steps=2)
+        expected = family.run(specedit.install(pipe, **QUICK))
+        other.transformer = pipe.transformer
+        assert torch.equal(family.run(other, num_inference_steps=2), stock)
+        images, here = [], threading.get_ident()
+
+        def in_another_thread(*_):
+            if threading.get_ident() == here and not images:
+                thread = threading.Thread(target=lambda: images.append(family.run(other, num_inference_steps=2)))
+                thread.start()
+                thread.join()
+
+        block = next(module for name, module in pipe.transformer.named_modules() if name.endswith("blocks.0"))
+        handle = block.register_forward_pre_hook(in_another_thread)
+        assert torch.equal(family.run(pipe), expected)
+        handle.remove()
+        self.close(images[0], stock, 1e-5)
+        specedit.install(other, **QUICK)
+        specedit.uninstall(pipe)
+        assert torch.equal(family.run(other), expected)
+        assert torch.equal(family.run(pipe, num_inference_steps=2), stock)
 
     # Hooks that bring weights to the device send every argument there too, and rebuild what they do not know.
     @pytest.mark.parametrize("offload", ["models", "modules"])
