@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import restore, sampler
+from . import inputs, restore, sampler
 from .config import STOCK_STEPS, SpecEditConfig, resolve
 from .models import adapter_of, adapters
 from .models.base import Adapter
@@ -170,7 +170,11 @@ def _installation(pipe: Any) -> Installation | None:
 
 
 def _call(self, *args: Any, edit_mask: Any = None, **kwargs: Any) -> Any:
-    """The stock pipeline's call, accelerated by SpecEdit. `edit_mask`: PIL image, array or tensor, nonzero = edit."""
+    """The stock pipeline's call, accelerated by SpecEdit.
+
+    edit_mask: PIL image, array or tensor of any size, or a list of them; zero keeps, anything above zero edits. A layer
+    with alpha counts where it was painted. `specedit.masks.read` has the exact rules.
+    """
     installation = _installation(self)
     stock = installation.stock_class.__call__
     bound = inspect.signature(stock).bind(self, *args, **kwargs)  # a TypeError here is the stock call's own
@@ -231,6 +235,7 @@ def _own_call(stock: type) -> str | None:
 def _accelerated(pipe: Any, installation: Installation, config: SpecEditConfig, call: dict, edit_mask: Any) -> Any:
     began = time.perf_counter()
     adapter = installation.adapter
+    edit_mask = inputs.check(call, edit_mask)
     needs_draft = config.uses_draft and edit_mask is None
     if needs_draft and config.selector == "semantic":
         check_decoder(pipe.vae)

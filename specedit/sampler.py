@@ -22,6 +22,7 @@ from .config import ALL_EDITED, SpecEditConfig
 from .flow import cell_detail, coarsen_noise, enter_layout, renoise
 from .forecast import TOKEN_WISE, Histories, lesa
 from .grid import LayoutSet, MixedLayout, mean_pixels
+from .masks import cells_of_mask
 from .models.base import Adapter, EditState
 from .report import StageReport
 from .schedule import Stage, stage_sigmas, stages
@@ -162,7 +163,7 @@ def find_edit(adapter, pipe, state, config, edit_mask, listener, log) -> tuple[T
     """Score on the token grid and edited cells (B, cells_h, cells_w): by draft and verification, or from a mask."""
     cells = torch.zeros((state.batch, *state.grid.coarse().shape), dtype=torch.bool, device=state.device)
     if edit_mask is not None:
-        return None, select.cells_of_mask(edit_mask, state)
+        return None, cells_of_mask(edit_mask, state)
     if not config.uses_draft:  # nothing depends on a mask, or the selector takes none
         return None, cells
     began = clock(state)
