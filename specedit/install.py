@@ -317,7 +317,8 @@ def _check_answer(name: str, value: Any, shape: torch.Size) -> None:
 def _report(pipe, state, config, outcome, seconds: float, images: Any, call: dict) -> RunReport:
     tokens = state.grid.tokens + state.reference_grid.tokens
     mixed = any(stage.name == "mixed" for stage in outcome.stages)
-    stock = STOCK_STEPS * forward_flops(pipe, state, tokens, state.branches) * state.batch
+    stock_steps = _stock_steps(pipe, call)
+    stock = stock_steps * forward_flops(pipe, state, tokens, state.branches) * state.batch
     source = state.extra.get("source")
     picture = None
     if source is not None:
@@ -337,4 +338,17 @@ def _report(pipe, state, config, outcome, seconds: float, images: Any, call: dic
         edit=images[0] if call["output_type"] == "pil" else None,
         cache_bytes=outcome.cache_bytes,
         missed=outcome.missed,
+        stock_steps=stock_steps,
+        overflowed=outcome.overflowed,
     )
+
+
+def _stock_steps(pipe: Any, call: dict) -> int:
+    """Steps that the stock pipeline would take: what the caller gave, else the call's own default."""
+    if (asked := call.get("num_inference_steps")) is not None:
+        return int(asked)
+    for base in type(pipe).__mro__:
+        parameters = inspect.signature(base.__call__).parameters if "__call__" in vars(base) else {}
+        if "num_inference_steps" in parameters:
+            return parameters["num_inference_steps"].default
+    return STOCK_STEPS

@@ -43,6 +43,7 @@ class Outcome:
     cache_bytes: int = 0
     missed: int = 0  # samples in whose draft nothing showed
     looked: bool = True  # whether a draft or a mask says what is edited
+    overflowed: int = 0  # samples whose score is not finite
 
 
 def run(
@@ -57,6 +58,7 @@ def run(
     score, seen = find_edit(adapter, pipe, state, config, edit_mask, listener, log)
     drafted = config.uses_draft and edit_mask is None
     missed = int((~seen.flatten(1).any(1)).sum()) if score is not None else 0
+    overflowed = int(select.not_finite(score).sum()) if score is not None else 0
     # The other selectors rank cells: what they leave out may change as well, unless it is given back as it came.
     verified = drafted and (config.selector == "semantic" or config.keeps)
     cells = Cells.of(seen, state, config, looked=verified or edit_mask is not None)
@@ -102,7 +104,7 @@ def run(
     if config.restore == "reference" and done == config.nfe:  # an interrupted run has nothing clean to blend
         tokens = restore.blend_latents(tokens, state.aligned, cells.edited, state.grid)
     looked = drafted or edit_mask is not None
-    return Outcome(tokens, score, cells.found, cells.expanded, log, cache_bytes, missed, looked)
+    return Outcome(tokens, score, cells.found, cells.expanded, log, cache_bytes, missed, looked, overflowed)
 
 
 @dataclass

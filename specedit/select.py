@@ -7,6 +7,7 @@ beyond the uniform coverage.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -72,19 +73,51 @@ def top_cells(score: Tensor, share: float = TOP_SHARE) -> Tensor:
 def select(
     adapter: Adapter, pipe: Any, state: EditState, draft: Tensor, draft_grid: TokenGrid, config: SpecEditConfig
 ) -> tuple[Tensor | None, Tensor]:
-    """Score on the token grid (None for "uniform") and edited cells (B, cells_h, cells_w) bool."""
-    if config.selector == "semantic":
-        score = semantic_score(adapter, pipe, state, draft, draft_grid, config)
-        return score, dilate(to_cells(score) > config.threshold, config.dilation)
+    """Score on the token grid (None for "uniform") and edited cells (B, cells_h, cells_w) bool.
+
+    A sample whose score is not finite is edited as a whole, with a warning: nobody knows what its edit changes.
+    """
     if config.selector == "uniform":
         return None, torch.zeros((state.batch, *state.grid.coarse().shape), dtype=torch.bool, device=state.device)
+    if config.selector == "semantic":
+        score = semantic_score(adapter, pipe, state, draft, draft_grid, config)
+        chosen = to_cells(score) > config.threshold
+    else:
+        score = ranking_score(adapter, pipe, state, draft, draft_grid, config)
+        chosen = top_cells(score)
+    lost = not_finite(score)
+    if bool(lost.any()):
+        warnings.warn(
+            f"the verification score is not finite (overflow in {_overflow(pipe, state, draft)}); editing the whole "
+            "picture",
+            stacklevel=2,
+        )
+    return score, dilate(chosen, config.dilation) | lost[:, None, None]
+
+
+def ranking_score(
+    adapter: Adapter, pipe: Any, state: EditState, draft: Tensor, draft_grid: TokenGrid, config: SpecEditConfig
+) -> Tensor:
+    """What "variance" and "edges" rank tokens by, (B, h, w) on the fine token grid."""
     large = drafts.upsample(draft, draft_grid, config.draft_scale, state.grid)
     if config.selector == "variance":
-        score = large.view(state.batch, *state.grid.shape, -1).var(-1)
-    else:
-        image = adapter.decode(pipe, state, large, "pt").float()
-        score = F.adaptive_avg_pool2d(canny(image).float()[:, None], state.grid.shape)[:, 0]
-    return score, dilate(top_cells(score), config.dilation)
+        return large.view(state.batch, *state.grid.shape, -1).var(-1)
+    image = adapter.decode(pipe, state, large, "pt").float()
+    score = F.adaptive_avg_pool2d(canny(image).float()[:, None], state.grid.shape)[:, 0]
+    # Comparing with NaN finds no edge, which would hide it.
+    return torch.where(not_finite(image)[:, None, None], torch.nan, score)
+
+
+def not_finite(values: Tensor) -> Tensor:
+    """(B,) bool: which samples of a score or picture (B, ...) hold something that is not finite."""
+    return ~values.flatten(1).isfinite().all(1)
+
+
+def _overflow(pipe: Any, state: EditState, draft: Tensor) -> str:
+    """Which part of the model left the range of its dtype."""
+    if bool(state.aligned.isfinite().all()) and not bool(draft.isfinite().all()):
+        return f"the transformer, {state.extra['dtype']}"
+    return f"the autoencoder, {pipe.vae.dtype}"
 
 
 def uniform_cells(grid: TokenGrid, stride: int, device: torch.device | str = "cpu") -> Tensor:
