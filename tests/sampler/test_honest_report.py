@@ -54,27 +54,26 @@ SEMANTIC, REFERENCE, EDGES = {}, dict(restore="reference"), dict(selector="edges
         ("transformer", torch.nan, SEMANTIC), ("transformer", torch.nan, EDGES), ("encoder", torch.nan, SEMANTIC),
     ],
 )  # fmt: skip
-def test_a_score_that_is_not_finite_is_named_and_everything_is_edited(pipe, edit, part, value, settings):
+def test_a_score_that_is_not_finite_is_named_and_everything_is_edited(pipe, edit, hooked, part, value, settings):
     spoiled = pipe.transformer if part == "transformer" else PARTS[part](pipe.vae)
     where = f"the {'transformer' if part == 'transformer' else 'autoencoder'}, torch.float32"
     specedit.install(pipe, **QUICK | settings)
-    handle = spoiled.register_forward_hook(lambda module, args, output: spoil(value, output))
+    hooked(spoiled, lambda module, args, output: spoil(value, output))
     with pytest.warns(UserWarning, match=rf"the verification score is not finite \(overflow in {where}\); editing the"):
         edit(pipe)
-    handle.remove()
     report = specedit.report(pipe)
     assert report.overflowed == 1 and report.missed == 0 and report.edit_fraction == 1.0
     assert "no change" not in str(report) and "1 of 1 scores were not finite" in str(report)
 
 
-def test_only_the_sample_that_overflows_is_edited_as_a_whole(pipe, edit):
+def test_only_the_sample_that_overflows_is_edited_as_a_whole(pipe, edit, hooked):
     def spoil_first(module, args, output):
         output = output.clone()
         output[0] = torch.inf
         return output
 
     specedit.install(pipe, **QUICK, threshold=4.0)
-    pipe.vae.decoder.conv_in.register_forward_hook(spoil_first)
+    hooked(pipe.vae.decoder.conv_in, spoil_first)
     with pytest.warns(UserWarning, match="the verification score is not finite"):
         edit(pipe, num_images_per_prompt=2)
     report = specedit.report(pipe)
