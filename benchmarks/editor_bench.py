@@ -216,7 +216,7 @@ class Bench:
             ]
             done |= dict(
                 edit_fraction=report.edit_fraction, expand_fraction=report.expand_fraction,
-                flops_ratio=report.flops_ratio, stages=stages,
+                flops_ratio=report.flops_ratio_50, stages=stages,
             )  # fmt: skip
         return done
 

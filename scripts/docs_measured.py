@@ -5,17 +5,44 @@ from pathlib import Path
 import docs_results
 import kernel_pages
 from docs_paper import PAPERS
-from docs_results import against_faster, load, number, source, table
+from docs_results import against_faster, default_steps, edited_by, load, number, source, table, to_default
+
+from specedit.config import STOCK_STEPS
 
 SMALL = 0.15  # there locking pays, and the goals speak of edits of up to this share
 
 
+def stock_totals(result: dict) -> dict:
+    """Means of the 50 stock steps. Operations may be counted without a run."""
+    row = next((row for row in result["rows"] if row["variant"] == "stock-50"), None)
+    return {"flops": result.get("stock_flops")} if row is None else row["mean"]
+
+
 def against_stock(result: dict, mean: dict) -> list[str]:
-    """How many times fewer operations and seconds than 50 stock steps. Operations may be counted without a run."""
-    stock = next(
-        (r["mean"] for r in result["rows"] if r["variant"] == "stock-50"), {"flops": result.get("stock_flops")}
-    )
+    """How many times fewer operations and seconds than 50 stock steps."""
+    stock = stock_totals(result)
     return [f"{stock[key] / mean[key]:.2f}" if stock.get(key) else "-" for key in ("flops", "seconds")]
+
+
+def against_default(result: dict, mean: dict) -> dict[str, str]:
+    """The same against the pipeline's own default of steps, by heading: its row, else as many of the 50 steps' FLOPs.
+
+    Empty where the default is 50 steps.
+    """
+    steps = default_steps(edited_by(result))
+    if steps == STOCK_STEPS:
+        return {}
+    found = next((r["mean"] for r in result["rows"] if r["variant"] == f"stock-{steps}"), None)
+    if found is not None:
+        return {f"{what} ratio to {steps}": f"{found[key] / mean[key]:.2f}" for what, key in TOTALS.items()}
+    counted = stock_totals(result).get("flops")
+    ratio = to_default(edited_by(result), counted / mean["flops"]) if counted else "-"
+    return {f"FLOPs ratio to {steps}": ratio}
+
+
+TOTALS = {"FLOPs": "flops", "clock": "seconds"}
+RATIOS = [f"{what} ratio to {STOCK_STEPS}" for what in TOTALS]
+OWN = "FLOPs ratio to its default steps"
 
 
 def by_cost(rows: list[dict]) -> list[dict]:
@@ -32,9 +59,11 @@ def quality(name: str) -> str:
         m = row["mean"]
         rows.append(
             [row["variant"], f"{m['count']:.0f}", f"{m['success']:.1%}", f"{m['edit_psnr']:.1f}",
-             f"{m['keep_psnr']:.1f}", f"{m['flops'] / 1e12:.2f}", *against_stock(result, m)]
+             f"{m['keep_psnr']:.1f}", f"{m['flops'] / 1e12:.2f}", *against_stock(result, m),
+             *against_default(result, m).values()]
         )  # fmt: skip
-    header = ["variant", "tasks", "success", "edit dB", "keep dB", "TFLOPs", "FLOPs ratio", "clock ratio"]
+    header = ["variant", "tasks", "success", "edit dB", "keep dB", "TFLOPs", *RATIOS]
+    header += against_default(result, result["rows"][0]["mean"])
     return table(header, rows) + source(result, name)
 
 
@@ -71,18 +100,23 @@ def small_edits(name: str) -> str:
         if cases:
             parts.append((row["variant"], cases))
     stock = next((average(cases, "flops") for variant, cases in parts if variant == "stock-50"), None)
+    steps = default_steps(edited_by(result))
+    whole = steps == STOCK_STEPS
     rows = []
     for variant, cases in parts:
         drafted = all("edit_fraction" in case for case in cases)
         done = sum(case["flops"] for case in cases)
         asked = sum(case["flops_ratio"] * case["flops"] for case in cases) if drafted else stock and stock * len(cases)
+        ratio = asked and asked / done
+        own = [] if whole else [number(ratio and ratio * steps / STOCK_STEPS, ".2f")]
         missed = sum(case["missed"] for case in cases) if all("missed" in case for case in cases) else None
         rows.append(
             [variant, str(len(cases)), f"{average(cases, 'edit_fraction'):.1%}" if drafted else "-",
-             number(missed, ".0f"), number(asked and asked / done, ".2f"), f"{average(cases, 'success'):.1%}",
+             number(missed, ".0f"), number(ratio, ".2f"), *own, f"{average(cases, 'success'):.1%}",
              f"{average(cases, 'edit_psnr'):.1f}", f"{average(cases, 'keep_psnr'):.1f}"]
         )  # fmt: skip
-    header = ["variant", "tasks", "found", "drafts without a change", "FLOPs ratio", "success", "edit dB", "keep dB"]
+    header = ["variant", "tasks", "found", "drafts without a change", RATIOS[0]]
+    header += [*([] if whole else [f"FLOPs ratio to {steps}"]), "success", "edit dB", "keep dB"]
     return table(header, rows) + source(result, name)
 
 
@@ -96,15 +130,18 @@ def sweep(name: str) -> str:
     result = load(name)
     if result is None:
         return "*not measured yet*"
-    rows = []
+    rows, model = [], edited_by(result)
+    whole = default_steps(model) == STOCK_STEPS
     for row in result["rows"]:
         m = row["mean"]
         change = row["variant"] if row["change"] else "turbo, restore=reference"
         rows.append(
             [change, f"{m['success']:.0%}", f"{m['edit_psnr']:.1f}", number(m["keep_psnr"], ".1f"),
-             f"{m['flops_ratio']:.2f}", f"{m['seconds']:.2f}", f"{m['recall']:.0%}", f"{m['precision']:.0%}"]
+             f"{m['flops_ratio']:.2f}", *([] if whole else [to_default(model, m["flops_ratio"])]),
+             f"{m['seconds']:.2f}", f"{m['recall']:.0%}", f"{m['precision']:.0%}"]
         )  # fmt: skip
-    header = ["change", "success", "edit dB", "keep dB", "FLOPs ratio", "seconds", "recall", "precision"]
+    header = ["change", "success", "edit dB", "keep dB", RATIOS[0]]
+    header += [*([] if whole else [f"FLOPs ratio to {default_steps(model)}"]), "seconds", "recall", "precision"]
     return table(header, rows) + source(result, name)
 
 
@@ -114,10 +151,11 @@ def bench(name: str) -> str:
         return "*not measured yet*"
     rows = [
         [r["preset"], r["restore"], f"{r['edit_fraction']:.0%}", f"{r['seconds_stock']:.2f}", f"{r['seconds']:.2f}",
-         f"{r['speedup']:.2f}", f"{r['flops_ratio']:.2f}", f"{r['speedup'] / r['flops_ratio']:.2f}"]
+         f"{r['speedup']:.2f}", f"{r['flops_ratio']:.2f}", f"{r['speedup'] / r['flops_ratio']:.2f}",
+         to_default(r["model"], r["flops_ratio"])]
         for r in result["rows"]
     ]  # fmt: skip
-    header = ["preset", "restore", "edited", "stock s", "s", "clock ratio", "FLOPs ratio", "quotient"]
+    header = ["preset", "restore", "edited", "stock s", "s", *reversed(RATIOS), "quotient", OWN]
     return table(header, rows) + source(result, name)
 
 
@@ -141,14 +179,14 @@ def real_file(name: str) -> str:
             [r["model"], f"{r['height']} x {r['width']}", str(r["batch"]), f"{r['preset']} {changes}".strip(),
              r["restore"], f"{r['edit_fraction']:.0%} {r['shape']}", f"{r['seconds_stock']:.2f}",
              f"{r['seconds']:.3f} ± {r['spread'] / 2:.3f}", f"{r['speedup']:.2f}", f"{r['flops_ratio']:.2f}",
-             f"{r['speedup'] / r['flops_ratio']:.2f}", number(memory, "+.1%"), number(clock, ".2f"),
-             number(flops, ".2f")]
+             f"{r['speedup'] / r['flops_ratio']:.2f}", to_default(r["model"], r["flops_ratio"]),
+             number(memory, "+.1%"), number(clock, ".2f"), number(flops, ".2f")]
         )  # fmt: skip
     if not rows:
         return "*not measured yet*"
     header = [
-        "model", "size", "batch", "preset", "restore", "edited", "stock s", "s", "clock ratio", "FLOPs ratio",
-        "quotient", "peak memory", "paper, clock", "paper, FLOPs",
+        "model", "size", "batch", "preset", "restore", "edited", "stock s", "s", *reversed(RATIOS),
+        "quotient", OWN, "peak memory", "paper, clock", "paper, FLOPs",
     ]  # fmt: skip
     text = "\n\nRandom weights at the released sizes. Medians against the faster of stock's baselines: "
     text += ", ".join(sorted({r["baseline"] for r in against_faster(result["rows"])}))
@@ -210,10 +248,10 @@ def forecast(name: str) -> str:
         rows.append(
             [row["variant"], f"{m['count']:.0f}", f"{m['success']:.1%}", f"{m['edit_psnr']:.1f}",
              number(m["keep_psnr"], ".1f"), f"{m['flops'] / 1e12:.3f}", f"{m['seconds']:.1f}",
-             *against_stock(result, m), cached, held]
+             *against_stock(result, m), *against_default(result, m).values(), cached, held]
         )  # fmt: skip
-    header = ["variant", "tasks", "success", "edit dB", "keep dB", "TFLOPs", "seconds", "FLOPs ratio", "clock ratio",
-              "cached steps", "cache MiB"]  # fmt: skip
+    header = ["variant", "tasks", "success", "edit dB", "keep dB", "TFLOPs", "seconds", *RATIOS,
+              *against_default(result, result["rows"][0]["mean"]), "cached steps", "cache MiB"]  # fmt: skip
     picture = f"\n\n![Success and edit PSNR over FLOPs](images/{Path(name).stem}.png)"
     return table(header, rows) + source(result, name) + picture
 

@@ -1,20 +1,24 @@
 """Tables of what the cost model predicts, and of what the paper reports."""
 
 from docs_paper import PAPER, PAPER_FORECASTS, PAPER_QWEN, PAPERS, QWEN_STOCK
-from docs_results import table
+from docs_results import default_steps, table, to_default
 
 
 def plan(name: str) -> str:
+    from specedit.config import STOCK_STEPS
+    from specedit.flops import MODELS
     from specedit.flops import plan as predict
 
     rows = []
     for preset, (clock, flops) in PAPER.items():
-        ours = [predict(preset, "flux-kontext", 1024, 1024, share)["flops_ratio"] for share in (0.1, 0.2, 0.4)]
-        rows.append([preset, *(f"{r:.2f}" for r in ours), f"{flops:.2f}", f"{clock:.2f}"])
+        ours = [predict(preset, "flux-kontext", 1024, 1024, share) for share in (0.1, 0.2, 0.4)]
+        both = [f"{r['flops_ratio_50']:.2f} ({r['flops_ratio']:.2f})" for r in ours]
+        rows.append([preset, *both, f"{flops:.2f}", f"{clock:.2f}"])
     header = ["preset", "10 % edited", "20 % edited", "40 % edited", "paper, FLOPs", "paper, clock (A100)"]
-    return (
-        table(header, rows)
-        + "\n\nPredicted by `specedit.flops.plan`, not measured; the last two columns are the paper's."
+    return table(header, rows) + (
+        f"\n\nFLOPs ratios to {STOCK_STEPS} stock steps, as the paper counts, and in brackets to "
+        f"{MODELS['flux-kontext'].default_steps}, the pipeline's own default. Predicted by `specedit.flops.plan`, not "
+        "measured; the last two columns are the paper's."
     )
 
 
@@ -32,7 +36,7 @@ def plan_qwen(name: str) -> str:
     words = replace(cost, text_tokens=cost.text_tokens - cost.vision_tokens, vision_tokens=0)
 
     def ratio(preset: str, share: float = 0.2, model=cost, **change) -> float:
-        return predict(replace(presets[preset], **change), model, 1024, 1024, share)["flops_ratio"]
+        return predict(replace(presets[preset], **change), model, 1024, 1024, share)["flops_ratio_50"]
 
     rows = []
     for preset, (clock, tera) in PAPER_QWEN.items():
@@ -83,21 +87,23 @@ def roofline(name: str) -> str:
             for restore in CHOICES["restore"]:
                 config = resolve(preset, restore=restore)
                 plans = [predict(config, model, 1024, 1024, 0.2, gpu) for gpu in GPUS]
-                ratios = [f"{p['clock_ratio']:.2f} ({p['quotient']:.2f})" for p in plans]
-                rows.append([model, preset, restore, f"{plans[0]['flops_ratio']:.2f}", *ratios])
+                ratios = [f"{p['clock_ratio_50']:.2f} ({p['quotient']:.2f})" for p in plans]
+                both = [f"{plans[0][name]:.2f}" for name in ("flops_ratio_50", "flops_ratio")]
+                rows.append([model, preset, restore, *both, *ratios])
     text = (
         "\n\nPredicted, not measured: clock ratios over 50 stock steps if every operator ran at its roofline, and in "
         "brackets their quotient by the FLOPs ratio. Encoding, verification and decoding are in them. "
     )
     peaks = "; ".join(f"{n}: {g.flops / 1e12:.0f} TFLOP/s, {g.bandwidth / 1e12:.2f} TB/s" for n, g in GPUS.items())
-    return table(["model", "preset", "restore", "FLOPs ratio", *GPUS], rows) + text + f"Published peaks: {peaks}."
+    header = ["model", "preset", "restore", "FLOPs ratio to 50", "to its default steps", *GPUS]
+    return table(header, rows) + text + f"Published peaks: {peaks}."
 
 
 def forecast_plan(name: str) -> str:
     from specedit.config import FORECASTS, resolve
     from specedit.flops import plan as predict
 
-    plain = predict("balanced", "flux-kontext", 1024, 1024, 0.2)["flops_ratio"]
+    plain = predict("balanced", "flux-kontext", 1024, 1024, 0.2)["flops_ratio_50"]
     rows = [["none", "1.00", "1.00", "1.00", f"{plain:.2f}"]]
     for method, order in FORECASTS.items():
         fields = {"forecast": method}
@@ -107,11 +113,13 @@ def forecast_plan(name: str) -> str:
         ]
         fields |= {"forecast_order": 1} if order and method != "lesa" else {}  # its weights are of order 2
         both = predict(resolve("balanced", forecast_interval=3, **fields), "flux-kontext", 1024, 1024, 0.2)
-        rows.append([f"`{method}`", *(f"{p['flops_ratio']:.2f}" for p in alone), f"{both['flops_ratio']:.2f}"])
+        rows.append([f"`{method}`", *(f"{p['flops_ratio_50']:.2f}" for p in alone), f"{both['flops_ratio_50']:.2f}"])
     header = ["`forecast`", "alone, N=4", "N=6", "N=9", "`balanced`, N=3"]
     said = (
         "FLOPs ratios to 50 stock steps, 1024 px, 20 % edited, predicted by `specedit.flops.plan`, not measured. With "
-        "`balanced` the order is 1, lesa's 2, that of its weights; alone all are of order 2."
+        "`balanced` the order is 1, lesa's 2, that of its weights; alone all are of order 2. Plain `balanced` has "
+        f"{to_default('flux-kontext', plain)} to the {default_steps('flux-kontext')} steps that are the pipeline's own "
+        "default, and every other ratio is less by the same factor."
     )
     return f"{table(header, rows)}\n\n{said}"
 
@@ -151,7 +159,7 @@ def switches(name: str) -> str:
                 continue
             config = resolve("turbo", restore="reference", **change)
             run = predict(config, model, 1024, 1024, share, "H100")
-            cells += [f"{run['flops_ratio']:.2f}", f"{run['clock_ratio']:.2f}"]
+            cells += [f"{run['flops_ratio_50']:.2f}", f"{run['clock_ratio_50']:.2f}"]
         rows.append([label, *cells])
     header = ['`turbo`, `restore="reference"`']
     header += [f"{model}, {share:.0%}: {what}" for model, share in asked for what in ("FLOPs", "H100")]

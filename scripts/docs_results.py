@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+from specedit.config import STOCK_STEPS
+from specedit.flops import MODELS
+from specedit.micro.family import named
 from specedit.micro.load import WEIGHTS
 from specedit.results import fingerprint
 
@@ -19,6 +22,21 @@ def load(name: str) -> dict | None:
 def table(header: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def default_steps(model: str) -> int:
+    """Steps of the stock pipeline's own default: of a real model, or of an embedded editor with or without "micro-"."""
+    return MODELS[model].default_steps if model in MODELS else named(model.removeprefix("micro-")).default_steps
+
+
+def to_default(model: str, ratio: float) -> str:
+    """A FLOPs ratio to 50 stock steps, against the pipeline's own default."""
+    return f"{ratio * default_steps(model) / STOCK_STEPS:.2f}"
+
+
+def edited_by(result: dict) -> str:
+    """The embedded editor of a result file; the first ones had no other and do not say."""
+    return result.get("of", {}).get("model", "kontext")
 
 
 OPTIONS = {"specedit ": "--json", "python -m benchmarks.": "--out", "python benchmarks/": "--out"}

@@ -15,7 +15,8 @@ _OWN_CALL, _STOCK = "_specedit_call", "_specedit_stock"  # what marks such a cla
 
 _MASK_DOC = """
         edit_mask (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`, *optional*, keyword only):
-            Where to edit: nonzero = edit, any size. Replaces SpecEdit's draft and verification.
+            Where to edit: above zero = edit, any size, or a list of masks. A layer with alpha counts where it was
+            painted (`specedit.masks.read` has the exact rules). Replaces SpecEdit's draft and verification.
 """
 
 

@@ -20,7 +20,7 @@ def presets_against_stock(
     size: int, repeat: int = 3, seed: int = SEED, model: str = "kontext", **settings: Any
 ) -> list[dict[str, Any]]:
     """Rows of an `end_to_end` result file; medians of `repeat` calls, one short call of each before them to warm up.
-    `settings`: of SpecEditConfig, beside every preset.
+    `settings`: of SpecEditConfig, beside every preset. All ratios are to stock's 50 steps, the `baseline` of each row.
 
     Stock and presets take turns, so that a machine whose speed drifts is as slow for one as for another.
     `peak_memory` is the most bytes that torch held on the GPU at once. On a CPU it is None: a process can neither be
@@ -69,7 +69,7 @@ def presets_against_stock(
                 height=size, width=size, baseline=f"stock {STOCK_STEPS} steps",
                 seconds_stock=seconds_stock, seconds=middle,
                 speedup=seconds_stock / middle,
-                flops_ratio=done.flops_ratio, spread=max(times) - min(times),
+                flops_ratio=done.flops_ratio_50, spread=max(times) - min(times),
                 peak_memory_stock=max(peak for _, peak in stock) or None,
                 peak_memory=max(peak for _, peak, _ in calls) or None,
                 stages=[dict(name=s.name, steps=s.steps, tokens=s.tokens, flops=s.flops, seconds=s.seconds)

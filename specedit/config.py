@@ -15,7 +15,8 @@ from typing import Any
 # size has another scale (no blur from upsampling the draft), so it has its own: benchmarks/results/verification.json.
 DEFAULT_THRESHOLDS = {"full": 0.75, "draft": 0.2}
 ALL_EDITED = 0.9  # beyond this share of edited cells nothing is saved by locking the rest
-STOCK_STEPS = 50  # of the stock run that every ratio compares with
+STOCK_STEPS = 50  # of the stock run that the paper compares with
+MOST_NAMED = 4  # fields that differ from a preset whose name is kept
 MAX_SCORE = 4.0  # squared distance of two unit vectors
 
 CHOICES = {
@@ -169,7 +170,7 @@ class SpecEditConfig:
         self._set("guidance_range", self._checked_guidance_range())
 
     def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)  # the dataclass is frozen; only used while it is being built
+        object.__setattr__(self, name, value)  # the dataclass is frozen; only used while it is being made
 
     def _checked_steps(self) -> tuple[int, int, int]:
         expected = "three integers (coarse, mixed, full) of at least 0"
@@ -303,9 +304,41 @@ class SpecEditConfig:
         return presets[name]
 
     @property
+    def preset_name(self) -> str | None:
+        """The preset that this configuration equals, or None."""
+        return next((name for name, config in presets.items() if config == self), None)
+
+    @property
     def name(self) -> str:
-        """The preset that this configuration equals, or "custom"."""
-        return next((name for name, config in presets.items() if config == self), "custom")
+        """The preset's name, followed by the fields that differ, as "turbo, restore='reference'".
+
+        The preset is the one that `resolve` was given, else the nearest. "custom" where more than four fields differ.
+        """
+        if (equal := self.preset_name) is not None:
+            return equal
+        base = getattr(self, "_base", None) or min(presets, key=self._distance)
+        changes = self._changes(presets[base])
+        if len(changes) > MOST_NAMED:
+            return "custom"
+        return ", ".join([base, *(f"{field}={getattr(self, field)!r}" for field in changes)])
+
+    def _changes(self, other: SpecEditConfig) -> list[str]:
+        """Fields that differ from `other`; a threshold that only follows `verify_at` is none of them."""
+        names = [field.name for field in dataclasses.fields(self)]
+        changed = [name for name in names if getattr(self, name) != getattr(other, name)]
+        if all(config.threshold == DEFAULT_THRESHOLDS[config.verify_at] for config in (self, other)):
+            changed = [name for name in changed if name != "threshold"]
+        return changed
+
+    def _distance(self, preset: str) -> tuple[int, int]:
+        other = presets[preset]
+        return len(self._changes(other)), abs(self.nfe - other.nfe)
+
+    def _replaced(self, base: str | None, **changes: Any) -> SpecEditConfig:
+        """A copy with `changes` that remembers which preset it comes from."""
+        config = dataclasses.replace(self, **changes)
+        config._set("_base", base)
+        return config
 
     @property
     def nfe(self) -> int:
@@ -360,7 +393,7 @@ class SpecEditConfig:
             changes |= dict.fromkeys(("forecast", "forecast_interval", "forecast_order", "forecast_weights"))
         elif self.forecast_interval is not None:
             changes["forecast_interval"] = min(self.forecast_interval, max(self._stage_lengths(changes["steps"])))
-        return dataclasses.replace(self, **changes)
+        return self._replaced(self.preset_name or getattr(self, "_base", None), **changes)
 
 
 # The class's own defaults are the paper's. The presets verify at the draft's size, which finds more of the edit with
@@ -403,4 +436,4 @@ def resolve(value: str | SpecEditConfig | None = None, **overrides: Any) -> Spec
             raise TypeError(f"config: {name!r} is not a field{hint}")
     if "verify_at" in overrides and value.threshold == DEFAULT_THRESHOLDS[value.verify_at]:
         overrides.setdefault("threshold", None)
-    return dataclasses.replace(value, **overrides) if overrides else value
+    return value._replaced(value.preset_name or getattr(value, "_base", None), **overrides) if overrides else value

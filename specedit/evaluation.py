@@ -24,9 +24,11 @@ COLUMNS = (  # of the table: a number of the rows, its heading, a factor, its fo
     ("edit_fraction", "edited", 1, "{:.0%}"),
     ("flops", "TFLOPs", 1e-12, "{:.3f}"),
     ("flops_ratio", "FLOPs ratio", 1, "{:.2f}x"),
+    ("flops_ratio_50", "to 50 steps", 1, "{:.2f}x"),
     ("seconds", "seconds", 1, "{:.2f}"),
     ("psnr_against", "against dB", 1, "{:.1f}"),
 )
+MEASURED = ("flops", "flops_ratio", "flops_ratio_50", "edit_fraction")  # of the report
 Settings = dict[str, Any]
 
 
@@ -55,8 +57,8 @@ def run(
 
     Returns:
         key, kind, language (where there are several), seconds, accelerated (False where the stock pipeline ran), and
-        where SpecEdit ran flops, flops_ratio and edit_fraction of its report. With `against` also psnr_against: dB
-        over the whole picture, 60 at most.
+        where SpecEdit ran flops, flops_ratio, flops_ratio_50 and edit_fraction of its report. With `against` also
+        psnr_against: dB over the whole picture, 60 at most.
 
     Raises:
         ValueError: a picture cannot be read or edited, or has another size than the one it is compared with.
@@ -92,7 +94,7 @@ def _edit(pipe: Any, prepare: Callable, task: Task, out: Path, seed: int, call: 
     report = last_report(pipe)
     row["accelerated"] = report is not None
     if report is not None:
-        measured = {name: getattr(report, name) for name in ("flops", "flops_ratio", "edit_fraction")}
+        measured = {name: getattr(report, name, None) for name in MEASURED}
         row |= {name: value for name, value in measured.items() if value is not None and math.isfinite(value)}
     if task.source_output is not None:
         pictures.write(task.source(), out / task.source_output)

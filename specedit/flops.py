@@ -38,7 +38,7 @@ class ModelCost:
     `config`: the fields of the transformer's configuration that `transformer_flops` reads. `text_tokens`: length of
     the text stream, `vision_tokens` those of them that stand for the condition image. `passes`: transformer calls per
     step (2 with classifier-free guidance). `scheduler`: fields of its configuration, which say at which sigmas the
-    steps of a stage lie.
+    steps of a stage lie. `default_steps`: of the stock pipeline's call.
     """
 
     config: Mapping[str, int]
@@ -46,6 +46,7 @@ class ModelCost:
     passes: int
     vision_tokens: int = 0
     scheduler: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    default_steps: int = STOCK_STEPS
 
     def step(self, image_tokens: int) -> float:
         """Operations of one stock step over so many image tokens beside the whole text."""
@@ -60,6 +61,7 @@ MODELS: Mapping[str, ModelCost] = MappingProxyType(
             512,
             1,
             scheduler=FLUX_SCHEDULER,
+            default_steps=28,
         ),
         # Qwen-Image-Edit: 60 double-stream blocks; the text stream holds about 1,340 vision tokens of the condition
         # image (1 MP in patches of 28 px) and about 60 words; true classifier-free guidance (two passes).
@@ -154,7 +156,8 @@ def plan(
             top of it.
 
     Returns:
-        `nfe`, `flops` (draft included), `flops_stock` (50 full steps), `flops_ratio` (stock over this), and `stages`: a
+        `nfe`, `flops` (draft included), `flops_stock` (50 full steps), `flops_ratio_50` (these over this run),
+        `stock_steps` (the model's own default) and `flops_ratio` (as many full steps over this run), and `stages`: a
         list of {"name", "steps", "cached", "reused", "tokens", "flops", "calls"} in order, the draft first, with
         `tokens` per sequence, `flops` of all the stage's steps and guidance passes, and of the steps how many a
         temporal cache answers and how many run over the target's tokens alone. `calls` lists what is computed, a
@@ -196,7 +199,11 @@ def plan(
         listed.insert(0, _stage(config, cost, draft, target["draft"], text["draft"], first=False))
     flops = sum(stage["flops"] for stage in listed)
     stock = STOCK_STEPS * cost.step(2 * fine)
-    return {"nfe": config.nfe, "flops": flops, "flops_stock": stock, "flops_ratio": stock / flops, "stages": listed}
+    return {
+        "nfe": config.nfe, "flops": flops, "flops_stock": stock, "flops_ratio_50": stock / flops,
+        "stock_steps": cost.default_steps, "flops_ratio": stock / flops * (cost.default_steps / STOCK_STEPS),
+        "stages": listed,
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)

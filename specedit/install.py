@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import accelerated, restore, sampler, sharing
+from . import accelerated, inputs, restore, sampler, sharing
 from .config import STOCK_STEPS, SpecEditConfig, resolve
 from .installation import ATTRIBUTE, CallRecord, Calls, Installation, installation_of
 from .models import adapter_of, adapters, mask_support
@@ -177,7 +177,7 @@ def _in_place(pipe: Any) -> bool:
 def _call(
     self, installation: Installation, record: CallRecord, args: tuple, kwargs: dict[str, Any], edit_mask: Any
 ) -> Any:
-    """The stock pipeline's call, accelerated by SpecEdit. `edit_mask`: PIL image, array or tensor, nonzero = edit."""
+    """The stock pipeline's call, accelerated by SpecEdit, or left to stock with a warning that says why."""
     stock = installation.stock_class.__call__
     try:
         bound = inspect.signature(stock).bind(self, *args, **kwargs)
@@ -246,6 +246,7 @@ def _accelerated(
     pipe: Any, adapter: Adapter, record: CallRecord, config: SpecEditConfig, call: dict, edit_mask: Any
 ) -> Any:
     began = time.perf_counter()
+    edit_mask = inputs.check(call, edit_mask)
     needs_draft = config.uses_draft and edit_mask is None
     if needs_draft and config.selector == "semantic":
         check_decoder(pipe.vae)
@@ -327,7 +328,8 @@ def _check_answer(name: str, value: Any, shape: torch.Size) -> None:
 def _report(pipe, state, config, outcome, seconds: float, images: Any, call: dict) -> RunReport:
     tokens = state.grid.tokens + state.reference_grid.tokens
     mixed = any(stage.name == "mixed" for stage in outcome.stages)
-    stock = STOCK_STEPS * forward_flops(pipe, state, tokens, state.branches) * state.batch
+    stock_steps = _stock_steps(pipe, call)
+    stock = stock_steps * forward_flops(pipe, state, tokens, state.branches) * state.batch
     source = state.extra.get("source")
     picture = None
     if source is not None:
@@ -347,4 +349,17 @@ def _report(pipe, state, config, outcome, seconds: float, images: Any, call: dic
         edit=images[0] if call["output_type"] == "pil" else None,
         cache_bytes=outcome.cache_bytes,
         missed=outcome.missed,
+        stock_steps=stock_steps,
+        overflowed=outcome.overflowed,
     )
+
+
+def _stock_steps(pipe: Any, call: dict) -> int:
+    """Steps that the stock pipeline would take: what the caller gave, else the call's own default."""
+    if (asked := call.get("num_inference_steps")) is not None:
+        return int(asked)
+    for base in type(pipe).__mro__:
+        parameters = inspect.signature(base.__call__).parameters if "__call__" in vars(base) else {}
+        if "num_inference_steps" in parameters:
+            return parameters["num_inference_steps"].default
+    return STOCK_STEPS

@@ -200,7 +200,7 @@ def plan(
     edit_fraction: float,
     gpu: str,
 ) -> dict[str, Any]:
-    """Predict operations, bytes and seconds of a run of one image on `gpu`, and of the stock pipeline's 50 steps.
+    """Predict operations, bytes and seconds of a run of one image on `gpu`, and of the stock pipeline.
 
     Args:
         config, model, height, width, edit_fraction: as for `specedit.flops.plan`.
@@ -208,8 +208,9 @@ def plan(
 
     Returns:
         `nfe`, `flops_ratio` (transformer alone, as everywhere), `clock_ratio` of the roofline seconds with encoding,
-        verification and decoding, their `quotient`, `seconds`, `seconds_stock`, `gpu`, and `stages`: a list of {"name",
-        "steps", "tokens", "flops", "bytes", "seconds"}.
+        verification and decoding, both against `stock_steps`, the model's own default; `flops_ratio_50` and
+        `clock_ratio_50` against 50 stock steps, which take `seconds_stock`, and the `quotient` of these two; `seconds`,
+        `gpu`, and `stages`: a list of {"name", "steps", "tokens", "flops", "bytes", "seconds"}.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -246,13 +247,18 @@ def plan(
             stages.append(stage("second look", [(1, verify)]))
     stages.append(decode)
     full = MODELS[model].text_tokens + 2 * (height // TOKEN_PIXELS) * (width // TOKEN_PIXELS)
-    stock = stage("stock", [(STOCK_STEPS * MODELS[model].passes, transformer_ops(model, full))], STOCK_STEPS, full)
     seconds = sum(s["seconds"] for s in stages)
-    seconds_stock = encode["seconds"] + stock["seconds"] + decode["seconds"]
+
+    def stock_seconds(steps: int) -> float:
+        return encode["seconds"] + steps * step_seconds(model, full, gpu) + decode["seconds"]
+
+    seconds_stock = stock_seconds(STOCK_STEPS)
     clock = seconds_stock / seconds
+    ratios = {name: predicted[name] for name in ("stock_steps", "flops_ratio", "flops_ratio_50")}
     return dict(
-        gpu=gpu, nfe=predicted["nfe"], flops_ratio=predicted["flops_ratio"], clock_ratio=clock,
-        quotient=clock / predicted["flops_ratio"], seconds=seconds, seconds_stock=seconds_stock, stages=stages,
+        gpu=gpu, nfe=predicted["nfe"], **ratios, clock_ratio=stock_seconds(predicted["stock_steps"]) / seconds,
+        clock_ratio_50=clock, quotient=clock / predicted["flops_ratio_50"], seconds=seconds,
+        seconds_stock=seconds_stock, stages=stages,
     )  # fmt: skip
 
 
@@ -290,4 +296,4 @@ def measured_row(
 
 def preset_of(config: SpecEditConfig) -> str:
     """The preset that `config` is, whatever its restore; "custom" otherwise."""
-    return resolve(config, restore="full").name
+    return resolve(config, restore="full").preset_name or "custom"

@@ -71,7 +71,9 @@ class RunReport:
         nfe: model evaluations of the main run; `draft_steps` those of the draft (0 when none ran).
         stages: in the order they ran, the draft among them.
         flops: operations of the transformer in the whole run, draft included, whole batch.
-        flops_stock: those of the stock pipeline with 50 full steps.
+        stock_steps: steps of the stock run that this one is compared with: the call's num_inference_steps, else the
+            pipeline's own default.
+        flops_stock: operations of the stock pipeline with so many full steps.
         seconds: wall-clock time of the call.
         edit_fraction, expand_fraction: share of coarse cells edited (dilation included) and expanded (uniform coverage
             included), the mean over the batch. Computed from the masks when left out; 1.0 without a mask.
@@ -82,6 +84,7 @@ class RunReport:
         cache_bytes: most memory that temporal caches held at once.
         missed: samples in whose draft no cell changed enough. With restore="reference" or keep_pixels, which would give
             them back as they came, they were edited as a whole, unless the second look found something.
+        overflowed: samples whose verification score was not finite; they were edited as a whole.
         source, edit: PIL images of the first sample for the figure; not part of `to_dict`.
 
     Raises:
@@ -105,6 +108,8 @@ class RunReport:
     edit: Image.Image | None = dataclasses.field(default=None, repr=False)
     cache_bytes: int = 0
     missed: int = 0
+    stock_steps: int = STOCK_STEPS
+    overflowed: int = 0
 
     def __post_init__(self) -> None:
         self.stages = list(self.stages)
@@ -120,8 +125,13 @@ class RunReport:
 
     @property
     def flops_ratio(self) -> float:
-        """Operations of the stock pipeline over those of this run; inf for a run that was stopped before it began."""
+        """Operations of `stock_steps` stock steps over those of this run; inf for a run stopped before it began."""
         return self.flops_stock / self.flops if self.flops else math.inf
+
+    @property
+    def flops_ratio_50(self) -> float:
+        """Operations of 50 stock steps over those of this run, as the paper counts; inf as above."""
+        return self.flops_ratio * (STOCK_STEPS / self.stock_steps)
 
     @property
     def cached_steps(self) -> int:
@@ -136,13 +146,13 @@ class RunReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts, ready for `json.dumps`.
 
-        Score and masks become nested lists (B, h, w), scores rounded to 4 decimals. The images are left out. A
-        `flops_ratio` that is not finite becomes None.
+        Score and masks become nested lists (B, h, w), scores rounded to 4 decimals. The images are left out. Ratios
+        and scores that are not finite become None.
         """
         grids = {name: getattr(self, name) for name in ("edit_mask", "expand_mask")}
         score = None
         if self.score is not None:
-            score = [[[round(v, 4) for v in row] for row in sample] for sample in self.score.tolist()]
+            score = [[[_finite(round(v, 4)) for v in row] for row in sample] for sample in self.score.tolist()]
         return {
             "preset": self.preset,
             "config": dataclasses.asdict(self.config) if self.config is not None else None,
@@ -152,13 +162,16 @@ class RunReport:
             "edit_fraction": self.edit_fraction,
             "expand_fraction": self.expand_fraction,
             "flops": self.flops,
+            "stock_steps": self.stock_steps,
             "flops_stock": self.flops_stock,
-            "flops_ratio": self.flops_ratio if math.isfinite(self.flops_ratio) else None,
+            "flops_ratio": _finite(self.flops_ratio),
+            "flops_ratio_50": _finite(self.flops_ratio_50),
             "seconds": self.seconds,
             "cached_steps": self.cached_steps,
             "reused_steps": self.reused_steps,
             "cache_bytes": self.cache_bytes,
             "missed": self.missed,
+            "overflowed": self.overflowed,
             "score": score,
             **{name: grid.tolist() if grid is not None else None for name, grid in grids.items()},
         }
@@ -185,10 +198,15 @@ class RunReport:
         apart = ", ".join(f"{count} {what}" for count, what in apart if count)
         return (
             f"{name}: NFE {self.nfe}{f' ({apart})' if apart else ''} + {self.draft_steps} draft, "
-            f"{STOCK_STEPS} stock steps take {self.flops_ratio:.2f}x the FLOPs, "
-            f"{self.edit_fraction:.0%} edited, {self.expand_fraction:.0%} expanded"
+            f"{self._compared()}, {self.edit_fraction:.0%} edited, {self.expand_fraction:.0%} expanded"
             + (f"; {self.missed} of {len(self.edit_mask)} drafts showed no change" if self.missed else "")
+            + (f"; {self.overflowed} of {len(self.score)} scores were not finite" if self.overflowed else "")
         )
+
+    def _compared(self) -> str:
+        """The stock run that this one is compared with, and the paper's where that is another."""
+        text = f"{self.stock_steps} stock steps take {self.flops_ratio:.2f}x the FLOPs"
+        return text if self.stock_steps == STOCK_STEPS else f"{text}; {STOCK_STEPS} take {self.flops_ratio_50:.2f}x"
 
     def save_figure(self, path: str | PathLike[str], sample: int = 0) -> None:
         """Write a figure: source, edit, score over the image, masks; below them seconds and TFLOPs per stage.
@@ -296,6 +314,10 @@ def _sigmas(stage: StageReport) -> str:
     if stage.sigma_start is None or stage.sigma_end is None:
         return "-"
     return f"{stage.sigma_start:.2f} -> {stage.sigma_end:.2f}"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _tera(flops: float) -> str:

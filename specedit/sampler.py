@@ -22,6 +22,7 @@ from .config import ALL_EDITED, SpecEditConfig
 from .flow import cell_detail, coarsen_noise, enter_layout, renoise
 from .forecast import TOKEN_WISE, Histories, lesa
 from .grid import LayoutSet, MixedLayout, mean_pixels
+from .masks import cells_of_mask
 from .models.base import Adapter, EditState
 from .report import StageReport
 from .schedule import Stage, stage_sigmas, stages
@@ -42,6 +43,7 @@ class Outcome:
     cache_bytes: int = 0
     missed: int = 0  # samples in whose draft nothing showed
     looked: bool = True  # whether a draft or a mask says what is edited
+    overflowed: int = 0  # samples whose score is not finite
 
 
 def run(
@@ -56,6 +58,7 @@ def run(
     score, seen = find_edit(adapter, pipe, state, config, edit_mask, listener, log)
     drafted = config.uses_draft and edit_mask is None
     missed = int((~seen.flatten(1).any(1)).sum()) if score is not None else 0
+    overflowed = int(select.not_finite(score).sum()) if score is not None else 0
     # The other selectors rank cells: what they leave out may change as well, unless it is given back as it came.
     verified = drafted and (config.selector == "semantic" or config.keeps)
     cells = Cells.of(seen, state, config, looked=verified or edit_mask is not None)
@@ -101,7 +104,7 @@ def run(
     if config.restore == "reference" and done == config.nfe:  # an interrupted run has nothing clean to blend
         tokens = restore.blend_latents(tokens, state.aligned, cells.edited, state.grid)
     looked = drafted or edit_mask is not None
-    return Outcome(tokens, score, cells.found, cells.expanded, log, cache_bytes, missed, looked)
+    return Outcome(tokens, score, cells.found, cells.expanded, log, cache_bytes, missed, looked, overflowed)
 
 
 @dataclass
@@ -162,7 +165,7 @@ def find_edit(adapter, pipe, state, config, edit_mask, listener, log) -> tuple[T
     """Score on the token grid and edited cells (B, cells_h, cells_w): by draft and verification, or from a mask."""
     cells = torch.zeros((state.batch, *state.grid.coarse().shape), dtype=torch.bool, device=state.device)
     if edit_mask is not None:
-        return None, select.cells_of_mask(edit_mask, state)
+        return None, cells_of_mask(edit_mask, state)
     if not config.uses_draft:  # nothing depends on a mask, or the selector takes none
         return None, cells
     began = clock(state)

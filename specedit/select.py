@@ -7,18 +7,17 @@ beyond the uniform coverage.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from . import draft as drafts
 from .canny import canny
 from .config import SpecEditConfig
-from .grid import TokenGrid, cells_touched
+from .grid import TokenGrid
 from .models.base import Adapter, EditState
 
 TOP_SHARE = 0.3  # of the cells: RALU's up_ratio for its 4x setting
@@ -74,19 +73,51 @@ def top_cells(score: Tensor, share: float = TOP_SHARE) -> Tensor:
 def select(
     adapter: Adapter, pipe: Any, state: EditState, draft: Tensor, draft_grid: TokenGrid, config: SpecEditConfig
 ) -> tuple[Tensor | None, Tensor]:
-    """Score on the token grid (None for "uniform") and edited cells (B, cells_h, cells_w) bool."""
-    if config.selector == "semantic":
-        score = semantic_score(adapter, pipe, state, draft, draft_grid, config)
-        return score, dilate(to_cells(score) > config.threshold, config.dilation)
+    """Score on the token grid (None for "uniform") and edited cells (B, cells_h, cells_w) bool.
+
+    A sample whose score is not finite is edited as a whole, with a warning: nobody knows what its edit changes.
+    """
     if config.selector == "uniform":
         return None, torch.zeros((state.batch, *state.grid.coarse().shape), dtype=torch.bool, device=state.device)
+    if config.selector == "semantic":
+        score = semantic_score(adapter, pipe, state, draft, draft_grid, config)
+        chosen = to_cells(score) > config.threshold
+    else:
+        score = ranking_score(adapter, pipe, state, draft, draft_grid, config)
+        chosen = top_cells(score)
+    lost = not_finite(score)
+    if bool(lost.any()):
+        warnings.warn(
+            f"the verification score is not finite (overflow in {_overflow(pipe, state, draft)}); editing the whole "
+            "picture",
+            stacklevel=2,
+        )
+    return score, dilate(chosen, config.dilation) | lost[:, None, None]
+
+
+def ranking_score(
+    adapter: Adapter, pipe: Any, state: EditState, draft: Tensor, draft_grid: TokenGrid, config: SpecEditConfig
+) -> Tensor:
+    """What "variance" and "edges" rank tokens by, (B, h, w) on the fine token grid."""
     large = drafts.upsample(draft, draft_grid, config.draft_scale, state.grid)
     if config.selector == "variance":
-        score = large.view(state.batch, *state.grid.shape, -1).var(-1)
-    else:
-        image = adapter.decode(pipe, state, large, "pt").float()
-        score = F.adaptive_avg_pool2d(canny(image).float()[:, None], state.grid.shape)[:, 0]
-    return score, dilate(top_cells(score), config.dilation)
+        return large.view(state.batch, *state.grid.shape, -1).var(-1)
+    image = adapter.decode(pipe, state, large, "pt").float()
+    score = F.adaptive_avg_pool2d(canny(image).float()[:, None], state.grid.shape)[:, 0]
+    # Comparing with NaN finds no edge, which would hide it.
+    return torch.where(not_finite(image)[:, None, None], torch.nan, score)
+
+
+def not_finite(values: Tensor) -> Tensor:
+    """(B,) bool: which samples of a score or picture (B, ...) hold something that is not finite."""
+    return ~values.flatten(1).isfinite().all(1)
+
+
+def _overflow(pipe: Any, state: EditState, draft: Tensor) -> str:
+    """Which part of the model left the range of its dtype."""
+    if bool(state.aligned.isfinite().all()) and not bool(draft.isfinite().all()):
+        return f"the transformer, {state.extra['dtype']}"
+    return f"the autoencoder, {pipe.vae.dtype}"
 
 
 def uniform_cells(grid: TokenGrid, stride: int, device: torch.device | str = "cpu") -> Tensor:
@@ -95,81 +126,3 @@ def uniform_cells(grid: TokenGrid, stride: int, device: torch.device | str = "cp
     if stride:
         cells[::stride, ::stride] = True
     return cells
-
-
-def cells_of_mask(mask: Any, state: EditState) -> Tensor:
-    """A caller's mask, of any size, as edited cells: a cell is edited where any pixel of it is nonzero.
-
-    mask: PIL image, array or tensor: (H, W), (1, H, W), (B, H, W) or (B, 1, H, W); one for all samples or one each. An
-    array may be a colour picture too, (H, W, 1), (H, W, 3) or (H, W, 4).
-
-    Raises:
-        TypeError, ValueError: another type or shape, values that are not finite, nothing that is nonzero.
-    """
-    if isinstance(mask, (list, tuple)):
-        return _match_batch(torch.cat([_cells(m, state) for m in mask]) if mask else torch.zeros(0), state)
-    shape = f", shape {tuple(mask.shape)}" if isinstance(mask, np.ndarray | Tensor) else ""
-    return _match_batch(_cells(mask, state), state, shape)
-
-
-def _cells(mask: Any, state: EditState) -> Tensor:
-    """Those of one mask, or of several in one array or tensor, (n, cells_h, cells_w) bool."""
-    if isinstance(mask, Image.Image):
-        mask = _nonzero(mask)
-    if not isinstance(mask, (np.ndarray, Tensor)):
-        raise TypeError(f"edit_mask: expected a PIL image, array or tensor, got {type(mask).__name__}")
-    given = tuple(mask.shape)
-    if isinstance(mask, np.ndarray):
-        mask = _numbers(mask)
-        # Not what could be masks of a few pixels, one for each sample.
-        if mask.ndim == 3 and given[-1] in (1, 3, 4) and given[1] > 4 and given[0] not in (1, state.batch):
-            mask = _any_colour(mask, alpha=given[-1] == 4)
-    if mask.ndim == 2:
-        mask = mask[None, None]
-    elif mask.ndim == 3:
-        mask = mask[:, None]
-    if mask.ndim != 4 or mask.shape[1] != 1 or mask.numel() == 0:
-        raise ValueError(f"edit_mask: expected (H, W), (B, H, W) or (B, 1, H, W), got {given}")
-    if mask.is_floating_point() and not bool(mask.isfinite().all()):
-        raise ValueError("edit_mask: expected finite values, got NaN or infinity")
-    wanted = (mask != 0).float().to(state.device)
-    cells = cells_touched(wanted[:, 0], state.grid)
-    if not bool(cells.flatten(1).any(1).all()):
-        raise ValueError("edit_mask: expected some nonzero pixels, got an empty mask; there would be nothing to edit")
-    return cells
-
-
-def _numbers(array: np.ndarray) -> Tensor:
-    if array.dtype.kind not in "biuf":
-        raise TypeError(f"edit_mask: expected an array of numbers or booleans, got dtype {array.dtype}")
-    # torch takes neither another byte order nor negative strides.
-    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
-
-
-def _nonzero(picture: Image.Image) -> Tensor:
-    if picture.mode in ("P", "PA"):
-        picture = picture.convert("RGBA")
-    values = torch.from_numpy(np.array(picture))
-    return values if values.ndim == 2 else _any_colour(values, alpha=picture.mode in ("LA", "RGBA"))
-
-
-def _any_colour(values: Tensor, alpha: bool) -> Tensor:
-    """(H, W) bool: where any colour of (H, W, C) is not zero. Where there is an alpha channel, it has to be too."""
-    colours = values[..., :-1] if alpha else values
-    found = (colours != 0).any(-1)
-    return found & (values[..., -1] != 0) if alpha else found
-
-
-def _match_batch(cells: Tensor, state: EditState, given: str = "") -> Tensor:
-    """One for each sample, of one for all, for each of the pictures or prompts, or for each sample."""
-    count, batch = len(cells), state.batch
-    if count == batch:
-        return cells
-    if count == 1 or count == state.pictures:
-        return cells.repeat(batch // count, 1, 1)
-    if count == state.prompts:
-        return cells.repeat_interleave(batch // count, 0)
-    several = (("picture", state.pictures), ("prompt", state.prompts))
-    wanted = [f"{n}, one for each {what}" for what, n in several if 1 < n < batch]
-    wanted = " or ".join(["1 mask", *wanted, f"{batch}, one for each image"])
-    raise ValueError(f"edit_mask: expected {wanted}, got {count}{given}")

@@ -147,6 +147,32 @@ def edit():
     return call
 
 
+@pytest.fixture
+def hooked():
+    """Registers forward hooks that end with the test: pipelines share their autoencoder and text encoders."""
+    handles = []
+
+    def hook(module, function):
+        handles.append(module.register_forward_hook(function))
+
+    yield hook
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.fixture
+def count_calls(hooked):
+    """A list that grows with every call of some modules."""
+
+    def count(*modules):
+        calls = []
+        for module in modules:
+            hooked(module, lambda *_: calls.append(1))  # which returns None: the output stays
+        return calls
+
+    return count
+
+
 @pytest.fixture(scope="session")
 def encoded():
     """A picture as the bytes of its file."""

@@ -1,4 +1,5 @@
 import ast
+import copy
 import dataclasses
 import itertools
 from pathlib import Path
@@ -34,7 +35,7 @@ def test_presets_nfe():
     assert presets["lightning-8"].draft_steps == presets["lightning-6"].draft_steps == 4
     for name, config in presets.items():
         assert SpecEditConfig.preset(name) is config and config.name == name
-    assert SpecEditConfig(dilation=5).name == "custom"
+    assert SpecEditConfig(dilation=5).name == "balanced, verify_at='full', dilation=5"
 
 
 def test_frozen_and_hashable():
@@ -306,3 +307,24 @@ def test_the_guide_has_every_preset():
     rows = {name: [ast.literal_eval(cell) for cell in cells] for name, *cells in table("| preset |")}
     assert rows == {name: [preset.steps, preset.draft_steps] for name, preset in presets.items()}
     assert {(preset.verify_at, preset.threshold) for preset in presets.values()} == {("draft", 0.2)}
+
+
+def test_a_configuration_keeps_its_presets_name():
+    assert resolve("turbo", restore="reference", keep_pixels=True).name == (
+        "turbo, restore='reference', keep_pixels=True"
+    )
+    assert resolve(resolve("fast", dilation=2), threshold=0.3).name == "fast, threshold=0.3, dilation=2"
+    assert resolve("fast", dilation=presets["fast"].dilation).name == "fast"
+    assert resolve("fast", verify_at="full").name == "fast, verify_at='full'"  # the threshold only follows
+    assert resolve("fast", restore="reference").with_steps(4).name == "fast, steps=(1, 1, 2), restore='reference'"
+    # Not the steps of another preset that happen to be nearer.
+    assert resolve("quality", steps=(2, 3, 5)).name == "quality, steps=(2, 3, 5)"
+    assert resolve("quality", steps=presets["turbo"].steps).name == "turbo"
+    assert dataclasses.replace(presets["turbo"], restore="reference").name == "turbo, restore='reference'"
+    five = dict(restore="reference", keep_pixels=True, dilation=3, uniform_stride=0, draft_steps=3)
+    assert resolve("turbo", **five).name == "custom"
+    for config in (resolve("turbo", dilation=2), resolve("fast", steps=(2, 2, 5), dilation=2)):
+        assert config == dataclasses.replace(presets["turbo"], dilation=2) and hash(config) == hash(
+            dataclasses.replace(presets["turbo"], dilation=2)
+        )
+        assert copy.deepcopy(config).name == config.name

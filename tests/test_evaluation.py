@@ -54,7 +54,8 @@ def test_gedit_writes_what_its_scorer_reads(write_gedit, gedit_rows, tmp_path, p
     assert [row["key"] for row in written["rows"]] == ["en0", "en1", "en2"] and written["machine"]["torch"]
     for row in written["rows"]:
         assert row["accelerated"] and row["language"] == "en" and row["seconds"] > 0
-        assert row["flops"] > 0 and 0 <= row["edit_fraction"] <= 1 and row["flops_ratio"] > 1
+        assert row["flops"] > 0 and 0 <= row["edit_fraction"] <= 1 and row["flops_ratio_50"] > 1
+        assert row["flops_ratio"] == pytest.approx(3 / 50 * row["flops_ratio_50"], rel=1e-4)  # of as many stock steps
     assert written["mean"]["count"] == 3 and written["kinds"]["color_alter"]["count"] == 2
     assert written["mean"]["flops"] == pytest.approx(np.mean([row["flops"] for row in written["rows"]]), rel=1e-4)
     assert written["settings"]["steps"] == 3 and "--preset turbo" in written["command"]

@@ -104,7 +104,12 @@ def test_stages_of_a_plan_add_up():
     done = plan("turbo", "flux-kontext", 1024, 1024, 0.2, "H200")
     assert [s["name"] for s in done["stages"]] == ["encode", "draft", "verify", "coarse", "mixed", "full", "decode"]
     assert done["seconds"] == pytest.approx(sum(s["seconds"] for s in done["stages"]))
-    assert done["quotient"] == pytest.approx(done["clock_ratio"] / done["flops_ratio"])
+    assert done["quotient"] == pytest.approx(done["clock_ratio_50"] / done["flops_ratio_50"])
+    assert done["clock_ratio_50"] == pytest.approx(done["seconds_stock"] / done["seconds"])
+    assert done["stock_steps"] == 28 and done["flops_ratio"] == pytest.approx(0.56 * done["flops_ratio_50"])
+    assert (
+        0.56 * done["clock_ratio_50"] < done["clock_ratio"] < 0.57 * done["clock_ratio_50"]
+    )  # encode, decode are whole
     draft = done["stages"][1]
     ops = transformer_ops("flux-kontext", 1024, read=256)
     assert draft["seconds"] == pytest.approx(8 * roofline(ops, GPUS["H200"]))
@@ -168,7 +173,7 @@ def test_without_a_draft_nothing_is_verified():
     config = SpecEditConfig(steps=(0, 0, 50), attention="stock")
     done = plan(config, "flux-kontext", 512, 512, 0.2, "A100")
     assert [s["name"] for s in done["stages"]] == ["encode", "full", "decode"]
-    assert done["clock_ratio"] == pytest.approx(1) and done["flops_ratio"] == 1
+    assert done["clock_ratio_50"] == pytest.approx(1) and done["flops_ratio_50"] == 1
 
 
 @pytest.mark.parametrize("size", [(1024, 1024), (720, 1440), (768, 768), (16, 16), (48, 80)])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from specedit.config import SpecEditConfig, resolve
+from specedit.config import resolve
 from specedit.report import RunReport, StageReport
 
 STAGES = [
@@ -55,11 +55,31 @@ def test_flops_ratio():
     assert make().flops_ratio == pytest.approx(8270 / 1620)
     assert make(flops=0.0).flops_ratio == float("inf")
     assert make(flops=0.0).to_dict()["flops_ratio"] is None
+    assert make(flops=0.0).to_dict()["flops_ratio_50"] is None
+
+
+def test_the_stock_run_that_a_report_compares_with():
+    report = make(flops_stock=28 * 165.4e12, stock_steps=28)
+    assert report.flops_ratio == pytest.approx(28 * 165.4 / 1620)
+    assert report.flops_ratio_50 == pytest.approx(50 * 165.4 / 1620)
+    assert "28 stock steps take 2.86x the FLOPs; 50 take 5.10x, 9% edited" in str(report)
+    plain = report.to_dict()
+    assert plain["stock_steps"] == 28 and plain["flops_stock"] == report.flops_stock
+    assert (plain["flops_ratio"], plain["flops_ratio_50"]) == (report.flops_ratio, report.flops_ratio_50)
+    assert "50 stock steps take 5.10x the FLOPs, 9% edited" in str(make())
+
+
+def test_scores_that_are_not_finite(tmp_path):
+    report = make(score=torch.full((2, 16, 24), torch.nan), overflowed=2)
+    assert "2 of 2 scores were not finite" in str(report)
+    plain = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert plain["overflowed"] == 2 and plain["score"][0][0][0] is None
+    report.save_figure(tmp_path / "report.png")
 
 
 def test_preset_comes_from_the_config():
     assert make().preset == "balanced"
-    assert make(config=SpecEditConfig(dilation=3)).preset == "custom"
+    assert make(config=resolve("turbo", dilation=3)).preset == "turbo, dilation=3"
     assert make(preset="mine").preset == "mine"
     assert make(config=None).preset is None
 

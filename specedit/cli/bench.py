@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..config import STOCK_STEPS
 from ..files import check_writable
 from ..pipelines import EDITORS
 from . import plan
@@ -35,6 +36,7 @@ def run(args) -> int:
         check_writable("--json", args.json)
     quiet()
     from .. import bench, results
+    from ..micro import family
     from ..micro.load import identity
 
     rows = bench.presets_against_stock(args.size, args.repeat, model=args.model, **attention_here())
@@ -46,6 +48,12 @@ def run(args) -> int:
         print(
             f"{row['preset']:14}{row['restore']:11}{row['edit_fraction']:8.0%}{row['seconds']:9.2f}"
             f"{row['speedup']:8.2f}x{row['flops_ratio']:12.2f}x{quotient:10.2f}"
+        )
+    if rows and (steps := family.named(args.model).default_steps) != STOCK_STEPS:
+        best = max(row["flops_ratio"] for row in rows) * steps / STOCK_STEPS
+        print(
+            f"against {STOCK_STEPS} stock steps; of {steps}, the pipeline's default, FLOPs ratios are "
+            f"{steps / STOCK_STEPS:.0%} of these, up to {best:.2f}x"
         )
     if args.json is not None:
         named = "" if args.model == EDITORS[0] else f" --model {args.model}"

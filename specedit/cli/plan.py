@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ..config import CHOICES, DEFAULT_PRESET, presets
+from ..config import CHOICES, DEFAULT_PRESET, STOCK_STEPS, presets
 from ..files import check_writable, write_text
 from .bounds import check_numbers
 from .errors import Failure
@@ -65,12 +65,19 @@ def run(args) -> int:
             f"{s['name']:10}{s['steps'] or '':>6}{tokens:>8}{s['flops'] / 1e12:10.2f}{s['bytes'] / 1e9:9.1f}"
             f"{s['seconds']:10.4f}{measured}"
         )
-    lines = [("predicted", predicted)] + ([] if row is None else [("measured", row | {"clock_ratio": row["speedup"]})])
+    against_50 = predicted | {name: predicted[f"{name}_50"] for name in ("flops_ratio", "clock_ratio")}
+    lines = [("predicted", against_50)] + ([] if row is None else [("measured", row | {"clock_ratio": row["speedup"]})])
     print(f"\n{'':10}{'seconds':>9}{'stock':>9}{'FLOPs ratio':>13}{'clock ratio':>13}{'quotient':>10}")
     for name, r in lines:
         print(
             f"{name:10}{r['seconds']:9.3f}{r['seconds_stock']:9.3f}{r['flops_ratio']:12.2f}x{r['clock_ratio']:12.2f}x"
             f"{r['clock_ratio'] / r['flops_ratio']:10.2f}"
+        )
+    steps = predicted["stock_steps"]
+    if steps != STOCK_STEPS:
+        print(
+            f"\nThese are against {STOCK_STEPS} stock steps. Against the model's default of {steps}: "
+            f"{predicted['flops_ratio']:.2f}x the FLOPs, {predicted['clock_ratio']:.2f}x the seconds"
         )
     if row is None:
         print("\nnot measured: no result file has this run on such a GPU")

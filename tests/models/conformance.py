@@ -45,6 +45,25 @@ class Conformance:
                 self.close(family.run(pipe, size, **guide), stock)
                 assert specedit.report(pipe).draft_steps == 0
 
+    def test_numbers_that_are_not_finite_are_refused_before_any_work(self, family, count_calls):
+        pipe = family.make()
+        known = inspect.signature(type(pipe).__call__).parameters
+        calls = count_calls(pipe.transformer, pipe.text_encoder)
+        specedit.install(pipe, **QUICK)
+        numbers = [name for name in ("guidance_scale", "true_cfg_scale") if name in known]
+        tensors = ["latents", *(name for name in known if name.endswith("_embeds") and "ip_adapter" not in name)]
+        assert numbers and "prompt_embeds" in tensors
+        for name in numbers:
+            for value in (float("nan"), float("inf")):
+                with pytest.raises(ValueError, match=f"^{name}: expected a finite number, got {value}"):
+                    family.run(pipe, **{name: value})
+        for name in tensors:
+            with pytest.raises(ValueError, match=f"^{name}: expected finite values, got NaN or infinity"):
+                family.run(pipe, **{name: torch.full((1, 4, 4), float("nan"))})
+        with pytest.raises(ValueError, match=r"^edit_mask: expected finite values, got NaN or infinity"):
+            family.run(pipe, edit_mask=torch.full((8, 8), float("nan")))
+        assert not calls
+
     # Everything expanded: a mixed sequence without a locked cell is the stock sequence.
     def test_everything_edited_equals_stock(self, family):
         mask = torch.ones(8, 8)

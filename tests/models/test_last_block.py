@@ -93,7 +93,7 @@ def test_flops_of_a_full_stage_are_those_of_the_rows(pipe, edit):
     edit(pipe)
     report = specedit.report(pipe)
     assert report.flops == 3 * transformer_flops(pipe.transformer.config, 144, None, 64)
-    assert report.flops_stock == 50 * transformer_flops(pipe.transformer.config, 144)
+    assert report.flops_stock == 28 * transformer_flops(pipe.transformer.config, 144)
 
 
 def test_fused_projections(pipe, edit):

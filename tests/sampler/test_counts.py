@@ -109,5 +109,6 @@ def test_the_report_of_a_run(pipe, edit):
     assert report.seconds > 0 and sum(stage.seconds for stage in report.stages) <= report.seconds
     assert report.flops == sum(stage.flops for stage in report.stages)
     width, tokens = 2 * 16, 2 * 64 + 16
-    assert report.flops_stock == 50 * tokens * 2 * (24 * width**2 + 4 * width * tokens)
+    assert report.stock_steps == 28  # Kontext's own default
+    assert report.flops_stock == 28 * tokens * 2 * (24 * width**2 + 4 * width * tokens)
     assert (report.expand_mask | ~report.edit_mask).all()

@@ -50,7 +50,7 @@ def test_the_faster_baseline_counts(docs, tmp_path):
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells == [
         "flux-kontext", "1024 x 1024", "1", "turbo", "full", "20% blob", "16.00", "4.000 ± 0.250", "4.00", "6.25",
-        "0.64", "-", "7.05", "7.37",
+        "0.64", "3.50", "-", "7.05", "7.37",
     ]  # fmt: skip
     assert "stock 50 steps, compiled" in text and "stock 50 steps, eager" not in text
     assert "Some GPU" in text and "`the command`" in text
@@ -148,7 +148,8 @@ def test_variants_stand_in_the_order_of_their_cost_with_a_column_for_each_kind(d
     write(tmp_path, rows, "quality-512.json")
     lines = docs.measured.quality("quality-512.json").splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:5]] == ["stock-50", "stock-10", "turbo-full"]
-    assert lines[4].endswith("| 8.00 | 1.00 |")
+    assert lines[4].endswith("| 8.00 | 1.00 | 4.48 |")
+    assert lines[0].endswith("| FLOPs ratio to 50 | clock ratio to 50 | FLOPs ratio to 28 |")
     lines = docs.measured.kinds("quality-512.json").splitlines()
     assert lines[0] == "| variant | add (1) | shape (3) |"  # of whoever has seen most
     assert lines[3] == "| stock-10 | 100%, 20.0, - | 100%, 20.0, - |"
@@ -175,8 +176,8 @@ def test_small_edits_are_those_that_were_asked_for(docs, tmp_path):
     ]
     write(tmp_path, rows, "quality-512.json")
     lines = docs.measured.small_edits("quality-512.json").splitlines()
-    assert lines[2] == "| stock-50 | 2 | - | - | 1.00 | 50.0% | 20.0 | 30.5 |"
-    assert lines[3] == "| turbo-reference | 2 | 55.0% | 1 | 8.00 | 50.0% | 20.0 | 30.5 |"
+    assert lines[2] == "| stock-50 | 2 | - | - | 1.00 | 0.56 | 50.0% | 20.0 | 30.5 |"
+    assert lines[3] == "| turbo-reference | 2 | 55.0% | 1 | 8.00 | 4.48 | 50.0% | 20.0 | 30.5 |"
 
 
 def test_curves_of_a_sweep_go_through_the_starting_point(docs, tmp_path, monkeypatch):
@@ -206,7 +207,28 @@ def test_curves_of_a_sweep_go_through_the_starting_point(docs, tmp_path, monkeyp
 def test_operations_of_stock_are_known_without_a_run_but_not_its_seconds(docs, tmp_path):
     write(tmp_path, [scored("student-8", 2e12, add=4)], "forecast-512.json", stock_flops=16e12)
     (line,) = [line for line in docs.measured.forecast("forecast-512.json").splitlines() if "student-8" in line]
-    assert line == "| student-8 | 4 | 50.0% | 18.0 | 30.0 | 2.000 | 2.0 | 8.00 | - | - | - |"
+    assert line == "| student-8 | 4 | 50.0% | 18.0 | 30.0 | 2.000 | 2.0 | 8.00 | - | 4.48 | - | - |"
+
+
+def test_ratios_are_to_50_steps_and_to_the_pipelines_own_default(docs, tmp_path):
+    rows = [scored("stock-50", 8e12, add=1), scored("stock-28", 4e12, add=1), scored("turbo-full", 1e12, add=1)]
+    rows[1]["mean"]["seconds"] = 1.0
+    write(tmp_path, rows, "quality-512.json")
+    lines = docs.measured.quality("quality-512.json").splitlines()
+    assert lines[0].endswith("| FLOPs ratio to 28 | clock ratio to 28 |")
+    assert lines[4].endswith("| 8.00 | 1.00 | 4.00 | 0.50 |")  # of the row that ran them, not 28 / 50 of the other
+    write(tmp_path, rows, "quality-qwen-512.json", of=dict(model="qwen"))
+    lines = docs.measured.quality("quality-qwen-512.json").splitlines()
+    assert lines[0].endswith("| FLOPs ratio to 50 | clock ratio to 50 |")  # which is Qwen's default
+
+
+def test_predictions_show_both_ratios(docs):
+    from specedit.flops import plan
+
+    run = plan("turbo", "flux-kontext", 1024, 1024, 0.1)
+    text = docs.predicted.plan("plan.json")
+    assert f"| turbo | {run['flops_ratio_50']:.2f} ({run['flops_ratio']:.2f}) |" in text
+    assert "in brackets to 28, the pipeline's own default" in text
 
 
 def test_a_command_is_told_where_to_write(docs):
