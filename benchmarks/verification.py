@@ -18,8 +18,8 @@ from specedit import micro, results, select
 from specedit.config import SpecEditConfig
 from specedit.grid import TokenGrid
 from specedit.micro import scenes
-from specedit.micro.family import of
-from specedit.micro.load import identity
+from specedit.micro.families import family_of
+from specedit.micro.loading import identity
 from specedit.micro.train_editor import pack
 from specedit.models import adapter_of
 from specedit.models.base import EditState
@@ -32,7 +32,7 @@ LOCAL = ("recolor", "remove", "add", "shape")  # global edits change every cell
 def scores(pipe, scene, size: int, verify_at: str) -> torch.Tensor:
     grid = TokenGrid(size // 16, size // 16)
     source, draft = (
-        pack(of(pipe).latents(pipe.vae, image * 2 - 1))
+        pack(family_of(pipe).latents(pipe.vae, image * 2 - 1))
         for image in (scenes.draw([scene], size, size)[0], scenes.draw([scene], size // 4, size // 4)[1])
     )
     state = EditState(

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from specedit.micro.load import WEIGHTS
+from specedit.micro.loading import WEIGHTS
 from specedit.results import fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent

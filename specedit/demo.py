@@ -16,7 +16,7 @@ from . import install, uninstall
 from . import report as report_of
 from .config import STOCK_STEPS
 from .micro import arguments, load, scenes
-from .micro.evaluate import score, stock_flops
+from .micro.evaluation import score, stock_flops
 from .report import RunReport
 
 NAMES = {"kontext": "FLUX-Kontext", "qwen": "Qwen-Image-Edit"}

@@ -15,7 +15,7 @@ from PIL import Image
 from specedit import cli, micro, pipelines
 from specedit.cli import shared
 from specedit.micro import scenes
-from specedit.micro.load import WEIGHTS
+from specedit.micro.loading import WEIGHTS
 from specedit.results import fingerprint
 
 

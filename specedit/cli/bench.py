@@ -27,7 +27,7 @@ def run(args) -> int:
     check_size(args.size, 64)
     quiet()
     from .. import bench, results
-    from ..micro.load import identity
+    from ..micro.loading import identity
 
     rows = bench.presets_against_stock(args.size, args.repeat, model=args.model, **attention_here())
     print(f"{'preset':14}{'restore':11}{'edited':>8}{'seconds':>9}{'speedup':>9}{'FLOPs ratio':>13}{'quotient':>10}")

@@ -1,15 +1,15 @@
-"""Trains LESA's predictor on trajectories of a pipeline (arXiv 2602.20497).
+"""Trains LESA's predictor on a pipeline's trajectories (arXiv 2602.20497).
 
     python -m specedit.forecast.train_lesa --out FILE                              # the embedded editor
     python -m specedit.forecast.train_lesa --out FILE --model DIR --pairs FILE     # another FLUX-Kontext
 
-FILE of --pairs has one JSON object a line: {"image": PATH, "prompt": TEXT}. Use the result by
+FILE of --pairs has one JSON object a line: {"image": PATH, "prompt": TEXT}. Use the result with
 `install(pipe, forecast="lesa", forecast_weights=FILE)`.
 
-Stage 1, ground truth: at every cached step of a stock trajectory, the forecast from true outputs against the true
-output. Stage 2, closed loop: the trajectory that the forecasts themselves lead to, full steps computed where it has
-come, against the stock trajectory at the end of every run of cached steps. The transformer is never changed and no
-gradient goes through it.
+Stage 1, ground truth: at every cached step of a stock trajectory, the forecast from the true earlier outputs is
+compared with the true output. Stage 2, closed loop: the trajectory follows the forecasts, with full steps computed
+where it is, and is compared with the stock trajectory at the end of every run of cached steps. The transformer is
+frozen, and no gradient goes through it.
 """
 
 from __future__ import annotations
@@ -29,25 +29,27 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..config import FIRST_FULL, SpecEditConfig
-from ..grid import MixedLayout
-from ..models import adapter_of, adapters
-from ..models.base import Adapter, EditState
-from ..schedule import stage_sigmas
-from . import lesa
-from .base import Differences, full_steps
+from specedit import micro
+from specedit.config import FIRST_FULL, SpecEditConfig
+from specedit.forecast import lesa
+from specedit.forecast.base import Differences, full_steps
+from specedit.grid import MixedLayout
+from specedit.micro.training import seeds
+from specedit.models import adapter_of, adapters
+from specedit.models.base import Adapter, EditState
+from specedit.schedule import stage_sigmas
 
 
 @dataclass
 class Trajectory:
-    """A stock run: everything needed to run it again, and where it went."""
+    """A stock run: what is needed to repeat it, and its path."""
 
     adapter: Adapter
     pipe: Any
     state: EditState
-    layouts: tuple[MixedLayout, MixedLayout]  # of target and reference: one object each, which adapters keep things by
+    layouts: tuple[MixedLayout, MixedLayout]  # of target and reference; adapters cache by the object
     sigmas: list[float]
-    tokens: list[Tensor]  # state before each step, and the result: steps + 1 of (1, N, C)
+    tokens: list[Tensor]  # before each step, and the result: steps + 1 of (1, N, C)
     outputs: list[list[Tensor]]  # of each step, by guidance branch
 
     def branches(self, tokens: Tensor, step: int) -> list[Tensor]:
@@ -62,7 +64,7 @@ def branches(
     tokens: Tensor,
     sigma: float,
 ) -> list[Tensor]:
-    """The transformer's outputs with every token fine."""
+    """The transformer's outputs for a layout without coarse tokens, one for each guidance branch."""
     layout, reference = layouts
     rows = list(range(state.batch))
     config = SpecEditConfig(steps=(0, 0, 1))
@@ -71,7 +73,7 @@ def branches(
 
 @torch.no_grad()
 def record(pipe: Any, steps: int, **arguments: Any) -> Trajectory:
-    """Run a plain (not installed) pipeline for `steps` full steps and keep its path.
+    """Run a pipeline without SpecEdit for `steps` steps and record its path.
 
     Raises:
         TypeError: a pipeline without an adapter.
@@ -94,17 +96,17 @@ def record(pipe: Any, steps: int, **arguments: Any) -> Trajectory:
 
 @dataclass
 class Sample:
-    """One forecast of stage 1, reduced to what its squared error needs: |y - sum c_k D_k|^2 / |y|^2."""
+    """One forecast of stage 1, reduced to the terms of its squared error |y - sum c_k D_k|^2 / |y|^2."""
 
     gap: float
     sigma: float
     start: float
     gram: Tensor  # (K, K) of the differences
-    product: Tensor  # (K,) of differences and true output, both over |y|^2
+    product: Tensor  # (K,) of differences and true output; both are divided by |y|^2
 
     @property
-    def at(self) -> tuple[float, float, float]:
-        """What a predictor is asked."""
+    def inputs(self) -> tuple[float, float, float]:
+        """The predictor's inputs."""
         return self.gap, self.sigma, self.start
 
     def loss(self, coefficients: Tensor) -> Tensor:
@@ -112,7 +114,7 @@ class Sample:
 
 
 def samples(trajectory: Trajectory, interval: int, order: int) -> Iterable[Sample]:
-    """Every cached step of one trajectory at one interval, for every branch."""
+    """A sample for every cached step and guidance branch of a trajectory at one interval."""
     full = full_steps(len(trajectory.outputs), interval, max(FIRST_FULL, order + 1))
     for branch in range(len(trajectory.outputs[0])):
         differences = Differences(order)
@@ -129,11 +131,11 @@ def samples(trajectory: Trajectory, interval: int, order: int) -> Iterable[Sampl
             yield Sample(gap, trajectory.sigmas[step], start, gram.float().cpu(), product.float().cpu())
 
 
-def pooled(data: Iterable[Sample]) -> list[Sample]:
-    """Samples of one gap between the same noise levels as one: they share coefficients, so their errors average."""
+def average_duplicates(data: Iterable[Sample]) -> list[Sample]:
+    """Merge samples with the same predictor inputs. They share coefficients, so their errors average."""
     groups: dict[tuple[float, float, float], list[Sample]] = {}
     for sample in data:
-        groups.setdefault(sample.at, []).append(sample)
+        groups.setdefault(sample.inputs, []).append(sample)
     return [
         Sample(*key, *(torch.stack([getattr(s, name) for s in group]).mean(0) for name in ("gram", "product")))
         for key, group in groups.items()
@@ -147,12 +149,12 @@ def ground_truth(predictor: lesa.Predictor, data: list[Sample], epochs: int, rat
 
     def mean() -> float:
         with torch.no_grad():
-            return sum(s.loss(predictor(*s.at)).item() for s in data) / len(data)
+            return sum(s.loss(predictor(*s.inputs)).item() for s in data) / len(data)
 
     history = [mean()]
     for _ in tqdm(range(epochs), desc="ground truth"):
         for at in torch.randperm(len(data), generator=generator).split(32):
-            losses = [data[i].loss(predictor(*data[i].at)) for i in at.tolist()]
+            losses = [data[i].loss(predictor(*data[i].inputs)) for i in at.tolist()]
             optimizer.zero_grad()
             torch.stack(losses).mean().backward()
             optimizer.step()
@@ -161,8 +163,10 @@ def ground_truth(predictor: lesa.Predictor, data: list[Sample], epochs: int, rat
 
 
 def rollout(predictor: lesa.Predictor, trajectory: Trajectory, interval: int) -> list[Tensor]:
-    """Stage 2's losses of one closed-loop run: for every run of cached steps, how far from stock it ends, squared and
-    relative to how far stock went."""
+    """Stage 2's losses of one closed-loop run, one for each run of cached steps.
+
+    Each is the squared distance from the stock trajectory at the end, relative to the distance that stock covered.
+    """
     steps = len(trajectory.outputs)
     full = full_steps(steps, interval, max(FIRST_FULL, predictor.order + 1))
     histories = [Differences(predictor.order) for _ in trajectory.outputs[0]]
@@ -199,7 +203,7 @@ def closed_loop(
         for trajectory, interval in tqdm(runs, desc="closed loop"):
             losses = rollout(predictor, trajectory, interval)
             if not losses:
-                continue  # a run too short for any forecast
+                continue  # the run is too short for a forecast
             loss = torch.stack(losses).mean()
             optimizer.zero_grad()
             loss.backward()
@@ -211,10 +215,7 @@ def closed_loop(
 
 
 def editor_calls(cases: int, size: int) -> Iterable[dict[str, Any]]:
-    """Calls of the embedded editor on scenes that no test uses."""
-    from .. import micro
-    from ..micro.training import seeds
-
+    """Calls of the embedded editor on `cases` scenes that no test uses."""
     for seed in seeds(5_000_000, cases):
         case = micro.scenes.sample(seed, size)
         generator = torch.Generator().manual_seed(seed)
@@ -222,7 +223,11 @@ def editor_calls(cases: int, size: int) -> Iterable[dict[str, Any]]:
 
 
 def file_calls(pairs: Path, cases: int) -> Iterable[dict[str, Any]]:
-    """Calls of a --pairs file. ValueError names the first line that is not one."""
+    """Calls from a --pairs file.
+
+    Raises:
+        ValueError: a line that is not a pair; names the line.
+    """
     for number, line in enumerate(pairs.read_text().splitlines()[:cases], 1):
         try:
             pair = json.loads(line)
@@ -234,14 +239,14 @@ def file_calls(pairs: Path, cases: int) -> Iterable[dict[str, Any]]:
 
 
 def train(pipe: Any, calls: Iterable[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
-    """Record, train in both stages and write `options.out`; returns the losses."""
+    """Record trajectories, train both stages and write `options.out`; returns the losses of each stage."""
     torch.manual_seed(options.seed)
     turns = zip(tqdm(list(calls), desc="trajectories"), itertools.cycle(options.steps))
     trajectories = [record(pipe, steps, **call) for call, steps in turns]
     if not trajectories:
         raise ValueError("expected at least one case to train on, got none")
     predictor = lesa.Predictor(options.order, options.experts, options.width)
-    data = pooled(s for t in trajectories for n in options.intervals for s in samples(t, n, options.order))
+    data = average_duplicates(s for t in trajectories for n in options.intervals for s in samples(t, n, options.order))
     if not data:
         raise ValueError(f"expected more steps than {options.steps}, at these intervals nothing is forecast")
     losses = {"ground_truth": ground_truth(predictor, data, options.epochs, options.rate, options.seed)}
@@ -287,8 +292,6 @@ def main(arguments: list[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if options.model == "micro":
-            from .. import micro
-
             pipe, calls = micro.load("kontext", device=device), editor_calls(options.cases, options.size)
         else:
             from diffusers import FluxKontextPipeline

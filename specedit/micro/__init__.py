@@ -6,7 +6,7 @@ image = pipe(image=case.source, prompt=case.prompt, **micro.arguments(case.sourc
 """
 
 from . import scenes
-from .evaluate import arguments, evaluate, mean, summary
-from .load import load
+from .evaluation import arguments, evaluate, mean, summary
+from .loading import STUDENT, load
 
-__all__ = ["arguments", "evaluate", "load", "mean", "scenes", "summary"]
+__all__ = ["STUDENT", "arguments", "evaluate", "load", "mean", "scenes", "summary"]

@@ -1,6 +1,6 @@
-"""The embedded editor's parts, untrained: the architecture of FLUX.1-Kontext with small widths.
+"""Builds an untrained Kontext editor: the architecture of FLUX.1-Kontext with small widths.
 
-Every part is the real class of diffusers or transformers; only configurations are made here.
+Every part is the real class of diffusers or transformers; only the configurations are our own.
 """
 
 import json
@@ -10,37 +10,26 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxTransformer2DModel
 from diffusers.models.resnet import ResnetBlock2D
-from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from .vocabulary import BACKGROUNDS, COLOURS, PHRASES, PLACES, SHAPES, SIZES
+from specedit.micro.kontext import TEXT_TOKENS, CappedTokenizer
+from specedit.micro.vocabulary import BACKGROUNDS, COLOURS, PHRASES, PLACES, SHAPES, SIZES
 
-TEXT_TOKENS = 32  # what the T5 stream is trained with
+from .saving import strip_name_or_path, write_transformers4_config
+
 T5_LAYERS = 3
-AROUND = 8.0  # added to the logit of a token's neighbour, which gets nearly all of the attention by it
-
-
-class CappedTokenizer(PreTrainedTokenizerFast):
-    """A tokenizer that never pads beyond `model_max_length`.
-
-    FluxKontextPipeline pads prompts to `max_sequence_length=512` by default; 480 padding tokens would dwarf
-    this editor's image tokens, and it was never trained to see them.
-    """
-
-    def __call__(self, *args, max_length: int | None = None, **kwargs):
-        if max_length is not None:
-            max_length = min(max_length, self.model_max_length)
-        return super().__call__(*args, max_length=max_length, **kwargs)
+NEIGHBOUR_LOGIT = 8.0  # bias on a neighbour's logit: the neighbour then gets nearly all of the attention
 
 
 def sentences() -> list[str]:
+    """What the tokenizers are trained on: every phrasing, and the vocabulary's words."""
     words = [*COLOURS, *SHAPES, *PLACES, *SIZES, *BACKGROUNDS.values()]
     return [p for group in PHRASES.values() for p in group] + words * 4
 
 
 def _tokenizer(special: dict[str, str], template: str, length: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: every word of the vocabulary is one or two tokens, and any other text still has bytes."""
+    """Byte-level BPE: a word of the vocabulary is one or two tokens, other text falls back to bytes."""
     names = list(special.values())
     tokenizer = Tokenizer(models.BPE(unk_token=special.get("unk_token")))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -53,7 +42,7 @@ def _tokenizer(special: dict[str, str], template: str, length: int) -> PreTraine
     tokenizer.post_processor = processors.TemplateProcessing(
         single=template, special_tokens=[(t, tokenizer.token_to_id(t)) for t in names if t in template]
     )
-    # transformers 4 goes by its own argument, not by the tokenizer's
+    # transformers 4 ignores the tokenizer's own add_prefix_space
     return CappedTokenizer(tokenizer_object=tokenizer, model_max_length=length, add_prefix_space=True, **special)
 
 
@@ -93,22 +82,22 @@ def text_parts() -> tuple[CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel
             eos_token_id=t5_tokenizer.eos_token_id,
         )
     )
-    look_around(t5)
+    attend_to_neighbours(t5)
     return clip, clip_tokenizer, t5, t5_tokenizer
 
 
 @torch.no_grad()
-def look_around(encoder: T5EncoderModel) -> None:
-    """Let two heads of the last block look at the next token and at the one before, in place: where training starts.
+def attend_to_neighbours(encoder: T5EncoderModel) -> None:
+    """Initialise two heads of the last block to attend to the next and to the previous token, in place.
 
-    All blocks share the bias that does it; those whose logits are in the hundreds hardly notice.
+    All blocks share the relative bias that is changed. Blocks whose logits are in the hundreds hardly notice.
     """
     bias = encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight  # (buckets, heads)
     attention = encoder.encoder.block[-1].layer[0].SelfAttention
     size = attention.key_value_proj_dim
     for head, distance in enumerate((1, -1)):
         bucket = attention._relative_position_bucket(torch.tensor(distance), num_buckets=len(bias))
-        bias[bucket, head] += AROUND
+        bias[bucket, head] += NEIGHBOUR_LOGIT
         attention.q.weight[head * size : (head + 1) * size] = 0
 
 
@@ -137,11 +126,11 @@ def autoencoder() -> AutoencoderKL:
 
 @torch.no_grad()
 def start_as_thumbnail(vae: AutoencoderKL) -> None:
-    """Before training, latents 0-2 are the block's mean colour and the decoder interpolates them.
+    """Initialise latents 0-2 as the mean colour of 8 x 8 px, and the decoder as interpolation of them, in place.
 
-    From there training has only detail to learn. Residual branches start at zero, so the path is linear but for the
-    last norm and SiLU of each half. Those are made linear by two constant channels +-K in each signal's group: they fix
-    the group's scale, and their sum gives back the group's mean; an offset of 6 keeps SiLU on its straight part.
+    Training then has only detail to learn. Residual branches start at zero, so that the path is linear except for the
+    last norm and SiLU of each half. Those become linear by two constant channels +-K in each signal's group: they fix
+    the group's scale, and their sum recovers the group's mean. An offset of 6 keeps SiLU on its linear part.
     """
     for module in vae.modules():
         if isinstance(module, ResnetBlock2D):
@@ -169,7 +158,7 @@ def start_as_thumbnail(vae: AutoencoderKL) -> None:
 
 
 def _route(conv: torch.nn.Conv2d, channels: dict[int, int], kernel: torch.Tensor | None = None) -> None:
-    """Let output channel `value` be input channel `key` through `kernel` and nothing else."""
+    """Make output channel `value` the convolution of input channel `key` alone with `kernel`."""
     for source, target in channels.items():
         conv.weight[target] = 0
         conv.weight[target, source] = 1.0 if kernel is None else kernel
@@ -181,7 +170,7 @@ def _straighten(half: torch.nn.Module, shortcut, constants, centre: torch.Tensor
     norm = half.conv_norm_out
     width = norm.num_channels // norm.num_groups
     _route(shortcut, {c: c * width for c in range(3)})
-    pairs = max(1, width // 4)  # enough that a group's standard deviation hardly depends on the image
+    pairs = max(1, width // 4)  # enough to make a group's standard deviation nearly independent of the image
     spread = k * math.sqrt(2 * pairs / width)
     for c in range(3):
         first = c * width
@@ -217,12 +206,12 @@ def transformer() -> FluxTransformer2DModel:
 
 @torch.no_grad()
 def initialise(model: FluxTransformer2DModel) -> None:
-    """adaLN-Zero, and in each block a head that starts out looking at its own reference token."""
+    """adaLN-Zero, and in each block one head that attends to its own reference token, in place."""
     blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
     norms = [getattr(block, name, None) for block in blocks for name in ("norm1", "norm1_context", "norm")]
     zero_modulation([norm.linear for norm in norms if norm is not None])
     zero_modulation([model.norm_out.linear, model.proj_out])
-    look_at_own_place([b.attn for b in blocks], model.config.axes_dims_rope, model.config.attention_head_dim)
+    attend_to_own_reference([b.attn for b in blocks], model.config.axes_dims_rope, model.config.attention_head_dim)
 
 
 @torch.no_grad()
@@ -234,19 +223,19 @@ def zero_modulation(linears: list[torch.nn.Linear]) -> None:
 
 
 @torch.no_grad()
-def look_at_own_place(attentions: list[torch.nn.Module], axes: tuple[int, int, int], head: int) -> None:
-    """Let the first of each block's heads of `head` channels start out looking at its own reference token.
+def attend_to_own_reference(attentions: list[torch.nn.Module], axes: tuple[int, int, int], head: int) -> None:
+    """Initialise the first head (`head` channels) of each block to attend to its own reference token, in place.
 
-    With constant q and k the rotary logit is sum_f w_f cos(theta_f * offset), which peaks at offset zero. Turning
-    k by one step along axis 0 moves that peak to the reference (id 1). It is only a starting point: everything
-    stays trainable; it spares training the search for the copy mechanism.
+    With constant q and k the rotary logit is sum_f w_f cos(theta_f * offset), which peaks at offset zero. Rotating k by
+    one step along axis 0 moves that peak to the reference (id 1). Everything stays trainable; the initialisation
+    saves training the search for the copy mechanism.
     """
-    # The fastest rotary pairs resolve single tokens; two more of each spatial axis tell periods apart.
+    # The fastest rotary pairs resolve single tokens; two slower ones of each spatial axis resolve their periods.
     pairs = [0, *(axes[0] // 2 + i for i in range(3)), *((axes[0] + axes[1]) // 2 + i for i in range(3))]
     query, key = torch.zeros(head), torch.zeros(head)
     for pair in pairs:
         query[2 * pair] = key[2 * pair] = 1.0
-    key[0], key[1] = math.cos(-1.0), math.sin(-1.0)  # theta_0 = 1: rotating by id 1 brings it back onto the query
+    key[0], key[1] = math.cos(-1.0), math.sin(-1.0)  # theta_0 = 1: rotation by id 1 aligns it with the query
     strong = query.repeat_interleave(1).clone()
     strong[1::2] = strong[::2]
     for attention in attentions:
@@ -289,75 +278,16 @@ def kontext(seed: int = 0) -> FluxKontextPipeline:
     return pipe
 
 
-def load(folder: Path, **kwargs) -> FluxKontextPipeline:
-    """Read an editor from a directory that `save` wrote; `kwargs` go to `from_pretrained`."""
-    tokenizers = {
-        name: CappedTokenizer.from_pretrained(folder / name, local_files_only=True)
-        for name in ("tokenizer", "tokenizer_2")
-    }
-    parts = tokenizers | nested_clip(folder / "text_encoder", kwargs.get("torch_dtype"))
-    pipe = FluxKontextPipeline.from_pretrained(folder, local_files_only=True, **parts, **kwargs)
-    pipe.vae.to(memory_format=torch.channels_last)  # faster convolutions on a CPU
-    return pipe
-
-
-def nested_clip(folder: Path, dtype: torch.dtype | None) -> dict[str, CLIPTextModel]:
-    """`text_encoder`, where CLIPTextModel holds its parts in `text_model`, as it does before transformers 5, and the
-    file names them without; else nothing, and the pipeline reads it."""
-    with torch.device("meta"):
-        names = CLIPTextModel(CLIPTextConfig.from_pretrained(folder)).state_dict()
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        flat = not any(name.startswith("text_model.") for name in file.keys())  # noqa: SIM118
-    if not (flat and any(name.startswith("text_model.") for name in names)):
-        return {}
-    mapping = {r"^(?!text_model\.)": "text_model."}
-    return {
-        "text_encoder": CLIPTextModel.from_pretrained(
-            folder, local_files_only=True, key_mapping=mapping, torch_dtype=dtype or torch.float32
-        )
-    }
-
-
 def save(pipe: FluxKontextPipeline, folder: Path) -> None:
     """Write an editor in half precision."""
     dtype = pipe.transformer.dtype
     pipe.to(dtype=torch.float16)
     pipe.save_pretrained(folder, safe_serialization=True)
     pipe.to(dtype=dtype)
-    index = folder / "model_index.json"  # the class above is not in transformers; any reader can use its plain parent
+    index = folder / "model_index.json"  # CappedTokenizer is not in transformers; its parent is
     parts = json.loads(index.read_text())
     for name in ("tokenizer", "tokenizer_2"):
         parts[name] = ["transformers", "PreTrainedTokenizerFast"]
     index.write_text(json.dumps(parts, indent=2) + "\n")
-    forget_origin(folder)
-    write_for_both(folder)
-
-
-def forget_origin(folder: Path) -> None:
-    """Take the directory out that a pipeline was once read from, which diffusers writes into every configuration."""
-    for file in (folder / "model_index.json", *folder.glob("*/config.json")):
-        written = json.loads(file.read_text())
-        if written.pop("_name_or_path", None) is not None:
-            file.write_text(json.dumps(written, indent=2) + "\n")
-
-
-def write_for_both(folder: Path) -> None:
-    """Say what transformers 5 alone would read in the words of transformers 4, which both read."""
-    for file in folder.glob("*/tokenizer_config.json"):
-        written = json.loads(file.read_text())
-        if isinstance(written.get("extra_special_tokens"), list):
-            written["additional_special_tokens"] = written.pop("extra_special_tokens")
-        words = json.loads((file.parent / "tokenizer.json").read_text())["pre_tokenizer"]
-        written["add_prefix_space"] = bool(words.get("add_prefix_space"))
-        file.write_text(json.dumps(written, indent=2) + "\n")
-    for file in folder.glob("processor/preprocessor_config.json"):
-        written = json.loads(file.read_text())
-        written |= dict(min_pixels=written["size"]["shortest_edge"], max_pixels=written["size"]["longest_edge"])
-        file.write_text(json.dumps(written, indent=2) + "\n")
-    for file in folder.glob("text_encoder/config.json"):
-        written = json.loads(file.read_text())
-        text = written.get("text_config", {})
-        if (rope := text.pop("rope_parameters", None)) is not None:
-            text["rope_theta"] = rope.pop("rope_theta")
-            text["rope_scaling"] = rope
-            file.write_text(json.dumps(written, indent=2) + "\n")
+    strip_name_or_path(folder)
+    write_transformers4_config(folder)

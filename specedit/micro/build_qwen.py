@@ -1,13 +1,12 @@
-"""The embedded Qwen editor's parts, untrained: the architecture of Qwen-Image-Edit with small widths.
+"""Builds an untrained Qwen editor: the architecture of Qwen-Image-Edit with small widths.
 
-Every part is the real class of diffusers or transformers, but for the two of `qwen_pipeline`.
+Every part is the real class of diffusers or transformers, except the two of `specedit.micro.pipelines`.
 """
 
 import copy
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
@@ -21,17 +20,19 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from .build import forget_origin, look_at_own_place, sentences, write_for_both, zero_modulation
-from .qwen_pipeline import OwnSizeQwenImageEditPipeline, PictureProcessor, Qwen2VLImageProcessor
+from specedit.micro.pipelines import OwnSizeQwenImageEditPipeline, PictureProcessor, Qwen2VLImageProcessor
+
+from .build import attend_to_own_reference, sentences, zero_modulation
+from .saving import strip_name_or_path, write_transformers4_config
 
 WIDTH = 192  # of the text model
-HEADS = 4  # of the transformer, of 64 channels: its width is the other editor's
+HEADS = 4  # of 64 channels: the transformer is as wide as the Kontext editor's
 SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
     "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
-# How Qwen2's tokenizer cuts text before merging. With it the system prompt is 64 words, as many tokens as the pipeline
-# leaves out of the prompt's embeddings.
+# Qwen2's pre-tokenizer. It splits the system prompt into 64 words, as many tokens as the pipeline drops from the
+# prompt's embeddings.
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -41,19 +42,19 @@ SYSTEM = (
     "user's requirements while maintaining consistency with the original input where appropriate.",
     "user\n", "assistant\n",
 )  # fmt: skip
-# The encoder sees a picture of about 56 x 56 px, 4 tokens: the transformer sees it all, and words are what is missing.
+# The encoder sees images at about 56 x 56 px, 4 tokens. It is there for the words; the transformer sees the image.
 VISION_PIXELS = 4 * 28 * 28
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE with Qwen2's cuts: every word of the scenes and the system prompt is a token, all else bytes."""
+    """Byte-level BPE with Qwen2's splits: words of the scenes and the system prompt are one token, others bytes."""
     words = Tokenizer(models.BPE())
     words.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(WORDS), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
     )
     words.decoder = decoders.ByteLevel()
     known = sentences()
-    spaced = [f" {text}" for text in known]  # the first word of a prompt has no space before it, others do
+    spaced = [f" {text}" for text in known]  # only the first word of a prompt has no space before it
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=4000, initial_alphabet=alphabet, show_progress=False, min_frequency=1)
     words.train_from_iterator([*known, *spaced, *SYSTEM], trainer)
@@ -80,8 +81,8 @@ def text_parts() -> tuple[Qwen2_5_VLForConditionalGeneration, PreTrainedTokenize
             spatial_merge_size=2, fullatt_block_indexes=[0],
         ),
         image_token_id=number("<|image_pad|>"), video_token_id=number("<|video_pad|>"),
-        # transformers 4 gives a picture's tokens rows and columns where this one stands, transformers 5 only with
-        # `mm_token_type_ids`, which the pipeline does not pass: without it they stand in line with the words in both.
+        # After this token transformers 4 numbers image tokens by row and column; transformers 5 needs
+        # `mm_token_type_ids` for it, which the pipeline does not pass. With -1 both number them in line with the words.
         vision_start_token_id=-1, vision_end_token_id=number("<|vision_end|>"),
         vocab_size=len(words), hidden_size=WIDTH, tie_word_embeddings=True,
     )  # fmt: skip
@@ -90,7 +91,7 @@ def text_parts() -> tuple[Qwen2_5_VLForConditionalGeneration, PreTrainedTokenize
 
 
 def autoencoder() -> AutoencoderKLQwenImage:
-    """8x down, 16 latent channels, four levels. It never sees more than one frame, so no level halves time."""
+    """8x down, 16 latent channels, four levels. It has single frames only, so no level downsamples time."""
     model = AutoencoderKLQwenImage(
         base_dim=16,
         z_dim=16,
@@ -106,15 +107,15 @@ def autoencoder() -> AutoencoderKLQwenImage:
 
 @torch.no_grad()
 def start_as_thumbnail(vae: AutoencoderKLQwenImage, k: float = 6.0) -> None:
-    """Before training, latents 0-2 are the block's mean colour and the decoder interpolates them.
+    """Initialise latents 0-2 as the mean colour of 8 x 8 px, and the decoder as interpolation of them, in place.
 
-    As for the other editor's autoencoder: residual branches start at zero, and the last norm and SiLU of each half are
-    made linear. Here every signal travels with its negative, since silu(x) - silu(-x) = x, and two channels that are
-    always `k` fix the root mean square that the norm divides by.
+    As in the Kontext editor's autoencoder, residual branches start at zero and the last norm and SiLU of each half are
+    made linear. Here each signal is paired with its negative, since silu(x) - silu(-x) = x, and two constant channels
+    `k` fix the root mean square that the norm divides by.
     """
     for module in vae.modules():
         if isinstance(module, QwenImageCausalConv3d):
-            module.weight[:, :, :-1] = 0  # frames before the first are zeros and teach these weights nothing
+            module.weight[:, :, :-1] = 0  # these taps see zero-padded frames only and get no gradient
         if isinstance(module, QwenImageResidualBlock):
             module.conv2.weight.zero_()
             module.conv2.bias.zero_()
@@ -151,16 +152,17 @@ def start_as_thumbnail(vae: AutoencoderKLQwenImage, k: float = 6.0) -> None:
 
 
 def _route(conv: nn.Module, channels: dict[int, int], kernel: torch.Tensor | None = None) -> None:
-    """Let output channel `key` be input channel `value` through `kernel` and nothing else."""
+    """Make output channel `key` the convolution of input channel `value` alone with `kernel`."""
     for target, source in channels.items():
         conv.weight[target] = 0
         conv.bias[target] = 0
         here = conv.weight[target, source]
-        here = here[-1] if here.ndim == 3 else here  # the last tap in time is this frame's
+        here = here[-1] if here.ndim == 3 else here  # the last tap in time is the current frame's
         here.copy_(torch.ones_like(here) if kernel is None else kernel)
 
 
 def _constant(conv: nn.Module, k: float) -> None:
+    """Make output channels 6 and 7 the constant `k`."""
     conv.weight[6:8] = 0
     conv.bias[6:8] = k
 
@@ -184,7 +186,7 @@ def transformer() -> QwenImageTransformer2DModel:
     zero_modulation([b.img_mod[1] for b in model.transformer_blocks])
     zero_modulation([b.txt_mod[1] for b in model.transformer_blocks])
     zero_modulation([model.norm_out.linear, model.proj_out])
-    look_at_own_place([b.attn for b in model.transformer_blocks], model.config.axes_dims_rope, 64)
+    attend_to_own_reference([b.attn for b in model.transformer_blocks], model.config.axes_dims_rope, 64)
     return model
 
 
@@ -213,21 +215,15 @@ def qwen(seed: int = 0) -> OwnSizeQwenImageEditPipeline:
     return OwnSizeQwenImageEditPipeline(scheduler=scheduler(), tokenizer=words, processor=processor, **parts)
 
 
-def load(folder: Path, **kwargs: Any) -> OwnSizeQwenImageEditPipeline:
-    """An editor that `save` wrote."""
-    processor = PictureProcessor.from_pretrained(Path(folder) / "processor", local_files_only=True)
-    return OwnSizeQwenImageEditPipeline.from_pretrained(folder, local_files_only=True, processor=processor, **kwargs)
-
-
 def save(pipe: OwnSizeQwenImageEditPipeline, folder: Path) -> None:
     """Write an editor in half precision."""
     parts = dict(pipe.components)
     for name, part in parts.items():
-        if isinstance(part, nn.Module):  # copies: rotary frequencies would not come back from half precision
+        if isinstance(part, nn.Module):  # a copy, since half precision would round the rotary frequencies
             parts[name] = copy.deepcopy(part).half()
     type(pipe)(**parts).save_pretrained(folder, safe_serialization=True)
     parts["processor"].save_pretrained(Path(folder) / "processor")
-    index = Path(folder) / "model_index.json"  # the two classes of our own are not in the libraries; their parents are
+    index = Path(folder) / "model_index.json"  # our two classes are not in the libraries; their parents are
     written = json.loads(index.read_text())
     written["_class_name"] = "QwenImageEditPipeline"
     written |= {
@@ -235,5 +231,5 @@ def save(pipe: OwnSizeQwenImageEditPipeline, folder: Path) -> None:
         "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
     }
     index.write_text(json.dumps(written, indent=2) + "\n")
-    forget_origin(Path(folder))
-    write_for_both(Path(folder))
+    strip_name_or_path(Path(folder))
+    write_transformers4_config(Path(folder))

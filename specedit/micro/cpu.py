@@ -1,8 +1,7 @@
-"""What makes a CPU faster: for training attention as two matrix products, memory that the process keeps, and the
-precision in which this CPU multiplies faster; for everyone pictures whose channels lie side by side.
+"""Faster training on a CPU: attention as matrix products, memory kept by the process, and the faster precision.
 
-`scaled_dot_product_attention` on a CPU takes longer over its gradient than the matrix products that it is made of, and
-an allocator that gives every large tensor back to the system pays for fresh pages in every step.
+The backward pass of a CPU's `scaled_dot_product_attention` is slower than the matrix products that it consists of.
+An allocator that returns large tensors to the system pays for fresh pages at every step.
 """
 
 import ctypes
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
@@ -24,10 +23,10 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 
 
 class PlainAttention(TorchFunctionMode):
-    """Within this context `scaled_dot_product_attention` is softmax(q k^T / sqrt(d)) v, products and softmax apart.
+    """Replaces `scaled_dot_product_attention` by softmax(q k^T / sqrt(d)) v inside the context.
 
-    Only what training asks for: q, k and v, by position or name. Calls with a mask, causal or not, with dropout, a
-    scale of their own or grouped heads go where they went before.
+    Only calls with plain q, k and v, by position or name. Calls with a mask, causality, dropout, a scale or grouped
+    heads are passed on unchanged.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None) -> Any:
@@ -47,7 +46,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @contextmanager
 def fast(device: str) -> Iterator[None]:
-    """Attention as products within this context, on a CPU; from then on the process keeps its memory, under glibc."""
+    """On a CPU, `PlainAttention` inside the context; under glibc the process keeps freed memory from then on."""
     if torch.device(device).type != "cpu":
         yield
         return
@@ -59,29 +58,15 @@ def fast(device: str) -> Iterator[None]:
         yield
 
 
-@torch.no_grad()
-def channels_last(module: nn.Module) -> None:
-    """Let the 3-D convolutions of `module` lay out pictures with the channels last, in place; values stay.
-
-    The norm over the channels that stands before each of Qwen-Image's convolutions reads them one after the other then.
-    A convolution of oneDNN's lays out its result as its weight is, so the weights are all there is to change. An
-    autoencoder of 2-D ones was no faster for it.
-    """
-    for parameter in module.parameters():
-        if parameter.ndim == 5:
-            parameter.data = parameter.contiguous(memory_format=torch.channels_last_3d)
-
-
 def autocast(device: str) -> torch.autocast:
-    """Training's precision: bfloat16, but float32 on a CPU that multiplies matrices faster in it, as one without
-    bfloat16 instructions does."""
+    """Autocast to bfloat16, disabled on a CPU where float32 is faster, such as one without bfloat16 instructions."""
     kind = torch.device(device).type
     return torch.autocast(kind, torch.bfloat16, enabled=kind != "cpu" or bfloat16_is_faster())
 
 
 @cache
 def bfloat16_is_faster(clock: Callable[[], float] = time.perf_counter) -> bool:
-    """Whether a linear layer of about the editor's size takes less time in bfloat16 than in float32 here, measured."""
+    """Whether a linear layer of about the editor's size is measured to be faster in bfloat16 than in float32."""
     fastest = {}
     for dtype in (torch.float32, torch.bfloat16):
         x, weight = torch.ones(1024, 256, dtype=dtype), torch.ones(1024, 256, dtype=dtype)

@@ -1,12 +1,12 @@
-"""Distils the embedded editor into a few-step student: a LoRA that `load_lora_weights` takes.
+"""Distils the embedded Kontext editor into a few-step student: a LoRA for `load_lora_weights`.
 
     pip install "specedit[distil]"
     python -m specedit.micro.distil [--out DIR] [--minutes 60]
 
-One step of the student covers several of the teacher's: from a noised target x at sigma_i, the teacher (the editor
-itself, without the LoRA) takes `substeps` Euler steps to sigma_{i+1}, and the student's velocity at sigma_i is trained
-to get there in one: v = (x_teacher - x) / (sigma_{i+1} - sigma_i). That is progressive distillation (Salimans and Ho,
-arXiv 2202.00512) in a single round, for the sigmas that the student will run.
+One student step covers several teacher steps. From a noised target x at sigma_i, the teacher (the editor without the
+LoRA) takes `substeps` Euler steps to sigma_{i+1}. The student's velocity at sigma_i is trained to get there in one:
+v = (x_teacher - x) / (sigma_{i+1} - sigma_i). This is one round of progressive distillation (Salimans and Ho, arXiv
+2202.00512) for the sigmas that the student will run.
 """
 
 from __future__ import annotations
@@ -24,23 +24,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..schedule import stage_sigmas
-from . import scenes
-from .family_kontext import text, velocity_at
-from .load import WEIGHTS as EDITORS
-from .load import load
-from .train_editor import Batch, encode, token_weights
-from .training import descend, seeds
+from specedit.micro import STUDENT, load, scenes
+from specedit.micro.family_kontext import text, velocity_at
+from specedit.micro.train_editor import Batch, encode, token_weights
+from specedit.micro.training import descend, seeds
+from specedit.schedule import stage_sigmas
 
-WEIGHTS = EDITORS / "kontext-lightning"
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "net.0.proj",
            "net.2", "proj_mlp", "proj_out"]  # fmt: skip
-GUIDANCE = 3.5  # the pipeline's default, which the student is run with
+GUIDANCE = 3.5  # FluxKontextPipeline's default
 SIZES = {(64, 64): 16, (128, 128): 8, (256, 256): 2}
 
 
 def add_lora(transformer: Any, rank: int) -> list[Tensor]:
-    """Put a fresh LoRA on the blocks' matrices; returns its parameters, the only ones that learn.
+    """Add a new LoRA to the blocks' linear layers; returns its parameters, the only trainable ones.
 
     Raises:
         ImportError: peft is not installed.
@@ -66,7 +63,7 @@ def velocity(pipe: Any, batch: Batch, x: Tensor, sigma: float, prompt: tuple[Ten
 
 @torch.no_grad()
 def target(pipe: Any, batch: Batch, x: Tensor, start: float, end: float, substeps: int, prompt: Any) -> Tensor:
-    """The constant velocity that takes x from `start` to where the teacher arrives at `end`."""
+    """The constant velocity from x at `start` to the teacher's result at `end`."""
     pipe.transformer.disable_adapters()
     try:
         state = x
@@ -79,7 +76,7 @@ def target(pipe: Any, batch: Batch, x: Tensor, start: float, end: float, substep
 
 
 def loss_of(pipe: Any, batch: Batch, step: int, options: argparse.Namespace) -> Tensor:
-    """Student against teacher at one of the steps, relative to the velocity; edited tokens count more."""
+    """Squared error of the student at one step, relative to the teacher's velocity, with `token_weights`."""
     sigmas = stage_sigmas(pipe.scheduler, batch.target.shape[1], 1.0, 0.0, options.student_steps).tolist()
     start, end = sigmas[step], sigmas[step + 1]
     with torch.no_grad():
@@ -92,7 +89,7 @@ def loss_of(pipe: Any, batch: Batch, step: int, options: argparse.Namespace) -> 
 
 
 def batches(pipe: Any, options: argparse.Namespace) -> Iterator[Batch]:
-    """Scenes that no test uses, in sizes up to `largest`."""
+    """Endless batches of scenes that no test uses, in sizes up to `largest`."""
     rng, drawn = random.Random(options.seed), 10_000_000
     sizes = [size for size in SIZES if max(size) <= options.largest]
     while True:
@@ -102,7 +99,7 @@ def batches(pipe: Any, options: argparse.Namespace) -> Iterator[Batch]:
 
 
 def train(pipe: Any, options: argparse.Namespace) -> list[float]:
-    """Distil until the time or the updates are used up, and write the LoRA; returns the losses."""
+    """Distil for `minutes` or `updates`, whichever ends first, and write the LoRA; returns the losses."""
     torch.manual_seed(options.seed)
     for part in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
         part.eval().requires_grad_(False)
@@ -125,7 +122,7 @@ def train(pipe: Any, options: argparse.Namespace) -> list[float]:
 
 
 def save(pipe: Any, options: argparse.Namespace, losses: list[float]) -> None:
-    """Write the LoRA as `load_lora_weights` reads it, and what it was trained for beside it."""
+    """Write the LoRA for `load_lora_weights`, and its settings to `student.json` next to it."""
     from peft import get_peft_model_state_dict
 
     layers = {name: value.half() for name, value in get_peft_model_state_dict(pipe.transformer).items()}
@@ -136,11 +133,11 @@ def save(pipe: Any, options: argparse.Namespace, losses: list[float]) -> None:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="specedit.micro.distil", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder of the LoRA (default: the package's own)")
+    parser.add_argument("--out", type=Path, default=STUDENT, help="folder of the LoRA (default: the package's own)")
     parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--updates", type=int, help="stop after this many updates, if that is sooner")
+    parser.add_argument("--updates", type=int, help="stop after this many updates at the latest")
     parser.add_argument("--student-steps", type=int, default=8)
-    parser.add_argument("--substeps", type=int, default=4, help="steps of the teacher for one of the student")
+    parser.add_argument("--substeps", type=int, default=4, help="teacher steps per student step")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--largest", type=int, default=256, help="longest side in px")

@@ -1,4 +1,4 @@
-"""What the trainer and the evaluation must know of a kind of editor: a table of functions, one for each pipeline."""
+"""What the trainer needs to know of a kind of editor."""
 
 from __future__ import annotations
 
@@ -8,74 +8,46 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from specedit.micro.editors import Editor
+
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of editor. `features` is whatever `text` makes and `velocity` takes: only the family looks into it.
+    """The training half of one kind of editor, as a table of functions.
 
-    build(seed), load(folder, **kwargs), save(pipe, folder): the pipeline. flat(vae): the autoencoder as one of pictures
-    (B, 3, H, W) without a time axis. latents(vae, images): normalised latents (B, 16, H/8, W/8) float32.
-    set_statistics(vae, latents): write what `latents` normalises by. text_modules(pipe): what is trained beside the
-    transformer. look(pipe, images): what the text encoder sees of pictures (B, 3, H, W) in 0..1, None if nothing.
-    text(pipe, prompts, seen, device): features as the pipeline makes them, with gradients; seen=None: no pictures.
-    readings(features): tensors (B, D) or (B, n, D) that should each tell what the prompt says, of `widths(pipe)`.
-    velocity(pipe, x, source, grid, sigma, features, at, **draw): the transformer's output (B, N, C) for packed tokens,
-    which are those `at` (N,) of the grid, None for all.
-    asked_blocks(transformer): the blocks that the questions read, early, middle and late; the early one is the last of
-    the first `train_ask.DEPTH`. empty: share of training prompts that are left empty, for guidance.
-    arguments(image): of the pipeline's call. passes(pipe, case, call): the length of the sequence of each of a step's
-    transformer calls. default_steps: the stock pipeline's own.
+    `features` is whatever `text` returns and `velocity` takes: only the family looks into it.
+
+    Attributes:
+        editor: its runtime half: name, pipeline class, loader.
+        build: of a seed, an untrained pipeline.
+        save: of (pipe, folder), writes the pipeline in half precision.
+        flat: of the autoencoder, one for images (B, 3, H, W) without a time axis.
+        latents: of (vae, images), normalised latents (B, 16, H/8, W/8) float32.
+        set_statistics: of (vae, latents), writes what `latents` normalises by.
+        text_modules: of the pipeline, what is trained besides the transformer.
+        encode_image: of (pipe, images (B, 3, H, W) in 0..1), the text encoder's image input; None if it has none.
+        text: of (pipe, prompts, vision, device), features as the pipeline computes them, with gradients. `vision` is
+            `encode_image`'s result, or None for text alone.
+        probe_inputs: of features, tensors (B, D) or (B, n, D) from which the prompt should be readable.
+        probe_widths: of the pipeline, the D of each of those.
+        velocity: of (pipe, x, source, grid, sigma, features, at, **draw), the transformer's output (B, N, C) for packed
+            tokens. They are the tokens `at` (N,) of the grid, or all of them for None.
+        probed_blocks: of the transformer, an early, a middle and a late block. The early one is the last of the first
+            `train_probes.DEPTH`.
+        empty_prompts: share of training prompts replaced by an empty one, for guidance.
     """
 
-    name: str
-    pipeline: type
+    editor: Editor
     build: Callable[[int], Any]
-    load: Callable[..., Any]
     save: Callable[..., None]
     flat: Callable[[nn.Module], Any]
     latents: Callable[[nn.Module, Tensor], Tensor]
     set_statistics: Callable[[nn.Module, Tensor], None]
     text_modules: Callable[[Any], list[nn.Module]]
-    look: Callable[[Any, Tensor], Any]
+    encode_image: Callable[[Any, Tensor], Any]
     text: Callable[..., Any]
-    readings: Callable[[Any], tuple[Tensor, ...]]
-    widths: Callable[[Any], tuple[int, ...]]
+    probe_inputs: Callable[[Any], tuple[Tensor, ...]]
+    probe_widths: Callable[[Any], tuple[int, ...]]
     velocity: Callable[..., Tensor]
-    asked_blocks: Callable[[nn.Module], tuple[nn.Module, nn.Module, nn.Module]]
-    arguments: Callable[..., dict[str, Any]]
-    passes: Callable[..., list[int]]
-    default_steps: int
-    empty: float = 0.0
-
-
-def families() -> tuple[Family, ...]:
-    """All of them."""
-    from .family_kontext import KONTEXT
-    from .family_qwen import QWEN
-
-    return KONTEXT, QWEN
-
-
-def named(name: str) -> Family:
-    """The family "kontext" or "qwen".
-
-    Raises:
-        ValueError: another name.
-    """
-    for family in families():
-        if family.name == name:
-            return family
-    raise ValueError(f'name: expected "kontext" or "qwen", got {name!r}')
-
-
-def of(pipe: Any) -> Family:
-    """The family of a pipeline.
-
-    Raises:
-        TypeError: it is of neither.
-    """
-    for family in families():
-        if isinstance(pipe, family.pipeline):
-            return family
-    known = " or ".join(family.pipeline.__name__ for family in families())
-    raise TypeError(f"pipe: expected a {known}, got {type(pipe).__name__}")
+    probed_blocks: Callable[[nn.Module], tuple[nn.Module, nn.Module, nn.Module]]
+    empty_prompts: float = 0.0

@@ -1,13 +1,14 @@
-"""The embedded FLUX-Kontext editor, as trainer and evaluation see it."""
+"""The embedded FLUX-Kontext editor for the trainer."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from diffusers import FluxKontextPipeline
-from PIL import Image
 from torch import Tensor, nn
+
+from specedit.micro import editors
+from specedit.micro.kontext import TEXT_TOKENS
 
 from . import build
 from .family import Family
@@ -32,9 +33,9 @@ def ids(grid: tuple[int, int], image: int, device: str) -> Tensor:
     return torch.stack([torch.full_like(rows, image), rows, columns], -1).reshape(-1, 3)
 
 
-def text(pipe: Any, prompts: list[str], seen: None, device: str) -> tuple[Tensor, Tensor]:
-    """Prompt features as FluxKontextPipeline.encode_prompt makes them, with gradients: T5's tokens, CLIP's pooled."""
-    padded = dict(padding="max_length", truncation=True, max_length=build.TEXT_TOKENS, return_tensors="pt")
+def text(pipe: Any, prompts: list[str], vision: None, device: str) -> tuple[Tensor, Tensor]:
+    """T5's tokens and CLIP's pooled prompt, as FluxKontextPipeline.encode_prompt computes them, with gradients."""
+    padded = dict(padding="max_length", truncation=True, max_length=TEXT_TOKENS, return_tensors="pt")
     words = pipe.tokenizer_2(prompts, **padded).input_ids.to(device)
     pooled = pipe.text_encoder(pipe.tokenizer(prompts, **padded).input_ids.to(device)).pooler_output
     return pipe.text_encoder_2(words)[0], pooled
@@ -44,7 +45,7 @@ def velocity(
     pipe: Any, x: Tensor, source: Tensor, grid: tuple[int, int], sigma: Tensor, features: tuple[Tensor, Tensor],
     at: Tensor | None = None, **draw,
 ) -> Tensor:  # fmt: skip
-    """At a distilled guidance drawn from 1 to 5 by `draw`, the arguments of torch.rand."""
+    """The transformer's output (B, N, C) at a distilled guidance drawn from 1 to 5. `draw`: arguments of torch.rand."""
     guidance = 1 + 4 * torch.rand(len(x), **{"device": x.device} | draw)
     return velocity_at(pipe, x, source, grid, sigma, features, guidance.to(x.device), at)
 
@@ -68,35 +69,18 @@ def velocity_at(
     )[0][:, : x.shape[1]]
 
 
-def arguments(image: Image.Image) -> dict[str, Any]:
-    """By default FluxKontextPipeline resizes to about one megapixel and pads prompts to 512 tokens."""
-    width, height = (side // 16 * 16 for side in image.size)
-    return dict(
-        height=height, width=width, max_area=height * width, _auto_resize=False, max_sequence_length=build.TEXT_TOKENS
-    )
-
-
-def passes(pipe: Any, case: Any, call: dict[str, Any]) -> list[int]:
-    return [2 * (case.source.width // 16) * (case.source.height // 16) + build.TEXT_TOKENS]
-
-
 KONTEXT = Family(
-    name="kontext",
-    pipeline=FluxKontextPipeline,
+    editor=editors.KONTEXT,
     build=build.kontext,
-    load=build.load,
     save=build.save,
     flat=lambda vae: vae,
     latents=latents,
     set_statistics=set_statistics,
     text_modules=lambda pipe: [pipe.text_encoder, pipe.text_encoder_2],
-    look=lambda pipe, images: None,
+    encode_image=lambda pipe, images: None,
     text=text,
-    readings=lambda features: features,
-    widths=lambda pipe: (pipe.text_encoder_2.config.d_model, pipe.text_encoder.config.hidden_size),
+    probe_inputs=lambda features: features,
+    probe_widths=lambda pipe: (pipe.text_encoder_2.config.d_model, pipe.text_encoder.config.hidden_size),
     velocity=velocity,
-    asked_blocks=lambda model: (model.transformer_blocks[-1], *model.single_transformer_blocks[1:4:2]),
-    arguments=arguments,
-    passes=passes,
-    default_steps=28,
+    probed_blocks=lambda model: (model.transformer_blocks[-1], *model.single_transformer_blocks[1:4:2]),
 )

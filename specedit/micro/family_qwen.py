@@ -1,4 +1,4 @@
-"""The embedded Qwen editor, as trainer and evaluation see it."""
+"""The embedded Qwen editor for the trainer."""
 
 from __future__ import annotations
 
@@ -9,25 +9,24 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from diffusers import QwenImageEditPipeline
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from PIL import Image
 from torch import Tensor, nn
 
-from ..one_frame import OneFrame
+from specedit.micro import editors
+from specedit.one_frame import OneFrame
+
 from . import build_qwen
 from .family import Family
 
-EMPTY_PROMPT = " "
-TRUE_CFG_SCALE = 2.0  # a task has one right answer: guidance sharpens what is known of it, and more overshoots
-ENDING = 5  # tokens after the prompt, <|im_end|> \n <|im_start|> assistant \n: in a causal model they know all of it
+ENDING = 5  # tokens after the prompt, <|im_end|> \n <|im_start|> assistant \n: they attend to all of it
 
 
 class FlatAutoencoder:
-    """AutoencoderKLQwenImage for pictures without a time axis, (B, 3, H, W), and without its clamp, which has no slope.
+    """AutoencoderKLQwenImage for images (B, 3, H, W) without a time axis.
 
-    Taps in time that meet nothing but zeros are skipped.
+    The decoder's clamp is left out, since it has no gradient, and convolution taps over zero-padded frames are skipped.
     """
 
     def __init__(self, vae: nn.Module):
@@ -61,24 +60,25 @@ def set_statistics(vae: nn.Module, latent: Tensor) -> None:
     )
 
 
-def look(pipe: Any, images: Tensor) -> dict[str, Tensor]:
-    """What the processor makes of the pictures; they are resized by it as in the pipeline."""
+def encode_image(pipe: Any, images: Tensor) -> dict[str, Tensor]:
+    """`pixel_values` and `image_grid_thw` of images (B, 3, H, W) in 0..1, resized as in the pipeline."""
     pictures = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return pipe.processor.look([Image.fromarray(picture) for picture in pictures])
 
 
-def text(pipe: Any, prompts: list[str], seen: dict[str, Tensor] | None, device: str) -> tuple[Tensor, Tensor]:
-    """Prompt features (B, L, D) and mask (B, L) bool, as the pipeline's encode_prompt makes them, with gradients."""
+def text(pipe: Any, prompts: list[str], vision: dict[str, Tensor] | None, device: str) -> tuple[Tensor, Tensor]:
+    """Prompt features (B, L, D) and mask (B, L) bool, as the pipeline's encode_prompt computes them, with gradients."""
     template = pipe.prompt_template_encode
-    if seen is None:
+    if vision is None:
         template = template.replace(pipe.processor.image_token, "")
-    inputs = pipe.processor.join([template.format(prompt) for prompt in prompts], seen or {}).to(device)
+    inputs = pipe.processor.join([template.format(prompt) for prompt in prompts], vision or {}).to(device)
     start = pipe.prompt_template_encode_start_idx
     hidden = pipe.text_encoder.model(**inputs).last_hidden_state
     return hidden[:, start:], inputs["attention_mask"][:, start:].bool()
 
 
-def readings(features: tuple[Tensor, Tensor]) -> tuple[Tensor]:
+def probe_inputs(features: tuple[Tensor, Tensor]) -> tuple[Tensor]:
+    """The last `ENDING` tokens (B, ENDING, D) of each prompt."""
     embeds, mask = features
     last = mask.sum(1, keepdim=True) - ENDING + torch.arange(ENDING, device=mask.device)
     return (embeds.gather(1, last[..., None].expand(-1, -1, embeds.shape[2])),)
@@ -92,7 +92,7 @@ def velocity(
     more = {}
     if "txt_seq_lens" in inspect.signature(pipe.transformer.forward).parameters:  # diffusers before 0.37
         more["txt_seq_lens"] = mask.sum(1).tolist()
-    with at_places(pipe.transformer, grid, at):
+    with at_tokens(pipe.transformer, grid, at):
         return pipe.transformer(
             hidden_states=torch.cat([x, source], 1),
             encoder_hidden_states=embeds,
@@ -105,8 +105,8 @@ def velocity(
 
 
 @contextlib.contextmanager
-def at_places(transformer: nn.Module, grid: tuple[int, int], at: Tensor | None) -> Iterator[None]:
-    """Inside, target and reference are the tokens `at` (n,) of their grids: of the positions only those are given."""
+def at_tokens(transformer: nn.Module, grid: tuple[int, int], at: Tensor | None) -> Iterator[None]:
+    """Inside, the transformer gets the positions of the tokens `at` (n,) of target and reference only."""
     if at is None:
         yield
         return
@@ -118,41 +118,19 @@ def at_places(transformer: nn.Module, grid: tuple[int, int], at: Tensor | None) 
         hook.remove()
 
 
-def arguments(image: Image.Image) -> dict[str, Any]:
-    """The picture's own size, and true guidance against an empty prompt."""
-    width, height = (side // 16 * 16 for side in image.size)
-    return dict(height=height, width=width, negative_prompt=EMPTY_PROMPT, true_cfg_scale=TRUE_CFG_SCALE)
-
-
-def passes(pipe: Any, case: Any, call: dict[str, Any]) -> list[int]:
-    """Target, reference and each prompt's own tokens."""
-    prompts = [case.prompt]
-    if call.get("negative_prompt") is not None and call.get("true_cfg_scale", 4.0) > 1:
-        prompts.append(call["negative_prompt"])
-    images = 2 * (case.source.width // 16) * (case.source.height // 16)
-    texts = [pipe.prompt_template_encode.format(prompt) for prompt in prompts]
-    ids = pipe.processor(text=texts, images=[case.source] * len(prompts), padding=True, return_tensors="pt")
-    return [images + int(row.sum()) - pipe.prompt_template_encode_start_idx for row in ids["attention_mask"]]
-
-
 QWEN = Family(
-    name="qwen",
-    pipeline=QwenImageEditPipeline,
+    editor=editors.QWEN,
     build=build_qwen.qwen,
-    load=build_qwen.load,
     save=build_qwen.save,
     flat=FlatAutoencoder,
     latents=latents,
     set_statistics=set_statistics,
     text_modules=lambda pipe: [pipe.text_encoder],
-    look=look,
+    encode_image=encode_image,
     text=text,
-    readings=readings,
-    widths=lambda pipe: (pipe.transformer.config.joint_attention_dim,),
+    probe_inputs=probe_inputs,
+    probe_widths=lambda pipe: (pipe.transformer.config.joint_attention_dim,),
     velocity=velocity,
-    asked_blocks=lambda model: tuple(model.transformer_blocks[i] for i in (1, 3, 4)),
-    arguments=arguments,
-    passes=passes,
-    default_steps=50,
-    empty=0.1,
+    probed_blocks=lambda model: tuple(model.transformer_blocks[i] for i in (1, 3, 4)),
+    empty_prompts=0.1,
 )

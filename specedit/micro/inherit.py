@@ -1,9 +1,9 @@
-"""Lets an untrained Qwen editor take over what the trained Kontext editor knows: its latents and its blocks' weights.
+"""Initialises a Qwen editor from the trained Kontext editor: its latents and its blocks' weights.
 
-Both transformers are MMDiTs (Esser et al. 2024) of the same width here, with the same rotary angles between picture
-tokens. A double-stream block of FLUX has the parts of a Qwen block; a single-stream block becomes one whose two streams
-share weights, with attention and MLP one after the other instead of side by side. What differs is learned again: the
-words, which another text encoder says, and what FLUX's pooled prompt said.
+Both transformers are MMDiTs (Esser et al. 2024) of the same width here, with the same rotary angles between image
+tokens. A double-stream block of FLUX has the parts of a Qwen block. A single-stream block becomes one whose two streams
+share weights, with attention and MLP in sequence instead of in parallel. The text has to be learned anew: the text
+encoder is another one, and Qwen has no pooled prompt.
 """
 
 from __future__ import annotations
@@ -15,30 +15,31 @@ import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
 from torch import Tensor, nn
 
-from . import scenes
-from .family import of
+from specedit.micro import scenes
+
+from .families import family_of
 from .family_kontext import KONTEXT
 from .training import seeds
 
-# The single-stream block without which the Kontext editor loses least: seven such blocks would be more than 40 MB.
+# The single-stream block that the Kontext editor misses least. Seven blocks would exceed 40 MB.
 LEFT_OUT = 0
-GUIDANCE = 3.5  # FluxKontextPipeline's default; the transformer embeds a thousand times this
+GUIDANCE = 3.5  # FluxKontextPipeline's default; the transformer embeds it times 1000
 TO_Q = ("to_q", "to_k", "to_v")
 ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
-SAME = 0.1  # latents that are apart by less of their variance are the same to a transformer
+SAME_LATENTS = 0.1  # relative squared distance below which a transformer can use one editor's latents for another's
 
 
 @torch.no_grad()
-def inherit(pipe: Any, teacher: Any) -> None:
-    """Let a QwenImageEditPipeline's transformer take over that of a trained FluxKontextPipeline, but for `txt_in`."""
+def inherit_transformer(pipe: Any, teacher: Any) -> None:
+    """Copy a trained FluxKontextPipeline's transformer into a QwenImageEditPipeline's, except `txt_in`, in place."""
     prompts = [scenes.describe(seed).prompt for seed in seeds(0, 64)]
     pooled = KONTEXT.text(teacher, prompts, None, "cpu")[1]
-    take_over(pipe.transformer, teacher.transformer, pooled)
+    copy_transformer(pipe.transformer, teacher.transformer, pooled)
 
 
 @torch.no_grad()
-def take_over(target: QwenImageTransformer2DModel, source: FluxTransformer2DModel, pooled: Tensor) -> None:
-    """Write the source's weights into the target. `pooled` (B, D): pooled prompts, whose mean becomes a constant.
+def copy_transformer(target: QwenImageTransformer2DModel, source: FluxTransformer2DModel, pooled: Tensor) -> None:
+    """Copy the source's weights into the target. `pooled` (B, D): pooled prompts, whose mean becomes a bias.
 
     Raises:
         ValueError: the two differ in width, heads or number of blocks.
@@ -50,8 +51,8 @@ def take_over(target: QwenImageTransformer2DModel, source: FluxTransformer2DMode
         ("blocks", len(target.transformer_blocks), blocks),
     ):
         if ours != theirs:
-            raise ValueError(f"{name}: expected {theirs}, as the editor to take over has, got {ours}")
-    for i, (block, theirs) in enumerate(taken_over(target, source)):
+            raise ValueError(f"{name}: expected {theirs}, as the editor to inherit from has, got {ours}")
+    for i, (block, theirs) in enumerate(block_pairs(target, source)):
         (from_double if i < len(source.transformer_blocks) else from_single)(block, theirs)
     _copy(target.img_in, source.x_embedder)
     _copy(target.norm_out, source.norm_out)
@@ -63,17 +64,17 @@ def take_over(target: QwenImageTransformer2DModel, source: FluxTransformer2DMode
     ours.timestep_embedder.linear_2.bias += constant
 
 
-def taken_over(
+def block_pairs(
     target: QwenImageTransformer2DModel, source: FluxTransformer2DModel
 ) -> list[tuple[nn.Module, nn.Module]]:
-    """The target's blocks, each with the source's that it takes over."""
+    """Pairs of a target block and the source block that it inherits from."""
     singles = [b for i, b in enumerate(source.single_transformer_blocks) if i != LEFT_OUT]
     return list(zip(target.transformer_blocks, [*source.transformer_blocks, *singles], strict=True))
 
 
 @torch.no_grad()
 def from_double(block: nn.Module, double: nn.Module) -> None:
-    """Make a Qwen block compute what a double-stream block of FLUX does."""
+    """Copy a double-stream block of FLUX into a Qwen block, which then computes the same."""
     _copy(block.img_mod[1], double.norm1.linear)
     _copy(block.txt_mod[1], double.norm1_context.linear)
     _copy(block.attn, double.attn)
@@ -83,7 +84,7 @@ def from_double(block: nn.Module, double: nn.Module) -> None:
 
 @torch.no_grad()
 def from_single(block: nn.Module, single: nn.Module) -> None:
-    """Make a Qwen block compute what a single-stream block of FLUX does, but for the MLP's input: after attention."""
+    """Copy a single-stream block of FLUX into a Qwen block, whose MLP however follows the attention."""
     width = single.proj_out.out_features
     for mod in (block.img_mod[1], block.txt_mod[1]):  # shift, scale and gate, of attention and of the MLP
         for name, parameter in mod.named_parameters():
@@ -104,15 +105,15 @@ def from_single(block: nn.Module, single: nn.Module) -> None:
 
 
 @torch.no_grad()
-def distance(pipe: Any, teacher: Any) -> float:
-    """Mean squared distance of a Qwen editor's latents from a Kontext editor's, in units of the latter's variance."""
+def latent_distance(pipe: Any, teacher: Any) -> float:
+    """Mean squared distance between a Qwen and a Kontext editor's latents, in units of the latter's variance."""
     images = scenes.draw([scenes.describe(seed) for seed in seeds(0, 8)], 128, 128)[0] * 2 - 1
     theirs = KONTEXT.latents(teacher.vae, images)
-    return float(F.mse_loss(of(pipe).latents(pipe.vae, images), theirs) / theirs.var())
+    return float(F.mse_loss(family_of(pipe).latents(pipe.vae, images), theirs) / theirs.var())
 
 
-def same_latents(vae: nn.Module, teacher: nn.Module) -> None:
-    """Let a Qwen autoencoder that encodes as `teacher` does also normalise as it does."""
+def copy_latent_statistics(vae: nn.Module, teacher: nn.Module) -> None:
+    """Give a Qwen autoencoder that was distilled from `teacher` the teacher's latent statistics, in place."""
     channels = vae.config.z_dim
     vae.register_to_config(
         latents_mean=[teacher.config.shift_factor] * channels,

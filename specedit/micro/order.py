@@ -1,10 +1,9 @@
-"""Lets T5's tokens know what stands beside them, in an editor whose training has made them deaf to each other.
+"""Adds a T5 block trained to predict neighbouring tokens (the others' attention has collapsed).
 
-T5 does not scale its attention's logits. At a learning rate that suits the rest they grow to hundreds: every token
-looks at one other only, whatever the words, and no gradient leads back. What is left is a bag of words, in which "red
-and blue stripes" are "blue and red stripes" and only CLIP's pooled output tells which shape becomes which. Such an
-editor gets one more block, which adds nothing at first and learns from prompts alone to tell of every token which ones
-are beside it. `training.optimizers` keeps logits from growing so again.
+T5 does not scale its attention logits. At a learning rate that suits the rest they grow to hundreds, so that every
+token attends to a single one whatever the words, and no gradient undoes it. T5 then is a bag of words: "red and blue
+stripes" equals "blue and red stripes", and only CLIP's pooled prompt tells which shape becomes which. The new block
+starts as the identity and learns from prompts alone. `loop.parameter_groups` keeps its logits from growing too.
 """
 
 import copy
@@ -14,25 +13,27 @@ import torch
 from torch import Tensor, nn
 from transformers import T5EncoderModel
 
-from . import build, scenes
+from specedit.micro import scenes
+
+from . import build
 from .questions import cross_entropy
 from .train_text import BATCH
 from .training import Clock, Log, Settings, fit, seeds
 
-TASKS = 1 << 41  # where the stretch of tasks begins whose prompts are read
+TASKS = 1 << 41  # first training seed of these prompts
 RATE = 2e-3
-LOUDER = 8.0  # times the reading, which learns as much faster for it
-NEAR = 0.3  # weight of how far the tokens go from what the transformer has learned to read, in shares of their variance
+LOGIT_SCALE = 8.0  # multiplies the probe's logits, and so its effective learning rate
+DISTIL_WEIGHT = 0.3  # weight of the tokens' distance from their old states, in units of the states' variance
 
 
-def shallow(pipe: Any) -> bool:
-    """Whether an editor's T5 is from before its tokens were told of their neighbours."""
+def lacks_neighbour_block(pipe: Any) -> bool:
+    """Whether an editor's T5 is from before the block was added."""
     return pipe.text_encoder_2.config.num_layers < build.T5_LAYERS
 
 
 @torch.no_grad()
-def deepen(pipe: Any) -> nn.Module:
-    """Give an editor's T5 one more block, which adds nothing yet, in place; returns it."""
+def add_neighbour_block(pipe: Any) -> nn.Module:
+    """Append one block, initialised to the identity, to an editor's T5 in place; returns the block."""
     encoder = pipe.text_encoder_2
     config = copy.deepcopy(encoder.config)
     config.num_layers += 1
@@ -43,24 +44,24 @@ def deepen(pipe: Any) -> nn.Module:
     block = deeper.encoder.block[-1]
     for out in (block.layer[0].SelfAttention.o, block.layer[1].DenseReluDense.wo):
         out.weight.zero_()
-    build.look_around(deeper)
+    build.attend_to_neighbours(deeper)
     pipe.register_modules(text_encoder_2=deeper.to(encoder.device, encoder.dtype).eval())
     return block
 
 
-def neighbours(words: Tensor) -> Tensor:
-    """The token after and the one before each of `words` (B, L): (B, L, 2), at the ends the other end's."""
+def neighbour_ids(words: Tensor) -> Tensor:
+    """The next and the previous token id of each of `words` (B, L), as (B, L, 2); the ends wrap around."""
     return torch.stack([words.roll(-1, 1), words.roll(1, 1)], -1)
 
 
-def train_order(pipe: Any, settings: Settings, log: Log) -> None:
-    """Deepen T5 and teach its new block, for `settings.text_minutes`, to tell of every token which ones are beside it.
+def train_neighbour_block(pipe: Any, settings: Settings, log: Log) -> None:
+    """Add the block and train it, for `settings.text_minutes`, to predict each token's neighbours by a linear probe.
 
-    The other blocks stay, and what the tokens were before is kept near, since the transformer reads it.
+    The other blocks stay frozen. Distillation keeps the tokens near their old states, which the transformer reads.
     """
     device, tokenizer = settings.device, pipe.tokenizer_2
     old = copy.deepcopy(pipe.text_encoder_2).to(device)
-    block = deepen(pipe)
+    block = add_neighbour_block(pipe)
     encoder = pipe.text_encoder_2.to(device).requires_grad_(False)
     block.requires_grad_(True)
     sizes = (encoder.config.vocab_size,) * 2
@@ -73,9 +74,9 @@ def train_order(pipe: Any, settings: Settings, log: Log) -> None:
         with torch.no_grad():
             before = old(words)[0]
         states = encoder(words)[0]
-        beside = cross_entropy(LOUDER * head(states), neighbours(words), sizes)
-        return dict(beside=beside, moved=NEAR * (states - before).square().mean() / before.var())
+        neighbours = cross_entropy(LOGIT_SCALE * head(states), neighbour_ids(words), sizes)
+        return dict(neighbours=neighbours, drift=DISTIL_WEIGHT * (states - before).square().mean() / before.var())
 
     groups = [dict(params=[*block.parameters(), *head.parameters()])]
-    fit("order", losses, groups, RATE, Clock(settings.text_minutes), settings, log)
+    fit("neighbour_block", losses, groups, RATE, Clock(settings.text_minutes), settings, log)
     encoder.eval().requires_grad_(False)

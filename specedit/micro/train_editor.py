@@ -1,4 +1,4 @@
-"""Trains text encoders and transformer together: rectified flow on the latents, at several sizes at once."""
+"""Trains text encoders and transformer together by flow matching on the latents, at several sizes."""
 
 import math
 import random
@@ -13,74 +13,83 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift
 from einops import rearrange
 from torch import Tensor, nn
 
-from . import scenes
+from specedit.micro import scenes
+
 from .cpu import autocast
-from .family import Family, of
-from .questions import Answers, Questions
+from .families import family_of
+from .family import Family
+from .questions import Labels, Probes
 from .training import Average, Clock, Log, Settings, descend, optimizers, rate_at, write
 from .training import seeds as training_seeds
 
-# What a step sees at each size: (height, width) in pixels and how many scenes, about the same cost each.
+# Batch size for each (height, width) in pixels; every step costs about the same.
 BATCHES: dict[tuple[int, int], int] = {
     (64, 64): 64, (128, 128): 32, (96, 160): 32, (160, 96): 32, (256, 256): 8, (192, 192): 14,
     (192, 320): 8, (320, 192): 8, (512, 512): 2, (384, 384): 4, (384, 512): 2, (512, 384): 2,
 }  # fmt: skip
-# Share of steps spent at each longer side, at the start, the middle and the end of training; whoever goes on from an
-# editor that has learned starts later (Settings.enter), lest it forgets the larger sizes.
+# Share of steps at each longer side, at the start, the middle and the end of training. Training that continues from a
+# trained editor enters later (Settings.enter), so that the larger sizes are not forgotten.
 CURRICULUM = (
     {64: 0.15, 128: 0.85, 256: 0.0, 512: 0.0},
     {64: 0.05, 128: 0.5, 256: 0.3, 512: 0.15},
     {64: 0.02, 128: 0.1, 256: 0.28, 512: 0.6},
 )
-REUSE = 3  # each encoded batch is seen about this often, with fresh noise, since rendering and encoding cost too
-# Share of each kind among the tasks: what has to be drawn anew takes longest to learn.
+REUSE = 3  # average uses of an encoded batch, each with fresh noise, since rendering and encoding are not free
+# Share of each kind of task: what has to be drawn anew takes longest to learn.
 SHARES = {"add": 0.20, "shape": 0.32, "background": 0.24, "recolor": 0.10, "remove": 0.10, "greyscale": 0.04}
-# Of the steps at 512 px this share is focused: more tasks, edited in one place, on this share of the tokens only.
+# Share of focused steps at 512 px: more tasks, edited in one place, on the share FOCUS of the tokens.
 FOCUSED, FOCUS = 0.75, 0.25
 EDIT_WEIGHT = 2.0
-# Above this noise level the target can hardly be seen, so what the model draws comes from the instruction alone.
+# Above this noise level the target is hardly visible, so that the prediction depends on the instruction.
 HIGH = 0.85
-HIGH_SHARE = (0.7, 0.4)  # of the samples that are drawn from there, at the start and at the end of training
-# Weights of the questions beside the flow loss.
-ASK = {"where": 0.4, "said": 0.4, "seen": 0.1, "shown": 0.2, "find": 0.2, "aim": 0.2, "cover": 0.4}
+HIGH_SHARE = (0.7, 0.4)  # share of samples above it, at the start and at the end of training
+PROBE_WEIGHTS = {  # of the probes' losses, relative to the flow-matching loss
+    "position": 0.4, "prompt": 0.4, "token": 0.1, "reference_offset": 0.2, "edited": 0.2, "edit_offset": 0.2,
+    "coverage": 0.4,
+}  # fmt: skip
 
 
 @dataclass
 class Batch:
-    """Encoded tasks of one size: packed latents (B, N, 64) of source and target, prompts, and what is known of both.
+    """Encoded tasks of one size.
 
-    `seen`: what the text encoder sees of the sources, where it does. `at`: which of the grid's tokens (n,) these are,
-    None for all. `focused`: whether the tasks' edits share a place, so that steps see the tokens around it only.
+    Attributes:
+        grid: height and width in tokens.
+        source, target: packed latents (B, N, 64).
+        labels: the probes' targets.
+        vision: the text encoder's image input, None where it has none.
+        at: indices (n,) of these tokens in the grid, None for all.
+        focused: whether all edits are in one place, so that steps use the tokens around it only.
     """
 
     grid: tuple[int, int]
     source: Tensor
     target: Tensor
     prompts: list[str]
-    answers: Answers
-    seen: Any = None
+    labels: Labels
+    vision: Any = None
     at: Tensor | None = None
     focused: bool = False
 
     @property
     def edited(self) -> Tensor:
-        """1 (B, N) for the tokens that the edit touches."""
-        return self.answers.edited
+        """(B, N), 1 where the edit changes a token."""
+        return self.labels.edited
 
-    def part(self, at: Tensor) -> "Batch":
-        """The same tasks on the tokens `at` (n,) of target and reference only."""
-        return replace(self, source=self.source[:, at], target=self.target[:, at], answers=self.answers.part(at), at=at)
+    def select(self, at: Tensor) -> "Batch":
+        """The same tasks on the tokens `at` (n,) of target and reference."""
+        return replace(self, source=self.source[:, at], target=self.target[:, at], labels=self.labels.select(at), at=at)
 
 
 def pack(latents: Tensor) -> Tensor:
-    """diffusers' packing: (B, C, H, W) to (B, H/2 * W/2, C * 4), channel slowest."""
+    """Pack as diffusers does: (B, C, H, W) to (B, H/2 * W/2, C * 4), channel slowest."""
     return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
 
 
 @torch.no_grad()
 def encode(pipe: Any, tasks: list[scenes.Scene], size: tuple[int, int], device: str) -> Batch:
-    """Draw `tasks` at `size` (height, width) px and encode them as the pipeline would."""
-    family = of(pipe)
+    """Render `tasks` at `size` (height, width) px and encode them as the pipeline does."""
+    family = family_of(pipe)
     before, after, mask = scenes.draw(tasks, *size, device=device)
     images = torch.cat([before, after]) * 2 - 1
     with autocast(device):
@@ -88,15 +97,15 @@ def encode(pipe: Any, tasks: list[scenes.Scene], size: tuple[int, int], device: 
     edited = F.max_pool2d(mask.float()[:, None], 16).flatten(1)
     source, target = latents.chunk(2)
     grid = (size[0] // 16, size[1] // 16)
-    prompts, seen = [s.prompt for s in tasks], family.look(pipe, before)
-    return Batch(grid, source, target, prompts, Answers(tasks, grid, edited), seen)
+    prompts, vision = [s.prompt for s in tasks], family.encode_image(pipe, before)
+    return Batch(grid, source, target, prompts, Labels(tasks, grid, edited), vision)
 
 
 def shares(practise: Collection[str] = ()) -> dict[str, float]:
-    """Share of each kind of task: `SHARES`, or one half by these and one half the kinds in `practise` alone.
+    """Share of each kind of task: `SHARES`; with `practise` one half by these, the other half of those kinds alone.
 
     Raises:
-        ValueError: there is no such kind.
+        ValueError: an unknown kind.
     """
     alone = {kind: share for kind, share in SHARES.items() if kind in set(practise)}
     if unknown := sorted(set(practise) - set(SHARES)):
@@ -114,8 +123,7 @@ def draw_tasks(
     place: tuple[int, int] | None = None,
     practise: Collection[str] = (),
 ) -> list[scenes.Scene]:
-    """`count` tasks, their kinds by `shares(practise)`. With `place`, a cell of the board, the edits of one object are
-    there."""
+    """`count` tasks with kinds drawn by `shares(practise)`. `place`: the board cell of every edited object."""
     out, share = [], shares(practise)
     for kind in rng.choices(list(share), list(share.values()), k=count):
         scene = scenes.describe(next(seeds), kind)
@@ -126,10 +134,10 @@ def draw_tasks(
 
 
 def focus(edited: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Indices (n,) int64, ascending, of a share `FOCUS` of the tokens: around the small edits, the others by chance.
+    """Ascending indices (n,) int64 of a share `FOCUS` of the tokens: those around small edits, then random ones.
 
-    `edited` (B, N): edits of more than half of a picture have no place and are not looked at. A step on these tokens
-    of target and reference alone costs that share of a whole one, and the tokens keep their positions.
+    `edited` (B, N): edits of more than half of an image are ignored. A step on these tokens of target and reference
+    costs that share of a full one, and the tokens keep their positions.
     """
     local = edited[edited.mean(1) <= 0.5]
     touched = local.amax(0) if len(local) else edited.new_zeros(edited.shape[1])
@@ -139,11 +147,10 @@ def focus(edited: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def batches(pipe: Any, settings: Settings, clock: Clock, start: int) -> Iterator[Batch]:
-    """Tasks without end, sizes by the curriculum, each batch coming back about REUSE times, a focused one each time on
-    other tokens."""
+    """Endless batches, sizes by the curriculum. Each returns about REUSE times, if focused on new tokens."""
     rng = random.Random(settings.seed + start)
     pools: dict[int, list[Batch]] = {}
-    # Another seed sees other tasks, and so does a resumed run: it starts further on than any step so far.
+    # Another seed gets other tasks, and so does a resumed run: it starts after all earlier steps.
     seeds = iter(training_seeds((settings.seed << 36) + (start * settings.batch_scale << 12), 1 << 36))
     while True:
         entered = 0.0 if settings.start is None else settings.enter
@@ -163,16 +170,16 @@ def batches(pipe: Any, settings: Settings, clock: Clock, start: int) -> Iterator
                 pool.pop(0)
         else:
             batch = rng.choice(pool)
-        yield batch.part(focus(batch.edited, batch.grid)) if batch.focused else batch
+        yield batch.select(focus(batch.edited, batch.grid)) if batch.focused else batch
 
 
 def sizes(side: int) -> list[tuple[int, int]]:
-    """The sizes of `BATCHES` with about the pixels of `side` x `side`."""
+    """The sizes of `BATCHES` with about as many pixels as `side` x `side`."""
     return [size for size in BATCHES if side / 2 < math.sqrt(math.prod(size)) <= side]
 
 
 def mixture(progress: float) -> dict[int, float]:
-    """Share of steps at each size, interpolated through the curriculum."""
+    """Share of steps at each longer side, interpolated in the curriculum."""
     place = progress * (len(CURRICULUM) - 1)
     i = min(int(place), len(CURRICULUM) - 2)
     low, high, f = CURRICULUM[i], CURRICULUM[i + 1], place - i
@@ -180,7 +187,7 @@ def mixture(progress: float) -> dict[int, float]:
 
 
 def noise_levels(count: int, tokens: int, high: float, config, **draw) -> Tensor:
-    """Noise levels (count,): a share `high` of them uniform above `HIGH`, the others shifted as the scheduler's are."""
+    """Noise levels (count,): a share `high` uniform above `HIGH`, the others shifted as the scheduler does."""
     mu = calculate_shift(
         tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
     )
@@ -192,16 +199,16 @@ def noise_levels(count: int, tokens: int, high: float, config, **draw) -> Tensor
 
 
 def noised(target: Tensor, sigma: Tensor, **draw) -> tuple[Tensor, Tensor]:
-    """x = (1 - s) x0 + s e for target latents x0 (B, N, C) and noise levels s (B,); and the noise e."""
+    """x = (1 - s) x0 + s e for target latents x0 (B, N, C) and noise levels s (B,), and the noise e."""
     noise = torch.randn(target.shape, **draw)
     s = sigma.view(-1, 1, 1)
     return (1 - s) * target + s * noise, noise
 
 
 def token_weights(edited: Tensor) -> Tensor:
-    """How much each token counts, (B, N): 1, and 1 + EDIT_WEIGHT / sqrt(share) where edited, share being its picture's.
+    """Weight of each token (B, N): 1, or 1 + EDIT_WEIGHT / sqrt(share) if edited, share being its image's edited share.
 
-    Edits of a few tokens are most of the tasks; by area alone they would hardly count beside a new background.
+    Most tasks edit a few tokens. By area alone they would hardly count next to a new background.
     """
     share = edited.mean(1, keepdim=True).clamp_min(1 / edited.shape[1])
     return 1 + EDIT_WEIGHT * edited / share.sqrt()
@@ -213,49 +220,49 @@ def editor_loss(
     device: str,
     generator: torch.Generator | None = None,
     high: float = HIGH_SHARE[1],
-    questions: Questions | None = None,
+    probes: Probes | None = None,
 ) -> dict[str, Tensor]:
-    """Rectified flow, `flow`: x = (1 - s) x0 + s e, the model predicts e - x0; edited tokens count more, and more
-    so where they are few.
+    """Flow-matching loss `flow` with `token_weights`, the losses of `probes`, and `total`, the one to minimise.
 
-    Where the family is guided, a share of the prompts is left empty. With `questions` their losses too. `total` is
-    what to train on.
+    x = (1 - s) x0 + s e, and the model predicts e - x0. A family with guidance gets a share of empty prompts.
     """
     n, tokens, _ = batch.target.shape
-    family, draw = of(pipe), dict(device=device, generator=generator)
+    family, draw = family_of(pipe), dict(device=device, generator=generator)
     sigma = noise_levels(n, math.prod(batch.grid), high, pipe.scheduler.config, **draw)
     x, noise = noised(batch.target, sigma, **draw)
-    prompts, told = left_empty(batch.prompts, family, **draw)
-    features = family.text(pipe, prompts, batch.seen, device)
+    prompts, has_prompt = drop_prompts(batch.prompts, family, **draw)
+    features = family.text(pipe, prompts, batch.vision, device)
     out = family.velocity(pipe, x, batch.source, batch.grid, sigma, features, batch.at, **draw)
     error = ((out.float() - (noise - batch.target)) ** 2).mean(-1)
     weight = token_weights(batch.edited)
     flow = (error * weight).sum() / weight.sum()
     losses = {"flow": flow}
-    if questions is not None:
-        losses |= questions.losses(tokens, batch.answers, (sigma > HIGH).float(), weight, told)
-    return losses | {"total": flow + sum(ASK[name] * loss for name, loss in losses.items() if name in ASK)}
+    if probes is not None:
+        losses |= probes.losses(tokens, batch.labels, (sigma > HIGH).float(), weight, has_prompt)
+    return losses | {
+        "total": flow + sum(PROBE_WEIGHTS[name] * loss for name, loss in losses.items() if name in PROBE_WEIGHTS)
+    }
 
 
-def left_empty(prompts: list[str], family: Family, **draw) -> tuple[list[str], Tensor | None]:
-    """The prompts, of a guided family some of them empty but never all, and which are not: (B,) bool, None for all."""
-    if not family.empty:
+def drop_prompts(prompts: list[str], family: Family, **draw) -> tuple[list[str], Tensor | None]:
+    """The prompts, with guidance some (never all) replaced by " "; and which are kept, (B,) bool or None for all."""
+    if not family.empty_prompts:
         return prompts, None
-    told = torch.rand(len(prompts), **draw) >= family.empty
-    if not told.any():
-        told[0] = True
-    return [prompt if kept else " " for prompt, kept in zip(prompts, told.tolist(), strict=True)], told
+    has_prompt = torch.rand(len(prompts), **draw) >= family.empty_prompts
+    if not has_prompt.any():
+        has_prompt[0] = True
+    return [prompt if kept else " " for prompt, kept in zip(prompts, has_prompt.tolist(), strict=True)], has_prompt
 
 
-def train_editor(pipe, questions: Questions, settings: Settings, log: Log) -> None:
-    """Train for `settings.minutes`, from where the last run stopped."""
+def train_editor(pipe, probes: Probes, settings: Settings, log: Log) -> None:
+    """Train for `settings.minutes`; a stopped run is resumed."""
     device = settings.device
 
     def loss(batch: Batch, progress: float) -> dict[str, Tensor]:
         high = HIGH_SHARE[0] + (HIGH_SHARE[1] - HIGH_SHARE[0]) * progress
-        return editor_loss(pipe, batch, device, high=high, questions=questions)
+        return editor_loss(pipe, batch, device, high=high, probes=probes)
 
-    learn(pipe, [questions], settings, log, "editor", settings.minutes, loss)
+    learn(pipe, [probes], settings, log, "editor", settings.minutes, loss)
 
 
 def learn(
@@ -268,12 +275,15 @@ def learn(
     loss: Callable[[Batch, float], dict[str, Tensor]],
     start: int = 0,
 ) -> None:
-    """Train transformer, text encoders and `more` for `minutes`; `part`.pt holds how far it got, averaged weights stay.
+    """Train transformer, text encoders and `more` for `minutes`, and leave the averaged weights in them.
 
-    `loss`: of a batch and the share of time that is spent, by name, "total" being what is descended. `start`: where
-    its stretch of tasks begins.
+    `part`.pt holds the state that a later call resumes from.
+
+    Args:
+        loss: of a batch and the share of time spent, losses by name; "total" is minimised.
+        start: its first training seed.
     """
-    device, path, family = settings.device, settings.out / f"{part}.pt", of(pipe)
+    device, path, family = settings.device, settings.out / f"{part}.pt", family_of(pipe)
     modules = [pipe.transformer, *family.text_modules(pipe), *more]
     for module in modules:
         module.to(device).train().requires_grad_(True)

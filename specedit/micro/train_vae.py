@@ -1,4 +1,4 @@
-"""Trains the autoencoder: reconstruction, a weak KL, and latents that commute with halving the image."""
+"""Trains the autoencoder: reconstruction, a weak KL, and latents equivariant to halving the image."""
 
 import math
 import random
@@ -9,15 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import scenes
+from specedit.micro import scenes
+
 from .cpu import autocast
-from .family import Family, of
-from .inherit import same_latents
+from .families import family_of
+from .family import Family
+from .inherit import copy_latent_statistics
 from .training import Average, Clock, Log, Settings, descend, rate_at, seeds, write
 
 
 def vae_images(step: int, count: int, side: int, device: str) -> Tensor:
-    """Squares of `side` px cut from scenes drawn at several sizes, in -1..1: half before, half after the edit."""
+    """Crops (count, 3, side, side) in -1..1 of scenes at several sizes, half before and half after the edit."""
     rng = random.Random(step)
     size = rng.choice((side, side, 2 * side, 2 * side, 4 * side))
     batch = [scenes.describe(s) for s in seeds(step * count, count)]
@@ -29,13 +31,14 @@ def vae_images(step: int, count: int, side: int, device: str) -> Tensor:
 def vae_loss(
     vae: Any, images: Tensor, generator: torch.Generator | None = None, teacher: nn.Module | None = None
 ) -> tuple[Tensor, float]:
-    """Reconstruction, a weak KL, and equivariance to halving the size, of a family's flat autoencoder.
+    """Loss of a family's flat autoencoder, and its reconstruction error.
 
-    With `teacher`, another autoencoder, its latents are to be learned: the encoder's squared distance to them, in
-    units of their variance, counts too, and it is them that the decoder learns to read.
+    Reconstruction, a weak KL and a scale-equivariance term in the spirit of EQ-VAE (Kouzelis et al. 2025): the mean of
+    2 x 2 latents should be the latent of the halved image and decode to it. Moving tokens between resolutions relies on
+    that.
 
-    The last term (in the spirit of EQ-VAE, Kouzelis et al. 2025) asks that the mean of 2 x 2 latents be the latent of
-    the halved image and decode to it: what moving tokens between resolutions relies on.
+    With `teacher`, another autoencoder, the encoder is distilled to its latents (squared distance in units of their
+    variance), and the decoder learns to decode the teacher's latents.
     """
     posterior = vae.encode(images).latent_dist
     if teacher is None:
@@ -45,7 +48,7 @@ def vae_loss(
             centre = teacher.encode(images).latent_dist.mean
         distance = F.mse_loss(posterior.mean, centre) / centre.var()
     latent = centre + posterior.std * torch.randn(centre.shape, generator=generator, device=images.device)
-    part = len(images) // 2  # the terms about halving cost as much again: half the images are enough
+    part = len(images) // 2  # half the images, since the scale terms cost as much as the rest
     half = F.interpolate(images[:part], scale_factor=0.5, mode="area")
     pooled = F.avg_pool2d(centre[:part], 2)
     out = vae.decode(latent.to(images.dtype)).sample.float()
@@ -58,8 +61,8 @@ def vae_loss(
 
 
 def train_vae(pipe, settings: Settings, log: Log, teacher: Any = None) -> None:
-    """Train for `settings.vae_minutes`. `teacher`: a pipeline whose autoencoder's latents are to be learned."""
-    vae, device, family = pipe.vae, settings.device, of(pipe)
+    """Train for `settings.vae_minutes`. `teacher`: a pipeline whose latents are distilled."""
+    vae, device, family = pipe.vae, settings.device, family_of(pipe)
     flat = family.flat(vae)
     path = settings.out / "vae.pt"
     known = None if teacher is None else teacher.vae.to(device)
@@ -101,7 +104,7 @@ def train_vae(pipe, settings: Settings, log: Log, teacher: Any = None) -> None:
     if known is None:
         normalise(vae, family, device)
     else:
-        same_latents(vae, known)
+        copy_latent_statistics(vae, known)
     log.add(part="vae", step=step, seconds=round(clock.seconds, 1), roundtrip_512=roundtrip(flat, device))
 
 

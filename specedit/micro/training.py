@@ -1,4 +1,4 @@
-"""What both parts of the training share: budget, learning rate, optimizers, averaged weights, log."""
+"""What all parts of the training share: settings, time budget, learning rate, optimizers, averaged weights, log."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import scenes
+from specedit.micro import scenes
 
 
 @dataclass
@@ -33,10 +33,12 @@ class Clock:
 
 @dataclass
 class Settings:
-    """What a run is made of; `steps` caps each part for a quick try.
+    """Options of a run; `specedit.micro.train` has one for each.
 
-    practise: kinds of edit that half of the tasks are of, the other half by the usual shares. enter: how far into the
-    curriculum of sizes, from 0 to 1, one with `start` begins.
+    Attributes:
+        steps: at most this many steps of each part, for a quick try.
+        practise: kinds of edit of half of the tasks; the other half has the usual shares.
+        enter: where in the curriculum of sizes, 0 to 1, a run with `start` begins.
     """
 
     out: Path
@@ -48,7 +50,7 @@ class Settings:
     seed: int = 0
     rate: float = 1.5e-3
     text_rate: float = 1e-3
-    vae_rate: float = 6e-4  # more undoes the thumbnail start
+    vae_rate: float = 6e-4  # a higher rate undoes the thumbnail initialisation
     largest: int = 512
     save_minutes: float = 4.0
     batch_scale: int = 1
@@ -56,7 +58,7 @@ class Settings:
     like: Path | None = None
     follow: bool = False
     link_minutes: float = 36.0
-    ask_minutes: float = 5.0
+    probe_minutes: float = 5.0
     practise: tuple[str, ...] = ()
     enter: float = 0.5
     model: str = "kontext"
@@ -68,21 +70,21 @@ def rate_at(progress: float, step: int, warmup: int = 100, floor: float = 0.05) 
     return min(1.0, (step + 1) / warmup) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * decay)))
 
 
-# T5 does not scale its attention's logits: at the rate of all else they grow until every token looks at one other only,
-# whatever the words, and no gradient leads back.
-UNSCALED, SLOWER = ("SelfAttention.q.", "SelfAttention.k."), 0.1
+# T5 does not scale its attention logits. At the common rate they grow until every token attends to a single one,
+# whatever the words, and no gradient undoes it.
+UNSCALED_QK, QK_RATE_SCALE = ("SelfAttention.q.", "SelfAttention.k."), 0.1
 
 
-def gentle(named: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
-    """Groups of an optimizer's parameters, each with its share of the rate: T5's queries and keys at `SLOWER`."""
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
+    """Optimizer groups with their share of the learning rate: `QK_RATE_SCALE` for T5's q and k, 1 for others."""
     slow, rest = [], []
     for name, parameter in named:
-        (slow if any(part in name for part in UNSCALED) else rest).append(parameter)
-    return [dict(params=params, share=share) for params, share in ((rest, 1.0), (slow, SLOWER)) if params]
+        (slow if any(part in name for part in UNSCALED_QK) else rest).append(parameter)
+    return [dict(params=params, share=share) for params, share in ((rest, 1.0), (slow, QK_RATE_SCALE)) if params]
 
 
 def optimizers(modules: list[nn.Module], rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices (Jordan et al. 2024), AdamW for all else: embeddings, modulation, norms, ends."""
+    """Muon (Jordan et al. 2024) for the blocks' matrices, AdamW for embeddings, modulation, norms and in/out layers."""
     matrices, rest = [], []
     for module in modules:
         for name, parameter in module.named_parameters():
@@ -90,7 +92,9 @@ def optimizers(modules: list[nn.Module], rate: float) -> list[torch.optim.Optimi
             inner = "blocks." in name and parameter.ndim == 2 and not modulation
             (matrices if inner else rest).append((name, parameter))
     matrices = [p for _, p in matrices]
-    out: list[torch.optim.Optimizer] = [torch.optim.AdamW(gentle(rest), lr=rate, betas=(0.9, 0.98), weight_decay=0.0)]
+    out: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(parameter_groups(rest), lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
+    ]
     if matrices:
         out.append(torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
     for optimizer in out:
@@ -102,7 +106,7 @@ def optimizers(modules: list[nn.Module], rate: float) -> list[torch.optim.Optimi
 def descend(
     loss: torch.Tensor, parameters: list[nn.Parameter], optimizers: list[torch.optim.Optimizer], rate: float
 ) -> None:
-    """One step down the gradient of `loss`, whose norm is clipped to 1, at learning rate `rate`."""
+    """One optimizer step on `loss` at learning rate `rate`, with the gradient's norm clipped to 1."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate * group.get("share", 1.0)
@@ -114,7 +118,7 @@ def descend(
 
 
 class Average:
-    """Exponential moving average of parameters; short-sighted while young."""
+    """Exponential moving average of parameters, with a shorter horizon in the first steps."""
 
     def __init__(self, modules: list[nn.Module], decay: float = 0.999):
         self.live = [p for m in modules for p in m.parameters()]
@@ -136,7 +140,7 @@ class Average:
 
 
 class Log:
-    """Rows of numbers, written whole each time."""
+    """A JSON list of rows, rewritten at each `add`."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -152,28 +156,32 @@ def fit(
     part: str, losses: Callable[[int], dict[str, torch.Tensor]], groups: list[dict[str, Any]], rate: float,
     clock: Clock, settings: Settings, log: Log,
 ) -> None:  # fmt: skip
-    """Descend the sum of `losses`, by name, of every step until `clock` has run out.
+    """Minimise the sum of `losses(step)` with AdamW until `clock` runs out or `settings.steps` is reached.
 
-    `groups`: AdamW's, each with its share of `rate`. Every 50 steps `log` gets a row of `part` with the losses' means.
+    Args:
+        part: name of its rows in the log: every 50 steps one with the mean of each loss.
+        groups: parameter groups, each with its "share" of `rate` (default 1).
     """
     parameters = [p for group in groups for p in group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
-    step, seen = 0, []
+    step, history = 0, []
     while clock.progress < 1 and (settings.steps is None or step < settings.steps):
         parts = losses(step)
         descend(sum(parts.values()), parameters, [optimizer], rate * rate_at(clock.progress, step))
         step += 1
-        seen.append([float(one.detach()) for one in parts.values()])
+        history.append([float(one.detach()) for one in parts.values()])
         if step % 50 == 0:
-            means = dict(zip(parts, torch.tensor(seen).mean(0).tolist(), strict=True))
+            means = dict(zip(parts, torch.tensor(history).mean(0).tolist(), strict=True))
             log.add(part=part, step=step, seconds=round(clock.seconds, 1), **means)
-            seen = []
+            history = []
 
 
 def seeds(start: int, count: int) -> range:
+    """`count` training seeds from the `start`-th on; evaluation never uses them."""
     return range(scenes.TRAINING_SEED + start, scenes.TRAINING_SEED + start + count)
 
 
 def write(state: dict, path: Path) -> None:
+    """Save `state` so that an interrupted write leaves the old file."""
     torch.save(state, path.with_suffix(".new"))
     path.with_suffix(".new").replace(path)

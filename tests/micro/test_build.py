@@ -1,10 +1,11 @@
-"""The editor's parts: real classes, the promised sizes, and a directory that reads back."""
+"""An untrained Kontext editor: real classes, the promised sizes, and a directory that reads back."""
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, FluxKontextPipeline, FluxTransformer2DModel
 
-from specedit.micro import build, scenes
+from specedit.micro import build, kontext, scenes
+from specedit.micro.family_kontext import ids
 from specedit.micro.train_vae import roundtrip
 
 
@@ -27,11 +28,11 @@ def test_parts(pipe):
 def test_every_prompt_fits_and_words_are_whole(pipe):
     for seed in range(200):
         ids = pipe.tokenizer_2(scenes.describe(seed).prompt).input_ids
-        assert len(ids) <= build.TEXT_TOKENS
+        assert len(ids) <= kontext.TEXT_TOKENS
     assert len(pipe.tokenizer_2("remove the red circle").input_ids) <= 6
 
 
-def test_unknown_words_still_have_bytes(pipe):
+def test_unknown_words_become_bytes(pipe):
     ids = pipe.tokenizer_2("zebra é").input_ids
     assert pipe.tokenizer_2.unk_token_id not in ids
     assert pipe.tokenizer_2.decode(ids, skip_special_tokens=True).strip() == "zebra é"
@@ -39,10 +40,10 @@ def test_unknown_words_still_have_bytes(pipe):
 
 def test_padding_is_capped(pipe):
     padded = pipe.tokenizer_2("remove", padding="max_length", max_length=512, truncation=True, return_tensors="pt")
-    assert padded.input_ids.shape == (1, build.TEXT_TOKENS)
+    assert padded.input_ids.shape == (1, kontext.TEXT_TOKENS)
 
 
-def test_the_autoencoder_starts_as_a_thumbnail(pipe):
+def test_autoencoder_starts_as_a_thumbnail(pipe):
     image = scenes.draw([scenes.describe(4)], 128, 128)[0] * 2 - 1
     with torch.no_grad():
         latent = pipe.vae.encode(image).latent_dist.mean
@@ -52,10 +53,8 @@ def test_the_autoencoder_starts_as_a_thumbnail(pipe):
     assert roundtrip(pipe.vae, "cpu", 128, 4) > 17
 
 
-def test_a_head_of_every_block_starts_at_its_own_place_in_the_reference(pipe):
+def test_one_head_of_every_block_attends_to_its_own_reference_token(pipe):
     from diffusers.models.embeddings import apply_rotary_emb
-
-    from specedit.micro.family_kontext import ids
 
     model = pipe.transformer
     rotary = model.pos_embed(torch.cat([ids((8, 8), 0, "cpu"), ids((8, 8), 1, "cpu")]))
@@ -70,9 +69,9 @@ def test_a_head_of_every_block_starts_at_its_own_place_in_the_reference(pipe):
         assert own[0] > 0.2 and own[0] > 10 * own[1:].max()
 
 
-def test_a_saved_editor_reads_back(pipe, tmp_path):
+def test_saved_editor_reads_back(pipe, tmp_path):
     build.save(pipe, tmp_path / "editor")
-    again = build.load(tmp_path / "editor", torch_dtype=torch.float32)
+    again = kontext.read(tmp_path / "editor", torch_dtype=torch.float32)
     plain = FluxKontextPipeline.from_pretrained(tmp_path / "editor", torch_dtype=torch.float32, local_files_only=True)
     for other in (again, plain):
         for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
@@ -80,6 +79,6 @@ def test_a_saved_editor_reads_back(pipe, tmp_path):
             assert all(torch.equal(a.half().float(), b.float()) for a, b in pairs)
     assert again.tokenizer_2("make it red").input_ids == pipe.tokenizer_2("make it red").input_ids
     assert pipe.transformer.dtype == torch.float32
-    build.save(again, tmp_path / "copy")  # of one that was read from a directory
+    build.save(again, tmp_path / "copy")  # of an editor that was read from a directory
     for file in (tmp_path / "copy").rglob("*.json"):
         assert str(tmp_path) not in file.read_text(), file

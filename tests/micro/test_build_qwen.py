@@ -1,4 +1,4 @@
-"""The Qwen editor's parts: real classes, the promised sizes, and a directory that reads back."""
+"""An untrained Qwen editor: real classes, the promised sizes, and a directory that reads back."""
 
 import json
 import time
@@ -8,9 +8,9 @@ import torch
 from diffusers import AutoencoderKLQwenImage, QwenImageEditPipeline, QwenImageTransformer2DModel
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from specedit.micro import build_qwen, scenes
+from specedit.micro import build_qwen, qwen, scenes
 from specedit.micro.family_qwen import FlatAutoencoder
-from specedit.micro.qwen_pipeline import PictureProcessor
+from specedit.micro.pipelines import PictureProcessor
 from specedit.micro.train_vae import roundtrip
 
 
@@ -32,12 +32,12 @@ def test_parts(pipe):
     assert (schedule.use_dynamic_shifting, schedule.max_shift, schedule.shift_terminal) == (True, 0.9, 0.02)
 
 
-def test_the_system_prompt_has_as_many_tokens_as_the_pipeline_leaves_out(pipe):
+def test_system_prompt_has_as_many_tokens_as_the_pipeline_drops(pipe):
     system = pipe.prompt_template_encode.split("<|vision_start|>")[0]
     assert len(pipe.tokenizer(system).input_ids) == pipe.prompt_template_encode_start_idx
 
 
-def test_words_are_whole_and_others_have_bytes(pipe):
+def test_words_are_whole_and_others_become_bytes(pipe):
     for text, count in (("remove the red circle", 4), ("make the diamond purple", 4), ("turn it", 2)):
         assert len(pipe.tokenizer(text).input_ids) == count
     assert max(len(pipe.tokenizer(scenes.describe(seed).prompt).input_ids) for seed in range(200)) <= 16
@@ -50,7 +50,7 @@ def test_the_text_stream_is_short(pipe):
     assert embeds.shape[1] <= 4 + 2 + 5 + len(pipe.tokenizer(case.prompt).input_ids) and embeds.shape[2] == 192
 
 
-def test_the_autoencoder_starts_as_a_thumbnail(pipe):
+def test_autoencoder_starts_as_a_thumbnail(pipe):
     image = scenes.draw([scenes.describe(4)], 128, 128)[0] * 2 - 1
     flat = FlatAutoencoder(pipe.vae)
     with torch.no_grad():
@@ -61,12 +61,12 @@ def test_the_autoencoder_starts_as_a_thumbnail(pipe):
     assert roundtrip(flat, "cpu", 128, 4) > 17
 
 
-def test_frames_that_never_come_have_no_weights(pipe):
+def test_taps_over_padded_frames_are_zero(pipe):
     convs = [m for m in pipe.vae.modules() if type(m).__name__ == "QwenImageCausalConv3d" and m.weight.shape[2] == 3]
     assert convs and all(not m.weight[:, :, :-1].any() for m in convs)
 
 
-def test_a_head_of_every_block_starts_at_its_own_place_in_the_reference(pipe):
+def test_one_head_of_every_block_attends_to_its_own_reference_token(pipe):
     from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
 
     model = pipe.transformer
@@ -82,14 +82,14 @@ def test_a_head_of_every_block_starts_at_its_own_place_in_the_reference(pipe):
         assert own[0] > 0.2 and own[0] > 10 * own[1:].max()
 
 
-def test_a_saved_editor_is_small_and_reads_back_soon(pipe, tmp_path):
+def test_saved_editor_is_small_and_reads_back_quickly(pipe, tmp_path):
     folder = tmp_path / "editor"
     rates = pipe.text_encoder.model.language_model.rotary_emb.inv_freq.clone()
     build_qwen.save(pipe, folder)
     assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) <= 40e6
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "QwenImageEditPipeline"
     began = time.monotonic()
-    again = build_qwen.load(folder, torch_dtype=torch.float32)
+    again = qwen.read(folder, torch_dtype=torch.float32)
     assert time.monotonic() - began < 5
     processor = PictureProcessor.from_pretrained(folder / "processor")
     plain = QwenImageEditPipeline.from_pretrained(folder, torch_dtype=torch.float32, processor=processor)
@@ -100,5 +100,5 @@ def test_a_saved_editor_is_small_and_reads_back_soon(pipe, tmp_path):
     assert type(again) is type(pipe) and type(plain) is QwenImageEditPipeline
     assert again.tokenizer("make it red").input_ids == pipe.tokenizer("make it red").input_ids
     assert pipe.transformer.dtype == torch.float32
-    for one in (pipe, again):  # what half precision would have rounded
+    for one in (pipe, again):  # half precision would round them
         assert torch.equal(one.text_encoder.model.language_model.rotary_emb.inv_freq, rates)

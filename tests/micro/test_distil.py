@@ -1,4 +1,4 @@
-"""Distillation into a few steps: the teacher's target, and a student that loads, fuses and unloads as any LoRA."""
+"""Distillation into a few steps: the teacher's target, and a student that loads as any LoRA."""
 
 import builtins
 import itertools
@@ -16,7 +16,7 @@ from specedit.micro.training import seeds
 
 @pytest.fixture(scope="module")
 def trained():
-    """Scales up what a fresh editor starts at zero, so that it moves."""
+    """An untrained editor with nonzero weights everywhere, so that its output is not zero."""
     pipe = build.kontext(seed=0)
     with torch.no_grad():
         for parameter in pipe.transformer.parameters():
@@ -47,7 +47,7 @@ def call(pipe):
     return pipe(generator=torch.Generator().manual_seed(0), **picture_call()).images
 
 
-def test_a_fresh_student_is_the_teacher_and_learns_where_it_arrives(trained):
+def test_target_is_the_teachers_result_and_is_learned(trained):
     pytest.importorskip("peft")
     torch.manual_seed(0)
     batch = encode(trained, [scenes.describe(s) for s in seeds(10_000_000, 2)], (64, 64), "cpu")
@@ -77,7 +77,7 @@ def test_a_fresh_student_is_the_teacher_and_learns_where_it_arrives(trained):
         trained.transformer.unload_lora()
 
 
-def test_the_student_loads_fuses_and_unloads(student):
+def test_student_loads_fuses_and_unloads(student):
     pipe, out, losses = student
     assert len(losses) == 6 and json.loads((out / "student.json").read_text())["updates"] == 6
     teacher = call(pipe)
@@ -99,7 +99,7 @@ def test_the_student_loads_fuses_and_unloads(student):
     torch.testing.assert_close(call(pipe), teacher, rtol=1e-3, atol=1e-3)
 
 
-def test_a_forecast_goes_through_the_lora(student):
+def test_forecast_runs_with_the_lora(student):
     pipe, out, _ = student
     specedit.install(pipe, steps=(0, 0, 8), forecast="taylor", forecast_order=1, forecast_interval=2)
     plain = call(pipe)
@@ -111,7 +111,7 @@ def test_a_forecast_goes_through_the_lora(student):
         pipe.unload_lora_weights()
 
 
-def test_without_peft(trained, monkeypatch):
+def test_missing_peft_is_named(trained, monkeypatch):
     real = builtins.__import__
 
     def without(name, *more, **kwargs):
@@ -124,13 +124,13 @@ def test_without_peft(trained, monkeypatch):
         distil.add_lora(trained.transformer, 2)
 
 
-def test_wrong_arguments(capsys):
+def test_wrong_arguments_are_refused(capsys):
     with pytest.raises(SystemExit):
         distil.parse(["--substeps", "1"])
     assert "--substeps: expected at least 2, got 1" in capsys.readouterr().err
 
 
-def test_the_student_that_travels_is_nearer_to_many_steps_than_the_editor_in_as_few():
+def test_packaged_student_beats_the_editor_at_8_steps():
     pytest.importorskip("peft")
     pipe = micro.load("kontext")
     pipe.set_progress_bar_config(disable=True)
@@ -145,7 +145,7 @@ def test_the_student_that_travels_is_nearer_to_many_steps_than_the_editor_in_as_
         return torch.cat(out)
 
     many, few = edits(32), edits(8)
-    pipe.load_lora_weights(distil.WEIGHTS)
+    pipe.load_lora_weights(micro.STUDENT)
     student = edits(8)
     assert (student - many).square().mean() < 0.8 * (few - many).square().mean()
     specedit.install(pipe, "lightning-8", restore="reference")

@@ -1,13 +1,15 @@
-"""What the trainer makes of the Qwen pipeline is what the pipeline makes of itself."""
+"""The trainer computes what the Qwen pipeline computes."""
 
 import pytest
 import torch
 
 from specedit import micro
 from specedit.flops import transformer_flops
-from specedit.micro import family_qwen, scenes, training
+from specedit.micro import family_qwen, scenes
+from specedit.micro import training as loop
+from specedit.micro.evaluation import stock_flops
 from specedit.micro.family_qwen import FlatAutoencoder
-from specedit.micro.train_editor import encode, left_empty, pack
+from specedit.micro.train_editor import drop_prompts, encode, pack
 
 
 def close(a, b, tolerance=2e-5):
@@ -24,7 +26,7 @@ def livelier(small_qwen):
     return small_qwen
 
 
-def test_the_flat_autoencoder_is_the_real_one(livelier):
+def test_flat_autoencoder_matches_the_real_one(livelier):
     vae, images = livelier.vae, scenes.draw([scenes.describe(1)], 64, 96)[0] * 2 - 1
     flat = FlatAutoencoder(vae)
     with torch.no_grad():
@@ -38,13 +40,13 @@ def test_the_flat_autoencoder_is_the_real_one(livelier):
     assert not any("forward" in vars(module) for module in vae.modules())  # nothing stays behind
 
 
-def test_nothing_stays_behind_after_an_error(small_qwen):
+def test_vae_is_restored_after_an_error(small_qwen):
     with pytest.raises(RuntimeError):
         FlatAutoencoder(small_qwen.vae).encode(torch.zeros(1, 5, 16, 16))
     assert not any("forward" in vars(module) for module in small_qwen.vae.modules())
 
 
-def test_latents_and_statistics_are_the_pipelines(livelier):
+def test_latents_and_statistics_match_the_pipeline(livelier):
     images = scenes.draw([scenes.describe(s) for s in range(4)], 64, 64)[0] * 2 - 1
     with torch.no_grad():
         raw = FlatAutoencoder(livelier.vae).encode(images).latent_dist.mean
@@ -58,26 +60,26 @@ def test_latents_and_statistics_are_the_pipelines(livelier):
 
 
 @pytest.mark.parametrize("prompts", [["remove the red star"], ["make it greyscale", "turn the ring into a cross"]])
-def test_text_is_encode_prompts(small_qwen, prompts):
+def test_text_matches_encode_prompt(small_qwen, prompts):
     pictures = [scenes.sample(seed, 64).source for seed in range(len(prompts))]
     embeds, mask = small_qwen.encode_prompt(prompts, image=pictures)
     drawn = scenes.draw([scenes.describe(seed) for seed in range(len(prompts))], 64, 64)[0]
     with torch.no_grad():
-        ours, kept = family_qwen.text(small_qwen, prompts, family_qwen.look(small_qwen, drawn), "cpu")
+        ours, kept = family_qwen.text(small_qwen, prompts, family_qwen.encode_image(small_qwen, drawn), "cpu")
     mask = torch.ones(embeds.shape[:2]) if mask is None else mask
     assert torch.equal(kept, mask.bool())
     close(ours[kept], embeds[kept])
 
 
-def test_text_without_pictures_has_none(small_qwen):
+def test_text_without_images_has_no_image_tokens(small_qwen):
     features = family_qwen.text(small_qwen, ["make it greyscale"], None, "cpu")
-    seen = family_qwen.look(small_qwen, torch.zeros(1, 3, 64, 64))
+    seen = family_qwen.encode_image(small_qwen, torch.zeros(1, 3, 64, 64))
     assert family_qwen.text(small_qwen, ["make it greyscale"], seen, "cpu")[0].shape[1] == 4 + features[0].shape[1]
 
 
-def test_readings_are_the_tokens_after_the_prompt(small_qwen):
+def test_probe_inputs_are_the_tokens_after_the_prompt(small_qwen):
     prompts = ["make it greyscale", "place a small red circle at the bottom left of the image"]
-    together = family_qwen.readings(family_qwen.text(small_qwen, prompts, None, "cpu"))[0]
+    together = family_qwen.probe_inputs(family_qwen.text(small_qwen, prompts, None, "cpu"))[0]
     assert together.shape == (2, family_qwen.ENDING, 192)
     tail = "<|im_end|>\n<|im_start|>assistant\n"
     assert small_qwen.prompt_template_encode.endswith("{}" + tail)
@@ -86,7 +88,7 @@ def test_readings_are_the_tokens_after_the_prompt(small_qwen):
     close(together[:1], alone[:, -family_qwen.ENDING :])
 
 
-def test_velocity_is_the_pipelines_first_step(small_qwen, monkeypatch):
+def test_velocity_matches_the_pipelines_first_step(small_qwen, monkeypatch):
     """The batch that training makes of a task, in the transformer, is the sampler's own call."""
     seed = 3
     case = scenes.sample(seed, 64)
@@ -105,7 +107,7 @@ def test_velocity_is_the_pipelines_first_step(small_qwen, monkeypatch):
     given, expected = calls[0]
     with torch.no_grad():
         batch = encode(small_qwen, [scenes.describe(s) for s in range(seed, seed + 1)], (64, 64), "cpu")
-        features = family_qwen.text(small_qwen, batch.prompts, batch.seen, "cpu")
+        features = family_qwen.text(small_qwen, batch.prompts, batch.vision, "cpu")
         x = given["hidden_states"][:, :16]
         # Encoding in training is in bfloat16, so the reference is taken from the pipeline.
         torch.testing.assert_close(batch.source, given["hidden_states"][:, 16:], rtol=0.05, atol=0.05)
@@ -114,18 +116,16 @@ def test_velocity_is_the_pipelines_first_step(small_qwen, monkeypatch):
     close(ours, expected[:, :16], 1e-4)
 
 
-def test_prompts_are_left_empty_but_never_all():
+def test_some_prompts_are_dropped_but_never_all():
     qwen = family_qwen.QWEN
     draw = dict(generator=torch.Generator().manual_seed(0))
-    prompts, told = left_empty(["a"] * 4000, qwen, **draw)
-    assert prompts.count(" ") / 4000 == pytest.approx(qwen.empty, abs=0.02)
-    assert [p == "a" for p in prompts] == told.tolist()
-    assert all(left_empty(["a"], qwen, **draw)[0] == ["a"] for _ in range(100))
+    prompts, has_prompt = drop_prompts(["a"] * 4000, qwen, **draw)
+    assert prompts.count(" ") / 4000 == pytest.approx(qwen.empty_prompts, abs=0.02)
+    assert [p == "a" for p in prompts] == has_prompt.tolist()
+    assert all(drop_prompts(["a"], qwen, **draw)[0] == ["a"] for _ in range(100))
 
 
 def test_stock_flops_count_both_prompts(small_qwen):
-    from specedit.micro.evaluate import stock_flops
-
     case, config = scenes.sample(3, 128), small_qwen.transformer.config
     lengths = [small_qwen.encode_prompt(p, image=case.source)[0].shape[1] for p in (case.prompt, " ")]
     passes = [transformer_flops(config, 2 * 64 + length) for length in lengths]
@@ -134,8 +134,8 @@ def test_stock_flops_count_both_prompts(small_qwen):
     assert stock_flops(small_qwen, case, 2, unguided) == pytest.approx(2 * passes[0])
 
 
-def test_batches_are_packed_as_the_pipelines(small_qwen):
-    batch = encode(small_qwen, [scenes.describe(s) for s in training.seeds(0, 2)], (64, 96), "cpu")
+def test_packing_matches_the_pipeline(small_qwen):
+    batch = encode(small_qwen, [scenes.describe(s) for s in loop.seeds(0, 2)], (64, 96), "cpu")
     assert batch.source.shape == batch.target.shape == (2, 24, 64) and batch.grid == (4, 6)
     latents = torch.randn(2, 16, 8, 12)
     assert torch.equal(pack(latents), small_qwen._pack_latents(latents, 2, 16, 8, 12))

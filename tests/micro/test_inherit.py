@@ -1,4 +1,4 @@
-"""Blocks that are taken over compute what they did in the other editor."""
+"""Inherited blocks compute what they did in the Kontext editor."""
 
 import pytest
 import torch
@@ -10,11 +10,12 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 
-from specedit.micro import build, build_qwen, inherit, inherit_places, landmarks, train, train_vae, training
+from specedit.micro import build, build_qwen, inherit, inherit_places, kontext, landmarks, qwen, train, train_vae
+from specedit.micro import training as loop
 from specedit.micro.family_kontext import velocity_at
 from specedit.micro.family_qwen import latents
 from specedit.micro.family_qwen import velocity as qwen_velocity
-from specedit.micro.load import WEIGHTS
+from specedit.micro.loading import WEIGHTS
 
 WIDTH, HEADS, WORDS, PICTURE = 128, 2, 3, 6
 
@@ -46,7 +47,7 @@ def both(block, theirs, states):
     return got, expected
 
 
-def test_a_double_stream_block(states):
+def test_double_stream_block(states):
     double = randomly(FluxTransformerBlock(WIDTH, HEADS, 64))
     block = QwenImageTransformerBlock(WIDTH, HEADS, 64).eval()
     inherit.from_double(block, double)
@@ -71,7 +72,7 @@ def test_either_half_of_a_single_stream_block(states, part):
         assert (expected - before).std() > 0.1
 
 
-def test_a_whole_transformer_where_words_do_not_matter():
+def test_whole_transformer_without_text():
     """Their places differ between the two models, so no token listens to them; single-stream blocks are switched off,
     since theirs are the picture's own weights."""
     shared = dict(attention_head_dim=64, num_attention_heads=HEADS, joint_attention_dim=32, axes_dims_rope=(8, 28, 28))
@@ -88,32 +89,32 @@ def test_a_whole_transformer_where_words_do_not_matter():
             single.norm.linear.weight[2 * WIDTH :] = single.norm.linear.bias[2 * WIDTH :, None] = 0
     target = QwenImageTransformer2DModel(patch_size=2, in_channels=64, out_channels=16, num_layers=2, **shared).eval()
     pooled = torch.randn(1, 16)
-    inherit.take_over(target, source, pooled)
+    inherit.copy_transformer(target, source, pooled)
     x, reference = torch.randn(2, 1, 12, 64)
     words, sigma = torch.randn(1, WORDS, 32), torch.tensor([0.6])
-    flux, qwen = (type("pipe", (), {"transformer": model}) for model in (source, target))
+    flux, other = (type("pipe", (), {"transformer": model}) for model in (source, target))
     with torch.no_grad():
         expected = velocity_at(flux, x, reference, (3, 4), sigma, (words, pooled), torch.tensor([inherit.GUIDANCE]))
         mask = torch.ones(1, WORDS, dtype=torch.bool)
-        got = qwen_velocity(qwen, x, reference, (3, 4), sigma, (words, mask))
+        got = qwen_velocity(other, x, reference, (3, 4), sigma, (words, mask))
     assert torch.allclose(got, expected, rtol=1e-3, atol=1e-3) and expected.std() > 0.1
 
 
-def test_another_size_is_refused():
+def test_other_sizes_are_refused():
     source = build.transformer()
     for config, message in (
-        (dict(num_attention_heads=3), "width: expected 256, as the editor to take over has, got 192"),
+        (dict(num_attention_heads=3), "width: expected 256, as the editor to inherit from has, got 192"),
         (dict(num_attention_heads=8, attention_head_dim=32, axes_dims_rope=(8, 12, 12)), "heads: expected 4, .* got 8"),
         (dict(num_layers=5), "blocks: expected 6, .* got 5"),
     ):
         target = QwenImageTransformer2DModel.from_config({**build_qwen.transformer().config, **config})
         before = target.img_in.weight.clone()
         with pytest.raises(ValueError, match=message):
-            inherit.take_over(target, source, torch.zeros(1, 128))
+            inherit.copy_transformer(target, source, torch.zeros(1, 128))
         assert torch.equal(target.img_in.weight, before)
 
 
-def test_a_teacher_that_agrees_changes_nothing_and_another_is_approached():
+def test_autoencoder_is_distilled():
     torch.manual_seed(0)
     vae, other = build.autoencoder(), build.autoencoder()
     images = train_vae.vae_images(0, 4, 32, "cpu")
@@ -137,17 +138,17 @@ def test_a_teacher_that_agrees_changes_nothing_and_another_is_approached():
     assert distance() < 0.98 * before and all(p.grad is None for p in other.parameters())
 
 
-def test_training_takes_over_and_says_what_cannot_be(tmp_path, few_tasks, monkeypatch):
+def test_training_inherits_and_refuses_what_does_not_fit(tmp_path, few_tasks, monkeypatch):
     teacher = build.kontext(1)
     with torch.no_grad():
         teacher.transformer.proj_out.weight.normal_()
-    landmarks.place(teacher)
+    landmarks.add_landmarks(teacher)
     teacher.vae.register_to_config(shift_factor=0.25, scaling_factor=2.0)
     build.save(teacher, tmp_path / "kontext")
-    for name, value in (("SIDE", 64), ("SAMPLES", 16), ("SEEN", 2), ("PART", 8)):  # quicker
+    for name, value in (("SIDE", 64), ("SAMPLES", 16), ("WITH_IMAGE", 2), ("IMAGE_TOKENS", 8)):  # quicker
         monkeypatch.setattr(inherit_places, name, value)
     few = dict(vae_minutes=10.0, text_minutes=10.0, minutes=10.0, largest=64, steps=1, like=tmp_path / "kontext")
-    pipe = train.train(training.Settings(tmp_path / "qwen", model="qwen", **few))
+    pipe = train.train(loop.Settings(tmp_path / "qwen", model="qwen", **few))
     ours, theirs = pipe.transformer, teacher.transformer
     close = dict(atol=2e-2)  # one step of training and half precision on disk
     assert torch.allclose(
@@ -163,30 +164,30 @@ def test_training_takes_over_and_says_what_cannot_be(tmp_path, few_tasks, monkey
         mean = pipe.vae.encode(picture[:, :, None]).latent_dist.mean[:, :, 0]
     assert torch.allclose(latents(pipe.vae, picture), (mean - 0.25) * 2, atol=1e-4)
     with pytest.raises(ValueError, match="--like: expected --model qwen, got kontext"):
-        train.train(training.Settings(tmp_path / "new", model="kontext", **few))
-    assert inherit.distance(pipe, teacher) > inherit.SAME  # one step is not enough to learn its latents
-    with pytest.raises(ValueError, match=r"--start: expected an editor whose latents are those of --like, .* by \d"):
-        train.train(training.Settings(tmp_path / "new", model="qwen", start=tmp_path / "qwen" / "editor", **few))
+        train.train(loop.Settings(tmp_path / "new", model="kontext", **few))
+    assert inherit.latent_distance(pipe, teacher) > inherit.SAME_LATENTS  # one step is not enough to learn its latents
+    with pytest.raises(ValueError, match=r"--start: expected an editor with the latents of --like, .* by \d"):
+        train.train(loop.Settings(tmp_path / "new", model="qwen", start=tmp_path / "qwen" / "editor", **few))
     with pytest.raises(ValueError, match=r"--like: expected a FluxKontextPipeline in .*, got a Qwen"):
-        train.train(training.Settings(tmp_path / "new", model="qwen", **few | {"like": tmp_path / "qwen" / "editor"}))
+        train.train(loop.Settings(tmp_path / "new", model="qwen", **few | {"like": tmp_path / "qwen" / "editor"}))
     build.save(build.kontext(1), tmp_path / "bare")
     with pytest.raises(ValueError, match=r"--like: expected an editor with landmarks, got .*bare"):
-        train.train(training.Settings(tmp_path / "new", model="qwen", **few | {"like": tmp_path / "bare"}))
+        train.train(loop.Settings(tmp_path / "new", model="qwen", **few | {"like": tmp_path / "bare"}))
 
 
-def test_an_editor_that_has_learned_takes_over_the_transformer_alone(tmp_path, monkeypatch):
+def test_trained_editor_inherits_the_transformer_only(tmp_path, monkeypatch):
     """The packaged editors have the same latents; autoencoder and words stay, and are joined to the new blocks."""
     done = []
-    for part in ("vae", "text", "link", "ask", "editor"):
+    for part in ("vae", "text", "link", "probes", "editor"):
         monkeypatch.setattr(train, f"train_{part}", lambda *_, part=part: done.append(part))
-    monkeypatch.setattr(train, "take_over_places", lambda *_: done.append("places"))
+    monkeypatch.setattr(train, "inherit_landmarks", lambda *_: done.append("landmarks"))
     start, like = WEIGHTS / "qwen", WEIGHTS / "kontext"
-    got = train.train(training.Settings(tmp_path, model="qwen", start=start, like=like))
-    assert done == ["places", "link", "ask", "editor"]
+    got = train.train(loop.Settings(tmp_path, model="qwen", start=start, like=like))
+    assert done == ["landmarks", "link", "probes", "editor"]
     assert len(got.tokenizer("").input_ids) == landmarks.LANDMARKS
-    old = build_qwen.load(start, torch_dtype=torch.float32)
-    teacher = build.load(like, torch_dtype=torch.float32)
-    assert 0 < inherit.distance(got, teacher) < inherit.SAME
+    old = qwen.read(start, torch_dtype=torch.float32)
+    teacher = kontext.read(like, torch_dtype=torch.float32)
+    assert 0 < inherit.latent_distance(got, teacher) < inherit.SAME_LATENTS
     for name in ("vae", "text_encoder"):
         kept = getattr(old, name).state_dict()
         assert all(torch.equal(kept[key], value) for key, value in getattr(got, name).state_dict().items())
@@ -196,22 +197,22 @@ def test_an_editor_that_has_learned_takes_over_the_transformer_alone(tmp_path, m
     assert torch.equal(block.attn.to_q.weight, double.attn.to_q.weight)
     assert not torch.equal(block.attn.to_q.weight, before.transformer_blocks[0].attn.to_q.weight)
     fresh = build_qwen.qwen(0)
-    inherit.inherit(fresh, teacher)  # an embedding of time that has learned is replaced, not added to
+    inherit.inherit_transformer(fresh, teacher)  # an embedding of time that has learned is replaced, not added to
     bias = "time_text_embed.timestep_embedder.linear_2.bias"
     assert torch.equal(ours.state_dict()[bias], fresh.transformer.state_dict()[bias])
 
 
-def test_an_editor_that_took_over_follows_further(tmp_path, monkeypatch):
+def test_follow_keeps_the_transformer(tmp_path, monkeypatch):
     done = []
-    for part in ("link", "ask", "editor"):
+    for part in ("link", "probes", "editor"):
         monkeypatch.setattr(train, f"train_{part}", lambda *_, part=part: done.append(part))
     start, like = WEIGHTS / "qwen", WEIGHTS / "kontext"
-    settings = training.Settings(tmp_path, model="qwen", start=start, like=like, follow=True, minutes=0)
+    settings = loop.Settings(tmp_path, model="qwen", start=start, like=like, follow=True, minutes=0)
     got = train.train(settings)
     assert done == ["link"]
-    kept = build_qwen.load(start, torch_dtype=torch.float32).transformer.state_dict()
+    kept = qwen.read(start, torch_dtype=torch.float32).transformer.state_dict()
     assert all(torch.equal(kept[key], value) for key, value in got.transformer.state_dict().items())
     for missing in ("start", "like"):
         parts = {"start": start, "like": like, missing: None}
         with pytest.raises(ValueError, match=r"--follow: expected --start, .* and --like"):
-            train.train(training.Settings(tmp_path, model="qwen", follow=True, **parts))
+            train.train(loop.Settings(tmp_path, model="qwen", follow=True, **parts))

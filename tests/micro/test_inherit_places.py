@@ -1,25 +1,36 @@
-"""A Qwen editor's template says what the other's landmarks said, and its text meets the picture as that one's did."""
+"""A Qwen editor's template tokens act as the Kontext editor's landmarks, and its text attends as that one's."""
 
 import pytest
 import torch
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 
-from specedit.micro import build, build_qwen, family_kontext, family_qwen, inherit, inherit_places, landmarks, scenes
+from specedit.micro import (
+    build_qwen,
+    family_kontext,
+    family_qwen,
+    inherit,
+    inherit_places,
+    kontext,
+    landmarks,
+    qwen,
+    scenes,
+)
+from specedit.micro.kontext import TEXT_TOKENS
 from specedit.micro.landmarks import LANDMARKS
-from specedit.micro.load import WEIGHTS
+from specedit.micro.loading import WEIGHTS
 
 PROMPTS = ["make it grey", "add a small yellow hexagon at the bottom right of the picture", " "]
-HEADS = [head for head, _ in landmarks.LOOKS]
+HEADS = [head for head, _ in landmarks.LANDMARK_HEADS]
 
 
-def test_every_prompt_begins_with_what_is_the_same_for_all(tmp_path):
+def test_every_prompt_begins_with_the_same_tokens(tmp_path):
     pipe = build_qwen.qwen()
     with torch.no_grad():
         before, _ = family_qwen.text(pipe, PROMPTS, None, "cpu")
     for _ in range(2):  # once is enough
-        inherit_places.lead(pipe)
+        inherit_places.prepend_tokens(pipe)
     build_qwen.save(pipe, tmp_path)
-    again = build_qwen.load(tmp_path, torch_dtype=torch.float32)
+    again = qwen.read(tmp_path, torch_dtype=torch.float32)
     picture = scenes.sample(3, 64).source
     for one in (pipe, again):
         assert len(one.tokenizer("").input_ids) == len(one.processor.tokenizer("").input_ids) == LANDMARKS
@@ -34,7 +45,7 @@ def test_every_prompt_begins_with_what_is_the_same_for_all(tmp_path):
 
 
 @pytest.mark.parametrize("side", [8, 5])
-def test_a_text_token_that_is_turned_back_meets_the_picture_as_one_at_the_origin(side):
+def test_rotated_text_keys_act_as_keys_at_the_origin(side):
     axes, tokens = [8, 28, 28], 7
     query, key = torch.randn(2 * side**2, 64), torch.randn(tokens, 64)
     places = torch.cat([family_kontext.ids((side, side), image, "cpu") for image in (0, 1)])
@@ -46,7 +57,8 @@ def test_a_text_token_that_is_turned_back_meets_the_picture_as_one_at_the_origin
     expected = (complexes(query) * torch.complex(cos[:, ::2].float(), sin[:, ::2].float())).conj() @ complexes(key).T
     rotary = build_qwen.transformer().pos_embed
     picture, text = rotary([[(1, side, side)] * 2], device=torch.device("cpu"), max_txt_seq_len=tokens)
-    turned = inherit_places.turned(key[None, :, None], inherit_places.back(tokens, side, axes, 10000))[0, :, 0]
+    angles = inherit_places.inverse_angles(tokens, side, axes, 10000)
+    turned = inherit_places.rotate(key[None, :, None], angles)[0, :, 0]
     got = (complexes(query) * picture).conj() @ (complexes(turned) * text).T
     assert torch.allclose(got.real, expected.real, atol=1e-4)
     plain = (complexes(query) * picture).conj() @ (complexes(key) * text).T
@@ -78,47 +90,45 @@ def given(pipe, run, tokens):
 
 
 @pytest.mark.parametrize("seed, bound", [(0, 0.5), (1, 0.35), (2, 0.5)])
-def test_picture_tokens_look_at_the_template_as_they_did_at_landmarks(monkeypatch, seed, bound):
+def test_attention_to_template_tokens_is_that_to_landmarks(monkeypatch, seed, bound):
     """With the packaged editors, at the size that is fitted for; smaller here, to be quick. The packaged Qwen editor
     has taken over already, so its words come to the blocks as an editor's that has not: by a projection that knows of
     no landmarks."""
-    for name, value in (("SIDE", 128), ("SAMPLES", 64), ("SEEN", 4), ("PART", 64)):
+    for name, value in (("SIDE", 128), ("SAMPLES", 64), ("WITH_IMAGE", 4), ("IMAGE_TOKENS", 64)):
         monkeypatch.setattr(inherit_places, name, value)
-    teacher = build.load(WEIGHTS / "kontext", torch_dtype=torch.float32)
-    pipe = build_qwen.load(WEIGHTS / "qwen", torch_dtype=torch.float32)
+    teacher = kontext.read(WEIGHTS / "kontext", torch_dtype=torch.float32)
+    pipe = qwen.read(WEIGHTS / "qwen", torch_dtype=torch.float32)
     pipe.transformer.txt_in = build_qwen.qwen(seed).transformer.txt_in
-    inherit.inherit(pipe, teacher)
+    inherit.inherit_transformer(pipe, teacher)
     grid, sigma = (8, 8), torch.tensor([0.9, 0.4])
     torch.manual_seed(0)
     x, source = torch.randn(2, 2, 64, 64)
     words = family_kontext.text(teacher, PROMPTS[:2], None, "cpu")
     first = teacher.tokenizer_2.convert_tokens_to_ids(landmarks.NAMES[0])
-    ids = teacher.tokenizer_2(
-        PROMPTS[:2], padding="max_length", max_length=build.TEXT_TOKENS, return_tensors="pt"
-    ).input_ids
+    ids = teacher.tokenizer_2(PROMPTS[:2], padding="max_length", max_length=TEXT_TOKENS, return_tensors="pt").input_ids
     at = [(row == first).nonzero().item() for row in ids]
 
-    def kontext():
+    def kontext_angles():
         guidance = torch.full_like(sigma, inherit.GUIDANCE)
         family_kontext.velocity_at(teacher, x, source, grid, sigma, words, guidance)
         places = torch.cat([family_kontext.ids(grid, image, "cpu") for image in (0, 1)])
-        cos, sin = teacher.transformer.pos_embed(torch.cat([torch.zeros(build.TEXT_TOKENS, 3), places]))
+        cos, sin = teacher.transformer.pos_embed(torch.cat([torch.zeros(TEXT_TOKENS, 3), places]))
         angles = torch.complex(cos[:, ::2].float(), sin[:, ::2].float())
-        return angles[build.TEXT_TOKENS :], angles[: build.TEXT_TOKENS]
+        return angles[TEXT_TOKENS:], angles[:TEXT_TOKENS]
 
-    def qwen():
+    def qwen_angles():
         features = family_qwen.text(pipe, PROMPTS[:2], None, "cpu")
         family_qwen.velocity(pipe, x, source, grid, sigma, features)
         return pipe.transformer.pos_embed(
             [[(1, *grid)] * 2], device=torch.device("cpu"), max_txt_seq_len=features[0].shape[1]
         )
 
-    whole = given(teacher, kontext, slice(None))
+    whole = given(teacher, kontext_angles, slice(None))
     expected = torch.stack([whole[i, ..., k : k + LANDMARKS] for i, k in enumerate(at)])
-    assert expected.sum(-1).mean() > 0.5  # they still are what these heads look at
-    before = given(pipe, qwen, slice(LANDMARKS))
-    inherit_places.take_over_places(pipe, teacher)
-    after = given(pipe, qwen, slice(LANDMARKS))
+    assert expected.sum(-1).mean() > 0.5  # most of these heads' attention
+    before = given(pipe, qwen_angles, slice(LANDMARKS))
+    inherit_places.inherit_landmarks(pipe, teacher)
+    after = given(pipe, qwen_angles, slice(LANDMARKS))
 
     def share(parts):  # of what is given to landmarks at all
         return parts / parts.sum(-1, keepdim=True)

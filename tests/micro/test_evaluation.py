@@ -1,4 +1,4 @@
-"""Scores against hand-made results, and the shipped editor end to end."""
+"""Scores of known results, and the packaged editors end to end."""
 
 import json
 import math
@@ -10,9 +10,11 @@ from PIL import Image
 
 import specedit
 from specedit import micro
-from specedit.micro.evaluate import grow, mean, psnr, score
-from specedit.micro.family import named
-from specedit.micro.load import WEIGHTS
+from specedit.micro import build_qwen
+from specedit.micro.evaluation import grow, mean, psnr, score
+from specedit.micro.families import family_named
+from specedit.micro.loading import WEIGHTS
+from specedit.micro.train_vae import roundtrip
 
 
 @pytest.fixture(scope="module", params=["kontext", "qwen"])
@@ -52,13 +54,13 @@ def test_target_and_source_as_results():
     assert not score(noise, case)["success"]
 
 
-def test_a_result_of_another_size():
+def test_result_of_another_size_is_refused():
     case = micro.scenes.sample(3, 100)
     with pytest.raises(ValueError, match="image: expected 100 x 100 as the case, got 96 x 96; sides are whole tokens"):
         score(Image.new("RGB", (96, 96)), case)
 
 
-def test_no_steps_are_not_the_preset(pipe):
+def test_zero_steps_are_refused(pipe):
     specedit.install(pipe, "turbo")
     try:
         with pytest.raises(ValueError, match="num_inference_steps: expected an integer of at least 1, got 0"):
@@ -67,7 +69,7 @@ def test_no_steps_are_not_the_preset(pipe):
         specedit.uninstall(pipe)
 
 
-def test_means_leave_nan_out():
+def test_mean_skips_nan():
     out = mean([dict(a=1.0, kind="x"), dict(a=math.nan, kind="x"), dict(a=3.0, kind="y")])
     assert out == {"count": 3, "a": 2.0}
 
@@ -84,14 +86,14 @@ def test_weights_are_small_and_load_offline(pipe, name):
     assert held == {"kontext": "FluxKontextPipeline", "qwen": "QwenImageEditPipeline"}[name]
 
 
-def test_the_dtype_that_was_asked_for(name):
+def test_load_casts_to_dtype(name):
     half = micro.load(name, dtype=torch.bfloat16)
     assert {part.dtype for part in modules(half)} == {torch.bfloat16}
 
 
-def test_transformers_4_and_5_read_the_same(name, tmp_path):
-    """What is written is said in the words that both know; scripts/compat.sh runs these tests with both."""
-    named(name).save(micro.load(name), tmp_path)
+def test_saved_configs_suit_transformers_4_and_5(name, tmp_path):
+    """Saved files use names that both versions read; scripts/compat.sh runs these tests with both."""
+    family_named(name).save(micro.load(name), tmp_path)
     for folder in (tmp_path, WEIGHTS / name):
 
         def read(file, folder=folder):
@@ -118,7 +120,7 @@ def test_unknown_editor():
         micro.load("flux")
 
 
-def test_an_editor_whose_weights_the_package_lacks(monkeypatch, tmp_path):
+def test_missing_weights_name_the_training_command(monkeypatch, tmp_path):
     (tmp_path / "kontext").mkdir()
     (tmp_path / "kontext" / "model_index.json").write_text("{}")
     monkeypatch.setitem(micro.load.__globals__, "WEIGHTS", tmp_path)
@@ -131,10 +133,8 @@ def test_an_editor_whose_weights_the_package_lacks(monkeypatch, tmp_path):
         micro.load("kontext")
 
 
-def test_the_autoencoder_keeps_30_db_at_512(pipe, name):
-    from specedit.micro.train_vae import roundtrip
-
-    assert roundtrip(named(name).flat(pipe.vae), "cpu", 512, 4) >= 30
+def test_autoencoder_round_trip_is_at_least_30_db(pipe, name):
+    assert roundtrip(family_named(name).flat(pipe.vae), "cpu", 512, 4) >= 30
 
 
 @pytest.mark.parametrize("size", [128, (128, 192)])
@@ -155,7 +155,7 @@ def test_stock_and_installed_are_scored(pipe, size):
     assert [r["edit_psnr"] for r in again["cases"]] == [r["edit_psnr"] for r in stock["cases"]]
 
 
-def test_what_stock_can_do_specedit_does(pipe):
+def test_specedit_solves_what_stock_solves(pipe):
     """Removing and adding an object, in tasks that the stock pipeline solves in ten steps."""
     cases = [micro.scenes.sample(seed, 256) for seed in (2, 6)]
     assert [case.kind for case in cases] == ["remove", "add"]
@@ -172,7 +172,7 @@ def test_what_stock_can_do_specedit_does(pipe):
             assert ours["flops"] < theirs["flops"] / 1.2
 
 
-def test_reference_restore_keeps_what_was_not_edited(pipe, name):
+def test_reference_restore_preserves_unedited_pixels(pipe, name):
     case = micro.scenes.sample(3, 128)
     call = dict(image=case.source, prompt=case.prompt, edit_mask=case.mask, **micro.arguments(case.source, name))
     kept = {}
@@ -184,9 +184,7 @@ def test_reference_restore_keeps_what_was_not_edited(pipe, name):
     assert kept["reference"] > kept["full"]
 
 
-def test_qwen_is_scored_with_its_guidance(small_qwen, monkeypatch, tmp_path):
-    from specedit.micro import build_qwen
-
+def test_qwen_is_evaluated_with_guidance(small_qwen, monkeypatch, tmp_path):
     build_qwen.save(small_qwen, tmp_path / "qwen")
     monkeypatch.setitem(micro.load.__globals__, "WEIGHTS", tmp_path)
     pipe = micro.load("qwen")

@@ -10,7 +10,7 @@ from PIL import Image
 
 import specedit
 from specedit.micro import scenes
-from specedit.micro.qwen_pipeline import OwnSizeQwenImageEditPipeline, PictureProcessor
+from specedit.micro.pipelines import OwnSizeQwenImageEditPipeline, PictureProcessor
 from specedit.models.qwen import QwenImageEdit
 from tests.models.conformance import Conformance
 from tests.models.family import Family

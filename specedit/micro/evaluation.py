@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .family import named, of
+from .editors import editor_named, editor_of
 from .scenes import Case
 
 MARGIN = 16  # px around the edit mask that keep_psnr leaves out
@@ -19,12 +19,15 @@ NEAR = 18.0  # dB that an edited region must be within of its target
 
 
 def arguments(image: Image.Image, model: str = "kontext") -> dict[str, Any]:
-    """What to pass the pipeline of `model`, "kontext" or "qwen", beside image and prompt.
+    """Keyword arguments of the pipeline's call, besides image and prompt. `model`: "kontext" or "qwen".
 
-    The embedded editors are made for 128 to 512 px, and work at the image's own size with these. Of "qwen" they also
-    switch its guidance on, which needs a negative prompt.
+    With them an editor works at the image's own size; the editors are trained for 128 to 512 px. "qwen" also gets a
+    negative prompt, which switches its guidance on.
+
+    Raises:
+        ValueError: another model.
     """
-    return named(model).arguments(image)
+    return editor_named(model).arguments(image)
 
 
 def psnr(a: np.ndarray, b: np.ndarray, where: np.ndarray) -> float:
@@ -80,13 +83,13 @@ def evaluate(pipe: Any, cases: Iterable[Case], num_inference_steps: int | None =
     from ..config import STOCK_STEPS
     from ..install import is_active, last_report
 
-    active, family = is_active(pipe), of(pipe)
+    active, editor = is_active(pipe), editor_of(pipe)
     steps = num_inference_steps
     if steps is None and not active:
         steps = STOCK_STEPS
     rows = []
     for case in cases:
-        given = {**family.arguments(case.source), **call}
+        given = {**editor.arguments(case.source), **call}
         if steps is not None:
             given["num_inference_steps"] = steps
         given.setdefault("generator", torch.Generator().manual_seed(case.seed))
@@ -99,7 +102,7 @@ def evaluate(pipe: Any, cases: Iterable[Case], num_inference_steps: int | None =
             row |= dict(flops=run.flops, flops_ratio=run.flops_ratio, edit_fraction=run.edit_fraction)
             row |= dict(missed=run.missed)
         else:
-            taken = given.get("num_inference_steps", family.default_steps)
+            taken = given.get("num_inference_steps", editor.default_steps)
             row["flops"] = stock_flops(pipe, case, taken, given)
         rows.append(row)
     return {**summary(rows), "cases": rows}
@@ -118,8 +121,8 @@ def stock_flops(pipe: Any, case: Case, steps: int, call: dict[str, Any] | None =
     """
     from ..flops import transformer_flops
 
-    family = of(pipe)
-    passes = family.passes(pipe, case, family.arguments(case.source) if call is None else call)
+    editor = editor_of(pipe)
+    passes = editor.passes(pipe, case, editor.arguments(case.source) if call is None else call)
     return steps * sum(transformer_flops(pipe.transformer.config, tokens) for tokens in passes)
 
 
