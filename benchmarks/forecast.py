@@ -4,7 +4,7 @@
 
 Stock 50; every cache alone at N = 4, 6, 9 (50 steps, nothing spatial); SpecEdit alone; SpecEdit with taylor, hermite,
 foca and lesa; the step-distilled student at 8 and 6 steps with and without SpecEdit, once `python -m
-specedit.micro.distil` has written its weights. Every variant edits the same unseen tasks with the same seeds. With
+training.distil` has written its weights. Every variant edits the same unseen tasks with the same seeds. With
 --resume a run that was stopped, or that is to see more tasks, goes on where the file ends. A variant that lacks trained
 weights is named and left out.
 """
@@ -48,7 +48,7 @@ def variants(weights: Path | None, student: Path | None) -> dict[str, dict[str, 
 def lacking(settings: dict[str, Any], pipe: Any) -> str | None:
     """Which trained weights a variant lacks, or None."""
     if "student" in settings and settings["student"] is None:
-        return f"no student at {micro.STUDENT}; python -m specedit.micro.distil trains one"
+        return f"no student at {micro.STUDENT}; python -m training.distil trains one"
     fields = settings.get("install", {})
     if fields.get("forecast") == "lesa":
         try:

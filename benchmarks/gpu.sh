@@ -105,7 +105,7 @@ run_forecast() {
 run_train() {
   local scratch
   scratch=$(mktemp -d)
-  at_most 530 python3 -m specedit.micro.train --out "$scratch" --start specedit/micro/weights/kontext \
+  at_most 530 python3 -m training.micro.train --out "$scratch" --start specedit/micro/weights/kontext \
     --probe-minutes 0.5 --minutes "${TRAIN_MINUTES:-7}" --batch-scale 8 --device cuda
   [ -z "$dry" ] || return 0
   cp "$scratch/log.json" "$out/train-log.json"

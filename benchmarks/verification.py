@@ -18,11 +18,11 @@ from specedit import micro, results, select
 from specedit.config import SpecEditConfig
 from specedit.grid import TokenGrid
 from specedit.micro import scenes
-from specedit.micro.families import family_of
 from specedit.micro.loading import identity
-from specedit.micro.train_editor import pack
 from specedit.models import adapter_of
 from specedit.models.base import EditState
+from training.micro.families import family_of
+from training.micro.train_editor import pack
 
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
 LOCAL = ("recolor", "remove", "add", "shape")  # global edits change every cell

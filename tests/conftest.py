@@ -213,7 +213,7 @@ def qwen_parts():
     """Parts of an untrained embedded Qwen editor, with 5 blocks and random weights where it starts with zeros."""
     from diffusers import QwenImageTransformer2DModel
 
-    from specedit.micro import build_qwen
+    from training.micro import build_qwen
 
     pipe = build_qwen.qwen()
     torch.manual_seed(0)

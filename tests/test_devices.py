@@ -15,12 +15,12 @@ import torch
 
 import specedit
 from specedit import micro
-from specedit.micro import train, train_editor, train_vae
-from specedit.micro.families import family_named
-from specedit.micro.family_kontext import KONTEXT
 from specedit.micro.loading import WEIGHTS
 from specedit.micro.scenes import sample
-from specedit.micro.training import Settings
+from training.micro import train, train_editor, train_vae
+from training.micro.families import family_named
+from training.micro.family_kontext import KONTEXT
+from training.micro.loop import Settings
 
 HERE = os.environ.get("SPECEDIT_PRETEND") == "1"
 if HERE:

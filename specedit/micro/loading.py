@@ -34,7 +34,7 @@ def load(name: str = "kontext", *, device: str | torch.device = "cpu", dtype: to
         held = sorted(file.parent.name for file in WEIGHTS.glob("*/model_index.json"))
         raise FileNotFoundError(
             f"this package holds no weights of the editor {name!r}: expected {folder}/model_index.json, what "
-            f"`python -m specedit.micro.train --model {name} --out runs/{name}` leaves in "
+            f"`python -m training.micro.train --model {name} --out runs/{name}`, run in the repository, leaves in "
             f"runs/{name}/editor; it holds {', '.join(held) or 'none'}"
         )
     pipe = editor.load(folder).to(device=device, dtype=dtype)  # versions of diffusers disagree about the loader's dtype

@@ -10,11 +10,11 @@ from PIL import Image
 
 import specedit
 from specedit import micro
-from specedit.micro import build_qwen
 from specedit.micro.evaluation import grow, mean, psnr, score
-from specedit.micro.families import family_named
 from specedit.micro.loading import WEIGHTS
-from specedit.micro.train_vae import roundtrip
+from training.micro import build_qwen
+from training.micro.families import family_named
+from training.micro.train_vae import roundtrip
 
 
 @pytest.fixture(scope="module", params=["kontext", "qwen"])
@@ -126,7 +126,7 @@ def test_missing_weights_name_the_training_command(monkeypatch, tmp_path):
     monkeypatch.setitem(micro.load.__globals__, "WEIGHTS", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no weights of the editor 'qwen': expected .*; it holds kontext$"):
         micro.load("qwen")
-    with pytest.raises(FileNotFoundError, match=r"`python -m specedit.micro.train --model qwen --out runs/qwen`"):
+    with pytest.raises(FileNotFoundError, match=r"`python -m training.micro.train --model qwen --out runs/qwen`"):
         micro.load("qwen")
     monkeypatch.setitem(micro.load.__globals__, "WEIGHTS", tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"'kontext': expected .*; it holds none"):
