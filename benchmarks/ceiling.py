@@ -15,7 +15,7 @@ from PIL import Image
 
 from specedit import results
 from specedit.micro import scenes
-from specedit.micro.evaluate import grow, score, summary
+from specedit.micro.evaluation import grow, score, summary
 from specedit.micro.render import coverage
 
 RIM = 2  # px around an object that its anti-aliased edge may have tinted

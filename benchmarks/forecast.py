@@ -4,7 +4,7 @@
 
 Stock 50; every cache alone at N = 4, 6, 9 (50 steps, nothing spatial); SpecEdit alone; SpecEdit with taylor, hermite,
 foca and lesa; the step-distilled student at 8 and 6 steps with and without SpecEdit, once `python -m
-specedit.micro.distil` has written its weights. Every variant edits the same unseen tasks with the same seeds. With
+training.distil` has written its weights. Every variant edits the same unseen tasks with the same seeds. With
 --resume a run that was stopped, or that is to see more tasks, goes on where the file ends. A variant that lacks trained
 weights is named and left out.
 """
@@ -16,8 +16,7 @@ from benchmarks.scores import Scores, command, editor, options, some, whose
 from specedit import SpecEditConfig, install, micro, results, uninstall
 from specedit.config import FORECASTS, STOCK_STEPS
 from specedit.forecast import lesa
-from specedit.micro import distil
-from specedit.micro.evaluate import stock_flops
+from specedit.micro.evaluation import stock_flops
 
 INTERVALS = (4, 6, 9)
 PRESET = "balanced"
@@ -49,7 +48,7 @@ def variants(weights: Path | None, student: Path | None) -> dict[str, dict[str, 
 def lacking(settings: dict[str, Any], pipe: Any) -> str | None:
     """Which trained weights a variant lacks, or None."""
     if "student" in settings and settings["student"] is None:
-        return f"no student at {distil.WEIGHTS}; python -m specedit.micro.distil trains one"
+        return f"no student at {micro.STUDENT}; python -m training.distil trains one"
     fields = settings.get("install", {})
     if fields.get("forecast") == "lesa":
         try:
@@ -78,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--lesa", type=Path, help="predictor to use instead of the packaged one")
     parser.add_argument("--student", type=Path, help="LoRA of the student instead of the packaged one")
     args = parser.parse_args(arguments)
-    student = args.student or (distil.WEIGHTS if distil.WEIGHTS.exists() else None)
+    student = args.student or (micro.STUDENT if micro.STUDENT.exists() else None)
     every = some(variants(args.lesa, student), args.only)
     cases = [micro.scenes.sample(seed, args.size) for seed in range(args.cases)]
     pipe = editor(args.model)

@@ -105,8 +105,8 @@ run_forecast() {
 run_train() {
   local scratch
   scratch=$(mktemp -d)
-  at_most 530 python3 -m specedit.micro.train --out "$scratch" --start specedit/micro/weights/kontext \
-    --ask-minutes 0.5 --minutes "${TRAIN_MINUTES:-7}" --batch-scale 8 --device cuda
+  at_most 530 python3 -m training.micro.train --out "$scratch" --start specedit/micro/weights/kontext \
+    --probe-minutes 0.5 --minutes "${TRAIN_MINUTES:-7}" --batch-scale 8 --device cuda
   [ -z "$dry" ] || return 0
   cp "$scratch/log.json" "$out/train-log.json"
   # In pieces, because machines that are lent often hand back small files only: cat editor.tar.* | tar -x

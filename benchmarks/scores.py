@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from specedit import micro, results
 from specedit.install import last_report
-from specedit.micro.load import identity
+from specedit.micro.loading import identity
 from specedit.pipelines import EDITORS
 
 EVERY = 4  # tasks of one variant before it is the next one's turn

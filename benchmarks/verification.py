@@ -18,11 +18,11 @@ from specedit import micro, results, select
 from specedit.config import SpecEditConfig
 from specedit.grid import TokenGrid
 from specedit.micro import scenes
-from specedit.micro.family import of
-from specedit.micro.load import identity
-from specedit.micro.train_editor import pack
+from specedit.micro.loading import identity
 from specedit.models import adapter_of
 from specedit.models.base import EditState
+from training.micro.families import family_of
+from training.micro.train_editor import pack
 
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
 LOCAL = ("recolor", "remove", "add", "shape")  # global edits change every cell
@@ -32,7 +32,7 @@ LOCAL = ("recolor", "remove", "add", "shape")  # global edits change every cell
 def scores(pipe, scene, size: int, verify_at: str) -> torch.Tensor:
     grid = TokenGrid(size // 16, size // 16)
     source, draft = (
-        pack(of(pipe).latents(pipe.vae, image * 2 - 1))
+        pack(family_of(pipe).latents(pipe.vae, image * 2 - 1))
         for image in (scenes.draw([scene], size, size)[0], scenes.draw([scene], size // 4, size // 4)[1])
     )
     state = EditState(

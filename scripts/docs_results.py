@@ -5,8 +5,8 @@ from pathlib import Path
 
 from specedit.config import STOCK_STEPS
 from specedit.flops import MODELS
-from specedit.micro.family import named
-from specedit.micro.load import WEIGHTS
+from specedit.micro.editors import editor_named
+from specedit.micro.loading import WEIGHTS
 from specedit.results import fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +26,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def default_steps(model: str) -> int:
     """Steps of the stock pipeline's own default: of a real model, or of an embedded editor with or without "micro-"."""
-    return MODELS[model].default_steps if model in MODELS else named(model.removeprefix("micro-")).default_steps
+    return MODELS[model].default_steps if model in MODELS else editor_named(model.removeprefix("micro-")).default_steps
 
 
 def to_default(model: str, ratio: float) -> str:

@@ -97,7 +97,7 @@ class SpecEditConfig:
             NFE count cached evaluations too; the report says how many there were.
         forecast_interval: one evaluation in this many is full (None: 4). The first steps of a stage always are.
         forecast_order: order of taylor, hermite, freqca and lesa (None: 2).
-        forecast_weights: file of `python -m specedit.forecast.train_lesa`, for "lesa" on a model without packaged
+        forecast_weights: file of `python -m training.lesa`, for "lesa" on a model without packaged
             weights.
         cfg: how the two halves of Qwen's classifier-free guidance run: "packed" in one forward pass without padding, or
             "separate", one after the other. attention="stock" knows no packed sequences and always runs them one after

@@ -17,7 +17,7 @@ from . import report as report_of
 from .compare import where_it_looked
 from .config import STOCK_STEPS
 from .micro import arguments, load, scenes
-from .micro.evaluate import score, stock_flops
+from .micro.evaluation import score, stock_flops
 from .report import RunReport
 
 NAMES = {"kontext": "FLUX-Kontext", "qwen": "Qwen-Image-Edit"}

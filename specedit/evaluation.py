@@ -16,7 +16,7 @@ from PIL import Image
 from . import pictures
 from .config import STOCK_STEPS
 from .install import is_active, last_report
-from .micro.evaluate import mean, psnr
+from .micro.evaluation import mean, psnr
 from .tasks import Task
 
 ROWS = "rows.jsonl"

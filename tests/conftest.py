@@ -232,3 +232,37 @@ def imgedit_folder(tmp_path, picture):
     (folder / "Basic").mkdir()
     (folder / "Basic" / "basic_edit.json").write_text(json.dumps(items))
     return folder
+
+
+@pytest.fixture(scope="session")
+def qwen_parts():
+    """Parts of an untrained embedded Qwen editor, with 5 blocks and random weights where it starts with zeros."""
+    from diffusers import QwenImageTransformer2DModel
+
+    from training.micro import build_qwen
+
+    pipe = build_qwen.qwen()
+    torch.manual_seed(0)
+    config = {**pipe.transformer.config, "num_layers": 5}
+    transformer = QwenImageTransformer2DModel.from_config(config).eval().requires_grad_(False)
+    for parameter in transformer.parameters():  # as initialised its blocks hardly matter
+        parameter.mul_(1.5)
+    return {**pipe.components, "transformer": transformer}
+
+
+@pytest.fixture
+def make_small_qwen(qwen_parts):
+    """Makes equal small Qwen pipelines that share no module."""
+    from specedit.micro.pipelines import OwnSizeQwenImageEditPipeline
+
+    def make():
+        pipe = OwnSizeQwenImageEditPipeline(**{name: copy.deepcopy(part) for name, part in qwen_parts.items()})
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make
+
+
+@pytest.fixture
+def small_qwen(make_small_qwen):
+    return make_small_qwen()

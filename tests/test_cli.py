@@ -15,7 +15,7 @@ from PIL import Image
 from specedit import cli, micro, pipelines
 from specedit.cli import shared
 from specedit.micro import scenes
-from specedit.micro.load import WEIGHTS
+from specedit.micro.loading import WEIGHTS
 from specedit.results import fingerprint
 
 
@@ -38,7 +38,7 @@ def test_demo(tmp_path, capsys):
 def qwen(monkeypatch, tmp_path):
     """Puts an untrained Qwen editor where the package's weights would be."""
     from specedit import demo, micro
-    from specedit.micro import build_qwen
+    from training.micro import build_qwen
 
     torch.manual_seed(0)
     pipe = build_qwen.qwen()
@@ -82,7 +82,7 @@ def test_an_editor_without_weights_is_named_with_what_trains_it(command, monkeyp
     monkeypatch.setitem(micro.load.__globals__, "WEIGHTS", tmp_path)
     assert cli.main([*command, "--model", "qwen"]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "python -m specedit.micro.train --model qwen --out runs/qwen" in error
+    assert error.count("\n") == 1 and "python -m training.micro.train --model qwen --out runs/qwen" in error
 
 
 def test_edit_with_the_embedded_editor(tmp_path, picture, capsys):

@@ -15,12 +15,12 @@ import torch
 
 import specedit
 from specedit import micro
-from specedit.micro import train, train_editor, train_vae
-from specedit.micro.family import named
-from specedit.micro.family_kontext import KONTEXT
-from specedit.micro.load import WEIGHTS
+from specedit.micro.loading import WEIGHTS
 from specedit.micro.scenes import sample
-from specedit.micro.training import Settings
+from training.micro import train, train_editor, train_vae
+from training.micro.families import family_named
+from training.micro.family_kontext import KONTEXT
+from training.micro.loop import Settings
 
 HERE = os.environ.get("SPECEDIT_PRETEND") == "1"
 if HERE:
@@ -148,9 +148,9 @@ def test_no_step_waits_for_the_host(pipes, name, settings):
 )
 def test_training(tmp_path, monkeypatch, name, changes):
     """Every part of it: from nothing, going on, and from another family's editor."""
-    for family in {id(each): each for each in (named(name), KONTEXT)}.values():
-        for what in ("build", "load"):
-            monkeypatch.setitem(vars(family), what, pretend.on_the_host(getattr(family, what)))
+    for family in {id(each): each for each in (family_named(name), KONTEXT)}.values():
+        for half, what in ((family, "build"), (family.editor, "load")):
+            monkeypatch.setitem(vars(half), what, pretend.on_the_host(getattr(half, what)))
         monkeypatch.setitem(vars(family), "save", lambda pipe, folder: None)  # what is not there has no storage
     for module in (train_editor, train_vae):
         monkeypatch.setattr(module, "write", lambda state, path: None)

@@ -36,8 +36,8 @@ def run(args) -> int:
         check_writable("--json", args.json)
     quiet()
     from .. import bench, results
-    from ..micro import family
-    from ..micro.load import identity
+    from ..micro.editors import editor_named
+    from ..micro.loading import identity
 
     rows = bench.presets_against_stock(args.size, args.repeat, model=args.model, **attention_here())
     calls = "one call, which may be noise" if args.repeat == 1 else f"median of {args.repeat} calls"
@@ -49,7 +49,7 @@ def run(args) -> int:
             f"{row['preset']:14}{row['restore']:11}{row['edit_fraction']:8.0%}{row['seconds']:9.2f}"
             f"{row['speedup']:8.2f}x{row['flops_ratio']:12.2f}x{quotient:10.2f}"
         )
-    if rows and (steps := family.named(args.model).default_steps) != STOCK_STEPS:
+    if rows and (steps := editor_named(args.model).default_steps) != STOCK_STEPS:
         best = max(row["flops_ratio"] for row in rows) * steps / STOCK_STEPS
         print(
             f"against {STOCK_STEPS} stock steps; of {steps}, the pipeline's default, FLOPs ratios are "

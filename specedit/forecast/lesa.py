@@ -18,7 +18,7 @@ from .taylor import taylor_coefficients
 
 WEIGHTS = Path(__file__).parent / "weights"
 LONGEST = 10.0  # steps ahead that the inputs are scaled by
-TRAIN = "train one with: python -m specedit.forecast.train_lesa --out FILE"
+TRAIN = "train one with: python -m training.lesa --out FILE, in the repository"
 
 
 class KANLayer(nn.Module):
@@ -159,7 +159,7 @@ def _metadata(path: str) -> dict[str, Any]:
             metadata = file.metadata() or {}
         return {name: json.loads(metadata[name]) for name in ("shape", "model")}
     except Exception as error:  # safetensors raises its own class on foreign files
-        raise ValueError(f"forecast_weights: expected a file that train_lesa wrote, got {path}: {error}") from error
+        raise ValueError(f"forecast_weights: expected a file that training.lesa wrote, got {path}: {error}") from error
 
 
 def _model(path: str) -> dict[str, int]:

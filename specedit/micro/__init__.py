@@ -11,13 +11,13 @@ from ..lazy import lazy as _lazy
 
 if _TYPE_CHECKING:
     from . import scenes
-    from .evaluate import arguments, evaluate, mean, summary
-    from .load import load
+    from .evaluation import arguments, evaluate, mean, summary
+    from .loading import STUDENT, load
     from .words import understood
 
-__all__ = ["arguments", "evaluate", "load", "mean", "scenes", "summary", "understood"]
+__all__ = ["STUDENT", "arguments", "evaluate", "load", "mean", "scenes", "summary", "understood"]
 
 _lazy(
-    __name__, arguments="evaluate", evaluate="evaluate", load="load", mean="evaluate", summary="evaluate",
-    understood="words",
+    __name__, STUDENT="loading", arguments="evaluation", evaluate="evaluation", load="loading", mean="evaluation",
+    summary="evaluation", understood="words",
 )  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import ceiling
 from specedit.micro import scenes
-from specedit.micro.evaluate import grow, score
+from specedit.micro.evaluation import grow, score
 from specedit.micro.render import coverage
 
 

@@ -265,7 +265,7 @@ def test_a_new_prompt_starts_a_new_history(pipe, edit):
 
 def test_lesa_without_weights(pipe, edit):
     specedit.install(pipe, **ALONE, forecast="lesa")
-    with pytest.raises(FileNotFoundError, match=r"no trained predictor for this transformer.*train_lesa"):
+    with pytest.raises(FileNotFoundError, match=r"no trained predictor for this transformer.*training.lesa"):
         edit(pipe)
     specedit.install(pipe, steps=(0, 0, 3))
     edit(pipe)

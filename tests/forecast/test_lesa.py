@@ -77,12 +77,12 @@ def test_weights_that_do_not_fit(tmp_path):
     lesa.save(lesa.Predictor(), tmp_path / "w.safetensors", MODEL)
     with pytest.raises(ValueError, match=r"expected a predictor trained for .*'num_layers': 2"):
         lesa.load(tmp_path / "w.safetensors", MODEL | {"num_layers": 2})
-    with pytest.raises(FileNotFoundError, match=r"expected a file, got .*train_lesa"):
+    with pytest.raises(FileNotFoundError, match=r"expected a file, got .*training.lesa"):
         lesa.load(tmp_path / "none", MODEL)
     (tmp_path / "text").write_text("no weights")
-    with pytest.raises(ValueError, match="expected a file that train_lesa wrote"):
+    with pytest.raises(ValueError, match=r"expected a file that training\.lesa wrote"):
         lesa.load(tmp_path / "text", MODEL)
-    with pytest.raises(FileNotFoundError, match=r"no trained predictor for this transformer.*train_lesa"):
+    with pytest.raises(FileNotFoundError, match=r"no trained predictor for this transformer.*training.lesa"):
         lesa.load(None, MODEL)
     with pytest.raises(ValueError, match="forecast_order: expected 2, as the weights were trained, got 3"):
         lesa.Lesa(4, predictor=lesa.Predictor(), order=3)

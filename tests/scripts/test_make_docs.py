@@ -236,7 +236,7 @@ def test_a_command_is_told_where_to_write(docs):
     for command, ends in (
         ("python -m benchmarks.quality --cases 64", " --out benchmarks/results/q.json"),
         ("specedit bench --size 512", " --json benchmarks/results/q.json"),
-        ("python -m specedit.micro.train --out runs/x", " --out runs/x"),
+        ("python -m training.micro.train --out runs/x", " --out runs/x"),
         ("python -m benchmarks.end_to_end --json q.json", " --json q.json"),
     ):
         assert typed(command, "q.json").endswith(ends) and typed(command, "q.json").startswith(command)

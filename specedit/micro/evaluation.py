@@ -1,0 +1,135 @@
+"""Scores a pipeline on tasks whose exact result is known."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .editors import editor_named, editor_of
+from .scenes import Case
+
+MARGIN = 16  # px around the edit mask that keep_psnr leaves out
+NEAR = 18.0  # dB that an edited region must be within of its target
+
+
+def arguments(image: Image.Image, model: str = "kontext") -> dict[str, Any]:
+    """Keyword arguments of the pipeline's call, besides image and prompt. `model`: "kontext" or "qwen".
+
+    With them an editor works at the image's own size; the editors are trained for 128 to 512 px. "qwen" also gets a
+    negative prompt, which switches its guidance on.
+
+    Raises:
+        ValueError: another model.
+    """
+    return editor_named(model).arguments(image)
+
+
+def psnr(a: np.ndarray, b: np.ndarray, where: np.ndarray) -> float:
+    """dB between uint8 images (H, W, 3) over the pixels of `where` (H, W); 60 at most, so that means stay finite."""
+    if not where.any():
+        return math.nan
+    error = np.square(a[where].astype(np.float64) - b[where].astype(np.float64)).mean() / 255**2
+    return 60.0 if error == 0 else min(60.0, -10 * math.log10(error))
+
+
+def grow(mask: np.ndarray, by: int) -> np.ndarray:
+    """A bool mask (H, W) dilated by `by` px on each side."""
+    grown = torch.from_numpy(mask)[None, None].float()
+    return torch.nn.functional.max_pool2d(grown, 2 * by + 1, stride=1, padding=by)[0, 0].numpy() > 0
+
+
+def score(image: Image.Image, case: Case) -> dict[str, Any]:
+    """`success`, `edit_psnr`, `keep_psnr` of one result.
+
+    success: the edited region is nearer to the target than to the source and at least 18 dB from the target.
+    edit_psnr: dB from the target inside the edit mask. keep_psnr: dB from the source outside it, 16 px around left out;
+    nan where everything was to change.
+
+    Raises:
+        ValueError: an image of another size than the case's.
+    """
+    if image.size != case.source.size:
+        expected, got = (f"{width} x {height}" for width, height in (case.source.size, image.size))
+        raise ValueError(f"image: expected {expected} as the case, got {got}; sides are whole tokens of 16 px")
+    result, source, target = (np.asarray(i) for i in (image, case.source, case.target))
+    edit, untouched = psnr(result, target, case.mask), psnr(result, source, case.mask)
+    return dict(
+        success=bool(edit > untouched and edit >= NEAR),
+        edit_psnr=edit,
+        keep_psnr=psnr(result, source, ~grow(case.mask, MARGIN)),
+    )
+
+
+def evaluate(pipe: Any, cases: Iterable[Case], num_inference_steps: int | None = None, **call: Any) -> dict[str, Any]:
+    """Run a pipeline on tasks and score it.
+
+    Args:
+        pipe: stock or with SpecEdit installed. A stock pipeline runs 50 steps, an installed one its preset.
+        cases: from `scenes.sample`.
+        num_inference_steps: instead.
+        call: further arguments of the pipeline's call.
+
+    Returns:
+        {"mean": {...}, "cases": [...]}: seed, kind, mask_share, success, edit_psnr, keep_psnr, flops, seconds of each,
+        and where there is a report its edit_fraction, missed and, as flops_ratio, its flops_ratio_50: a stock pipe runs
+        50 steps here. Means leave out nan. "kinds" holds the means of each kind.
+    """
+    from ..config import STOCK_STEPS
+    from ..install import is_active, last_report
+
+    active, editor = is_active(pipe), editor_of(pipe)
+    steps = num_inference_steps
+    if steps is None and not active:
+        steps = STOCK_STEPS
+    rows = []
+    for case in cases:
+        given = {**editor.arguments(case.source), **call}
+        if steps is not None:
+            given["num_inference_steps"] = steps
+        given.setdefault("generator", torch.Generator().manual_seed(case.seed))
+        began = time.perf_counter()
+        image = pipe(image=case.source, prompt=case.prompt, **given).images[0]
+        seconds = time.perf_counter() - began
+        row = dict(seed=case.seed, kind=case.kind, mask_share=float(case.mask.mean()), **score(image, case))
+        row["seconds"] = seconds
+        if active and (run := last_report(pipe)) is not None:
+            row |= dict(flops=run.flops, flops_ratio=run.flops_ratio_50, edit_fraction=run.edit_fraction)
+            row |= dict(missed=run.missed)
+        else:
+            taken = given.get("num_inference_steps", editor.default_steps)
+            row["flops"] = stock_flops(pipe, case, taken, given)
+        rows.append(row)
+    return {**summary(rows), "cases": rows}
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Scores of tasks as `evaluate` returns them in "cases": their "mean", and under "kinds" that of each kind."""
+    kinds = sorted({row["kind"] for row in rows})
+    return {"mean": mean(rows), "kinds": {kind: mean([r for r in rows if r["kind"] == kind]) for kind in kinds}}
+
+
+def stock_flops(pipe: Any, case: Case, steps: int, call: dict[str, Any] | None = None) -> float:
+    """Transformer FLOPs of a stock run: target, reference and text tokens at every step, under each prompt.
+
+    `call`: the arguments of the call, where they are not those of `arguments`.
+    """
+    from ..flops import transformer_flops
+
+    editor = editor_of(pipe)
+    passes = editor.passes(pipe, case, editor.arguments(case.source) if call is None else call)
+    return steps * sum(transformer_flops(pipe.transformer.config, tokens) for tokens in passes)
+
+
+def mean(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Mean of every number, nan left out; `count` says of how many rows."""
+    out: dict[str, float] = {"count": len(rows)}
+    for name in dict.fromkeys(name for row in rows for name in row if name not in ("seed", "kind")):
+        values = [float(row[name]) for row in rows if name in row and not math.isnan(row[name])]
+        out[name] = sum(values) / len(values) if values else math.nan
+    return out

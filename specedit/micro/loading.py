@@ -1,0 +1,55 @@
+"""Loads the trained editors that are part of the package."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import results
+from .editors import editor_named
+
+WEIGHTS = Path(__file__).parent / "weights"
+STUDENT = WEIGHTS / "kontext-lightning"  # the Kontext editor's few-step LoRA, for `load_lora_weights`
+
+
+def identity(name: str, part: str = "") -> dict[str, Any]:
+    """Which editor a results file was measured on: its name, and the fingerprint of its weights or of one `part`."""
+    return dict(model=name, weights=results.fingerprint(WEIGHTS / name / part))
+
+
+def load(name: str = "kontext", *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """A real pipeline with weights trained here, through `from_pretrained` on a directory; no network.
+
+    Args:
+        name: "kontext", a FluxKontextPipeline, or "qwen", a QwenImageEditPipeline.
+
+    Raises:
+        ValueError: an unknown name.
+        FileNotFoundError: the package holds no weights of that editor.
+    """
+    editor = editor_named(name)
+    folder = WEIGHTS / name
+    if not (folder / "model_index.json").exists():
+        held = sorted(file.parent.name for file in WEIGHTS.glob("*/model_index.json"))
+        raise FileNotFoundError(
+            f"this package holds no weights of the editor {name!r}: expected {folder}/model_index.json, what "
+            f"`python -m training.micro.train --model {name} --out runs/{name}`, run in the repository, leaves in "
+            f"runs/{name}/editor; it holds {', '.join(held) or 'none'}"
+        )
+    pipe = editor.load(folder).to(device=device, dtype=dtype)  # versions of diffusers disagree about the loader's dtype
+    if torch.device(device).type == "cpu":
+        channels_last(pipe.vae)
+    return pipe
+
+
+@torch.no_grad()
+def channels_last(module: nn.Module) -> None:
+    """Store the weights of 3-D convolutions channels-last, in place; values stay.
+
+    oneDNN lays out a convolution's result as its weight is, so the weights are all there is to change. The norms before
+    Qwen's convolutions then read their channels contiguously. 2-D autoencoders were no faster.
+    """
+    for parameter in module.parameters():
+        if parameter.ndim == 5:
+            parameter.data = parameter.contiguous(memory_format=torch.channels_last_3d)

@@ -1,0 +1,1 @@
+"""Trains the editors that `specedit.micro` loads."""
