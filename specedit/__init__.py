@@ -16,11 +16,12 @@ with _no_word_of_torchvision():
     from .config import SpecEditConfig, presets
     from .install import disabled, install, report, uninstall
     from .report import RunReport, StageReport
+    from .sizes import size_for
 
 __version__ = "0.1.0"
 __all__ = [
     "RunReport", "SpecEditConfig", "StageReport", "disabled", "flops", "install", "micro", "presets", "report",
-    "uninstall",
+    "size_for", "uninstall",
 ]  # fmt: skip
 
 

@@ -34,7 +34,7 @@ def generate(
     Returns all samples, with their clean tokens (B, n, C), and what they cost.
     """
     grid = state.grid.coarse(config.draft_scale)
-    reference, reference_grid = shrink(state.reference, state.reference_grid, config.draft_scale)
+    reference, _ = shrink(state.reference, state.reference_grid, config.draft_scale)
     if config.couple_noise:
         tokens, fine = state.noise, state.grid
         for _ in range(config.draft_scale // 2):
@@ -42,7 +42,7 @@ def generate(
     else:
         tokens = state.draw(grid.tokens)
     layout = MixedLayout.all_fine(grid, state.device)
-    reference_layout = layout.resized(reference_grid)
+    reference_layout = state.beside(layout, config.draft_scale)
     sigmas = stage_sigmas(pipe.scheduler, grid.tokens, 1.0, 0.0, config.draft_steps).tolist()
     part = Part(list(range(state.batch)), layout, reference, reference_layout, tokens, sigmas)
     part.kept = kept_reference(adapter, config)

@@ -89,11 +89,15 @@ class GridSet:
 class MixedLayout:
     """Which cells of a grid are split into fine tokens. Tokens are ordered [locked cells | fine tokens], each by rows.
 
-    grid: the fine grid. expanded: (cells_h, cells_w) bool, True where a cell is split.
+    grid: the fine grid. expanded: (cells_h, cells_w) bool, True where a cell is split. origin: where the first token
+    lies on the output's grid, in fine tokens; not (0, 0) of a reference alone. counted: how many fine tokens a step of
+    `positions` is, 1 or 2; None: 2 where all is coarse.
     """
 
     grid: TokenGrid
     expanded: Tensor
+    origin: tuple[float, float] = (0.0, 0.0)
+    counted: int | None = None
 
     def __post_init__(self) -> None:
         if tuple(self.expanded.shape) != self.grid.coarse().shape or self.expanded.dtype != torch.bool:
@@ -178,16 +182,25 @@ class MixedLayout:
         locked = self._members.sum(1)[self.locked_cells].float()
         return torch.cat([locked, torch.ones(len(self.fine_tokens), device=locked.device)])
 
+    @property
+    def unit(self) -> int:
+        """How many fine tokens a step of `positions` is: 2 where the output is all coarse, else 1."""
+        return self.counted or (2 if self.is_coarse else 1)
+
     @cached_property
     def positions(self) -> Tensor:
-        """(N, 2) float32 row and column of every token.
+        """(N, 2) float32 row and column of every token on the output's grid.
 
         A grid that is all coarse has its own whole numbers, as if the image were small. In a mixed grid everything is
         in fine units, and a locked cell sits at the middle of the tokens it covers.
         """
         device = self.expanded.device
-        if self.is_coarse:
-            return self.grid.coarse().positions(device)
+        own = self.grid.coarse().positions(device) if self.unit == 2 else self._fine_positions(device)
+        if self.origin == (0, 0):
+            return own
+        return own + torch.tensor(self.origin, dtype=own.dtype, device=device) / self.unit
+
+    def _fine_positions(self, device: torch.device) -> Tensor:
         fine = self.grid.positions(device)[self.fine_tokens]
         cells = self.grid.coarse().positions(device)[self.locked_cells]
         last = torch.tensor([self.grid.height - 1, self.grid.width - 1], device=device)
@@ -218,19 +231,6 @@ class MixedLayout:
     @property
     def parts(self) -> tuple[MixedLayout, ...]:
         return (self,)
-
-    def resized(self, grid: TokenGrid | GridSet) -> MixedLayout | LayoutSet:
-        """The same choice on another grid of the same picture: a cell is split where any cell it overlaps is.
-
-        Of several grids, each takes the choice by itself.
-        """
-        if isinstance(grid, GridSet):
-            return LayoutSet(tuple(self.resized(each) for each in grid.grids))
-        if grid == self.grid:
-            return self
-        # By tokens, not by cells: both grids cover the picture exactly, while cells of an odd side reach beyond it.
-        tokens = self.expanded.repeat_interleave(2, 0).repeat_interleave(2, 1)[: self.grid.height, : self.grid.width]
-        return MixedLayout(grid, cells_touched(tokens[None].float(), grid)[0])
 
 
 @dataclass(frozen=True, eq=False)

@@ -125,6 +125,8 @@ class Cells:
         if config.keeps:
             # Keeping everything would return the input, and who sees no change at all may have missed it.
             found = seen | ~seen.flatten(1).any(1)[:, None, None]
+        if state.uncovered_cells is not None:  # where there is no picture, nothing can be taken from it
+            found = found | state.uncovered_cells
         edited = everything_if_nearly(found)
         # Eq. 10: expand what is edited, and a sparse uniform set beside it.
         expanded = edited | select.uniform_cells(state.grid, config.uniform_stride, state.device)
@@ -232,7 +234,7 @@ def enter(parts: list[Part], layouts: list[MixedLayout], stage: Stage, state: Ed
             if start <= stage.end + SAME_SIGMA:
                 fresh_tokens = start_tokens(fresh[rows], layout)
                 tokens, start = renoise(tokens, start, stage.start, fresh_tokens), stage.start
-        reference_layout = layout.resized(state.reference_grid)
+        reference_layout = state.beside(layout)
         reference = restrict(state.reference[rows], reference_layout)
         sigmas = stage_sigmas(pipe.scheduler, layout.tokens, start, stage.end, stage.steps).tolist()
         entered.append(Part(rows, layout, reference, reference_layout, tokens, sigmas))

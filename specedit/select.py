@@ -18,8 +18,9 @@ from torch import Tensor
 from . import draft as drafts
 from .canny import canny
 from .config import SpecEditConfig
-from .grid import TokenGrid, cells_touched
+from .grid import TokenGrid
 from .models.base import Adapter, EditState
+from .placement import picture_cells
 
 TOP_SHARE = 0.3  # of the cells: RALU's up_ratio for its 4x setting
 
@@ -43,12 +44,25 @@ def semantic_score(
     scale, grid = config.draft_scale, state.grid
     if config.verify_at == "full":
         large = drafts.upsample(draft, draft_grid, scale, grid)
-        features = (adapter.features(pipe, tokens, grid) for tokens in (large, state.aligned))
+        features = (adapter.features(pipe, tokens, grid) for tokens in (large, beside(large, state)))
         return discrepancy(*features, size=grid.shape)
-    reference, _ = drafts.shrink(state.aligned, grid, scale)
+    reference = beside(draft, state, scale)
     features = (adapter.features(pipe, tokens, draft_grid) for tokens in (draft, reference))
     covered = (draft_grid.height * scale, draft_grid.width * scale)  # a draft may reach beyond an odd grid
     return discrepancy(*features, size=covered)[:, : grid.height, : grid.width]
+
+
+def beside(draft: Tensor, state: EditState, scale: int = 1) -> Tensor:
+    """The reference at the draft's size (B, n, C), with the draft's own content where there is no reference.
+
+    Decoder features see far: whatever else stood there would change those of the rest.
+    """
+    if state.covered is None:
+        return drafts.shrink(state.aligned, state.grid, scale)[0]
+    share = state.covered.flatten()[None, :, None].expand(-1, -1, 4).to(draft)  # of each pixel of a token
+    reference, _ = drafts.shrink(state.aligned * share.repeat(1, 1, draft.shape[2] // 4), state.grid, scale)
+    share, _ = drafts.shrink(share, state.grid, scale)
+    return reference + (1 - share.repeat(1, 1, draft.shape[2] // 4)) * draft
 
 
 def to_cells(score: Tensor) -> Tensor:
@@ -98,7 +112,7 @@ def uniform_cells(grid: TokenGrid, stride: int, device: torch.device | str = "cp
 
 
 def cells_of_mask(mask: Any, state: EditState) -> Tensor:
-    """A caller's mask, of any size, as edited cells: a cell is edited where any pixel of it is nonzero.
+    """A caller's mask of the picture, of any size, as edited cells: a cell is edited where any pixel of it is nonzero.
 
     mask: PIL image, array or tensor: (H, W), (1, H, W), (B, H, W) or (B, 1, H, W); one for all samples or one each. An
     array may be a colour picture too, (H, W, 1), (H, W, 3) or (H, W, 4).
@@ -133,8 +147,10 @@ def _cells(mask: Any, state: EditState) -> Tensor:
     if mask.is_floating_point() and not bool(mask.isfinite().all()):
         raise ValueError("edit_mask: expected finite values, got NaN or infinity")
     wanted = (mask != 0).float().to(state.device)
-    cells = cells_touched(wanted[:, 0], state.grid)
+    cells = picture_cells(wanted[:, 0], state.placement)
     if not bool(cells.flatten(1).any(1).all()):
+        if bool(wanted.flatten(1).any(1).all()):
+            raise ValueError("edit_mask: expected nonzero pixels on the output, got all of them where it is cropped")
         raise ValueError("edit_mask: expected some nonzero pixels, got an empty mask; there would be nothing to edit")
     return cells
 

@@ -10,6 +10,7 @@ from specedit.draft import generate, shrink, upsample
 from specedit.flops import transformer_flops
 from specedit.grid import GridSet, TokenGrid
 from specedit.models.base import EditState
+from specedit.placement import Placement
 from specedit.schedule import stage_sigmas
 
 
@@ -66,7 +67,8 @@ def make_state(height=9, width=12):
     noise = torch.randn(2, grid.tokens, 8, generator=generator)
     reference = torch.randn(2, reference_grid.tokens, 8, generator=generator)
     return EditState(
-        grid=grid, noise=noise, reference=reference, reference_grid=reference_grid, aligned=noise,
+        grid=grid, noise=noise, reference=reference, reference_grid=reference_grid,
+        placements=(Placement(grid, reference_grid),),
         generator=torch.Generator().manual_seed(7), text_tokens=5, branches=1, pixels_per_token=16,
     )  # fmt: skip
 

@@ -7,14 +7,10 @@ from typing import Any
 import numpy as np
 from accelerate.hooks import CpuOffload
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor
 
 SMALLEST = 64  # px a side: four tokens, one of the draft's
-STRETCHED = 1.2  # whole tokens change the shape of a picture by less
-
-logger = logging.get_logger(__name__)
 
 
 def check_image(image: Any) -> tuple[int, int]:
@@ -41,17 +37,6 @@ def check_image(image: Any) -> tuple[int, int]:
     return height, width
 
 
-def say_if_stretched(image: Any, height: int, width: int) -> None:
-    """A warning where the output has another shape than the picture, with which it is compared."""
-    high, wide = check_image(image[0] if isinstance(image, list) else image)
-    shapes = (wide / high, width / height)
-    if max(shapes) > STRETCHED * min(shapes):
-        logger.warning(
-            f"the output is {width} x {height} and the picture {wide} x {high}, so it is compared with the picture "
-            "stretched; height and width in the picture's shape avoid that"
-        )
-
-
 def check_pictures(image: Any) -> list[Image.Image]:
     """The pictures of a call; TypeError or ValueError unless they are RGB pictures, at least one."""
     images = image if isinstance(image, list) else [image]
@@ -70,7 +55,7 @@ def batched(image: Any) -> Any:
 
 
 def source_pictures(pipe: Any, image: Any, height: int, width: int) -> Tensor:
-    """The input pictures at the output's size, (n, 3, H, W) in 0..1, by the pipeline's own way of resizing."""
+    """The input pictures (n, 3, H, W) in 0..1 at the size that the model takes them, resized as the pipeline does."""
     # Not the model's input scaled back: that would round, and keep_pixels returns these very values.
     plain = VaeImageProcessor(vae_scale_factor=pipe.vae_scale_factor * 2, do_normalize=False)
     image = plain.preprocess(plain.resize(batched(image), height, width), height, width).float()

@@ -19,7 +19,7 @@ def test_several_references_each_on_its_own_grid(plus, monkeypatch):
     assert isinstance(state.reference_grid, GridSet) and len(set(grids)) == 2 and grids[1] == state.grid
     assert torch.equal(state.aligned, state.reference[:, grids[0].tokens :])
     layout = mixed_layout(state.grid)
-    beside = layout.resized(state.reference_grid)
+    beside = state.beside(layout)
     assert isinstance(beside, LayoutSet) and [part.grid for part in beside.parts] == list(grids)
     seen = []
     forward = pipe.transformer.forward
