@@ -23,8 +23,8 @@ class Placement:
 
     output: TokenGrid
     reference: TokenGrid
-    row: float = 0
-    col: float = 0
+    row: int = 0
+    col: int = 0
 
     @property
     def is_same(self) -> bool:
@@ -36,9 +36,24 @@ class Placement:
         """Where the output lies on the reference's grid."""
         return Placement(self.reference, self.output, -self.row, -self.col)
 
-    def at_scale(self, scale: int) -> Placement:
-        """The same place on grids of `scale` times less a side, where it may be a fraction of a token."""
-        return Placement(self.output.coarse(scale), self.reference.coarse(scale), self.row / scale, self.col / scale)
+    def lead(self, scale: int = 2) -> tuple[int, int]:
+        """Rows and columns of a cell of the output that lie before the reference's first token."""
+        return self.row % scale, self.col % scale
+
+    def cells(self, scale: int = 2) -> Placement:
+        """The same place in the output's cells of `scale` tokens a side, of which the reference may fill some in part.
+
+        The model's own centring of small images would put a reference up to a cell beside its place.
+        """
+        (top, left), grid = self.lead(scale), self.reference
+        reference = TokenGrid(grid.height + top, grid.width + left).coarse(scale)
+        return Placement(self.output.coarse(scale), reference, (self.row - top) // scale, (self.col - left) // scale)
+
+    def with_lead(self, tokens: Tensor, scale: int = 2) -> tuple[Tensor, TokenGrid]:
+        """Tokens (B, n, C) of the reference behind their `lead`, in which the border repeats, and the grid of both."""
+        (top, left), grid = self.lead(scale), self.reference
+        padded = Placement(TokenGrid(grid.height + top, grid.width + left), grid, top, left)
+        return padded.place(tokens), padded.output
 
     @cached_property
     def covered(self) -> Tensor:
@@ -55,7 +70,7 @@ class Placement:
     def shown(self) -> tuple[slice, slice]:
         """Rows and columns of the reference's tokens that the output shows."""
         lengths = zip(self.output.shape, self.reference.shape, (self.row, self.col), strict=True)
-        rows, columns = (slice(max(0, -int(at)), min(n, m - int(at))) for m, n, at in lengths)
+        rows, columns = (slice(max(0, -at), min(n, m - at)) for m, n, at in lengths)
         return rows, columns
 
     def place(self, tokens: Tensor) -> Tensor:
@@ -76,24 +91,24 @@ class Placement:
     def layout(self, target: MixedLayout) -> MixedLayout:
         """The reference's layout beside the target's.
 
-        All coarse or all fine beside such a target. In a mixed sequence a cell is split where any of its tokens lies in
-        a split cell of the output; what lies beyond the output stays coarse.
+        A cell of the reference is the part of it that lies in a cell of the output, and is split where that is. What
+        lies beyond the output stays coarse in a mixed sequence.
         """
         if self.is_same:
             return target
-        if target.is_fine or target.is_coarse:
-            expanded = torch.full(self.reference.coarse().shape, target.is_fine, device=target.expanded.device)
+        cells, (top, left) = self.cells(), self.lead()
+        if target.is_fine:
+            expanded = torch.ones(cells.reference.shape, dtype=torch.bool, device=target.expanded.device)
         else:
-            tokens = target.expanded.repeat_interleave(2, 0).repeat_interleave(2, 1)
-            tokens = self.inverse.place_mask(tokens[None, : self.output.height, : self.output.width])
-            expanded = cells_touched(tokens.float(), self.reference)[0]
-        return MixedLayout(self.reference, expanded, (self.row, self.col), target.unit)
+            expanded = cells.inverse.place_mask(target.expanded[None])[0]
+        grid = TokenGrid(self.reference.height + top, self.reference.width + left)
+        return MixedLayout(grid, expanded, (top, left), (self.row - top, self.col - left), target.unit)
 
     def _axes(self, side: int = 1) -> list[tuple[Tensor, Tensor]]:
         """For rows and columns: which of the reference lies at each of the output, and whether one does."""
         axes = []
         for length, other, at in zip(self.output.shape, self.reference.shape, (self.row, self.col), strict=True):
-            index = torch.arange(length * side) - round(at * side)
+            index = torch.arange(length * side) - at * side
             axes.append((index.clamp(0, other * side - 1), (index >= 0) & (index < other * side)))
         return axes
 

@@ -23,6 +23,7 @@ from .flow import cell_detail, coarsen_noise, enter_layout, renoise
 from .forecast import TOKEN_WISE, Histories, lesa
 from .grid import LayoutSet, MixedLayout, mean_pixels
 from .models.base import Adapter, EditState
+from .placement import Placement
 from .report import StageReport
 from .schedule import Stage, stage_sigmas, stages
 from .step import Part, kept_reference, part_velocity
@@ -252,8 +253,9 @@ def restrict(reference: Tensor, layout: MixedLayout | LayoutSet) -> Tensor:
     if layout.is_fine:
         return reference
     if isinstance(layout, LayoutSet):
-        each = reference.split([part.grid.tokens for part in layout.parts], 1)
+        each = reference.split([part.picture.tokens for part in layout.parts], 1)
         return torch.cat([restrict(one, part) for one, part in zip(each, layout.parts, strict=True)], 1)
+    reference = Placement(layout.grid, layout.picture, *layout.lead).place(reference)
     coarse = mean_pixels(reference, layout.grid)[:, layout.locked_cells]
     return torch.cat([coarse, reference[:, layout.fine_tokens]], 1)
 

@@ -5,9 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from specedit.draft import shrink
 from specedit.grid import LayoutSet, MixedLayout, TokenGrid
 from specedit.models.base import EditState
 from specedit.placement import Placement, layouts_beside, picture_cells
+from specedit.sampler import restrict
 
 sides = st.integers(1, 9)
 placements = st.builds(
@@ -19,7 +21,7 @@ placements = st.builds(
 def there(placement):
     """(row, column) of the reference at each (row, column) of the output that it covers."""
     return {
-        (r + int(placement.row), c + int(placement.col)): (r, c)
+        (r + placement.row, c + placement.col): (r, c)
         for r in range(placement.reference.height)
         for c in range(placement.reference.width)
         if 0 <= r + placement.row < placement.output.height and 0 <= c + placement.col < placement.output.width
@@ -65,31 +67,86 @@ def test_beyond_the_reference_its_border_repeats():
     assert pixels[0, 0].tolist() == [[1] * 5 + [2, 3] + [4] * 3] * 2
 
 
-@given(placements, st.integers(0, 2**31))
-def test_a_cell_of_the_reference_is_split_where_a_token_of_it_lies_in_a_split_cell(placement, seed):
-    draw = torch.Generator().manual_seed(seed)
-    target = MixedLayout(placement.output, torch.rand(placement.output.coarse().shape, generator=draw) < 0.3)
-    layout = placement.layout(target)
-    if target.is_fine or target.is_coarse:
-        assert layout.is_fine == target.is_fine and layout.is_coarse == target.is_coarse
-        return
-    expected = torch.zeros(placement.reference.coarse().shape, dtype=torch.bool)
-    for (r, c), (i, j) in there(placement).items():
-        expected[i // 2, j // 2] |= target.expanded[r // 2, c // 2]
-    assert layout.grid == placement.reference and torch.equal(layout.expanded, expected)
+def target_of(kind, grid, seed):
+    if kind != "mixed":
+        return MixedLayout.all_fine(grid) if kind == "fine" else MixedLayout.all_coarse(grid)
+    return MixedLayout(grid, torch.rand(grid.coarse().shape, generator=torch.Generator().manual_seed(seed)) < 0.4)
 
 
-@given(placements, st.integers(0, 2**31), st.sampled_from(["coarse", "mixed", "fine"]))
+kinds = st.sampled_from(["coarse", "mixed", "fine"])
+
+
+@given(placements, st.integers(0, 2**31), kinds)
+def test_every_token_of_the_reference_is_as_fine_as_the_output_at_its_place(placement, seed, kind):
+    target = target_of(kind, placement.output, seed)
+    layout, here = placement.layout(target), {own: at for at, own in there(placement).items()}
+    assert layout.picture == placement.reference and layout.unit == target.unit
+    fine = torch.zeros(layout.grid.shape, dtype=torch.bool)
+    fine.view(-1)[layout.fine_tokens] = True
+    fine = fine[layout.lead[0] :, layout.lead[1] :]
+    for r in range(placement.reference.height):
+        for c in range(placement.reference.width):
+            i, j = here.get((r, c), (None, None))
+            inside = i is not None and bool(target.expanded[i // 2, j // 2])
+            # What lies beyond the output shares a cell with what does not, or is coarse unless all is fine.
+            i, j = (r + placement.row) // 2, (c + placement.col) // 2
+            shared = 0 <= i < target.expanded.shape[0] and 0 <= j < target.expanded.shape[1]
+            expected = target.is_fine or inside or (shared and bool(target.expanded[i, j]))
+            assert bool(fine[r, c]) == expected
+
+
+@given(placements, st.integers(0, 2**31), kinds)
 def test_positions_of_the_reference_are_those_of_the_output_under_it(placement, seed, kind):
-    target = MixedLayout.all_fine(placement.output) if kind == "fine" else MixedLayout.all_coarse(placement.output)
-    if kind == "mixed":
-        expanded = torch.rand(placement.output.coarse().shape, generator=torch.Generator().manual_seed(seed)) < 0.5
-        target = MixedLayout(placement.output, expanded)
+    target = target_of(kind, placement.output, seed)
     layout = placement.layout(target)
-    assert layout.unit == target.unit == (2 if target.is_coarse else 1)
-    shift = torch.tensor([placement.row, placement.col])
-    alone = MixedLayout(layout.grid, layout.expanded, counted=target.unit)
-    assert torch.equal(layout.positions, alone.positions + shift / target.unit)
+    row, col = placement.row, placement.col
+    expected, areas = [], []
+    cells = {}
+    for r in range(placement.reference.height):
+        for c in range(placement.reference.width):
+            cells.setdefault(((r + row) // 2, (c + col) // 2), []).append((r + row, c + col))
+    by_cell = zip(sorted(cells), layout.expanded.flatten().tolist(), strict=True)
+    fine = []
+    for cell, split in by_cell:
+        if split:
+            fine += cells[cell]
+        else:
+            middle = tuple(sum(x) / len(x) for x in zip(*cells[cell], strict=True))
+            expected.append(cell if target.unit == 2 else middle)
+            areas.append(len(cells[cell]))
+    assert layout.positions.tolist() == [list(at) for at in expected + sorted(fine)]
+    assert layout.area.tolist() == areas + [1] * len(fine) and layout.tokens == len(layout.area)
+
+
+@given(placements, st.integers(0, 2**31), kinds)
+def test_a_restricted_reference_is_averaged_over_the_outputs_cells(placement, seed, kind):
+    layout = placement.layout(target_of(kind, placement.output, seed))
+    # Tokens whose four pixels hold the position that each has on the output.
+    at = layout.picture.positions() + torch.tensor([placement.row, placement.col])
+    got = restrict(at[None].repeat_interleave(4, 2), layout)
+    assert got.shape == (1, layout.tokens, 8)
+    assert torch.equal(got[0, len(layout.locked_cells) :, ::4], at_fine(layout))
+    whole = layout.area[: len(layout.locked_cells)] == 4
+    middles = got[0, : len(layout.locked_cells)].view(-1, 2, 4).mean(-1)
+    expected = layout.positions[: len(layout.locked_cells)] * layout.unit + (layout.unit - 1) / 2
+    assert torch.equal(middles[whole], expected[whole])
+
+
+def at_fine(layout):
+    return layout.positions[len(layout.locked_cells) :] * layout.unit
+
+
+@given(placements, st.sampled_from([2, 4]))
+def test_a_draft_keeps_the_place(placement, scale):
+    small = placement.cells(scale)
+    top, left = placement.lead(scale)
+    assert (scale * small.row + top, scale * small.col + left) == (placement.row, placement.col)
+    assert small.output == placement.output.coarse(scale)
+    tokens = torch.randn(1, placement.reference.tokens, 4)
+    padded, grid = placement.with_lead(tokens, scale)
+    shrunk, grid = shrink(padded, grid, scale)
+    assert grid == small.reference and shrunk.shape == (1, grid.tokens, 4)
+    assert small.layout(MixedLayout.all_fine(small.output)).tokens == grid.tokens
 
 
 def test_a_reference_that_stays_coarse_counts_in_the_units_of_a_mixed_target():
@@ -115,19 +172,12 @@ def test_several_references_each_at_its_own_place():
     layout = MixedLayout(output, expanded)
     several = layouts_beside(layout, places)
     assert isinstance(several, LayoutSet) and several.parts[0] is layout
-    assert [part.expanded.int().tolist() for part in several.parts[1:]] == [[[0]], [[1, 0], [1, 0], [0, 0]]]
+    assert [part.expanded.int().tolist() for part in several.parts[1:]] == [[[0]], [[0, 0], [1, 0], [0, 0]]]
     assert several.tokens == sum(part.tokens for part in several.parts)
     assert several.is_mixed and not several.is_fine
     for whole in (MixedLayout.all_fine, MixedLayout.all_coarse):
         same = layouts_beside(whole(output), places)
         assert not same.is_mixed and same.is_fine == (whole == MixedLayout.all_fine)
-
-
-def test_a_smaller_image_has_a_fraction_of_the_offset():
-    small = Placement(TokenGrid(9, 8), TokenGrid(6, 8), 1, 0).at_scale(4)
-    assert small == Placement(TokenGrid(3, 2), TokenGrid(2, 2), 0.25, 0.0)
-    layout = small.layout(MixedLayout.all_fine(small.output))
-    assert layout.positions.tolist() == [[0.25, 0], [0.25, 1], [1.25, 0], [1.25, 1]]
 
 
 def test_a_mask_of_the_picture_goes_where_the_picture_lies():

@@ -57,6 +57,11 @@ class EditState:
         return getattr(self.reference_grid, "grids", (self.reference_grid,))
 
     @property
+    def references(self) -> tuple[Tensor, ...]:
+        """Every reference's tokens (B, n, C)."""
+        return self.reference.split([grid.tokens for grid in self._grids], 1)
+
+    @property
     def placement(self) -> Placement:
         """Where the picture being edited lies."""
         return self.placements[self.edited]
@@ -64,8 +69,7 @@ class EditState:
     @cached_property
     def aligned(self) -> Tensor:
         """(B, grid.tokens, C): the picture being edited on the output's grid, its border repeated beyond it."""
-        each = self.reference.split([grid.tokens for grid in self._grids], 1)
-        return self.placement.place(each[self.edited])
+        return self.placement.place(self.references[self.edited])
 
     @cached_property
     def covered(self) -> Tensor | None:
@@ -80,8 +84,8 @@ class EditState:
         return F.max_pool2d((~self.covered)[None, None].float(), 2, ceil_mode=True)[0, 0] > 0
 
     def beside(self, layout: MixedLayout, scale: int = 1) -> MixedLayout | LayoutSet:
-        """The references' layout beside the target's; `scale`: of both, in a draft."""
-        return layouts_beside(layout, tuple(p.at_scale(scale) if scale > 1 else p for p in self.placements))
+        """The references' layout beside the target's. scale: of a draft, whose tokens are cells of so many a side."""
+        return layouts_beside(layout, tuple(p.cells(scale) if scale > 1 else p for p in self.placements))
 
     @property
     def batch(self) -> int:

@@ -100,7 +100,7 @@ def text_offset(layout: MixedLayout, reference: MixedLayout | LayoutSet, scale_r
 
 def _seen(layout: MixedLayout) -> TokenGrid:
     """The grid that a layout's positions lie in."""
-    return layout.grid.coarse() if layout.unit == 2 else layout.grid
+    return layout.picture.coarse() if layout.unit == 2 else layout.picture
 
 
 def angles(pos_embed: nn.Module, positions: Tensor) -> Tensor:

@@ -58,6 +58,7 @@ class Shuffled:
 
     def __init__(self, layout: MixedLayout, order: torch.Tensor, move: bool = True):
         self.grid, self.tokens, self.area = layout.grid, layout.tokens, layout.area[order]
+        self.picture = layout.picture
         self.positions = layout.positions[order] if move else layout.positions
 
     @property

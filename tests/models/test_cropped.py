@@ -39,7 +39,7 @@ def check_kept(pipe, family, image, edited=0, **call):
     cells = specedit.report(pipe).edit_mask
     weight = feather(cells, 32, 8, out.shape[:2])[0].numpy()
     rows, columns = (weight == 0).nonzero()
-    at = rows - 16 * int(place.row), columns - 16 * int(place.col)
+    at = rows - 16 * place.row, columns - 16 * place.col
     assert len(rows) and min(a.min() for a in at) >= 0 and at[0].max() < height and at[1].max() < width
     assert np.array_equal(out[rows, columns], taken[at])
     assert (out[weight == 1] != np.asarray(specedit.report(pipe).source)[weight == 1]).any()
@@ -183,16 +183,16 @@ def test_a_draft_that_is_the_picture_scores_nothing_where_there_is_one(kontext, 
         assert score.abs().max() < 1e-5
 
 
-def test_coarse_references_lie_at_half_the_offset(qwens):  # noqa: F811
-    """Centred by itself, a coarse reference would lie by up to a token beside its place."""
+def test_small_references_keep_their_place(qwens):  # noqa: F811
+    """Centred by themselves, as small images, they would lie by up to a token beside it."""
     family = qwens[0]
     _, state = family.prepare(family.make(), image=make_picture(128, 128), height=144, width=112)
     place = state.placement
     assert (place.row, place.col) == (1, 0) and place.reference == TokenGrid(8, 8)
-    for scale, layout in ((1, MixedLayout.all_coarse(state.grid)), (4, MixedLayout.all_fine(state.grid.coarse(4)))):
-        beside = state.beside(layout, scale)
-        by = 2 if scale == 1 else 4
-        assert beside.positions[0].tolist() == [1 / by, 0]
+    coarse = state.beside(MixedLayout.all_coarse(state.grid))  # cells of rows 0, 1 + 2, ... 7 of the reference
+    assert coarse.grid.coarse() == TokenGrid(5, 4) and torch.equal(coarse.positions, TokenGrid(5, 4).positions())
+    small = state.beside(MixedLayout.all_fine(state.grid.coarse(4)), 4)
+    assert torch.equal(small.positions, TokenGrid(3, 2).positions())
 
 
 def test_a_crop_is_said_once_for_each_pair_of_sizes(kontext):  # noqa: F811
