@@ -36,7 +36,7 @@ def scores(pipe, scene, size: int, verify_at: str) -> torch.Tensor:
         for image in (scenes.draw([scene], size, size)[0], scenes.draw([scene], size // 4, size // 4)[1])
     )
     state = EditState(
-        grid=grid, noise=source, reference=source, reference_grid=grid, aligned=source, generator=None, text_tokens=0,
+        grid=grid, noise=source, reference=source, reference_grid=grid, generator=None, text_tokens=0,
         branches=1, pixels_per_token=16,
     )  # fmt: skip
     config = SpecEditConfig(verify_at=verify_at)

@@ -15,11 +15,12 @@ if _TYPE_CHECKING:
     from .config import SpecEditConfig, presets
     from .install import disabled, install, report, uninstall
     from .report import RunReport, StageReport
+    from .sizes import size_for
 
 __version__ = _package_version()
 __all__ = [
     "RunReport", "SpecEditConfig", "StageReport", "disabled", "flops", "install", "micro", "presets", "report",
-    "uninstall",
+    "size_for", "uninstall",
 ]  # fmt: skip
 
 _lazy(
@@ -31,5 +32,6 @@ _lazy(
     install="install",
     presets="config",
     report="install",
+    size_for="sizes",
     uninstall="install",
 )

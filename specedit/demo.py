@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from . import install, uninstall
+from . import install, size_for, uninstall
 from . import report as report_of
 from .compare import where_it_looked
 from .config import STOCK_STEPS
@@ -97,7 +97,7 @@ def run(size: int = 512, preset: str = "turbo", seed: int = SEED, model: str = "
     """Edit one task with the stock pipeline and with SpecEdit. `overrides`: fields of SpecEditConfig."""
     pipe = load(model)
     case = scenes.sample(seed, size)
-    call = dict(image=case.source, prompt=case.prompt, **arguments(case.source, model))
+    call = dict(image=case.source, prompt=case.prompt, **arguments(case.source, model) | size_for(pipe, case.source))
 
     def generator() -> torch.Generator:
         return torch.Generator().manual_seed(seed)

@@ -10,20 +10,23 @@ from torch import Tensor
 
 from .config import SpecEditConfig
 from .flow import coarsen_noise
-from .grid import GridSet, MixedLayout, TokenGrid, mean_pixels
+from .grid import MixedLayout, TokenGrid, mean_pixels
 from .models.base import Adapter, EditState
 from .schedule import stage_sigmas
 from .step import Part, kept_reference, part_velocity
 
 
-def shrink(tokens: Tensor, grid: TokenGrid | GridSet, scale: int) -> tuple[Tensor, TokenGrid | GridSet]:
+def shrink(tokens: Tensor, grid: TokenGrid, scale: int) -> tuple[Tensor, TokenGrid]:
     """Clean tokens at `scale` times less a side (eq. 4): repeated 2 x 2 means of latent pixels."""
-    if isinstance(grid, GridSet):
-        each = [shrink(one, own, scale) for one, own in zip(grid.split(tokens), grid.grids, strict=True)]
-        return torch.cat([one for one, _ in each], 1), GridSet(tuple(own for _, own in each))
     while scale > 1:
         tokens, grid, scale = mean_pixels(tokens, grid), grid.coarse(), scale // 2
     return tokens, grid
+
+
+def small_reference(state: EditState, scale: int) -> Tensor:
+    """All references at `scale` times less a side, each averaged over the cells of the output."""
+    each = zip(state.references, state.placements, strict=True)
+    return torch.cat([shrink(*place.with_lead(tokens, scale), scale)[0] for tokens, place in each], 1)
 
 
 def generate(
@@ -34,7 +37,7 @@ def generate(
     Returns all samples, with their clean tokens (B, n, C), and what they cost.
     """
     grid = state.grid.coarse(config.draft_scale)
-    reference, reference_grid = shrink(state.reference, state.reference_grid, config.draft_scale)
+    reference = small_reference(state, config.draft_scale)
     if config.couple_noise:
         tokens, fine = state.noise, state.grid
         for _ in range(config.draft_scale // 2):
@@ -42,7 +45,7 @@ def generate(
     else:
         tokens = state.draw(grid.tokens)
     layout = MixedLayout.all_fine(grid, state.device)
-    reference_layout = layout.resized(reference_grid)
+    reference_layout = state.beside(layout, config.draft_scale)
     sigmas = stage_sigmas(pipe.scheduler, grid.tokens, 1.0, 0.0, config.draft_steps).tolist()
     part = Part(list(range(state.batch)), layout, reference, reference_layout, tokens, sigmas)
     part.kept = kept_reference(adapter, config)

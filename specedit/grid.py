@@ -90,10 +90,17 @@ class MixedLayout:
     """Which cells of a grid are split into fine tokens. Tokens are ordered [locked cells | fine tokens], each by rows.
 
     grid: the fine grid. expanded: (cells_h, cells_w) bool, True where a cell is split.
+
+    What follows is of references alone, whose cells are those of the output. lead: how many rows and columns at the
+    grid's beginning, 0 or 1 each, hold no tokens. origin: where the grid lies on the output's, in fine tokens. counted:
+    how many fine tokens a step of `positions` is, 1 or 2; None: 2 where all is coarse.
     """
 
     grid: TokenGrid
     expanded: Tensor
+    lead: tuple[int, int] = (0, 0)
+    origin: tuple[int, int] = (0, 0)
+    counted: int | None = None
 
     def __post_init__(self) -> None:
         if tuple(self.expanded.shape) != self.grid.coarse().shape or self.expanded.dtype != torch.bool:
@@ -122,14 +129,15 @@ class MixedLayout:
 
     @cached_property
     def _members(self) -> Tensor:
-        """(cells, 4) bool: which children of every cell lie inside the grid."""
+        """(cells, 4) bool: which children of every cell are tokens."""
         cells = self.grid.coarse()
         children = self.grid.children(self.expanded.device)
-        width = 2 * cells.width
-        return (children // width < self.grid.height) & (children % width < self.grid.width)
+        rows, columns = children // (2 * cells.width), children % (2 * cells.width)
+        inside = (rows < self.grid.height) & (columns < self.grid.width)
+        return inside & (rows >= self.lead[0]) & (columns >= self.lead[1])
 
     def _children(self, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """Of `cells` (n,) int64: which of their 4 n children lie inside the grid, and where on it; (m,) int64 both."""
+        """Of `cells` (n,) int64: which of their 4 n children are tokens, and where on the grid; (m,) int64 both."""
         children = self.grid.children(self.expanded.device)[cells].flatten()
         width = 2 * self.grid.coarse().width
         flat = (children // width) * self.grid.width + children % width
@@ -178,20 +186,34 @@ class MixedLayout:
         locked = self._members.sum(1)[self.locked_cells].float()
         return torch.cat([locked, torch.ones(len(self.fine_tokens), device=locked.device)])
 
+    @property
+    def picture(self) -> TokenGrid:
+        """The grid without its lead: of the tokens that there are."""
+        return TokenGrid(self.grid.height - self.lead[0], self.grid.width - self.lead[1])
+
+    @property
+    def unit(self) -> int:
+        """How many fine tokens a step of `positions` is: 2 where the output is all coarse, else 1."""
+        return self.counted or (2 if self.is_coarse else 1)
+
     @cached_property
     def positions(self) -> Tensor:
-        """(N, 2) float32 row and column of every token.
+        """(N, 2) float32 row and column of every token on the output's grid.
 
         A grid that is all coarse has its own whole numbers, as if the image were small. In a mixed grid everything is
         in fine units, and a locked cell sits at the middle of the tokens it covers.
         """
         device = self.expanded.device
-        if self.is_coarse:
-            return self.grid.coarse().positions(device)
+        own = self.grid.coarse().positions(device) if self.unit == 2 else self._fine_positions(device)
+        if self.origin == (0, 0):
+            return own
+        return own + torch.tensor(self.origin, dtype=own.dtype, device=device) / self.unit
+
+    def _fine_positions(self, device: torch.device) -> Tensor:
         fine = self.grid.positions(device)[self.fine_tokens]
         cells = self.grid.coarse().positions(device)[self.locked_cells]
-        last = torch.tensor([self.grid.height - 1, self.grid.width - 1], device=device)
-        locked = (2 * cells + torch.minimum(2 * cells + 1, last)) / 2
+        first, last = torch.tensor([self.lead, [self.grid.height - 1, self.grid.width - 1]], device=device)
+        locked = (torch.maximum(2 * cells, first) + torch.minimum(2 * cells + 1, last)) / 2
         return torch.cat([locked, fine])
 
     def full_grid(self, tokens: Tensor) -> Tensor:
@@ -218,19 +240,6 @@ class MixedLayout:
     @property
     def parts(self) -> tuple[MixedLayout, ...]:
         return (self,)
-
-    def resized(self, grid: TokenGrid | GridSet) -> MixedLayout | LayoutSet:
-        """The same choice on another grid of the same picture: a cell is split where any cell it overlaps is.
-
-        Of several grids, each takes the choice by itself.
-        """
-        if isinstance(grid, GridSet):
-            return LayoutSet(tuple(self.resized(each) for each in grid.grids))
-        if grid == self.grid:
-            return self
-        # By tokens, not by cells: both grids cover the picture exactly, while cells of an odd side reach beyond it.
-        tokens = self.expanded.repeat_interleave(2, 0).repeat_interleave(2, 1)[: self.grid.height, : self.grid.width]
-        return MixedLayout(grid, cells_touched(tokens[None].float(), grid)[0])
 
 
 @dataclass(frozen=True, eq=False)

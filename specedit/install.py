@@ -21,6 +21,7 @@ from .models.images import check_decoder
 from .once import warn_once
 from .report import RunReport
 from .schedule import supported
+from .sizes import warn_if_cropped
 from .step import forward_flops, tell_timestep
 from .versions import check_diffusers
 
@@ -253,6 +254,7 @@ def _accelerated(
     mask_support.check(pipe.transformer, config)
     try:
         state = adapter.prepare(pipe, call, config.attention)
+        warn_if_cropped(state.placement, state.pixels_per_token, installation.warned)
         prepared = sampler.clock(state)
         pipe._num_timesteps = config.nfe
         with pipe.progress_bar(total=config.nfe + (config.draft_steps if needs_draft else 0)) as bar:

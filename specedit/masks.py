@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .grid import cells_touched
 from .models.base import EditState
 from .models.prompts import count_prompts
+from .placement import picture_cells
 
 SHAPES = "(H, W), (B, H, W), (B, 1, H, W), or with 1 to 4 channels (H, W, C) or (B, H, W, C)"
 NUMBERS = ("1", "L", "I", "F")  # modes whose pixels are numbers, beside the 16-bit ones
@@ -80,7 +80,9 @@ def cells_of_mask(mask: Any, state: EditState) -> Tensor:
     count, batch = len(masks), state.batch
     if count not in (1, batch, state.pictures, state.prompts):
         raise _wrong_count(masks, batch, state.prompts, state.pictures)
-    cells = torch.cat([cells_touched(one[None].float().to(state.device), state.grid) for one in masks])
+    cells = torch.cat([picture_cells(one[None].float().to(state.device), state.placement) for one in masks])
+    if not bool(cells.flatten(1).any(1).all()):
+        raise ValueError("edit_mask: expected nonzero pixels on the output, got all of them where it is cropped")
     if count in (1, batch, state.pictures):  # pictures are tiled over the batch, images of a prompt stand together
         return cells.repeat(batch // count, 1, 1)
     return cells.repeat_interleave(batch // count, 0)

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 from . import loading
 
 EDITORS = ("kontext", "qwen")  # that specedit.micro can load
-LARGEST = 1024 * 1024  # px that the released editors are made for
 
 
-def load(
-    model: str | None, own_size: bool = True, offload: bool = False
-) -> tuple[Any, Callable[[Any], tuple[Any, dict[str, Any]]]]:
-    """The pipeline, and what makes of a picture the one that it takes and the arguments to pass beside it.
+def load(model: str | None, offload: bool = False) -> tuple[Any, Callable[[Any], tuple[Any, dict[str, Any]]]]:
+    """The pipeline, and a function from a picture to the picture to pass and the arguments beside it, such as its size.
 
     Args:
         model: hub id or directory of a pipeline, or an embedded editor, by default the first.
-        own_size: an edit gets its picture's size where the pipeline takes one and the picture has no more than a
-            megapixel; otherwise the pipeline chooses.
         offload: only the part that runs is on the GPU (diffusers' model offloading), for models that it does not hold.
 
     Raises:
@@ -32,6 +26,9 @@ def load(
     import torch
 
     from . import micro
+    from .models import adapter_of
+    from .models.shapes import is_embedded_kontext
+    from .sizes import size_for
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -43,24 +40,19 @@ def load(
 
     def small(image: Any, editor: str = EDITORS[0]) -> tuple[Any, dict[str, Any]]:
         image = fit(image, 512)
-        return image, micro.arguments(image, editor)
+        return image, micro.arguments(image, editor) | size_for(pipe, image)
 
     if model is None or model in EDITORS:
         editor = model or EDITORS[0]
-        return placed(micro.load(editor, device="cpu" if offload else device)), lambda image: small(image, editor)
+        pipe = placed(micro.load(editor, device="cpu" if offload else device))
+        return pipe, lambda image: small(image, editor)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     pipe = placed(loading.from_pretrained(model, dtype))
-    taken = inspect.signature(type(pipe).__call__).parameters
-    # A small editor, which works at the picture's own size; FLUX.1-Kontext has 19 such layers.
-    if "max_area" in taken and pipe.transformer.config.num_layers < 19:
+    if is_embedded_kontext(pipe):
         return pipe, small
-    names = [name for name in ("height", "width") if name in taken]
 
     def sized(image: Any) -> tuple[Any, dict[str, Any]]:
-        # Of FLUX.1-Kontext this sets the aspect ratio alone. Others would edit a photograph at all of its megapixels.
-        if "max_area" in taken or (own_size and image.width * image.height <= LARGEST):
-            return image, {name: getattr(image, name) for name in names}
-        return image, {}
+        return image, {} if adapter_of(pipe) is None else size_for(pipe, image)
 
     return pipe, sized
 

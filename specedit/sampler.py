@@ -24,6 +24,7 @@ from .forecast import TOKEN_WISE, Histories, lesa
 from .grid import LayoutSet, MixedLayout, mean_pixels
 from .masks import cells_of_mask
 from .models.base import Adapter, EditState
+from .placement import Placement
 from .report import StageReport
 from .schedule import Stage, stage_sigmas, stages
 from .step import Part, kept_reference, part_velocity
@@ -128,6 +129,8 @@ class Cells:
         if config.keeps:
             # Keeping everything would return the input, and who sees no change at all may have missed it.
             found = seen | ~seen.flatten(1).any(1)[:, None, None]
+        if state.uncovered_cells is not None:  # where there is no picture, nothing can be taken from it
+            found = found | state.uncovered_cells
         edited = everything_if_nearly(found)
         # Eq. 10: expand what is edited, and a sparse uniform set beside it.
         expanded = edited | select.uniform_cells(state.grid, config.uniform_stride, state.device)
@@ -235,7 +238,7 @@ def enter(parts: list[Part], layouts: list[MixedLayout], stage: Stage, state: Ed
             if start <= stage.end + SAME_SIGMA:
                 fresh_tokens = start_tokens(fresh[rows], layout)
                 tokens, start = renoise(tokens, start, stage.start, fresh_tokens), stage.start
-        reference_layout = layout.resized(state.reference_grid)
+        reference_layout = state.beside(layout)
         reference = restrict(state.reference[rows], reference_layout)
         sigmas = stage_sigmas(pipe.scheduler, layout.tokens, start, stage.end, stage.steps).tolist()
         entered.append(Part(rows, layout, reference, reference_layout, tokens, sigmas))
@@ -253,8 +256,9 @@ def restrict(reference: Tensor, layout: MixedLayout | LayoutSet) -> Tensor:
     if layout.is_fine:
         return reference
     if isinstance(layout, LayoutSet):
-        each = reference.split([part.grid.tokens for part in layout.parts], 1)
+        each = reference.split([part.picture.tokens for part in layout.parts], 1)
         return torch.cat([restrict(one, part) for one, part in zip(each, layout.parts, strict=True)], 1)
+    reference = Placement(layout.grid, layout.picture, *layout.lead).place(reference)
     coarse = mean_pixels(reference, layout.grid)[:, layout.locked_cells]
     return torch.cat([coarse, reference[:, layout.fine_tokens]], 1)
 

@@ -42,12 +42,25 @@ def semantic_score(
     scale, grid = config.draft_scale, state.grid
     if config.verify_at == "full":
         large = drafts.upsample(draft, draft_grid, scale, grid)
-        features = (adapter.features(pipe, tokens, grid) for tokens in (large, state.aligned))
+        features = (adapter.features(pipe, tokens, grid) for tokens in (large, beside(large, state)))
         return discrepancy(*features, size=grid.shape)
-    reference, _ = drafts.shrink(state.aligned, grid, scale)
+    reference = beside(draft, state, scale)
     features = (adapter.features(pipe, tokens, draft_grid) for tokens in (draft, reference))
     covered = (draft_grid.height * scale, draft_grid.width * scale)  # a draft may reach beyond an odd grid
     return discrepancy(*features, size=covered)[:, : grid.height, : grid.width]
+
+
+def beside(draft: Tensor, state: EditState, scale: int = 1) -> Tensor:
+    """The reference at the draft's size (B, n, C), with the draft's own content where there is no reference.
+
+    Decoder features see far: whatever else stood there would change those of the rest.
+    """
+    if state.covered is None:
+        return drafts.shrink(state.aligned, state.grid, scale)[0]
+    share = state.covered.flatten()[None, :, None].expand(-1, -1, 4).to(draft)  # of each pixel of a token
+    reference, _ = drafts.shrink(state.aligned * share.repeat(1, 1, draft.shape[2] // 4), state.grid, scale)
+    share, _ = drafts.shrink(share, state.grid, scale)
+    return reference + (1 - share.repeat(1, 1, draft.shape[2] // 4)) * draft
 
 
 def to_cells(score: Tensor) -> Tensor:

@@ -6,10 +6,11 @@ import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from specedit import SpecEditConfig
-from specedit.draft import generate, shrink, upsample
+from specedit.draft import generate, shrink, small_reference, upsample
 from specedit.flops import transformer_flops
-from specedit.grid import GridSet, TokenGrid
+from specedit.grid import TokenGrid
 from specedit.models.base import EditState
+from specedit.placement import Placement
 from specedit.schedule import stage_sigmas
 
 
@@ -28,13 +29,18 @@ def test_shrink_averages_latent_pixels(scale):
     torch.testing.assert_close(pixels(small, smaller), F.avg_pool2d(pixels(tokens, grid), scale))
 
 
-def test_shrink_takes_several_pictures_each_by_itself():
-    grids = GridSet((TokenGrid(8, 12), TokenGrid(5, 4)))
-    tokens = torch.randn(2, grids.tokens, 8)
-    small, smaller = shrink(tokens, grids, 4)
-    alone = [shrink(one, grid, 4) for one, grid in zip(grids.split(tokens), grids.grids, strict=True)]
-    assert smaller == GridSet(tuple(grid for _, grid in alone))
-    assert torch.equal(small, torch.cat([one for one, _ in alone], 1))
+def test_several_references_shrink_each_by_itself():
+    grids = (TokenGrid(8, 12), TokenGrid(5, 4))
+    tokens = torch.randn(2, sum(grid.tokens for grid in grids), 8)
+    places = tuple(Placement(grids[0], grid, row, 0) for grid, row in zip(grids, (0, 3), strict=True))
+    state = SimpleNamespace(references=tokens.split([grid.tokens for grid in grids], 1), placements=places)
+    small = small_reference(state, 4)
+    first, second = (shrink(one, grid, 4) for one, grid in zip(state.references, grids, strict=True))
+    assert torch.equal(small[:, : first[1].tokens], first[0])
+    # Three rows of the first cell lie before the second picture: its first row repeats there.
+    second = state.references[1].view(2, 5, 4, 8)
+    padded = torch.cat([second[:, :1].expand(-1, 3, -1, -1), second], 1).flatten(1, 2)
+    assert torch.equal(small[:, first[1].tokens :], shrink(padded, TokenGrid(8, 4), 4)[0])
 
 
 @pytest.mark.parametrize("target", [TokenGrid(8, 12), TokenGrid(7, 9)], ids=str)
@@ -66,7 +72,8 @@ def make_state(height=9, width=12):
     noise = torch.randn(2, grid.tokens, 8, generator=generator)
     reference = torch.randn(2, reference_grid.tokens, 8, generator=generator)
     return EditState(
-        grid=grid, noise=noise, reference=reference, reference_grid=reference_grid, aligned=noise,
+        grid=grid, noise=noise, reference=reference, reference_grid=reference_grid,
+        placements=(Placement(grid, reference_grid),),
         generator=torch.Generator().manual_seed(7), text_tokens=5, branches=1, pixels_per_token=16,
     )  # fmt: skip
 

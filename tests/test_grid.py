@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from specedit.grid import GridSet, LayoutSet, MixedLayout, TokenGrid, cells_touched, mean_pixels, repeat_pixels
+from specedit.grid import GridSet, MixedLayout, TokenGrid, cells_touched, mean_pixels, repeat_pixels
 
 grids = st.builds(TokenGrid, st.integers(1, 9), st.integers(1, 9))
 
@@ -154,36 +154,6 @@ def test_repeat_pixels_fills_each_child_with_one_pixel():
     assert children[0, 0].tolist() == [[p] * 4 + [4 + p] * 4 for p in range(4)]
 
 
-@settings(max_examples=30)
-@given(layouts(), grids)
-def test_resized_splits_where_any_split_cell_overlaps(layout, target):
-    old = layout.grid
-
-    def overlap(i, j, side, other):
-        # [2i, min(2i+2, side)) / side against the same of the other grid, in whole numbers
-        a, b = 2 * i * other, min(2 * i + 2, side) * other
-        c, d = 2 * j * side, min(2 * j + 2, other) * side
-        return a < d and c < b
-
-    cells = target.coarse()
-    expected = [
-        [
-            any(
-                overlap(i, r, old.height, target.height) and overlap(j, c, old.width, target.width)
-                for i, j in layout.expanded.nonzero().tolist()
-            )
-            for c in range(cells.width)
-        ]
-        for r in range(cells.height)
-    ]
-    assert layout.resized(target).expanded.tolist() == expected
-
-
-def test_resized_to_its_own_grid_is_the_same_object():
-    layout = MixedLayout.all_fine(TokenGrid(3, 5))
-    assert layout.resized(TokenGrid(3, 5)) is layout
-
-
 def test_cells_touched_on_an_odd_side():
     # 9 tokens of 16 px: cells end at 32, 64, 96, 128 and 144 px.
     for pixel, cell in ((0, 0), (31, 0), (32, 1), (63, 1), (127, 3), (128, 4), (143, 4)):
@@ -204,22 +174,9 @@ def test_a_layout_needs_a_mask_of_its_cells(mask):
         MixedLayout(TokenGrid(4, 5), mask)
 
 
-def test_several_grids_take_a_choice_each_by_itself():
+def test_the_tokens_of_several_grids_follow_each_other():
     grids = GridSet((TokenGrid(4, 6), TokenGrid(1, 1), TokenGrid(5, 3)))
     assert grids.tokens == 24 + 1 + 15
     tokens = torch.randn(2, grids.tokens, 8)
     parts = grids.split(tokens)
     assert [part.shape[1] for part in parts] == [24, 1, 15] and torch.equal(torch.cat(parts, 1), tokens)
-    expanded = torch.zeros(2, 3, dtype=torch.bool)
-    expanded[0, 0] = True
-    layout = MixedLayout(TokenGrid(4, 6), expanded)
-    several = layout.resized(grids)
-    assert isinstance(several, LayoutSet) and several.parts[0] is layout
-    for part, grid in zip(several.parts, grids.grids, strict=True):
-        assert torch.equal(part.expanded, layout.resized(grid).expanded)
-    assert several.tokens == sum(part.tokens for part in several.parts)
-    assert several.is_mixed and not several.is_fine
-    for whole in (MixedLayout.all_fine, MixedLayout.all_coarse):
-        same = whole(TokenGrid(4, 6)).resized(grids)
-        assert not same.is_mixed and same.is_fine == (whole == MixedLayout.all_fine)
-    assert layout.parts == (layout,)

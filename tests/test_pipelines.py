@@ -25,33 +25,24 @@ def test_one_pipeline_prepares_pictures_of_any_size():
         assert image.size == got == (given["width"], given["height"])
 
 
-class Editor:
-    def to(self, device):
-        return self
-
-    def __call__(self, image, prompt, height=None, width=None):
-        raise NotImplementedError
-
-
-class Kontext(Editor):
-    class transformer:
-        class config:
-            num_layers = 19
-
-    def __call__(self, image, prompt, height=None, width=None, max_area=1024**2):
-        raise NotImplementedError
+@pytest.mark.parametrize("size", [(96, 64), (1024, 1024), (4032, 3024)])
+def test_a_pipeline_gets_the_size_at_which_nothing_is_cropped(monkeypatch, make_pipe, size):
+    pipe, picture = make_pipe(), Image.new("RGB", size)
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda model, **_: pipe)
+    got, given = pipelines.load("some/editor")[1](picture)
+    assert got is picture and given == specedit.size_for(pipe, picture)
 
 
-@pytest.mark.parametrize("size", [(96, 64), (1024, 1024), (1040, 1024)])
-@pytest.mark.parametrize("own_size", [True, False])
-@pytest.mark.parametrize("kind", [Editor, Kontext])
-def test_who_chooses_the_size(monkeypatch, kind, own_size, size):
-    """Of Kontext the picture's sets the aspect ratio alone; other pipelines take it as it is, up to a megapixel."""
-    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda model, **_: kind())
-    _, prepare = pipelines.load("some/editor", own_size)
-    picture = Image.new("RGB", size)
-    named = kind is Kontext or (own_size and size != (1040, 1024))
-    assert prepare(picture) == (picture, {"height": size[1], "width": size[0]} if named else {})
+def test_a_pipeline_of_another_kind_chooses_its_own_size(monkeypatch):
+    class Other:
+        transformer = None
+
+        def to(self, device):
+            return self
+
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda model, **_: Other())
+    picture = Image.new("RGB", (96, 64))
+    assert pipelines.load("some/editor")[1](picture) == (picture, {})
 
 
 def test_offloading_changes_nothing():

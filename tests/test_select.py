@@ -10,6 +10,7 @@ from specedit import draft as drafts
 from specedit.grid import TokenGrid
 from specedit.masks import cells_of_mask
 from specedit.models.flux import FluxKontext
+from specedit.placement import Placement
 from specedit.select import dilate, discrepancy, select, to_cells, top_cells, uniform_cells
 
 
@@ -66,7 +67,10 @@ def test_uniform_cells(stride):
 
 
 def state_of(grid, batch=1, prompts=1, pictures=1):
-    return SimpleNamespace(grid=grid, batch=batch, prompts=prompts, pictures=pictures, device=torch.device("cpu"))
+    placement = Placement(grid, grid)
+    return SimpleNamespace(
+        grid=grid, placement=placement, batch=batch, prompts=prompts, pictures=pictures, device=torch.device("cpu")
+    )
 
 
 @pytest.mark.parametrize("grid", [TokenGrid(8, 8), TokenGrid(9, 11)], ids=str)
@@ -178,7 +182,7 @@ def drafted(pipe, picture):
     with torch.no_grad():
         latents = pipe._encode_vae_image(image, None)
     aligned = pipe._pack_latents(latents, 1, 4, 32, 32)
-    state = SimpleNamespace(grid=grid, batch=1, device=aligned.device, aligned=aligned)
+    state = SimpleNamespace(grid=grid, batch=1, device=aligned.device, aligned=aligned, covered=None)
 
     def make(scale, change):
         small, draft_grid = drafts.shrink(aligned, grid, scale)

@@ -17,7 +17,7 @@ PIPE = SimpleNamespace(transformer=SimpleNamespace(config=MODEL))
 GRID = TokenGrid(4, 4)
 NOISE = torch.zeros(2, 16, 8)
 STATE = EditState(
-    grid=GRID, noise=NOISE, reference=NOISE, reference_grid=GRID, aligned=NOISE, generator=None, text_tokens=5,
+    grid=GRID, noise=NOISE, reference=NOISE, reference_grid=GRID, generator=None, text_tokens=5,
     branches=2, pixels_per_token=16, negative_text_tokens=3,
 )  # fmt: skip
 

@@ -121,7 +121,7 @@ def _public(args) -> int:
     }
     against = None if args.against is None else evaluation.check_against(todo, args.against)
     evaluation.begin(out, settings)
-    pipe, prepare = pipelines.load(args.model, own_size=False, offload=args.offload)
+    pipe, prepare = pipelines.load(args.model, offload=args.offload)
     call = guidance(pipe, args)
     pipe.set_progress_bar_config(disable=True)
     if not stock:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..config import SpecEditConfig
 from ..grid import GridSet, LayoutSet, MixedLayout, TokenGrid
+from ..placement import Placement, layouts_beside
 
 
 @dataclass
@@ -20,25 +23,69 @@ class EditState:
     Tokens are packed 2 x 2 latent patches, (B, N, C); noise and references are float32.
 
     Of `extra`, which is the adapter's own, the call reads three entries: `dtype`, in which latents are shown to
-    callbacks; `source`, the pictures that the edit is compared with, (B, 3, H, W) float32 in 0..1 at the output's size,
-    or None; and `positive["encoder_hidden_states"]`, the prompt's embeddings, which a callback may replace.
+    callbacks; `source`, the pictures being edited, (B, 3, H, W) float32 in 0..1, where they lie on the output, or None;
+    and `positive["encoder_hidden_states"]`, the prompt's embeddings, which a callback may replace.
     """
 
     grid: TokenGrid  # the output's
     noise: Tensor  # (B, grid.tokens, C) white noise, the call's own `latents`
     reference: Tensor  # (B, reference_grid.tokens, C): what the model is conditioned on
     reference_grid: TokenGrid | GridSet  # a GridSet where several pictures are given
-    aligned: Tensor  # (B, grid.tokens, C): the reference on the output's own grid
     generator: torch.Generator | list[torch.Generator] | None
     text_tokens: float  # the mean where samples differ
     branches: int  # transformer calls a step: 2 under true classifier-free guidance
     pixels_per_token: int
     backend: str | None = None  # of specedit_kernels
     negative_text_tokens: float | None = None  # of the second branch, where its prompt has another length
+    placements: tuple[Placement, ...] = ()  # of every reference; may be left out where their grids are the output's
+    edited: int = 0  # which reference is being edited: the output is compared with it, and restored from it
     prompts: int = 1  # whose images stand together in the batch
     pictures: int = 1  # being edited, over which the batch repeats
     last_block: bool = False  # whether the transformer's last block computes the target's rows alone
     extra: dict[str, Any] = field(default_factory=dict)  # the adapter's own: embeddings, guidance, ...
+
+    def __post_init__(self) -> None:
+        if not self.placements:
+            self.placements = tuple(Placement(self.grid, grid) for grid in self._grids)
+            if not all(placement.is_same for placement in self.placements):
+                raise ValueError(
+                    "placements: expected where each reference lies, because their grids are not the output's, got none"
+                )
+
+    @property
+    def _grids(self) -> tuple[TokenGrid, ...]:
+        return getattr(self.reference_grid, "grids", (self.reference_grid,))
+
+    @property
+    def references(self) -> tuple[Tensor, ...]:
+        """Every reference's tokens (B, n, C)."""
+        return self.reference.split([grid.tokens for grid in self._grids], 1)
+
+    @property
+    def placement(self) -> Placement:
+        """Where the picture being edited lies."""
+        return self.placements[self.edited]
+
+    @cached_property
+    def aligned(self) -> Tensor:
+        """(B, grid.tokens, C): the picture being edited on the output's grid, its border repeated beyond it."""
+        return self.placement.place(self.references[self.edited])
+
+    @cached_property
+    def covered(self) -> Tensor | None:
+        """(h, w) bool: the output's tokens that the picture being edited covers; None where it covers all."""
+        return None if self.placement.covers else self.placement.covered.to(self.device)
+
+    @cached_property
+    def uncovered_cells(self) -> Tensor | None:
+        """(cells_h, cells_w) bool: cells that the picture covers in part or not at all; None where it covers all."""
+        if self.covered is None:
+            return None
+        return F.max_pool2d((~self.covered)[None, None].float(), 2, ceil_mode=True)[0, 0] > 0
+
+    def beside(self, layout: MixedLayout, scale: int = 1) -> MixedLayout | LayoutSet:
+        """The references' layout beside the target's. scale: of a draft, whose tokens are cells of so many a side."""
+        return layouts_beside(layout, tuple(p.cells(scale) if scale > 1 else p for p in self.placements))
 
     @property
     def batch(self) -> int:
@@ -68,6 +115,14 @@ def rows_index(rows: list[int], device: torch.device) -> slice | Tensor:
     return torch.tensor(rows, device=device)
 
 
+def place_references(
+    adapter: Adapter, pipe: Any, output: TokenGrid, references: TokenGrid | GridSet
+) -> tuple[Placement, ...]:
+    """Where each reference lies on the output, by the adapter's `reference_offset`."""
+    grids = getattr(references, "grids", (references,))
+    return tuple(Placement(output, grid, *adapter.reference_offset(pipe, output, grid)) for grid in grids)
+
+
 class Adapter(Protocol):
     """A model family. One instance serves one installed pipeline; what a run needs travels in the state."""
 
@@ -85,6 +140,12 @@ class Adapter(Protocol):
 
     def prepare(self, pipe: Any, call: dict[str, Any], attention: str) -> EditState:
         """Check and encode the call's arguments as the stock pipeline does."""
+
+    def reference_offset(self, pipe: Any, output: TokenGrid, reference: TokenGrid) -> tuple[int, int]:
+        """Row and column of the output's grid at which the model's positions put the reference's first token."""
+
+    def call_size(self, pipe: Any, picture: Any) -> dict[str, Any]:
+        """Size arguments of the call that give the output the grid of the picture being edited; see `size_for`."""
 
     def draft_state(self, pipe: Any, state: EditState, config: Any) -> EditState:
         """The state that the draft runs with: `state` itself, or one with what a small image of its own changes."""

@@ -16,18 +16,18 @@ from torch import Tensor
 
 from ..grid import MixedLayout, TokenGrid
 from . import attention, compiled, joint, last_block
-from .base import EditState, active_branches, rows_index
+from .base import EditState, active_branches, place_references, rows_index
 from .images import (
     batched,
     check_image,
     check_kind,
     decoder_features,
     is_latents,
-    say_if_stretched,
     source_pictures,
     too_small,
 )
 from .prompts import count_prompts, one_for_each
+from .shapes import Shape, is_embedded_kontext, shapes_of, whole
 
 IP_ADAPTER = (
     "ip_adapter_image", "ip_adapter_image_embeds", "negative_ip_adapter_image", "negative_ip_adapter_image_embeds",
@@ -118,7 +118,7 @@ class FluxKontext:
             noise=noise.float(),
             reference=reference.float(),
             reference_grid=reference_grid,
-            aligned=reference.float(),
+            placements=place_references(self, pipe, grid, reference_grid),
             generator=call["generator"],
             text_tokens=positive["encoder_hidden_states"].shape[1],
             branches=1 if negative is None else 2,
@@ -132,12 +132,9 @@ class FluxKontext:
                 true_cfg_scale=call["true_cfg_scale"], kwargs=call["joint_attention_kwargs"] or {},
             ),
         )  # fmt: skip
-        source = None if latent_input else source_pictures(pipe, call["image"], height, width)
-        if not latent_input:
-            say_if_stretched(call["image"], height, width)
-        if reference_grid != grid:
-            state.aligned = self._aligned(pipe, state, source, dtype, device)
-        if source is not None:  # images are tiled over the prompts, as prepare_latents does
+        if not latent_input:  # images are tiled over the prompts, as prepare_latents does
+            source = source_pictures(pipe, call["image"], *image.shape[-2:])
+            source = state.placement.place_pixels(source, multiple)
             state.extra["source"] = source.repeat(prompts // len(source), 1, 1, 1)
         if pipe.transformer.config.guidance_embeds:
             guidance = torch.full([1], call["guidance_scale"], device=device, dtype=torch.float32)
@@ -212,17 +209,24 @@ class FluxKontext:
         if min(height, width) < 1:
             raise ValueError(f"image: expected at least {multiple} px a side, got {given[1]} x {given[0]}")
         if call["_auto_resize"]:
-            ratio = width / height
-            _, width, height = min((abs(ratio - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
+            height, width = preferred_size(height, width, multiple)
         return height // multiple * multiple, width // multiple * multiple
 
-    @staticmethod
-    def _aligned(pipe: Any, state: EditState, source: Tensor | None, dtype: torch.dtype, device: torch.device):
-        """The reference's latents on the output's grid, where the model itself sees it at another size."""
-        if source is None:
-            return _resize_tokens(state.reference, state.reference_grid, state.grid)
-        latents = pipe._encode_vae_image((source * 2 - 1).to(device=device, dtype=dtype), state.generator)
-        return _pack(latents).float().repeat(state.batch // len(source), 1, 1)
+    def reference_offset(self, pipe: Any, output: TokenGrid, reference: TokenGrid) -> tuple[int, int]:
+        return 0, 0  # rows and columns of every image count from its first token
+
+    def call_size(self, pipe: Any, picture: Any) -> dict[str, Any]:
+        multiple = pipe.vae_scale_factor * 2
+        shape = shapes_of(picture)[0]
+        if is_latents(pipe, picture):
+            shape = Shape(shape.width * pipe.vae_scale_factor, shape.height * pipe.vae_scale_factor)
+        height, width = whole(shape, multiple)
+        embedded = is_embedded_kontext(pipe)
+        if not embedded and not is_latents(pipe, picture):
+            height, width = preferred_size(height, width, multiple)
+        # The call takes the shape from height and width alone, and the size from the area.
+        size = dict(height=height, width=width, max_area=height * width)
+        return size | {"_auto_resize": False} if embedded else size
 
     @staticmethod
     def draft_state(pipe: Any, state: EditState, config: Any) -> EditState:
@@ -405,6 +409,13 @@ class FluxKontext:
         return attention != "stock" and last_block.trims(self._last(pipe))
 
 
+def preferred_size(height: int, width: int, multiple: int) -> tuple[int, int]:
+    """Height and width of the resolution that FLUX.1-Kontext prefers for a picture, by the stock pipeline's rule."""
+    ratio = width / height
+    _, width, height = min((abs(ratio - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
+    return height // multiple * multiple, width // multiple * multiple
+
+
 def check_negative(positive: dict[str, Tensor], negative: dict[str, Tensor]) -> None:
     """ValueError unless both prompts of true classifier-free guidance have one shape."""
     for name in ("encoder_hidden_states", "pooled_projections"):
@@ -416,14 +427,3 @@ def check_negative(positive: dict[str, Tensor], negative: dict[str, Tensor]) -> 
 def position_ids(positions: Tensor, image: int) -> Tensor:
     """FLUX's position ids (N, 3) float32: image index, row, column. bf16 would round 200.5."""
     return torch.cat([torch.full_like(positions[:, :1], image), positions], 1)
-
-
-def _pack(latents: Tensor) -> Tensor:
-    b, c, h, w = latents.shape
-    return FluxKontextPipeline._pack_latents(latents, b, c, h, w)
-
-
-def _resize_tokens(tokens: Tensor, grid: TokenGrid, target: TokenGrid) -> Tensor:
-    latents = FluxKontextPipeline._unpack_latents(tokens, grid.height * 16, grid.width * 16, 8)
-    size = (target.height * 2, target.width * 2)
-    return _pack(torch.nn.functional.interpolate(latents, size=size, mode="bilinear", antialias=True))

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from accelerate.hooks import CpuOffload
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor
 
@@ -20,9 +19,6 @@ CURES = {
     **dict.fromkeys(("RGBA", "LA", "PA"), 'composite it on a background, then use convert("RGB")'),
     "LAB": "use ImageCms.profileToProfile, with createProfile of LAB and sRGB",
 }
-STRETCHED = 1.2  # whole tokens change the shape of a picture by less
-
-logger = logging.get_logger(__name__)
 
 
 def check_image(image: Any) -> tuple[int, int]:
@@ -77,17 +73,6 @@ def too_small(sizes: Iterable[tuple[int, int]], multiple: int) -> str | None:
     return f"a picture with fewer than {FEWEST} tokens a side, {FEWEST * multiple} px, is too small for a draft"
 
 
-def say_if_stretched(image: Any, height: int, width: int) -> None:
-    """A warning where the output has another shape than the picture, with which it is compared."""
-    high, wide = check_image(image[0] if isinstance(image, list) else image)
-    shapes = (wide / high, width / height)
-    if max(shapes) > STRETCHED * min(shapes):
-        logger.warning(
-            f"the output is {width} x {height} and the picture {wide} x {high}, so it is compared with the picture "
-            "stretched; height and width in the picture's shape avoid that"
-        )
-
-
 def check_pictures(image: Any) -> list[Image.Image]:
     """The pictures of a call; TypeError or ValueError unless they are RGB pictures, at least one."""
     images = image if isinstance(image, list) else [image]
@@ -106,7 +91,7 @@ def batched(image: Any) -> Any:
 
 
 def source_pictures(pipe: Any, image: Any, height: int, width: int) -> Tensor:
-    """The input pictures at the output's size, (n, 3, H, W) in 0..1, by the pipeline's own way of resizing."""
+    """The input pictures (n, 3, H, W) in 0..1 at the size that the model takes them, resized as the pipeline does."""
     # Not the model's input scaled back: that would round, and keep_pixels returns these very values.
     plain = VaeImageProcessor(vae_scale_factor=pipe.vae_scale_factor * 2, do_normalize=False)
     image = plain.preprocess(plain.resize(batched(image), height, width), height, width).float()

@@ -21,6 +21,7 @@ from .base import EditState
 from .flux import FluxKontext, position_ids
 from .images import check_pictures, source_pictures, too_small
 from .prompts import count_prompts, one_for_each
+from .shapes import shapes_of
 
 EDIT_AREA = 1024 * 1024
 LATENT_CHANNELS = 16  # a constant of the stock pipeline
@@ -123,7 +124,6 @@ class LongCatImageEdit(FluxKontext):
             noise=noise.float(),
             reference=reference.float(),
             reference_grid=grid,
-            aligned=reference.float(),
             generator=call["generator"],
             text_tokens=length,
             branches=1 if negative is None else 2,
@@ -136,6 +136,10 @@ class LongCatImageEdit(FluxKontext):
                 source=source_pictures(pipe, images, height, width).repeat(batch, 1, 1, 1),
             ),
         )  # fmt: skip
+
+    def call_size(self, pipe: Any, picture: Any) -> dict[str, Any]:
+        shapes_of(picture)  # the output always has the size at which the picture is taken
+        return {}
 
     @staticmethod
     def _forward(pipe, state, prompt, rows, states, ids, words, text_ids, timestep, kwargs) -> Tensor:

@@ -23,10 +23,11 @@ from ..grid import GridSet, TokenGrid
 from ..once import warn_once
 from ..one_frame import one_frame
 from . import attention, compiled, last_block, qwen_positions
-from .base import EditState, active_branches
+from .base import EditState, active_branches, place_references
 from .images import check_pictures, decoder_features, source_pictures, too_small
 from .prompts import count_prompts, one_for_each
 from .qwen_velocity import Inputs, guided
+from .shapes import Shape, shapes_of, whole
 
 logger = logging.get_logger(__name__)
 EDIT_AREA = 1024 * 1024  # px to which QwenImageEditPipeline brings every picture
@@ -44,7 +45,7 @@ class Pictures:
     """The input pictures at the sizes that the pipeline takes them.
 
     condition: what the vision-language encoder sees. reference: one (n, 3, 1, H, W) for each reference, for the VAE.
-    aligned: the reference that the output is aligned with.
+    aligned: which reference is the picture being edited.
     """
 
     condition: Any
@@ -112,21 +113,17 @@ class QwenImageEdit:
         if noise.shape != expected:
             raise ValueError(f"latents: expected shape {expected}, got {tuple(noise.shape)}")
         grids = GridSet(tuple(TokenGrid(*(side // multiple for side in p.shape[-2:])) for p in pictures.reference))
-        # The pictures that the output is compared with and that keep_pixels gives back, at the output's size.
-        source = source_pictures(pipe, self._edited(images, pictures.aligned), height, width)
-        if grids.grids[pictures.aligned] == grid:
-            aligned = grids.split(reference)[pictures.aligned].float()
-        else:
-            pixels = (source * 2 - 1)[:, :, None].to(device=device, dtype=dtype)
-            with one_frame(pipe.vae):
-                latents = pipe._encode_vae_image(image=pixels, generator=call["generator"])
-            aligned = pack_latents(pipe, latents).float().repeat(batch // len(source), 1, 1)
+        placements = place_references(self, pipe, grid, grids)
+        taken = pictures.reference[pictures.aligned].shape[-2:]
+        source = source_pictures(pipe, self._edited(images, pictures.aligned), *taken)
+        source = placements[pictures.aligned].place_pixels(source, multiple)
         return EditState(
             grid=grid,
             noise=noise.float(),
             reference=reference.float(),
             reference_grid=grids.grids[0] if len(grids.grids) == 1 else grids,
-            aligned=aligned,
+            placements=placements,
+            edited=pictures.aligned,
             generator=call["generator"],
             **text_counts(positive, negative, attention),
             branches=1 if negative is None else 2,
@@ -171,6 +168,13 @@ class QwenImageEdit:
     def _edited(images: list[Image.Image], aligned: int) -> list[Image.Image]:
         """The pictures being edited, one for each sample."""
         return images
+
+    def reference_offset(self, pipe: Any, output: TokenGrid, reference: TokenGrid) -> tuple[int, int]:
+        return qwen_positions.reference_offset(output, reference, pipe.transformer.pos_embed.scale_rope)
+
+    def call_size(self, pipe: Any, picture: Any) -> dict[str, Any]:
+        height, width = whole(Shape(*picture_size(pipe, shapes_of(picture)[0])), pipe.vae_scale_factor * 2)
+        return dict(height=height, width=width)
 
     def draft_state(self, pipe: Any, state: EditState, config: Any) -> EditState:
         """A draft is a small image of its own, whose text may describe a smaller picture."""
@@ -313,14 +317,19 @@ class QwenImageEditPlus(QwenImageEdit):
     def _edited(images: list[Image.Image], aligned: int) -> list[Image.Image]:
         return [images[aligned]]
 
+    def call_size(self, pipe: Any, picture: Any) -> dict[str, Any]:
+        shape = Shape(*edit_size(plus, shapes_of(picture)[-1], plus.VAE_IMAGE_SIZE))
+        height, width = whole(shape, pipe.vae_scale_factor * 2)
+        return dict(height=height, width=width)
 
-def picture_size(pipe: Any, image: Image.Image) -> tuple[int, int]:
+
+def picture_size(pipe: Any, image: Image.Image | Shape) -> tuple[int, int]:
     """Width and height at which the pipeline takes a picture: a derived pipeline's `picture_size`, else 1 MP."""
     rule = getattr(pipe, "picture_size", None)
     return edit_size(edit, image) if rule is None else rule(image)
 
 
-def edit_size(module: Any, image: Image.Image, area: int = EDIT_AREA) -> tuple[int, int]:
+def edit_size(module: Any, image: Image.Image | Shape, area: int = EDIT_AREA) -> tuple[int, int]:
     """Width and height of a picture at `area` px, by the rule of the pipeline's module."""
     width, height = module.calculate_dimensions(area, image.width / image.height)[:2]
     if min(width, height) < 1:
@@ -401,9 +410,3 @@ def text_counts(positive: dict[str, Any], negative: dict[str, Any] | None, atten
         return prompt["encoder_hidden_states"].shape[1] if padded else sum(lengths) / len(lengths)
 
     return dict(text_tokens=mean(positive), negative_text_tokens=None if negative is None else mean(negative))
-
-
-def pack_latents(pipe: Any, latents: Tensor) -> Tensor:
-    """(B, c, 1, h, w) to tokens (B, h/2 * w/2, 4c)."""
-    b, c, _, h, w = latents.shape
-    return pipe._pack_latents(latents, b, c, h, w)

@@ -63,21 +63,31 @@ def detach(pos_embed: nn.Module) -> None:
         pos_embed.forward = hook.stock  # another library's own replacement, from before us
 
 
-def image_positions(layout: MixedLayout, frame: int, scale_rope: bool) -> Tensor:
+def reference_offset(output: TokenGrid, reference: TokenGrid, scale_rope: bool) -> tuple[int, int]:
+    """Row and column of the output's grid at which a reference's first token lies: both are centred, or both count from
+    the first token."""
+    if not scale_rope:
+        return 0, 0
+    row, col = ((n - n // 2) - (m - m // 2) for n, m in zip(output.shape, reference.shape, strict=True))
+    return row, col
+
+
+def image_positions(layout: MixedLayout, frame: int, scale_rope: bool, within: MixedLayout | None = None) -> Tensor:
     """(N, 3) float32 frame, row and column of a layout's tokens, counted from the middle of the image (scale_rope).
 
     Row i of h has position i - (h - h // 2), as in the model's tables. A layout that is all coarse is a small image.
+    within: the output's layout, on whose grid a reference lies; None: of the output itself.
     """
     positions = layout.positions
     if scale_rope:
-        centre = [side - side // 2 for side in _seen(layout).shape]
+        centre = [side - side // 2 for side in _seen(within or layout).shape]
         positions = positions - torch.tensor(centre, dtype=positions.dtype, device=positions.device)
     return torch.cat([torch.full_like(positions[:, :1], frame), positions], 1)
 
 
 def all_positions(layout: MixedLayout, reference: MixedLayout | LayoutSet, scale_rope: bool) -> tuple[Tensor, Tensor]:
     """Positions of the target's tokens (frame 0), and of every reference's (frames 1, 2, ...)."""
-    others = [image_positions(part, 1 + i, scale_rope) for i, part in enumerate(reference.parts)]
+    others = [image_positions(part, 1 + i, scale_rope, layout) for i, part in enumerate(reference.parts)]
     return image_positions(layout, 0, scale_rope), torch.cat(others)
 
 
@@ -93,7 +103,7 @@ def text_offset(layout: MixedLayout, reference: MixedLayout | LayoutSet, scale_r
 
 def _seen(layout: MixedLayout) -> TokenGrid:
     """The grid that a layout's positions lie in."""
-    return layout.grid.coarse() if layout.is_coarse else layout.grid
+    return layout.picture.coarse() if layout.unit == 2 else layout.picture
 
 
 def angles(pos_embed: nn.Module, positions: Tensor) -> Tensor:

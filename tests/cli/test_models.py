@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from specedit import cli, loading
-from specedit.micro.load import WEIGHTS
+from specedit.micro.loading import WEIGHTS
 
 PROMPT = "make the car red"
 

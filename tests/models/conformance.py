@@ -19,9 +19,21 @@ from torch._dynamo.testing import CompileCounter
 import specedit
 from specedit import SpecEditConfig
 from specedit.forecast.toca import TokenCall, TokenStore
+from specedit.grid import MixedLayout
 from specedit.models import attention as attention_module
 from specedit.sampler import restrict
-from tests.models.family import Ops, Shuffled, layouts, leaves_called, mixed_layout, step_of, trace
+from tests.conftest import make_picture
+from tests.models.family import (
+    Ops,
+    Shuffled,
+    at_one_place,
+    layouts,
+    leaves_called,
+    mixed_layout,
+    rotations,
+    step_of,
+    trace,
+)
 
 QUICK = dict(steps=(2, 1, 1), draft_steps=2)
 
@@ -63,6 +75,42 @@ class Conformance:
         with pytest.raises(ValueError, match=r"^edit_mask: expected finite values, got NaN or infinity"):
             family.run(pipe, edit_mask=torch.full((8, 8), float("nan")))
         assert not calls
+
+    # (height, width) of the output and of the picture: grids that differ by even and by odd numbers of tokens.
+    OTHERS = (((128, 128), (96, 160)), ((144, 112), (128, 128)), ((112, 144), (96, 128)), ((176, 80), (80, 176)))
+
+    def test_nothing_locked_equals_stock_beside_a_reference_of_another_size(self, family):
+        for size, other in self.OTHERS[1:3]:
+            stock = family.run(family.make(), size, image=make_picture(*other), num_inference_steps=2)
+            pipe = specedit.install(family.make(), steps=(0, 0, 2))
+            self.close(family.run(pipe, size, image=make_picture(*other)), stock)
+
+    # The placement is the adapter's word for what the stock call does: both have to give one picture of the positions.
+    def test_a_reference_lies_where_the_models_own_positions_put_it(self, family):
+        for size, other in self.OTHERS:
+            stock, image = family.make(), make_picture(*other)
+            found = rotations(stock, lambda: family.run(stock, size, image=image, num_inference_steps=1))  # noqa: B023
+            _, state = family.prepare(family.make(), size, image=image)
+            layout = MixedLayout.all_fine(state.grid)
+            beside = state.beside(layout)
+            target, references = found[-layout.tokens - beside.tokens :].split([layout.tokens, beside.tokens])
+            pairs = at_one_place(layout, beside)
+            covered = sum(int(placement.covered.sum()) for placement in state.placements)
+            assert len(pairs) == covered > 0
+            self.close(references[pairs[:, 1]], target[pairs[:, 0]], 1e-5)
+
+    def test_tokens_at_one_place_are_rotated_alike_in_every_stage(self, family):
+        config = SpecEditConfig(attention="stock", key_bias="none")
+        for size, other in self.OTHERS:
+            pipe = family.make()
+            adapter, state = family.prepare(pipe, size, config.attention, image=make_picture(*other))
+            for layout in layouts(state.grid):
+                beside = state.beside(layout)
+                found = rotations(pipe, step_of(family, adapter, pipe, state, layout, config))
+                target, references = found[-layout.tokens - beside.tokens :].split([layout.tokens, beside.tokens])
+                pairs = at_one_place(layout, beside)
+                assert len(pairs)
+                self.close(references[pairs[:, 1]], target[pairs[:, 0]], 1e-5)
 
     # Everything expanded: a mixed sequence without a locked cell is the stock sequence.
     def test_everything_edited_equals_stock(self, family):
@@ -189,7 +237,7 @@ class Conformance:
             pipe = family.make()
             adapter, state = family.prepare(pipe, (144, 112), config.attention, **guide)
             layout = mixed_layout(state.grid)
-            beside = layout.resized(state.reference_grid)
+            beside = state.beside(layout)
             assert layout.is_mixed and beside.is_mixed
             draw = torch.Generator().manual_seed(1)
             reference = restrict(state.reference, beside)

@@ -54,10 +54,11 @@ class Family:
 class Shuffled:
     """A mixed layout whose tokens are listed in another order."""
 
-    is_mixed, is_coarse, is_fine = True, False, False
+    is_mixed, is_coarse, is_fine, unit = True, False, False, 1
 
     def __init__(self, layout: MixedLayout, order: torch.Tensor, move: bool = True):
         self.grid, self.tokens, self.area = layout.grid, layout.tokens, layout.area[order]
+        self.picture = layout.picture
         self.positions = layout.positions[order] if move else layout.positions
 
     @property
@@ -93,7 +94,7 @@ def mixed_layout(grid, share=0.4, seed=0):
 
 def step_of(family, adapter, pipe, state, layout, config, sigma=0.5):
     """Calls the adapter on random tokens of a layout: `run(calls)` is what `branches` gives."""
-    beside = layout.resized(state.reference_grid)
+    beside = state.beside(layout)
     draw = torch.Generator().manual_seed(1)
     tokens = torch.randn(state.batch, layout.tokens, state.noise.shape[2], generator=draw)
     call = (pipe, state, tokens, sigma, list(range(state.batch)), layout, restrict(state.reference, beside), beside)
@@ -113,3 +114,23 @@ def trace(pipe):
     """What an installation may change on a pipeline."""
     hooks = [vars(module).get("forward") for module in pipe.transformer.modules()]
     return type(pipe), list(pipe.transformer.attn_processors.values()), hooks
+
+
+def rotations(pipe, run):
+    """(tokens, D) complex: what the transformer's last call in `run()` rotated its tokens by, text included. The axis
+    that tells images apart is left out."""
+    seen, rope = [], pipe.transformer.pos_embed
+    hook = rope.register_forward_hook(lambda module, args, out: seen.append(out))
+    try:
+        run()
+    finally:
+        hook.remove()
+    first, second = seen[-1]
+    table = torch.cat([second, first]) if first.is_complex() else torch.complex(first.double(), second.double())
+    return table[:, table.shape[1] * rope.axes_dim[0] // sum(rope.axes_dim) :]
+
+
+def at_one_place(layout, beside):
+    """Index pairs (k, 2) of tokens of the output and of the references, one after the other, at one position."""
+    positions = torch.cat([part.positions for part in beside.parts])
+    return (layout.positions[:, None] == positions).all(-1).nonzero()

@@ -6,6 +6,7 @@ from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 
 from specedit.grid import LayoutSet, MixedLayout, TokenGrid
 from specedit.models import qwen_positions as positions
+from specedit.placement import Placement
 
 SIZES = [[(8, 8)], [(5, 7), (8, 8)], [(6, 9), (4, 4), (11, 3)], [(1, 1), (1, 2)]]
 
@@ -29,7 +30,9 @@ def test_whole_positions_are_the_tables_to_the_bit(sizes, scale_rope):
     rope = make_rope(scale_rope)
     image, text = table(rope, sizes, 6)
     grids = [TokenGrid(*size) for size in sizes]
-    first, *others = (MixedLayout.all_fine(grid) for grid in grids)
+    first = MixedLayout.all_fine(grids[0])
+    places = [Placement(grids[0], grid, *positions.reference_offset(grids[0], grid, scale_rope)) for grid in grids[1:]]
+    others = [place.layout(first) for place in places]
     beside = LayoutSet(tuple(others)) if others else first
     target, reference = positions.all_positions(first, beside, scale_rope)
     at = torch.cat([target, reference] if others else [target])

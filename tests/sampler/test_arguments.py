@@ -101,8 +101,10 @@ def test_keep_pixels_of_another_size(pipe, edit, picture):
     specedit.install(pipe, **QUICK, keep_pixels=True)
     image = picture(96, 160)
     out = np.asarray(edit(pipe, image=image, edit_mask=CORNER, output_type="pil")[0])
-    resized = np.asarray(image.resize((128, 128), Image.Resampling.LANCZOS))
-    assert np.array_equal(out[64:], resized[64:]) and np.array_equal(out[:, 64:], resized[:, 64:])
+    # The mask is the picture's: it reaches row 45 and column 75. Below row 96 there is no picture.
+    own = np.asarray(image)[:, :128]
+    assert np.array_equal(out[64:96], own[64:]) and np.array_equal(out[:96, 96:], own[:, 96:])
+    assert specedit.report(pipe).edit_mask[0].int().tolist() == [[1, 1, 1, 0]] * 2 + [[0] * 4] + [[1] * 4]
 
 
 def test_keep_pixels_without_any_mask_returns_the_edit(pipe, edit, picture):

@@ -7,7 +7,6 @@ from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProc
 from PIL import Image
 
 from specedit.grid import TokenGrid
-from specedit.models import images
 from specedit.models.flux import FluxKontext
 from tests.models.flux.common import CALL
 
@@ -36,14 +35,15 @@ def test_noise_and_reference_are_the_stock_pipelines(pipe, prepare, picture):
     assert state.text_tokens == 8
 
 
-def test_aligned_is_the_reference_on_the_outputs_grid(pipe, prepare, picture):
+def test_aligned_is_the_reference_at_its_own_positions(prepare, picture):
     small = picture(96, 128)
-    _, _, state = prepare(height=144, width=176, max_area=144 * 176, image=small)
-    large = small.resize((176, 144), Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.array(large)).permute(2, 0, 1)[None] / 127.5 - 1
-    latents = pipe._encode_vae_image(pixels, None)
-    torch.testing.assert_close(state.aligned, pipe._pack_latents(latents, 1, 4, 18, 22), rtol=1e-4, atol=1e-5)
-    assert torch.equal(state.extra["source"][0], torch.from_numpy(np.array(large)).permute(2, 0, 1) / 255)
+    _, _, state = prepare(height=144, width=112, max_area=144 * 112, image=small)
+    aligned, reference = state.aligned.view(9, 7, 16), state.reference.view(6, 8, 16)
+    assert torch.equal(aligned[:6], reference[:, :7]) and torch.equal(aligned[6:], aligned[5:6].expand(3, -1, -1))
+    pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1) / 255
+    source = state.extra["source"][0]
+    assert source.shape == (3, 144, 112) and torch.equal(source[:, :96], pixels[..., :112])
+    assert torch.equal(source[:, 96:], source[:, 95:96].expand(-1, 48, -1))
     assert torch.equal(prepare()[2].aligned, prepare()[2].reference)
 
 
@@ -89,7 +89,8 @@ def test_latents_as_image(prepare):
     latents = torch.randn(1, 4, 12, 16)
     adapter, pipe, state = prepare(image=latents)
     assert torch.equal(state.reference, pipe._pack_latents(latents, 1, 4, 12, 16))
-    assert state.reference_grid == TokenGrid(6, 8) and state.aligned.shape == state.noise.shape
+    assert state.reference_grid == TokenGrid(6, 8)
+    assert torch.equal(state.aligned.view(8, 8, 16)[:6], state.reference.view(6, 8, 16))
     assert state.extra.get("source") is None
     same = torch.randn(1, 4, 16, 16)
     assert torch.equal(prepare(image=same)[2].aligned, pipe._pack_latents(same, 1, 4, 16, 16))
@@ -138,19 +139,3 @@ def test_refusals(pipe):
 def test_bad_images(prepare, image, error, message):
     with pytest.raises(error, match=f"image: {message}"):
         prepare(image=image)
-
-
-@pytest.mark.parametrize(
-    ("size", "asked", "told"),
-    [
-        ((96, 128), {}, True),
-        ((96, 128), dict(height=96, width=128, max_area=96 * 128), False),
-        ((128, 128), {}, False),
-        ((64, 256), dict(height=64, width=256, max_area=128 * 128), False),  # FLUX's own resolutions are less unequal
-    ],
-)
-def test_a_picture_that_would_be_stretched_is_said(prepare, picture, monkeypatch, size, asked, told):
-    said = []
-    monkeypatch.setattr(images.logger, "warning", said.append)
-    prepare(image=picture(*size), **asked)
-    assert [text.split(", so")[0] for text in said] == ["the output is 128 x 128 and the picture 128 x 96"] * told

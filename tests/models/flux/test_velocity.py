@@ -21,7 +21,7 @@ def mixed_layout(grid, share=0.4):
 
 def velocity(prepared, layout, config, sigma=0.6, tokens=None, reference_layout=None):
     adapter, pipe, state = prepared
-    reference_layout = reference_layout or layout.resized(state.reference_grid)
+    reference_layout = reference_layout or state.beside(layout)
     reference = restrict(state.reference, reference_layout)
     tokens = random_like(layout, state.batch) if tokens is None else tokens
     rows = list(range(state.batch))
@@ -63,7 +63,7 @@ def test_permuting_tokens_under_phase_aligned_rope(prepare):
 def check_permutation(prepare, config):
     adapter, pipe, state = prepare(config.attention, height=144, width=112, max_area=144 * 112)
     layout = mixed_layout(state.grid, 0.1)
-    reference_layout = layout.resized(state.reference_grid)
+    reference_layout = state.beside(layout)
     reference, tokens = restrict(state.reference, reference_layout), random_like(layout)
     assert layout.is_mixed and reference_layout.is_mixed
 
@@ -113,7 +113,7 @@ def test_the_transformer_is_told_where_tokens_lie(prepare, monkeypatch):
     forward = pipe.transformer.forward
     monkeypatch.setattr(pipe.transformer, "forward", lambda **kwargs: seen.update(kwargs) or forward(**kwargs))
     layout = mixed_layout(state.grid)
-    reference_layout = layout.resized(state.reference_grid)
+    reference_layout = state.beside(layout)
     velocity((adapter, pipe, state), layout, SpecEditConfig(), sigma=0.25)
     ids = seen["img_ids"]
     assert ids.dtype == torch.float32 and (ids % 1 == 0.5).any()

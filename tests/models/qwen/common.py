@@ -13,7 +13,7 @@ def velocity(adapter, pipe, state, layout, config, rows=None, seed=3, sigma=0.6)
     rows = list(range(state.batch)) if rows is None else rows
     draw = torch.Generator().manual_seed(seed)
     tokens = torch.randn(state.batch, layout.tokens, state.noise.shape[2], generator=draw)[rows]
-    beside = layout.resized(state.reference_grid)
+    beside = state.beside(layout)
     reference = restrict(state.reference, beside)[rows]
     with torch.no_grad():
         return adapter.velocity(pipe, state, tokens, sigma, rows, layout, reference, beside, config)

@@ -34,7 +34,7 @@ def test_packed_guidance_is_one_forward_without_padding(edit, monkeypatch):
     monkeypatch.setattr(pipe.transformer, "forward", lambda **kwargs: seen.append(kwargs) or forward(**kwargs))
     layout = mixed_layout(state.grid)
     velocity(adapter, pipe, state, layout, SpecEditConfig())
-    beside = layout.resized(state.reference_grid)
+    beside = state.beside(layout)
     texts = [state.extra[name]["encoder_hidden_states"].shape[1] for name in ("positive", "negative")]
     assert len(seen) == 1
     assert seen[0]["hidden_states"].shape[:2] == (1, 2 * (layout.tokens + beside.tokens))

@@ -19,8 +19,8 @@ def test_several_references_each_on_its_own_grid(plus, monkeypatch):
     assert isinstance(state.reference_grid, GridSet) and len(set(grids)) == 2 and grids[1] == state.grid
     assert torch.equal(state.aligned, state.reference[:, grids[0].tokens :])
     layout = mixed_layout(state.grid)
-    beside = layout.resized(state.reference_grid)
-    assert isinstance(beside, LayoutSet) and [part.grid for part in beside.parts] == list(grids)
+    beside = state.beside(layout)
+    assert isinstance(beside, LayoutSet) and [part.picture for part in beside.parts] == list(grids)
     seen = []
     forward = pipe.transformer.forward
     monkeypatch.setattr(pipe.transformer, "forward", lambda **kwargs: seen.append(kwargs) or forward(**kwargs))
@@ -28,7 +28,8 @@ def test_several_references_each_on_its_own_grid(plus, monkeypatch):
     assert seen[0]["hidden_states"].shape[1] == layout.tokens + sum(part.tokens for part in beside.parts)
     coarse = MixedLayout.all_coarse(state.grid)
     velocity(adapter, pipe, state, coarse, SpecEditConfig())
-    assert seen[1]["hidden_states"].shape[1] == 16 + sum(grid.coarse().tokens for grid in grids)
+    # 6 x 12 tokens, one row below the output's first: their cells are the output's, 4 rows of them.
+    assert seen[1]["hidden_states"].shape[1] == 16 + 4 * 6 + 16
 
 
 def test_several_references_through_every_stage(plus):

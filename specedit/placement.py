@@ -1,0 +1,133 @@
+"""Where a reference picture lies on the output's grid: pure data.
+
+An editing model copies by position, so a reference whose grid differs from the output's is cropped or padded there,
+never stretched. An adapter says where its model puts a reference's first token (`reference_offset`); everything else,
+the positions that the transformer gets included, follows from that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .grid import LayoutSet, MixedLayout, TokenGrid, cells_touched
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The first token of `reference` lies at (`row`, `col`) of `output`, in tokens; it may lie outside."""
+
+    output: TokenGrid
+    reference: TokenGrid
+    row: int = 0
+    col: int = 0
+
+    @property
+    def is_same(self) -> bool:
+        """Whether both grids are one: nothing is cropped and nothing padded."""
+        return self.output == self.reference and self.row == self.col == 0
+
+    @property
+    def inverse(self) -> Placement:
+        """Where the output lies on the reference's grid."""
+        return Placement(self.reference, self.output, -self.row, -self.col)
+
+    def lead(self, scale: int = 2) -> tuple[int, int]:
+        """Rows and columns of a cell of the output that lie before the reference's first token."""
+        return self.row % scale, self.col % scale
+
+    def cells(self, scale: int = 2) -> Placement:
+        """The same place in the output's cells of `scale` tokens a side, of which the reference may fill some in part.
+
+        The model's own centring of small images would put a reference up to a cell beside its place.
+        """
+        (top, left), grid = self.lead(scale), self.reference
+        reference = TokenGrid(grid.height + top, grid.width + left).coarse(scale)
+        return Placement(self.output.coarse(scale), reference, (self.row - top) // scale, (self.col - left) // scale)
+
+    def with_lead(self, tokens: Tensor, scale: int = 2) -> tuple[Tensor, TokenGrid]:
+        """Tokens (B, n, C) of the reference behind their `lead`, in which the border repeats, and the grid of both."""
+        (top, left), grid = self.lead(scale), self.reference
+        padded = Placement(TokenGrid(grid.height + top, grid.width + left), grid, top, left)
+        return padded.place(tokens), padded.output
+
+    @cached_property
+    def covered(self) -> Tensor:
+        """(h, w) bool: the output's tokens on which the reference lies."""
+        (_, rows), (_, columns) = self._axes()
+        return rows[:, None] & columns
+
+    @property
+    def covers(self) -> bool:
+        """Whether the reference lies on all of the output."""
+        return bool(self.covered.all())
+
+    @property
+    def shown(self) -> tuple[slice, slice]:
+        """Rows and columns of the reference's tokens that the output shows."""
+        lengths = zip(self.output.shape, self.reference.shape, (self.row, self.col), strict=True)
+        rows, columns = (slice(max(0, -at), min(n, m - at)) for m, n, at in lengths)
+        return rows, columns
+
+    def place(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, n, C) of the reference on the output's grid (B, N, C). Beyond the reference its border repeats."""
+        if self.is_same:
+            return tokens
+        image = tokens.unflatten(1, self.reference.shape)
+        return self._gather(image.movedim(-1, 1)).movedim(1, -1).flatten(1, 2)
+
+    def place_pixels(self, pixels: Tensor, side: int) -> Tensor:
+        """Pictures (B, c, h, w) of `side` px a token, the same way."""
+        return pixels if self.is_same else self._gather(pixels, side)
+
+    def place_mask(self, mask: Tensor) -> Tensor:
+        """(B, h, w) bool of the reference's tokens on the output's grid. Beyond the reference nothing is set."""
+        return mask if self.is_same else self._gather(mask) & self.covered.to(mask.device)
+
+    def layout(self, target: MixedLayout) -> MixedLayout:
+        """The reference's layout beside the target's.
+
+        A cell of the reference is the part of it that lies in a cell of the output, and is split where that is. What
+        lies beyond the output stays coarse in a mixed sequence.
+        """
+        if self.is_same:
+            return target
+        cells, (top, left) = self.cells(), self.lead()
+        if target.is_fine:
+            expanded = torch.ones(cells.reference.shape, dtype=torch.bool, device=target.expanded.device)
+        else:
+            expanded = cells.inverse.place_mask(target.expanded[None])[0]
+        grid = TokenGrid(self.reference.height + top, self.reference.width + left)
+        return MixedLayout(grid, expanded, (top, left), (self.row - top, self.col - left), target.unit)
+
+    def _axes(self, side: int = 1) -> list[tuple[Tensor, Tensor]]:
+        """For rows and columns: which of the reference lies at each of the output, and whether one does."""
+        axes = []
+        for length, other, at in zip(self.output.shape, self.reference.shape, (self.row, self.col), strict=True):
+            index = torch.arange(length * side) - at * side
+            axes.append((index.clamp(0, other * side - 1), (index >= 0) & (index < other * side)))
+        return axes
+
+    def _gather(self, image: Tensor, side: int = 1) -> Tensor:
+        """(..., h, w) of the reference at the output's places."""
+        (rows, _), (columns, _) = self._axes(side)
+        return image.index_select(-2, rows.to(image.device)).index_select(-1, columns.to(image.device))
+
+
+def layouts_beside(target: MixedLayout, placements: tuple[Placement, ...]) -> MixedLayout | LayoutSet:
+    """The layout of one reference, or of several, beside the target's."""
+    each = tuple(placement.layout(target) for placement in placements)
+    return each[0] if len(each) == 1 else LayoutSet(each)
+
+
+def picture_cells(mask: Tensor, placement: Placement) -> Tensor:
+    """(B, cells_h, cells_w) bool: the output's cells that overlap a nonzero sample of a mask (B, H, W) of the picture,
+    whatever its resolution."""
+    if placement.is_same:
+        return cells_touched(mask, placement.output)
+    tokens = F.adaptive_max_pool2d(mask[:, None], placement.reference.shape)[:, 0] > 0
+    return cells_touched(placement.place_mask(tokens).float(), placement.output)
