@@ -254,7 +254,7 @@ def _accelerated(
     mask_support.check(pipe.transformer, config)
     try:
         state = adapter.prepare(pipe, call, config.attention)
-        warn_if_cropped(state.placement, state.pixels_per_token, installation.warned)
+        warn_if_cropped(pipe, state.placement, state.pixels_per_token)
         prepared = sampler.clock(state)
         pipe._num_timesteps = config.nfe
         with pipe.progress_bar(total=config.nfe + (config.draft_steps if needs_draft else 0)) as bar:

@@ -1,4 +1,4 @@
-"""Warnings that a pipeline gives once for each cause, however often it is called."""
+"""Warnings that an installed pipeline gives once for each cause, however often it is called."""
 
 from __future__ import annotations
 
@@ -6,23 +6,21 @@ import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 _lock = threading.Lock()
-_given: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()  # causes that each pipeline has warned of
 
 
 def warn_once(pipe: Any, text: str, cause: str | None = None, warn: Callable[[str], Any] | None = None) -> None:
     """Warn with `text` unless `pipe` has already warned of the same cause; a copy of a pipeline warns anew.
 
     Args:
-        pipe: the pipeline that is called.
+        pipe: the pipeline that is called. Without an installation it warns every time.
         text: the message.
         cause: what is remembered, where the text itself differs from call to call; the text if None.
         warn: takes the message, such as a logger's `warning`; `warnings.warn` at the caller's line if None.
     """
+    given = getattr(getattr(pipe, "_specedit", None), "warned", set())
     with _lock:  # one pipeline may serve several threads
-        given = _given.setdefault(pipe, set())
         known = (cause or text) in given
         given.add(cause or text)
     if not known:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from .models import adapter_of, adapters
+from .once import warn_once
 from .placement import Placement
 
 
@@ -34,11 +34,8 @@ def size_for(pipe: Any, picture: Any) -> dict[str, Any]:
     return adapter.call_size(pipe, picture)
 
 
-def warn_if_cropped(placement: Placement, side: int, warned: set[str]) -> None:
-    """A warning where the picture is cropped or padded, once for each pair of sizes.
-
-    side: px of a token. warned: the messages that the pipeline has given already.
-    """
+def warn_if_cropped(pipe: Any, placement: Placement, side: int) -> None:
+    """A warning where the picture is cropped or padded, once for each pair of sizes. side: px of a token."""
     if placement.is_same:
         return
     output, taken = (f"{side * grid.width} x {side * grid.height}" for grid in (placement.output, placement.reference))
@@ -51,6 +48,4 @@ def warn_if_cropped(placement: Placement, side: int, warned: set[str]) -> None:
         + (f", and {beyond:.0%} of the output lies beyond it and is edited" if beyond else "")
         + "; specedit.size_for(pipe, picture) gives sizes at which nothing is cropped"
     )
-    if message not in warned:
-        warned.add(message)
-        warnings.warn(message, stacklevel=4)
+    warn_once(pipe, message)

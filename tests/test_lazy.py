@@ -26,7 +26,7 @@ def test_importing_the_package_and_the_vocabulary_imports_no_torch():
 
 def test_functions_take_precedence_over_modules_of_the_same_name():
     code = (
-        "import specedit.install, specedit.report, specedit.micro.load\n"
+        "import specedit.install, specedit.report, specedit.micro.loading\n"
         "from specedit import config, install, report, micro\n"
         "print([type(x).__name__ for x in (install, report, specedit.install, micro.load, micro.evaluate, config)])"
     )

@@ -9,11 +9,11 @@ import torch
 from diffusers import QwenImageEditPlusPipeline
 from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 from PIL import Image
-from specedit.micro.qwen_pipeline import OwnSizeQwenImageEditPipeline
 
 import specedit
 from specedit import pipelines
 from specedit.micro import build
+from specedit.micro.pipelines import OwnSizeQwenImageEditPipeline
 from specedit.models import LongCatImageEdit, flux
 from specedit.models.flux import FluxKontext
 from specedit.models.qwen import QwenImageEdit, QwenImageEditPlus
