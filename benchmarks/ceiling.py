@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from specedit import results
+from specedit.evaluation import results
 from specedit.micro import scenes
 from specedit.micro.evaluation import grow, score, summary
 from specedit.micro.render import coverage

@@ -17,8 +17,8 @@ import torch
 
 import specedit
 from benchmarks import real_models
-from specedit import sampler
 from specedit.config import STOCK_STEPS
+from specedit.method import sampler
 from specedit.models import adapter_of
 
 # Attention backends of diffusers; those that the machine lacks are passed over.

@@ -33,8 +33,8 @@ import torch
 from benchmarks import real_models
 from benchmarks.editor_bench import Bench, Case, fields, first_line
 from benchmarks.transformer_steps import transformer_steps
-from specedit import results
 from specedit.config import CHOICES, STOCK_STEPS, presets, resolve
+from specedit.evaluation import results
 
 SHAPES = ("blob", "scattered")
 EXECUTIONS = ("eager", "compiled")

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.scores import Scores, command, editor, options, some, whose
-from specedit import SpecEditConfig, install, micro, results, uninstall
+from specedit import SpecEditConfig, micro, uninstall
+from specedit.api import installing as install
 from specedit.config import FORECASTS, STOCK_STEPS
+from specedit.evaluation import results
 from specedit.forecast import lesa
 from specedit.micro.evaluation import stock_flops
 

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from specedit import micro, results
-from specedit.install import last_report
+from specedit import micro
+from specedit.api.installing import last_report
+from specedit.cli.pipelines import EDITORS
+from specedit.evaluation import results
 from specedit.micro.loading import identity
-from specedit.pipelines import EDITORS
 
 EVERY = 4  # tasks of one variant before it is the next one's turn
 

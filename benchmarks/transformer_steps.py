@@ -16,9 +16,9 @@ import torch
 from benchmarks import real_models
 from benchmarks.editor_bench import Bench, Case, edit_cells, first_line
 from specedit.config import SpecEditConfig
-from specedit.flops import transformer_flops
-from specedit.grid import MixedLayout, TokenGrid
-from specedit.models.base import EditState
+from specedit.cost.flops import transformer_flops
+from specedit.layout import MixedLayout, TokenGrid
+from specedit.method.adapter import EditState
 
 SIDES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)  # of the output's grid; every token fine
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7)  # of its cells, expanded in a mixed sequence

@@ -14,13 +14,15 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from specedit import micro, results, select
+from specedit import micro
 from specedit.config import SpecEditConfig
-from specedit.grid import TokenGrid
+from specedit.evaluation import results
+from specedit.layout import TokenGrid
+from specedit.method import selectors as select
+from specedit.method.adapter import EditState
 from specedit.micro import scenes
 from specedit.micro.loading import identity
 from specedit.models import adapter_of
-from specedit.models.base import EditState
 from training.micro.families import family_of
 from training.micro.train_editor import pack
 

@@ -6,8 +6,8 @@ from docs_results import default_steps, table, to_default
 
 def plan(name: str) -> str:
     from specedit.config import STOCK_STEPS
-    from specedit.flops import MODELS
-    from specedit.flops import plan as predict
+    from specedit.cost.flops import MODELS
+    from specedit.cost.flops import plan as predict
 
     rows = []
     for preset, (clock, flops) in PAPER.items():
@@ -26,8 +26,8 @@ def plan_qwen(name: str) -> str:
     from dataclasses import replace
 
     from specedit.config import STOCK_STEPS, presets
-    from specedit.flops import MODELS, transformer_flops
-    from specedit.flops import plan as predict
+    from specedit.cost.flops import MODELS, transformer_flops
+    from specedit.cost.flops import plan as predict
 
     cost = MODELS["qwen-image-edit"]
     image = 2 * 64 * 64  # target and reference at 1024 x 1024
@@ -70,7 +70,7 @@ def plan_qwen(name: str) -> str:
 
 
 def share_of_draft(preset: str) -> float:
-    from specedit.flops import plan as predict
+    from specedit.cost.flops import plan as predict
 
     run = predict(preset, "qwen-image-edit", 1024, 1024, 0.2)
     return run["stages"][0]["flops"] / run["flops"]
@@ -78,8 +78,8 @@ def share_of_draft(preset: str) -> float:
 
 def roofline(name: str) -> str:
     from specedit.config import CHOICES, resolve
-    from specedit.plan import GPUS
-    from specedit.plan import plan as predict
+    from specedit.cost.roofline import GPUS
+    from specedit.cost.roofline import plan as predict
 
     rows = []
     for model, paper in PAPERS.items():
@@ -101,7 +101,7 @@ def roofline(name: str) -> str:
 
 def forecast_plan(name: str) -> str:
     from specedit.config import FORECASTS, resolve
-    from specedit.flops import plan as predict
+    from specedit.cost.flops import plan as predict
 
     plain = predict("balanced", "flux-kontext", 1024, 1024, 0.2)["flops_ratio_50"]
     rows = [["none", "1.00", "1.00", "1.00", f"{plain:.2f}"]]
@@ -132,7 +132,7 @@ def forecast_paper(name: str) -> str:
 def switches(name: str) -> str:
     """What every exact and approximate switch brings to the presets that the goals speak of."""
     from specedit.config import resolve
-    from specedit.plan import plan as predict
+    from specedit.cost.roofline import plan as predict
 
     every = {
         'every row of the last block (`attention="stock"`)': dict(attention="stock"),

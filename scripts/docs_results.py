@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 from specedit.config import STOCK_STEPS
-from specedit.flops import MODELS
+from specedit.cost.flops import MODELS
+from specedit.evaluation.results import fingerprint
 from specedit.micro.editors import editor_named
 from specedit.micro.loading import WEIGHTS
-from specedit.results import fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

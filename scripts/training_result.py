@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from specedit import results
+from specedit.evaluation import results
 
 
 def combine(logs: list[list[dict]], first: int = 1) -> list[dict]:

@@ -11,11 +11,12 @@ from .lazy import lazy as _lazy
 from .versions import package_version as _package_version
 
 if _TYPE_CHECKING:
-    from . import flops, micro
+    from . import micro
+    from .api.installing import disabled, install, report, uninstall
+    from .api.sizes import size_for
     from .config import SpecEditConfig, presets
-    from .install import disabled, install, report, uninstall
-    from .report import RunReport, StageReport
-    from .sizes import size_for
+    from .cost import flops
+    from .run_report import RunReport, StageReport
 
 __version__ = _package_version()
 __all__ = [
@@ -25,13 +26,14 @@ __all__ = [
 
 _lazy(
     __name__,
-    RunReport="report",
+    RunReport="run_report",
     SpecEditConfig="config",
-    StageReport="report",
-    disabled="install",
-    install="install",
+    StageReport="run_report",
+    disabled="api.installing",
+    flops="cost",
+    install="api.installing",
     presets="config",
-    report="install",
-    size_for="sizes",
-    uninstall="install",
+    report="api.installing",
+    size_for="api.sizes",
+    uninstall="api.installing",
 )

@@ -14,7 +14,7 @@ from typing import Any
 # Threshold of the verification score (0..4) per `verify_at`. "full" is the paper's tau; the score at the draft's own
 # size has another scale (no blur from upsampling the draft), so it has its own: benchmarks/results/verification.json.
 DEFAULT_THRESHOLDS = {"full": 0.75, "draft": 0.2}
-ALL_EDITED = 0.9  # beyond this share of edited cells nothing is saved by locking the rest
+FULL_EDIT_SHARE = 0.9  # beyond this share of edited cells nothing is saved by locking the rest
 STOCK_STEPS = 50  # of the stock run that the paper compares with
 MOST_NAMED = 4  # fields that differ from a preset whose name is kept
 MAX_SCORE = 4.0  # squared distance of two unit vectors
@@ -356,14 +356,14 @@ class SpecEditConfig:
         return self.steps[1] > 0 or (self.restore == "reference" and self.steps[2] > 0)
 
     @property
-    def keeps(self) -> bool:
+    def preserves_unedited(self) -> bool:
         """Whether what was not found is given back as it came."""
         return self.restore == "reference" or self.keep_pixels
 
     @property
-    def looks_twice(self) -> bool:
+    def verifies_coarse(self) -> bool:
         """Whether a run that made a draft verifies the end of its coarse stage too."""
-        return self.second_look and self.keeps and self.selector == "semantic" and self.steps[0] > 0
+        return self.second_look and self.preserves_unedited and self.selector == "semantic" and self.steps[0] > 0
 
     def with_steps(self, n: int) -> SpecEditConfig:
         """The same configuration with NFE `n`, in the proportions of `steps` (largest remainder).

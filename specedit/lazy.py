@@ -19,9 +19,9 @@ class LazyPackage(ModuleType):
         source = self._modules.get(name)
         if source is None and (name.startswith("_") or find_spec(f"{self.__name__}.{name}") is None):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        from .versions import no_word_of_torchvision
+        from .versions import suppress_torchvision_warning
 
-        with no_word_of_torchvision():
+        with suppress_torchvision_warning():
             module = import_module(f"{self.__name__}.{source or name}")
         value = module if source is None else getattr(module, name)
         self.__dict__[name] = value

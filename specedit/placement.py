@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .grid import LayoutSet, MixedLayout, TokenGrid, cells_touched
+from .layout import LayoutSet, MixedLayout, TokenGrid, cells_touched
 
 
 @dataclass(frozen=True)

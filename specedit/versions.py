@@ -29,7 +29,7 @@ def check_diffusers() -> None:
 
 
 @contextmanager
-def no_word_of_torchvision() -> Iterator[None]:
+def suppress_torchvision_warning() -> Iterator[None]:
     """transformers warns of every picture processor that it runs without torchvision, which none here needs."""
     logger = logging.getLogger("transformers.utils.import_utils")
 

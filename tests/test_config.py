@@ -181,11 +181,11 @@ def test_uses_draft():
 
 def test_who_keeps_cells_for_good_looks_twice():
     keeping = [SpecEditConfig(restore="reference"), SpecEditConfig(keep_pixels=True)]
-    assert all(config.keeps and config.looks_twice for config in keeping)
-    assert not SpecEditConfig().keeps and not SpecEditConfig().looks_twice
+    assert all(config.preserves_unedited and config.verifies_coarse for config in keeping)
+    assert not SpecEditConfig().preserves_unedited and not SpecEditConfig().verifies_coarse
     for change in ({"second_look": False}, {"selector": "edges"}, {"steps": (0, 3, 3)}):
         config = SpecEditConfig(restore="reference", **change)
-        assert config.keeps and not config.looks_twice
+        assert config.preserves_unedited and not config.verifies_coarse
 
 
 # --------------------------------------------------------------------------------------------------- temporal caches

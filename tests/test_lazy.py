@@ -43,8 +43,8 @@ def test_every_public_name_is_listed_and_found(package):
 
 
 def test_submodules_are_found_without_importing_them_first():
-    assert python("import specedit; print(specedit.schedule.__name__, specedit.config.__name__)") == (
-        "specedit.schedule specedit.config\n"
+    assert python("import specedit; print(specedit.method.schedule.__name__, specedit.config.__name__)") == (
+        "specedit.method.schedule specedit.config\n"
     )
 
 

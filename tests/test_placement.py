@@ -5,11 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specedit.draft import shrink
-from specedit.grid import LayoutSet, MixedLayout, TokenGrid
-from specedit.models.base import EditState
+from specedit.layout import LayoutSet, MixedLayout, TokenGrid
+from specedit.method.adapter import EditState
+from specedit.method.draft import shrink
+from specedit.method.sampler import restrict
 from specedit.placement import Placement, layouts_beside, picture_cells
-from specedit.sampler import restrict
 
 sides = st.integers(1, 9)
 placements = st.builds(

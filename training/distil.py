@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specedit.method.schedule import stage_sigmas
 from specedit.micro import STUDENT, load, scenes
-from specedit.schedule import stage_sigmas
 
 from .micro.family_kontext import text, velocity_at
 from .micro.loop import descend, seeds

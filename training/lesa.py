@@ -33,10 +33,10 @@ from specedit import micro
 from specedit.config import FIRST_FULL, SpecEditConfig
 from specedit.forecast import lesa
 from specedit.forecast.base import Differences, full_steps
-from specedit.grid import MixedLayout
+from specedit.layout import MixedLayout
+from specedit.method.adapter import Adapter, EditState
+from specedit.method.schedule import stage_sigmas
 from specedit.models import adapter_of, adapters
-from specedit.models.base import Adapter, EditState
-from specedit.schedule import stage_sigmas
 
 from .micro.loop import seeds
 

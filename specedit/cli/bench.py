@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..config import STOCK_STEPS
-from ..files import check_writable
-from ..pipelines import EDITORS
+from ..io.files import check_writable
 from . import plan
 from .bounds import LARGEST_EMBEDDED, check_numbers, check_size
-from .shared import add_model, attention_here, quiet
+from .pipelines import EDITORS
+from .shared import add_model, attention_here, silence_libraries
 
 REPEAT = 3  # a single call's time is mostly noise
 
@@ -34,8 +34,9 @@ def run(args) -> int:
     check_size(args.size, 64, LARGEST_EMBEDDED)
     if args.json is not None:
         check_writable("--json", args.json)
-    quiet()
-    from .. import bench, results
+    silence_libraries()
+    from ..evaluation import results
+    from ..micro import timing as bench
     from ..micro.editors import editor_named
     from ..micro.loading import identity
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 
-from .errors import Failure
+from .errors import CLIError
 
 STEPS = (1, 1000)  # model evaluations
 SCALE = (0, 100)  # of guidance
@@ -24,13 +24,13 @@ def check_numbers(args: argparse.Namespace, **bounds: tuple[float, float]) -> No
         if value is None or (math.isfinite(value) and low <= value <= high):
             continue
         what = "a whole number" if isinstance(value, int) else "a number"
-        raise Failure(f"--{name.replace('_', '-')}: expected {what} from {low:,} to {high:,}, got {value:,}")
+        raise CLIError(f"--{name.replace('_', '-')}: expected {what} from {low:,} to {high:,}, got {value:,}")
 
 
 def check_size(size: int, low: int, high: int) -> None:
     """Whether a side is made of whole tokens."""
     if not low <= size <= high or size % 16:
-        raise Failure(f"--size: expected a multiple of 16 from {low} to {high}, got {size}")
+        raise CLIError(f"--size: expected a multiple of 16 from {low} to {high}, got {size}")
 
 
 def seed_number(text: str) -> int:

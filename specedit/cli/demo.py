@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..config import CHOICES, presets
-from ..files import check_folder, replacing
+from ..io.files import check_folder, replacing
 from .bounds import check_size, seed_number
-from .shared import add_model, quiet
+from .shared import add_model, silence_libraries
 
 
 def add(commands) -> None:
@@ -24,8 +24,9 @@ def add(commands) -> None:
 def run(args) -> int:
     check_size(args.size, 128, 512)
     check_folder("--out", args.out)
-    quiet()
-    from .. import demo, pictures
+    silence_libraries()
+    from ..io import pictures
+    from ..micro import demonstration as demo
 
     seed = demo.SEED if args.seed is None else args.seed
     keep = args.restore == "reference"

@@ -8,15 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .. import loading, pipelines
 from ..config import CHOICES, DEFAULT_PRESET, MAX_SCORE, presets, resolve
-from ..files import replacing
+from ..io.files import replacing
 from ..micro import words
-from ..pipelines import EDITORS
+from . import loading, pipelines
 from .bounds import SCALE, STEPS, check_numbers, seed_number
-from .errors import Failure
+from .errors import CLIError
 from .outputs import check_files, check_formats
-from .shared import add_guidance, add_offload, attention_here, guidance, quiet
+from .pipelines import EDITORS
+from .shared import add_guidance, add_offload, attention_here, guidance, silence_libraries
 
 SIDES = (64, 4096)  # px; the embedded editors take 512 at most
 
@@ -62,9 +62,10 @@ def add(commands) -> None:
 
 def run(args) -> int:
     prompt, config = _check(args)
-    quiet()
-    from .. import install, pictures
-    from ..install import last_report
+    silence_libraries()
+    from ..api import installing as install
+    from ..api.installing import last_report
+    from ..io import pictures
 
     check_formats(args.out, args.figure, args.compare)
     picture = pictures.read(args.image)
@@ -93,7 +94,7 @@ def run(args) -> int:
 def _check(args) -> tuple[str, Any]:
     """Everything that needs neither torch nor a pipeline: the prompt and the configuration to run with."""
     if not args.prompt.strip():
-        raise Failure("prompt: expected what to change, got an empty text")
+        raise CLIError("prompt: expected what to change, got an empty text")
     embedded = args.model is None or args.model in EDITORS
     check_numbers(args, steps=STEPS, threshold=(0, MAX_SCORE), size=SIDES, true_cfg_scale=SCALE)
     check_files(args.image, args.mask, args.out, args.figure, args.compare)
@@ -103,7 +104,7 @@ def _check(args) -> tuple[str, Any]:
     if args.steps is not None:
         config.with_steps(args.steps)  # refuses too few of them
     if not embedded:
-        quiet()
+        silence_libraries()
         loading.check_model(args.model, EDITORS)
         return args.prompt, config
     prompt, notes = words.understood(args.prompt)
@@ -119,7 +120,7 @@ def _sized(image: Any, pipe: Any, prepare: Any, args) -> tuple[Any, dict[str, An
         return prepare(image)
     own = "_auto_resize" in inspect.signature(type(pipe).__call__).parameters  # FLUX.1-Kontext
     if not own and not hasattr(pipe, "picture_size"):
-        raise Failure(f"--size: expected none with {type(pipe).__name__}, which chooses its own, got {args.size}")
+        raise CLIError(f"--size: expected none with {type(pipe).__name__}, which chooses its own, got {args.size}")
     image, given = prepare(pipelines.fit(image, args.size))
     if own:
         given |= dict(height=image.height, width=image.width, max_area=image.height * image.width, _auto_resize=False)
@@ -135,7 +136,8 @@ def _extras(args, image: Any, result: Any, done: Any) -> None:
             done.save_figure(part)
         print(f"wrote {args.figure}, where it looked and what it cost")
     if args.compare is not None:
-        from .. import compare, pictures
+        from .. import report_comparison as compare
+        from ..io import pictures
 
         pictures.write(compare.side_by_side(image, result, done), args.compare)
         print(f"wrote {args.compare}, before | after{'' if done is None else ' | where it looked'}")

@@ -15,7 +15,7 @@ TRACEBACK = "SPECEDIT_TRACEBACK"
 _OURS = tuple(f"{Path(__file__).parents[2] / name}{os.sep}" for name in ("specedit", "specedit_kernels"))
 
 
-class Failure(Exception):
+class CLIError(Exception):
     """An error that the user can do something about: one line, exit code 2."""
 
 
@@ -28,7 +28,7 @@ def explain(error: BaseException, args: argparse.Namespace) -> tuple[str, int]:
         return f"out of memory; {''.join(options)}a smaller picture or model takes less", USER
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror, USER
-    if isinstance(error, Failure | OSError | ImportError) or _refused(error):
+    if isinstance(error, CLIError | OSError | ImportError) or _refused(error):
         return _line(error), USER
     hint = f"{TRACEBACK}=1 in the environment shows where"
     return f"unexpected {type(error).__name__}: {_line(error)}; {hint}", UNEXPECTED

@@ -5,13 +5,13 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from .. import loading, pipelines
 from ..config import CHOICES, DEFAULT_PRESET, presets
-from ..files import check_folder, check_writable
-from ..pipelines import EDITORS
+from ..io.files import check_folder, check_writable
+from . import loading, pipelines
 from .bounds import CASES, LARGEST_EMBEDDED, SCALE, STEPS, check_numbers, check_size, seed_number
-from .errors import Failure
-from .shared import add_guidance, add_model, add_offload, attention_here, guidance, quiet
+from .errors import CLIError
+from .pipelines import EDITORS
+from .shared import add_guidance, add_model, add_offload, attention_here, guidance, silence_libraries
 
 
 def add(commands) -> None:
@@ -60,7 +60,7 @@ def _check(args) -> dict[str, str]:
     """Errors that need no data; the preset's overrides."""
     check_numbers(args, cases=CASES, steps=STEPS)
     if args.preset == "stock" and args.restore is not None:
-        raise Failure(f"--restore: expected none with --preset stock, which restores nothing, got {args.restore}")
+        raise CLIError(f"--restore: expected none with --preset stock, which restores nothing, got {args.restore}")
     if args.json is not None:
         check_writable("--json", args.json)
     return {} if args.restore is None else {"restore": args.restore}
@@ -69,10 +69,12 @@ def _check(args) -> dict[str, str]:
 def _micro(args) -> int:
     overrides = _check(args)
     check_size(args.size, 64, LARGEST_EMBEDDED)
-    quiet()
+    silence_libraries()
     from tqdm.auto import tqdm
 
-    from .. import install, micro, results
+    from .. import micro
+    from ..api import installing as install
+    from ..evaluation import results
 
     pipe, _ = pipelines.load(args.model)
     pipe.set_progress_bar_config(disable=True)
@@ -97,13 +99,15 @@ def _public(args) -> int:
     check_numbers(args, true_cfg_scale=SCALE)
     out = args.out or Path(f"specedit-{args.what}") / args.preset
     check_folder("--out", out)
-    quiet()
+    silence_libraries()
     if args.model not in EDITORS:
         loading.check_model(args.model, EDITORS)
     from tqdm.auto import tqdm
 
-    from .. import evaluation, install, results, tasks
+    from ..api import installing as install
     from ..config import STOCK_STEPS, resolve
+    from ..evaluation import results, tasks
+    from ..evaluation import runs as evaluation
 
     stock = args.preset == "stock"
     todo = tasks.gedit(args.data, args.language) if args.what == "gedit" else tasks.imgedit(args.data)

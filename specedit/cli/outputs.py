@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from ..files import check_writable, same
-from .errors import Failure
+from ..io.files import check_writable, same
+from .errors import CLIError
 
 
 def check_files(image: Path, mask: Path | None, out: Path, figure: Path | None, compare: Path | None) -> None:
@@ -20,7 +20,7 @@ def check_files(image: Path, mask: Path | None, out: Path, figure: Path | None, 
     for name, path in (("image", image), ("--mask", mask)):
         if path is not None and not path.is_file():
             found = "which is a folder" if path.is_dir() else "which does not exist"
-            raise Failure(f"{name}: expected a picture file, got {path}, {found}")
+            raise CLIError(f"{name}: expected a picture file, got {path}, {found}")
     for name, path in (("--out", out), ("--figure", figure), ("--compare", compare)):
         if path is not None:
             check_writable(name, path)
@@ -28,7 +28,7 @@ def check_files(image: Path, mask: Path | None, out: Path, figure: Path | None, 
     given = [(name, path) for name, path in named.items() if path is not None]
     for (first, one), (second, other) in itertools.combinations(given, 2):
         if {first, second} not in ({"image", "--out"}, {"image", "--mask"}) and same(one, other):
-            raise Failure(f"{second}: expected another file than {first}, got {other} for both")
+            raise CLIError(f"{second}: expected another file than {first}, got {other} for both")
 
 
 def check_formats(out: Path, figure: Path | None, compare: Path | None) -> None:
@@ -39,10 +39,10 @@ def check_formats(out: Path, figure: Path | None, compare: Path | None) -> None:
     """
     from matplotlib.backend_bases import FigureCanvasBase
 
-    from .. import pictures
+    from ..io import pictures
 
     for path in (out, compare):
         if path is not None:
             pictures.check_target(path)
     if figure is not None and figure.suffix.lower().lstrip(".") not in FigureCanvasBase.get_supported_filetypes():
-        raise Failure(f"expected a picture file such as {figure.stem}.png, got {figure}")
+        raise CLIError(f"expected a picture file such as {figure.stem}.png, got {figure}")

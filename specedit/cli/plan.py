@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 from ..config import CHOICES, DEFAULT_PRESET, STOCK_STEPS, presets
-from ..files import check_writable, write_text
+from ..io.files import check_writable, write_text
 from .bounds import check_numbers
-from .errors import Failure
-from .shared import quiet
+from .errors import CLIError
+from .shared import silence_libraries
 
 SIDES = (64, 8192)  # px
 
@@ -39,16 +39,16 @@ def run(args) -> int:
     check_numbers(args, height=SIDES, width=SIDES)
     if args.json is not None:
         check_writable("--json", args.json)
-    quiet()
-    from .. import plan
+    silence_libraries()
     from ..config import resolve
+    from ..cost import roofline as plan
 
     config = resolve(
         args.preset, restore=args.restore, reference_refresh=args.reference_refresh, guidance_range=args.guidance_range
     )
     asked = (args.model, args.height, args.width, args.edited / 100, args.gpu)
     if not 0 <= args.edited <= 100:
-        raise Failure(f"--edited: expected percent, from 0 to 100, got {args.edited:g}")
+        raise CLIError(f"--edited: expected percent, from 0 to 100, got {args.edited:g}")
     files = [_measured(path) for path in args.measured]
     predicted = plan.plan(config, *asked)
     row = plan.measured_row(files, config, *asked)
@@ -93,5 +93,5 @@ def _measured(path: Path) -> dict:
     except ValueError:
         content = None
     if not isinstance(content, dict) or not {"machine", "rows"} <= content.keys():
-        raise Failure(f"--measured: expected a result file with machine and rows, got {path}")
+        raise CLIError(f"--measured: expected a result file with machine and rows, got {path}")
     return content

@@ -8,9 +8,9 @@ import sys
 import warnings
 from typing import Any
 
-from ..pipelines import EDITORS
 from .bounds import SCALE, check_numbers
-from .errors import Failure
+from .errors import CLIError
+from .pipelines import EDITORS
 
 
 def add_model(parser) -> None:
@@ -40,12 +40,12 @@ def guidance(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
     name = type(pipe).__name__
     if "true_cfg_scale" not in taken:
         if "true_cfg_scale" in given:
-            raise Failure(f"--true-cfg-scale: expected none with {name}, got {args.true_cfg_scale:g}")
+            raise CLIError(f"--true-cfg-scale: expected none with {name}, got {args.true_cfg_scale:g}")
         return given
     scale = given.get("true_cfg_scale", taken["true_cfg_scale"].default)
     if "negative_prompt" in given and scale <= 1:
         whose = "" if "true_cfg_scale" in given else f", the default of {name}"
-        raise Failure(f"--negative-prompt: expected --true-cfg-scale above 1 with it, got {scale:g}{whose}")
+        raise CLIError(f"--negative-prompt: expected --true-cfg-scale above 1 with it, got {scale:g}{whose}")
     return given
 
 
@@ -64,7 +64,7 @@ def attention_here() -> dict[str, str]:
     return {}
 
 
-def quiet() -> None:
+def silence_libraries() -> None:
     """Libraries' start-up chatter is not the user's concern; errors still are."""
     warnings.filterwarnings("ignore", message="CUDA is not available or torch_xla")  # diffusers 0.36 without a GPU
     import diffusers

@@ -26,7 +26,7 @@ def full_steps(steps: int, interval: int, warmup: int) -> list[bool]:
     return [i <= last or (i - last) % interval == 0 for i in range(steps)]
 
 
-class OfPrompt:
+class PromptBoundCache:
     """A cache whose content answers one prompt."""
 
     embeddings: tuple[Tensor, int | None] | None = None  # and how often they were written to
@@ -35,7 +35,7 @@ class OfPrompt:
         """Forget everything."""
         raise NotImplementedError
 
-    def of_prompt(self, prompt: dict[str, Tensor] | None) -> None:
+    def reset_if_prompt_changed(self, prompt: dict[str, Tensor] | None) -> None:
         """Start over where a callback has replaced the prompt's embeddings, or written to them: what is held answered
         another question."""
         words = None if prompt is None else prompt.get("encoder_hidden_states")

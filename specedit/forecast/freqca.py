@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..grid import MixedLayout
+from ..layout import MixedLayout
 from .base import Differences, Forecaster
 from .hermite import hermite_coefficients
 

@@ -15,7 +15,7 @@ STALENESS_WEIGHT = 0.25  # of the cache-frequency score beside the importance
 
 
 @dataclass(eq=False)
-class TokenStore:
+class KVCache:
     """Keys and values of every attention module of one branch, (b, S, heads, dim) each, by the module's id."""
 
     entries: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -33,14 +33,14 @@ class TokenStore:
 
 
 @dataclass(frozen=True, eq=False)
-class TokenCall:
+class PartialForward:
     """How one branch of a step is computed; the store is filled, or the rows of what is computed replaced in it.
 
     All tokens (index None), the text and the target tokens `index` (b, m), or all target tokens without the text
     (`target`).
     """
 
-    store: TokenStore
+    store: KVCache
     index: Tensor | None = None
     target: bool = False
 
@@ -70,7 +70,7 @@ class ToCa(Forecaster):
 
     def reset(self) -> None:
         super().reset()
-        self.store = TokenStore()
+        self.store = KVCache()
         self.feature: Tensor | None = None
         self.age: Tensor | None = None  # (b, N) the step at which each token was computed last
 

@@ -80,8 +80,8 @@ def evaluate(pipe: Any, cases: Iterable[Case], num_inference_steps: int | None =
         and where there is a report its edit_fraction, missed and, as flops_ratio, its flops_ratio_50: a stock pipe runs
         50 steps here. Means leave out nan. "kinds" holds the means of each kind.
     """
+    from ..api.installing import is_active, last_report
     from ..config import STOCK_STEPS
-    from ..install import is_active, last_report
 
     active, editor = is_active(pipe), editor_of(pipe)
     steps = num_inference_steps
@@ -119,7 +119,7 @@ def stock_flops(pipe: Any, case: Case, steps: int, call: dict[str, Any] | None =
 
     `call`: the arguments of the call, where they are not those of `arguments`.
     """
-    from ..flops import transformer_flops
+    from ..cost.flops import transformer_flops
 
     editor = editor_of(pipe)
     passes = editor.passes(pipe, case, editor.arguments(case.source) if call is None else call)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import results
+from ..evaluation import results
 from .editors import editor_named
 
 WEIGHTS = Path(__file__).parent / "weights"

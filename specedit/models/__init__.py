@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from ..versions import check_diffusers, no_word_of_torchvision
+from ..versions import check_diffusers, suppress_torchvision_warning
 
 check_diffusers()  # an older one lacks what the adapters import, and python's own error would not say why
 
-with no_word_of_torchvision():
+with suppress_torchvision_warning():
     from .flux import FluxKontext
-    from .qwen import QwenImageEdit, QwenImageEditPlus
+    from .qwen.edit import QwenImageEdit, QwenImageEditPlus
 
     try:
         from .longcat import LongCatImageEdit

@@ -14,20 +14,14 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RES
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from torch import Tensor
 
-from ..grid import MixedLayout, TokenGrid
-from . import attention, compiled, joint, last_block
-from .base import EditState, active_branches, place_references, rows_index
-from .images import (
-    batched,
-    check_image,
-    check_kind,
-    decoder_features,
-    is_latents,
-    source_pictures,
-    too_small,
-)
-from .prompts import count_prompts, one_for_each
-from .shapes import Shape, is_embedded_kontext, shapes_of, whole
+from ..layout import MixedLayout, TokenGrid
+from ..method.adapter import EditState, active_branches, place_references, rows_index
+from .attention import compiled, last_block
+from .attention import contexts as joint
+from .attention import processors as attention
+from .shared.images import batched, check_image, check_kind, decoder_features, is_latents, source_pictures, too_small
+from .shared.prompts import broadcast_negative_prompt, count_prompts
+from .shared.shapes import Shape, is_embedded_kontext, shapes_of, whole
 
 IP_ADAPTER = (
     "ip_adapter_image", "ip_adapter_image_embeds", "negative_ip_adapter_image", "negative_ip_adapter_image_embeds",
@@ -64,7 +58,7 @@ class FluxKontext:
         given = [name for name in IP_ADAPTER if call.get(name) is not None]
         if given:
             return f"{given[0]} needs the stock attention processors"
-        if (reason := attention.foreign(pipe.transformer, FluxAttention, backend)) is not None:
+        if (reason := attention.why_unsupported_processor(pipe.transformer, FluxAttention, backend)) is not None:
             return reason
         if any(isinstance(processor, torch.nn.Module) for processor in pipe.transformer.attn_processors.values()):
             return "an IP-Adapter is loaded, and it needs the stock attention processors"
@@ -181,7 +175,7 @@ class FluxKontext:
 
         given = call["negative_prompt_embeds"] is not None and call["negative_pooled_prompt_embeds"] is not None
         guided = call["true_cfg_scale"] > 1 and (call["negative_prompt"] is not None or given)
-        call = one_for_each(call) if guided else call
+        call = broadcast_negative_prompt(call) if guided else call
         return encode(""), encode("negative_") if guided else None
 
     @staticmethod
@@ -250,7 +244,7 @@ class FluxKontext:
             words = prompt["encoder_hidden_states"][sequence.rows], prompt["txt_ids"]
             chosen, ids, kwargs = states, sequence.ids, sequence.kwargs
             if call is not None:
-                chosen, ids, context = self._part(state, states, ids, layout.tokens, kwargs["specedit"], call)
+                chosen, ids, context = self._partial_inputs(state, states, ids, layout.tokens, kwargs["specedit"], call)
                 kwargs = kwargs | {"specedit": context}
                 if call.target:
                     words = words[0][:, :0], words[1][:0]
@@ -294,7 +288,7 @@ class FluxKontext:
         key = (id(layout), id(reference_layout), *rows, config.attention, config.key_bias, config.rope, keeps)
         if key not in made:
             context = self._context(pipe, state, layout, reference_layout, config, keeps)
-            kwargs = {} if context is None else self._told(context, config, state.extra["dtype"])
+            kwargs = {} if context is None else self._attention_kwargs(context, config, state.extra["dtype"])
             ids = self._ids(state, layout, reference_layout)
             made[key] = Sequence(layout, reference_layout, ids, rows_index(rows, state.device), kwargs)
         return made[key]
@@ -306,7 +300,7 @@ class FluxKontext:
         return torch.cat(each).to(state.device)
 
     @staticmethod
-    def _told(context: joint.MixedContext, config: Any, dtype: torch.dtype) -> dict[str, Any]:
+    def _attention_kwargs(context: joint.MixedContext, config: Any, dtype: torch.dtype) -> dict[str, Any]:
         """How the transformer is told of a context: the model's own processors take a bias as a mask."""
         if config.attention == "stock":
             return {"attention_mask": context.key_bias.to(dtype)[None, None, None]}
@@ -340,11 +334,13 @@ class FluxKontext:
         return joint.MixedContext(
             bias, segments, coarse_rotary, state.backend if own else "stock",
             rotary=rotary(self._ids(state, layout, reference_layout)), index=index,
-            read=joint.Queries(index[:target], asked) if state.last_block else None, plain=not own,
+            read=joint.QueryRows(index[:target], asked) if state.last_block else None, plain=not own,
         )  # fmt: skip
 
     @staticmethod
-    def _part(state: EditState, states: Tensor, ids: Tensor, target: int, context: joint.MixedContext, call: Any):
+    def _partial_inputs(
+        state: EditState, states: Tensor, ids: Tensor, target: int, context: joint.MixedContext, call: Any
+    ):
         """Hidden states, ids and attention context of a call that keeps keys and values, or computes some tokens."""
         call.store.text_tokens = state.text_tokens
         if not call.partial:
@@ -358,7 +354,7 @@ class FluxKontext:
         text = torch.arange(first, device=ids.device).expand(len(states), -1)
         rows = torch.cat([text, first + call.index], 1)  # (b, text + m) of the joint sequence
         tables = tuple(table[rows] for table in context.rotary)
-        read = None if context.read is None else joint.Queries(call.index[0])
+        read = None if context.read is None else joint.QueryRows(call.index[0])
         partial = dataclasses.replace(context, store=call.store.entries, rows=rows, rotary=tables, read=read)
         # The processors take their positions from the context, which knows every sample's own.
         index = call.index[..., None].expand(-1, -1, states.shape[2])

@@ -15,13 +15,17 @@ from diffusers.pipelines.longcat_image import pipeline_longcat_image_edit as edi
 from diffusers.pipelines.longcat_image.pipeline_output import LongCatImagePipelineOutput
 from torch import Tensor
 
-from ..grid import TokenGrid
-from . import attention, compiled, joint, last_block, longcat_positions, qwen_positions
-from .base import EditState
+from ..layout import TokenGrid
+from ..method.adapter import EditState
+from . import longcat_positions
+from .attention import compiled, last_block
+from .attention import contexts as joint
+from .attention import processors as attention
 from .flux import FluxKontext, position_ids
-from .images import check_pictures, source_pictures, too_small
-from .prompts import count_prompts, one_for_each
-from .shapes import shapes_of
+from .qwen import positions as qwen_positions
+from .shared.images import check_pictures, source_pictures, too_small
+from .shared.prompts import broadcast_negative_prompt, count_prompts
+from .shared.shapes import shapes_of
 
 EDIT_AREA = 1024 * 1024
 LATENT_CHANNELS = 16  # a constant of the stock pipeline
@@ -63,7 +67,7 @@ class LongCatImageEdit(FluxKontext):
         return isinstance(pipe, LongCatImageEditPipeline)
 
     def refusal(self, pipe: Any, call: dict[str, Any], backend: str) -> str | None:
-        if (reason := attention.foreign(pipe.transformer, LongCatImageAttention, None)) is not None:
+        if (reason := attention.why_unsupported_processor(pipe.transformer, LongCatImageAttention, None)) is not None:
             return reason
         if call.get("sigmas") is not None:
             return "sigmas were given, and SpecEdit's stages choose their own"
@@ -101,7 +105,7 @@ class LongCatImageEdit(FluxKontext):
             return dict(encoder_hidden_states=embeds, txt_ids=ids)
 
         positive = encode(call["prompt"])
-        guided = one_for_each(call | {"negative_prompt": call["negative_prompt"] or ""})
+        guided = broadcast_negative_prompt(call | {"negative_prompt": call["negative_prompt"] or ""})
         negative = None
         if call["guidance_scale"] > 1:  # not what the pipeline keeps, which another thread's call may have replaced
             negative = encode(guided["negative_prompt"], call["negative_prompt_embeds"])
@@ -157,7 +161,7 @@ class LongCatImageEdit(FluxKontext):
         return torch.cat([position_ids(part.positions.to(start) * scale, i) + start for i, part in parts])
 
     @staticmethod
-    def _told(context: joint.MixedContext, config: Any, dtype: torch.dtype) -> dict[str, Any]:
+    def _attention_kwargs(context: joint.MixedContext, config: Any, dtype: torch.dtype) -> dict[str, Any]:
         return {"specedit": context}  # a bias too: these blocks hand no mask down
 
     def guide(self, state: EditState, outputs: list[Tensor]) -> Tensor:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .joint import MixedContext, Movable
-from .qwen_positions import PositionHook
+from .attention.contexts import MixedContext, Movable
+from .qwen.positions import PositionHook
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import sweep
 from specedit.config import resolve
-from specedit.models import qwen
+from specedit.models.qwen import edit as qwen
 
 
 @pytest.mark.parametrize("model", ["kontext", "qwen"])

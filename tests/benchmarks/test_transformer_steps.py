@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import end_to_end
 from benchmarks.transformer_steps import SHARES, SIDES, sequences
-from specedit.grid import TokenGrid
+from specedit.layout import TokenGrid
 
 TINY = ["--tiny", "--part", "transformer", "--repeat", "1", "--size", "128x128", "--batch", "2"]
 

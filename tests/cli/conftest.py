@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from specedit import cli, pipelines
+from specedit import cli
+from specedit.cli import pipelines
 from specedit.config import resolve
-from specedit.report import RunReport, StageReport
+from specedit.run_report import RunReport, StageReport
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from specedit import cli, loading
+from specedit import cli
+from specedit.cli import loading
 from specedit.micro.loading import WEIGHTS
 
 PROMPT = "make the car red"

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from specedit import cli, files, results
-from specedit.report import RunReport
+from specedit import cli
+from specedit.evaluation import results
+from specedit.io import files
+from specedit.run_report import RunReport
 
 PROMPT = "make it greyscale"
 

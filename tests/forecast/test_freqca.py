@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from specedit.forecast.freqca import FreqCa, LowPass, cosine_matrix
 from specedit.forecast.hermite import hermite_coefficients
-from specedit.grid import MixedLayout, TokenGrid
+from specedit.layout import MixedLayout, TokenGrid
 
 GRID = TokenGrid(6, 9)
 

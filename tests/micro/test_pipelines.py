@@ -11,7 +11,7 @@ from PIL import Image
 import specedit
 from specedit.micro import scenes
 from specedit.micro.pipelines import OwnSizeQwenImageEditPipeline, PictureProcessor
-from specedit.models.qwen import QwenImageEdit
+from specedit.models.qwen.edit import QwenImageEdit
 from tests.models.conformance import Conformance
 from tests.models.family import Family
 

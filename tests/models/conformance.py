@@ -18,10 +18,10 @@ from torch._dynamo.testing import CompileCounter
 
 import specedit
 from specedit import SpecEditConfig
-from specedit.forecast.toca import TokenCall, TokenStore
-from specedit.grid import MixedLayout
-from specedit.models import attention as attention_module
-from specedit.sampler import restrict
+from specedit.forecast.toca import KVCache, PartialForward
+from specedit.layout import MixedLayout
+from specedit.method.sampler import restrict
+from specedit.models.attention import processors as attention_module
 from tests.conftest import make_picture
 from tests.models.family import (
     Ops,
@@ -265,11 +265,11 @@ class Conformance:
             for layout in layouts(state.grid):
                 run = step_of(family, adapter, pipe, state, layout, config)
                 kept = "reference_refresh" in changes and adapter.keeps_reference
-                stores = [TokenStore() for _ in range(state.branches if kept else 0)]
-                calls = [TokenCall(store) for store in stores] or None
+                stores = [KVCache() for _ in range(state.branches if kept else 0)]
+                calls = [PartialForward(store) for store in stores] or None
                 first, made = run(calls), dict(state.extra["sequences"])
                 if kept:
-                    calls = [TokenCall(store, target=True) for store in stores]
+                    calls = [PartialForward(store, target=True) for store in stores]
                     run(calls)
                 with Ops() as later:
                     again = run(calls)
@@ -304,7 +304,9 @@ class Conformance:
 
     # diffusers fetches the weights of one leaf after the other, in the order of the first call.
     def test_leaves_are_called_in_the_stock_order(self, family, monkeypatch):
-        monkeypatch.setattr(attention_module, "_readable", lambda *_: False)  # as it is of norms that are offloaded
+        monkeypatch.setattr(
+            attention_module, "_weight_is_resident", lambda *_: False
+        )  # as it is of norms that are offloaded
         for guide in self.guides(family):
             pipe = family.make()
             calls = leaves_called(pipe.transformer)
@@ -346,9 +348,9 @@ class Conformance:
                 state = dataclasses.replace(state, last_block=last_block, extra=state.extra | {"sequences": {}})
                 for layout in layouts(state.grid):
                     run = step_of(family, adapter, pipe, state, layout, config)
-                    stores = [TokenStore() for _ in range(state.branches)]
-                    plain, filled = run(), run([TokenCall(store) for store in stores])
-                    alone = run([TokenCall(store, target=True) for store in stores])
+                    stores = [KVCache() for _ in range(state.branches)]
+                    plain, filled = run(), run([PartialForward(store) for store in stores])
+                    alone = run([PartialForward(store, target=True) for store in stores])
                     for a, b, c in zip(plain, filled, alone, strict=True):
                         self.close(b, a)
                         self.close(c, a)
@@ -363,10 +365,10 @@ class Conformance:
         adapter, state = family.prepare(pipe, (144, 112), **family.guided)
         for layout in layouts(state.grid):
             both, one = (step_of(family, adapter, pipe, state, layout, each) for each in (config, later))
-            stores = [TokenStore(), TokenStore()]
-            filled = both([TokenCall(store) for store in stores])
+            stores = [KVCache(), KVCache()]
+            filled = both([PartialForward(store) for store in stores])
             assert len(filled) == 2
-            (alone,) = one([TokenCall(stores[0], target=True)])
+            (alone,) = one([PartialForward(stores[0], target=True)])
             self.close(alone, filled[0])
 
     def test_refreshing_every_step_changes_nothing(self, family):

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from specedit.grid import MixedLayout
-from specedit.sampler import restrict
+from specedit.layout import MixedLayout
+from specedit.method.sampler import restrict
 
 
 @dataclass

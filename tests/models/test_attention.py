@@ -10,17 +10,17 @@ from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAt
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from torch._dynamo.testing import CompileCounter
 
-from specedit.models import attention
-from specedit.models.attention import (
+from specedit.models.attention import processors as attention
+from specedit.models.attention.contexts import MixedContext, QueryRows, pack, segments
+from specedit.models.attention.processors import (
     FluxMixedProcessor,
     QwenMixedProcessor,
-    _stored,
+    _update_kv_cache,
     attach,
     detach,
-    foreign,
     half_table,
+    why_unsupported_processor,
 )
-from specedit.models.joint import MixedContext, Queries, pack, segments
 
 HEADS, DIM, TEXT = 2, 16, 3
 POS_EMBED = FluxPosEmbed(theta=10000, axes_dim=(4, 4, 8))
@@ -155,7 +155,7 @@ def test_tables_made_beforehand_change_no_bit(attn, aligned, monkeypatch):
         coarse_rotary=tuple(half_table(t) for t in plain.coarse_rotary) if aligned else None,
     )  # fmt: skip
     assert torch.equal(run(mixed(attn), states, ids, specedit=ready), expected)
-    monkeypatch.setattr("specedit.models.attention.half_table", None)  # nothing is left for it to do
+    monkeypatch.setattr("specedit.models.attention.processors.half_table", None)  # nothing is left for it to do
     run(mixed(attn), states, ids, specedit=ready)
 
 
@@ -190,8 +190,8 @@ def test_a_norm_that_is_offloaded_by_itself_is_called(mark):
 
     def placed():
         out = [torch.full_like(q, torch.nan) for _ in range(3)]
-        attention._place(q, k, v, *norms, *tables, out, rows, "torch")
-        return [*out, attention._rotated(q, norms[0], *tables, "torch")]
+        attention._norm_rope_scatter(q, k, v, *norms, *tables, out, rows, "torch")
+        return [*out, attention._norm_and_rotate(q, norms[0], *tables, "torch")]
 
     with torch.no_grad():
         for norm, weight in zip(norms, right, strict=True):
@@ -242,9 +242,11 @@ def test_a_processor_of_somebody_else_keeps_its_arguments():
 def test_processors_with_weights_run_stock_where_nobody_stands_in_for_them():
     model = torch.nn.ModuleList([make_attention(False)])
     model[0].set_processor(type("Weighty", (torch.nn.Module,), {"__module__": "diffusers.models"})())
-    assert foreign(model, FluxAttention, None).startswith("an attention processor with weights is loaded")
+    assert why_unsupported_processor(model, FluxAttention, None).startswith(
+        "an attention processor with weights is loaded"
+    )
     for backend in ("triton", "stock"):  # FLUX's adapter has its own words for an IP-Adapter
-        assert foreign(model, FluxAttention, backend) is None
+        assert why_unsupported_processor(model, FluxAttention, backend) is None
 
 
 def test_an_attention_backend_reaches_the_original():
@@ -346,7 +348,7 @@ def test_some_rows_alone_are_those_rows_of_all(attn, fused, backend, aligned):
     more = {}
     if aligned:
         asked = segments(coarse[TEXT : TEXT + 5], [5], [n])
-        more = dict(segments=segments(coarse), coarse_rotary=POS_EMBED(ids / 2), read=Queries(torch.arange(5), asked))
+        more = dict(segments=segments(coarse), coarse_rotary=POS_EMBED(ids / 2), read=QueryRows(torch.arange(5), asked))
     context = MixedContext(key_bias=coarse.float(), backend=backend, **more)
     whole = run(attn, states, ids, specedit=context)[:, TEXT : TEXT + 5]
     given = dict(image_rotary_emb=POS_EMBED(ids), specedit=context, rows=rows)
@@ -369,7 +371,7 @@ def test_some_rows_of_packed_sequences():
     total = sum(texts) + 2 * (target + reference)
     text, image = (torch.randn(1, n, 32, generator=generator) for n in (sum(texts), total - sum(texts)))
     angle = torch.randn(total, DIM // 2, generator=generator)
-    read = Queries(torch.arange(2 * target), cu_seqlens=torch.tensor([0, 5, 10], dtype=torch.int32))
+    read = QueryRows(torch.arange(2 * target), cu_seqlens=torch.tensor([0, 5, 10], dtype=torch.int32))
     context = MixedContext(torch.rand(1, total, generator=generator), packing=packing, read=read)
     given = dict(encoder_hidden_states=text, image_rotary_emb=(angle.cos(), angle.sin()), specedit=context)
     whole, _ = attn(image, **given)
@@ -384,7 +386,7 @@ def test_keeping_compiles_once_for_all_modules():
 
     @torch.compile(backend=counter)
     def keep(context, attn, k, v):
-        return _stored(context, attn, 2 * k, v)
+        return _update_kv_cache(context, attn, 2 * k, v)
 
     context, x = MixedContext(store={}), torch.randn(1, 4, 2, 8)
     modules = [torch.nn.Identity() for _ in range(5)]

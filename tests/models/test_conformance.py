@@ -7,7 +7,7 @@ from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
 import specedit
 from specedit.models import LongCatImageEdit
 from specedit.models.flux import FluxKontext
-from specedit.models.qwen import QwenImageEdit, QwenImageEditPlus
+from specedit.models.qwen.edit import QwenImageEdit, QwenImageEditPlus
 from tests.models.conformance import QUICK, Conformance
 from tests.models.family import Family
 

@@ -8,14 +8,15 @@ import torch
 from PIL import Image
 
 import specedit
-from specedit import SpecEditConfig, select
-from specedit.grid import MixedLayout, TokenGrid
+from specedit import SpecEditConfig
+from specedit.layout import MixedLayout, TokenGrid
+from specedit.method import selectors as select
+from specedit.method.restore import feather
 from specedit.models import flux
-from specedit.models.qwen_positions import reference_offset
+from specedit.models.qwen.positions import reference_offset
 from specedit.placement import Placement
-from specedit.restore import feather
+from tests.api.test_sizes import QUICK, kontext, qwens, random_shapes  # noqa: F401
 from tests.conftest import make_picture
-from tests.models.test_sizes import QUICK, kontext, qwens, random_shapes  # noqa: F401
 
 AREA = 128 * 128
 

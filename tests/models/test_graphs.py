@@ -9,9 +9,10 @@ from diffusers import QwenImageEditPipeline
 from torch._guards import CompileContext
 
 import specedit
-from specedit.models import LongCatImageEdit, compiled
+from specedit.models import LongCatImageEdit
+from specedit.models.attention import compiled
 from specedit.models.flux import FluxKontext
-from specedit.models.qwen import QwenImageEdit
+from specedit.models.qwen.edit import QwenImageEdit
 from tests.models.family import Family
 
 GRAPHS = 6  # of one block's code; 8 is the compiler's own limit

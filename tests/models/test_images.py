@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from specedit.models.images import (
+from specedit.models.shared.images import (
     batched,
     check_decoder,
     check_image,

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import specedit
-from specedit.install import is_active
+from specedit.api.installing import is_active
 from specedit.models import LongCatImageEdit
-from tests.install.common import QUICK
+from tests.api.common import QUICK
 
 PACKAGE = str(Path(specedit.__file__).parent)
 

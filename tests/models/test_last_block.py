@@ -10,8 +10,8 @@ from diffusers.models.transformers.transformer_flux import FluxSingleTransformer
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 
 import specedit
-from specedit.models import last_block
-from specedit.models.last_block import FluxLastBlock
+from specedit.models.attention import last_block
+from specedit.models.attention.last_block import FluxLastBlock
 
 STEPS = dict(steps=(1, 1, 1), draft_steps=1)
 GUIDED = dict(negative_prompt="blue", true_cfg_scale=2.5)
@@ -87,7 +87,7 @@ def test_with_stock_attention_every_row_is_computed(calls):
 
 
 def test_flops_of_a_full_stage_are_those_of_the_rows(pipe, edit):
-    from specedit.flops import transformer_flops
+    from specedit.cost.flops import transformer_flops
 
     specedit.install(pipe, steps=(0, 0, 3))
     edit(pipe)

@@ -4,7 +4,7 @@ import pytest
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry, attention_backend
 
 import specedit
-from specedit.models import mask_support
+from specedit.models.attention import mask_support
 
 STOCK = dict(attention="stock", steps=(2, 1, 1), draft_steps=2)
 REFUSED = "attention: expected an attention backend that takes a mask .* got '_native_flash'; key_bias='none'"

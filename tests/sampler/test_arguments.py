@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 import specedit
-from specedit.restore import feather
+from specedit.method.restore import feather
 from tests.sampler.common import CENTRE, CORNER, QUICK, close, unpacked
 
 

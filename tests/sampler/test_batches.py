@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import specedit
-from specedit.grid import TokenGrid
-from specedit.restore import feather
+from specedit.layout import TokenGrid
+from specedit.method.restore import feather
 from tests.sampler.common import CENTRE, CORNER, QUICK, close, count_calls, unpacked
 
 
@@ -146,10 +146,10 @@ def test_a_draft_that_shows_no_change_is_not_believed(pipe, edit):
         specedit.install(pipe, **QUICK, restore=restore, threshold=4.0)
         edit(pipe, num_images_per_prompt=2)
         report = specedit.report(pipe)
-        assert report.edit_fraction == share and report.missed == report.to_dict()["missed"] == 2
+        assert report.edit_fraction == share and report.empty_drafts == report.to_dict()["missed"] == 2
         assert "; 2 of 2 drafts showed no change" in str(report)
         edit(pipe, edit_mask=CORNER)
-        assert specedit.report(pipe).missed == 0 and "drafts" not in str(specedit.report(pipe)).splitlines()[0]
+        assert specedit.report(pipe).empty_drafts == 0 and "drafts" not in str(specedit.report(pipe)).splitlines()[0]
 
 
 def test_nearly_everything_edited_is_everything(pipe, edit):

@@ -31,7 +31,7 @@ def test_a_call_is_compared_with_the_pipelines_own_default_or_the_callers_steps(
 def test_every_adapters_default_is_that_of_its_pipeline():
     from diffusers import FluxKontextPipeline, QwenImageEditPipeline
 
-    from specedit.flops import MODELS
+    from specedit.cost.flops import MODELS
 
     for model, pipeline in (("flux-kontext", FluxKontextPipeline), ("qwen-image-edit", QwenImageEditPipeline)):
         default = inspect.signature(pipeline.__call__).parameters["num_inference_steps"].default
@@ -62,7 +62,7 @@ def test_a_score_that_is_not_finite_is_named_and_everything_is_edited(pipe, edit
     with pytest.warns(UserWarning, match=rf"the verification score is not finite \(overflow in {where}\); editing the"):
         edit(pipe)
     report = specedit.report(pipe)
-    assert report.overflowed == 1 and report.missed == 0 and report.edit_fraction == 1.0
+    assert report.overflowed == 1 and report.empty_drafts == 0 and report.edit_fraction == 1.0
     assert "no change" not in str(report) and "1 of 1 scores were not finite" in str(report)
 
 
@@ -77,7 +77,7 @@ def test_only_the_sample_that_overflows_is_edited_as_a_whole(pipe, edit, hooked)
     with pytest.warns(UserWarning, match="the verification score is not finite"):
         edit(pipe, num_images_per_prompt=2)
     report = specedit.report(pipe)
-    assert report.overflowed == report.missed == 1
+    assert report.overflowed == report.empty_drafts == 1
     assert report.edit_mask.flatten(1).all(1).tolist() == [True, False]
 
 
@@ -86,7 +86,7 @@ def test_longcat_has_a_default_of_its_own():
         pytest.skip("this diffusers has no LongCatImageEditPipeline")
     from diffusers import LongCatImageEditPipeline
 
-    from specedit.install import _accelerated_class, _stock_steps
+    from specedit.api.installing import _accelerated_class, _stock_steps
 
     pipe = object.__new__(_accelerated_class(LongCatImageEditPipeline))
     default = inspect.signature(LongCatImageEditPipeline.__call__).parameters["num_inference_steps"].default

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import specedit
-from specedit import sampler, select
-from specedit.draft import shrink
-from specedit.grid import mean_pixels
+from specedit.layout import mean_pixels
+from specedit.method import sampler
+from specedit.method import selectors as select
+from specedit.method.draft import shrink
 from tests.sampler.common import CORNER, QUICK, close
 
 STAGES = ["encode", "draft", "verify", "coarse", "second look", "mixed", "decode"]
@@ -39,7 +40,7 @@ def test_cells_that_the_draft_missed_are_edited_too(pipe, edit, say, changes):
     edit(pipe)
     report = specedit.report(pipe)
     assert len(shown) == 2 and report.edit_mask[0].nonzero().tolist() == [[0, 0], [3, 2]]
-    assert torch.equal(report.expand_mask, report.edit_mask) and report.missed == 0 and report.nfe == 6
+    assert torch.equal(report.expand_mask, report.edit_mask) and report.empty_drafts == 0 and report.nfe == 6
     names = [stage.name for stage in report.stages]
     assert names[:5] == STAGES[:5] and names.count("second look") == 1
     assert next(s for s in report.stages if s.name == "second look").seconds > 0
@@ -77,9 +78,9 @@ def test_a_change_that_only_the_second_look_sees_saves_the_rest(pipe, edit, say)
     specedit.install(pipe, **QUICK, restore="reference")
     edit(pipe, num_images_per_prompt=2)
     report = specedit.report(pipe)
-    assert report.missed == 2 and report.edit_mask.flatten(1).sum(1).tolist() == [1, 1]
+    assert report.empty_drafts == 2 and report.edit_mask.flatten(1).sum(1).tolist() == [1, 1]
     edit(pipe)
-    assert specedit.report(pipe).missed == 1 and specedit.report(pipe).edit_fraction == 1
+    assert specedit.report(pipe).empty_drafts == 1 and specedit.report(pipe).edit_fraction == 1
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,7 @@ def test_a_callers_mask_is_not_questioned(pipe, edit, say):
 def test_it_sees_what_the_last_coarse_step_predicts(pipe, edit, say, monkeypatch):
     """A velocity that points at one picture, (x - x0) / s, predicts that picture."""
     target = {}
-    evaluate = sampler.part_velocity
+    evaluate = sampler.group_velocity
 
     def velocity(adapter, pipe, state, part, i, config):
         if part.layout.is_coarse:
@@ -133,7 +134,7 @@ def test_it_sees_what_the_last_coarse_step_predicts(pipe, edit, say, monkeypatch
         target["grid"] = state.grid
         return evaluate(adapter, pipe, state, part, i, config)
 
-    monkeypatch.setattr(sampler, "part_velocity", velocity)
+    monkeypatch.setattr(sampler, "group_velocity", velocity)
     shown = say([(0, 0)], [(0, 0)])
     specedit.install(pipe, **QUICK, restore="reference")
     edit(pipe)
@@ -156,7 +157,7 @@ def test_a_prediction_of_the_reference_itself_changes_nothing(pipe, edit, monkey
     monkeypatch.setattr(sampler, "second_look", lambda *args: looked.append(look(*args)) or looked[-1])
     stages = sampler.stages
     monkeypatch.setattr(sampler, "stages", lambda config: stages(config)[:1])
-    monkeypatch.setattr(sampler, "part_velocity", velocity)
+    monkeypatch.setattr(sampler, "group_velocity", velocity)
     specedit.install(pipe, **QUICK, restore="reference", threshold=1e-6, dilation=0)
     edit(pipe)
     assert len(looked) == 1 and not looked[0].any()

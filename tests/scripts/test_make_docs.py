@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from specedit.results import fingerprint
+from specedit.evaluation.results import fingerprint
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -223,7 +223,7 @@ def test_ratios_are_to_50_steps_and_to_the_pipelines_own_default(docs, tmp_path)
 
 
 def test_predictions_show_both_ratios(docs):
-    from specedit.flops import plan
+    from specedit.cost.flops import plan
 
     run = plan("turbo", "flux-kontext", 1024, 1024, 0.1)
     text = docs.predicted.plan("plan.json")

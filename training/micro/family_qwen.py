@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from specedit.micro import editors
-from specedit.one_frame import OneFrame
+from specedit.models.shared.single_frame_vae import SingleFrameConv
 
 from . import build_qwen
 from .family import Family
@@ -33,12 +33,12 @@ class FlatAutoencoder:
         self.vae = vae
 
     def encode(self, images: Tensor) -> AutoencoderKLOutput:
-        with OneFrame():
+        with SingleFrameConv():
             moments = self.vae.quant_conv(self.vae.encoder(images[:, :, None]))
         return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(moments[:, :, 0]))
 
     def decode(self, latents: Tensor) -> DecoderOutput:
-        with OneFrame():
+        with SingleFrameConv():
             return DecoderOutput(sample=self.vae.decoder(self.vae.post_quant_conv(latents[:, :, None]))[:, :, 0])
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from specedit.grid import MixedLayout
+from specedit.layout import MixedLayout
 from tests.models.flux.common import random_like
 
 

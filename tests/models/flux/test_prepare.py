@@ -6,7 +6,7 @@ import torch
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from PIL import Image
 
-from specedit.grid import TokenGrid
+from specedit.layout import TokenGrid
 from specedit.models.flux import FluxKontext
 from tests.models.flux.common import CALL
 

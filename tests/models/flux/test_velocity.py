@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from specedit import SpecEditConfig
-from specedit.grid import MixedLayout
-from specedit.models import attention, joint
-from specedit.models.base import rows_index
-from specedit.sampler import restrict
+from specedit.layout import MixedLayout
+from specedit.method.adapter import rows_index
+from specedit.method.sampler import restrict
+from specedit.models.attention import contexts as joint
+from specedit.models.attention import processors as attention
 from tests.models.family import Ops
 from tests.models.flux.common import random_like
 

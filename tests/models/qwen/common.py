@@ -3,7 +3,7 @@
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from specedit.sampler import restrict
+from specedit.method.sampler import restrict
 
 QUICK = dict(steps=(2, 1, 1), draft_steps=2)
 GUIDED = dict(negative_prompt="blue and dark", true_cfg_scale=2.5)

@@ -3,7 +3,7 @@
 import pytest
 from diffusers import QwenImageEditPlusPipeline
 
-from specedit.models.qwen import QwenImageEdit, QwenImageEditPlus
+from specedit.models.qwen.edit import QwenImageEdit, QwenImageEditPlus
 from tests.models.family import Family
 
 

@@ -9,7 +9,7 @@ from diffusers import QwenImageEditPipeline
 from PIL import Image
 
 import specedit
-from specedit.models.qwen import QwenImageEdit, QwenImageEditPlus
+from specedit.models.qwen.edit import QwenImageEdit, QwenImageEditPlus
 from tests.models.family import trace
 from tests.models.qwen.common import GUIDED, QUICK, Taps, close
 

@@ -5,9 +5,9 @@ import torch
 
 import specedit
 from specedit import SpecEditConfig
-from specedit.flops import transformer_flops
-from specedit.grid import MixedLayout
-from specedit.models.qwen import text_counts
+from specedit.cost.flops import transformer_flops
+from specedit.layout import MixedLayout
+from specedit.models.qwen.edit import text_counts
 from tests.models.family import mixed_layout
 from tests.models.qwen.common import GUIDED, QUICK, close, velocity
 

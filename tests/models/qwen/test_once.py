@@ -2,7 +2,7 @@
 
 import pytest
 
-from specedit.models import qwen
+from specedit.models.qwen import edit as qwen
 
 
 @pytest.mark.parametrize("call", [dict(true_cfg_scale=2.5), dict(negative_prompt="blue", true_cfg_scale=1.0)])

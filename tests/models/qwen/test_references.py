@@ -5,9 +5,9 @@ import torch
 
 import specedit
 from specedit import SpecEditConfig
-from specedit.grid import GridSet, LayoutSet, MixedLayout, TokenGrid
-from specedit.models import qwen
-from specedit.models.qwen import nearest_shapes
+from specedit.layout import GridSet, LayoutSet, MixedLayout, TokenGrid
+from specedit.models.qwen import edit as qwen
+from specedit.models.qwen.edit import nearest_shapes
 from tests.models.family import mixed_layout
 from tests.models.qwen.common import GUIDED, QUICK, close, velocity
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from specedit import micro
-from specedit.flops import transformer_flops
+from specedit.cost.flops import transformer_flops
 from specedit.micro import scenes
 from specedit.micro.evaluation import stock_flops
 from training.micro import family_qwen, loop

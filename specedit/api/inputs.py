@@ -1,0 +1,49 @@
+"""What is checked of every call before any work, whatever the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..method import masks
+
+
+def check(call: dict[str, Any], edit_mask: Any) -> list[Tensor] | None:
+    """Check a call's arguments, and read its mask (`masks.read`).
+
+    Numbers, arrays and tensors have to be finite, whatever the argument and however deep in lists and dicts: NaN in
+    guidance, latents or embeddings would come out as a black picture.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    for name, value in call.items():
+        _check_finite(name, value)
+    return masks.read_for_call(edit_mask, call)
+
+
+def _check_finite(name: str, value: Any) -> None:
+    if isinstance(value, Mapping):
+        for key, one in value.items():
+            _check_finite(f"{name}[{key!r}]", one)
+    elif isinstance(value, (list, tuple)):
+        for i, one in enumerate(value):
+            _check_finite(f"{name}[{i}]", one)
+    elif isinstance(value, Real) and not isinstance(value, Integral):
+        if not math.isfinite(value):
+            raise ValueError(f"{name}: expected a finite number, got {value}")
+    elif isinstance(value, (np.ndarray, Tensor)) and not _is_finite(value):
+        raise ValueError(f"{name}: expected finite values, got NaN or infinity")
+
+
+def _is_finite(values: np.ndarray | Tensor) -> bool:
+    if isinstance(values, np.ndarray):
+        return values.dtype.kind not in "fc" or bool(np.isfinite(values).all())
+    if values.is_meta or not (values.is_floating_point() or values.is_complex()):
+        return True
+    return bool((values if values.dtype.itemsize > 1 else values.float()).isfinite().all())

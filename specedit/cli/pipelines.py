@@ -1,0 +1,64 @@
+"""Pipelines by name, and pictures at the size that they take, for the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from . import loading
+
+EDITORS = ("kontext", "qwen")  # that specedit.micro can load
+
+
+def load(model: str | None, offload: bool = False) -> tuple[Any, Callable[[Any], tuple[Any, dict[str, Any]]]]:
+    """The pipeline, and a function from a picture to the picture to pass and the arguments beside it, such as its size.
+
+    Args:
+        model: hub id or directory of a pipeline, or an embedded editor, by default the first.
+        offload: only the part that runs is on the GPU (diffusers' model offloading), for models that it does not hold.
+
+    Raises:
+        ValueError: neither an editor, a directory with a whole pipeline, nor a pipeline that the hub gives.
+        FileNotFoundError: an embedded editor without weights.
+    """
+    if model is not None and model not in EDITORS:
+        loading.check_model(model, EDITORS)
+    import torch
+
+    from .. import micro
+    from ..api.sizes import size_for
+    from ..models import adapter_of
+    from ..models.shared.shapes import is_embedded_kontext
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def placed(pipe: Any) -> Any:
+        if not offload:
+            return pipe.to(device)
+        pipe.enable_model_cpu_offload(device=device)
+        return pipe
+
+    def small(image: Any, editor: str = EDITORS[0]) -> tuple[Any, dict[str, Any]]:
+        image = fit(image, 512)
+        return image, micro.arguments(image, editor) | size_for(pipe, image)
+
+    if model is None or model in EDITORS:
+        editor = model or EDITORS[0]
+        pipe = placed(micro.load(editor, device="cpu" if offload else device))
+        return pipe, lambda image: small(image, editor)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    pipe = placed(loading.from_pretrained(model, dtype))
+    if is_embedded_kontext(pipe):
+        return pipe, small
+
+    def sized(image: Any) -> tuple[Any, dict[str, Any]]:
+        return image, {} if adapter_of(pipe) is None else size_for(pipe, image)
+
+    return pipe, sized
+
+
+def fit(image: Any, largest: int) -> Any:
+    """Resize to at most `largest` px a side and whole tokens of 16 px, at least one."""
+    scale = min(1.0, largest / max(image.size))
+    size = tuple(max(round(side * scale) // 16, 1) * 16 for side in image.size)
+    return image if size == image.size else image.resize(size)

@@ -1,0 +1,299 @@
+"""What a run would take on a GPU that is not at hand: operations, bytes and roofline seconds of every stage.
+
+Nothing is run and nothing is measured. An operator (a matrix product, attention, a norm, ...) takes at least
+max(operations / peak, bytes / bandwidth), where it reads its inputs and weights once and writes its output once
+(the roofline model: Williams, Waterman and Patterson, CACM 52 (2009)); a stage takes the sum over its operators. That
+is a bound from below for operators run one by one in bf16: kernels fall short of the peak, and launching them takes
+time that no roofline knows. Encoding the prompt is left out, as embeddings may be given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+from ..config import STOCK_STEPS, SpecEditConfig, resolve
+from .flops import MODELS, TOKEN_PIXELS, Forward, transformer_flops
+from .flops import plan as plan_flops
+
+BYTES = 2  # bf16
+MATCHING = 0.03  # a measured edit counts as the planned one within this share of the cells
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Published peak of dense bf16 matrix products (operations a second) and memory bandwidth (bytes a second)."""
+
+    flops: float
+    bandwidth: float
+    source: str
+
+
+# NVIDIA prints bf16 with 2:4 sparsity from Hopper on; half of that is the dense peak.
+GPUS: Mapping[str, Gpu] = MappingProxyType(
+    {
+        "A100": Gpu(312e12, 2.039e12, "NVIDIA A100 datasheet, SXM 80 GB"),
+        "H100": Gpu(989e12, 3.35e12, "NVIDIA H100 datasheet, SXM"),
+        "H200": Gpu(989e12, 4.8e12, "NVIDIA H200 datasheet, SXM"),
+        "B200": Gpu(2250e12, 7.7e12, "NVIDIA Blackwell datasheet, HGX B200"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Op:
+    """`count` equal operators; `flops` and `bytes` of each."""
+
+    name: str
+    flops: float
+    bytes: float
+    count: float = 1
+
+
+@dataclass(frozen=True)
+class HalfCost:
+    """One half of an autoencoder, per latent pixel: `flops` of convolutions and projections, `elements` that its layers
+    read and write, `weights` in all; `channels` of the attention in its middle, quadratic in latent pixels.
+
+    Counted over the released configurations; tests/cost/test_roofline.py counts again.
+    """
+
+    flops: float
+    elements: float
+    weights: float
+    channels: int
+
+
+AUTOENCODERS: Mapping[str, Mapping[str, HalfCost]] = MappingProxyType(
+    {
+        "flux-kontext": {
+            "encode": HalfCost(264_454_144, 459_024, 34_274_208, 512),
+            "features": HalfCost(68_304_896, 46_608, 27_094_016, 512),
+            "decode": HalfCost(605_618_176, 837_328, 49_545_475, 512),
+        },
+        "qwen-image-edit": {
+            "encode": HalfCost(426_039_296, 401_256, 53_595_872, 384),
+            "features": HalfCost(86_446_080, 38_416, 42_128_064, 384),
+            "decode": HalfCost(687_882_752, 631_536, 73_295_331, 384),
+        },
+    }
+)
+
+
+def roofline(ops: Iterable[Op], gpu: Gpu) -> float:
+    """Seconds of operators run one after another, each at its own bound."""
+    return sum(op.count * max(op.flops / gpu.flops, op.bytes / gpu.bandwidth) for op in ops)
+
+
+def transformer_ops(
+    model: str, tokens: int, batch: int = 1, *, text: int | None = None, keys: int | None = None,
+    read: int | None = None,
+) -> list[Op]:  # fmt: skip
+    """Operators of one forward pass over `batch` sequences of `tokens` (text + target + reference) each.
+
+    A double block has weights of its own for the text and the image stream, a single block one set for all. Their
+    operations add up to `flops.transformer_flops`; what that leaves out has bytes here, but no operations.
+
+    text: how many of the tokens are text (None: the model's usual prompt). keys, read: as for `transformer_flops`.
+    """
+    cost = MODELS[model]
+    text = cost.text_tokens if text is None else text
+    double, single = cost.config["num_layers"], cost.config.get("num_single_layers", 0)
+    d = cost.config["num_attention_heads"] * cost.config["attention_head_dim"]
+    words, every = batch * text, batch * tokens
+    keys = tokens if keys is None else keys
+
+    def attention(asking: int, count: float) -> Op:
+        return Op("attention", batch * 4 * asking * keys * d, BYTES * batch * 2 * (asking + keys) * d, count)
+
+    ops = [op for rows in (words, every - words) if rows for op in _stream_ops(rows, rows, d, double)]
+    ops += [*_single_ops(every, every, d, single), attention(tokens, double + single)]
+    if read is None:
+        return ops
+    # The last block: a single one where there are any, else a double one, of whose text nothing is read.
+    wanted = batch * read
+    if single:
+        whole, part = _single_ops(every, every, d, 1), _single_ops(every, wanted, d, 1)
+    else:
+        streams = ((words, 0), (every - words, wanted))
+        whole = [op for rows, _ in streams if rows for op in _stream_ops(rows, rows, d, 1)]
+        part = [op for rows, asked in streams if rows for op in _stream_ops(rows, asked, d, 1)]
+    less = [replace(op, count=-op.count) for op in (*whole, attention(tokens, 1))]
+    return [*ops, *less, *part, attention(read, 1)]
+
+
+def _product(name: str, rows: float, inner: int, outer: int, count: float) -> Op:
+    elements = rows * (inner + outer) + inner * outer if rows else 0
+    return Op(name, 2 * rows * inner * outer, BYTES * elements, count)
+
+
+def _pointwise(name: str, elements: float, count: float) -> Op:
+    return Op(name, 0, BYTES * elements, count)
+
+
+def _qkv_ops(rows: int, asked: int, d: int, count: float) -> list[Op]:
+    """Projections for `rows`, queries of `asked` of them, with norm and rotary embedding."""
+    placed = _pointwise("qk norm and rotary", 2 * (rows + asked) * d, count)
+    if rows == asked:
+        return [_product("qkv", rows, d, 3 * d, count), placed]
+    return [_product("q", asked, d, d, count), _product("kv", rows, d, 2 * d, count), placed]
+
+
+def _stream_ops(rows: int, asked: int, d: int, count: float) -> list[Op]:
+    """One stream of double blocks; only `asked` of its rows go beyond their keys and values."""
+    return [
+        _pointwise("modulation", 6 * d * d, count),
+        _pointwise("norm", 2 * rows * d, count),
+        *_qkv_ops(rows, asked, d, count),
+        _product("projection", asked, d, d, count),
+        _pointwise("norm", 2 * asked * d, count),
+        _product("mlp up", asked, d, 4 * d, count),
+        _pointwise("gelu", 8 * asked * d, count),
+        _product("mlp down", asked, 4 * d, d, count),
+        _pointwise("gate and add", 3 * asked * d, 2 * count),
+    ]
+
+
+def _single_ops(rows: int, asked: int, d: int, count: float) -> list[Op]:
+    """Single blocks, as `_stream_ops`."""
+    if not count:
+        return []
+    return [
+        _pointwise("modulation", 3 * d * d, count),
+        _pointwise("norm", 2 * rows * d, count),
+        *_qkv_ops(rows, asked, d, count),
+        _product("mlp up", asked, d, 4 * d, count),
+        _pointwise("gelu", 8 * asked * d, count),
+        _pointwise("cat", 10 * asked * d, count),
+        _product("projection and mlp down", asked, 5 * d, d, count),
+        _pointwise("gate and add", 3 * asked * d, count),
+    ]
+
+
+def autoencoder_ops(model: str, half: str, latent_pixels: int, count: int = 1) -> list[Op]:
+    """Operators of "encode", "decode" or "features" (what verification reads) on `count` pictures, one by one."""
+    cost = AUTOENCODERS[model][half]
+    elements = latent_pixels * cost.elements + cost.weights
+    attention = Op("attention", 4 * cost.channels * latent_pixels**2, BYTES * 4 * latent_pixels * cost.channels, count)
+    return [Op("layers", latent_pixels * cost.flops, BYTES * elements, count), attention]
+
+
+def verification_ops(config: SpecEditConfig, model: str, latent_pixels: int, draft_tokens: int) -> list[Op]:
+    """Operators that turn a draft of so many target tokens into a score: "semantic" compares decoder features of draft
+    and reference."""
+    if config.selector == "variance":
+        return []
+    if config.selector == "edges":
+        return autoencoder_ops(model, "decode", latent_pixels)
+    draft_pixels = 4 * draft_tokens
+    compared = latent_pixels if config.verify_at == "full" else draft_pixels
+    return autoencoder_ops(model, "features", compared, count=2)
+
+
+def plan(
+    config: SpecEditConfig | str,
+    model: str,
+    height: int,
+    width: int,
+    edit_fraction: float,
+    gpu: str,
+) -> dict[str, Any]:
+    """Predict operations, bytes and seconds of a run of one image on `gpu`, and of the stock pipeline.
+
+    Args:
+        config, model, height, width, edit_fraction: as for `specedit.flops.plan`.
+        gpu: "A100", "H100", "H200" or "B200".
+
+    Returns:
+        `nfe`, `flops_ratio` (transformer alone, as everywhere), `clock_ratio` of the roofline seconds with encoding,
+        verification and decoding, both against `stock_steps`, the model's own default; `flops_ratio_50` and
+        `clock_ratio_50` against 50 stock steps, which take `seconds_stock`, and the `quotient` of these two; `seconds`,
+        `gpu`, and `stages`: a list of {"name", "steps", "tokens", "flops", "bytes", "seconds"}.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    if gpu not in GPUS:
+        raise ValueError(f"gpu: expected one of {', '.join(GPUS)}, got {gpu!r}")
+    config = resolve(config)
+    predicted = plan_flops(config, model, height, width, edit_fraction)
+    hardware = GPUS[gpu]
+    latent = 4 * (height // TOKEN_PIXELS) * (width // TOKEN_PIXELS)  # latent pixels: a token is 2 x 2
+
+    def stage(name: str, ops: Iterable[tuple[float, list[Op]]], steps: int = 0, tokens: int = 0) -> dict[str, Any]:
+        """A row from groups of operators and how often each runs."""
+        listed = [replace(op, count=times * op.count) for times, group in ops for op in group]
+        return dict(
+            name=name, steps=steps, tokens=tokens, flops=sum(op.count * op.flops for op in listed),
+            bytes=sum(op.count * op.bytes for op in listed), seconds=roofline(listed, hardware),
+        )  # fmt: skip
+
+    def forward(call: Forward) -> list[Op]:
+        return transformer_ops(model, call.tokens, text=call.text, keys=call.keys, read=call.read)
+
+    encode = stage("encode", [(1, autoencoder_ops(model, "encode", latent))])
+    decode = stage("decode", [(1, autoencoder_ops(model, "decode", latent))])
+    stages, verify = [encode], None
+    for row in predicted["stages"]:
+        calls = [(count, forward(call)) for call, count in row["calls"]]
+        stages.append(stage(row["name"], calls, row["steps"], row["tokens"]))
+        if row["name"] == "draft":
+            first, _ = row["calls"][0]
+            verify = verification_ops(config, model, latent, (first.tokens - first.text) // 2)
+            stages.append(stage("verify", [(1, verify)]))
+        if row["name"] == "coarse" and verify is not None and config.verifies_coarse:
+            stages.append(stage("second look", [(1, verify)]))
+    stages.append(decode)
+    full = MODELS[model].text_tokens + 2 * (height // TOKEN_PIXELS) * (width // TOKEN_PIXELS)
+    seconds = sum(s["seconds"] for s in stages)
+
+    def stock_seconds(steps: int) -> float:
+        return encode["seconds"] + steps * step_seconds(model, full, gpu) + decode["seconds"]
+
+    seconds_stock = stock_seconds(STOCK_STEPS)
+    clock = seconds_stock / seconds
+    ratios = {name: predicted[name] for name in ("stock_steps", "flops_ratio", "flops_ratio_50")}
+    return dict(
+        gpu=gpu, nfe=predicted["nfe"], **ratios, clock_ratio=stock_seconds(predicted["stock_steps"]) / seconds,
+        clock_ratio_50=clock, quotient=clock / predicted["flops_ratio_50"], seconds=seconds,
+        seconds_stock=seconds_stock, stages=stages,
+    )  # fmt: skip
+
+
+def step_seconds(model: str, tokens: int, gpu: str) -> float:
+    """Roofline seconds of one step (every guidance pass) over one sequence."""
+    return MODELS[model].passes * roofline(transformer_ops(model, tokens), GPUS[gpu])
+
+
+def share_of_peak(model: str, tokens: int, gpu: str) -> float:
+    """How much of the peak the roofline leaves to one step: below 1 where weights or activations are the limit."""
+    flops = MODELS[model].passes * transformer_flops(MODELS[model].config, tokens)
+    return flops / step_seconds(model, tokens, gpu) / GPUS[gpu].flops
+
+
+def measured_row(
+    results: Iterable[Mapping[str, Any]], config: SpecEditConfig, model: str, height: int, width: int,
+    edit_fraction: float, gpu: str,
+) -> dict[str, Any] | None:  # fmt: skip
+    """The row of `end_to_end` result files that measured what a plan predicts, the fastest where there are several.
+
+    None where no file was made on that GPU with that preset, restore, size, one image, and nearly that share edited.
+    """
+    found = [
+        row
+        for content in results
+        if gpu in (content["machine"].get("gpu") or "")
+        for row in content["rows"]
+        if row["model"] == model
+        and (row["preset"], row["restore"], row.get("changes", "")) == (preset_of(config), config.restore, "")
+        and (row["height"], row["width"], row.get("batch", 1)) == (height, width, 1)
+        and abs(row["edit_fraction"] - edit_fraction) <= MATCHING
+    ]
+    return min(found, key=lambda row: row["seconds"], default=None)
+
+
+def preset_of(config: SpecEditConfig) -> str:
+    """The preset that `config` is, whatever its restore; "custom" otherwise."""
+    return resolve(config, restore="full").preset_name or "custom"

@@ -1,0 +1,85 @@
+"""Result files: what was measured, by which command, on which machine."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from ..io.files import write_text
+
+
+def machine() -> dict[str, Any]:
+    """The machine and versions behind a measurement; None for what there is not."""
+    cuda = torch.cuda.is_available()
+    # Threads that sleep between two operations make small ones slow: who sets this has other seconds.
+    policy = os.environ.get("OMP_WAIT_POLICY")
+    return {
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        **({"wait_policy": policy} if policy else {}),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "diffusers": diffusers.__version__,
+        "commit": _output("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def write(path: Path, command: str, rows: list[dict[str, Any]], **more: Any) -> None:
+    """Write {"machine", "command", ..., "rows"}, whole or not at all; nan becomes null."""
+    content = {"machine": machine(), "command": command, **more, "rows": rows}
+    write_text(path, json.dumps(_plain(content), indent=1) + "\n")
+
+
+def fingerprint(path: Path | None) -> str | None:
+    """First 12 hexadecimal digits of the SHA-256 of a file, or of a folder's .safetensors files; None without it."""
+    if path is None or not path.exists():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return None if math.isnan(value) else float(f"{value:.6g}")
+    return value
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return __import__(package).__version__
+    except ImportError:
+        return None
+
+
+def _output(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,44 @@
+"""Keys and values of text and reference, kept between steps: they change little while the target is denoised."""
+
+from __future__ import annotations
+
+from .base import PromptBoundCache
+from .toca import KVCache, PartialForward
+
+
+class ReferenceKVCache(PromptBoundCache):
+    """What one part of a batch keeps in one stage.
+
+    A refresh runs the transformer over text, target and reference, and has every attention module keep its keys and
+    values. The steps between run it over the target's tokens alone, which replace theirs and attend to all of them.
+    Exact where text and reference do not change from step to step, as in a model that never lets them see the target
+    and modulates them alike at every sigma; an approximation in any other.
+
+    Args:
+        every: steps from one refresh to the next.
+    """
+
+    def __init__(self, every: int):
+        self.every = every
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.stores: list[KVCache] = []
+        self.last: int | None = None  # the latest refresh
+
+    @property
+    def memory(self) -> int:
+        """Bytes held by all branches."""
+        return sum(store.memory for store in self.stores)
+
+    def calls(self, step: int, branches: int) -> list[PartialForward]:
+        """How `step` of a stage is computed under so many guidance branches.
+
+        A branch that joins brings a refresh; of one that leaves nothing is kept.
+        """
+        fresh = self.last is None or step - self.last >= self.every or branches > len(self.stores)
+        if fresh:
+            self.stores, self.last = [KVCache() for _ in range(branches)], step
+        self.stores = self.stores[:branches]
+        return [PartialForward(store, target=not fresh) for store in self.stores]

@@ -1,0 +1,118 @@
+"""Flow-matching states moved between resolutions: x_s = (1 - s) x0 + s e.
+
+Everything here keeps a state a state: after a move the noise is white again, at a level that both sides know.
+Derivations are in docs/method.md; tests derive them anew.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from specedit_kernels import expand_tokens, gather_tokens
+
+from ..layout import MixedLayout, TokenGrid
+from .schedule import expanded_sigma
+
+
+def haar(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal Haar transform of every token's own 2 x 2 latent pixels.
+
+    tokens (..., C), C = channels * 4: sum coefficient (..., channels), detail (..., channels, 3), so that
+    f00 = (c0 + c1 + c2 + c3) / 2, f01 = (c0 - c1 + c2 - c3) / 2, f10 = (c0 + c1 - c2 - c3) / 2, and so on.
+    """
+    f00, f01, f10, f11 = tokens.unflatten(-1, (-1, 4)).unbind(-1)
+    detail = torch.stack([f00 - f01 + f10 - f11, f00 + f01 - f10 - f11, f00 - f01 - f10 + f11], -1) / 2
+    return (f00 + f01 + f10 + f11) / 2, detail
+
+
+def coarsen_noise(noise: Tensor, grid: TokenGrid) -> Tensor:
+    """White noise (B, N, C) of a grid to white noise of its cells (B, cells, C): the sum coefficient of each 2 x 2.
+
+    Unlike a mean it keeps the variance, and `cell_detail` holds exactly what it leaves out. On a grid with an odd side
+    the half of the last cells that lies outside the picture repeats the noise of the first row or column.
+    """
+    sums, _ = haar(grid.pad(noise, mode="circular"))
+    children = sums[:, grid.children(noise.device)]  # (B, cells, 4, channels)
+    return children.transpose(2, 3).reshape(noise.shape[0], -1, noise.shape[2])
+
+
+def cell_detail(tokens: Tensor, grid: TokenGrid, mode: str = "replicate") -> Tensor:
+    """Haar detail (B, cells, 4, channels, 3) of fine tokens (B, N, C), arranged by cell and child."""
+    _, detail = haar(grid.pad(tokens, mode=mode))
+    return detail[:, grid.children(tokens.device)]
+
+
+def renoise(tokens: Tensor, sigma: float, target: float, noise: Tensor) -> Tensor:
+    """Raise a state's noise from `sigma` to `target` >= sigma with fresh white noise.
+
+    x' = k x + sqrt(s'^2 - (k s)^2) n with k = (1 - s') / (1 - s); for s' = 2s/(1+s) it is (x + sqrt(3) s n) / (1+s).
+    """
+    if not sigma <= target <= 1:
+        raise ValueError(f"renoise: expected sigma <= target <= 1, got {sigma} and {target}")
+    if sigma == 1:
+        return tokens
+    keep = (1 - target) / (1 - sigma)
+    return keep * tokens + math.sqrt(max(0.0, target**2 - (keep * sigma) ** 2)) * noise
+
+
+def refine_layout(
+    tokens: Tensor,
+    old: MixedLayout,
+    new: MixedLayout,
+    sigma: float,
+    *,
+    split_noise: Tensor,
+    fresh_noise: Tensor,
+    known_detail: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, float]:
+    """Move a state to a finer layout: cells that are now split are expanded, all else is renoised to match.
+
+    Args:
+        tokens: (B, old.tokens, C) at noise level `sigma`.
+        split_noise: (B, cells, 4, channels, 3) white noise of the expansion.
+        fresh_noise: (B, grid.tokens, C) white noise on the fine grid, for tokens that keep their resolution.
+        known_detail: (B, cells, 4, channels, 3) Haar detail of cells whose content is known, 0 elsewhere.
+
+    Returns:
+        (B, new.tokens, C) and its noise level.
+    """
+    if torch.equal(old.expanded, new.expanded):
+        return tokens, sigma
+    if bool((old.expanded & ~new.expanded).any()):
+        raise ValueError("enter_layout: expected only finer cells, but some split cells would become coarse")
+    target = expanded_sigma(sigma)
+    split = len(old.locked_cells)
+    coarse, fine = tokens[:, :split], tokens[:, split:]
+    cells = coarse.new_zeros(tokens.shape[0], old.grid.coarse().tokens, tokens.shape[2])
+    cells[:, old.locked_cells] = coarse
+    fresh_cells = coarsen_noise(fresh_noise, new.grid)
+    locked = renoise(cells[:, new.locked_cells], sigma, target, fresh_cells[:, new.locked_cells])
+
+    born = (new.expanded & ~old.expanded).flatten().nonzero()[:, 0]
+    detail = None if known_detail is None else known_detail[:, born].contiguous()
+    parents = gather_tokens(cells, born, backend=backend)
+    if sigma > 0:
+        children, _ = expand_tokens(
+            parents, sigma, noise=split_noise[:, born].contiguous(), detail=detail, backend=backend
+        )
+    else:  # nothing is noise any more: the children are the parent and the detail that is known
+        children = _clean_children(parents, detail)
+    on_grid = fine.new_zeros(tokens.shape[0], new.grid.tokens, tokens.shape[2])
+    on_grid[:, old.fine_tokens] = renoise(fine, sigma, target, fresh_noise[:, old.fine_tokens])
+    birth = MixedLayout(new.grid, new.expanded & ~old.expanded)
+    on_grid[:, birth.fine_tokens] = gather_tokens(children.flatten(1, 2), birth.fine_slots, backend=backend)
+    return torch.cat([locked, on_grid[:, new.fine_tokens]], 1), target
+
+
+def _clean_children(parents: Tensor, detail: Tensor | None) -> Tensor:
+    b, m, c = parents.shape
+    sums = 2 * parents.view(b, m, c // 4, 4).transpose(2, 3)  # (B, M, 4 children, channels)
+    if detail is None:
+        detail = parents.new_zeros(b, m, 4, c // 4, 3)
+    c1, c2, c3 = detail.unbind(-1)
+    pixels = [sums + c1 + c2 + c3, sums - c1 + c2 - c3, sums + c1 - c2 - c3, sums - c1 - c2 + c3]
+    return (torch.stack(pixels, -1) / 2).reshape(b, m, 4, c)

@@ -1,0 +1,53 @@
+"""Putting the untouched part of the picture back: in latents (restore="reference") and in pixels (keep_pixels)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ..layout import TokenGrid
+
+
+def feather(cells: Tensor, scale: int, radius: int, size: tuple[int, int]) -> Tensor:
+    """Weights (B, *size) in 0..1 that rise inside the edited cells: exactly 0 outside them, 1 from `radius` on inwards.
+
+    cells (B, h, w) bool, each `scale` x `scale` samples of the result. The ramp is the upper half of a box blur, so
+    even a cell on its own reaches 1 in its middle. The border of the picture is no seam.
+    """
+    inside = cells[:, None].float().repeat_interleave(scale, 2).repeat_interleave(scale, 3)[..., : size[0], : size[1]]
+    blurred = F.avg_pool2d(F.pad(inside, (radius,) * 4, mode="replicate"), 2 * radius + 1, stride=1)
+    return (inside * (2 * blurred - 1).clamp(0, 1))[:, 0]
+
+
+def blend_latents(tokens: Tensor, reference: Tensor, edited: Tensor, grid: TokenGrid) -> Tensor:
+    """Clean tokens (B, N, C) inside the edited cells, the reference's own outside, with a seam one token wide."""
+    h, w = grid.shape
+    weight = feather(edited, 4, 1, (2 * h, 2 * w))  # a cell is 4 x 4 latent pixels
+    b, _, c = tokens.shape
+    weight = weight.view(b, h, 2, w, 2).permute(0, 1, 3, 2, 4).reshape(b, h * w, 1, 4).expand(-1, -1, c // 4, -1)
+    weight = weight.reshape(b, h * w, c)
+    return torch.where(weight == 0, reference, weight * tokens + (1 - weight) * reference)
+
+
+def keep_pixels(images, source: Tensor, edited: Tensor, cell: int, output_type: str):
+    """Images with the source's own pixels outside the feathered edit mask, bit for bit.
+
+    images: what the pipeline returns for `output_type`: list of PIL, array (B, H, W, 3) or tensor (B, 3, H, W) in 0..1.
+    source (B, 3, H, W) float32 in 0..1; edited (B, h, w) bool cells of `cell` px.
+    """
+    weight = feather(edited, cell, cell // 4, tuple(source.shape[-2:]))
+    if output_type == "pt":
+        kept, mix = source.to(images), weight[:, None].to(images)
+        return torch.where(mix == 0, kept, mix * images + (1 - mix) * kept)
+    kept, mix = source.permute(0, 2, 3, 1).cpu().numpy(), weight[..., None].cpu().numpy()
+    if output_type != "pil":  # as diffusers, which makes arrays of any other type's name
+        return np.where(mix == 0, kept, mix * images + (1 - mix) * kept).astype(images.dtype)
+    kept = (kept * 255).round().astype(np.uint8)
+    out = []
+    for image, k, m in zip(images, kept, mix, strict=True):
+        blended = (m * np.asarray(image, dtype=np.float32) + (1 - m) * k).round().astype(np.uint8)
+        out.append(Image.fromarray(np.where(m == 0, k, blended)))
+    return out

@@ -1,0 +1,138 @@
+"""Which sigmas each stage runs through.
+
+A stage is the model's own schedule restricted to an interval of sigma. Flow-match schedulers shift a uniform time t by
+sigma = a*t / (1 + (a-1)*t), where a grows with the number of image tokens (Esser et al., "Scaling Rectified Flow
+Transformers", eq. 23). The map is inverted at both ends of the interval and the uniform steps lie in between.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from ..config import SpecEditConfig
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`steps` model evaluations from sigma `start` down to sigma `end`. `name`: "coarse", "mixed" or "full"."""
+
+    name: str
+    start: float
+    end: float
+    steps: int
+
+
+def expanded_sigma(sigma: float) -> float:
+    """The noise level after a coarse state at `sigma` in [0, 1] has been expanded: 2s / (1+s).
+
+    Expansion divides by (1+s) so that the four children carry white noise: signal (1-s)/(1+s), noise 2s/(1+s), which
+    sum to one again.
+    """
+    if not 0 <= sigma <= 1:
+        raise ValueError(f"sigma: expected a number from 0 to 1, got {sigma!r}")
+    return 2 * sigma / (1 + sigma)
+
+
+def stages(config: SpecEditConfig) -> list[Stage]:
+    """The stages of the main run that have steps, in order, from sigma 1 to sigma 0. The draft is not among them.
+
+    coarse [1, s1], mixed [s1', s2], full [s2', 0] with s' = 2s/(1+s), because tokens are expanded between stages.
+    A stage without steps leaves its interval to the next one, and the last one with steps ends at 0. With
+    restore="reference" the steps of the full stage are taken on the mixed sequence. Steps (0, 0, n) are the stock
+    schedule.
+    """
+    coarse, mixed, full = config.steps
+    if config.restore == "reference":
+        mixed, full = mixed + full, 0
+    plan = [("coarse", coarse, config.boundaries[0]), ("mixed", mixed, config.boundaries[1]), ("full", full, 0.0)]
+    plan = [stage for stage in plan if stage[1]]
+    result: list[Stage] = []
+    start = 1.0
+    for i, (name, steps, boundary) in enumerate(plan):
+        end = 0.0 if i == len(plan) - 1 else boundary
+        result.append(Stage(name, start, end, steps))
+        start = expanded_sigma(end)
+    return result
+
+
+def supported(scheduler: Any) -> str | None:
+    """None when `stage_sigmas` reproduces this scheduler, else the reason why not (one phrase, for a warning)."""
+    if type(scheduler) is not FlowMatchEulerDiscreteScheduler:
+        return f"the scheduler is {type(scheduler).__name__}, not FlowMatchEulerDiscreteScheduler"
+    for option in (
+        "use_karras_sigmas",
+        "use_exponential_sigmas",
+        "use_beta_sigmas",
+        "stochastic_sampling",
+        "invert_sigmas",
+    ):
+        if scheduler.config.get(option):
+            return f"the scheduler sets {option}"
+    return None
+
+
+def shift_factor(scheduler: FlowMatchEulerDiscreteScheduler, tokens: int) -> float:
+    """a of sigma = a*t / (1 + (a-1)*t) for an image of `tokens` tokens.
+
+    Dynamic shifting draws mu as a line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift), as
+    the pipelines' calculate_shift does; a is exp(mu) for the exponential type and mu for the linear one. Otherwise a is
+    the scheduler's static shift.
+    """
+    config = scheduler.config
+    if not config.get("use_dynamic_shifting"):
+        return float(scheduler.shift)
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    mu = base + (tokens - low) * (top - base) / (high - low)
+    return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
+
+
+def stage_sigmas(
+    scheduler: FlowMatchEulerDiscreteScheduler, tokens: int, start: float, end: float, steps: int
+) -> torch.Tensor:
+    """Sigmas of one stage: the scheduler's own time shift, restricted to [end, start].
+
+    With start=1 and end=0 they equal those of `scheduler.set_timesteps(sigmas=np.linspace(1, 1/steps, steps), mu=...)`.
+    Where the stage ends at 0 and the scheduler has a `shift_terminal`, the sigmas are stretched as the scheduler does:
+    the last one before 0 becomes shift_terminal and `start` stays. A single step, or a start below shift_terminal, has
+    nothing to stretch. The scheduler itself is not changed.
+
+    Args:
+        tokens: image tokens of the stage that the shift depends on (the target's, without text and reference).
+        start, end: sigmas with 0 <= end < start <= 1.
+        steps: number of model evaluations, at least 1.
+
+    Returns:
+        float32 CPU tensor (steps + 1,), strictly decreasing, from `start` to `end`.
+
+    Raises:
+        ValueError: arguments out of range, or a scheduler for which `supported` gives a reason.
+    """
+    reason = supported(scheduler)
+    if reason:
+        raise ValueError(f"scheduler: expected a plain flow-match Euler scheduler, but {reason}")
+    if not 0 <= end < start <= 1:
+        raise ValueError(f"start, end: expected 0 <= end < start <= 1, got start={start!r}, end={end!r}")
+    if steps < 1:
+        raise ValueError(f"steps: expected at least 1, got {steps!r}")
+    if tokens < 1:
+        raise ValueError(f"tokens: expected at least 1, got {tokens!r}")
+    a = shift_factor(scheduler, tokens)
+    if not a > 0:
+        raise ValueError(f"scheduler: expected a positive time shift, got {a!r} for {tokens} tokens")
+
+    first, last = (sigma / (a + (1 - a) * sigma) for sigma in (start, end))
+    t = torch.linspace(first, last, steps + 1, dtype=torch.float64)
+    sigmas = a * t / (1 + (a - 1) * t)
+
+    terminal = scheduler.config.get("shift_terminal")
+    if terminal and end == 0 and steps > 1 and start > terminal:
+        scale = (start - terminal) / (start - sigmas[-2])
+        sigmas = start - (start - sigmas) * scale
+    sigmas[0], sigmas[-1] = start, end  # rounding in the two maps must not move the ends
+    return sigmas.float()

@@ -1,0 +1,80 @@
+"""End-to-end timing of an embedded editor: stock against every preset and both restores, in one run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from .. import RunReport, report, uninstall
+from ..api import installing as install
+from ..config import CHOICES, STOCK_STEPS, presets
+from . import arguments, load, scenes
+
+SEED = 1
+
+
+def presets_against_stock(
+    size: int, repeat: int = 3, seed: int = SEED, model: str = "kontext", **settings: Any
+) -> list[dict[str, Any]]:
+    """Rows of an `end_to_end` result file; medians of `repeat` calls, one short call of each before them to warm up.
+    `settings`: of SpecEditConfig, beside every preset. All ratios are to stock's 50 steps, the `baseline` of each row.
+
+    Stock and presets take turns, so that a machine whose speed drifts is as slow for one as for another.
+    `peak_memory` is the most bytes that torch held on the GPU at once. On a CPU it is None: a process can neither be
+    asked for the peak of one call, nor be told to forget that of the calls before.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe = load(model, device=device)
+    pipe.set_progress_bar_config(disable=True)
+    case = scenes.sample(seed, size)
+    call = dict(image=case.source, prompt=case.prompt, **arguments(case.source, model))
+
+    def measure(**more: Any) -> tuple[float, int]:
+        """Seconds of one call, and its peak, 0 on a CPU."""
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        pipe(**call, **more, generator=torch.Generator().manual_seed(seed))
+        seconds = time.perf_counter() - began
+        return seconds, torch.cuda.max_memory_allocated() if device == "cuda" else 0
+
+    runs = [(preset, restore) for preset in presets if "lightning" not in preset for restore in CHOICES["restore"]]
+    stock: list[tuple[float, int]] = []
+    taken: dict[tuple[str, str], list[tuple[float, int, RunReport]]] = {run: [] for run in runs}
+    with tqdm(total=repeat * (1 + len(runs)), desc="bench") as bar:
+        pipe(**call, num_inference_steps=2)
+        for turn in range(repeat):
+            stock.append(measure(num_inference_steps=STOCK_STEPS))
+            bar.update()
+            for preset, restore in runs:
+                install(pipe, preset, restore=restore, **settings)
+                if turn == 0:
+                    pipe(**call, num_inference_steps=2)
+                taken[preset, restore].append((*measure(), report(pipe)))
+                uninstall(pipe)
+                bar.update()
+
+    seconds_stock = statistics.median(seconds for seconds, _ in stock)
+    rows = []
+    for (preset, restore), calls in taken.items():
+        times = [seconds for seconds, _, _ in calls]
+        middle = statistics.median_low(times)  # a call of its own, so that its stages are this row's
+        done = calls[times.index(middle)][2]
+        rows.append(
+            dict(
+                model=f"micro-{model}", preset=preset, restore=restore, edit_fraction=done.edit_fraction,
+                height=size, width=size, baseline=f"stock {STOCK_STEPS} steps",
+                seconds_stock=seconds_stock, seconds=middle,
+                speedup=seconds_stock / middle,
+                flops_ratio=done.flops_ratio_50, spread=max(times) - min(times),
+                peak_memory_stock=max(peak for _, peak in stock) or None,
+                peak_memory=max(peak for _, peak, _ in calls) or None,
+                stages=[dict(name=s.name, steps=s.steps, tokens=s.tokens, flops=s.flops, seconds=s.seconds)
+                        for s in done.stages],
+            )
+        )  # fmt: skip
+    return rows

@@ -1,0 +1,1 @@
+"""Attention over mixed sequences: contexts, processors, and the last block."""

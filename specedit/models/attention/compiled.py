@@ -1,0 +1,79 @@
+"""Compiled blocks: what a call hands them, so that few graphs serve every size, batch and mask.
+
+Dynamo keeps at most `recompile_limit` graphs of a block's code and fails beyond it under `fullgraph=True`. It compiles
+anew for inputs that are views where others are not, for other strides, and for objects that only some calls bring. A
+wrapper outside of the compiled call makes calls alike, without changing a value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .contexts import mark_dynamic
+
+STREAMS = ("hidden_states", "encoder_hidden_states")
+
+
+class CompiledBlock:
+    """Stands in for the compiled call of a block.
+
+    take: (arguments) to the context that came with them, or None. drop: (arguments) to those of a stock call.
+    """
+
+    def __init__(self, compiled: Callable, take: Callable, drop: Callable | None):
+        self.compiled, self.take, self.drop = compiled, take, drop
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        context = self.take(kwargs)
+        kwargs |= {name: unviewed(kwargs[name]) for name in STREAMS if name in kwargs}
+        if context is not None and context.plain and self.drop is not None:
+            kwargs = self.drop(kwargs)  # the stock processor runs: the graph is a stock call's
+        elif context is not None and not context.plain:
+            for name in STREAMS:
+                mark_dynamic(kwargs.get(name), 2)
+            for table in kwargs.get("image_rotary_emb") or ():
+                mark_dynamic(table, 1)
+        return self.compiled(*args, **kwargs)
+
+
+def unviewed(states: Tensor) -> Tensor:
+    """The same values with the strides of a new tensor, and not as a view, which Dynamo would guard the base of."""
+    states = states.contiguous()
+    return torch.ops.aten._unsafe_view(states, states.shape)
+
+
+def attach(transformer: nn.Module, take: Callable, drop: Callable, last: nn.Module | None) -> None:
+    """Wrap the compiled calls of a transformer's blocks; idempotent. `last`: the block whose plain calls need the
+    context too."""
+    for block in blocks(transformer):
+        compiled = getattr(block, "_compiled_call_impl", None)
+        if compiled is not None and not isinstance(compiled, CompiledBlock):
+            block._compiled_call_impl = CompiledBlock(compiled, take, None if block is last else drop)
+
+
+def detach(transformer: nn.Module) -> None:
+    """Put the compiled calls back."""
+    for block in blocks(transformer):
+        if isinstance(wrapper := getattr(block, "_compiled_call_impl", None), CompiledBlock):
+            block._compiled_call_impl = wrapper.compiled
+
+
+def blocks(transformer: nn.Module) -> list[nn.Module]:
+    """The blocks of a transformer; none of another engine's."""
+    lists = (getattr(transformer, name, ()) for name in ("transformer_blocks", "single_transformer_blocks"))
+    return [block for each in lists for block in each]
+
+
+def take_keyword(kwargs: dict[str, Any]) -> Any:
+    """The context among `joint_attention_kwargs`."""
+    return (kwargs.get("joint_attention_kwargs") or {}).get("specedit")
+
+
+def drop_keyword(kwargs: dict[str, Any], nothing: dict | None) -> dict[str, Any]:
+    """The arguments without the context; `nothing`: what a stock call gives for `joint_attention_kwargs`."""
+    rest = {name: value for name, value in kwargs["joint_attention_kwargs"].items() if name != "specedit"}
+    return kwargs | {"joint_attention_kwargs": rest or nothing}

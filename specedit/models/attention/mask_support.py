@@ -1,0 +1,63 @@
+"""Whether the model's own attention backend takes a mask, which is how a bias per key reaches it.
+
+Some of diffusers' backends raise an error for a mask, some only take boolean ones, and older versions drop it in
+silence. Each is asked with tensors of four tokens that hold no data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from diffusers.models import attention_dispatch
+from torch import nn
+
+from ...config import SpecEditConfig
+from .processors import MixedProcessor
+
+MAKES_BOOLEAN = ("_native_npu",)  # what is not zero is seen, so a bias would say nothing
+
+
+def check(transformer: nn.Module, config: SpecEditConfig) -> None:
+    """ValueError where `attention="stock"` would hand a mask to a backend that takes none."""
+    if config.attention != "stock" or config.key_bias == "none" or not config.is_mixed:
+        return
+    for name in sorted(backends(transformer)):
+        if not takes_mask(name):
+            raise ValueError(
+                f"attention: expected an attention backend that takes a mask with attention='stock', got {name!r}; "
+                "key_bias='none' needs no mask, attention='auto' brings its own kernels"
+            )
+
+
+def backends(transformer: nn.Module) -> set[str]:
+    """Names of the attention backends that a transformer's wrapped processors run on."""
+    active = attention_dispatch._AttentionBackendRegistry._active_backend
+    processors = (getattr(module, "processor", None) for module in transformer.modules())
+    chosen = [p._attention_backend or active for p in processors if isinstance(p, MixedProcessor)]
+    return {str(getattr(name, "value", name)) for name in chosen}
+
+
+def takes_mask(name: str) -> bool:
+    """Whether the backend called `name` takes an additive floating point mask (B, 1, 1, N_k)."""
+    registry = attention_dispatch._AttentionBackendRegistry
+    member = attention_dispatch.AttentionBackendName(name)
+    if name in MAKES_BOOLEAN or "attn_mask" not in registry._supported_arg_names[member]:
+        return False
+    return not refuses_mask(registry._backends[member])
+
+
+@cache
+def refuses_mask(function: Callable[..., Any]) -> bool:
+    """Whether a backend's first answer to a mask is an error about it; anything else has another cause."""
+    states = torch.empty(1, 4, 1, 64, device="meta", dtype=torch.bfloat16)
+    mask = torch.empty(1, 1, 1, 4, device="meta", dtype=torch.bfloat16)
+    try:
+        function(query=states, key=states, value=states, attn_mask=mask)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        return "mask" in str(error).lower()
+    except Exception:
+        return False
+    return False

@@ -1,0 +1,80 @@
+"""An autoencoder of videos at work on single pictures, without convolving the frames that are not there."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from diffusers import AutoencoderKLQwenImage
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+class SingleFrameConv(TorchFunctionMode):
+    """Inside, causal convolutions of a single frame are convolutions of a picture, to within rounding.
+
+    With taps W[0..T-1] in time and zeros for the frames before the first, frame 0 of the output is
+
+        sum_t W[t] * x[t - (T - 1)] = W[T - 1] * x[0],
+
+    so that of three taps two need not be computed. It is torch's own calls in this thread that change and no module:
+    hooks that bring weights to the device go on working, and who shares the autoencoder notices nothing.
+    """
+
+    def __torch_function__(
+        self, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        func = {F.pad: _pad, F.conv3d: _conv3d}.get(func, func)
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def single_frame(vae: nn.Module) -> Iterator[None]:
+    """`SingleFrameConv` around calls of an autoencoder that it is known to hold for; nothing around others.
+
+    A compiled one has been compiled as it is, and would have to be again. Calls of one autoencoder from several threads
+    take turns, because autoencoders of videos keep the features of the last frames on themselves.
+    """
+    known = isinstance(vae, AutoencoderKLQwenImage) and not _compiled(vae)
+    with _turn(vae), SingleFrameConv() if known else contextlib.nullcontext():
+        yield
+
+
+_TURNS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_NEW_TURN = threading.Lock()
+
+
+def _turn(vae: Any) -> contextlib.AbstractContextManager:
+    if not isinstance(vae, nn.Module):
+        return contextlib.nullcontext()
+    with _NEW_TURN:
+        return _TURNS.setdefault(vae, threading.RLock())
+
+
+def _compiled(vae: nn.Module) -> bool:
+    if {"encode", "decode"} & vars(vae).keys():  # methods of this very instance: replaced, most often by compiled ones
+        return True
+    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in vae.modules())
+
+
+def _pad(x: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:
+    """Without the frames of zeros before the only one; `_conv3d` knows that they are missing."""
+    if x.ndim == 5 and x.shape[2] == 1 and len(pad) == 6 and pad[5] == 0 and mode == "constant" and not value:
+        pad = pad[:4]
+    return F.pad(x, pad, mode, value)
+
+
+def _conv3d(x: Tensor, weight: Tensor, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
+    """(B, C, 1, H, W) and taps (O, C / groups, T, h, w) to (B, O, 1, H', W'); anything else as always."""
+    padded = padding if isinstance(padding, (int, str)) else padding[0]
+    if x.ndim != 5 or x.shape[2] != 1 or padded:
+        return F.conv3d(x, weight, bias, stride, padding, dilation, groups)
+    if type(weight) not in (Tensor, nn.Parameter):  # a quantised weight may not be cut
+        x = F.pad(x, (0, 0, 0, 0, weight.shape[2] - 1, 0))
+        return F.conv3d(x, weight, bias, stride, padding, dilation, groups)
+    stride, padding, dilation = (v if isinstance(v, int) else v[-2:] for v in (stride, padding, dilation))
+    return F.conv2d(x[:, :, 0], weight[:, :, -1], bias, stride, padding, dilation, groups)[:, :, None]

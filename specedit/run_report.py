@@ -1,0 +1,324 @@
+"""What a run did: `RunReport`, its table, its JSON form and its figure."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import torch
+from PIL import Image
+
+from .config import STOCK_STEPS, SpecEditConfig
+
+# Accent and quiet colours of the figure; the masks use the two accents.
+EDITED, EXPANDED, QUIET = "#d1495b", "#30638e", "#8d99ae"
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """One stage of a run.
+
+    Args:
+        name: "draft", "coarse", "mixed", "full", or the name of work outside the transformer ("encode",
+            "verify", "second look", "decode").
+        sigma_start, sigma_end: the noise levels between which the stage ran; None where there are none.
+        steps: model evaluations; guidance passes are not counted twice.
+        tokens: length of one sample's sequence (text + target + reference); the mean where samples differ.
+        flops: operations of the whole stage over the whole batch, guidance passes included.
+        seconds: wall-clock time of the whole stage.
+        cached: how many of the steps a temporal cache answered, wholly or for most tokens.
+        reused: how many of the steps ran over the target's tokens alone, beside kept keys and values
+            (`reference_refresh`).
+    """
+
+    name: str
+    sigma_start: float | None
+    sigma_end: float | None
+    steps: int
+    tokens: float
+    flops: float
+    seconds: float
+    cached: int = 0
+    reused: int = 0
+
+
+def _grid(name: str, value: Any, kind: str) -> torch.Tensor | None:
+    """A (B, h, w) CPU tensor of scores or booleans, or None."""
+    if value is None:
+        return None
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor (B, h, w) or None, got {type(value).__name__}")
+    if value.ndim != 3:
+        raise ValueError(f"{name}: expected shape (B, h, w), got {tuple(value.shape)}")
+    if kind == "bool" and value.dtype != torch.bool:
+        raise TypeError(f"{name}: expected dtype torch.bool, got {value.dtype}")
+    value = value.detach().cpu()
+    return value if kind == "bool" else value.float()
+
+
+def _share(mask: torch.Tensor | None) -> float:
+    return 1.0 if mask is None else mask.float().mean().item()
+
+
+@dataclass(kw_only=True)
+class RunReport:
+    """What one call of an installed pipeline did.
+
+    Args:
+        nfe: model evaluations of the main run; `draft_steps` those of the draft (0 when none ran).
+        stages: in the order they ran, the draft among them.
+        flops: operations of the transformer in the whole run, draft included, whole batch.
+        stock_steps: steps of the stock run that this one is compared with: the call's num_inference_steps, else the
+            pipeline's own default.
+        flops_stock: operations of the stock pipeline with so many full steps.
+        seconds: wall-clock time of the call.
+        edit_fraction, expand_fraction: share of coarse cells edited (dilation included) and expanded (uniform coverage
+            included), the mean over the batch. Computed from the masks when left out; 1.0 without a mask.
+        score: verification score on the token grid, float (B, h, w), 0..4; None when nothing was verified.
+        edit_mask, expand_mask: bool (B, hc, wc) on the coarse grid; None when the run had no mask.
+        preset: name for the table and figure. Taken from `config` when left out.
+        config: the configuration that ran.
+        cache_bytes: most memory that temporal caches held at once.
+        missed: samples in whose draft no cell changed enough. With restore="reference" or keep_pixels, which would give
+            them back as they came, they were edited as a whole, unless the second look found something.
+        overflowed: samples whose verification score was not finite; they were edited as a whole.
+        source, edit: PIL images of the first sample for the figure; not part of `to_dict`.
+
+    Raises:
+        TypeError, ValueError: a grid of the wrong type or shape.
+    """
+
+    nfe: int
+    draft_steps: int
+    stages: list[StageReport]
+    flops: float
+    flops_stock: float
+    seconds: float
+    edit_fraction: float | None = None
+    expand_fraction: float | None = None
+    score: torch.Tensor | None = None
+    edit_mask: torch.Tensor | None = None
+    expand_mask: torch.Tensor | None = None
+    preset: str | None = None
+    config: SpecEditConfig | None = None
+    source: Image.Image | None = dataclasses.field(default=None, repr=False)
+    edit: Image.Image | None = dataclasses.field(default=None, repr=False)
+    cache_bytes: int = 0
+    empty_drafts: int = 0
+    stock_steps: int = STOCK_STEPS
+    overflowed: int = 0
+
+    def __post_init__(self) -> None:
+        self.stages = list(self.stages)
+        self.score = _grid("score", self.score, "float")
+        self.edit_mask = _grid("edit_mask", self.edit_mask, "bool")
+        self.expand_mask = _grid("expand_mask", self.expand_mask, "bool")
+        if self.edit_fraction is None:
+            self.edit_fraction = _share(self.edit_mask)
+        if self.expand_fraction is None:
+            self.expand_fraction = _share(self.expand_mask)
+        if self.preset is None and self.config is not None:
+            self.preset = self.config.name
+
+    @property
+    def flops_ratio(self) -> float:
+        """Operations of `stock_steps` stock steps over those of this run; inf for a run stopped before it began."""
+        return self.flops_stock / self.flops if self.flops else math.inf
+
+    @property
+    def flops_ratio_50(self) -> float:
+        """Operations of 50 stock steps over those of this run, as the paper counts; inf as above."""
+        return self.flops_ratio * (STOCK_STEPS / self.stock_steps)
+
+    @property
+    def cached_steps(self) -> int:
+        """Steps of the main run that a temporal cache answered."""
+        return sum(stage.cached for stage in self.stages)
+
+    @property
+    def reused_steps(self) -> int:
+        """Steps of the main run that ran over the target's tokens alone (`reference_refresh`)."""
+        return sum(stage.reused for stage in self.stages if stage.name != "draft")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts, ready for `json.dumps`.
+
+        Score and masks become nested lists (B, h, w), scores rounded to 4 decimals. The images are left out. Ratios
+        and scores that are not finite become None.
+        """
+        grids = {name: getattr(self, name) for name in ("edit_mask", "expand_mask")}
+        score = None
+        if self.score is not None:
+            score = [[[_finite(round(v, 4)) for v in row] for row in sample] for sample in self.score.tolist()]
+        return {
+            "preset": self.preset,
+            "config": dataclasses.asdict(self.config) if self.config is not None else None,
+            "nfe": self.nfe,
+            "draft_steps": self.draft_steps,
+            "stages": [dataclasses.asdict(stage) for stage in self.stages],
+            "edit_fraction": self.edit_fraction,
+            "expand_fraction": self.expand_fraction,
+            "flops": self.flops,
+            "stock_steps": self.stock_steps,
+            "flops_stock": self.flops_stock,
+            "flops_ratio": _finite(self.flops_ratio),
+            "flops_ratio_50": _finite(self.flops_ratio_50),
+            "seconds": self.seconds,
+            "cached_steps": self.cached_steps,
+            "reused_steps": self.reused_steps,
+            "cache_bytes": self.cache_bytes,
+            "missed": self.empty_drafts,
+            "overflowed": self.overflowed,
+            "score": score,
+            **{name: grid.tolist() if grid is not None else None for name, grid in grids.items()},
+        }
+
+    def __str__(self) -> str:
+        head = ("stage", "sigma", "steps", "tokens", "TFLOPs", "seconds")
+        rows = [
+            (s.name, _sigmas(s), str(s.steps), f"{s.tokens:,.0f}", _tera(s.flops), f"{s.seconds:.2f}")
+            for s in self.stages
+        ]
+        total = ("total", "", f"{self.nfe} + {self.draft_steps}", "", _tera(self.flops), f"{self.seconds:.2f}")
+        widths = [max(map(len, column)) for column in zip(head, *rows, total, strict=True)]
+
+        def line(cells: tuple[str, ...]) -> str:
+            words = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+            return "  ".join(words).rstrip()
+
+        rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+        return "\n".join([self._title(), rule, line(head), rule, *map(line, rows), rule, line(total)])
+
+    def _title(self) -> str:
+        name = f"SpecEdit {self.preset}" if self.preset else "SpecEdit"
+        apart = [(self.cached_steps, "cached"), (self.reused_steps, "on the target alone")]
+        apart = ", ".join(f"{count} {what}" for count, what in apart if count)
+        return (
+            f"{name}: NFE {self.nfe}{f' ({apart})' if apart else ''} + {self.draft_steps} draft, "
+            f"{self._compared()}, {self.edit_fraction:.0%} edited, {self.expand_fraction:.0%} expanded"
+            + (f"; {self.missed} of {len(self.edit_mask)} drafts showed no change" if self.empty_drafts else "")
+            + (f"; {self.overflowed} of {len(self.score)} scores were not finite" if self.overflowed else "")
+        )
+
+    def _compared(self) -> str:
+        """The stock run that this one is compared with, and the paper's where that is another."""
+        text = f"{self.stock_steps} stock steps take {self.flops_ratio:.2f}x the FLOPs"
+        return text if self.stock_steps == STOCK_STEPS else f"{text}; {STOCK_STEPS} take {self.flops_ratio_50:.2f}x"
+
+    def save_figure(self, path: str | PathLike[str], sample: int = 0) -> None:
+        """Write a figure: source, edit, score over the image, masks; below them seconds and TFLOPs per stage.
+
+        Panels whose data the run did not have stay out.
+
+        Args:
+            path: file to write; its suffix chooses the format.
+            sample: which sample of the batch the score and masks are shown for. `source` and `edit` are one image each.
+
+        Raises:
+            ValueError: no such sample, or a suffix that matplotlib does not know.
+        """
+        # Figure itself, not pyplot: no global state, so calls from several threads do not meet.
+        from matplotlib.figure import Figure
+
+        grids = [g for g in (self.score, self.edit_mask, self.expand_mask) if g is not None]
+        if any(not 0 <= sample < len(g) for g in grids):
+            raise ValueError(f"sample: expected an index from 0 to {min(map(len, grids)) - 1}, got {sample}")
+        panels = [
+            panel
+            for panel, present in (
+                (self._draw_source, self.source is not None),
+                (self._draw_edit, self.edit is not None),
+                (self._draw_score, self.score is not None),
+                (self._draw_masks, self.edit_mask is not None or self.expand_mask is not None),
+            )
+            if present
+        ]
+        figure = Figure(figsize=(max(8.0, 3.4 * len(panels)), 5.6 if panels else 2.4), layout="constrained")
+        titled = bars = figure
+        if panels:
+            titled, bars = figure.subfigures(2, 1, height_ratios=[3.4, 1.8])
+            for axes, panel in zip(titled.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+                panel(axes, sample)
+                axes.set_xticks([])
+                axes.set_yticks([])
+        left, right = bars.subplots(1, 2, sharey=True)
+        self._draw_bars(left, [s.seconds for s in self.stages], "seconds")
+        self._draw_bars(right, [s.flops / 1e12 for s in self.stages], "TFLOPs")
+        left.invert_yaxis()
+        titled.suptitle(self._title(), fontsize=11)
+        figure.savefig(path, dpi=120)
+
+    def _draw_source(self, axes: Any, sample: int) -> None:
+        axes.imshow(self.source.convert("RGB"))
+        axes.set_title("source", fontsize=10)
+
+    def _draw_edit(self, axes: Any, sample: int) -> None:
+        axes.imshow(self.edit.convert("RGB"))
+        axes.set_title("edit", fontsize=10)
+
+    def _backdrop(self, axes: Any, rows: int, cols: int) -> tuple[float, float, float, float]:
+        """Draw the source pale and return the extent on which a grid of rows x cols covers it."""
+        if self.source is None:
+            extent = (0.0, float(cols), float(rows), 0.0)
+        else:
+            width, height = self.source.size
+            extent = (0.0, float(width), float(height), 0.0)
+            axes.imshow(self.source.convert("L"), cmap="gray", vmin=-255, vmax=255, extent=extent)
+        axes.set_xlim(extent[:2])
+        axes.set_ylim(extent[2:])
+        return extent
+
+    def _draw_score(self, axes: Any, sample: int) -> None:
+        grid = self.score[sample].numpy()
+        extent = self._backdrop(axes, *grid.shape)
+        drawn = axes.imshow(grid, cmap="magma", vmin=0, alpha=0.75, extent=extent, interpolation="nearest")
+        axes.figure.colorbar(drawn, ax=axes, fraction=0.046, pad=0.02).ax.tick_params(labelsize=8)
+        axes.set_title(self._score_title(), fontsize=10)
+
+    def _score_title(self) -> str:
+        if self.config is None:
+            return "score"
+        if self.config.selector == "semantic":
+            return f"verification score (threshold {self.config.threshold:g})"
+        return f"score of selector {self.config.selector!r}"  # which takes the largest, whatever their values
+
+    def _draw_masks(self, axes: Any, sample: int) -> None:
+        from matplotlib.colors import to_rgba
+
+        edited, expanded = (None if m is None else m[sample] for m in (self.edit_mask, self.expand_mask))
+        first = edited if edited is not None else expanded
+        extent = self._backdrop(axes, *first.shape)
+        for mask, colour in ((expanded, EXPANDED), (edited, EDITED)):
+            if mask is not None:
+                overlay = torch.zeros(*mask.shape, 4)
+                overlay[mask] = torch.tensor(to_rgba(colour, 0.7))
+                axes.imshow(overlay.numpy(), extent=extent, interpolation="nearest")
+        axes.set_title("masks", fontsize=10)
+        for x, label, colour in ((0.0, "edited", EDITED), (0.3, "also expanded", EXPANDED)):
+            axes.text(x, -0.03, f"■ {label}", color=colour, fontsize=9, va="top", transform=axes.transAxes)
+
+    def _draw_bars(self, axes: Any, values: list[float], label: str) -> None:
+        colours = [QUIET if stage.steps == 0 or stage.name == "draft" else EXPANDED for stage in self.stages]
+        bars = axes.barh([stage.name for stage in self.stages], values, color=colours, height=0.65)
+        axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=3, fontsize=8)
+        axes.set_xlabel(label, fontsize=9)
+        axes.margins(x=0.15)
+        axes.tick_params(labelsize=9, left=False)
+        axes.spines[["top", "right"]].set_visible(False)
+
+
+def _sigmas(stage: StageReport) -> str:
+    if stage.sigma_start is None or stage.sigma_end is None:
+        return "-"
+    return f"{stage.sigma_start:.2f} -> {stage.sigma_end:.2f}"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _tera(flops: float) -> str:
+    return f"{flops / 1e12:.3g}" if flops < 1e14 else f"{flops / 1e12:,.0f}"

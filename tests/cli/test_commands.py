@@ -1,0 +1,406 @@
+"""The command line: what it writes, and one line with exit code 2 for what goes wrong."""
+
+import json
+import logging
+import subprocess
+import sys
+import warnings
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from specedit import cli, micro
+from specedit.cli import pipelines, shared
+from specedit.evaluation.results import fingerprint
+from specedit.micro import scenes
+from specedit.micro.loading import WEIGHTS
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "in.png"
+    scenes.sample(4, 128).source.save(path)
+    return path
+
+
+def test_demo(tmp_path, capsys):
+    assert cli.main(["demo", "--size", "128", "--out", str(tmp_path / "demo")]) == 0
+    for name in ("demo.png", "report.png", "input.png", "stock.png", "specedit.png"):
+        assert Image.open(tmp_path / "demo" / name).size[0] >= 128
+    out = capsys.readouterr().out
+    assert "FLOPs" in out and "seconds" in out and "demo.png" in out
+
+
+@pytest.fixture
+def qwen(monkeypatch, tmp_path):
+    """Puts an untrained Qwen editor where the package's weights would be."""
+    from specedit import micro
+    from specedit.micro import demonstration as demo
+    from training.micro import build_qwen
+
+    torch.manual_seed(0)
+    pipe = build_qwen.qwen()
+    pipe.transformer.proj_out.reset_parameters()
+    build_qwen.save(pipe, tmp_path / "weights" / "qwen")
+    monkeypatch.setitem(micro.load.__globals__, "WEIGHTS", tmp_path / "weights")
+    monkeypatch.setattr(demo, "STOCK_STEPS", 2)
+
+
+def test_the_qwen_editor_by_name(qwen, tmp_path, picture, capsys):
+    out = tmp_path / "demo"
+    assert cli.main(["demo", "--model", "qwen", "--size", "128", "--out", str(out)]) == 0
+    assert Image.open(out / "specedit.png").size == Image.open(out / "stock.png").size == (128, 128)
+    path = tmp_path / "eval.json"
+    given = ["eval", "micro", "--model", "qwen", "--preset", "stock", "--steps", "2", "--cases", "1", "--size", "64"]
+    assert cli.main([*given, "--json", str(path)]) == 0
+    assert "--model qwen" in json.loads(path.read_text())["command"]
+    edited = tmp_path / "edit.png"
+    given = ["edit", str(picture), "make it greyscale", "--model", "qwen", "--preset", "turbo", "--out", str(edited)]
+    assert cli.main(given) == 0 and Image.open(edited).size == (128, 128)
+    assert "FLOPs" in capsys.readouterr().out
+
+
+def test_bench_of_the_qwen_editor(tmp_path, monkeypatch):
+    from specedit.micro import timing as bench
+
+    asked = []
+    monkeypatch.setattr(bench, "presets_against_stock", lambda *a, **k: asked.append((a, k)) or [])
+    path = tmp_path / "bench.json"
+    assert cli.main(["bench", "--model", "qwen", "--size", "128", "--json", str(path)]) == 0
+    assert asked == [((128, 3), {"model": "qwen"})]
+    written = json.loads(path.read_text())
+    assert "specedit bench --model qwen --size 128" in written["command"]
+    assert written["of"] == dict(model="qwen", weights=fingerprint(WEIGHTS / "qwen"))
+
+
+@pytest.mark.parametrize("command", [["demo"], ["eval", "micro"], ["bench"]])
+def test_an_editor_without_weights_is_named_with_what_trains_it(command, monkeypatch, tmp_path, capsys):
+    from specedit import micro
+
+    monkeypatch.setitem(micro.load.__globals__, "WEIGHTS", tmp_path)
+    assert cli.main([*command, "--model", "qwen"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "python -m training.micro.train --model qwen --out runs/qwen" in error
+
+
+def test_edit_with_the_embedded_editor(tmp_path, picture, capsys):
+    out = tmp_path / "out.png"
+    given = ["edit", str(picture), "make it greyscale", "--preset", "turbo", "--out", str(out)]
+    assert cli.main([*given, "--figure", str(tmp_path / "figure.png")]) == 0
+    assert Image.open(out).size == (128, 128) and (tmp_path / "figure.png").exists()
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("editing with the embedded kontext editor") and said[-1] == f"wrote {out}"
+    Image.open(picture).resize((150, 100)).save(tmp_path / "other.png")
+    assert cli.main(["edit", str(tmp_path / "other.png"), "make it greyscale", "--out", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"wrote {out}, 144 x 96 px of 150 x 100"
+
+
+def test_what_guidance_needs(picture, tmp_path, capsys):
+    given = ["edit", str(picture), "make it greyscale", "--out", str(tmp_path / "out.png"), "--preset", "turbo"]
+    assert cli.main([*given, "--negative-prompt", "blue"]) == 2
+    expected = "--negative-prompt: expected --true-cfg-scale above 1 with it, got 1, the default of FluxKontextPipeline"
+    assert capsys.readouterr().err.splitlines()[-1].endswith(expected)
+    for scale, word in ((2.0, {"negative_prompt": "blue", "true_cfg_scale": 2.0}), (None, None)):
+        asked = SimpleNamespace(negative_prompt="blue" if word else None, true_cfg_scale=scale)
+        assert shared.guidance(micro.load("kontext"), asked) == (word or {})
+    asked = SimpleNamespace(negative_prompt=" ", true_cfg_scale=None)
+    assert shared.guidance(micro.load("qwen"), asked) == {"negative_prompt": " "}  # its own default is above 1
+
+    class Other:
+        def __call__(self, image, prompt, negative_prompt=None, guidance_scale=4.5):
+            pass
+
+    assert shared.guidance(Other(), asked) == {"negative_prompt": " "}
+    asked.true_cfg_scale = 2.0
+    with pytest.raises(shared.CLIError, match="--true-cfg-scale: expected none with Other, got 2"):
+        shared.guidance(Other(), asked)
+
+
+def test_a_gpu_without_kernels_takes_pytorch(monkeypatch, capsys):
+    from specedit_kernels import ops
+
+    assert torch.cuda.is_available() or shared.attention_here() == {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for error in (None, RuntimeError("expected a GPU of 8.0, got 7.5"), ImportError("expected Triton")):
+
+        def check(device, error=error):
+            if error is not None:
+                raise error
+
+        monkeypatch.setattr(ops, "check_gpu", check)
+        assert shared.attention_here() == ({} if error is None else {"attention": "torch"})
+        said = f"specedit: no Triton kernels here, PyTorch instead: {error}\n"
+        assert capsys.readouterr().err == ("" if error is None else said)
+
+
+def test_commands_run_with_the_attention_of_this_machine(monkeypatch, tmp_path, picture):
+    import specedit
+    from specedit.micro import timing as bench
+
+    taken, install = [], specedit.install
+
+    def recorded(pipe, *args, **settings):
+        taken.append(settings["attention"])
+        return install(pipe, *args, **settings)
+
+    monkeypatch.setattr(specedit, "install", recorded)
+    for command in (cli.edit, cli.evaluate, cli.bench):
+        monkeypatch.setattr(command, "attention_here", lambda: {"attention": "torch"})
+    given = ["make it greyscale", "--out", str(tmp_path / "out.png"), "--preset", "turbo"]
+    assert cli.main(["edit", str(picture), *given]) == 0
+    assert cli.main(["eval", "micro", "--cases", "1", "--size", "64", "--preset", "turbo"]) == 0
+    assert taken == ["torch", "torch"]
+    monkeypatch.setattr(bench, "presets_against_stock", lambda *_, **settings: taken.append(settings) or [])
+    assert cli.main(["bench", "--size", "64"]) == 0
+    assert taken[2] == {"model": "kontext", "attention": "torch"}
+
+
+def test_edit_keeps_pixels_outside_a_mask(tmp_path, picture):
+    mask = Image.new("L", (128, 128))
+    mask.paste(255, (0, 0, 32, 32))
+    mask.save(tmp_path / "mask.png")
+    out = tmp_path / "out.png"
+    given = ["edit", str(picture), "make it greyscale", "--mask", str(tmp_path / "mask.png"), "--keep-pixels"]
+    assert cli.main([*given, "--preset", "turbo", "--out", str(out)]) == 0
+    before, after = (np.asarray(Image.open(p)) for p in (picture, out))
+    assert np.array_equal(before[32:], after[32:]) and np.array_equal(before[:, 32:], after[:, 32:])
+    assert not np.array_equal(before[:32, :32], after[:32, :32])
+
+
+def test_eval_micro(tmp_path, capsys):
+    path = tmp_path / "eval.json"
+    given = ["eval", "micro", "--preset", "turbo", "--cases", "2", "--size", "128", "--json", str(path)]
+    assert cli.main(given) == 0
+    written = json.loads(path.read_text())
+    assert len(written["rows"]) == 2 and written["machine"]["torch"] and "--cases 2" in written["command"]
+    assert "success" in capsys.readouterr().out
+
+
+def test_bench(tmp_path, monkeypatch):
+    from specedit.micro import timing as bench
+
+    path, installed, install = tmp_path / "bench.json", [], bench.install
+    monkeypatch.setattr(
+        bench, "install", lambda *args, **more: installed.append((args[1:], more)) or install(*args, **more)
+    )
+    assert cli.main(["bench", "--size", "128", "--repeat", "2", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert installed[: len(rows)] == installed[len(rows) :] and installed[0] != installed[1]  # they take turns
+    assert {(r["preset"], r["restore"]) for r in rows} >= {("turbo", "reference"), ("quality", "full")}
+    for row in rows:
+        assert row["speedup"] == pytest.approx(row["seconds_stock"] / row["seconds"], rel=1e-3)
+        assert sum(stage["seconds"] for stage in row["stages"]) <= row["seconds"]  # of one and the same call
+        for key in ("peak_memory_stock", "peak_memory"):
+            assert (row[key] > 0) if torch.cuda.is_available() else (row[key] is None)
+
+
+def test_bench_plan_predicts_without_measuring(tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    given = ["bench", "plan", "--gpu", "H200", "--preset", "turbo", "--restore", "reference", "--edited", "10"]
+    assert cli.main([*given, "--measured", "--json", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "predicted for H200" in out and "draft" in out and "mixed" in out and "not measured" in out
+    written = json.loads(path.read_text())
+    assert written["gpu"] == "H200" and written["stages"][0]["name"] == "encode"
+    assert f"{written['clock_ratio']:.2f}x" in out
+
+
+def test_bench_plan_takes_the_switches(tmp_path):
+    path, ratios = tmp_path / "plan.json", []
+    for more in ([], ["--reference-refresh", "4"], ["--reference-refresh", "4", "--guidance-range", "0.2", "1"]):
+        given = ["bench", "plan", "--model", "qwen-image-edit", "--preset", "turbo", "--restore", "reference", *more]
+        assert cli.main([*given, "--measured", "--json", str(path)]) == 0
+        ratios.append(json.loads(path.read_text())["flops_ratio"])
+    assert ratios == sorted(set(ratios))
+
+
+def test_bench_plan_sets_measured_beside_predicted(tmp_path, capsys):
+    path = tmp_path / "end_to_end-real.json"
+    row = dict(
+        model="flux-kontext", preset="turbo", restore="full", height=1024, width=1024, batch=1, edit_fraction=0.2,
+        seconds=2.5, seconds_stock=20.0, speedup=8.0, flops_ratio=7.0, stages=[dict(name="draft", seconds=0.321)],
+    )  # fmt: skip
+    path.write_text(json.dumps(dict(machine=dict(gpu="NVIDIA H100 80GB HBM3"), rows=[row])))
+    assert cli.main(["bench", "plan", "--preset", "turbo", "--measured", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "0.321" in out and "8.00x" in out and "not measured" not in out
+
+
+@pytest.mark.parametrize("sized", [True, False])
+def test_edit_with_another_pipeline(tmp_path, picture, monkeypatch, sized):
+    heard = {}
+
+    class Sized:
+        def __call__(self, image, prompt, height, width, negative_prompt=None, edit_mask=None, generator=None):
+            heard.update(locals())
+            return SimpleNamespace(images=[image])
+
+    class Unsized(Sized):
+        def __call__(self, image, prompt, negative_prompt=None, edit_mask=None, generator=None):
+            return Sized.__call__(self, image, prompt, None, None, negative_prompt, edit_mask, generator)
+
+    def make(model, torch_dtype, **_):
+        pipe = Sized() if sized else Unsized()
+        pipe.to = lambda device: pipe
+        return pipe
+
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", make)
+    monkeypatch.setattr("specedit.install", lambda pipe, *_, **__: pipe)
+    given = ["edit", str(picture), "make it red", "--model", "some/editor", "--negative-prompt", " "]
+    assert cli.main([*given, "--out", str(tmp_path / "out.png")]) == 0
+    assert heard["negative_prompt"] == " "
+    assert (heard["height"], heard["width"]) == ((128, 128) if sized else (None, None))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["bench", "plan", "--gpu", "H900"], "gpu: expected one of A100, H100, H200, B200, got 'H900'"),
+        (["bench", "plan", "--reference-refresh", "0"], "reference_refresh: expected an integer of at least 1"),
+        (["bench", "plan", "--guidance-range", "0.9", "0.2"], "guidance_range: expected two sigmas"),
+        (["bench", "plan", "--edited", "120"], "--edited: expected percent, from 0 to 100, got 120"),
+        (["bench", "plan", "--measured", "nowhere.json"], "nowhere.json"),
+        (["edit", "nowhere.png", "make it red"], "nowhere.png"),
+        (["demo", "--size", "100"], "--size: expected a multiple of 16 from 128 to 512, got 100"),
+        (["eval", "micro", "--size", "100"], "--size: expected a multiple of 16 from 64 to 1024, got 100"),
+        (["eval", "micro", "--steps", "0"], "--steps: expected a whole number from 1 to 1,000, got 0"),
+        (["eval", "micro", "--preset", "stock", "--restore", "full"], "--restore: expected none with --preset stock"),
+        (["eval", "gedit", "--data", ".", "--model", "kontext", "--cases", "0"], "--cases: expected a whole"),
+        (
+            ["eval", "imgedit", "--data", "nowhere", "--model", "kontext"],
+            "--data: expected a folder with the basic_edit",
+        ),
+        (["bench", "--size", "48"], "--size: expected a multiple of 16 from 64 to 1024, got 48"),
+        (["eval", "micro", "--cases", "0"], "--cases: expected a whole number from 1 to 1,000,000, got 0"),
+        (["bench", "--repeat", "0"], "--repeat: expected a whole number from 1 to 1,000, got 0"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(arguments, says, capsys):
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert says in error and len(error.splitlines()) == 1
+
+
+def test_a_command_says_one_line_from_its_very_start():
+    """Libraries have their say while they are imported, before any of our code could stop them."""
+    code = "import sys; from specedit.cli import main; sys.exit(main(['edit', 'nowhere.png', 'x']))"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stderr.splitlines() == [
+        "specedit: image: expected a picture file, got nowhere.png, which does not exist"
+    ]
+
+
+def test_plan_beside_a_file_that_is_no_result(tmp_path, capsys):
+    (tmp_path / "other.json").write_text("[]")
+    assert cli.main(["bench", "plan", "--measured", str(tmp_path / "other.json")]) == 2
+    assert "--measured: expected a result file with machine and rows, got" in capsys.readouterr().err
+    plan = tmp_path / "new" / "plan.json"
+    assert cli.main(["bench", "plan", "--measured", "--json", str(plan)]) == 0 and plan.exists()
+
+
+def test_a_model_directory_without_a_pipeline(tmp_path, picture, capsys):
+    assert cli.main(["edit", str(picture), "x", "--model", str(tmp_path)]) == 2
+    assert "model_index.json" in capsys.readouterr().err
+
+
+def test_an_empty_prompt_and_a_file_that_is_no_picture(tmp_path, picture, capsys):
+    assert cli.main(["edit", str(picture), "  "]) == 2
+    broken = tmp_path / "broken.png"
+    broken.write_text("not a picture")
+    assert cli.main(["edit", str(broken), "make it greyscale", "--out", str(tmp_path / "out.png")]) == 2
+    assert all("specedit: " in line for line in capsys.readouterr().err.strip().splitlines())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "COMMAND"),
+        (["paint"], "'paint'"),
+        (["demo", "--preset", "warp"], "'warp' (choose from"),
+        (["demo", "--seed", "x"], "--seed: expected a whole number from 0 to 2^63 - 1, got x"),
+        (["demo", "--seed", "-1"], "got -1"),
+        (["edit", "in.png", "x", "--seed", str(2**63)], f"2^63 - 1, got {2**63}"),
+        (["eval", "vibes"], "'vibes'"),
+        (["edit", "in.png"], "prompt"),
+        (["bench", "plan", "--colour", "red"], "--colour"),
+        (["eval", "micro", "--data", "x"], "specedit eval micro: unrecognized arguments: --data x"),
+        (["eval", "micro", "--seed", "1"], "specedit eval micro: unrecognized arguments: --seed 1"),
+        (
+            ["eval", "gedit", "--data", "x", "--model", "y", "--size", "64"],
+            "eval gedit: unrecognized arguments: --size",
+        ),
+        (["eval", "imgedit", "--data", "x", "--model", "y", "--language", "en"], "unrecognized arguments: --language"),
+        (["eval", "gedit", "--data", "x", "--model", "y", "--language", "fr"], "'fr'"),
+        (["eval", "gedit", "--model", "kontext"], "--data"),
+        (["eval", "imgedit", "--data", "x"], "--model"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exits_with_2(arguments, says, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and says in error and len(error.splitlines()) == 1
+
+
+def test_what_libraries_say_at_the_start_is_not_the_users_concern():
+    import diffusers
+    import transformers
+
+    before = [library.utils.logging.get_verbosity() for library in (diffusers, transformers)]
+    try:
+        shared.silence_libraries()
+        assert all(library.utils.logging.get_verbosity() == logging.ERROR for library in (diffusers, transformers))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.warn("dtype", FutureWarning, stacklevel=1)
+        assert not caught
+    finally:
+        for library, level in zip((diffusers, transformers), before, strict=True):
+            library.utils.logging.set_verbosity(level)
+
+
+@pytest.mark.parametrize("out", ["edit.xyz", "edit", "edit.txt"])
+@pytest.mark.parametrize("option", ["--out", "--figure"])
+def test_a_file_that_cannot_be_written_is_said_before_any_work(tmp_path, picture, capsys, monkeypatch, option, out):
+    monkeypatch.setattr(pipelines, "load", lambda *_: pytest.fail("a pipeline was loaded"))
+    assert cli.main(["edit", str(picture), "make it greyscale", option, str(tmp_path / out)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert f"expected a picture file such as edit.png, got {tmp_path / out}" in error and len(error.splitlines()) == 1
+
+
+def test_demo_into_a_file_is_said_before_any_work(tmp_path, capsys, monkeypatch):
+    (tmp_path / "taken").write_text("")
+    monkeypatch.setattr("specedit.micro.demonstration.run", lambda *_, **__: pytest.fail("the demo ran"))
+    assert cli.main(["demo", "--out", str(tmp_path / "taken")]) == 2
+    assert "taken" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("size", "got"), [((40, 300), (32, 288)), ((2000, 100), (512, 16)), ((5, 5), (16, 16))])
+def test_pictures_that_are_too_small_or_too_long_run_stock(tmp_path, size, got):
+    Image.new("RGB", size).save(tmp_path / "in.png")
+    given = ["edit", str(tmp_path / "in.png"), "make it greyscale", "--out", str(tmp_path / "out.png")]
+    with pytest.warns(UserWarning, match="runs the stock pipeline: a picture with fewer than 4 tokens a side, 64 px"):
+        assert cli.main(given) == 0
+    assert Image.open(tmp_path / "out.png").size == got
+
+
+def test_a_decompression_bomb(tmp_path, capsys, picture, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert cli.main(["edit", str(picture), "make it greyscale", "--out", str(tmp_path / "out.png")]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("error", [MemoryError("no"), torch.OutOfMemoryError("no")])
+def test_out_of_memory_is_one_line(capsys, monkeypatch, picture, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(pipelines, "load", fail)
+    assert cli.main(["edit", str(picture), "make it greyscale", "--out", str(picture.parent / "out.png")]) == 2
+    said = "specedit: out of memory; --offload, --size, a smaller picture or model takes less\n"
+    assert capsys.readouterr().err == said
+    monkeypatch.setattr(pipelines, "load", lambda *_, **__: [][0])
+    assert cli.main(["edit", str(picture), "make it greyscale", "--out", str(picture.parent / "out.png")]) == 1
+    assert capsys.readouterr().err.startswith("specedit: unexpected IndexError: list index out of range; SPECEDIT_TR")

@@ -1,0 +1,59 @@
+"""Result files carry their machine; pages carry what the files say."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+from specedit.evaluation import results
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_a_result_file_says_where_it_comes_from(tmp_path):
+    path = tmp_path / "deep" / "x.json"
+    results.write(path, "the command", [dict(a=1.23456789, b=math.nan, c=(1, 2))], mean={"a": 1})
+    written = json.loads(path.read_text())
+    assert written["rows"] == [{"a": 1.23457, "b": None, "c": [1, 2]}] and written["mean"] == {"a": 1}
+    assert {"gpu", "driver", "cpu", "torch", "triton", "diffusers", "commit", "date"} <= set(written["machine"])
+
+
+def test_threads_that_wait_otherwise_are_another_machine(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    plain = results.machine()
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    assert results.machine() == plain | {"wait_policy": "PASSIVE"} and "wait_policy" not in plain
+
+
+def test_every_committed_result_names_its_machine_and_command():
+    files = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    assert files
+    for file in files:
+        content = json.loads(file.read_text())
+        assert content["machine"]["torch"] and content["command"] and content["rows"], file.name
+
+
+def test_pages_say_what_the_results_say():
+    done = subprocess.run(
+        [sys.executable, "scripts/make_docs.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_readme_opens_with_two_one_line_commands():
+    blocks = (ROOT / "README.md").read_text().split("```")[1::2]
+    assert all(block.startswith("sh\n") and block.strip().count("\n") == 1 for block in blocks[:2])
+    assert not any(block.startswith("sh\n") for block in blocks[2:])
+
+
+def test_a_fingerprint_tells_weights_apart(tmp_path):
+    folder = tmp_path / "editor"
+    (folder / "vae").mkdir(parents=True)
+    (folder / "vae" / "a.safetensors").write_bytes(b"1")
+    first = results.fingerprint(folder)
+    (folder / "model_index.json").write_text("{}")  # not weights
+    assert results.fingerprint(folder) == first
+    (folder / "vae" / "a.safetensors").write_bytes(b"2")
+    assert results.fingerprint(folder) != first
+    assert results.fingerprint(None) is None and results.fingerprint(tmp_path / "nowhere") is None

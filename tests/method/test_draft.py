@@ -1,0 +1,124 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from specedit import SpecEditConfig
+from specedit.cost.flops import transformer_flops
+from specedit.layout import TokenGrid
+from specedit.method.adapter import EditState
+from specedit.method.draft import generate, shrink, small_reference, upsample
+from specedit.method.schedule import stage_sigmas
+from specedit.placement import Placement
+
+
+def pixels(tokens, grid):
+    b, _, c = tokens.shape
+    image = tokens.view(b, *grid.shape, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return image.reshape(b, c // 4, 2 * grid.height, 2 * grid.width)
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_shrink_averages_latent_pixels(scale):
+    grid = TokenGrid(8, 12)
+    tokens = torch.randn(2, grid.tokens, 8)
+    small, smaller = shrink(tokens, grid, scale)
+    assert smaller == TokenGrid(8 // scale, 12 // scale)
+    torch.testing.assert_close(pixels(small, smaller), F.avg_pool2d(pixels(tokens, grid), scale))
+
+
+def test_several_references_shrink_each_by_itself():
+    grids = (TokenGrid(8, 12), TokenGrid(5, 4))
+    tokens = torch.randn(2, sum(grid.tokens for grid in grids), 8)
+    places = tuple(Placement(grids[0], grid, row, 0) for grid, row in zip(grids, (0, 3), strict=True))
+    state = SimpleNamespace(references=tokens.split([grid.tokens for grid in grids], 1), placements=places)
+    small = small_reference(state, 4)
+    first, second = (shrink(one, grid, 4) for one, grid in zip(state.references, grids, strict=True))
+    assert torch.equal(small[:, : first[1].tokens], first[0])
+    # Three rows of the first cell lie before the second picture: its first row repeats there.
+    second = state.references[1].view(2, 5, 4, 8)
+    padded = torch.cat([second[:, :1].expand(-1, 3, -1, -1), second], 1).flatten(1, 2)
+    assert torch.equal(small[:, first[1].tokens :], shrink(padded, TokenGrid(8, 4), 4)[0])
+
+
+@pytest.mark.parametrize("target", [TokenGrid(8, 12), TokenGrid(7, 9)], ids=str)
+@pytest.mark.parametrize("scale", [2, 4])
+def test_upsample_is_bilinear_in_latent_pixels(scale, target):
+    grid = target.coarse(scale)
+    tokens = torch.randn(2, grid.tokens, 8)
+    height, width = 2 * grid.height * scale, 2 * grid.width * scale
+    expected = F.interpolate(pixels(tokens, grid), size=(height, width), mode="bilinear")
+    expected = expected[..., : 2 * target.height, : 2 * target.width]
+    large = upsample(tokens, grid, scale, target)
+    torch.testing.assert_close(pixels(large, target), expected)
+
+
+class Recorder:
+    """An adapter whose velocity is a constant; it remembers what it was asked."""
+
+    def __init__(self, velocity):
+        self.constant, self.calls = velocity, []
+
+    def velocity(self, pipe, state, tokens, sigma, rows, layout, reference, reference_layout, config):
+        self.calls.append((sigma, rows, layout, reference, reference_layout))
+        return torch.full_like(tokens, self.constant)
+
+
+def make_state(height=9, width=12):
+    grid, reference_grid = TokenGrid(height, width), TokenGrid(8, 8)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, grid.tokens, 8, generator=generator)
+    reference = torch.randn(2, reference_grid.tokens, 8, generator=generator)
+    return EditState(
+        grid=grid, noise=noise, reference=reference, reference_grid=reference_grid,
+        placements=(Placement(grid, reference_grid),),
+        generator=torch.Generator().manual_seed(7), text_tokens=5, branches=1, pixels_per_token=16,
+    )  # fmt: skip
+
+
+PIPE = SimpleNamespace(
+    interrupt=False, scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    transformer=SimpleNamespace(config=dict(num_layers=2, num_attention_heads=2, attention_head_dim=4)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_the_draft_is_a_small_image_of_its_own(scale):
+    state, adapter, heard = make_state(), Recorder(0.5), []
+    config = SpecEditConfig(draft_steps=5, draft_scale=scale)
+    draft = generate(adapter, PIPE, state, config, lambda: heard.append(1))
+    tokens, grid = draft.tokens, draft.layout.grid
+    assert grid == state.grid.coarse(scale)
+    assert draft.reference_layout.tokens == (8 // scale) ** 2
+    whole = grid.tokens + (8 // scale) ** 2 + 5
+    assert draft.flops == 5 * 2 * transformer_flops(PIPE.transformer.config, whole)  # steps, samples
+    assert len(heard) == len(adapter.calls) == 5
+    expected = stage_sigmas(PIPE.scheduler, grid.tokens, 1.0, 0.0, 5)
+    assert [call[0] for call in adapter.calls] == expected[:-1].tolist()
+    _, rows, layout, reference, reference_layout = adapter.calls[0]
+    assert rows == [0, 1] and layout.is_fine and layout.grid == grid
+    assert torch.equal(layout.positions, grid.positions())
+    torch.testing.assert_close(
+        pixels(reference, reference_layout.grid), F.avg_pool2d(pixels(state.reference, state.reference_grid), scale)
+    )
+    # from sigma 1 to 0 along a constant velocity; the noise is fresh from the caller's generator
+    noise = torch.randn(2, grid.tokens, 8, generator=torch.Generator().manual_seed(7))
+    torch.testing.assert_close(tokens, noise - 0.5)
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_coupled_noise_is_the_sum_coefficient_of_the_main_run(scale):
+    state = make_state(8, 12)
+    draft = generate(Recorder(0.0), PIPE, state, SpecEditConfig(couple_noise=True, draft_scale=scale), lambda: None)
+    expected = F.avg_pool2d(pixels(state.noise, state.grid), scale) * scale
+    torch.testing.assert_close(pixels(draft.tokens, draft.layout.grid), expected)
+    assert torch.equal(state.generator.get_state(), torch.Generator().manual_seed(7).get_state())  # nothing drawn
+
+
+def test_an_interrupt_ends_the_draft():
+    pipe = SimpleNamespace(interrupt=False, scheduler=PIPE.scheduler, transformer=PIPE.transformer)
+    adapter = Recorder(0.0)
+    generate(adapter, pipe, make_state(), SpecEditConfig(), lambda: setattr(pipe, "interrupt", len(adapter.calls) == 2))
+    assert len(adapter.calls) == 2

@@ -1,0 +1,51 @@
+"""Where rows of joint and packed sequences lie, and which of them ask."""
+
+from dataclasses import fields
+
+import torch
+
+from specedit.models.attention.contexts import MixedContext, QueryRows, pack, segments
+
+
+def test_pack_gives_every_row_its_place():
+    packing = pack([2, 0, 3], target=2, reference=1, device="cpu")
+    assert packing.cu_seqlens.tolist() == [0, 5, 8, 14] and packing.longest == 6
+    assert packing.text.tolist() == [0, 1, 8, 9, 10]
+    assert packing.image.tolist() == [2, 3, 5, 6, 11, 12, 4, 7, 13]  # targets of all, then references
+
+
+def test_segments_of_several_sequences():
+    coarse = torch.tensor([0, 1, 1, 0, 0, 1, 0], dtype=torch.bool)
+    parts = segments(coarse, [3, 2, 2])
+    assert parts.order.tolist() == [0, 3, 4, 6, 1, 2, 5]
+    assert parts.cu_q.tolist() == [0, 1, 3, 4, 6, 6, 7]  # fine of each, then coarse of each; the second has none
+    assert parts.cu_k.tolist() == [0, 3, 5, 7, 10, 12, 14]
+
+
+def test_segments_of_some_queries():
+    parts = segments(torch.tensor([1, 0, 0], dtype=torch.bool), [2, 1], [7, 4])
+    assert parts.cu_q.tolist() == [0, 1, 2, 3, 3] and parts.cu_k.tolist() == [0, 7, 11, 18, 22]
+
+
+def tensors(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, tuple):
+        return [tensor for one in value for tensor in tensors(one)]
+    parts = fields(value) if hasattr(value, "__dataclass_fields__") else ()
+    return [tensor for part in parts for tensor in tensors(getattr(value, part.name))]
+
+
+def test_a_context_moves_whole_and_keeps_its_store():
+    coarse, tables, store = torch.tensor([True, False, True]), (torch.ones(3, 2), torch.zeros(3, 2)), {}
+    context = MixedContext(
+        key_bias=torch.zeros(3), segments=segments(coarse), coarse_rotary=tables, rotary=tables, index=torch.arange(3),
+        packing=pack([1, 0], 1, 0, "cpu"), store=store, rows=torch.arange(2)[None], backend="torch",
+        asking=QueryRows(torch.arange(2)), read=QueryRows(torch.arange(1), segments(coarse[:1])),
+    )  # fmt: skip
+    assert context.to("cpu") is context and context.to(torch.device("cpu"), non_blocking=True) is context
+    moved = context.to("meta")
+    assert len(tensors(moved)) == len(tensors(context)) == 23
+    assert {tensor.device.type for tensor in tensors(moved)} == {"meta"}
+    assert moved.store is store and moved.backend == "torch" and not context.rotary[0].is_meta
+    assert [t.shape for t in tensors(moved)] == [t.shape for t in tensors(context)]
