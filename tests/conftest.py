@@ -266,3 +266,7 @@ def make_small_qwen(qwen_parts):
 @pytest.fixture
 def small_qwen(make_small_qwen):
     return make_small_qwen()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--record-pictures", action="store_true", help="write tests/models/recorded_pictures.json anew")

@@ -26,7 +26,7 @@ def test_importing_the_package_and_the_vocabulary_imports_no_torch():
 
 def test_functions_take_precedence_over_modules_of_the_same_name():
     code = (
-        "import specedit.install, specedit.report, specedit.micro.loading\n"
+        "import specedit.api.installing, specedit.run_report, specedit.micro.loading\n"
         "from specedit import config, install, report, micro\n"
         "print([type(x).__name__ for x in (install, report, specedit.install, micro.load, micro.evaluate, config)])"
     )
@@ -43,8 +43,8 @@ def test_every_public_name_is_listed_and_found(package):
 
 
 def test_submodules_are_found_without_importing_them_first():
-    assert python("import specedit; print(specedit.method.schedule.__name__, specedit.config.__name__)") == (
-        "specedit.method.schedule specedit.config\n"
+    assert python("import specedit; print(specedit.run_report.__name__, specedit.config.__name__)") == (
+        "specedit.run_report specedit.config\n"
     )
 
 

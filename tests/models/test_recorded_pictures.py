@@ -1,0 +1,70 @@
+"""The same seeds give the same pictures as when they were recorded: every preset, both restores, three families.
+
+`python -m pytest tests/models/test_recorded_pictures.py --record-pictures` writes the file anew. Rounding differs
+between processors, so the hash of every bit is only compared on the processor that recorded it.
+"""
+
+import hashlib
+import json
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+
+import specedit
+from specedit.config import presets
+
+FILE = Path(__file__).with_name("recorded_pictures.json")
+FAMILIES = ("flux", "qwen", "longcat")
+THRESHOLD = dict(flux=1.6, qwen=1.15, longcat=1.6)  # of random weights: about a third of the cells
+PRESETS = ("quality", "balanced", "fast", "turbo", "lightning-8", "lightning-6")
+
+
+def processor():
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{name or platform.processor()}, torch {torch.__version__}"
+
+
+@pytest.fixture
+def make_family(request, picture):
+    """Makes a pipeline of a family, and the arguments of one call of it."""
+
+    def make(name):
+        call = dict(image=picture(160, 128), prompt="make it red")
+        sized = dict(height=160, width=128)
+        if name == "flux":
+            pipe = request.getfixturevalue("make_pipe")()
+            return pipe, call | sized | dict(max_area=160 * 128, _auto_resize=False, max_sequence_length=16)
+        if name == "qwen":
+            pipe = request.getfixturevalue("make_qwen")()
+            return pipe, call | sized | dict(negative_prompt="blue", true_cfg_scale=2.5)
+        pytest.importorskip("diffusers.pipelines.longcat_image")
+        return request.getfixturevalue("make_longcat")(), call | dict(negative_prompt="blue", guidance_scale=2.5)
+
+    return make
+
+
+@pytest.mark.parametrize("restore", ["full", "reference"])
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pictures_are_the_recorded_ones(family, preset, restore, make_family, request):
+    pipe, call = make_family(family)
+    specedit.install(pipe, preset, restore=restore, threshold=THRESHOLD[family], dilation=0)
+    latents = pipe(**call, output_type="latent", generator=torch.Generator().manual_seed(7)).images.float()
+    assert preset in presets and torch.isfinite(latents).all()
+    chunks = latents.flatten().chunk(24)
+    found = {
+        "values": [round(float(chunk.mean()), 5) for chunk in chunks] + [round(float(latents.std()), 5)],
+        "cells": specedit.report(pipe).edit_mask.int().flatten().tolist(),
+        "sha256": {processor(): hashlib.sha256(latents.contiguous().numpy().tobytes()).hexdigest()},
+    }
+    key = f"{family}, {preset}, {restore}"
+    recorded = json.loads(FILE.read_text()) if FILE.exists() else {}
+    if request.config.getoption("--record-pictures"):
+        FILE.write_text(json.dumps(recorded | {key: found}, indent=1) + "\n")
+        return
+    assert found["cells"] == recorded[key]["cells"]
+    torch.testing.assert_close(found["values"], recorded[key]["values"], rtol=0, atol=2e-4)
+    assert found["sha256"][processor()] == recorded[key]["sha256"].get(processor(), found["sha256"][processor()])
