@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import derivatives, overlap
+from . import derivatives, overlap, reference
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -152,13 +152,20 @@ def check_sigma(name: str, sigma) -> float:
     return float(sigma)
 
 
+def check_patch(name: str, tokens: torch.Tensor, patch) -> None:
+    """Raises unless `patch` is 1 or 2 and the channels of `tokens` are whole patches."""
+    if isinstance(patch, bool) or not isinstance(patch, (int, torch.SymInt)):
+        raise TypeError(f"patch: expected an int, got {type(patch).__name__}")
+    if patch not in (1, 2):
+        raise ValueError(f"patch: expected 1 (unpacked: one latent pixel a token) or 2 (packed: 2x2), got {patch}")
+    if patch == 2 and tokens.shape[-1] % 4:
+        raise ValueError(f"{name}: expected a channel count divisible by patch*patch = 4, got {tokens.shape[-1]}")
+
+
 def check_expand(coarse, noise, generator, detail, patch) -> None:
     expect_tensor("coarse", coarse, dtypes=FLOATS, dims=range(2, 9))
-    if patch != 2:
-        raise ValueError(f"patch: expected 2 (a token is a 2x2 patch of latent pixels), got {patch}")
-    if coarse.shape[-1] % 4:
-        raise ValueError(f"coarse: expected a channel count divisible by patch*patch = 4, got {coarse.shape[-1]}")
-    shape = (*coarse.shape[:-1], 4, coarse.shape[-1] // 4, 3)
+    check_patch("coarse", coarse, patch)
+    shape = reference.noise_shape(coarse, patch)
     for name, value in (("noise", noise), ("detail", detail)):
         if value is not None:
             expect_tensor(name, value, dtypes=FLOATS, dims=(len(shape),), device=coarse.device)
@@ -176,12 +183,11 @@ def check_expand(coarse, noise, generator, detail, patch) -> None:
         raise ValueError(f"generator: expected one per sample ({batch}), got a list of {len(generator)}")
 
 
-def check_contract(fine) -> None:
+def check_contract(fine, patch) -> None:
     expect_tensor("fine", fine, dtypes=FLOATS, dims=range(3, 10))
     if fine.shape[-2] != 4:
         raise ValueError(f"fine: expected 4 children on axis -2, got shape {tuple(fine.shape)}")
-    if fine.shape[-1] % 4:
-        raise ValueError(f"fine: expected a channel count divisible by 4, got {fine.shape[-1]}")
+    check_patch("fine", fine, patch)
 
 
 # --- attention -------------------------------------------------------------------------------------------------------

@@ -142,26 +142,30 @@ def _rows(table: dict) -> Iterator[Variant]:
 
 
 def _expand(table: dict) -> Iterator[Variant]:
+    """Packed tokens with the channels of each entry, and unpacked ones with as many numbers in a token."""
     from .gpu.expand import contract, expand, tiles
 
+    def ways(kernel: str) -> Iterator[tuple[dict, dict, str]]:
+        for entry in table[kernel]:
+            channels = entry["shape"]["channels"]
+            for patch, width, label in ((2, channels, ""), (1, 4 * channels, " unpacked")):
+                constants = tiles(entry["config"], 1 << 20, width, patch)
+                yield constants, {"num_warps": constants.pop("num_warps")}, label
+
     for element in ("bf16", "fp32"):
-        for entry in table["expand"]:
-            constants = tiles(entry["config"], 1 << 20, entry["shape"]["channels"])
-            options = {"num_warps": constants.pop("num_warps")}
+        for constants, options, label in ways("expand"):
             for noise in (True, False):
                 flags = {"HAS_NOISE": noise, "HAS_DETAIL": True, "SEED_PER_SAMPLE": not noise}
                 pointers = {"coarse": element, "fine": element, "detail": element}
                 pointers |= {"noise": "fp32"} if noise else {"seed": "i64"}
                 absent = {"seed": None} if noise else {"noise": None}
                 yield Variant(
-                    f"expand {element} {'noise given' if noise else 'philox'}", expand, pointers,
+                    f"expand {element} {'noise given' if noise else 'philox'}{label}", expand, pointers,
                     constants | flags | absent, options, ("signal", "noise_level", "detail_level"),
                 )  # fmt: skip
-        for entry in table["contract"]:
-            constants = tiles(entry["config"], 1 << 20, entry["shape"]["channels"])
-            options = {"num_warps": constants.pop("num_warps")}
-            yield Variant(f"contract {element}", contract, {"coarse": element, "fine": element}, constants, options,
-                          ("factor",))  # fmt: skip
+        for constants, options, label in ways("contract"):
+            yield Variant(f"contract {element}{label}", contract, {"coarse": element, "fine": element}, constants,
+                          options, ("factor",))  # fmt: skip
 
 
 def _norm_rope(table: dict) -> Iterator[Variant]:

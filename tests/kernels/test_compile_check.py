@@ -82,6 +82,16 @@ def test_processes_side_by_side_find_the_same():
     assert together == list(compile_check.check_shipped(tasks, 1)) and not any(r.problems for r in together)
 
 
+def test_unpacked_tokens_are_listed_and_compile():
+    found = {v.name: v for _, v in compile_check.shipped(90) if "unpacked" in v.name and "bf16" in v.name}
+    assert sorted(found) == [
+        "contract bf16 unpacked", "expand bf16 noise given unpacked", "expand bf16 philox unpacked",
+    ]  # fmt: skip
+    for variant in found.values():
+        assert variant.constants["PATCH"] == 1 and variant.constants["CHANNELS"] == 64
+        assert compile_check.check(variant, 90, "here").problems == []
+
+
 @pytest.mark.parametrize("scatter", [False, True])
 def test_rows_move_in_16_byte_vectors(scatter):
     """Row strides are run-time numbers; the compiler still knows that rows begin at multiples of a vector."""
