@@ -41,7 +41,7 @@ def correlation(samples):
 
 def test_haar_is_orthonormal():
     tokens = normal(3, 5, CHANNELS)
-    total, detail = haar(tokens)
+    total, detail = haar(tokens.view(3, 5, -1, 4))
     coefficients = torch.cat([total[..., None], detail], -1)
     torch.testing.assert_close(coefficients, tokens.view(3, 5, -1, 4) @ HADAMARD.T)
     torch.testing.assert_close(coefficients @ HADAMARD, tokens.view(3, 5, -1, 4))
