@@ -291,9 +291,14 @@ def mean_pixels(tokens: Tensor, grid: TokenGrid) -> Tensor:
     return grid.geometry.from_pixels(blocks.mean(-1))
 
 
-def cell_blocks(tokens: Tensor, grid: TokenGrid, mode: str = "replicate") -> Tensor:
-    """Fine tokens (B, N, C) as the 2 x 2 blocks (B, cells, pixels, channels, 4) of every pixel of every cell.
+def cell_blocks(tokens: Tensor, grid: TokenGrid) -> Tensor:
+    """Fine tokens (B, N, C) of an image as the 2 x 2 blocks (B, cells, pixels, channels, 4) of all cells' pixels.
 
-    An odd side is padded as in `TokenGrid.pad`.
+    Beyond an odd side its last row or column repeats.
     """
-    return grid.geometry.to_blocks(grid.pad(tokens, mode=mode)[:, grid.children(tokens.device)])
+    return blocks_of_padded(grid.pad(tokens), grid)
+
+
+def blocks_of_padded(tokens: Tensor, grid: TokenGrid) -> Tensor:
+    """The same for tokens that are padded to even sides."""
+    return grid.geometry.to_blocks(tokens[:, grid.children(tokens.device)])

@@ -13,7 +13,7 @@ from torch import Tensor
 from specedit_kernels import expand_tokens, gather_tokens
 
 from ..geometry import PACKED, TokenGeometry
-from ..layout import MixedLayout, TokenGrid, cell_blocks
+from ..layout import MixedLayout, TokenGrid, blocks_of_padded, cell_blocks
 from .schedule import expanded_sigma
 
 
@@ -31,16 +31,36 @@ def haar(blocks: Tensor) -> tuple[Tensor, Tensor]:
 def coarsen_noise(noise: Tensor, grid: TokenGrid) -> Tensor:
     """White noise (B, N, C) of a grid to white noise of its cells (B, cells, C): the sum coefficient of each 2 x 2.
 
-    Unlike a mean it keeps the variance, and `cell_detail` holds exactly what it leaves out. On a grid with an odd side
-    the half of the last cells that lies outside the picture repeats the noise of the first row or column.
+    Unlike a mean it keeps the variance, and `noise_detail` holds exactly what it leaves out.
     """
-    sums, _ = haar(cell_blocks(noise, grid, mode="circular"))
+    sums, _ = haar(noise_blocks(noise, grid))
     return grid.geometry.from_pixels(sums)
 
 
-def cell_detail(tokens: Tensor, grid: TokenGrid, mode: str = "replicate") -> Tensor:
-    """Haar detail (B, cells, pixels, channels, 3) of fine tokens (B, N, C), by cell and pixel of its coarse token."""
-    return haar(cell_blocks(tokens, grid, mode))[1]
+def noise_blocks(noise: Tensor, grid: TokenGrid) -> Tensor:
+    """White noise (B, N, C) as `cell_blocks`, padded on an odd side so that the sum coefficients are white too.
+
+    Packed, the blocks that are added lie outside the picture, where the noise of the first row or column repeats.
+    Unpacked, an odd side cuts blocks in half. The missing half is the other times sqrt(2) - 1, which makes the sum
+    coefficient (f00 + f01) / sqrt(2): of variance 1, and independent of all other blocks.
+    """
+    if grid.geometry.patch == 2:
+        return blocks_of_padded(grid.pad(noise, mode="circular"), grid)
+    cells = grid.coarse()
+    scale = noise.new_ones(2 * cells.height, 2 * cells.width, 1)
+    scale[grid.height :] *= math.sqrt(2) - 1
+    scale[:, grid.width :] *= math.sqrt(2) - 1
+    return blocks_of_padded(grid.pad(noise) * scale.flatten(0, 1), grid)
+
+
+def cell_detail(tokens: Tensor, grid: TokenGrid) -> Tensor:
+    """Haar detail (B, cells, pixels, channels, 3) of an image's tokens (B, N, C), for each pixel of a coarse token."""
+    return haar(cell_blocks(tokens, grid))[1]
+
+
+def noise_detail(noise: Tensor, grid: TokenGrid) -> Tensor:
+    """Haar detail (B, cells, pixels, channels, 3) of white noise (B, N, C): what `coarsen_noise` leaves out."""
+    return haar(noise_blocks(noise, grid))[1]
 
 
 def renoise(tokens: Tensor, sigma: float, target: float, noise: Tensor) -> Tensor:
@@ -71,7 +91,7 @@ def refine_layout(
 
     Args:
         tokens: (B, old.tokens, C) at noise level `sigma`.
-        split_noise: (B, cells, pixels, channels, 3) white noise of the expansion, arranged as `cell_detail` does.
+        split_noise: (B, cells, pixels, channels, 3) white noise of the expansion, arranged as in `noise_detail`.
         fresh_noise: (B, grid.tokens, C) white noise on the fine grid, for tokens that keep their resolution.
         known_detail: like `split_noise`, Haar detail of cells whose content is known, 0 elsewhere.
 
