@@ -25,7 +25,7 @@ _LAUNCHES = {
 
 
 def run(name: str, args: tuple, tuned: dict[str, dict] | None = None):
-    """Runs an operator's kernel on the device of its first tensor; `tuned` replaces its launch parameters."""
+    """Launches an operator's kernel on the device of its first tensor. `tuned` overrides launch parameters."""
     device = args[0].device
     check_device(device)
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
