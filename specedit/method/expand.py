@@ -31,7 +31,7 @@ def haar(blocks: Tensor) -> tuple[Tensor, Tensor]:
 def coarsen_noise(noise: Tensor, grid: TokenGrid) -> Tensor:
     """White noise (B, N, C) of a grid to white noise of its cells (B, cells, C): the sum coefficient of each 2 x 2.
 
-    Unlike a mean it keeps the variance, and `noise_detail` holds exactly what it leaves out.
+    Unlike a mean it keeps the variance, and `cell_detail` holds exactly what it leaves out.
     """
     sums, _ = haar(noise_blocks(noise, grid))
     return grid.geometry.from_pixels(sums)
@@ -53,14 +53,12 @@ def noise_blocks(noise: Tensor, grid: TokenGrid) -> Tensor:
     return blocks_of_padded(grid.pad(noise) * scale.flatten(0, 1), grid)
 
 
-def cell_detail(tokens: Tensor, grid: TokenGrid) -> Tensor:
-    """Haar detail (B, cells, pixels, channels, 3) of an image's tokens (B, N, C), for each pixel of a coarse token."""
-    return haar(cell_blocks(tokens, grid))[1]
+def cell_detail(tokens: Tensor, grid: TokenGrid, mode: str = "replicate") -> Tensor:
+    """Haar detail (B, cells, pixels, channels, 3) of fine tokens (B, N, C), for each pixel of a coarse token.
 
-
-def noise_detail(noise: Tensor, grid: TokenGrid) -> Tensor:
-    """Haar detail (B, cells, pixels, channels, 3) of white noise (B, N, C): what `coarsen_noise` leaves out."""
-    return haar(noise_blocks(noise, grid))[1]
+    mode: "replicate" for an image, "circular" for noise, of which it is what `coarsen_noise` leaves out.
+    """
+    return haar(noise_blocks(tokens, grid) if mode == "circular" else cell_blocks(tokens, grid))[1]
 
 
 def renoise(tokens: Tensor, sigma: float, target: float, noise: Tensor) -> Tensor:
@@ -91,7 +89,7 @@ def refine_layout(
 
     Args:
         tokens: (B, old.tokens, C) at noise level `sigma`.
-        split_noise: (B, cells, pixels, channels, 3) white noise of the expansion, arranged as in `noise_detail`.
+        split_noise: (B, cells, pixels, channels, 3) white noise of the expansion, arranged as in `cell_detail`.
         fresh_noise: (B, grid.tokens, C) white noise on the fine grid, for tokens that keep their resolution.
         known_detail: like `split_noise`, Haar detail of cells whose content is known, 0 elsewhere.
 

@@ -26,7 +26,7 @@ from . import restore
 from . import selectors as select
 from .adapter import Adapter, EditState
 from .denoise import LayoutGroup, group_velocity, reference_kv_cache
-from .expand import cell_detail, coarsen_noise, noise_detail, refine_layout, renoise
+from .expand import cell_detail, coarsen_noise, refine_layout, renoise
 from .masks import cells_of_mask
 from .schedule import Stage, stage_sigmas, stages
 
@@ -67,7 +67,7 @@ def run(
 
     # Section 3.4: coarse tokens first, then a mixed sequence, then (restore="full") every token fine.
     detail = cell_detail(state.aligned, state.grid)
-    split_noise = noise_detail(state.noise, state.grid)
+    split_noise = cell_detail(state.noise, state.grid, mode="circular")
     parts: list[LayoutGroup] = []
     done = cache_bytes = 0
     for stage in plan:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from specedit.geometry import PACKED, UNPACKED
 from specedit.layout import MixedLayout, TokenGrid, mean_pixels, repeat_pixels
-from specedit.method.expand import cell_detail, coarsen_noise, haar, noise_detail, refine_layout, renoise
+from specedit.method.expand import cell_detail, coarsen_noise, haar, refine_layout, renoise
 from specedit_kernels import contract_tokens
 
 CHANNELS = 8  # of a token: two latent channels if packed, eight if not
@@ -164,7 +164,7 @@ def test_coarsened_noise_of_an_odd_grid_is_white_inside_the_picture(shape):
 def test_coarsened_noise_and_its_detail_hold_everything(grid):
     noise = normal(2, grid.tokens, CHANNELS)
     sums = pixels_of(coarsen_noise(noise, grid), grid)
-    coefficients = torch.cat([sums[..., None], noise_detail(noise, grid)], -1)
+    coefficients = torch.cat([sums[..., None], cell_detail(noise, grid, mode="circular")], -1)
     children = arranged(coefficients @ HADAMARD, grid)
     torch.testing.assert_close(children[:, MixedLayout.all_fine(grid).fine_slots], noise)
 
@@ -176,7 +176,7 @@ def test_with_everything_expanded_the_noise_is_the_calls_own(grid, sigma, seed):
     noise, content = normal(2, grid.tokens, CHANNELS), normal(2, grid.coarse().tokens, CHANNELS, seed=1)
     coarse, fine = MixedLayout.all_coarse(grid), MixedLayout.all_fine(grid)
     state = (1 - sigma) * content + sigma * coarsen_noise(noise, grid)
-    given_noise = dict(split_noise=noise_detail(noise, grid), fresh_noise=torch.zeros_like(noise))
+    given_noise = dict(split_noise=cell_detail(noise, grid, mode="circular"), fresh_noise=torch.zeros_like(noise))
     tokens, after = refine_layout(state, coarse, fine, sigma, **given_noise)
     torch.testing.assert_close(tokens, (1 - after) * coarse.full_grid(content) + after * noise, rtol=1e-4, atol=1e-5)
     mixed = some_layout(grid, seed)
