@@ -13,6 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..config import SpecEditConfig
+from ..geometry import PACKED, TokenGeometry
 from ..layout import GridSet, LayoutSet, MixedLayout, TokenGrid
 from ..placement import Placement, layouts_beside
 from .schedule import stage_sigmas
@@ -61,7 +62,8 @@ class ExtraConditioning(Conditioning):
 class EditState:
     """One call of the pipeline, prepared: everything that the stages share.
 
-    Tokens are packed 2 x 2 latent patches, (B, N, C); noise and references are float32.
+    Tokens (B, N, C) hold what `grid.geometry` says, by default packed 2 x 2 latent patches. Noise and references are
+    float32.
     """
 
     grid: TokenGrid  # the output's
@@ -173,13 +175,24 @@ class LayoutGroup:
 
 @dataclass
 class Run:
-    """One edit under way: who computes it, how, and what it has come to."""
+    """One edit under way: who computes it, how, and what it has come to.
+
+    Raises:
+        ValueError: the state's grid has another token geometry than the adapter.
+    """
 
     adapter: Adapter
     pipe: Any
     config: SpecEditConfig
     state: EditState
     trace: Any = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.adapter, Adapter) and self.state.grid.geometry != self.adapter.geometry:
+            raise ValueError(
+                f"grid: expected the token geometry of {self.adapter.name}, patch={self.adapter.geometry.patch}, "
+                f"got patch={self.state.grid.geometry.patch}; make grids with TokenGrid(height, width, self.geometry)"
+            )
 
 
 def active_branches(state: EditState, config: SpecEditConfig, sigma: float) -> int:
@@ -211,7 +224,7 @@ class Adapter(ABC):
     pipelines: ClassVar[str]  # the classes it serves, for messages
     token_wise: ClassVar[bool] = False  # whether `predict` computes single tokens
     keeps_reference: ClassVar[bool] = False  # whether it computes the target's tokens alone
-    geometry: Any = None
+    geometry: ClassVar[TokenGeometry] = PACKED  # what its tokens hold; `prepare` gives it to every grid
 
     @staticmethod
     @abstractmethod
