@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,8 +15,7 @@ from torch import Tensor
 
 from ..layout import MixedLayout, TokenGrid
 from ..method.adapter import EditState, active_branches, place_references, rows_index
-from .attention import compiled, last_block
-from .attention import contexts as joint
+from .attention import compiled, contexts, last_block, sequences
 from .attention import processors as attention
 from .shared.images import batched, check_image, check_kind, decoder_features, is_latents, source_pictures, too_small
 from .shared.prompts import broadcast_negative_prompt, count_prompts
@@ -300,7 +298,7 @@ class FluxKontext:
         return torch.cat(each).to(state.device)
 
     @staticmethod
-    def _attention_kwargs(context: joint.MixedContext, config: Any, dtype: torch.dtype) -> dict[str, Any]:
+    def _attention_kwargs(context: contexts.Context, config: Any, dtype: torch.dtype) -> dict[str, Any]:
         """How the transformer is told of a context: the model's own processors take a bias as a mask."""
         if config.attention == "stock":
             return {"attention_mask": context.key_bias.to(dtype)[None, None, None]}
@@ -308,54 +306,63 @@ class FluxKontext:
 
     def _context(
         self, pipe, state: EditState, layout, reference_layout, config, keeps: bool
-    ) -> joint.MixedContext | None:
-        """What attention is told, or None where the stock processors need no telling."""
+    ) -> contexts.Context | None:
+        """The attention context, or None for a stock call."""
         area = torch.cat([layout.area, reference_layout.area]).to(state.device)
         target, mixed = len(layout.area), layout.is_mixed or reference_layout.is_mixed
         text = torch.zeros(state.text_tokens, device=area.device)
         bias = torch.cat([text, area.log()]) if mixed and config.key_bias == "area" else None
-        if config.attention == "stock":
-            return None if bias is None else joint.MixedContext(bias, backend="stock")
+        if config.attention == "stock" and bias is None:
+            return None
         own = mixed or keeps or config.attention != "auto"
         if not own and not state.last_block:
             return None
+        index = torch.arange(len(text) + len(area), device=area.device)
         text_ids = state.extra["positive"]["txt_ids"]
 
         def rotary(ids: Tensor) -> tuple[Tensor, Tensor]:
             tables = pipe.transformer.pos_embed(torch.cat([text_ids.to(ids), ids]))
             return tuple(attention.half_table(table) for table in tables)
 
-        segments = coarse_rotary = asked = None
+        tables = rotary(self._ids(state, layout, reference_layout))
+        if config.attention == "stock":
+            return contexts.Masked(rotary=tables, index=index, key_bias=bias)
+        if not own:
+            return contexts.Stock(rotary=tables, output_rows=sequences.QueryRows(index[:target]))
+        aligned = asked = None
         if mixed and config.rope == "phase_aligned":
-            segments = joint.segments(torch.cat([text > 0, area > 1]))
-            asked = joint.segments(area[:target] > 1, [target], [len(text) + len(area)])
-            coarse_rotary = rotary(self._ids(state, layout, reference_layout, 0.5))
-        index = torch.arange(len(text) + len(area), device=area.device)
-        return joint.MixedContext(
-            bias, segments, coarse_rotary, state.backend if own else "stock",
-            rotary=rotary(self._ids(state, layout, reference_layout)), index=index,
-            read=joint.QueryRows(index[:target], asked) if state.last_block else None, plain=not own,
+            segments = sequences.segments(torch.cat([text > 0, area > 1]))
+            asked = sequences.segments(area[:target] > 1, [target], [len(text) + len(area)])
+            aligned = contexts.PhaseAligned(rotary(self._ids(state, layout, reference_layout, 0.5)), segments)
+        return contexts.Mixed(
+            rotary=tables, index=index, key_bias=bias, aligned=aligned, backend=state.backend,
+            output_rows=sequences.QueryRows(index[:target], asked) if state.last_block else None,
         )  # fmt: skip
 
     @staticmethod
     def _partial_inputs(
-        state: EditState, states: Tensor, ids: Tensor, target: int, context: joint.MixedContext, call: Any
+        state: EditState, states: Tensor, ids: Tensor, target: int, context: contexts.Context, call: Any
     ):
         """Hidden states, ids and attention context of a call that keeps keys and values, or computes some tokens."""
         call.store.text_tokens = state.text_tokens
         if not call.partial:
-            return states, ids, dataclasses.replace(context, store=call.store.entries)
+            return states, ids, contexts.Storing(whole=context, entries=call.store.entries)
         first = state.text_tokens
         if call.target:
-            tables = tuple(table[first : first + target] for table in context.rotary)
             rows = torch.arange(first, first + target, device=ids.device).expand(len(states), -1)
-            partial = dataclasses.replace(context, store=call.store.entries, rows=rows, rotary=tables)
+            partial = contexts.Partial(
+                whole=context, entries=call.store.entries, rows=rows, index=context.index,
+                rotary=tuple(table[first : first + target] for table in context.rotary),
+                query_rows=sequences.QueryRows(context.index[:target]), output_rows=context.output_rows,
+            )  # fmt: skip
             return states[:, :target], ids[:target], partial
         text = torch.arange(first, device=ids.device).expand(len(states), -1)
         rows = torch.cat([text, first + call.index], 1)  # (b, text + m) of the joint sequence
-        tables = tuple(table[rows] for table in context.rotary)
-        read = None if context.read is None else joint.QueryRows(call.index[0])
-        partial = dataclasses.replace(context, store=call.store.entries, rows=rows, rotary=tables, read=read)
+        partial = contexts.Partial(
+            whole=context, entries=call.store.entries, rows=rows, index=context.index,
+            rotary=tuple(table[rows] for table in context.rotary), query_rows=sequences.QueryRows(rows[0]),
+            output_rows=None if context.output_rows is None else sequences.QueryRows(call.index[0]),
+        )  # fmt: skip
         # The processors take their positions from the context, which knows every sample's own.
         index = call.index[..., None].expand(-1, -1, states.shape[2])
         return states.gather(1, index), ids[: call.index.shape[1]], partial

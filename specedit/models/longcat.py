@@ -18,8 +18,7 @@ from torch import Tensor
 from ..layout import TokenGrid
 from ..method.adapter import EditState
 from . import longcat_positions
-from .attention import compiled, last_block
-from .attention import contexts as joint
+from .attention import compiled, contexts, last_block
 from .attention import processors as attention
 from .flux import FluxKontext, position_ids
 from .qwen import positions as qwen_positions
@@ -52,7 +51,7 @@ class LongCatMixedProcessor(attention.FluxMixedProcessor):
 class LongCatLastBlock(last_block.FluxLastBlock):
     """FLUX's last block, with the context that travels beside the rotary tables."""
 
-    def context(self, kwargs: dict[str, Any] | None, rotary: tuple | None) -> joint.MixedContext | None:
+    def context(self, kwargs: dict[str, Any] | None, rotary: tuple | None) -> contexts.Context | None:
         return longcat_positions.split(rotary)[1]
 
 
@@ -161,7 +160,7 @@ class LongCatImageEdit(FluxKontext):
         return torch.cat([position_ids(part.positions.to(start) * scale, i) + start for i, part in parts])
 
     @staticmethod
-    def _attention_kwargs(context: joint.MixedContext, config: Any, dtype: torch.dtype) -> dict[str, Any]:
+    def _attention_kwargs(context: contexts.Context, config: Any, dtype: torch.dtype) -> dict[str, Any]:
         return {"specedit": context}  # a bias too: these blocks hand no mask down
 
     def guide(self, state: EditState, outputs: list[Tensor]) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ...layout import LayoutSet, MixedLayout
 from ...method.adapter import EditState, rows_index
-from ..attention import contexts as joint
+from ..attention import contexts
+from ..attention.sequences import QueryRows, cumulative, pack, segments
 from .positions import ImgShapesWithFreqs, all_positions, angles, phases, text_offset
 
 
@@ -29,7 +30,7 @@ class Sequences:
     layouts: tuple[MixedLayout, MixedLayout | LayoutSet]  # held, so that no other object can take their ids
     prompts: tuple[dict[str, Any], ...]
     placed: ImgShapesWithFreqs
-    context: joint.MixedContext | None
+    context: contexts.Context | None
     mask: Tensor | None = None
     texts: tuple[Tensor, ...] = ()
     rows: slice | Tensor | None = None  # of the embeddings, where they are taken as they are
@@ -38,20 +39,18 @@ class Sequences:
 
     @cached_property
     def target(self) -> Sequences:
-        """Of a call for the target's tokens alone, beside kept keys and values of all others."""
-        context, n = self.context, self.layouts[0].tokens
-        packing, rows = context.packing, self.count * n
-        text, device = len(packing.text), packing.text.device
-        here = torch.arange(rows, device=device)
-        cu_seqlens = n * torch.arange(self.count + 1, dtype=torch.int32, device=device)
-        asking = joint.QueryRows(here, cu_seqlens=cu_seqlens)
-        alone = dataclasses.replace(
-            context, packing=dataclasses.replace(packing, text=here[:0], image=here), rows=packing.image[None, :rows],
-            asking=asking, read=asking if context.read is not None else None,
+        """Inputs of a call for the target's tokens alone, beside the stored keys and values of all others."""
+        n, text, device = self.layouts[0].tokens, len(self.context.packing.text), self.context.packing.text.device
+        index = torch.arange(self.count * n, device=device)
+        ends = n * torch.arange(self.count + 1, dtype=torch.int32, device=device)
+        tables = tuple(table[text : text + len(index)] for table in self.context.rotary)
+        query_rows = QueryRows(index, cu_seqlens=ends)
+        partial = contexts.Partial(
+            whole=self.context, entries={}, rows=self.context.packing.image[None, : len(index)], rotary=tables,
+            index=index, query_rows=query_rows, output_rows=self.context.output_rows and query_rows,
         )  # fmt: skip
-        tables = tuple(table[text : text + rows] for table in self.placed.frequencies)
-        placed = ImgShapesWithFreqs(rows, 0, 1, tables)
-        return dataclasses.replace(self, placed=placed, context=alone, texts=tuple(t[:0] for t in self.texts))
+        placed = ImgShapesWithFreqs(len(index), 0, 1, tables)
+        return dataclasses.replace(self, placed=placed, context=partial, texts=tuple(t[:0] for t in self.texts))
 
 
 class QwenForward:
@@ -81,13 +80,13 @@ class QwenForward:
         is [text | target | reference] by itself, and no token is padding. call: None, or how keys and values are kept.
         """
         sequences, (b, n, _) = self._stage_inputs("packed", prompts, self._packed), self.tokens.shape
-        images = [self.tokens, self.reference]
-        context = sequences.context
-        if call is not None:
-            if call.target:
-                sequences, images = sequences.target, images[:1]
-                call.store.keep(sequences.length)
-            context = dataclasses.replace(sequences.context, store=call.store.entries)
+        images, context = [self.tokens, self.reference], sequences.context
+        if call is not None and call.target:
+            sequences, images = sequences.target, images[:1]
+            call.store.keep(sequences.length)
+            context = dataclasses.replace(sequences.context, entries=call.store.entries)
+        elif call is not None:
+            context = contexts.Storing(whole=context, entries=call.store.entries)
         words = [p["encoder_hidden_states"].flatten(0, 1)[at] for p, at in zip(prompts, sequences.texts, strict=True)]
         states = torch.cat([x.repeat(len(prompts), 1, 1).flatten(0, 1) for x in images])[None]
         out = self._run(states, torch.cat(words)[None], sequences.placed, context)
@@ -123,7 +122,7 @@ class QwenForward:
             indices.append(index)
             lengths += count
         count = len(lengths)
-        packing = joint.pack(lengths, n, r, device)
+        packing = pack(lengths, n, r, device)
         text_at = self._text_positions(torch.cat(indices))
         whole = [length + n + r for length in lengths]
 
@@ -137,7 +136,7 @@ class QwenForward:
             return angle.cos(), angle.sin()
 
         area = stream(*self._area)
-        bias = segments = asked = coarse = None
+        bias = aligned = asked = None
         if self._biased:
             bias = torch.zeros(sum(whole), device=device)
             bias[packing.image] = area.log()
@@ -145,14 +144,17 @@ class QwenForward:
         if self.mixed and self.config.rope == "phase_aligned":
             is_coarse = torch.zeros(sum(whole), dtype=torch.bool, device=device)
             is_coarse[packing.image] = area > 1
-            segments = joint.segments(is_coarse, whole)
-            asked = joint.segments(area[: count * n] > 1, [n] * count, whole)
-            coarse = tables(0.5)
-        read = None
+            aligned = contexts.PhaseAligned(tables(0.5), segments(is_coarse, whole))
+            asked = segments(area[: count * n] > 1, [n] * count, whole)
+        output_rows = None
         if self.state.last_block:
-            read = joint.QueryRows(packing.image[: count * n], asked, joint.cumulative([n] * count, device))
-        context = joint.MixedContext(bias, segments, coarse, self.state.backend, packing, read=read)
-        placed = ImgShapesWithFreqs(count * n, count * r, 1, tables(1.0))
+            output_rows = QueryRows(packing.image[: count * n], asked, cumulative([n] * count, device))
+        rotary = tables(1.0)
+        context = contexts.Packed(
+            rotary=rotary, key_bias=bias, aligned=aligned, backend=self.state.backend, output_rows=output_rows,
+            packing=packing,
+        )  # fmt: skip
+        placed = ImgShapesWithFreqs(count * n, count * r, 1, rotary)
         return Sequences(
             self._layouts, tuple(prompts), placed, context, texts=tuple(texts), count=count, length=sum(whole)
         )
@@ -171,12 +173,11 @@ class QwenForward:
             if mask is not None:
                 text = text.masked_fill(~mask, -torch.inf)
             bias = torch.cat([text, torch.cat(self._area).log().expand(b, -1)], 1)
-            context = joint.MixedContext(bias, backend="stock")
+            context = contexts.Masked(rotary=tables, index=torch.arange(bias.shape[1], device=device), key_bias=bias)
         else:
             frequencies = phases(angle[length:]), phases(angle[:length])
             if self.state.last_block:
-                read = joint.QueryRows(torch.arange(n, device=device))
-                context = joint.MixedContext(backend="stock", rotary=tables, read=read, plain=True)
+                context = contexts.Stock(rotary=tables, output_rows=QueryRows(torch.arange(n, device=device)))
         placed, rows = ImgShapesWithFreqs(n, r, b, frequencies), rows_index(self.rows, device)
         return Sequences(self._layouts, tuple(prompts), placed, context, mask, rows=rows)
 
@@ -205,7 +206,7 @@ class QwenForward:
         return (offset + index).float()[:, None].expand(-1, 3)
 
     def _run(
-        self, states: Tensor, embeds: Tensor, placed: ImgShapesWithFreqs, context: joint.MixedContext | None,
+        self, states: Tensor, embeds: Tensor, placed: ImgShapesWithFreqs, context: contexts.Context | None,
         mask: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         dtype = self.state.extra["dtype"]

@@ -10,8 +10,8 @@ from specedit import SpecEditConfig
 from specedit.layout import MixedLayout
 from specedit.method.adapter import rows_index
 from specedit.method.sampler import restrict
-from specedit.models.attention import contexts as joint
 from specedit.models.attention import processors as attention
+from specedit.models.attention import sequences
 from tests.models.family import Ops
 from tests.models.flux.common import random_like
 
@@ -158,7 +158,7 @@ def test_what_a_stage_shares_is_made_by_its_first_step(prepare, monkeypatch, rop
     reference, tokens = restrict(state.reference, layout)[rows], random_like(layout, len(rows))
     config = SpecEditConfig(rope=rope, attention="torch")
     made = Counter()
-    for module, name in ((attention, "half_table"), (joint, "segments")):
+    for module, name in ((attention, "half_table"), (sequences, "segments")):
         function = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, f=function, n=name: made.update([n]) or f(*a))
     pipe.transformer.pos_embed.register_forward_hook(lambda *a: made.update(["pos_embed"]))
