@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention.contexts import Context
-from .attention.sequences import Movable
-from .qwen.positions import PositionHook
+from ..attention.contexts import Context
+from ..attention.sequences import Movable
+from ..shared.position_hook import PositionHook
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class PlacedIds(Movable):
 
 
 class ContextHook(PositionHook):
-    """Stands in for `pos_embed.forward`: the tables of the ids, and the context where they carry one."""
+    """The tables of the ids, and the context where they carry one."""
 
     def __call__(self, ids: Tensor | PlacedIds) -> tuple:
         if isinstance(ids, PlacedIds):
