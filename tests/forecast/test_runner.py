@@ -50,12 +50,12 @@ def written_out(pipe, edit, steps, forecaster):
     plain = FluxKontext.velocity
     seen = []
 
-    def velocity(self, pipe, state, tokens, sigma, *more):
+    def velocity(self, run, group, sigma):
         i = len(seen)
         seen.append(forecaster.refresh(i))
         if not seen[-1]:
             return forecaster.predict(i, sigma)
-        out = plain(self, pipe, state, tokens, sigma, *more)
+        out = plain(self, run, group, sigma)
         forecaster.observe(i, out, sigma)
         return out
 
@@ -164,12 +164,12 @@ def test_kept_keys_at_the_same_noise_change_nothing(pipe, edit, kind):
     results = []
     plain = FluxKontext.velocity
 
-    def velocity(self, pipe, state, tokens, sigma, rows, layout, *more):
-        call = (pipe, state, tokens, sigma, rows, layout, *more)
+    def velocity(self, run, group, sigma):
+        call, layout = (run, group, sigma), group.layout
         store = KVCache()
-        (whole,) = self.branches(*call, [PartialForward(store)])
-        index = torch.stack([torch.randperm(layout.tokens)[:5].sort().values for _ in rows])
-        (some,) = self.branches(*call, [PartialForward(store, index)])
+        (whole,) = self.predict(*call, [PartialForward(store)])
+        index = torch.stack([torch.randperm(layout.tokens)[:5].sort().values for _ in group.rows])
+        (some,) = self.predict(*call, [PartialForward(store, index)])
         results.append((layout.is_mixed, some, whole.gather(1, index[..., None].expand_as(some)), whole))
         assert torch.allclose(whole, plain(self, *call), atol=1e-5)
         return whole
