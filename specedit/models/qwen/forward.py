@@ -143,7 +143,7 @@ class QwenForward:
             aligned = contexts.PhaseAligned(tables(0.5), segments(is_coarse, whole))
             asked = segments(area[: count * n] > 1, [n] * count, whole)
         output_rows = None
-        if self.run.state.last_block:
+        if self.run.state.trims_last_block:
             output_rows = QueryRows(packing.image[: count * n], asked, cumulative([n] * count, device))
         rotary = tables(1.0)
         context = contexts.Packed(
@@ -170,7 +170,7 @@ class QwenForward:
             context = contexts.Masked(rotary=tables, index=torch.arange(bias.shape[1], device=device), key_bias=bias)
         else:
             frequencies = phases(angle[length:]), phases(angle[:length])
-            if self.run.state.last_block:
+            if self.run.state.trims_last_block:
                 context = contexts.Stock(rotary=tables, output_rows=QueryRows(torch.arange(n, device=device)))
         placed, rows = ImgShapesWithFreqs(n, r, b, frequencies), rows_index(self.group.rows, device)
         return DenseInputs(placed, context, rows, mask)
