@@ -65,7 +65,7 @@ def test_registering_returns_the_class_and_is_idempotent(register):
 
 def test_what_is_no_adapter_is_refused():
     for wrong in (None, "flux", object, FluxKontext()):
-        with pytest.raises(TypeError, match="adapter: expected a subclass of specedit.method.adapter.Adapter, got"):
+        with pytest.raises(TypeError, match=r"adapter: expected a subclass of .*Adapter, got"):
             register_adapter(wrong)
     with pytest.raises(TypeError, match="expected Half to define every abstract method, got none for attach, "):
         register_adapter(type("Half", (Adapter,), {"name": "half", "pipelines": "HalfPipeline"}))

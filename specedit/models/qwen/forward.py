@@ -45,9 +45,14 @@ class Sequences:
         tables = tuple(table[text : text + len(index)] for table in self.context.rotary)
         query_rows = QueryRows(index, cu_seqlens=ends)
         partial = contexts.Partial(
-            whole=self.context, entries={}, rows=self.context.packing.image[None, : len(index)], rotary=tables,
-            index=index, query_rows=query_rows, output_rows=self.context.output_rows and query_rows,
-        )  # fmt: skip
+            whole=self.context,
+            entries={},  # each step brings its branch's own
+            rows=self.context.packing.image[None, : len(index)],
+            rotary=tables,
+            index=index,
+            query_rows=query_rows,
+            output_rows=None if self.context.output_rows is None else query_rows,
+        )
         placed = ImgShapesWithFreqs(len(index), 0, 1, tables)
         return dataclasses.replace(self, placed=placed, context=partial, texts=tuple(t[:0] for t in self.texts))
 
