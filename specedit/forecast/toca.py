@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base import Forecaster
 
@@ -16,9 +16,9 @@ STALENESS_WEIGHT = 0.25  # of the cache-frequency score beside the importance
 
 @dataclass(eq=False)
 class KVCache:
-    """Keys and values of every attention module of one branch, (b, S, heads, dim) each, by the module's id."""
+    """Keys and values (b, S, heads, dim) of every attention module of one branch."""
 
-    entries: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    entries: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
     text_tokens: int = 0  # rows before the target's
 
     @property

@@ -270,7 +270,7 @@ class Conformance:
                 kept = "reference_refresh" in changes and adapter.keeps_reference
                 stores = [KVCache() for _ in range(state.branches if kept else 0)]
                 calls = [PartialForward(store) for store in stores] or None
-                first, made = run(calls), dict(state.extra["sequences"])
+                first, made = run(calls), dict(run.group.inputs)
                 if kept:
                     calls = [PartialForward(store, target=True) for store in stores]
                     run(calls)
@@ -278,7 +278,7 @@ class Conformance:
                     again = run(calls)
                 for a, b in zip(first, again, strict=True):
                     self.close(b, a)
-                assert all(state.extra["sequences"][key] is made[key] for key in state.extra["sequences"])
+                assert all(run.group.inputs[key] is made[key] for key in run.group.inputs)
                 # Nothing that the host would have to wait for: no sizes that depend on masks, no values sent over.
                 assert later.names["addmm"] and not later.names["nonzero"]
                 if not getattr(pipe.transformer, "zero_cond_t", False):  # that transformer sends an index by itself
@@ -290,16 +290,16 @@ class Conformance:
         for guide in self.guides(family):
             pipe = family.make()
             adapter, state = family.prepare(pipe, (144, 112), config.attention, **guide)
-            if not state.last_block:
+            if not state.trims_last_block:
                 pytest.skip("this adapter leaves the last block as it is")
-            whole = dataclasses.replace(state, last_block=False, extra=state.extra | {"sequences": {}})
+            whole = dataclasses.replace(state, trims_last_block=False)
             for layout in layouts(state.grid):
                 trimmed, stock = (step_of(family, adapter, pipe, s, layout, config)() for s in (state, whole))
                 for a, b in zip(trimmed, stock, strict=True):
                     self.close(a, b)
 
     def test_the_last_block_is_stocks_with_stock_attention(self, family):
-        assert not family.prepare(family.make(), attention="stock")[1].last_block
+        assert not family.prepare(family.make(), attention="stock")[1].trims_last_block
 
     def test_stock_attention_needs_no_kernels(self, family):
         backends = [family.prepare(family.make(), attention=attention)[1].backend for attention in ("stock", "auto")]
@@ -347,8 +347,8 @@ class Conformance:
             adapter, state = family.prepare(pipe, (144, 112), **guide)
             if not adapter.keeps_reference:
                 pytest.skip("this adapter does not keep the reference")
-            for last_block in {state.last_block, False}:
-                state = dataclasses.replace(state, last_block=last_block, extra=state.extra | {"sequences": {}})
+            for last_block in {state.trims_last_block, False}:
+                state = dataclasses.replace(state, trims_last_block=last_block)
                 for layout in layouts(state.grid):
                     run = step_of(family, adapter, pipe, state, layout, config)
                     stores = [KVCache() for _ in range(state.branches)]
