@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from .config import STOCK_STEPS, SpecEditConfig
+from .registry import selectors
 
 # Accent and quiet colours of the figure; the masks use the two accents.
 EDITED, EXPANDED, QUIET = "#d1495b", "#30638e", "#8d99ae"
@@ -281,7 +282,7 @@ class RunReport:
     def _score_title(self) -> str:
         if self.config is None:
             return "score"
-        if self.config.selector == "semantic":
+        if selectors[self.config.selector].verifies:
             return f"verification score (threshold {self.config.threshold:g})"
         return f"score of selector {self.config.selector!r}"  # which takes the largest, whatever their values
 

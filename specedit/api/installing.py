@@ -21,6 +21,7 @@ from ..models import adapter_of, adapters
 from ..models.attention import mask_support
 from ..models.shared.images import check_decoder
 from ..once import warn_once
+from ..registry import selectors
 from ..run_report import RunReport
 from ..versions import check_diffusers
 from . import accelerated, inputs, sharing
@@ -251,7 +252,7 @@ def _accelerated(
     began = time.perf_counter()
     edit_mask = inputs.check(call, edit_mask)
     needs_draft = config.uses_draft and edit_mask is None
-    if needs_draft and config.selector == "semantic":
+    if needs_draft and selectors[config.selector].needs_decoder == "features":
         check_decoder(pipe.vae)
     mask_support.check(pipe.transformer, config)
     try:

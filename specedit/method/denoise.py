@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ..config import SpecEditConfig
 from ..cost.flops import transformer_flops
-from ..forecast import ForecastRunner, ReferenceKVCache
-from ..forecast.toca import PartialForward
+from ..forecast import ForecastRunner, PartialForward, ReferenceKVCache
 from ..layout import LayoutSet, MixedLayout
 from .adapter import Adapter, EditState, active_branches
 
@@ -77,8 +76,8 @@ def group_velocity(
         return adapter.guide(state, compute(None))
     part.histories.reset_if_prompt_changed(state.extra.get("positive"))
     outputs = part.histories.step(i, sigma, compute)
-    part.cached += not part.histories.done.full
-    part.flops += part.histories.done.flops
+    part.cached += not part.histories.last_step.full
+    part.flops += part.histories.last_step.flops
     return adapter.guide(state, outputs)
 
 

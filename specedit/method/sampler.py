@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ..config import FULL_EDIT_SHARE, SpecEditConfig
-from ..forecast import TOKEN_WISE, ForecastRunner, lesa
+from ..forecast import ForecastRunner
 from ..layout import LayoutSet, MixedLayout, mean_pixels
 from ..placement import Placement
+from ..registry import selectors
 from ..run_report import StageReport
 from . import draft as drafts
 from . import restore
@@ -62,7 +63,7 @@ def run(
     empty_drafts = int((~seen.flatten(1).any(1)).sum()) if score is not None else 0
     overflowed = int(select.not_finite(score).sum()) if score is not None else 0
     # The other selectors rank cells: what they leave out may change as well, unless it is given back as it came.
-    verified = drafted and (config.selector == "semantic" or config.preserves_unedited)
+    verified = drafted and (selectors[config.selector].verifies or config.preserves_unedited)
     cells = Cells.of(seen, state, config, has_edit_mask=verified or edit_mask is not None)
 
     # Section 3.4: coarse tokens first, then a mixed sequence, then (restore="full") every token fine.
@@ -155,18 +156,16 @@ def forecasting(
     adapter: Adapter, pipe: Any, state: EditState, config: SpecEditConfig
 ) -> Callable[..., ForecastRunner] | None:
     """What makes a part's temporal cache, or None where the configuration has none. Errors come before any work."""
-    if config.forecast is None:
+    options = config.forecast_options
+    if options is None:
         return None
-    if config.forecast in TOKEN_WISE and not adapter.token_wise:
+    if options.token_wise and not adapter.token_wise:
         raise ValueError(
-            f"forecast: {config.forecast!r} computes single tokens again, which {adapter.name} does not offer; "
+            f"forecast: {options.name!r} computes single tokens again, which {adapter.name} does not offer; "
             "expected another forecast"
         )
-    predictor = None
-    if config.forecast == "lesa":
-        predictor = lesa.load(config.forecast_weights, pipe.transformer.config)
-        lesa.check_order(predictor, config.forecast_history - 1)
-    return partial(ForecastRunner, config, branches=state.branches, predictor=predictor, backend=state.backend)
+    shared = options.prepare(pipe)
+    return partial(ForecastRunner, options, branches=state.branches, shared=shared, backend=state.backend)
 
 
 def find_edit(adapter, pipe, state, config, edit_mask, listener, log) -> tuple[Tensor | None, Tensor]:
