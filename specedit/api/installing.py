@@ -14,7 +14,7 @@ import torch
 
 from ..config import STOCK_STEPS, SpecEditConfig, resolve
 from ..method import restore, sampler
-from ..method.adapter import Adapter
+from ..method.adapter import Adapter, Run
 from ..method.denoise import forward_flops, set_current_timestep
 from ..method.schedule import supported
 from ..models import adapter_of, adapters
@@ -256,12 +256,12 @@ def _accelerated(
         check_decoder(pipe.vae)
     mask_support.check(pipe.transformer, config)
     try:
-        state = adapter.prepare(pipe, call, config.attention)
+        state = adapter.prepare(pipe, call, config)
         warn_if_cropped(pipe, state.placement, state.pixels_per_token)
         prepared = sampler.clock(state)
         pipe._num_timesteps = config.nfe
         with pipe.progress_bar(total=config.nfe + (config.draft_steps if needs_draft else 0)) as bar:
-            outcome = sampler.run(adapter, pipe, state, config, edit_mask, _Listener(pipe, call, state, bar))
+            outcome = sampler.edit(Run(adapter, pipe, config, state), edit_mask, _Listener(pipe, call, state, bar))
         finished = sampler.clock(state)
         source = state.extra.get("source")
         in_pixels = source is not None and call["output_type"] != "latent"

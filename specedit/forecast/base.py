@@ -28,8 +28,8 @@ To add a method, write one file: here, or in a package of your own with an entry
         def operations(self, numbers): return 0.0
 
 `ForecastOptions` has the rest: `validate` checks the fields, `history` says how many full steps a forecast needs,
-`prepare` loads what a run shares (weights), and `context.layout` says where the tokens lie. A method whose steps between
-full ones compute some tokens sets `token_wise`; its forecaster has `store`, `select` and `merge` as in `toca`.
+`prepare` loads what a run shares (weights), and `context.layout` says where the tokens lie. A method whose steps
+between full ones compute some tokens sets `token_wise`; its forecaster has `store`, `select` and `merge` as in `toca`.
 """
 
 from __future__ import annotations

@@ -14,8 +14,10 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RES
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from torch import Tensor
 
+from ..config import SpecEditConfig
+from ..forecast.toca import PartialForward
 from ..layout import MixedLayout, TokenGrid
-from ..method.adapter import EditState, active_branches, place_references, rows_index
+from ..method.adapter import Adapter, EditState, LayoutGroup, Run, active_branches, place_references, rows_index
 from .attention import compiled, last_block
 from .attention import contexts as joint
 from .attention import processors as attention
@@ -42,7 +44,7 @@ class Sequence:
     kwargs: dict[str, Any]
 
 
-class FluxKontext:
+class FluxKontext(Adapter):
     """Adapter of FluxKontextPipeline."""
 
     name = "flux-kontext"
@@ -72,7 +74,7 @@ class FluxKontext:
 
     # ------------------------------------------------------------------------------------------------- prepare
 
-    def prepare(self, pipe: Any, call: dict[str, Any], attention: str) -> EditState:
+    def prepare(self, pipe: Any, call: dict[str, Any], config: SpecEditConfig) -> EditState:
         multiple = pipe.vae_scale_factor * 2
         height, width = self._output_size(pipe, call, multiple)
         pipe.check_inputs(
@@ -117,10 +119,10 @@ class FluxKontext:
             text_tokens=positive["encoder_hidden_states"].shape[1],
             branches=1 if negative is None else 2,
             pixels_per_token=multiple,
-            backend={"auto": None, "stock": "torch"}.get(attention, attention),
+            backend={"auto": None, "stock": "torch"}.get(config.attention, config.attention),
             prompts=count_prompts(call),
             pictures=len(image),
-            last_block=self._trims(pipe, attention),
+            last_block=self._trims(pipe, config.attention),
             extra=dict(
                 positive=positive, negative=negative, dtype=dtype, height=height, width=width,
                 true_cfg_scale=call["true_cfg_scale"], kwargs=call["joint_attention_kwargs"] or {},
@@ -222,25 +224,20 @@ class FluxKontext:
         size = dict(height=height, width=width, max_area=height * width)
         return size | {"_auto_resize": False} if embedded else size
 
-    @staticmethod
-    def draft_state(pipe: Any, state: EditState, config: Any) -> EditState:
-        return state  # neither text nor positions depend on the image's size
-
     # ------------------------------------------------------------------------------------------------ velocity
 
-    def velocity(self, pipe, state, tokens, sigma, rows, layout, reference, reference_layout, config) -> Tensor:
-        outputs = self.branches(pipe, state, tokens, sigma, rows, layout, reference, reference_layout, config)
-        return self.guide(state, outputs)
-
-    def branches(
-        self, pipe, state, tokens, sigma, rows, layout, reference, reference_layout, config, calls=None
+    def predict(
+        self, run: Run, group: LayoutGroup, sigma: float, partial: list[PartialForward] | None = None
     ) -> list[Tensor]:
+        pipe, state, config, calls = run.pipe, run.state, run.config, partial
+        tokens, rows, layout = group.tokens, group.rows, group.layout
+        reference, reference_layout = group.reference, group.reference_layout
         dtype, device = state.extra["dtype"], tokens.device
         sequence = self._sequence(pipe, state, rows, layout, reference_layout, config, bool(calls))
         states = torch.cat([tokens, reference], 1).to(dtype)
         timestep = torch.full((len(rows),), sigma * 1000, device=device, dtype=torch.float32).to(dtype) / 1000
 
-        def run(prompt: dict[str, Tensor], call: Any) -> Tensor:
+        def branch(prompt: dict[str, Tensor], call: Any) -> Tensor:
             words = prompt["encoder_hidden_states"][sequence.rows], prompt["txt_ids"]
             chosen, ids, kwargs = states, sequence.ids, sequence.kwargs
             if call is not None:
@@ -253,7 +250,7 @@ class FluxKontext:
 
         active = active_branches(state, config, sigma)
         prompts = [state.extra["positive"], state.extra["negative"]][:active]
-        return [run(prompt, call) for prompt, call in zip(prompts, calls or [None] * active, strict=True)]
+        return [branch(prompt, call) for prompt, call in zip(prompts, calls or [None] * active, strict=True)]
 
     @staticmethod
     def _forward(
@@ -275,10 +272,10 @@ class FluxKontext:
             return_dict=False,
         )[0]
 
-    def guide(self, state: EditState, outputs: list[Tensor]) -> Tensor:
+    def guide(self, run: Run, outputs: list[Tensor]) -> Tensor:
         velocity, *others = outputs
         for negative in others:
-            velocity = negative + state.extra["true_cfg_scale"] * (velocity - negative)
+            velocity = negative + run.state.extra["true_cfg_scale"] * (velocity - negative)
         return velocity
 
     def _sequence(self, pipe, state: EditState, rows, layout, reference_layout, config, keeps: bool) -> Sequence:

@@ -15,8 +15,9 @@ from diffusers.pipelines.longcat_image import pipeline_longcat_image_edit as edi
 from diffusers.pipelines.longcat_image.pipeline_output import LongCatImagePipelineOutput
 from torch import Tensor
 
+from ..config import SpecEditConfig
 from ..layout import TokenGrid
-from ..method.adapter import EditState
+from ..method.adapter import EditState, Run
 from . import longcat_positions
 from .attention import compiled, last_block
 from .attention import contexts as joint
@@ -84,7 +85,7 @@ class LongCatImageEdit(FluxKontext):
         width, height = edit.calculate_dimensions(EDIT_AREA, images[0].width / images[0].height)[:2]
         return height, width
 
-    def prepare(self, pipe: Any, call: dict[str, Any], attention: str) -> EditState:
+    def prepare(self, pipe: Any, call: dict[str, Any], config: SpecEditConfig) -> EditState:
         images = check_pictures(call["image"])
         height, width = self._picture_size(call)
         pipe.check_inputs(
@@ -133,8 +134,8 @@ class LongCatImageEdit(FluxKontext):
             branches=1 if negative is None else 2,
             prompts=count_prompts(call),
             pixels_per_token=multiple,
-            backend={"auto": None, "stock": "torch"}.get(attention, attention),
-            last_block=self._trims(pipe, attention),
+            backend={"auto": None, "stock": "torch"}.get(config.attention, config.attention),
+            last_block=self._trims(pipe, config.attention),
             extra=dict(
                 positive=positive, negative=negative, dtype=embeds.dtype, scale=call["guidance_scale"],
                 source=source_pictures(pipe, images, height, width).repeat(batch, 1, 1, 1),
@@ -164,11 +165,11 @@ class LongCatImageEdit(FluxKontext):
     def _attention_kwargs(context: joint.MixedContext, config: Any, dtype: torch.dtype) -> dict[str, Any]:
         return {"specedit": context}  # a bias too: these blocks hand no mask down
 
-    def guide(self, state: EditState, outputs: list[Tensor]) -> Tensor:
+    def guide(self, run: Run, outputs: list[Tensor]) -> Tensor:
         if len(outputs) == 1:
             return outputs[0]
         positive, negative = outputs
-        return negative + state.extra["scale"] * (positive - negative)
+        return negative + run.state.extra["scale"] * (positive - negative)
 
     @staticmethod
     def output(images: Any) -> LongCatImagePipelineOutput:

@@ -20,13 +20,15 @@ import specedit
 from specedit import SpecEditConfig
 from specedit.forecast.toca import KVCache, PartialForward
 from specedit.layout import MixedLayout
-from specedit.method.sampler import restrict
+from specedit.method.adapter import Run
+from specedit.method.groups import reference_on_layout
 from specedit.models.attention import processors as attention_module
 from tests.conftest import make_picture
 from tests.models.family import (
     Ops,
     Shuffled,
     at_one_place,
+    group_of,
     layouts,
     leaves_called,
     mixed_layout,
@@ -240,13 +242,14 @@ class Conformance:
             beside = state.beside(layout)
             assert layout.is_mixed and beside.is_mixed
             draw = torch.Generator().manual_seed(1)
-            reference = restrict(state.reference, beside)
+            reference = reference_on_layout(state.reference, beside)
             tokens = torch.randn(1, layout.tokens, state.noise.shape[2], generator=draw)
             orders = [torch.randperm(each.tokens, generator=draw) for each in (layout, beside)]
 
             def velocity(tokens, layout, reference, beside, pipe=pipe, adapter=adapter, state=state):
                 with torch.no_grad():
-                    return adapter.velocity(pipe, state, tokens, 0.5, [0], layout, reference, beside, config)
+                    group = group_of(state, layout, tokens, reference=reference, beside=beside)
+                    return adapter.velocity(Run(adapter, pipe, config, state), group, 0.5)
 
             expected = velocity(tokens, layout, reference, beside)[:, orders[0]]
             moved = [Shuffled(each, order) for each, order in zip((layout, beside), orders, strict=True)]
@@ -480,8 +483,8 @@ class Conformance:
     def test_forecasts_work_on_every_branch(self, family, monkeypatch):
         original, guided = family.adapter.guide, []
 
-        def guide_and_keep(self, state, outputs):
-            guided.append(original(self, state, outputs))
+        def guide_and_keep(self, run, outputs):
+            guided.append(original(self, run, outputs))
             return guided[-1]
 
         monkeypatch.setattr(family.adapter, "guide", guide_and_keep)

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from specedit.config import SpecEditConfig
 from specedit.layout import MixedLayout
-from specedit.method.sampler import restrict
+from specedit.method.adapter import LayoutGroup, Run
+from specedit.method.groups import reference_on_layout
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Family:
         bound.apply_defaults()
         call = {name: value for name, value in bound.arguments.items() if name != "self"}
         with torch.no_grad():
-            return adapter, adapter.prepare(pipe, call, attention)
+            return adapter, adapter.prepare(pipe, call, SpecEditConfig(attention=attention))
 
 
 class Shuffled:
@@ -93,17 +95,24 @@ def mixed_layout(grid, share=0.4, seed=0):
 
 
 def step_of(family, adapter, pipe, state, layout, config, sigma=0.5):
-    """Calls the adapter on random tokens of a layout: `run(calls)` is what `branches` gives."""
-    beside = state.beside(layout)
+    """Calls the adapter on random tokens of a layout: what comes back takes `partial` and predicts."""
     draw = torch.Generator().manual_seed(1)
     tokens = torch.randn(state.batch, layout.tokens, state.noise.shape[2], generator=draw)
-    call = (pipe, state, tokens, sigma, list(range(state.batch)), layout, restrict(state.reference, beside), beside)
+    run, group = Run(adapter, pipe, config, state), group_of(state, layout, tokens)
 
     @torch.no_grad()
-    def run(calls=None):
-        return adapter.branches(*call, config, calls)
+    def predict(partial=None):
+        return adapter.predict(run, group, sigma, partial)
 
-    return run
+    return predict
+
+
+def group_of(state, layout, tokens, rows=None, reference=None, beside=None):
+    """A group of all samples, or of some `rows`, with the references that a run has beside the layout."""
+    rows = list(range(state.batch)) if rows is None else rows
+    beside = beside or state.beside(layout)
+    reference = reference_on_layout(state.reference, beside)[rows] if reference is None else reference
+    return LayoutGroup(rows, layout, reference, beside, tokens, [])
 
 
 def layouts(grid):

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...config import SpecEditConfig
 from ...layout import TokenGrid
 from ...registry import selectors
-from ..adapter import Adapter, EditState
+from ..adapter import Adapter, EditState, Run
 
 TOP_SHARE = 0.3  # of the cells: RALU's up_ratio for its 4x setting
 
@@ -43,10 +43,7 @@ class Selector(ABC):
     verifies: ClassVar[bool] = False
 
     @abstractmethod
-    def score(
-        self, adapter: Adapter, pipe: Any, state: EditState, draft: Tensor, draft_grid: TokenGrid,
-        config: SpecEditConfig,
-    ) -> Tensor:  # fmt: skip
+    def score(self, run: Run, draft: Tensor, draft_grid: TokenGrid) -> Tensor:
         """(B, h, w) float32 on the fine token grid: how much each token changes.
 
         draft: clean tokens (B, draft_grid.tokens, C). Numbers that are not finite make the whole sample edited.
@@ -106,7 +103,7 @@ def select(
     selector, cells = selectors[config.selector](), state.grid.coarse().shape
     if not selector.needs_draft:
         return None, torch.zeros((state.batch, *cells), dtype=torch.bool, device=state.device)
-    score = selector.score(adapter, pipe, state, draft, draft_grid, config)
+    score = selector.score(Run(adapter, pipe, config, state), draft, draft_grid)
     _expect(f"selector {config.selector!r}: score", score, (state.batch, *state.grid.shape), torch.float32)
     chosen = selector.cells(score, config)
     _expect(f"selector {config.selector!r}: cells", chosen, (state.batch, *cells), torch.bool)

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...layout import TokenGrid
 from .. import draft as drafts
+from ..adapter import Run
 from ..canny import canny
 from . import Selector, not_finite, register_selector
 
@@ -18,9 +20,10 @@ class Edges(Selector):
     name = "edges"
     needs_decoder = "picture"
 
-    def score(self, adapter, pipe, state, draft, draft_grid, config) -> Tensor:
-        large = drafts.upsample(draft, draft_grid, config.draft_scale, state.grid)
-        image = adapter.decode(pipe, state, large, "pt").float()
-        score = F.adaptive_avg_pool2d(canny(image).float()[:, None], state.grid.shape)[:, 0]
+    def score(self, run: Run, draft: Tensor, draft_grid: TokenGrid) -> Tensor:
+        grid = run.state.grid
+        large = drafts.upsample(draft, draft_grid, run.config.draft_scale, grid)
+        image = run.adapter.decode(run.pipe, run.state, large, "pt").float()
+        score = F.adaptive_avg_pool2d(canny(image).float()[:, None], grid.shape)[:, 0]
         # Comparing with NaN finds no edge, which would hide it.
         return torch.where(not_finite(image)[:, None, None], torch.nan, score)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...config import SpecEditConfig
 from ...layout import TokenGrid
 from .. import draft as drafts
-from ..adapter import Adapter, EditState
+from ..adapter import Adapter, EditState, Run
 from . import Selector, register_selector, to_cells
 
 
@@ -22,8 +22,8 @@ class Semantic(Selector):
     needs_decoder = "features"
     verifies = True
 
-    def score(self, adapter, pipe, state, draft, draft_grid, config) -> Tensor:
-        return semantic_score(adapter, pipe, state, draft, draft_grid, config)
+    def score(self, run: Run, draft: Tensor, draft_grid: TokenGrid) -> Tensor:
+        return semantic_score(run.adapter, run.pipe, run.state, draft, draft_grid, run.config)
 
     def cells(self, score: Tensor, config: SpecEditConfig) -> Tensor:
         return to_cells(score) > config.threshold

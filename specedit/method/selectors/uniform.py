@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ...layout import TokenGrid
+from ..adapter import Run
 from . import Selector, register_selector
 
 
@@ -14,5 +16,5 @@ class Uniform(Selector):
     name = "uniform"
     needs_draft = False
 
-    def score(self, adapter, pipe, state, draft, draft_grid, config) -> Tensor:
+    def score(self, run: Run, draft: Tensor, draft_grid: TokenGrid) -> Tensor:
         raise NotImplementedError("uniform takes no draft")

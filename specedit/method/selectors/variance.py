@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ...layout import TokenGrid
 from .. import draft as drafts
+from ..adapter import Run
 from . import Selector, register_selector
 
 
@@ -14,6 +16,7 @@ class Variance(Selector):
 
     name = "variance"
 
-    def score(self, adapter, pipe, state, draft, draft_grid, config) -> Tensor:
-        large = drafts.upsample(draft, draft_grid, config.draft_scale, state.grid)
-        return large.view(state.batch, *state.grid.shape, -1).var(-1)
+    def score(self, run: Run, draft: Tensor, draft_grid: TokenGrid) -> Tensor:
+        grid = run.state.grid
+        large = drafts.upsample(draft, draft_grid, run.config.draft_scale, grid)
+        return large.view(run.state.batch, *grid.shape, -1).var(-1)

@@ -19,8 +19,10 @@ from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor
 
+from ...config import SpecEditConfig
+from ...forecast.toca import PartialForward
 from ...layout import GridSet, TokenGrid
-from ...method.adapter import EditState, active_branches, place_references
+from ...method.adapter import Adapter, EditState, LayoutGroup, Run, active_branches, place_references
 from ...once import warn_once
 from ..attention import compiled, last_block
 from ..attention import processors as attention
@@ -55,7 +57,7 @@ class Pictures:
     aligned: int = 0
 
 
-class QwenImageEdit:
+class QwenImageEdit(Adapter):
     """Adapter of QwenImageEditPipeline."""
 
     name = "qwen-image-edit"
@@ -82,7 +84,7 @@ class QwenImageEdit:
 
     # ------------------------------------------------------------------------------------------------- prepare
 
-    def prepare(self, pipe: Any, call: dict[str, Any], attention: str) -> EditState:
+    def prepare(self, pipe: Any, call: dict[str, Any], config: SpecEditConfig) -> EditState:
         images = check_pictures(call["image"])
         multiple = pipe.vae_scale_factor * 2
         height, width = self._output_size(pipe, call, images, multiple)
@@ -127,13 +129,13 @@ class QwenImageEdit:
             placements=placements,
             edited=pictures.aligned,
             generator=call["generator"],
-            **text_counts(positive, negative, attention),
+            **text_counts(positive, negative, config.attention),
             branches=1 if negative is None else 2,
             pixels_per_token=multiple,
-            backend={"auto": None, "stock": "torch"}.get(attention, attention),
+            backend={"auto": None, "stock": "torch"}.get(config.attention, config.attention),
             prompts=count_prompts(call),
             pictures=len(source),
-            last_block=attention != "stock" and last_block.trims(self._last(pipe)),
+            last_block=config.attention != "stock" and last_block.trims(self._last(pipe)),
             extra=dict(
                 positive=positive, negative=negative, dtype=dtype, call=call, condition=pictures.condition,
                 true_cfg_scale=call["true_cfg_scale"], kwargs=call["attention_kwargs"] or {},
@@ -178,8 +180,9 @@ class QwenImageEdit:
         height, width = whole(Shape(*picture_size(pipe, shapes_of(picture)[0])), pipe.vae_scale_factor * 2)
         return dict(height=height, width=width)
 
-    def draft_state(self, pipe: Any, state: EditState, config: Any) -> EditState:
+    def draft_state(self, run: Run) -> EditState:
         """A draft is a small image of its own, whose text may describe a smaller picture."""
+        pipe, state, config = run.pipe, run.state, run.config
         scale, call = config.draft_scale, state.extra["call"]
         extra = state.extra | {"sequences": {}}
         if config.draft_condition == "full" or call["prompt"] is None:  # embeddings that were given cannot be made anew
@@ -195,15 +198,15 @@ class QwenImageEdit:
 
     # ------------------------------------------------------------------------------------------------ velocity
 
-    def velocity(self, pipe, state, tokens, sigma, rows, layout, reference, reference_layout, config) -> Tensor:
-        outputs = self.branches(pipe, state, tokens, sigma, rows, layout, reference, reference_layout, config)
-        return self.guide(state, outputs)
-
-    def branches(
-        self, pipe, state, tokens, sigma, rows, layout, reference, reference_layout, config, calls=None
+    def predict(
+        self, run: Run, group: LayoutGroup, sigma: float, partial: list[PartialForward] | None = None
     ) -> list[Tensor]:
+        state, config, calls = run.state, run.config, partial
         prompts = [state.extra["positive"], state.extra["negative"]][: active_branches(state, config, sigma)]
-        inputs = QwenForward(pipe, state, tokens, reference, sigma, rows, layout, reference_layout, config)
+        inputs = QwenForward(
+            run.pipe, state, group.tokens, group.reference, sigma, group.rows, group.layout, group.reference_layout,
+            config,
+        )  # fmt: skip
         whole = all(p["lengths"] is None for p in prompts)
         plain = config.attention == "auto" and not inputs.mixed and not calls and whole
         if config.attention == "stock":
@@ -213,8 +216,8 @@ class QwenImageEdit:
             return [inputs.dense(prompt) if plain else inputs.packed([prompt], call)[0] for prompt, call in each]
         return inputs.packed(prompts, calls[0] if calls else None)  # one pass, one store
 
-    def guide(self, state: EditState, outputs: list[Tensor]) -> Tensor:
-        return outputs[0] if len(outputs) == 1 else guided(*outputs, state.extra["true_cfg_scale"])
+    def guide(self, run: Run, outputs: list[Tensor]) -> Tensor:
+        return outputs[0] if len(outputs) == 1 else guided(*outputs, run.state.extra["true_cfg_scale"])
 
     # --------------------------------------------------------------------------------------- features and images
 
