@@ -228,7 +228,7 @@ def test_forecast_defaults():
         (dict(forecast="reuse", forecast_interval=8), ValueError, "forecast_interval: expected at most 7"),
         (dict(forecast="toca", attention="stock"), ValueError, "'toca' keeps keys and values of SpecEdit's own"),
         (dict(forecast="duca", rope="phase_aligned"), ValueError, "'duca' keeps keys and values of SpecEdit's own"),
-        (dict(forecast="taylor", forecast_weights="w"), ValueError, "forecast_weights: expected None, .* has no weights"),
+        (dict(forecast="taylor", forecast_weights="w"), ValueError, "^forecast_weights: expected None, .* no weights"),
         (dict(forecast="lesa", forecast_weights=3), TypeError, "forecast_weights: expected a file name or None, got 3"),
     ],
 )

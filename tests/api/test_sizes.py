@@ -17,7 +17,7 @@ from specedit.models import LongCatImageEdit, flux
 from specedit.models.flux import FluxKontext
 from specedit.models.qwen.edit import QwenImageEdit, QwenImageEditPlus
 from specedit.models.shared.shapes import is_embedded_kontext
-from tests.models.family import Family
+from specedit.testing import Family
 from training.micro import build
 
 SHAPES = [(4032, 3024), (1920, 1080), (300, 599), (640, 640)]
