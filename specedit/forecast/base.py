@@ -55,10 +55,8 @@ class PromptBoundCache:
         """Forget everything."""
         raise NotImplementedError
 
-    def reset_if_prompt_changed(self, prompt: dict[str, Tensor] | None) -> None:
-        """Start over where a callback has replaced the prompt's embeddings, or written to them: what is held answered
-        another question."""
-        words = None if prompt is None else prompt.get("encoder_hidden_states")
+    def reset_if_prompt_changed(self, words: Tensor | None) -> None:
+        """Start over where a callback has replaced the prompt's embeddings, or written to them in place."""
         written = None if words is None or words.is_inference() else words._version
         if self.embeddings is not None and (words is not self.embeddings[0] or written != self.embeddings[1]):
             self.reset()

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base import PromptBoundCache
 
 
 @dataclass(eq=False)
 class KVCache:
-    """Keys and values of every attention module of one branch, (b, S, heads, dim) each, by the module's id."""
+    """Keys and values (b, S, heads, dim) of every attention module of one branch."""
 
-    entries: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    entries: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
     text_tokens: int = 0  # rows before the target's
 
     @property

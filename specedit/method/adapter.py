@@ -29,32 +29,9 @@ class Conditioning:
     0..1, where they lie on the output, or None. prompt_embeds: of the prompt's branch; a callback may replace them.
     """
 
-    dtype: torch.dtype
-    source: Tensor | None
-    prompt_embeds: Tensor
-
-
-@dataclass
-class ExtraConditioning(Conditioning):
-    """The three entries of `EditState.extra` that the call layer reads."""
-
-    extra: dict[str, Any]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.extra["dtype"]
-
-    @property
-    def source(self) -> Tensor | None:
-        return self.extra.get("source")
-
-    @property
-    def prompt_embeds(self) -> Tensor | None:
-        return self.extra.get("positive", {}).get("encoder_hidden_states")
-
-    @prompt_embeds.setter
-    def prompt_embeds(self, embeds: Tensor) -> None:
-        self.extra["positive"]["encoder_hidden_states"] = embeds
+    dtype: torch.dtype = torch.float32
+    source: Tensor | None = None
+    prompt_embeds: Tensor | None = None
 
 
 @dataclass
@@ -79,7 +56,7 @@ class EditState:
     prompts: int = 1  # whose images stand together in the batch
     pictures: int = 1  # being edited, over which the batch repeats
     last_block: bool = False  # whether the transformer's last block computes the target's rows alone
-    extra: dict[str, Any] = field(default_factory=dict)  # the adapter's own: embeddings, guidance, ...
+    conditioning: Conditioning = field(default_factory=Conditioning)  # the family's own: embeddings, guidance, ...
 
     def __post_init__(self) -> None:
         if not self.placements:
@@ -88,10 +65,6 @@ class EditState:
                 raise ValueError(
                     "placements: expected where each reference lies, because their grids are not the output's, got none"
                 )
-
-    @property
-    def conditioning(self) -> Conditioning:
-        return ExtraConditioning(self.extra)
 
     @property
     def _grids(self) -> tuple[TokenGrid, ...]:

@@ -34,7 +34,7 @@ def group_velocity(run: Run, group: LayoutGroup, i: int) -> Tensor:
 
     def compute(calls: list[PartialForward] | None) -> list[Tensor]:
         if group.kv is not None:
-            group.kv.reset_if_prompt_changed(state.extra.get("positive"))
+            group.kv.reset_if_prompt_changed(state.conditioning.prompt_embeds)
             calls = group.kv.calls(i, branches)
             group.reused += calls[0].target
         group.flops += samples * call_flops(run.pipe, state, group, branches, calls[0] if calls else None)
@@ -42,7 +42,7 @@ def group_velocity(run: Run, group: LayoutGroup, i: int) -> Tensor:
 
     if group.forecast is None:
         return adapter.guide(run, compute(None))
-    group.forecast.reset_if_prompt_changed(state.extra.get("positive"))
+    group.forecast.reset_if_prompt_changed(state.conditioning.prompt_embeds)
     outputs = group.forecast.step(i, sigma, compute)
     group.cached += not group.forecast.last_step.full
     group.flops += group.forecast.last_step.flops

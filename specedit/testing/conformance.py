@@ -290,7 +290,7 @@ class Conformance:
                 kept = "reference_refresh" in changes and adapter.keeps_reference
                 stores = [KVCache() for _ in range(state.branches if kept else 0)]
                 calls = [PartialForward(store) for store in stores] or None
-                first, made = run(calls), dict(state.extra["sequences"])
+                first, made = run(calls), dict(run.group.inputs)
                 if kept:
                     calls = [PartialForward(store, target=True) for store in stores]
                     run(calls)
@@ -298,7 +298,7 @@ class Conformance:
                     again = run(calls)
                 for a, b in zip(first, again, strict=True):
                     self.close(b, a)
-                assert all(state.extra["sequences"][key] is made[key] for key in state.extra["sequences"])
+                assert all(run.group.inputs[key] is made[key] for key in run.group.inputs)
                 # Nothing that the host would have to wait for: no sizes that depend on masks, no values sent over.
                 assert later.names and not later.names["nonzero"]
                 assert family.sends_values or not later.names["lift_fresh"]
@@ -312,7 +312,7 @@ class Conformance:
             adapter, state = family.prepare(pipe, (144, 112), config.attention, **guide)
             if not state.last_block:
                 pytest.skip("this adapter leaves the last block as it is")
-            whole = dataclasses.replace(state, last_block=False, extra=state.extra | {"sequences": {}})
+            whole = dataclasses.replace(state, last_block=False)
             for layout in layouts(state.grid):
                 trimmed, stock = (step_of(family, adapter, pipe, s, layout, config)() for s in (state, whole))
                 for a, b in zip(trimmed, stock, strict=True):
@@ -373,7 +373,7 @@ class Conformance:
             if not adapter.keeps_reference:
                 pytest.skip("this adapter does not keep the reference")
             for last_block in {state.last_block, False}:
-                state = dataclasses.replace(state, last_block=last_block, extra=state.extra | {"sequences": {}})
+                state = dataclasses.replace(state, last_block=last_block)
                 for layout in layouts(state.grid):
                     run = step_of(family, adapter, pipe, state, layout, config)
                     stores = [KVCache() for _ in range(state.branches)]

@@ -141,7 +141,7 @@ def mixed_layout(grid, share=0.4, seed=0):
 
 
 def step_of(family, adapter, pipe, state, layout, config, sigma=0.5):
-    """Calls the adapter on random tokens of a layout: what comes back takes `partial` and predicts."""
+    """Calls the adapter on random tokens of a layout: what comes back takes `partial` and predicts for its `group`."""
     draw = torch.Generator().manual_seed(1)
     tokens = torch.randn(state.batch, layout.tokens, state.noise.shape[2], generator=draw)
     run, group = Run(adapter, pipe, config, state), group_of(state, layout, tokens)
@@ -150,6 +150,7 @@ def step_of(family, adapter, pipe, state, layout, config, sigma=0.5):
     def predict(partial=None):
         return adapter.predict(run, group, sigma, partial)
 
+    predict.group = group
     return predict
 
 

@@ -5,8 +5,8 @@ import torch
 from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
 
 import specedit
-from specedit.models import LongCatImageEdit
 from specedit.models.flux import FluxKontext
+from specedit.models.longcat import LongCatImageEdit
 from specedit.models.qwen.edit import QwenImageEdit, QwenImageEditPlus
 from specedit.testing import QUICK, Conformance, Family
 
@@ -88,7 +88,7 @@ class TestLongCatImageEdit(Conformance):
         pipe = specedit.install(family.make(), **QUICK)
         expected = family.run(pipe, **family.guided)
         _, state = family.prepare(family.make(), **family.guided)
-        given = dict(guidance_scale=2.5, negative_prompt_embeds=state.extra["negative"]["encoder_hidden_states"])
+        given = dict(guidance_scale=2.5, negative_prompt_embeds=state.conditioning.negative.embeds)
         assert torch.equal(family.run(pipe, **given), expected)
         given["negative_prompt_embeds"] = given["negative_prompt_embeds"][:, 1:]
         with pytest.raises(ValueError, match=r"negative_prompt_embeds: expected shape .*, as the prompt's, got"):

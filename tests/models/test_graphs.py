@@ -9,9 +9,9 @@ from diffusers import QwenImageEditPipeline
 from torch._guards import CompileContext
 
 import specedit
-from specedit.models import LongCatImageEdit
 from specedit.models.attention import compiled
 from specedit.models.flux import FluxKontext
+from specedit.models.longcat import LongCatImageEdit
 from specedit.models.qwen.edit import QwenImageEdit
 from specedit.testing import Family
 

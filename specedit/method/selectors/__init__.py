@@ -130,7 +130,7 @@ def not_finite(values: Tensor) -> Tensor:
 def _overflow(pipe: Any, state: EditState, draft: Tensor) -> str:
     """Which part of the model left the range of its dtype."""
     if bool(state.aligned.isfinite().all()) and not bool(draft.isfinite().all()):
-        return f"the transformer, {state.extra['dtype']}"
+        return f"the transformer, {state.conditioning.dtype}"
     return f"the autoencoder, {pipe.vae.dtype}"
 
 

@@ -10,8 +10,8 @@ from specedit import SpecEditConfig
 from specedit.layout import MixedLayout
 from specedit.method.adapter import Run, rows_index
 from specedit.method.groups import reference_on_layout
-from specedit.models.attention import contexts as joint
 from specedit.models.attention import processors as attention
+from specedit.models.attention import sequences
 from specedit.testing.family import Ops, group_of
 from tests.models.flux.common import random_like
 
@@ -160,7 +160,7 @@ def test_what_a_stage_shares_is_made_by_its_first_step(prepare, monkeypatch, rop
     group = group_of(state, layout, random_like(layout, len(rows)), rows)
     config = SpecEditConfig(rope=rope, attention="torch")
     made = Counter()
-    for module, name in ((attention, "half_table"), (joint, "segments")):
+    for module, name in ((attention, "half_table"), (sequences, "segments")):
         function = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, f=function, n=name: made.update([n]) or f(*a))
     pipe.transformer.pos_embed.register_forward_hook(lambda *a: made.update(["pos_embed"]))
@@ -178,7 +178,7 @@ def test_what_a_stage_shares_is_made_by_its_first_step(prepare, monkeypatch, rop
     assert made["half_table"] == 2 * tables and made["pos_embed"] == tables + 2  # the transformer's own is left
     # Nothing that the host would have to wait for: no sizes that depend on masks, no values sent to the device.
     assert later.names["addmm"] and not later.names["nonzero"] and not later.names["lift_fresh"]
-    state.extra.pop("sequences")
+    group.inputs.clear()
     assert torch.equal(step(), first) and made["half_table"] == 4 * tables
 
 
@@ -187,7 +187,6 @@ def test_stages_do_not_share_what_is_theirs(prepare):
     sparse, dense = mixed_layout(state.grid, 0.2), mixed_layout(state.grid, 0.6)
     config = SpecEditConfig()
     one, other = (velocity((adapter, pipe, state), layout, config) for layout in (sparse, dense))
-    assert len(state.extra["sequences"]) == 2
     for layout, expected in ((sparse, one), (dense, other)):
         assert torch.equal(velocity((adapter, pipe, state), layout, config), expected)
         assert torch.equal(velocity(prepare(), layout, config), expected)  # another run, nothing made before
@@ -197,7 +196,7 @@ def test_a_prompt_that_a_callback_changes_is_seen_at_once(prepare):
     prepared = prepare()
     layout = mixed_layout(prepared[2].grid)
     before = velocity(prepared, layout, SpecEditConfig())
-    prepared[2].extra["positive"]["encoder_hidden_states"].mul_(2)
+    prepared[2].conditioning.prompt_embeds.mul_(2)
     assert not torch.equal(velocity(prepared, layout, SpecEditConfig()), before)
 
 
