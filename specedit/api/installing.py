@@ -16,7 +16,6 @@ from ..config import STOCK_STEPS, SpecEditConfig, resolve
 from ..method import restore, sampler
 from ..method.adapter import Adapter, Run
 from ..method.denoise import forward_flops, set_current_timestep
-from ..method.schedule import supported
 from ..models import adapter_of, adapters
 from ..models.attention import mask_support
 from ..models.shared.images import check_decoder
@@ -65,7 +64,7 @@ def install(pipe: Any, config: str | SpecEditConfig | None = None, **overrides: 
     uninstall(pipe)  # what an installation that was interrupted left
     stock = type(pipe)
     installation = Installation(config, adapter, stock)
-    if (reason := supported(pipe.scheduler) or _conflicting_feature(pipe)) is not None:
+    if (reason := adapter.schedule_refusal(pipe) or _conflicting_feature(pipe)) is not None:
         installation.warned.add(reason)  # said now, not again at the call
         warnings.warn(f"SpecEdit will run the stock pipeline: {reason}", stacklevel=2)
     try:
@@ -197,8 +196,10 @@ def _call(
     asked_steps = bound.arguments.get("num_inference_steps")
     bound.apply_defaults()
     call = {name: value for name, value in bound.arguments.items() if name != "self"}
-    reason = supported(self.scheduler) or _conflicting_feature(self) or _overridden_call(installation.stock_class)
-    reason = reason or installation.adapter.refusal(self, call, installation.config.attention)
+    adapter = installation.adapter
+    reason = adapter.schedule_refusal(self) or _conflicting_feature(self)
+    reason = reason or _overridden_call(installation.stock_class, adapter)
+    reason = reason or adapter.refusal(self, call, installation.config.attention)
     record.stock_reason = reason
     if reason:
         # What the stock pipeline does not know of may be what protects somebody's pixels: said of every such call.
@@ -209,7 +210,7 @@ def _call(
             warnings.warn(f"SpecEdit runs the stock pipeline: {reason}{more}", stacklevel=3)
         return stock(self, *args, **kwargs)
     config = installation.config if asked_steps is None else installation.config.with_steps(asked_steps)
-    if config.forecast != (forecast := installation.config.forecast):
+    if config.forecast is None and (forecast := installation.config.forecast) is not None:
         text = f"num_inference_steps={asked_steps} leaves no stage long enough for forecast={forecast!r}"
         warn_once(self, f"{text}; SpecEdit runs without it", f"too few steps for {forecast}")
     # Fusing projections or loading an adapter may have replaced processors since install: they come back here.
@@ -236,12 +237,12 @@ def _caches(module: torch.nn.Module) -> bool:
     return any(name.endswith("cache") or name == "pyramid_attention_broadcast" for name in names)
 
 
-def _overridden_call(stock: type) -> str | None:
+def _overridden_call(stock: type, adapter: Adapter) -> str | None:
     """Why a class whose call is not the library's runs stock: what it does beside or instead would be left out."""
     own = [base for base in stock.__mro__ if "__call__" in vars(base) and not accelerated.is_ours(base)]
     # A library that undoes its patch of a class leaves there what the class had inherited.
     owner = [base for base in own if vars(base)["__call__"] is vars(own[0])["__call__"]][-1]
-    if owner.__module__.partition(".")[0] in ("diffusers", __package__):
+    if owner in adapter.calls or owner.__module__.partition(".")[0] in ("diffusers", __package__.partition(".")[0]):
         return None
     return f"{owner.__qualname__} has a __call__ of its own, and SpecEdit's loop would not run what it adds"
 
