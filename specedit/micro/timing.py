@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from .. import RunReport, report, uninstall
-from ..api import installing as install
+from ..api.installing import install, report, uninstall
 from ..config import CHOICES, STOCK_STEPS, presets
+from ..run_report import RunReport
 from . import arguments, load, scenes
 
 SEED = 1
