@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .registry import selectors
+
 if TYPE_CHECKING:
     from .run_report import RunReport
 
@@ -83,7 +85,7 @@ def score_title(report: RunReport) -> str:
     """What the panel of the score shows, and what the score was compared with."""
     if report.config is None:
         return "score"
-    if report.config.selector == "semantic":
+    if selectors[report.config.selector].verifies:
         return f"verification score (threshold {report.config.threshold:g})"
     return f"score of selector {report.config.selector!r}"  # which takes the largest, whatever their values
 

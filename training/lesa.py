@@ -30,9 +30,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from specedit import micro
-from specedit.config import FIRST_FULL, SpecEditConfig
+from specedit.config import SpecEditConfig
 from specedit.forecast import lesa
 from specedit.forecast.base import Differences, full_steps
+from specedit.forecast_options import FIRST_FULL
 from specedit.layout import MixedLayout
 from specedit.method.adapter import LayoutGroup, Run
 from specedit.models import adapter_of, adapters

@@ -14,6 +14,7 @@ from ..method.trace import Trace
 from ..models.attention import mask_support
 from ..models.shared.images import check_decoder
 from ..once import warn_caller, warn_once
+from ..registry import selectors
 from . import inputs, sharing
 from .installation import CallRecord, Installation
 from .reporting import report_of
@@ -45,7 +46,7 @@ def call(
         warn_of_stock(installation, record.stock_reason, edit_mask)
         return stock(pipe, *args, **kwargs)
     config = installation.config if asked_steps is None else installation.config.with_steps(asked_steps)
-    if config.forecast != (forecast := installation.config.forecast):
+    if config.forecast is None and (forecast := installation.config.forecast) is not None:
         text = f"num_inference_steps={asked_steps} leaves no stage long enough for forecast={forecast!r}"
         warn_once(pipe, f"{text}; SpecEdit runs without it", f"too few steps for {forecast}")
     # Fusing projections or loading an adapter may have replaced processors since install: they come back here.
@@ -63,7 +64,7 @@ def accelerated_call(
         with trace.timed("encode"):
             edit_mask = inputs.check(arguments, edit_mask)
             needs_draft = config.uses_draft and edit_mask is None
-            if needs_draft and config.selector == "semantic":
+            if needs_draft and selectors[config.selector].needs_decoder == "features":
                 check_decoder(pipe.vae)
             mask_support.check(pipe.transformer, config)
             state = adapter.prepare(pipe, arguments, config)

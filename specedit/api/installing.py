@@ -54,7 +54,7 @@ def install(pipe: Any, config: str | SpecEditConfig | None = None, **overrides: 
     uninstall(pipe)  # what an installation that was interrupted left
     stock = type(pipe)
     installation = Installation(config, adapter, stock)
-    if (reason := why_stock(pipe)) is not None:
+    if (reason := why_stock(pipe, adapter)) is not None:
         installation.warned.add(reason)  # said now, not again at the call
         warnings.warn(f"SpecEdit will run the stock pipeline: {reason}", stacklevel=2)
     try:

@@ -8,19 +8,21 @@ import torch
 
 from ..method.schedule import supported
 from ..once import warn_caller
+from ..method.adapter import Adapter
 from . import accelerated
 from .installation import Installation
 
 
-def why_stock(pipe: Any) -> str | None:
+def why_stock(pipe: Any, adapter: Adapter) -> str | None:
     """Why calls of a pipeline cannot be accelerated as it is at the moment (one phrase), or None."""
-    return supported(pipe.scheduler) or _conflicting_feature(pipe)
+    return adapter.schedule_refusal(pipe) or _conflicting_feature(pipe)
 
 
 def why_stock_call(pipe: Any, installation: Installation, call: dict[str, Any]) -> str | None:
     """Why this call cannot be accelerated (one phrase), or None."""
-    reason = why_stock(pipe) or _overridden_call(installation.stock_class)
-    return reason or installation.adapter.refusal(pipe, call, installation.config.attention)
+    adapter = installation.adapter
+    reason = why_stock(pipe, adapter) or _overridden_call(installation.stock_class, adapter)
+    return reason or adapter.refusal(pipe, call, installation.config.attention)
 
 
 def warn_of_stock(installation: Installation, reason: str, edit_mask: Any) -> None:
@@ -53,11 +55,11 @@ def _caches(module: torch.nn.Module) -> bool:
     return any(name.endswith("cache") or name == "pyramid_attention_broadcast" for name in names)
 
 
-def _overridden_call(stock: type) -> str | None:
+def _overridden_call(stock: type, adapter: Adapter) -> str | None:
     """Why a class whose call is not the library's runs stock: what it does beside or instead would be left out."""
     own = [base for base in stock.__mro__ if "__call__" in vars(base) and not accelerated.is_ours(base)]
     # A library that undoes its patch of a class leaves there what the class had inherited.
     owner = [base for base in own if vars(base)["__call__"] is vars(own[0])["__call__"]][-1]
-    if owner.__module__.partition(".")[0] in ("diffusers", __package__.partition(".")[0]):
+    if owner in adapter.calls or owner.__module__.partition(".")[0] in ("diffusers", __package__.partition(".")[0]):
         return None
     return f"{owner.__qualname__} has a __call__ of its own, and SpecEdit's loop would not run what it adds"

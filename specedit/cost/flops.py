@@ -12,8 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from ..config import FULL_EDIT_SHARE, STOCK_STEPS, SpecEditConfig, resolve
-from ..forecast import METHODS, TOKEN_WISE, ReferenceKVCache, forecast_flops, full_steps
-from ..forecast.toca import fresh_tokens
+from ..forecast import ReferenceKVCache, full_steps
 from ..layout import MixedLayout, TokenGrid
 from ..method.schedule import Stage, stage_sigmas, stage_start, stages
 from ..method.trace import ForwardCall, step_calls
@@ -180,16 +179,17 @@ class _Plan:
     def _steps(self, stage: Stage, own: int, start: float, first: bool = False) -> list[_Step]:
         """How every step of a stage is computed that has `own` target tokens."""
         config = self.config
+        options = None if stage.name == "draft" else config.forecast_options
         pattern = [True] * stage.steps
-        if config.forecast is not None and stage.name != "draft":
-            pattern = full_steps(stage.steps, config.interval, config.forecast_warmup(first))
+        if options is not None:
+            pattern = full_steps(stage.steps, options.interval, options.warmup(first))
         kept = None if config.reference_refresh is None else ReferenceKVCache(config.reference_refresh)
         steps, since = [], 0
         for i, (full, passes) in enumerate(zip(pattern, self._passes(stage, own, start), strict=True)):
             since = 0 if full else since + 1
             alone = full and kept is not None and kept.calls(i, passes)[0].target
-            recomputes = not full and config.forecast in TOKEN_WISE and METHODS[config.forecast].recomputes(since)
-            steps.append(_Step(passes, full, alone, fresh_tokens(own) if recomputes else None))
+            recomputes = not full and options is not None and options.token_wise and options.recomputes(since)
+            steps.append(_Step(passes, full, alone, options.fresh_tokens(own) if options and recomputes else None))
         return steps
 
     def _passes(self, stage: Stage, own: int, start: float) -> list[int]:
@@ -203,7 +203,8 @@ class _Plan:
 
     def _calls(self, stage: Stage, samples: int, own: int, texts: tuple[float, ...], step: _Step) -> list[ForwardCall]:
         if not step.full and step.fresh is None:
-            operations = forecast_flops(self.config, own * self.cost.channels)
+            options = self.config.forecast_options
+            operations = options.operations(own * self.cost.channels) if options else 0.0
             forecast = ForwardCall(stage.name, 0, samples=samples, forecast=operations)
             return [forecast] * step.passes if operations else []
         return step_calls(

@@ -16,12 +16,11 @@ from ..config import SpecEditConfig
 from ..geometry import PACKED, TokenGeometry
 from ..layout import GridSet, LayoutSet, MixedLayout, TokenGrid
 from ..placement import Placement, layouts_beside
-from .schedule import stage_sigmas
+from .schedule import stage_sigmas, supported
 from .trace import Trace
 
 if TYPE_CHECKING:
-    from ..forecast import ForecastRunner, ReferenceKVCache
-    from ..forecast.toca import PartialForward
+    from ..forecast import ForecastRunner, PartialForward, ReferenceKVCache
 
 
 class Conditioning:
@@ -211,6 +210,7 @@ class Adapter(ABC):
     token_wise: ClassVar[bool] = False  # whether `predict` computes single tokens
     keeps_reference: ClassVar[bool] = False  # whether it computes the target's tokens alone
     geometry: ClassVar[TokenGeometry] = PACKED  # what its tokens hold; `prepare` gives it to every grid
+    calls: ClassVar[tuple[type, ...]] = ()  # classes outside diffusers whose `__call__` it runs as they do
 
     @staticmethod
     @abstractmethod
@@ -240,6 +240,10 @@ class Adapter(ABC):
     def sigmas(self, pipe: Any, tokens: int, start: float, end: float, steps: int) -> Tensor:
         """Sigmas (steps + 1,) float32 of a stage of `tokens` target tokens: the model's schedule in [end, start]."""
         return stage_sigmas(pipe.scheduler, tokens, start, end, steps)
+
+    def schedule_refusal(self, pipe: Any) -> str | None:
+        """Why `sigmas` is not the schedule of the pipeline as it is now (one phrase), or None. Goes with `sigmas`."""
+        return supported(getattr(pipe, "scheduler", None))
 
     @abstractmethod
     def predict(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from ..forecast import TOKEN_WISE, ForecastRunner, ReferenceKVCache, lesa
+from ..forecast import ForecastRunner, ReferenceKVCache
 from .adapter import LayoutGroup, Run
 
 
@@ -48,16 +48,13 @@ def reference_kv_cache(run: Run) -> ReferenceKVCache | None:
 
 def forecast_maker(run: Run) -> Callable[..., ForecastRunner] | None:
     """What makes a group's temporal cache, or None where the configuration has none."""
-    config = run.config
-    if config.forecast is None:
+    options = run.config.forecast_options
+    if options is None:
         return None
-    if config.forecast in TOKEN_WISE and not run.adapter.token_wise:
+    if options.token_wise and not run.adapter.token_wise:
         raise ValueError(
-            f"forecast: {config.forecast!r} computes single tokens again, which {run.adapter.name} does not offer; "
+            f"forecast: {options.name!r} computes single tokens again, which {run.adapter.name} does not offer; "
             "expected another forecast"
         )
-    predictor = None
-    if config.forecast == "lesa":
-        predictor = lesa.load(config.forecast_weights, run.pipe.transformer.config)
-        lesa.check_order(predictor, config.forecast_history - 1)
-    return partial(ForecastRunner, config, branches=run.state.branches, predictor=predictor, backend=run.state.backend)
+    shared = options.prepare(run.pipe)
+    return partial(ForecastRunner, options, branches=run.state.branches, shared=shared, backend=run.state.backend)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..forecast.toca import PartialForward
+from ..forecast import PartialForward
 from .adapter import LayoutGroup, Run, active_branches
 from .trace import ForwardCall, step_calls
 
@@ -39,8 +39,8 @@ def group_velocity(run: Run, group: LayoutGroup, i: int) -> Tensor:
         return adapter.guide(run, compute(None))
     group.forecast.reset_if_prompt_changed(prompt)
     outputs = group.forecast.step(i, sigma, compute)
-    group.cached += not group.forecast.done.full
-    if (operations := group.forecast.done.flops) > 0:
+    group.cached += not group.forecast.last_step.full
+    if (operations := group.forecast.last_step.flops) > 0:
         each = operations / (len(group.rows) * branches)
         run.trace.calls.append(ForwardCall(stage_of(run), 0, samples=len(group.rows), count=branches, forecast=each))
     return adapter.guide(run, outputs)

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ..registry import selectors
 from . import draft as drafts
 from . import restore, verify
-from . import selectors as select
 from .adapter import LayoutGroup, Run
 from .caches import cache_maker, drop_caches
 from .cells import CellMasks, no_cells
@@ -22,6 +22,7 @@ from .denoise import euler_step
 from .groups import gather, start_stage
 from .masks import cells_of_mask
 from .schedule import stages
+from .selectors import not_finite
 
 
 @dataclass
@@ -55,7 +56,7 @@ def edit(run: Run, edit_mask: Any = None) -> Outcome:
     empty_drafts = 0 if score is None else int((~detected.flatten(1).any(1)).sum())
 
     # Other selectors rank cells: what they leave out may change as well, unless it is given back as it came.
-    verified = drafted and (config.selector == "semantic" or config.preserves_unedited)
+    verified = drafted and (selectors[config.selector].verifies or config.preserves_unedited)
     cells = CellMasks.from_detected(run, detected, verified=verified or edit_mask is not None)  # 3.4.2, eq. 9 and 10
 
     # Section 3.4: coarse tokens first, then a mixed sequence, then (restore="full") every token fine.
@@ -82,5 +83,5 @@ def edit(run: Run, edit_mask: Any = None) -> Outcome:
     tokens = gather(groups, state)
     if config.restore == "reference" and trace.steps == config.nfe:  # an interrupted run has nothing clean to blend
         tokens = restore.blend_latents(tokens, state.aligned, cells.edited, state.grid)
-    overflowed = 0 if score is None else int(select.not_finite(score).sum())
+    overflowed = 0 if score is None else int(not_finite(score).sum())
     return Outcome(tokens, score, cells, drafted or edit_mask is not None, empty_drafts, overflowed)

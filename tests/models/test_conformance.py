@@ -8,8 +8,7 @@ import specedit
 from specedit.models.flux import FluxKontext
 from specedit.models.longcat import LongCatImageEdit
 from specedit.models.qwen.edit import QwenImageEdit, QwenImageEditPlus
-from tests.models.conformance import QUICK, Conformance
-from tests.models.family import Family
+from specedit.testing import QUICK, Conformance, Family
 
 
 class TestFluxKontext(Conformance):
@@ -29,7 +28,7 @@ class TestFluxKontext(Conformance):
 
 
 class TestQwenImageEdit(Conformance):
-    pipeline, adapter = QwenImageEditPipeline, QwenImageEdit
+    pipeline, adapter, sends_values = QwenImageEditPipeline, QwenImageEdit, False
 
     @pytest.fixture
     def family(self, make_qwen, picture):
@@ -39,6 +38,7 @@ class TestQwenImageEdit(Conformance):
         return Family(
             self.adapter, lambda: self.make(make_qwen), call,
             guided=dict(negative_prompt="blue and dark", true_cfg_scale=2.5), batch=self.batch(picture),
+            sends_values=self.sends_values,
         )  # fmt: skip
 
     def make(self, make_qwen):
@@ -56,6 +56,8 @@ class TestQwenImageEditPlus(TestQwenImageEdit):
 
 
 class TestQwenImageEdit2511(TestQwenImageEditPlus):
+    sends_values = True  # the index of zero_cond_t
+
     def make(self, make_qwen):
         return make_qwen(self.pipeline, zero_cond_t=True)
 

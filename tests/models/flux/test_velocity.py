@@ -12,7 +12,7 @@ from specedit.method.adapter import Run, rows_index
 from specedit.method.groups import reference_on_layout
 from specedit.models.attention import processors as attention
 from specedit.models.attention import sequences
-from tests.models.family import Ops, group_of
+from specedit.testing.family import Ops, group_of
 from tests.models.flux.common import random_like
 
 

@@ -4,7 +4,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from specedit.method.adapter import Run
-from tests.models.family import group_of
+from specedit.testing.family import group_of
 
 QUICK = dict(steps=(2, 1, 1), draft_steps=2)
 GUIDED = dict(negative_prompt="blue and dark", true_cfg_scale=2.5)

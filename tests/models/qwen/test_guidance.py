@@ -8,7 +8,7 @@ from specedit import SpecEditConfig
 from specedit.cost.flops import transformer_flops
 from specedit.layout import MixedLayout
 from specedit.models.qwen.prompts import QwenPrompt, text_counts
-from tests.models.family import mixed_layout
+from specedit.testing.family import mixed_layout
 from tests.models.qwen.common import GUIDED, QUICK, close, velocity
 
 

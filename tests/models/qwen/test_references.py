@@ -8,7 +8,7 @@ from specedit import SpecEditConfig
 from specedit.layout import GridSet, LayoutSet, MixedLayout, TokenGrid
 from specedit.models.qwen import edit as qwen
 from specedit.models.qwen.sizes import nearest_shapes
-from tests.models.family import mixed_layout
+from specedit.testing.family import mixed_layout
 from tests.models.qwen.common import GUIDED, QUICK, close, velocity
 
 

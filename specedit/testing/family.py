@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from specedit.config import SpecEditConfig
@@ -14,16 +16,37 @@ from specedit.layout import MixedLayout
 from specedit.method.adapter import LayoutGroup, Run
 from specedit.method.groups import reference_on_layout
 
+OTHERS = (((128, 128), (96, 160)), ((144, 112), (128, 128)), ((112, 144), (96, 128)), ((176, 80), (80, 176)))
+
+
+def make_picture(height=128, width=128, seed=0):
+    """A smooth random RGB picture."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
 
 @dataclass
 class Family:
-    """A model family under test.
+    """A model family under test. What a family does not have is said here, and its tests are skipped.
 
-    adapter: its class. make: makes equal pipelines that share nothing. call: (height, width) to the arguments of one
-    call whose reference covers the output. guided: arguments that switch true classifier-free guidance on, or None.
-    batch: (n) to arguments that make a call edit n pictures, or None where the pipeline takes only one. fullgraph:
-    whether its blocks compile without a graph break. runs_others: whether attention="stock" runs other processors than
-    diffusers'.
+    Args:
+        adapter: its class.
+        make: makes equal pipelines that share nothing that an installation changes. A tiny transformer with random
+            weights will do; scale them up until the blocks matter.
+        call: (height, width) to the arguments of one call whose reference covers the output.
+        guided: arguments that switch true classifier-free guidance on, or None.
+        batch: (n) to arguments that make a call edit n pictures, or None where the pipeline takes only one.
+        sizes: (height, width) of the outputs of single calls, square and not.
+        others: (height, width) of the output and of the picture where they differ, by even and by odd numbers of
+            tokens; empty where the output always has the picture's size.
+        attention: settings of `SpecEditConfig.attention` that the adapter runs.
+        ropes: settings of `SpecEditConfig.rope` that the adapter runs.
+        parts: components of the pipeline that a call runs before the result; none may run before an error.
+        rotations: (pipe, run) to the table (tokens, D) by whose rows the transformer's last call in `run()` placed
+            text, target and references, without the axis that tells pictures apart. None: there is no such table.
+        fullgraph: whether its blocks compile without a graph break, by `compile_repeated_blocks`.
+        runs_others: whether attention="stock" runs other attention processors than diffusers'.
+        sends_values: whether the transformer itself sends values from the host to the device in every step.
     """
 
     adapter: type
@@ -33,7 +56,13 @@ class Family:
     batch: Callable[[int], dict[str, Any]] | None = None
     fullgraph: bool = True
     runs_others: bool = False
-    sizes: tuple[tuple[int, int], ...] = field(default=((128, 128), (160, 96)))
+    sizes: tuple[tuple[int, int], ...] = ((128, 128), (160, 96))
+    others: tuple[tuple[tuple[int, int], tuple[int, int]], ...] = OTHERS
+    attention: tuple[str, ...] = ("auto", "torch", "stock")
+    ropes: tuple[str, ...] = ("scaled", "phase_aligned")
+    parts: tuple[str, ...] = ("transformer", "text_encoder")
+    rotations: Callable[[Any, Callable[[], Any]], torch.Tensor] | None = field(default_factory=lambda: rotations)
+    sends_values: bool = False
 
     def run(self, pipe, size=(128, 128), seed=0, **changes):
         """Latents of one call."""
@@ -90,6 +119,23 @@ def leaves_called(transformer):
     return calls
 
 
+def inside(pipe, run):
+    """A module with weights in the middle of those that the transformer calls in `run()`."""
+    calls = []
+    handles = [
+        module.register_forward_pre_hook(lambda module, args: calls.append(module))
+        for module in pipe.transformer.modules()
+        if next(module.parameters(recurse=False), None) is not None
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    once = list(dict.fromkeys(calls))
+    return once[len(once) // 2]
+
+
 def mixed_layout(grid, share=0.4, seed=0):
     return MixedLayout(grid, torch.rand(grid.coarse().shape, generator=torch.Generator().manual_seed(seed)) < share)
 
@@ -123,12 +169,13 @@ def layouts(grid):
 def trace(pipe):
     """What an installation may change on a pipeline."""
     hooks = [vars(module).get("forward") for module in pipe.transformer.modules()]
-    return type(pipe), list(pipe.transformer.attn_processors.values()), hooks
+    processors = [vars(module)["processor"] for module in pipe.transformer.modules() if "processor" in vars(module)]
+    return type(pipe), processors, hooks
 
 
 def rotations(pipe, run):
     """(tokens, D) complex: what the transformer's last call in `run()` rotated its tokens by, text included. The axis
-    that tells images apart is left out."""
+    that tells images apart is left out. For transformers of diffusers with a `pos_embed` that has `axes_dim`."""
     seen, rope = [], pipe.transformer.pos_embed
     hook = rope.register_forward_hook(lambda module, args, out: seen.append(out))
     try:
