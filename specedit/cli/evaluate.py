@@ -100,6 +100,8 @@ def _public(args) -> int:
     quiet()
     if args.model not in EDITORS:
         loading.check_model(args.model, EDITORS)
+        if args.preset != "stock":
+            loading.check_supported(args.model)
     from tqdm.auto import tqdm
 
     from .. import evaluation, install, results, tasks

@@ -24,3 +24,15 @@ def adapters() -> tuple[type, ...]:
 def adapter_of(pipe: Any) -> Any:
     """An adapter for `pipe`, or None where there is no such one."""
     return next((adapter() for adapter in adapters() if adapter.matches(pipe)), None)
+
+
+def pipeline_names() -> list[str]:
+    """The pipeline classes that this package accelerates, for messages."""
+    return [adapter.pipelines for adapter in adapters()]
+
+
+def takes_class(pipeline: type) -> bool:
+    """Whether `install` takes pipelines of this class; inpainting ones it leaves as they are."""
+    return "Inpaint" in pipeline.__name__ or not {base.__name__ for base in pipeline.__mro__}.isdisjoint(
+        pipeline_names()
+    )
