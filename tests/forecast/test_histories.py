@@ -293,9 +293,13 @@ def test_a_model_that_cannot_compute_single_tokens(pipe, edit, monkeypatch):
 
 
 def test_fewer_steps_than_the_history_needs(pipe, edit):
-    specedit.install(pipe, **ALONE, forecast="taylor")
+    """A configuration of them is refused; a call of them runs without the forecast."""
     with pytest.raises(ValueError, match="needs 3 full steps before its first forecast"):
+        specedit.install(pipe, steps=(0, 0, 3), forecast="taylor")
+    specedit.install(pipe, **ALONE, forecast="taylor")
+    with pytest.warns(UserWarning, match="SpecEdit runs without it"):
         edit(pipe, num_inference_steps=3)
+    assert specedit.report(pipe).nfe == 3 and specedit.report(pipe).cached_steps == 0
 
 
 @pytest.mark.parametrize("forecast", WHOLE)
