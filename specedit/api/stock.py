@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from ..method.schedule import supported
-from ..once import warn_caller
 from ..method.adapter import Adapter
+from ..once import warn_caller
 from . import accelerated
 from .installation import Installation
 

@@ -53,3 +53,14 @@ def _registered() -> tuple[type[Adapter], ...]:
     """Adapters in the order of their registration."""
     with suppress_torchvision_warning():
         return ADAPTERS.values()
+
+
+def pipeline_names() -> list[str]:
+    """The pipeline classes that `install` serves, for messages."""
+    return [adapter.pipelines for adapter in adapters()]
+
+
+def takes_class(pipeline: type) -> bool:
+    """Whether `install` takes pipelines of this class. It leaves inpainting ones as they are."""
+    served = {name.strip() for names in pipeline_names() for name in names.split(",")}
+    return "Inpaint" in pipeline.__name__ or not served.isdisjoint(base.__name__ for base in pipeline.__mro__)
