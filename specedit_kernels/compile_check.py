@@ -293,7 +293,7 @@ def _path(variant: Variant) -> tuple:
 
 
 def _last_of_each_path(capability: int) -> list[int]:
-    """Numbers of `shipped`: of the variants that differ only in sizes and types, the last, which has the widest head."""
+    """Numbers of `shipped`: of variants that differ only in sizes and types the last, which has the widest head."""
     paths = [_path(variant) for _, variant in shipped(capability)]
     return [number for number, path in enumerate(paths) if path not in paths[number + 1 :]]
 
