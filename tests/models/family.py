@@ -21,7 +21,7 @@ class Family:
     call whose reference covers the output. guided: arguments that switch true classifier-free guidance on, or None.
     batch: (n) to arguments that make a call edit n pictures, or None where the pipeline takes only one. fullgraph:
     whether its blocks compile without a graph break. runs_others: whether attention="stock" runs other processors than
-    diffusers'.
+    diffusers'. compiles_as: the family whose compiled code this one shares; its tests of torch.compile run there.
     """
 
     adapter: type
@@ -31,6 +31,7 @@ class Family:
     batch: Callable[[int], dict[str, Any]] | None = None
     fullgraph: bool = True
     runs_others: bool = False
+    compiles_as: str | None = None
     sizes: tuple[tuple[int, int], ...] = field(default=((128, 128), (160, 96)))
 
     def run(self, pipe, size=(128, 128), seed=0, **changes):

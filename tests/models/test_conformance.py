@@ -29,7 +29,7 @@ class TestFluxKontext(Conformance):
 
 
 class TestQwenImageEdit(Conformance):
-    pipeline, adapter = QwenImageEditPipeline, QwenImageEdit
+    pipeline, adapter, compiles_as = QwenImageEditPipeline, QwenImageEdit, None
 
     @pytest.fixture
     def family(self, make_qwen, picture):
@@ -39,6 +39,7 @@ class TestQwenImageEdit(Conformance):
         return Family(
             self.adapter, lambda: self.make(make_qwen), call,
             guided=dict(negative_prompt="blue and dark", true_cfg_scale=2.5), batch=self.batch(picture),
+            compiles_as=self.compiles_as,
         )  # fmt: skip
 
     def make(self, make_qwen):
@@ -49,13 +50,15 @@ class TestQwenImageEdit(Conformance):
 
 
 class TestQwenImageEditPlus(TestQwenImageEdit):
-    pipeline, adapter = QwenImageEditPlusPipeline, QwenImageEditPlus
+    pipeline, adapter, compiles_as = QwenImageEditPlusPipeline, QwenImageEditPlus, "QwenImageEdit"
 
     def batch(self, picture):  # one prompt a call, but several images of it
         return lambda n: dict(num_images_per_prompt=n)
 
 
 class TestQwenImageEdit2511(TestQwenImageEditPlus):
+    compiles_as = None
+
     def make(self, make_qwen):
         return make_qwen(self.pipeline, zero_cond_t=True)
 
