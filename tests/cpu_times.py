@@ -1,7 +1,7 @@
 """Names the slow tests that are not marked `slow`: a pytest plugin which tests/conftest.py loads.
 
 Time is CPU time of the test and of the processes it waited for, so a busy machine changes it little. With
-SPECEDIT_TEST_BUDGET=1 in the environment, as in CI, an unmarked test over the limit fails the run.
+SPECEDIT_TEST_BUDGET=1 in the environment an unmarked test over the limit fails the run.
 """
 
 import os
