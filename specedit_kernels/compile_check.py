@@ -1,6 +1,6 @@
 """Compiles every shipped kernel in every shipped configuration for GPUs that need not be there.
 
-    python -m specedit_kernels.compile_check [--arch sm_80 sm_90 sm_100] [--json FILE] [--jobs N]
+    python -m specedit_kernels.compile_check [--arch sm_80 sm_90 sm_100] [--json FILE] [--jobs N] [--each-path-once]
 
 Prints registers, spilled bytes, shared memory and matrix instructions of each, read from the cubin with the cuobjdump
 that comes with Triton. Exits with 1 if anything fails to compile, spills, needs more shared memory than the
@@ -290,6 +290,18 @@ def shipped(capability: int) -> list[tuple[str, Variant]]:
     return list(found.values())
 
 
+def _path(variant: Variant) -> tuple:
+    """What decides which code of a kernel is compiled, apart from sizes: its switches."""
+    switches = {name: value for name, value in variant.constants.items() if isinstance(value, (bool, str, type(None)))}
+    return variant.kernel.arg_names, sorted(switches.items()), variant.grouped
+
+
+def _last_of_each_path(capability: int) -> list[int]:
+    """Numbers of `shipped`: of variants that differ only in sizes and types the last, which has the widest head."""
+    paths = [_path(variant) for _, variant in shipped(capability)]
+    return [number for number, path in enumerate(paths) if path not in paths[number + 1 :]]
+
+
 def _check_shipped(task: tuple[int, int]) -> Result:
     """Checks one of `shipped`, given as (capability, number), because a kernel cannot be sent to another process."""
     capability, number = task
@@ -313,6 +325,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="also write the rows as JSON")
     parser.add_argument("--jobs", type=int, metavar="N", default=min(8, os.cpu_count() or 1),
                         help="processes that compile side by side (default: one per core, at most 8)")  # fmt: skip
+    parser.add_argument("--each-path-once", action="store_true",
+                        help="of variants that differ only in sizes and types, compile one")  # fmt: skip
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
@@ -324,7 +338,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"Triton {triton.__version__} from {os.path.dirname(triton.__file__)}")
     print(f"{'arch':7} {'kernel':38} {'regs':>4} {'spill':>5} {'shared':>7} {'matrix':>6}")
     capabilities = [int(arch.removeprefix("sm_")) for arch in options.arch]
-    tasks = [(capability, number) for capability in capabilities for number in range(len(shipped(capability)))]
+    chosen = {c: _last_of_each_path(c) if options.each_path_once else range(len(shipped(c))) for c in capabilities}
+    tasks = [(capability, number) for capability, numbers in chosen.items() for number in numbers]
     for result in check_shipped(tasks, options.jobs):
         results.append(result)
         verdict = "; ".join(result.problems)

@@ -126,6 +126,7 @@ class TestOwnSize(Conformance):
         return Family(
             QwenImageEdit, make_small_qwen, call, guided=dict(negative_prompt=" ", true_cfg_scale=2.0),
             batch=lambda n: dict(image=[picture(seed=i) for i in range(n)], prompt=["red", "make it large"][:n]),
+            compiles_as="QwenImageEdit",
         )  # fmt: skip
 
 
