@@ -199,7 +199,7 @@ class RunReport:
         return (
             f"{name}: NFE {self.nfe}{f' ({apart})' if apart else ''} + {self.draft_steps} draft, "
             f"{self._compared()}, {self.edit_fraction:.0%} edited, {self.expand_fraction:.0%} expanded"
-            + (f"; {self.missed} of {len(self.edit_mask)} drafts showed no change" if self.empty_drafts else "")
+            + (f"; {self.empty_drafts} of {len(self.edit_mask)} drafts showed no change" if self.empty_drafts else "")
             + (f"; {self.overflowed} of {len(self.score)} scores were not finite" if self.overflowed else "")
         )
 

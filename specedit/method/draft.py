@@ -12,7 +12,6 @@ from ..config import SpecEditConfig
 from ..layout import MixedLayout, TokenGrid, mean_pixels
 from .adapter import Adapter, EditState
 from .denoise import LayoutGroup, group_velocity, reference_kv_cache
-from .expand import coarsen_noise
 from .schedule import stage_sigmas
 
 
@@ -38,12 +37,7 @@ def generate(
     """
     grid = state.grid.coarse(config.draft_scale)
     reference = small_reference(state, config.draft_scale)
-    if config.couple_noise:
-        tokens, fine = state.noise, state.grid
-        for _ in range(config.draft_scale // 2):
-            tokens, fine = coarsen_noise(tokens, fine), fine.coarse()
-    else:
-        tokens = state.draw(grid.tokens)
+    tokens = state.draw(grid.tokens)
     layout = MixedLayout.all_fine(grid, state.device)
     reference_layout = state.beside(layout, config.draft_scale)
     sigmas = stage_sigmas(pipe.scheduler, grid.tokens, 1.0, 0.0, config.draft_steps).tolist()

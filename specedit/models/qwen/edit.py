@@ -208,9 +208,8 @@ class QwenImageEdit:
         plain = config.attention == "auto" and not inputs.mixed and not calls and whole
         if config.attention == "stock":
             return [inputs.dense(prompt) for prompt in prompts]
-        if len(prompts) == 1 or config.cfg == "separate":
-            each = zip(prompts, calls or [None] * len(prompts), strict=True)
-            return [inputs.dense(prompt) if plain else inputs.packed([prompt], call)[0] for prompt, call in each]
+        if plain and len(prompts) == 1:
+            return [inputs.dense(prompts[0])]
         return inputs.packed(prompts, calls[0] if calls else None)  # one pass, one store
 
     def guide(self, state: EditState, outputs: list[Tensor]) -> Tensor:
