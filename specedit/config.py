@@ -71,7 +71,7 @@ def _number(name: str, value: Any, expected: str) -> float:
     return float(value)
 
 
-def _sequence(name: str, value: Any, length: int, expected: str) -> tuple:
+def _sequence(name: str, value: Any, length: int, expected: str) -> tuple[Any, ...]:
     if not isinstance(value, (tuple, list)):
         raise TypeError(f"{name}: expected {expected}, got {value!r} ({type(value).__name__})")
     if len(value) != length:

@@ -82,7 +82,8 @@ class GridSet:
 
     def split(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """Tokens (B, N, C) of all pictures as (B, n, C) of each."""
-        return tokens.split([grid.tokens for grid in self.grids], 1)
+        split: tuple[Tensor, ...] = tokens.split([grid.tokens for grid in self.grids], 1)
+        return split
 
 
 @dataclass(frozen=True, eq=False)

@@ -55,8 +55,8 @@ def _grid(name: str, value: Any, kind: str) -> torch.Tensor | None:
         raise ValueError(f"{name}: expected shape (B, h, w), got {tuple(value.shape)}")
     if kind == "bool" and value.dtype != torch.bool:
         raise TypeError(f"{name}: expected dtype torch.bool, got {value.dtype}")
-    value = value.detach().cpu()
-    return value if kind == "bool" else value.float()
+    grid: torch.Tensor = value.detach().cpu()
+    return grid if kind == "bool" else grid.float()
 
 
 def _share(mask: torch.Tensor | None) -> float:
@@ -82,7 +82,7 @@ class RunReport:
         preset: name for the table and figure. Taken from `config` when left out.
         config: the configuration that ran.
         cache_bytes: most memory that temporal caches held at once.
-        missed: samples in whose draft no cell changed enough. With restore="reference" or keep_pixels, which would give
+        empty_drafts: samples in whose draft no cell changed enough. With restore="reference" or keep_pixels, which would give
             them back as they came, they were edited as a whole, unless the second look found something.
         overflowed: samples whose verification score was not finite; they were edited as a whole.
         source, edit: PIL images of the first sample for the figure; not part of `to_dict`.
@@ -194,13 +194,14 @@ class RunReport:
 
     def _title(self) -> str:
         name = f"SpecEdit {self.preset}" if self.preset else "SpecEdit"
-        apart = [(self.cached_steps, "cached"), (self.reused_steps, "on the target alone")]
-        apart = ", ".join(f"{count} {what}" for count, what in apart if count)
+        counts = [(self.cached_steps, "cached"), (self.reused_steps, "on the target alone")]
+        apart = ", ".join(f"{count} {what}" for count, what in counts if count)
+        samples = max((len(grid) for grid in (self.score, self.edit_mask) if grid is not None), default=1)
         return (
             f"{name}: NFE {self.nfe}{f' ({apart})' if apart else ''} + {self.draft_steps} draft, "
             f"{self._compared()}, {self.edit_fraction:.0%} edited, {self.expand_fraction:.0%} expanded"
-            + (f"; {self.empty_drafts} of {len(self.edit_mask)} drafts showed no change" if self.empty_drafts else "")
-            + (f"; {self.overflowed} of {len(self.score)} scores were not finite" if self.overflowed else "")
+            + (f"; {self.empty_drafts} of {samples} drafts showed no change" if self.empty_drafts else "")
+            + (f"; {self.overflowed} of {samples} scores were not finite" if self.overflowed else "")
         )
 
     def _compared(self) -> str:
@@ -237,9 +238,11 @@ class RunReport:
             if present
         ]
         figure = Figure(figsize=(max(8.0, 3.4 * len(panels)), 5.6 if panels else 2.4), layout="constrained")
-        titled = bars = figure
+        titled: Any = figure
+        bars: Any = figure
         if panels:
-            titled, bars = figure.subfigures(2, 1, height_ratios=[3.4, 1.8])
+            subfigures: Any = figure.subfigures(2, 1, height_ratios=[3.4, 1.8])
+            titled, bars = subfigures
             for axes, panel in zip(titled.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
                 panel(axes, sample)
                 axes.set_xticks([])
@@ -252,10 +255,12 @@ class RunReport:
         figure.savefig(path, dpi=120)
 
     def _draw_source(self, axes: Any, sample: int) -> None:
+        assert self.source is not None
         axes.imshow(self.source.convert("RGB"))
         axes.set_title("source", fontsize=10)
 
     def _draw_edit(self, axes: Any, sample: int) -> None:
+        assert self.edit is not None
         axes.imshow(self.edit.convert("RGB"))
         axes.set_title("edit", fontsize=10)
 
@@ -272,6 +277,7 @@ class RunReport:
         return extent
 
     def _draw_score(self, axes: Any, sample: int) -> None:
+        assert self.score is not None
         grid = self.score[sample].numpy()
         extent = self._backdrop(axes, *grid.shape)
         drawn = axes.imshow(grid, cmap="magma", vmin=0, alpha=0.75, extent=extent, interpolation="nearest")
@@ -290,6 +296,7 @@ class RunReport:
 
         edited, expanded = (None if m is None else m[sample] for m in (self.edit_mask, self.expand_mask))
         first = edited if edited is not None else expanded
+        assert first is not None
         extent = self._backdrop(axes, *first.shape)
         for mask, colour in ((expanded, EXPANDED), (edited, EDITED)):
             if mask is not None:
