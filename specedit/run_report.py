@@ -82,8 +82,8 @@ class RunReport:
         preset: name for the table and figure. Taken from `config` when left out.
         config: the configuration that ran.
         cache_bytes: most memory that temporal caches held at once.
-        empty_drafts: samples in whose draft no cell changed enough. With restore="reference" or keep_pixels, which would give
-            them back as they came, they were edited as a whole, unless the second look found something.
+        empty_drafts: samples in whose draft no cell changed enough. With restore="reference" or keep_pixels, which would
+            give them back as they came, they were edited as a whole, unless the second look found something.
         overflowed: samples whose verification score was not finite; they were edited as a whole.
         source, edit: PIL images of the first sample for the figure; not part of `to_dict`.
 

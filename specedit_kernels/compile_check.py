@@ -182,7 +182,7 @@ def _norm_rope(table: dict[str, Any]) -> Iterator[Variant]:
 
 
 def _weighted_sum(table: dict[str, Any]) -> Iterator[Variant]:
-    from .gpu.weighted_sum import weighted_sum
+    from .gpu.sums import weighted_sum
 
     for element in ("bf16", "fp32"):
         for entry in table.get("weighted_sum", []):

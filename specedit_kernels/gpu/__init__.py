@@ -13,7 +13,7 @@ from .expand import launch_contract, launch_expand
 from .launch import Config, check_device
 from .norm_rope import launch_norm_rope
 from .rows import launch_gather, launch_scatter
-from .weighted_sum import launch_weighted_sum
+from .sums import launch_weighted_sum
 
 _LAUNCHES: dict[str, Callable[..., Any]] = {
     "gather_tokens": launch_gather,
