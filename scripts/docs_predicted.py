@@ -100,18 +100,18 @@ def roofline(name: str) -> str:
 
 
 def forecast_plan(name: str) -> str:
-    from specedit.config import FORECASTS, resolve
+    from specedit.config import resolve
     from specedit.cost.flops import plan as predict
 
     plain = predict("balanced", "flux-kontext", 1024, 1024, 0.2)["flops_ratio_50"]
     rows = [["none", "1.00", "1.00", "1.00", f"{plain:.2f}"]]
-    for method, order in FORECASTS.items():
+    for method in ("reuse", "taylor", "hermite", "foca", "freqca", "toca", "duca", "lesa"):
         fields = {"forecast": method}
         alone = [
             predict(resolve(steps=(0, 0, 50), forecast_interval=n, **fields), "flux-kontext", 1024, 1024, 0.2)
             for n in (4, 6, 9)
         ]
-        fields |= {"forecast_order": 1} if order and method != "lesa" else {}  # its weights are of order 2
+        fields |= {"forecast_order": 1} if method in ("taylor", "hermite", "freqca") else {}
         both = predict(resolve("balanced", forecast_interval=3, **fields), "flux-kontext", 1024, 1024, 0.2)
         rows.append([f"`{method}`", *(f"{p['flops_ratio_50']:.2f}" for p in alone), f"{both['flops_ratio_50']:.2f}"])
     header = ["`forecast`", "alone, N=4", "N=6", "N=9", "`balanced`, N=3"]

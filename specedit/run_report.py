@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from .config import STOCK_STEPS, SpecEditConfig
+from .registry import selectors
 
 # Accent and quiet colours of the figure; the masks use the two accents.
 EDITED, EXPANDED, QUIET = "#d1495b", "#30638e", "#8d99ae"
@@ -82,8 +83,8 @@ class RunReport:
         preset: name for the table and figure. Taken from `config` when left out.
         config: the configuration that ran.
         cache_bytes: most memory that temporal caches held at once.
-        empty_drafts: samples in whose draft no cell changed enough. With restore="reference" or keep_pixels, which would
-            give them back as they came, they were edited as a whole, unless the second look found something.
+        empty_drafts: samples in whose draft no cell changed enough. With restore="reference" or keep_pixels, which
+            would give them back as they came, they were edited as a whole, unless the second look found something.
         overflowed: samples whose verification score was not finite; they were edited as a whole.
         source, edit: PIL images of the first sample for the figure; not part of `to_dict`.
 
@@ -287,7 +288,7 @@ class RunReport:
     def _score_title(self) -> str:
         if self.config is None:
             return "score"
-        if self.config.selector == "semantic":
+        if selectors[self.config.selector].verifies:
             return f"verification score (threshold {self.config.threshold:g})"
         return f"score of selector {self.config.selector!r}"  # which takes the largest, whatever their values
 

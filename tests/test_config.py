@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specedit.config import DEFAULT_PRESET, FORECASTS, SpecEditConfig, presets, resolve
+from specedit.config import DEFAULT_PRESET, SpecEditConfig, presets, resolve
+from specedit.registry import forecasts
 
 steps = st.tuples(*[st.integers(0, 20)] * 3).filter(sum)
 
@@ -225,10 +226,10 @@ def test_coarse_stage_is_verified_where_cells_are_kept():
 
 def test_forecast_defaults():
     config = SpecEditConfig(forecast="taylor")
-    assert (config.interval, config.forecast_history) == (4, 3)
+    assert (config.forecast_options.interval, config.forecast_options.history) == (4, 3)
     histories = {"reuse": 1, "taylor": 3, "hermite": 3, "foca": 2, "freqca": 3, "toca": 1, "duca": 1, "lesa": 3}
-    assert {name: SpecEditConfig(forecast=name).forecast_history for name in FORECASTS} == histories
-    assert SpecEditConfig(forecast="taylor", forecast_order=1, forecast_interval=6).forecast_history == 2
+    assert {name: SpecEditConfig(forecast=name).forecast_options.history for name in forecasts} == histories
+    assert SpecEditConfig(forecast="taylor", forecast_order=1, forecast_interval=6).forecast_options.history == 2
     assert SpecEditConfig().forecast is None and all(config.forecast is None for config in presets.values())
 
 
@@ -259,7 +260,7 @@ def test_forecast_defaults():
         (dict(forecast="reuse", forecast_interval=8), ValueError, "forecast_interval: expected at most 7"),
         (dict(forecast="toca", attention="stock"), ValueError, "'toca' keeps keys and values of SpecEdit's own"),
         (dict(forecast="duca", rope="phase_aligned"), ValueError, "'duca' keeps keys and values of SpecEdit's own"),
-        (dict(forecast="taylor", forecast_weights="w"), ValueError, "forecast_weights: expected None with forecast="),
+        (dict(forecast="taylor", forecast_weights="w"), ValueError, "^forecast_weights: expected None, .* no weights"),
         (dict(forecast="lesa", forecast_weights=3), TypeError, "forecast_weights: expected a file name or None, got 3"),
     ],
 )
@@ -272,7 +273,7 @@ def test_a_merged_last_stage_counts_as_one():
     fields = dict(steps=(0, 2, 3), forecast="taylor", forecast_order=3)
     with pytest.raises(ValueError, match="needs 4 full steps"):
         SpecEditConfig(**fields)
-    assert SpecEditConfig(**fields, restore="reference").forecast_history == 4
+    assert SpecEditConfig(**fields, restore="reference").forecast_options.history == 4
 
 
 def test_an_interval_beyond_a_calls_stages_becomes_the_longest_stage():

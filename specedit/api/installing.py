@@ -14,13 +14,14 @@ import torch
 
 from ..config import STOCK_STEPS, SpecEditConfig, resolve
 from ..method import restore, sampler
-from ..method.adapter import Adapter
+from ..method.adapter import Adapter, Run
 from ..method.denoise import forward_flops, set_current_timestep
 from ..method.schedule import supported
 from ..models import adapter_of, adapters
 from ..models.attention import mask_support
 from ..models.shared.images import check_decoder
 from ..once import warn_once
+from ..registry import selectors
 from ..run_report import RunReport
 from ..versions import check_diffusers
 from . import accelerated, inputs, sharing
@@ -251,18 +252,18 @@ def _accelerated(
     began = time.perf_counter()
     edit_mask = inputs.check(call, edit_mask)
     needs_draft = config.uses_draft and edit_mask is None
-    if needs_draft and config.selector == "semantic":
+    if needs_draft and selectors[config.selector].needs_decoder == "features":
         check_decoder(pipe.vae)
     mask_support.check(pipe.transformer, config)
     try:
-        state = adapter.prepare(pipe, call, config.attention)
+        state = adapter.prepare(pipe, call, config)
         warn_if_cropped(pipe, state.placement, state.pixels_per_token)
         prepared = sampler.clock(state)
         pipe._num_timesteps = config.nfe
         with pipe.progress_bar(total=config.nfe + (config.draft_steps if needs_draft else 0)) as bar:
-            outcome = sampler.run(adapter, pipe, state, config, edit_mask, _Listener(pipe, call, state, bar))
+            outcome = sampler.edit(Run(adapter, pipe, config, state), edit_mask, _Listener(pipe, call, state, bar))
         finished = sampler.clock(state)
-        source = state.extra.get("source")
+        source = state.conditioning.source
         in_pixels = source is not None and call["output_type"] != "latent"
         if config.keep_pixels and not in_pixels:  # without pixels on both sides, latents are what can be kept
             outcome.tokens = restore.blend_latents(outcome.tokens, state.aligned, outcome.edited, state.grid)
@@ -299,13 +300,13 @@ class _Listener:
         timestep = set_current_timestep(self.pipe, self.state, sigma)
         if self.callback is None:
             return None
-        positive = self.state.extra["positive"]
+        conditioning = self.state.conditioning
         shown = {}
         for name in self.names:
             if name == "latents":
-                shown[name] = latents().to(self.state.extra["dtype"])
+                shown[name] = latents().to(conditioning.dtype)
             else:
-                shown[name] = positive["encoder_hidden_states"]
+                shown[name] = conditioning.prompt_embeds
         before = shown.get("latents")
         # A change in place counts as a change too. Whether there is one stays on the device, or every step would wait.
         snapshot = before.clone() if before is not None else None
@@ -313,8 +314,8 @@ class _Listener:
         if not isinstance(answer, Mapping):
             raise TypeError(f"callback_on_step_end: expected a dict or None, got {type(answer).__name__}")
         if (embeds := answer.get("prompt_embeds")) is not None:
-            _check_answer("prompt_embeds", embeds, positive["encoder_hidden_states"].shape)
-            positive["encoder_hidden_states"] = embeds
+            _check_answer("prompt_embeds", embeds, conditioning.prompt_embeds.shape)
+            conditioning.prompt_embeds = embeds
         after = answer.get("latents", before)
         if after is None:
             return None
@@ -334,7 +335,7 @@ def _report(pipe, state, config, outcome, seconds: float, images: Any, call: dic
     mixed = any(stage.name == "mixed" for stage in outcome.stages)
     stock_steps = _stock_steps(pipe, call)
     stock = stock_steps * forward_flops(pipe, state, tokens, state.branches) * state.batch
-    source = state.extra.get("source")
+    source = state.conditioning.source
     picture = None
     if source is not None:
         picture = pipe.image_processor.numpy_to_pil(source[:1].permute(0, 2, 3, 1).cpu().numpy())[0]

@@ -14,8 +14,7 @@ from typing import Any
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from ..config import FULL_EDIT_SHARE, STOCK_STEPS, SpecEditConfig, resolve
-from ..forecast import METHODS, TOKEN_WISE, ReferenceKVCache, forecast_flops, full_steps
-from ..forecast.toca import fresh_tokens
+from ..forecast import ReferenceKVCache, full_steps
 from ..method.schedule import Stage, stage_sigmas, stages
 
 TOKEN_PIXELS = 16  # side of one packed token in pixels: 8x VAE, 2x2 patches
@@ -218,10 +217,10 @@ class Forward:
 
 def _stage(config: SpecEditConfig, cost: ModelCost, stage: Stage, own: int, text: int, *, first: bool) -> dict:
     """A row of `plan`: the steps of one stage over `own` target tokens, as many of the reference, and the text."""
-    drafts = config.forecast is None or stage.name == "draft"
-    pattern = (
-        [True] * stage.steps if drafts else full_steps(stage.steps, config.interval, config.forecast_warmup(first))
-    )
+    options = None if stage.name == "draft" else config.forecast_options
+    pattern = [True] * stage.steps
+    if options is not None:
+        pattern = full_steps(stage.steps, options.interval, options.warmup(first))
     kept = None if config.reference_refresh is None else ReferenceKVCache(config.reference_refresh)
     whole, trims = text + 2 * own, config.attention != "stock"
     calls: Counter[Forward] = Counter()
@@ -233,11 +232,11 @@ def _stage(config: SpecEditConfig, cost: ModelCost, stage: Stage, own: int, text
             reused += 1
         elif full:
             calls[Forward(whole, text, None, own if trims else None)] += passes
-        elif config.forecast in TOKEN_WISE and METHODS[config.forecast].recomputes(since):
-            fresh = fresh_tokens(own)
+        elif options.token_wise and options.recomputes(since):
+            fresh = options.fresh_tokens(own)
             calls[Forward(text + fresh, text, whole, fresh)] += passes
         else:
-            forecasts += passes * forecast_flops(config, own * CHANNELS)
+            forecasts += passes * options.operations(own * CHANNELS)
     computed = sum(n * transformer_flops(cost.config, c.tokens, c.keys, c.read) for c, n in calls.items())
     return {
         "name": stage.name, "steps": stage.steps, "cached": pattern.count(False), "reused": reused, "tokens": whole,

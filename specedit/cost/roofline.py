@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..config import STOCK_STEPS, SpecEditConfig, resolve
+from ..registry import selectors
 from .flops import MODELS, TOKEN_PIXELS, Forward, transformer_flops
 from .flops import plan as plan_flops
 
@@ -181,11 +182,12 @@ def autoencoder_ops(model: str, half: str, latent_pixels: int, count: int = 1) -
 
 
 def verification_ops(config: SpecEditConfig, model: str, latent_pixels: int, draft_tokens: int) -> list[Op]:
-    """Operators that turn a draft of so many target tokens into a score: "semantic" compares decoder features of draft
-    and reference."""
-    if config.selector == "variance":
+    """Operators that turn a draft of so many target tokens into a score: decoder features of draft and reference, the
+    decoded draft, or nothing of the decoder."""
+    reads = selectors[config.selector].needs_decoder
+    if reads is None:
         return []
-    if config.selector == "edges":
+    if reads == "picture":
         return autoencoder_ops(model, "decode", latent_pixels)
     draft_pixels = 4 * draft_tokens
     compared = latent_pixels if config.verify_at == "full" else draft_pixels

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,33 +9,8 @@ from torch import Tensor
 
 from ..config import SpecEditConfig
 from ..cost.flops import transformer_flops
-from ..forecast import ForecastRunner, ReferenceKVCache
-from ..forecast.toca import PartialForward
-from ..layout import LayoutSet, MixedLayout
-from .adapter import Adapter, EditState, active_branches
-
-
-@dataclass
-class LayoutGroup:
-    """Samples of the batch that share a layout, and their state (b, layout.tokens, C)."""
-
-    rows: list[int]
-    layout: MixedLayout
-    reference: Tensor
-    reference_layout: MixedLayout | LayoutSet
-    tokens: Tensor
-    sigmas: list[float]
-    # Caches are made with the part, so no stage inherits another's.
-    histories: ForecastRunner | None = None
-    kept: ReferenceKVCache | None = None
-    flops: float = 0.0
-    cached: int = 0  # steps that were not computed fully
-    reused: int = 0  # steps that ran over the target's tokens alone
-    clean: Tensor | None = None  # what the last step predicted, x0 = x - s v, where somebody looks
-
-    @property
-    def cache_bytes(self) -> int:
-        return sum(cache.memory for cache in (self.histories, self.kept) if cache is not None)
+from ..forecast import PartialForward, ReferenceKVCache
+from .adapter import Adapter, EditState, LayoutGroup, Run, active_branches
 
 
 def reference_kv_cache(adapter: Adapter, config: SpecEditConfig) -> ReferenceKVCache | None:
@@ -51,35 +25,28 @@ def reference_kv_cache(adapter: Adapter, config: SpecEditConfig) -> ReferenceKVC
     return ReferenceKVCache(config.reference_refresh)
 
 
-def group_velocity(
-    adapter: Adapter, pipe: Any, state: EditState, part: LayoutGroup, i: int, config: SpecEditConfig
-) -> Tensor:
-    """Velocity of one step of one part, and its work added to the part's account."""
-    sigma = part.sigmas[i]
-    set_current_timestep(pipe, state, sigma)
-    call = (
-        pipe, state, part.tokens, sigma, part.rows, part.layout, part.reference, part.reference_layout, config,
-    )  # fmt: skip
-    branches = active_branches(state, config, sigma)
+def group_velocity(run: Run, group: LayoutGroup, i: int) -> Tensor:
+    """Velocity of step i of one group, and its work added to the group."""
+    adapter, state, sigma = run.adapter, run.state, group.sigmas[i]
+    set_current_timestep(run.pipe, state, sigma)
+    branches = active_branches(state, run.config, sigma)
+    samples = len(group.rows)
 
     def compute(calls: list[PartialForward] | None) -> list[Tensor]:
-        if part.kept is not None:
-            part.kept.reset_if_prompt_changed(state.extra.get("positive"))
-            calls = part.kept.calls(i, branches)
-            part.reused += calls[0].target
-        part.flops += len(part.rows) * call_flops(pipe, state, part, branches, calls[0] if calls else None)
-        return adapter.branches(*call, calls)
+        if group.kv is not None:
+            group.kv.reset_if_prompt_changed(state.conditioning.prompt_embeds)
+            calls = group.kv.calls(i, branches)
+            group.reused += calls[0].target
+        group.flops += samples * call_flops(run.pipe, state, group, branches, calls[0] if calls else None)
+        return adapter.predict(run, group, sigma, calls)
 
-    if part.histories is None and part.kept is None:
-        part.flops += len(part.rows) * call_flops(pipe, state, part, branches)
-        return adapter.velocity(*call)
-    if part.histories is None:
-        return adapter.guide(state, compute(None))
-    part.histories.reset_if_prompt_changed(state.extra.get("positive"))
-    outputs = part.histories.step(i, sigma, compute)
-    part.cached += not part.histories.done.full
-    part.flops += part.histories.done.flops
-    return adapter.guide(state, outputs)
+    if group.forecast is None:
+        return adapter.guide(run, compute(None))
+    group.forecast.reset_if_prompt_changed(state.conditioning.prompt_embeds)
+    outputs = group.forecast.step(i, sigma, compute)
+    group.cached += not group.forecast.last_step.full
+    group.flops += group.forecast.last_step.flops
+    return adapter.guide(run, outputs)
 
 
 def set_current_timestep(pipe: Any, state: EditState, sigma: float) -> Tensor:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config import SpecEditConfig
 from ..layout import MixedLayout, TokenGrid, mean_pixels
-from .adapter import Adapter, EditState
-from .denoise import LayoutGroup, group_velocity, reference_kv_cache
-from .schedule import stage_sigmas
+from .adapter import EditState, LayoutGroup, Run
+from .denoise import group_velocity, reference_kv_cache
 
 
 def shrink(tokens: Tensor, grid: TokenGrid, scale: int) -> tuple[Tensor, TokenGrid]:
@@ -28,29 +25,28 @@ def small_reference(state: EditState, scale: int) -> Tensor:
     return torch.cat([shrink(*place.with_lead(tokens, scale), scale)[0] for tokens, place in each], 1)
 
 
-def generate(
-    adapter: Adapter, pipe: Any, state: EditState, config: SpecEditConfig, on_step: Callable[[], None]
-) -> LayoutGroup:
+def generate(run: Run, on_step: Callable[[], None]) -> LayoutGroup:
     """Denoise the draft (eq. 5), a small image of its own: own positions, own schedule.
 
     Returns all samples, with their clean tokens (B, n, C), and what they cost.
     """
+    state, config, adapter = run.state, run.config, run.adapter
     grid = state.grid.coarse(config.draft_scale)
     reference = small_reference(state, config.draft_scale)
     tokens = state.draw(grid.tokens)
     layout = MixedLayout.all_fine(grid, state.device)
     reference_layout = state.beside(layout, config.draft_scale)
-    sigmas = stage_sigmas(pipe.scheduler, grid.tokens, 1.0, 0.0, config.draft_steps).tolist()
-    part = LayoutGroup(list(range(state.batch)), layout, reference, reference_layout, tokens, sigmas)
-    part.kept = reference_kv_cache(adapter, config)
+    sigmas = adapter.sigmas(run.pipe, grid.tokens, 1.0, 0.0, config.draft_steps).tolist()
+    group = LayoutGroup(list(range(state.batch)), layout, reference, reference_layout, tokens, sigmas)
+    group.kv = reference_kv_cache(adapter, config)
     for i in range(config.draft_steps):
-        if pipe.interrupt:
+        if run.pipe.interrupt:
             break
-        velocity = group_velocity(adapter, pipe, state, part, i, config)
-        part.tokens = part.tokens + (sigmas[i + 1] - sigmas[i]) * velocity
+        velocity = group_velocity(run, group, i)
+        group.tokens = group.tokens + (sigmas[i + 1] - sigmas[i]) * velocity
         on_step()
-    part.kept = None
-    return part
+    group.kv = None
+    return group
 
 
 def upsample(tokens: Tensor, grid: TokenGrid, scale: int, target: TokenGrid) -> Tensor:

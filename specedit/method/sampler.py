@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,20 +17,18 @@ import torch
 from torch import Tensor
 
 from ..config import FULL_EDIT_SHARE, SpecEditConfig
-from ..forecast import TOKEN_WISE, ForecastRunner, lesa
-from ..layout import LayoutSet, MixedLayout, mean_pixels
-from ..placement import Placement
+from ..forecast import ForecastRunner
+from ..registry import selectors
 from ..run_report import StageReport
 from . import draft as drafts
 from . import restore
 from . import selectors as select
-from .adapter import Adapter, EditState
-from .denoise import LayoutGroup, group_velocity, reference_kv_cache
-from .expand import cell_detail, coarsen_noise, refine_layout, renoise
+from .adapter import Adapter, EditState, LayoutGroup, Run
+from .denoise import group_velocity, reference_kv_cache
+from .expand import cell_detail
+from .groups import gather, stage_layouts, start_stage
 from .masks import cells_of_mask
-from .schedule import Stage, stage_sigmas, stages
-
-SAME_SIGMA = 1e-6  # a stage's last noise level is float32's, its boundary is not
+from .schedule import stages
 
 
 @dataclass
@@ -48,21 +46,20 @@ class Outcome:
     overflowed: int = 0  # samples whose score is not finite
 
 
-def run(
-    adapter: Adapter, pipe: Any, state: EditState, config: SpecEditConfig, edit_mask: Any, listener: Any
-) -> Outcome:
+def edit(run: Run, edit_mask: Any, listener: Any) -> Outcome:
     """Edit one batch. `listener` hears of every step: `draft_step()` and `step(index, sigma, tokens) -> tokens`."""
+    adapter, pipe, state, config = run.adapter, run.pipe, run.state, run.config
     log: list[StageReport] = []
     plan = stages(config)
     make_histories = forecasting(adapter, pipe, state, config)
 
     # Section 3.3: draft the edit at a fraction of the tokens, see which cells it changes.
-    score, seen = find_edit(adapter, pipe, state, config, edit_mask, listener, log)
+    score, seen = find_edit(run, edit_mask, listener, log)
     drafted = config.uses_draft and edit_mask is None
     empty_drafts = int((~seen.flatten(1).any(1)).sum()) if score is not None else 0
     overflowed = int(select.not_finite(score).sum()) if score is not None else 0
     # The other selectors rank cells: what they leave out may change as well, unless it is given back as it came.
-    verified = drafted and (config.selector == "semantic" or config.preserves_unedited)
+    verified = drafted and (selectors[config.selector].verifies or config.preserves_unedited)
     cells = Cells.of(seen, state, config, has_edit_mask=verified or edit_mask is not None)
 
     # Section 3.4: coarse tokens first, then a mixed sequence, then (restore="full") every token fine.
@@ -76,17 +73,17 @@ def run(
         began, first = clock(state), done
         layouts = stage_layouts(stage, state, cells.expanded)
         known = detail * cells.unchanged.flatten(1)[:, :, None, None, None]
-        parts = enter(parts, layouts, stage, state, split_noise, known, pipe)
+        parts = start_stage(run, parts, layouts, stage, split_noise, known)
         looks = stage.name == "coarse" and drafted and config.verifies_coarse
         for part in parts:
             if make_histories is not None:
-                part.histories = make_histories(first=stage is plan[0], layout=part.layout)
-            part.kept = reference_kv_cache(adapter, config)
+                part.forecast = make_histories(first=stage is plan[0], layout=part.layout)
+            part.kv = reference_kv_cache(adapter, config)
         for i in range(stage.steps):
             if pipe.interrupt:
                 break
             for part in parts:  # eq. 11: one Euler step of each sample's own sequence
-                velocity = group_velocity(adapter, pipe, state, part, i, config)
+                velocity = group_velocity(run, part, i)
                 if looks:
                     part.clean = part.tokens - part.sigmas[i] * velocity
                 part.tokens = part.tokens + (part.sigmas[i + 1] - part.sigmas[i]) * velocity
@@ -95,7 +92,7 @@ def run(
             done += 1
         log.append(account(stage.name, parts, done - first, pipe, state, clock(state) - began))
         for part in parts:  # caches end with their stage, before the second look needs the memory
-            part.histories = part.kept = None
+            part.forecast = part.kv = None
         if looks and not pipe.interrupt:
             began = clock(state)
             seen = seen | second_look(adapter, pipe, state, parts, config)
@@ -127,7 +124,7 @@ class Cells:
 
     @staticmethod
     def of(seen: Tensor, state: EditState, config: SpecEditConfig, has_edit_mask: bool) -> Cells:
-        """`seen`: cells that a draft, a mask or the coarse stage says change. `has_edit_mask`: whether any of them ran."""
+        """`seen`: cells that a draft, a mask or the coarse stage says change."""
         found = seen
         if config.preserves_unedited:
             # Keeping everything would return the input, and who sees no change at all may have missed it.
@@ -154,30 +151,29 @@ def second_look(
 def forecasting(
     adapter: Adapter, pipe: Any, state: EditState, config: SpecEditConfig
 ) -> Callable[..., ForecastRunner] | None:
-    """What makes a part's temporal cache, or None where the configuration has none. Errors come before any work."""
-    if config.forecast is None:
+    """What makes a group's temporal cache, or None where the configuration has none. Errors come before any work."""
+    options = config.forecast_options
+    if options is None:
         return None
-    if config.forecast in TOKEN_WISE and not adapter.token_wise:
+    if options.token_wise and not adapter.token_wise:
         raise ValueError(
-            f"forecast: {config.forecast!r} computes single tokens again, which {adapter.name} does not offer; "
+            f"forecast: {options.name!r} computes single tokens again, which {adapter.name} does not offer; "
             "expected another forecast"
         )
-    predictor = None
-    if config.forecast == "lesa":
-        predictor = lesa.load(config.forecast_weights, pipe.transformer.config)
-        lesa.check_order(predictor, config.forecast_history - 1)
-    return partial(ForecastRunner, config, branches=state.branches, predictor=predictor, backend=state.backend)
+    shared = options.prepare(pipe)
+    return partial(ForecastRunner, options, branches=state.branches, shared=shared, backend=state.backend)
 
 
-def find_edit(adapter, pipe, state, config, edit_mask, listener, log) -> tuple[Tensor | None, Tensor]:
+def find_edit(run, edit_mask, listener, log) -> tuple[Tensor | None, Tensor]:
     """Score on the token grid and edited cells (B, cells_h, cells_w): by draft and verification, or from a mask."""
+    state, config = run.state, run.config
     cells = torch.zeros((state.batch, *state.grid.coarse().shape), dtype=torch.bool, device=state.device)
     if edit_mask is not None:
         return None, cells_of_mask(edit_mask, state)
     if not config.uses_draft:  # nothing depends on a mask, or the selector takes none
         return None, cells
     began = clock(state)
-    small = adapter.draft_state(pipe, state, config)
+    small = run.adapter.draft_state(run)
     done = 0  # fewer than asked after an interrupt
 
     def step() -> None:
@@ -185,12 +181,12 @@ def find_edit(adapter, pipe, state, config, edit_mask, listener, log) -> tuple[T
         done += 1
         listener.draft_step()
 
-    draft = drafts.generate(adapter, pipe, small, config, step)
+    draft = drafts.generate(replace(run, state=small), step)
     tokens = draft.layout.tokens + draft.reference_layout.tokens + small.text_tokens
     seconds = clock(state) - began
     log.append(StageReport("draft", 1.0, 0.0, done, tokens, draft.flops, seconds, reused=draft.reused))
     began = clock(state)
-    score, edited = select.select(adapter, pipe, state, draft.tokens, draft.layout.grid, config)
+    score, edited = select.select(run.adapter, run.pipe, state, draft.tokens, draft.layout.grid, config)
     log.append(StageReport("verify", None, None, 0, 0, 0.0, clock(state) - began))
     return score, edited
 
@@ -201,75 +197,6 @@ def everything_if_nearly(edited: Tensor) -> Tensor:
     return edited | (share > FULL_EDIT_SHARE)[:, None, None]
 
 
-def stage_layouts(stage: Stage, state: EditState, expanded: Tensor) -> list[MixedLayout]:
-    """One layout for each sample; equal masks share one object."""
-    if stage.name == "coarse":
-        return [MixedLayout.all_coarse(state.grid, state.device)] * state.batch
-    if stage.name == "full":
-        return [MixedLayout.all_fine(state.grid, state.device)] * state.batch
-    seen: dict[bytes, MixedLayout] = {}
-    keys = [mask.cpu().numpy().tobytes() for mask in expanded]
-    return [seen.setdefault(key, MixedLayout(state.grid, mask)) for key, mask in zip(keys, expanded, strict=True)]
-
-
-def enter(
-    parts: list[LayoutGroup], layouts: list[MixedLayout], stage: Stage, state: EditState, split_noise, known, pipe
-):
-    """Bring the state to a stage's layouts and noise level (eq. 8, and the renoising that goes with it)."""
-    fresh = state.draw(state.grid.tokens) if parts else None
-    before = {row: (part, k) for part in parts for k, row in enumerate(part.rows)}
-    # Samples run together that share a layout and come from the same noise level.
-    groups: dict[tuple[int, bool], list[int]] = {}
-    for row, layout in enumerate(layouts):
-        same = row in before and torch.equal(before[row][0].layout.expanded, layout.expanded)
-        groups.setdefault((id(layout), same), []).append(row)
-    entered = []
-    for (_, same), rows in groups.items():
-        layout = layouts[rows[0]]
-        moved = []
-        for row in rows:
-            one = slice(row, row + 1)
-            if not parts:
-                moved.append(start_tokens(state.noise[one], layout))
-                continue
-            part, k = before[row]
-            tokens, _ = refine_layout(
-                part.tokens[k : k + 1], part.layout, layout, part.sigmas[-1],
-                split_noise=split_noise[one], fresh_noise=fresh[one], known_detail=known[one], backend=state.backend,
-            )  # fmt: skip
-            moved.append(tokens)
-        tokens, start = torch.cat(moved), stage.start
-        if same:
-            # A layout that did not change goes on where the last stage ended, unless this one ends above that.
-            start = before[rows[0]][0].sigmas[-1]
-            if start <= stage.end + SAME_SIGMA:
-                fresh_tokens = start_tokens(fresh[rows], layout)
-                tokens, start = renoise(tokens, start, stage.start, fresh_tokens), stage.start
-        reference_layout = state.beside(layout)
-        reference = restrict(state.reference[rows], reference_layout)
-        sigmas = stage_sigmas(pipe.scheduler, layout.tokens, start, stage.end, stage.steps).tolist()
-        entered.append(LayoutGroup(rows, layout, reference, reference_layout, tokens, sigmas))
-    return entered
-
-
-def start_tokens(noise: Tensor, layout: MixedLayout) -> Tensor:
-    """The call's white noise on a layout: white too, because the sum coefficient of four is."""
-    coarse = coarsen_noise(noise, layout.grid)[:, layout.locked_cells]
-    return torch.cat([coarse, noise[:, layout.fine_tokens]], 1)
-
-
-def restrict(reference: Tensor, layout: MixedLayout | LayoutSet) -> Tensor:
-    """The clean reference at a layout's resolutions: coarse where the target is coarse."""
-    if layout.is_fine:
-        return reference
-    if isinstance(layout, LayoutSet):
-        each = reference.split([part.picture.tokens for part in layout.parts], 1)
-        return torch.cat([restrict(one, part) for one, part in zip(each, layout.parts, strict=True)], 1)
-    reference = Placement(layout.grid, layout.picture, *layout.lead).place(reference)
-    coarse = mean_pixels(reference, layout.grid)[:, layout.locked_cells]
-    return torch.cat([coarse, reference[:, layout.fine_tokens]], 1)
-
-
 def notify(listener: Any, index: int, parts: list[LayoutGroup], i: int, state: EditState) -> None:
     """Tell the listener of a step; it may hand back other full-grid latents."""
     answer = listener.step(index, parts[0].sigmas[i], lambda: gather(parts, state))
@@ -278,15 +205,6 @@ def notify(listener: Any, index: int, parts: list[LayoutGroup], i: int, state: E
         for part in parts:
             new = part.layout.from_full_grid(torch.stack([tokens[row] for row in part.rows]).to(part.tokens))
             part.tokens = new if changed is None else torch.where(changed, new, part.tokens)
-
-
-def gather(parts: list[LayoutGroup], state: EditState) -> Tensor:
-    """All samples on the full grid (B, N, C)."""
-    out = torch.empty_like(state.noise)
-    for part in parts:
-        for row, own in zip(part.rows, part.layout.full_grid(part.tokens), strict=True):  # a list would be sent over
-            out[row] = own
-    return out
 
 
 def account(

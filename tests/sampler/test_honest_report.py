@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import specedit
-from specedit.models import LongCatImageEdit
+from specedit.models.longcat import LongCatImageEdit
 
 QUICK = dict(steps=(1, 1, 1), draft_steps=1)
 

@@ -7,8 +7,8 @@ import specedit
 from specedit import SpecEditConfig
 from specedit.cost.flops import transformer_flops
 from specedit.layout import MixedLayout
-from specedit.models.qwen.edit import text_counts
-from tests.models.family import mixed_layout
+from specedit.models.qwen.prompts import QwenPrompt, text_counts
+from specedit.testing.family import mixed_layout
 from tests.models.qwen.common import GUIDED, QUICK, close, velocity
 
 
@@ -42,7 +42,7 @@ def test_packed_guidance_is_one_forward_without_padding(edit, monkeypatch):
     layout = mixed_layout(state.grid)
     velocity(adapter, pipe, state, layout, SpecEditConfig())
     beside = state.beside(layout)
-    texts = [state.extra[name]["encoder_hidden_states"].shape[1] for name in ("positive", "negative")]
+    texts = [prompt.embeds.shape[1] for prompt in state.conditioning.prompts(2)]
     assert len(seen) == 1
     assert seen[0]["hidden_states"].shape[:2] == (1, 2 * (layout.tokens + beside.tokens))
     assert seen[0]["encoder_hidden_states"].shape[:2] == (1, sum(texts))
@@ -94,7 +94,7 @@ def test_prompts_of_different_length_run_without_their_padding(edit, picture):
     pipe = edit.make()
     changes = dict(image=[picture(), picture(seed=1)], prompt=["red", "make all of it blue"])
     adapter, state = edit.prepare(pipe, **changes)
-    assert state.extra["positive"]["lengths"][0] < state.extra["positive"]["lengths"][1]
+    assert state.conditioning.positive.lengths[0] < state.conditioning.positive.lengths[1]
     for config in (SpecEditConfig(), SpecEditConfig(attention="stock")):
         layout = mixed_layout(state.grid)
         both = velocity(adapter, pipe, state, layout, config)
@@ -102,12 +102,11 @@ def test_prompts_of_different_length_run_without_their_padding(edit, picture):
             _, alone = edit.prepare(pipe, image=changes["image"][row], prompt=changes["prompt"][row])
             alone.noise = alone.noise.repeat(2, 1, 1)  # only its batch counts here
             alone.reference = alone.reference.repeat(2, 1, 1)
-            for name in ("encoder_hidden_states",):
-                alone.extra["positive"][name] = alone.extra["positive"][name].repeat(2, 1, 1)
+            alone.conditioning.prompt_embeds = alone.conditioning.prompt_embeds.repeat(2, 1, 1)
             close(velocity(adapter, pipe, alone, layout, config)[row], both[row])
 
 
 def test_padding_counts_where_it_is_computed():
-    prompt = dict(encoder_hidden_states=torch.zeros(2, 10, 4), lengths=[4, 10])
+    prompt = QwenPrompt(torch.zeros(2, 10, 4), mask=None, lengths=[4, 10])
     assert text_counts(prompt, None, "auto") == dict(text_tokens=7.0, negative_text_tokens=None)
     assert text_counts(prompt, prompt, "stock") == dict(text_tokens=10, negative_text_tokens=10)
