@@ -8,34 +8,37 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, Unpack
 
 import torch
 
 from ..config import STOCK_STEPS, SpecEditConfig, resolve
 from ..method import restore, sampler
-from ..method.adapter import Adapter, Run
+from ..method.adapter import Adapter, EditState, Run
 from ..method.denoise import forward_flops, set_current_timestep
 from ..method.schedule import supported
 from ..models import adapter_of, adapters
 from ..models.attention import mask_support
 from ..models.shared.images import check_decoder
 from ..once import warn_once
+from ..overrides import Overrides
 from ..registry import selectors
-from ..run_report import RunReport
+from ..run_report import RunReport, StageReport
 from ..versions import check_diffusers
 from . import accelerated, inputs, sharing
 from .installation import ATTRIBUTE, CallRecord, Calls, Installation, installation_of
 from .sizes import warn_if_cropped
 
+P = TypeVar("P")  # the class of the pipeline
 
-def install(pipe: Any, config: str | SpecEditConfig | None = None, **overrides: Any) -> Any:
+
+def install(pipe: P, config: str | SpecEditConfig | None = None, **overrides: Unpack[Overrides]) -> P:
     """Make one pipeline instance edit by SpecEdit; the same call then returns the same edit faster.
 
     Args:
         pipe: a diffusers FluxKontextPipeline, QwenImageEditPipeline, QwenImageEditPlusPipeline or
             LongCatImageEditPipeline.
-        config: preset name ("quality", "balanced", "fast", "turbo", "lightning-8", "lightning-6") or SpecEditConfig.
+        config: name of a preset (`specedit.presets` has them all; "balanced" if None) or SpecEditConfig.
         overrides: any field of SpecEditConfig.
 
     Returns:
@@ -47,17 +50,20 @@ def install(pipe: Any, config: str | SpecEditConfig | None = None, **overrides: 
         ImportError: a diffusers that is too old.
     """
     check_diffusers()
-    config = resolve(config, **overrides)
-    if _in_place(pipe):
-        old = installation_of(pipe)
+    _install(pipe, resolve(config, **overrides))
+    return pipe
+
+
+def _install(pipe: Any, config: SpecEditConfig) -> None:
+    if (old := installation_of(pipe)) is not None and _in_place(pipe):
         old.calls = Calls()  # the reports were another configuration's
         old.config = config
-        return pipe
+        return
     adapter = adapter_of(pipe)
     if adapter is None and "Inpaint" in type(pipe).__name__:
         # Inpainting has its own idea of what stays; the user loses nothing but the speed.
-        warnings.warn(f"SpecEdit leaves {type(pipe).__name__} as it is: inpainting runs the stock path", stacklevel=2)
-        return pipe
+        warnings.warn(f"SpecEdit leaves {type(pipe).__name__} as it is: inpainting runs the stock path", stacklevel=3)
+        return
     if adapter is None:
         raise TypeError(_not_supported(pipe))
     if pipe.transformer is None:
@@ -67,7 +73,7 @@ def install(pipe: Any, config: str | SpecEditConfig | None = None, **overrides: 
     installation = Installation(config, adapter, stock)
     if (reason := supported(pipe.scheduler) or _conflicting_feature(pipe)) is not None:
         installation.warned.add(reason)  # said now, not again at the call
-        warnings.warn(f"SpecEdit will run the stock pipeline: {reason}", stacklevel=2)
+        warnings.warn(f"SpecEdit will run the stock pipeline: {reason}", stacklevel=3)
     try:
         setattr(pipe, ATTRIBUTE, installation)
         sharing.attach(pipe, installation)
@@ -75,7 +81,6 @@ def install(pipe: Any, config: str | SpecEditConfig | None = None, **overrides: 
     except BaseException:
         uninstall(pipe)
         raise
-    return pipe
 
 
 def _not_supported(pipe: Any) -> str:
@@ -93,11 +98,11 @@ def _accelerated_class(stock: type) -> type:
     return accelerated.subclass(stock, _call, __reduce_ex__=_reduce, __setstate__=_set_state)
 
 
-def _reduce(self, protocol: int) -> tuple:
+def _reduce(self: Any, protocol: int) -> tuple[Any, ...]:
     """For copy and pickle: nobody can import the class of an installed instance, so its copy gets one of its own."""
     state, old, stock = dict(vars(self)), installation_of(self), accelerated.stock_of(type(self))
     if old is None:  # uninstalled, but another library's patch keeps the class
-        return copyreg.__newobj__, (stock,), state
+        return vars(copyreg)["__newobj__"], (stock,), state
     state[ATTRIBUTE] = Installation(old.config, old.adapter, stock)  # a copy has made no calls
     return _blank, (stock,), state
 
@@ -106,13 +111,14 @@ def _blank(stock: type) -> Any:
     return object.__new__(_accelerated_class(stock))
 
 
-def _set_state(self, state: dict[str, Any]) -> None:
+def _set_state(self: Any, state: dict[str, Any]) -> None:
     vars(self).update(state)
-    if self.transformer is not None:  # the copy counts beside the original, on the same transformer or on its own
-        sharing.attach(self, installation_of(self))
+    installation = installation_of(self)
+    if installation is not None and self.transformer is not None:
+        sharing.attach(self, installation)  # the copy counts beside the original, on the same transformer or its own
 
 
-def uninstall(pipe: Any) -> Any:
+def uninstall(pipe: P) -> P:
     """Take SpecEdit off: class and attention processors are the original objects again. Without it, nothing happens.
 
     On a transformer that other installed pipelines share, the processors stay until the last of them is uninstalled;
@@ -149,7 +155,7 @@ def report(pipe: Any) -> RunReport:
 
 
 @contextmanager
-def disabled(pipe: Any) -> Iterator[Any]:
+def disabled(pipe: P) -> Iterator[P]:
     """Inside the block the pipeline runs its stock call, in this thread alone."""
     installation = installation_of(pipe)
     if installation is None:
@@ -161,7 +167,8 @@ def disabled(pipe: Any) -> Iterator[Any]:
 
 def is_active(pipe: Any) -> bool:
     """Whether this thread's next call would run SpecEdit's loop (unless its arguments prevent that)."""
-    return _in_place(pipe) and not installation_of(pipe).switch.off
+    installation = installation_of(pipe)
+    return installation is not None and _in_place(pipe) and not installation.switch.off
 
 
 def last_report(pipe: Any) -> RunReport | None:
@@ -179,7 +186,12 @@ def _in_place(pipe: Any) -> bool:
 
 
 def _call(
-    self, installation: Installation, record: CallRecord, args: tuple, kwargs: dict[str, Any], edit_mask: Any
+    self: Any,
+    installation: Installation,
+    record: CallRecord,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    edit_mask: Any,
 ) -> Any:
     """The stock pipeline's call, accelerated by SpecEdit, or left to stock with a warning that says why."""
     stock = installation.stock_class.__call__
@@ -247,7 +259,7 @@ def _overridden_call(stock: type) -> str | None:
 
 
 def _accelerated(
-    pipe: Any, adapter: Adapter, record: CallRecord, config: SpecEditConfig, call: dict, edit_mask: Any
+    pipe: Any, adapter: Adapter, record: CallRecord, config: SpecEditConfig, call: dict[str, Any], edit_mask: Any
 ) -> Any:
     began = time.perf_counter()
     edit_mask = inputs.check(call, edit_mask)
@@ -268,12 +280,12 @@ def _accelerated(
         if config.keep_pixels and not in_pixels:  # without pixels on both sides, latents are what can be kept
             outcome.tokens = restore.blend_latents(outcome.tokens, state.aligned, outcome.edited, state.grid)
         images = adapter.decode(pipe, state, outcome.tokens, call["output_type"])
-        if config.keep_pixels and in_pixels:
+        if config.keep_pixels and source is not None and in_pixels:
             side = 2 * state.pixels_per_token
             images = restore.keep_pixels(images, source, outcome.edited, side, call["output_type"])
         ended = sampler.clock(state)
-        outcome.stages.insert(0, sampler.StageReport("encode", None, None, 0, 0, 0.0, prepared - began))
-        outcome.stages.append(sampler.StageReport("decode", None, None, 0, 0, 0.0, ended - finished))
+        outcome.stages.insert(0, StageReport("encode", None, None, 0, 0, 0.0, prepared - began))
+        outcome.stages.append(StageReport("decode", None, None, 0, 0, 0.0, ended - finished))
         record.report = _report(pipe, state, config, outcome, ended - began, images, call)
         pipe.maybe_free_model_hooks()
     finally:
@@ -284,10 +296,10 @@ def _accelerated(
 class _Listener:
     """Progress bar and the caller's callback."""
 
-    def __init__(self, pipe: Any, call: dict, state: Any, bar: Any):
+    def __init__(self, pipe: Any, call: dict[str, Any], state: Any, bar: Any):
         self.pipe, self.state, self.bar = pipe, state, bar
         self.callback = call.get("callback_on_step_end")  # not every pipeline has one
-        self.names = call.get("callback_on_step_end_tensor_inputs")
+        self.names = call.get("callback_on_step_end_tensor_inputs") or []
 
     def draft_step(self) -> None:
         self.bar.update()
@@ -330,7 +342,15 @@ def _check_answer(name: str, value: Any, shape: torch.Size) -> None:
         raise ValueError(f"callback_on_step_end: expected {name} of shape {tuple(shape)}, got {tuple(value.shape)}")
 
 
-def _report(pipe, state, config, outcome, seconds: float, images: Any, call: dict) -> RunReport:
+def _report(
+    pipe: Any,
+    state: EditState,
+    config: SpecEditConfig,
+    outcome: sampler.Outcome,
+    seconds: float,
+    images: Any,
+    call: dict[str, Any],
+) -> RunReport:
     tokens = state.grid.tokens + state.reference_grid.tokens
     mixed = any(stage.name == "mixed" for stage in outcome.stages)
     stock_steps = _stock_steps(pipe, call)
@@ -359,12 +379,12 @@ def _report(pipe, state, config, outcome, seconds: float, images: Any, call: dic
     )
 
 
-def _stock_steps(pipe: Any, call: dict) -> int:
+def _stock_steps(pipe: Any, call: dict[str, Any]) -> int:
     """Steps that the stock pipeline would take: what the caller gave, else the call's own default."""
     if (asked := call.get("num_inference_steps")) is not None:
         return int(asked)
     for base in type(pipe).__mro__:
         parameters = inspect.signature(base.__call__).parameters if "__call__" in vars(base) else {}
         if "num_inference_steps" in parameters:
-            return parameters["num_inference_steps"].default
+            return int(parameters["num_inference_steps"].default)
     return STOCK_STEPS

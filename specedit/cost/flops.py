@@ -215,7 +215,9 @@ class Forward:
     read: int | None = None
 
 
-def _stage(config: SpecEditConfig, cost: ModelCost, stage: Stage, own: int, text: int, *, first: bool) -> dict:
+def _stage(
+    config: SpecEditConfig, cost: ModelCost, stage: Stage, own: int, text: int, *, first: bool
+) -> dict[str, Any]:
     """A row of `plan`: the steps of one stage over `own` target tokens, as many of the reference, and the text."""
     options = None if stage.name == "draft" else config.forecast_options
     pattern = [True] * stage.steps
@@ -232,6 +234,8 @@ def _stage(config: SpecEditConfig, cost: ModelCost, stage: Stage, own: int, text
             reused += 1
         elif full:
             calls[Forward(whole, text, None, own if trims else None)] += passes
+        elif options is None:
+            raise AssertionError("only a forecast leaves steps out")
         elif options.token_wise and options.recomputes(since):
             fresh = options.fresh_tokens(own)
             calls[Forward(text + fresh, text, whole, fresh)] += passes

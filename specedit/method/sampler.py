@@ -133,7 +133,7 @@ class Cells:
             found = found | state.uncovered_cells
         edited = everything_if_nearly(found)
         # Eq. 10: expand what is edited, and a sparse uniform set beside it.
-        expanded = edited | select.uniform_cells(state.grid, config.uniform_stride, state.device)
+        expanded = edited | select.uniform_cells(state.grid, config.uniform_stride or 0, state.device)
         return Cells(found, edited, expanded, ~edited & has_edit_mask)
 
 
