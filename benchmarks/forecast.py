@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.scores import Scores, command, editor, options, some, whose
-from specedit import SpecEditConfig, micro, uninstall
-from specedit.api import installing as install
+from specedit import SpecEditConfig, install, micro, uninstall
 from specedit.config import STOCK_STEPS
 from specedit.evaluation import results
 from specedit.forecast import lesa

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.scores import Scores, command, editor, options, some, whose
-from specedit import micro, report, uninstall
-from specedit.api import installing as install
+from specedit import install, micro, report, uninstall
 
 BASE = {"preset": "turbo", "restore": "reference"}
 GRID: dict[str, list[dict]] = {

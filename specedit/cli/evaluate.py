@@ -72,8 +72,7 @@ def _micro(args) -> int:
     silence_libraries()
     from tqdm.auto import tqdm
 
-    from .. import micro
-    from ..api import installing as install
+    from .. import install, micro
     from ..evaluation import results
 
     pipe, _ = pipelines.load(args.model)
@@ -104,7 +103,7 @@ def _public(args) -> int:
         loading.check_model(args.model, EDITORS)
     from tqdm.auto import tqdm
 
-    from ..api import installing as install
+    from .. import install
     from ..config import STOCK_STEPS, resolve
     from ..evaluation import results, tasks
     from ..evaluation import runs as evaluation

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from .. import RunReport, report, uninstall
-from ..api import installing as install
+from .. import RunReport, install, report, uninstall
 from ..config import CHOICES, STANDARD_PRESETS, STOCK_STEPS
 from . import arguments, load, scenes
 
