@@ -31,7 +31,7 @@ def plan_qwen(name: str) -> str:
 
     cost = MODELS["qwen-image-edit"]
     image = 2 * 64 * 64  # target and reference at 1024 x 1024
-    step, theirs = cost.step(image) / 1e12, QWEN_STOCK / STOCK_STEPS
+    step, theirs = cost.stock(image) / 1e12, QWEN_STOCK / STOCK_STEPS
     needed = next(n for n in range(0, 100_000, 10) if transformer_flops(cost.config, n) >= theirs * 1e12 / cost.passes)
     words = replace(cost, text_tokens=cost.text_tokens - cost.vision_tokens, vision_tokens=0)
 

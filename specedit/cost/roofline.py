@@ -15,9 +15,11 @@ from types import MappingProxyType
 from typing import Any
 
 from ..config import STOCK_STEPS, SpecEditConfig, resolve
+from ..method.trace import ForwardCall
 from ..registry import selectors
-from .flops import MODELS, TOKEN_PIXELS, Forward, transformer_flops
 from .flops import plan as plan_flops
+from .forward import transformer_flops
+from .tables import MODELS, TOKEN_PIXELS
 
 BYTES = 2  # bf16
 MATCHING = 0.03  # a measured edit counts as the planned one within this share of the cells
@@ -67,13 +69,15 @@ class HalfCost:
     channels: int
 
 
+_FLUX_AUTOENCODER = {
+    "encode": HalfCost(264_454_144, 459_024, 34_274_208, 512),
+    "features": HalfCost(68_304_896, 46_608, 27_094_016, 512),
+    "decode": HalfCost(605_618_176, 837_328, 49_545_475, 512),
+}
 AUTOENCODERS: Mapping[str, Mapping[str, HalfCost]] = MappingProxyType(
     {
-        "flux-kontext": {
-            "encode": HalfCost(264_454_144, 459_024, 34_274_208, 512),
-            "features": HalfCost(68_304_896, 46_608, 27_094_016, 512),
-            "decode": HalfCost(605_618_176, 837_328, 49_545_475, 512),
-        },
+        "flux-kontext": _FLUX_AUTOENCODER,
+        "longcat-image-edit": _FLUX_AUTOENCODER,
         "qwen-image-edit": {
             "encode": HalfCost(426_039_296, 401_256, 53_595_872, 384),
             "features": HalfCost(86_446_080, 38_416, 42_128_064, 384),
@@ -232,17 +236,17 @@ def plan(
             bytes=sum(op.count * op.bytes for op in listed), seconds=roofline(listed, hardware),
         )  # fmt: skip
 
-    def forward(call: Forward) -> list[Op]:
-        return transformer_ops(model, call.tokens, text=call.text, keys=call.keys, read=call.read)
+    def forward(call: ForwardCall) -> list[Op]:
+        return transformer_ops(model, call.tokens, call.samples, text=call.text, keys=call.keys, read=call.read)
 
     encode = stage("encode", [(1, autoencoder_ops(model, "encode", latent))])
     decode = stage("decode", [(1, autoencoder_ops(model, "decode", latent))])
     stages, verify = [encode], None
     for row in predicted["stages"]:
-        calls = [(count, forward(call)) for call, count in row["calls"]]
+        calls = [(call.count, forward(call)) for call in row["calls"] if call.tokens]
         stages.append(stage(row["name"], calls, row["steps"], row["tokens"]))
         if row["name"] == "draft":
-            first, _ = row["calls"][0]
+            first = row["calls"][0]
             verify = verification_ops(config, model, latent, (first.tokens - first.text) // 2)
             stages.append(stage("verify", [(1, verify)]))
         if row["name"] == "coarse" and verify is not None and config.verifies_coarse:

@@ -15,11 +15,11 @@ from torch import Tensor
 from ..config import SpecEditConfig
 from ..layout import GridSet, LayoutSet, MixedLayout, TokenGrid
 from ..placement import Placement, layouts_beside
-from .schedule import stage_sigmas
+from .schedule import stage_sigmas, supported
+from .trace import Trace
 
 if TYPE_CHECKING:
-    from ..forecast import ForecastRunner, ReferenceKVCache
-    from ..forecast.toca import PartialForward
+    from ..forecast import ForecastRunner, PartialForward, ReferenceKVCache
 
 
 class Conditioning:
@@ -103,6 +103,12 @@ class EditState:
         return layouts_beside(layout, tuple(p.cells(scale) if scale > 1 else p for p in self.placements))
 
     @property
+    def texts(self) -> tuple[float, ...]:
+        """Text tokens of every guidance branch, the prompt's first."""
+        negative = self.text_tokens if self.negative_text_tokens is None else self.negative_text_tokens
+        return (self.text_tokens, negative)[: self.branches]
+
+    @property
     def batch(self) -> int:
         return self.noise.shape[0]
 
@@ -136,7 +142,6 @@ class LayoutGroup:
     kv: ReferenceKVCache | None = None
     clean: Tensor | None = None
     inputs: dict[Any, Any] = field(default_factory=dict)
-    flops: float = 0.0
     cached: int = 0  # steps that were not computed fully
     reused: int = 0  # steps that ran over the target's tokens alone
 
@@ -148,13 +153,20 @@ class LayoutGroup:
 
 @dataclass
 class Run:
-    """One edit under way: who computes it, how, and what it has come to."""
+    """One edit under way: `adapter` computes it on `pipe` as `config` says, and `trace` follows it."""
 
     adapter: Adapter
     pipe: Any
     config: SpecEditConfig
     state: EditState
-    trace: Any = None
+    trace: Trace = field(default_factory=Trace)
+
+    def set_current_timestep(self, sigma: float) -> Tensor:
+        """Show a step's timestep, () float32, as `pipe.current_timestep`, which hooks on the transformer may read."""
+        # Filled on the device: a copy from the host would wait for the step before to end.
+        timestep = torch.full((), sigma * 1000, device=self.state.device)
+        self.pipe._current_timestep = timestep  # which another thread's call may replace at once
+        return timestep
 
 
 def active_branches(state: EditState, config: SpecEditConfig, sigma: float) -> int:
@@ -185,6 +197,7 @@ class Adapter(ABC):
     pipelines: ClassVar[str]  # the classes it serves, for messages
     token_wise: ClassVar[bool] = False  # whether `predict` computes single tokens
     keeps_reference: ClassVar[bool] = False  # whether it computes the target's tokens alone
+    calls: ClassVar[tuple[type, ...]] = ()  # classes outside diffusers whose `__call__` it runs as they do
     geometry: Any = None
 
     @staticmethod
@@ -215,6 +228,10 @@ class Adapter(ABC):
     def sigmas(self, pipe: Any, tokens: int, start: float, end: float, steps: int) -> Tensor:
         """Sigmas (steps + 1,) float32 of a stage of `tokens` target tokens: the model's schedule in [end, start]."""
         return stage_sigmas(pipe.scheduler, tokens, start, end, steps)
+
+    def schedule_refusal(self, pipe: Any) -> str | None:
+        """Why `sigmas` is not the schedule of the pipeline as it is now (one phrase), or None. Goes with `sigmas`."""
+        return supported(getattr(pipe, "scheduler", None))
 
     @abstractmethod
     def predict(

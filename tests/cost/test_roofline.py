@@ -80,7 +80,11 @@ def test_a_stock_step_on_an_h100_by_hand():
     assert roofline(ops, GPUS["H100"]) == pytest.approx(roofline(products, GPUS["H100"]) + pointwise)
 
 
-@pytest.mark.parametrize("model", AUTOENCODERS)
+def test_longcat_has_the_autoencoder_of_flux():
+    assert AUTOENCODERS["longcat-image-edit"] == AUTOENCODERS["flux-kontext"]
+
+
+@pytest.mark.parametrize("model", ["flux-kontext", "qwen-image-edit"])
 @pytest.mark.parametrize("half", ["encode", "features", "decode"])
 def test_autoencoders_against_counted_layers(model, half):
     vae = real_models.MODELS[model]("meta", torch.bfloat16).vae

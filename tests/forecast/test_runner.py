@@ -53,12 +53,12 @@ def written_out(pipe, edit, steps, forecaster):
     plain = FluxKontext.velocity
     seen = []
 
-    def velocity(self, pipe, state, tokens, sigma, *more):
+    def velocity(self, run, group, sigma):
         i = len(seen)
         seen.append(forecaster.refresh(i))
         if not seen[-1]:
             return forecaster.predict(i, sigma)
-        out = plain(self, pipe, state, tokens, sigma, *more)
+        out = plain(self, run, group, sigma)
         forecaster.observe(i, out, sigma)
         return out
 
@@ -165,12 +165,12 @@ def test_kept_keys_at_the_same_noise_change_nothing(pipe, edit, kind):
     results = []
     plain = FluxKontext.velocity
 
-    def velocity(self, pipe, state, tokens, sigma, rows, layout, *more):
-        call = (pipe, state, tokens, sigma, rows, layout, *more)
+    def velocity(self, run, group, sigma):
+        call, layout = (run, group, sigma), group.layout
         store = KVCache()
-        (whole,) = self.branches(*call, [PartialForward(store)])
-        index = torch.stack([torch.randperm(layout.tokens)[:5].sort().values for _ in rows])
-        (some,) = self.branches(*call, [PartialForward(store, index)])
+        (whole,) = self.predict(*call, [PartialForward(store)])
+        index = torch.stack([torch.randperm(layout.tokens)[:5].sort().values for _ in group.rows])
+        (some,) = self.predict(*call, [PartialForward(store, index)])
         results.append((layout.is_mixed, some, whole.gather(1, index[..., None].expand_as(some)), whole))
         assert torch.allclose(whole, plain(self, *call), atol=1e-5)
         return whole
@@ -293,10 +293,11 @@ def test_a_model_that_cannot_compute_single_tokens(pipe, edit, monkeypatch):
         edit(pipe)
 
 
-def test_fewer_steps_than_the_history_needs(pipe, edit):
+def test_fewer_steps_than_the_history_needs_run_without_a_forecast(pipe, edit):
     specedit.install(pipe, **ALONE, forecast="taylor")
-    with pytest.raises(ValueError, match="needs 3 full steps before its first forecast"):
+    with pytest.warns(UserWarning, match="num_inference_steps=3 leaves no stage long enough for forecast='taylor'"):
         edit(pipe, num_inference_steps=3)
+    assert specedit.report(pipe).cached_steps == 0
 
 
 @pytest.mark.parametrize("forecast", WHOLE)
