@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.scores import Scores, command, editor, options, some, whose
-from specedit import SpecEditConfig, install, micro, uninstall
+from specedit import SpecEditConfig, micro, uninstall
+from specedit.api.installing import install
 from specedit.config import STOCK_STEPS
 from specedit.evaluation import results
 from specedit.forecast import lesa

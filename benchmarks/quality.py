@@ -7,7 +7,8 @@ that is to see more tasks, goes on where the file ends.
 """
 
 from benchmarks.scores import Scores, command, editor, options, some, whose
-from specedit import install, micro, uninstall
+from specedit import micro, uninstall
+from specedit.api.installing import install
 
 PRESETS = ("quality", "balanced", "fast", "turbo")
 

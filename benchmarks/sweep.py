@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.scores import Scores, command, editor, options, some, whose
-from specedit import install, micro, report, uninstall
+from specedit import micro, report, uninstall
+from specedit.api.installing import install
 
 BASE = {"preset": "turbo", "restore": "reference"}
 GRID: dict[str, list[dict]] = {

@@ -1,4 +1,4 @@
-"""What a run did: `RunReport`, its table, its JSON form and its figure."""
+"""What a run did: `RunReport`, its table and its JSON form."""
 
 from __future__ import annotations
 
@@ -12,10 +12,6 @@ import torch
 from PIL import Image
 
 from .config import STOCK_STEPS, SpecEditConfig
-from .registry import selectors
-
-# Accent and quiet colours of the figure; the masks use the two accents.
-EDITED, EXPANDED, QUIET = "#d1495b", "#30638e", "#8d99ae"
 
 
 @dataclass(frozen=True)
@@ -191,9 +187,10 @@ class RunReport:
             return "  ".join(words).rstrip()
 
         rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-        return "\n".join([self._title(), rule, line(head), rule, *map(line, rows), rule, line(total)])
+        return "\n".join([self.title(), rule, line(head), rule, *map(line, rows), rule, line(total)])
 
-    def _title(self) -> str:
+    def title(self) -> str:
+        """One line: the preset, its steps, what was saved and how much was edited."""
         name = f"SpecEdit {self.preset}" if self.preset else "SpecEdit"
         counts = [(self.cached_steps, "cached"), (self.reused_steps, "on the target alone")]
         apart = ", ".join(f"{count} {what}" for count, what in counts if count)
@@ -222,100 +219,9 @@ class RunReport:
         Raises:
             ValueError: no such sample, or a suffix that matplotlib does not know.
         """
-        # Figure itself, not pyplot: no global state, so calls from several threads do not meet.
-        from matplotlib.figure import Figure
+        from .report_figure import save
 
-        grids = [g for g in (self.score, self.edit_mask, self.expand_mask) if g is not None]
-        if any(not 0 <= sample < len(g) for g in grids):
-            raise ValueError(f"sample: expected an index from 0 to {min(map(len, grids)) - 1}, got {sample}")
-        panels = [
-            panel
-            for panel, present in (
-                (self._draw_source, self.source is not None),
-                (self._draw_edit, self.edit is not None),
-                (self._draw_score, self.score is not None),
-                (self._draw_masks, self.edit_mask is not None or self.expand_mask is not None),
-            )
-            if present
-        ]
-        figure = Figure(figsize=(max(8.0, 3.4 * len(panels)), 5.6 if panels else 2.4), layout="constrained")
-        titled: Any = figure
-        bars: Any = figure
-        if panels:
-            subfigures: Any = figure.subfigures(2, 1, height_ratios=[3.4, 1.8])
-            titled, bars = subfigures
-            for axes, panel in zip(titled.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-                panel(axes, sample)
-                axes.set_xticks([])
-                axes.set_yticks([])
-        left, right = bars.subplots(1, 2, sharey=True)
-        self._draw_bars(left, [s.seconds for s in self.stages], "seconds")
-        self._draw_bars(right, [s.flops / 1e12 for s in self.stages], "TFLOPs")
-        left.invert_yaxis()
-        titled.suptitle(self._title(), fontsize=11)
-        figure.savefig(path, dpi=120)
-
-    def _draw_source(self, axes: Any, sample: int) -> None:
-        assert self.source is not None
-        axes.imshow(self.source.convert("RGB"))
-        axes.set_title("source", fontsize=10)
-
-    def _draw_edit(self, axes: Any, sample: int) -> None:
-        assert self.edit is not None
-        axes.imshow(self.edit.convert("RGB"))
-        axes.set_title("edit", fontsize=10)
-
-    def _backdrop(self, axes: Any, rows: int, cols: int) -> tuple[float, float, float, float]:
-        """Draw the source pale and return the extent on which a grid of rows x cols covers it."""
-        if self.source is None:
-            extent = (0.0, float(cols), float(rows), 0.0)
-        else:
-            width, height = self.source.size
-            extent = (0.0, float(width), float(height), 0.0)
-            axes.imshow(self.source.convert("L"), cmap="gray", vmin=-255, vmax=255, extent=extent)
-        axes.set_xlim(extent[:2])
-        axes.set_ylim(extent[2:])
-        return extent
-
-    def _draw_score(self, axes: Any, sample: int) -> None:
-        assert self.score is not None
-        grid = self.score[sample].numpy()
-        extent = self._backdrop(axes, *grid.shape)
-        drawn = axes.imshow(grid, cmap="magma", vmin=0, alpha=0.75, extent=extent, interpolation="nearest")
-        axes.figure.colorbar(drawn, ax=axes, fraction=0.046, pad=0.02).ax.tick_params(labelsize=8)
-        axes.set_title(self._score_title(), fontsize=10)
-
-    def _score_title(self) -> str:
-        if self.config is None:
-            return "score"
-        if selectors[self.config.selector].verifies:
-            return f"verification score (threshold {self.config.threshold:g})"
-        return f"score of selector {self.config.selector!r}"  # which takes the largest, whatever their values
-
-    def _draw_masks(self, axes: Any, sample: int) -> None:
-        from matplotlib.colors import to_rgba
-
-        edited, expanded = (None if m is None else m[sample] for m in (self.edit_mask, self.expand_mask))
-        first = edited if edited is not None else expanded
-        assert first is not None
-        extent = self._backdrop(axes, *first.shape)
-        for mask, colour in ((expanded, EXPANDED), (edited, EDITED)):
-            if mask is not None:
-                overlay = torch.zeros(*mask.shape, 4)
-                overlay[mask] = torch.tensor(to_rgba(colour, 0.7))
-                axes.imshow(overlay.numpy(), extent=extent, interpolation="nearest")
-        axes.set_title("masks", fontsize=10)
-        for x, label, colour in ((0.0, "edited", EDITED), (0.3, "also expanded", EXPANDED)):
-            axes.text(x, -0.03, f"■ {label}", color=colour, fontsize=9, va="top", transform=axes.transAxes)
-
-    def _draw_bars(self, axes: Any, values: list[float], label: str) -> None:
-        colours = [QUIET if stage.steps == 0 or stage.name == "draft" else EXPANDED for stage in self.stages]
-        bars = axes.barh([stage.name for stage in self.stages], values, color=colours, height=0.65)
-        axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=3, fontsize=8)
-        axes.set_xlabel(label, fontsize=9)
-        axes.margins(x=0.15)
-        axes.tick_params(labelsize=9, left=False)
-        axes.spines[["top", "right"]].set_visible(False)
+        save(self, path, sample)
 
 
 def _sigmas(stage: StageReport) -> str:

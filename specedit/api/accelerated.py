@@ -53,7 +53,9 @@ def subclass(stock: type, call: Callable[..., Any], **body: Any) -> type:
     `body`: other attributes of the class.
     """
 
-    @functools.wraps(stock.__init__)  # for inspect.signature(type(pipe))
+    constructed: Any = stock
+
+    @functools.wraps(constructed.__init__)  # for inspect.signature(type(pipe))
     def __new__(cls: type, *args: Any, **kwargs: Any) -> Any:
         return stock(*args, **kwargs) if _OWN_CALL in vars(cls) else object.__new__(cls)
 

@@ -165,7 +165,7 @@ def _pixels(values: np.ndarray) -> np.ndarray:
     if values.ndim == 2:
         return nonzero
     if values.shape[2] in (1, 3):
-        return np.logical_or.reduce(nonzero, -1)
+        return np.asarray(nonzero.any(-1))
     alpha = values[..., -1]
     flat = alpha[0, 0] != 0 and (alpha == alpha[0, 0]).all()
-    return np.logical_or.reduce(nonzero[..., :-1], -1) if flat else nonzero[..., -1]
+    return np.asarray(nonzero[..., :-1].any(-1) if flat else nonzero[..., -1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..evaluation.metrics import mean, psnr
 from .editors import editor_named, editor_of
 from .scenes import Case
 
@@ -28,14 +28,6 @@ def arguments(image: Image.Image, model: str = "kontext") -> dict[str, Any]:
         ValueError: another model.
     """
     return editor_named(model).arguments(image)
-
-
-def psnr(a: np.ndarray, b: np.ndarray, where: np.ndarray) -> float:
-    """dB between uint8 images (H, W, 3) over the pixels of `where` (H, W); 60 at most, so that means stay finite."""
-    if not where.any():
-        return math.nan
-    error = np.square(a[where].astype(np.float64) - b[where].astype(np.float64)).mean() / 255**2
-    return 60.0 if error == 0 else min(60.0, -10 * math.log10(error))
 
 
 def grow(mask: np.ndarray, by: int) -> np.ndarray:
@@ -100,7 +92,7 @@ def evaluate(pipe: Any, cases: Iterable[Case], num_inference_steps: int | None =
         row["seconds"] = seconds
         if active and (run := last_report(pipe)) is not None:
             row |= dict(flops=run.flops, flops_ratio=run.flops_ratio_50, edit_fraction=run.edit_fraction)
-            row |= dict(missed=run.missed)
+            row |= dict(missed=run.empty_drafts)
         else:
             taken = given.get("num_inference_steps", editor.default_steps)
             row["flops"] = stock_flops(pipe, case, taken, given)
@@ -124,12 +116,3 @@ def stock_flops(pipe: Any, case: Case, steps: int, call: dict[str, Any] | None =
     editor = editor_of(pipe)
     passes = editor.passes(pipe, case, editor.arguments(case.source) if call is None else call)
     return steps * sum(transformer_flops(pipe.transformer.config, tokens) for tokens in passes)
-
-
-def mean(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Mean of every number, nan left out; `count` says of how many rows."""
-    out: dict[str, float] = {"count": len(rows)}
-    for name in dict.fromkeys(name for row in rows for name in row if name not in ("seed", "kind")):
-        values = [float(row[name]) for row in rows if name in row and not math.isnan(row[name])]
-        out[name] = sum(values) / len(values) if values else math.nan
-    return out

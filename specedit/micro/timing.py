@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from .. import RunReport, install, report, uninstall
+from ..api.installing import install, report, uninstall
 from ..config import CHOICES, STANDARD_PRESETS, STOCK_STEPS
+from ..run_report import RunReport
 from . import arguments, load, scenes
 
 SEED = 1
