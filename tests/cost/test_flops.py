@@ -13,9 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from specedit.config import SpecEditConfig, presets
 from specedit.cost.flops import MODELS, expanded_cells, plan, transformer_flops
 from specedit.method.trace import ForwardCall
-from specedit.models.attention import contexts as joint
 from specedit.models.attention import last_block
 from specedit.models.attention import processors as attention
+from specedit.models.attention.contexts import Stock
+from specedit.models.attention.sequences import QueryRows
 
 FLUX = MODELS["flux-kontext"].config
 # Table 5 of the paper: FLOPs ratios of SpecEdit on FLUX.1-Kontext-dev by NFE
@@ -62,9 +63,8 @@ def test_a_trimmed_last_block_against_counted_operations():
     text, image, target = 32, 300, 150
     counted = []
     for read in (None, target):
-        context = joint.MixedContext(
-            backend="stock", read=joint.QueryRows(torch.arange(read)) if read else None, plain=True
-        )
+        zeros = torch.zeros(text + image, 32), torch.zeros(text + image, 32)
+        context = Stock(rotary=zeros, output_rows=QueryRows(torch.arange(read))) if read else None
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(
                 hidden_states=torch.zeros(1, image, 64), encoder_hidden_states=torch.zeros(1, text, 64),
