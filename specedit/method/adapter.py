@@ -55,7 +55,7 @@ class EditState:
     edited: int = 0  # which reference is being edited: the output is compared with it, and restored from it
     prompts: int = 1  # whose images stand together in the batch
     pictures: int = 1  # being edited, over which the batch repeats
-    last_block: bool = False  # whether the transformer's last block computes the target's rows alone
+    trims_last_block: bool = False  # whether the transformer's last block computes the target's rows alone
     conditioning: Conditioning = field(default_factory=Conditioning)  # the family's own: embeddings, guidance, ...
 
     def __post_init__(self) -> None:

@@ -36,15 +36,20 @@ def register_adapter(cls: A) -> A:
 
 
 def adapters() -> tuple[type[Adapter], ...]:
-    """Every registered adapter; built-in ones only where the installed diffusers has their pipeline."""
-    with suppress_torchvision_warning():
-        return ADAPTERS.values()
+    """Every registered adapter by name; built-in ones only where the installed diffusers has their pipeline."""
+    return tuple(sorted(_registered(), key=lambda adapter: adapter.name))
 
 
 def adapter_of(pipe: Any) -> Adapter | None:
     """An adapter for `pipe`, or None. See `register_adapter` for which one wins."""
     best: type[Adapter] | None = None
-    for adapter in adapters():
+    for adapter in _registered():
         if adapter.matches(pipe) and not (best is not None and issubclass(best, adapter)):
             best = adapter
     return None if best is None else best()
+
+
+def _registered() -> tuple[type[Adapter], ...]:
+    """Adapters in the order of their registration."""
+    with suppress_torchvision_warning():
+        return ADAPTERS.values()

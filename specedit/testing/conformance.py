@@ -310,9 +310,9 @@ class Conformance:
         for guide in self.guides(family):
             pipe = family.make()
             adapter, state = family.prepare(pipe, (144, 112), config.attention, **guide)
-            if not state.last_block:
+            if not state.trims_last_block:
                 pytest.skip("this adapter leaves the last block as it is")
-            whole = dataclasses.replace(state, last_block=False)
+            whole = dataclasses.replace(state, trims_last_block=False)
             for layout in layouts(state.grid):
                 trimmed, stock = (step_of(family, adapter, pipe, s, layout, config)() for s in (state, whole))
                 for a, b in zip(trimmed, stock, strict=True):
@@ -320,7 +320,7 @@ class Conformance:
 
     def test_the_last_block_is_stocks_with_stock_attention(self, family):
         self.needs(family, {"attention": "stock"})
-        assert not family.prepare(family.make(), attention="stock")[1].last_block
+        assert not family.prepare(family.make(), attention="stock")[1].trims_last_block
 
     def test_stock_attention_needs_no_kernels(self, family):
         self.needs(family, {"attention": "stock"})
@@ -372,8 +372,8 @@ class Conformance:
             adapter, state = family.prepare(pipe, (144, 112), **guide)
             if not adapter.keeps_reference:
                 pytest.skip("this adapter does not keep the reference")
-            for last_block in {state.last_block, False}:
-                state = dataclasses.replace(state, last_block=last_block)
+            for last_block in {state.trims_last_block, False}:
+                state = dataclasses.replace(state, trims_last_block=last_block)
                 for layout in layouts(state.grid):
                     run = step_of(family, adapter, pipe, state, layout, config)
                     stores = [KVCache() for _ in range(state.branches)]
