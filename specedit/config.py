@@ -7,7 +7,7 @@ import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from . import registry
 from .checks import integer as _integer
@@ -22,14 +22,27 @@ STOCK_STEPS = 50  # of the stock run that the paper compares with
 MOST_NAMED = 4  # fields that differ from a preset whose name is kept
 MAX_SCORE = 4.0  # squared distance of two unit vectors
 
-CHOICES = {
-    "verify_at": tuple(DEFAULT_THRESHOLDS),
-    "restore": ("full", "reference"),
-    "key_bias": ("area", "none"),
-    "rope": ("scaled", "phase_aligned"),
-    "attention": ("auto", "triton", "torch", "stock"),
-    "cfg": ("packed", "separate"),
-    "draft_condition": ("full", "small"),
+VerifyAt = Literal["full", "draft"]
+Restore = Literal["full", "reference"]
+KeyBias = Literal["area", "none"]
+Rope = Literal["scaled", "phase_aligned"]
+Attention = Literal["auto", "triton", "torch", "stock"]
+DraftCondition = Literal["full", "small"]
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "verify_at": get_args(VerifyAt),
+    "restore": get_args(Restore),
+    "key_bias": get_args(KeyBias),
+    "rope": get_args(Rope),
+    "attention": get_args(Attention),
+    "draft_condition": get_args(DraftCondition),
+}
+
+# Fields of earlier versions, and what to say to those who still pass them.
+FORMER_FIELDS = {
+    "second_look": "second_look is now verify_coarse",
+    "couple_noise": "couple_noise was removed: it had no measured effect; the draft draws noise of its own",
+    "cfg": "cfg was removed: it had no measured effect; both guidance branches run in one packed pass",
 }
 
 FORECAST_FIELDS = ("forecast_interval", "forecast_order", "forecast_weights")  # fill the options of a named forecast
@@ -40,7 +53,7 @@ def _suggest(word: object, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _sequence(name: str, value: Any, length: int, expected: str) -> tuple:
+def _sequence(name: str, value: Any, length: int, expected: str) -> tuple[Any, ...]:
     if not isinstance(value, (tuple, list)):
         raise TypeError(f"{name}: expected {expected}, got {value!r} ({type(value).__name__})")
     if len(value) != length:
@@ -50,7 +63,7 @@ def _sequence(name: str, value: Any, length: int, expected: str) -> tuple:
 
 @dataclass(frozen=True)
 class SpecEditConfig:
-    """How one edit is run. Immutable; every field is checked at construction.
+    """How one edit is run. Immutable; every field is checked at construction. The defaults are the preset "balanced".
 
     Args:
         steps: model evaluations of the (coarse, mixed, full) stage. Their sum is the NFE; the draft is not counted.
@@ -67,10 +80,9 @@ class SpecEditConfig:
         restore: "full" makes every token fine for the last steps; "reference" runs the mixed sequence to sigma 0 and
             takes the locked cells from the reference.
         keep_pixels: everything outside the feathered edit mask is the input's own pixels.
-        second_look: where something is kept for good (restore="reference", keep_pixels) and a draft was verified, the
-            main run's own clean prediction at the end of the coarse stage is verified in the same way, and what it
-            changes is edited too: a draft may have chosen another object. Takes no model evaluation.
-        couple_noise: draw the main run's noise as an expansion of the draft's.
+        verify_coarse: verify the clean prediction at the end of the coarse stage as the draft was, and edit what it
+            changes too: the main run may choose another object than the draft. Only with restore="reference" or
+            keep_pixels, and after a draft. Takes no model evaluation.
         key_bias: "area" adds log 4 to the logits of coarse keys in mixed sequences.
         rope: positions in mixed sequences: "scaled" ids, or "phase_aligned" per query resolution.
         attention: implementation of attention. "auto" is Triton on CUDA and PyTorch elsewhere; "stock" leaves the
@@ -84,9 +96,6 @@ class SpecEditConfig:
         forecast_order: order of taylor, hermite, freqca and lesa (None: 2).
         forecast_weights: file of `python -m training.lesa`, for "lesa" on a model without packaged
             weights.
-        cfg: how the two halves of Qwen's classifier-free guidance run: "packed" in one forward pass without padding, or
-            "separate", one after the other. attention="stock" knows no packed sequences and always runs them one after
-            the other; so does FLUX, whose text encoders pad both prompts to one length.
         draft_condition: the picture that Qwen's vision-language encoder sees for the draft's prompt: "full" is that of
             the main run, "small" one that is smaller by `draft_scale` a side, so that vision tokens do not outnumber
             the draft's own. No other model's prompt holds a picture.
@@ -106,25 +115,29 @@ class SpecEditConfig:
     draft_steps: int = 8
     draft_scale: int = 4
     threshold: float | None = None
-    verify_at: str = "full"
+    verify_at: VerifyAt = "draft"
     dilation: int = 1
     uniform_stride: int | None = 3
     selector: str = "semantic"
-    restore: str = "full"
+    restore: Restore = "full"
     keep_pixels: bool = False
-    second_look: bool = True
-    couple_noise: bool = False
-    key_bias: str = "area"
-    rope: str = "scaled"
-    attention: str = "auto"
+    verify_coarse: bool = True
+    key_bias: KeyBias = "area"
+    rope: Rope = "scaled"
+    attention: Attention = "auto"
     forecast: str | ForecastOptions | None = None
     forecast_interval: int | None = None
     forecast_order: int | None = None
     forecast_weights: str | None = None
-    cfg: str = "packed"
-    draft_condition: str = "full"
+    draft_condition: DraftCondition = "full"
     reference_refresh: int | None = None
     guidance_range: tuple[float, float] | None = None
+
+    def __new__(cls, *args: Any, **fields: Any) -> SpecEditConfig:
+        for name in fields:
+            if name in FORMER_FIELDS:
+                raise TypeError(f"config: {FORMER_FIELDS[name]}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         # Choices first: the default threshold depends on one of them.
@@ -138,7 +151,7 @@ class SpecEditConfig:
             raise ValueError(
                 "rope: expected 'scaled' with attention='stock', the model's own processors, got 'phase_aligned'"
             )
-        for name in ("keep_pixels", "second_look", "couple_noise"):
+        for name in ("keep_pixels", "verify_coarse"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         self._set("steps", self._checked_steps())
@@ -328,7 +341,7 @@ class SpecEditConfig:
     @property
     def verifies_coarse(self) -> bool:
         """Whether a run that made a draft verifies the end of its coarse stage too."""
-        if not (self.second_look and self.preserves_unedited and self.steps[0] > 0):
+        if not (self.verify_coarse and self.preserves_unedited and self.steps[0] > 0):
             return False
         return bool(registry.selectors[self.selector].verifies)
 
@@ -372,18 +385,46 @@ class SpecEditConfig:
         return {}
 
 
-# The class's own defaults are the paper's. The presets verify at the draft's size, which finds more of the edit with
-# fewer false alarms (docs/method.md has the curve).
+def _paper(steps: tuple[int, int, int]) -> SpecEditConfig:
+    """The setting of arXiv 2605.02152, section 3 and its ablations, without anything that the paper does not name.
+
+    tau = 0.75 (table 10) on the draft upsampled to full size (eq. 6), 8 draft steps (table 11) at 1/16 of the tokens
+    (eq. 4), k = 3 (eq. 9), all tokens fine in the last stage (section 3.2). Eq. 7 does not grow the edited set, and
+    eq. 11 neither weights coarse keys nor verifies again. The boundaries are RALU's; the paper gives none.
+    """
+    return SpecEditConfig(
+        steps=steps,
+        boundaries=(0.7, 0.55),
+        draft_steps=8,
+        draft_scale=4,
+        threshold=0.75,
+        verify_at="full",
+        dilation=0,
+        uniform_stride=3,
+        restore="full",
+        verify_coarse=False,
+        key_bias="none",
+    )
+
+
+# Verifying at the draft's size finds more of the edit with fewer false alarms than at full size (docs/method.md).
 presets: dict[str, SpecEditConfig] = {
-    "quality": SpecEditConfig(steps=(11, 11, 8), verify_at="draft"),
-    "balanced": SpecEditConfig(steps=(7, 6, 5), verify_at="draft"),
-    "fast": SpecEditConfig(steps=(3, 3, 5), verify_at="draft"),
-    "turbo": SpecEditConfig(steps=(2, 2, 5), verify_at="draft"),
+    "quality": SpecEditConfig(steps=(11, 11, 8)),
+    "balanced": SpecEditConfig(),
+    "fast": SpecEditConfig(steps=(3, 3, 5)),
+    "turbo": SpecEditConfig(steps=(2, 2, 5)),
     # For step-distilled models (FLUX.1-Kontext-Lightning and the like).
-    "lightning-8": SpecEditConfig(steps=(2, 2, 4), draft_steps=4, verify_at="draft"),
-    "lightning-6": SpecEditConfig(steps=(1, 2, 3), draft_steps=4, verify_at="draft"),
+    "lightning-8": SpecEditConfig(steps=(2, 2, 4), draft_steps=4),
+    "lightning-6": SpecEditConfig(steps=(1, 2, 3), draft_steps=4),
+    # The FLOPs of the paper's tables add up to 5 full steps and 13, 6 or 4 cheap ones; to 8 and 22 at NFE 30.
+    "paper": _paper((7, 6, 5)),
+    "paper-30": _paper((11, 11, 8)),
+    "paper-18": _paper((7, 6, 5)),
+    "paper-11": _paper((3, 3, 5)),
+    "paper-9": _paper((2, 2, 5)),
 }
 
+STANDARD_PRESETS = ("quality", "balanced", "fast", "turbo")  # what is timed and compared with stock
 DEFAULT_PRESET = "balanced"
 
 
@@ -407,6 +448,8 @@ def resolve(value: str | SpecEditConfig | None = None, **overrides: Any) -> Spec
         )
     fields = [field.name for field in dataclasses.fields(SpecEditConfig)]
     for name in overrides:
+        if name in FORMER_FIELDS:
+            raise TypeError(f"config: {FORMER_FIELDS[name]}")
         if name not in fields:
             hint = _suggest(name, fields) or f"; the fields are {', '.join(fields)}"
             raise TypeError(f"config: {name!r} is not a field{hint}")

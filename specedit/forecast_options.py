@@ -130,7 +130,7 @@ def register_forecast(options: Options) -> Options:
     """
     if not (isinstance(options, type) and issubclass(options, ForecastOptions)):
         raise TypeError(f"forecast: expected a class that derives from ForecastOptions, got {options!r}")
-    if "__dataclass_fields__" not in vars(options) or not options.__dataclass_params__.frozen:
+    if "__dataclass_fields__" not in vars(options) or not vars(options)["__dataclass_params__"].frozen:
         raise TypeError(f"forecast: expected a class with @dataclass(frozen=True) below the decorator, got {options!r}")
     return forecasts.register(options.name, options)  # type: ignore[return-value]
 

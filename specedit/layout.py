@@ -44,6 +44,11 @@ class TokenGrid:
     def shape(self) -> tuple[int, int]:
         return self.height, self.width
 
+    @property
+    def grids(self) -> tuple[TokenGrid, ...]:
+        """Itself, as the only one; a `GridSet` has several."""
+        return (self,)
+
     def coarse(self, factor: int = 2) -> TokenGrid:
         """The grid of cells of `factor` x `factor` tokens, partial cells included."""
         return replace(self, height=-(-self.height // factor), width=-(-self.width // factor))
@@ -97,7 +102,8 @@ class GridSet:
 
     def split(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """Tokens (B, N, C) of all pictures as (B, n, C) of each."""
-        return tokens.split([grid.tokens for grid in self.grids], 1)
+        split: tuple[Tensor, ...] = tokens.split([grid.tokens for grid in self.grids], 1)
+        return split
 
 
 @dataclass(frozen=True, eq=False)

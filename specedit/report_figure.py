@@ -35,9 +35,11 @@ def save(report: RunReport, path: str | PathLike[str], sample: int = 0) -> None:
         if present
     ]
     figure = Figure(figsize=(max(8.0, 3.4 * len(panels)), 5.6 if panels else 2.4), layout="constrained")
-    titled = bars = figure
+    titled: Any = figure
+    bars: Any = figure
     if panels:
-        titled, bars = figure.subfigures(2, 1, height_ratios=[3.4, 1.8])
+        subfigures: Any = figure.subfigures(2, 1, height_ratios=[3.4, 1.8])
+        titled, bars = subfigures
         for axes, panel in zip(titled.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             panel(report, axes, sample)
             axes.set_xticks([])
@@ -51,11 +53,13 @@ def save(report: RunReport, path: str | PathLike[str], sample: int = 0) -> None:
 
 
 def _draw_source(report: RunReport, axes: Any, sample: int) -> None:
+    assert report.source is not None
     axes.imshow(report.source.convert("RGB"))
     axes.set_title("source", fontsize=10)
 
 
 def _draw_edit(report: RunReport, axes: Any, sample: int) -> None:
+    assert report.edit is not None
     axes.imshow(report.edit.convert("RGB"))
     axes.set_title("edit", fontsize=10)
 
@@ -74,6 +78,7 @@ def _backdrop(report: RunReport, axes: Any, rows: int, cols: int) -> tuple[float
 
 
 def _draw_score(report: RunReport, axes: Any, sample: int) -> None:
+    assert report.score is not None
     grid = report.score[sample].numpy()
     extent = _backdrop(report, axes, *grid.shape)
     drawn = axes.imshow(grid, cmap="magma", vmin=0, alpha=0.75, extent=extent, interpolation="nearest")
@@ -95,6 +100,7 @@ def _draw_masks(report: RunReport, axes: Any, sample: int) -> None:
 
     edited, expanded = (None if m is None else m[sample] for m in (report.edit_mask, report.expand_mask))
     first = edited if edited is not None else expanded
+    assert first is not None
     extent = _backdrop(report, axes, *first.shape)
     for mask, colour in ((expanded, EXPANDED), (edited, EDITED)):
         if mask is not None:

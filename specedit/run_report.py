@@ -52,8 +52,8 @@ def _grid(name: str, value: Any, kind: str) -> torch.Tensor | None:
         raise ValueError(f"{name}: expected shape (B, h, w), got {tuple(value.shape)}")
     if kind == "bool" and value.dtype != torch.bool:
         raise TypeError(f"{name}: expected dtype torch.bool, got {value.dtype}")
-    value = value.detach().cpu()
-    return value if kind == "bool" else value.float()
+    grid: torch.Tensor = value.detach().cpu()
+    return grid if kind == "bool" else grid.float()
 
 
 def _share(mask: torch.Tensor | None) -> float:
@@ -79,8 +79,8 @@ class RunReport:
         preset: name for the table and figure. Taken from `config` when left out.
         config: the configuration that ran.
         cache_bytes: most memory that temporal caches held at once.
-        missed: samples in whose draft no cell changed enough. With restore="reference" or keep_pixels, which would give
-            them back as they came, they were edited as a whole, unless the second look found something.
+        empty_drafts: samples in whose draft no cell changed enough. With restore="reference" or keep_pixels, which
+            would give them back as they came, they were edited as a whole, unless the second look found something.
         overflowed: samples whose verification score was not finite; they were edited as a whole.
         source, edit: PIL images of the first sample for the figure; not part of `to_dict`.
 
@@ -192,13 +192,14 @@ class RunReport:
     def title(self) -> str:
         """One line: the preset, its steps, what was saved and how much was edited."""
         name = f"SpecEdit {self.preset}" if self.preset else "SpecEdit"
-        apart = [(self.cached_steps, "cached"), (self.reused_steps, "on the target alone")]
-        apart = ", ".join(f"{count} {what}" for count, what in apart if count)
+        counts = [(self.cached_steps, "cached"), (self.reused_steps, "on the target alone")]
+        apart = ", ".join(f"{count} {what}" for count, what in counts if count)
+        samples = max((len(grid) for grid in (self.score, self.edit_mask) if grid is not None), default=1)
         return (
             f"{name}: NFE {self.nfe}{f' ({apart})' if apart else ''} + {self.draft_steps} draft, "
             f"{self._compared()}, {self.edit_fraction:.0%} edited, {self.expand_fraction:.0%} expanded"
-            + (f"; {self.empty_drafts} of {len(self.edit_mask)} drafts showed no change" if self.empty_drafts else "")
-            + (f"; {self.overflowed} of {len(self.score)} scores were not finite" if self.overflowed else "")
+            + (f"; {self.empty_drafts} of {samples} drafts showed no change" if self.empty_drafts else "")
+            + (f"; {self.overflowed} of {samples} scores were not finite" if self.overflowed else "")
         )
 
     def _compared(self) -> str:

@@ -23,7 +23,12 @@ from .stock import warn_of_stock, why_stock_call
 
 
 def call(
-    pipe: Any, installation: Installation, record: CallRecord, args: tuple, kwargs: dict[str, Any], edit_mask: Any
+    pipe: Any,
+    installation: Installation,
+    record: CallRecord,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    edit_mask: Any,
 ) -> Any:
     """The stock pipeline's call, accelerated by SpecEdit, or left to stock with a warning that says why."""
     stock = installation.stock_class.__call__
@@ -88,11 +93,12 @@ def accelerated_call(
 def decoded(run: Run, outcome: sampler.Outcome, output_type: str) -> Any:
     """The images of a run. `keep_pixels` puts the source back outside the edited cells."""
     state, source, edited = run.state, run.state.conditioning.source, outcome.cells.detected
-    keeps, in_pixels = run.config.keep_pixels, source is not None and output_type != "latent"
-    tokens = outcome.tokens
-    if keeps and not in_pixels:  # without pixels on both sides, latents are what can be kept
+    keeps, tokens = run.config.keep_pixels, outcome.tokens
+    if output_type == "latent":
+        source = None
+    if keeps and source is None:  # without pixels on both sides, latents are what can be kept
         tokens = restore.blend_latents(tokens, state.aligned, edited, state.grid)
     images = run.adapter.decode(run.pipe, state, tokens, output_type)
-    if keeps and in_pixels:
+    if keeps and source is not None:
         images = restore.keep_pixels(images, source, edited, 2 * state.pixels_per_token, output_type)
     return images

@@ -6,10 +6,11 @@ import copyreg
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, Unpack
 
 from ..config import SpecEditConfig, resolve
 from ..models import adapter_of, adapters
+from ..overrides import Overrides
 from ..run_report import RunReport
 from ..versions import check_diffusers
 from . import accelerated, sharing
@@ -17,14 +18,16 @@ from .call import call
 from .installation import ATTRIBUTE, CallRecord, Calls, Installation, installation_of
 from .stock import why_stock
 
+P = TypeVar("P")  # the class of the pipeline
 
-def install(pipe: Any, config: str | SpecEditConfig | None = None, **overrides: Any) -> Any:
+
+def install(pipe: P, config: str | SpecEditConfig | None = None, **overrides: Unpack[Overrides]) -> P:
     """Make one pipeline instance edit by SpecEdit; the same call then returns the same edit faster.
 
     Args:
         pipe: a diffusers FluxKontextPipeline, QwenImageEditPipeline, QwenImageEditPlusPipeline or
             LongCatImageEditPipeline.
-        config: preset name ("quality", "balanced", "fast", "turbo", "lightning-8", "lightning-6") or SpecEditConfig.
+        config: name of a preset (`specedit.presets` has them all; "balanced" if None) or SpecEditConfig.
         overrides: any field of SpecEditConfig.
 
     Returns:
@@ -36,17 +39,20 @@ def install(pipe: Any, config: str | SpecEditConfig | None = None, **overrides: 
         ImportError: a diffusers that is too old.
     """
     check_diffusers()
-    config = resolve(config, **overrides)
-    if _in_place(pipe):
-        old = installation_of(pipe)
+    _install(pipe, resolve(config, **overrides))
+    return pipe
+
+
+def _install(pipe: Any, config: SpecEditConfig) -> None:
+    if (old := installation_of(pipe)) is not None and _in_place(pipe):
         old.calls = Calls()  # the reports were another configuration's
         old.config = config
-        return pipe
+        return
     adapter = adapter_of(pipe)
     if adapter is None and "Inpaint" in type(pipe).__name__:
         # Inpainting has its own idea of what stays; the user loses nothing but the speed.
-        warnings.warn(f"SpecEdit leaves {type(pipe).__name__} as it is: inpainting runs the stock path", stacklevel=2)
-        return pipe
+        warnings.warn(f"SpecEdit leaves {type(pipe).__name__} as it is: inpainting runs the stock path", stacklevel=3)
+        return
     if adapter is None:
         raise TypeError(_not_supported(pipe))
     if pipe.transformer is None:
@@ -56,7 +62,7 @@ def install(pipe: Any, config: str | SpecEditConfig | None = None, **overrides: 
     installation = Installation(config, adapter, stock)
     if (reason := why_stock(pipe, adapter)) is not None:
         installation.warned.add(reason)  # said now, not again at the call
-        warnings.warn(f"SpecEdit will run the stock pipeline: {reason}", stacklevel=2)
+        warnings.warn(f"SpecEdit will run the stock pipeline: {reason}", stacklevel=3)
     try:
         setattr(pipe, ATTRIBUTE, installation)
         sharing.attach(pipe, installation)
@@ -64,7 +70,6 @@ def install(pipe: Any, config: str | SpecEditConfig | None = None, **overrides: 
     except BaseException:
         uninstall(pipe)
         raise
-    return pipe
 
 
 def _not_supported(pipe: Any) -> str:
@@ -82,11 +87,11 @@ def _accelerated_class(stock: type) -> type:
     return accelerated.subclass(stock, call, __reduce_ex__=_reduce, __setstate__=_set_state)
 
 
-def _reduce(self, protocol: int) -> tuple:
+def _reduce(self: Any, protocol: int) -> tuple[Any, ...]:
     """For copy and pickle: nobody can import the class of an installed instance, so its copy gets one of its own."""
     state, old, stock = dict(vars(self)), installation_of(self), accelerated.stock_of(type(self))
     if old is None:  # uninstalled, but another library's patch keeps the class
-        return copyreg.__newobj__, (stock,), state
+        return vars(copyreg)["__newobj__"], (stock,), state
     state[ATTRIBUTE] = Installation(old.config, old.adapter, stock)  # a copy has made no calls
     return _blank, (stock,), state
 
@@ -95,13 +100,14 @@ def _blank(stock: type) -> Any:
     return object.__new__(_accelerated_class(stock))
 
 
-def _set_state(self, state: dict[str, Any]) -> None:
+def _set_state(self: Any, state: dict[str, Any]) -> None:
     vars(self).update(state)
-    if self.transformer is not None:  # the copy counts beside the original, on the same transformer or on its own
-        sharing.attach(self, installation_of(self))
+    installation = installation_of(self)
+    if installation is not None and self.transformer is not None:
+        sharing.attach(self, installation)  # the copy counts beside the original, on the same transformer or its own
 
 
-def uninstall(pipe: Any) -> Any:
+def uninstall(pipe: P) -> P:
     """Take SpecEdit off: class and attention processors are the original objects again. Without it, nothing happens.
 
     On a transformer that other installed pipelines share, the processors stay until the last of them is uninstalled;
@@ -138,7 +144,7 @@ def report(pipe: Any) -> RunReport:
 
 
 @contextmanager
-def disabled(pipe: Any) -> Iterator[Any]:
+def disabled(pipe: P) -> Iterator[P]:
     """Inside the block the pipeline runs its stock call, in this thread alone."""
     installation = installation_of(pipe)
     if installation is None:
@@ -150,7 +156,8 @@ def disabled(pipe: Any) -> Iterator[Any]:
 
 def is_active(pipe: Any) -> bool:
     """Whether this thread's next call would run SpecEdit's loop (unless its arguments prevent that)."""
-    return _in_place(pipe) and not installation_of(pipe).switch.off
+    installation = installation_of(pipe)
+    return installation is not None and _in_place(pipe) and not installation.switch.off
 
 
 def last_report(pipe: Any) -> RunReport | None:

@@ -64,5 +64,5 @@ def stock_steps(pipe: Any, call: dict[str, Any]) -> int:
     for base in type(pipe).__mro__:
         parameters = inspect.signature(base.__call__).parameters if "__call__" in vars(base) else {}
         if "num_inference_steps" in parameters:
-            return parameters["num_inference_steps"].default
+            return int(parameters["num_inference_steps"].default)
     return STOCK_STEPS

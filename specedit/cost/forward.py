@@ -21,7 +21,7 @@ def flops_of(calls: Iterable[ForwardCall], model_config: Any) -> float:
     Args:
         model_config: as for `transformer_flops`.
     """
-    counts: Counter[tuple] = Counter()
+    counts: Counter[tuple[float, float | None, float | None, float]] = Counter()
     for call in calls:
         counts[call.tokens, call.keys, call.read, call.forecast] += call.samples * call.count
     return math.fsum(

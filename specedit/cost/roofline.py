@@ -93,8 +93,8 @@ def roofline(ops: Iterable[Op], gpu: Gpu) -> float:
 
 
 def transformer_ops(
-    model: str, tokens: int, batch: int = 1, *, text: int | None = None, keys: int | None = None,
-    read: int | None = None,
+    model: str, tokens: float, batch: int = 1, *, text: float | None = None, keys: float | None = None,
+    read: float | None = None,
 ) -> list[Op]:  # fmt: skip
     """Operators of one forward pass over `batch` sequences of `tokens` (text + target + reference) each.
 
@@ -104,14 +104,14 @@ def transformer_ops(
     text: how many of the tokens are text (None: the model's usual prompt). keys, read: as for `transformer_flops`.
     """
     cost = MODELS[model]
-    text = cost.text_tokens if text is None else text
+    spoken = cost.text_tokens if text is None else text
     double, single = cost.config["num_layers"], cost.config.get("num_single_layers", 0)
     d = cost.config["num_attention_heads"] * cost.config["attention_head_dim"]
-    words, every = batch * text, batch * tokens
-    keys = tokens if keys is None else keys
+    words, every = batch * spoken, batch * tokens
+    beside = tokens if keys is None else keys
 
-    def attention(asking: int, count: float) -> Op:
-        return Op("attention", batch * 4 * asking * keys * d, BYTES * batch * 2 * (asking + keys) * d, count)
+    def attention(asking: float, count: float) -> Op:
+        return Op("attention", batch * 4 * asking * beside * d, BYTES * batch * 2 * (asking + beside) * d, count)
 
     ops = [op for rows in (words, every - words) if rows for op in _stream_ops(rows, rows, d, double)]
     ops += [*_single_ops(every, every, d, single), attention(tokens, double + single)]
@@ -138,7 +138,7 @@ def _pointwise(name: str, elements: float, count: float) -> Op:
     return Op(name, 0, BYTES * elements, count)
 
 
-def _qkv_ops(rows: int, asked: int, d: int, count: float) -> list[Op]:
+def _qkv_ops(rows: float, asked: float, d: int, count: float) -> list[Op]:
     """Projections for `rows`, queries of `asked` of them, with norm and rotary embedding."""
     placed = _pointwise("qk norm and rotary", 2 * (rows + asked) * d, count)
     if rows == asked:
@@ -146,7 +146,7 @@ def _qkv_ops(rows: int, asked: int, d: int, count: float) -> list[Op]:
     return [_product("q", asked, d, d, count), _product("kv", rows, d, 2 * d, count), placed]
 
 
-def _stream_ops(rows: int, asked: int, d: int, count: float) -> list[Op]:
+def _stream_ops(rows: float, asked: float, d: int, count: float) -> list[Op]:
     """One stream of double blocks; only `asked` of its rows go beyond their keys and values."""
     return [
         _pointwise("modulation", 6 * d * d, count),
@@ -161,7 +161,7 @@ def _stream_ops(rows: int, asked: int, d: int, count: float) -> list[Op]:
     ]
 
 
-def _single_ops(rows: int, asked: int, d: int, count: float) -> list[Op]:
+def _single_ops(rows: float, asked: float, d: int, count: float) -> list[Op]:
     """Single blocks, as `_stream_ops`."""
     if not count:
         return []
@@ -256,7 +256,7 @@ def plan(
     seconds = sum(s["seconds"] for s in stages)
 
     def stock_seconds(steps: int) -> float:
-        return encode["seconds"] + steps * step_seconds(model, full, gpu) + decode["seconds"]
+        return float(encode["seconds"] + steps * step_seconds(model, full, gpu) + decode["seconds"])
 
     seconds_stock = stock_seconds(STOCK_STEPS)
     clock = seconds_stock / seconds
@@ -268,7 +268,7 @@ def plan(
     )  # fmt: skip
 
 
-def step_seconds(model: str, tokens: int, gpu: str) -> float:
+def step_seconds(model: str, tokens: float, gpu: str) -> float:
     """Roofline seconds of one step (every guidance pass) over one sequence."""
     return MODELS[model].passes * roofline(transformer_ops(model, tokens), GPUS[gpu])
 

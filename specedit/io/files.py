@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A file beside `path`, with its suffix, to write to; it takes the place of `path` when the block ends well.
 
     Missing folders are made. A link keeps pointing to its file, and what is no regular file, such as /dev/stdout, is
@@ -32,7 +32,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
+def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file, as `replacing` does."""
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")

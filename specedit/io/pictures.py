@@ -52,7 +52,7 @@ class Picture:
     notes: tuple[str, ...] = ()
 
 
-def read(file: str | os.PathLike | BinaryIO, name: str | None = None) -> Picture:
+def read(file: str | os.PathLike[str] | BinaryIO, name: str | None = None) -> Picture:
     """The picture in a file, as a viewer shows it.
 
     Grey of 16 bits and floating point values are scaled: floats in 0..1, 0..255 or 0..65535, whichever is the first to
@@ -80,14 +80,14 @@ def read(file: str | os.PathLike | BinaryIO, name: str | None = None) -> Picture
         raise PictureError(f"{name}: {_line(error)}") from error
 
 
-def read_mask(file: str | os.PathLike) -> tuple[Image.Image, tuple[str, ...]]:
+def read_mask(file: str | os.PathLike[str]) -> tuple[Image.Image, tuple[str, ...]]:
     """A picture for `edit_mask`, upright and otherwise as it is in the file, and notes. Errors as those of `read`."""
     image, notes = _open(file, str(file))
     turn = _turn(image)
     return image if turn is None else image.transpose(turn), notes
 
 
-def check_target(path: str | os.PathLike) -> None:
+def check_target(path: str | os.PathLike[str]) -> None:
     """Before any work: whether `write` could write an RGB picture there.
 
     Raises:
@@ -107,7 +107,7 @@ def check_target(path: str | os.PathLike) -> None:
         raise PictureError(f"{path}: {_line(error)}") from error
 
 
-def write(image: Image.Image, path: str | os.PathLike, *, alpha: Image.Image | None = None) -> tuple[str, ...]:
+def write(image: Image.Image, path: str | os.PathLike[str], *, alpha: Image.Image | None = None) -> tuple[str, ...]:
     """Write a picture beside its place and move it there, so that a failure leaves the old file.
 
     Args:
@@ -122,7 +122,8 @@ def write(image: Image.Image, path: str | os.PathLike, *, alpha: Image.Image | N
         PictureError: as `check_target`, and where writing fails.
     """
     check_target(path)
-    place, form, notes = Path(os.path.realpath(path)), _check_format(Path(path)), ()
+    place, form = Path(os.path.realpath(path)), _check_format(Path(path))
+    notes: tuple[str, ...] = ()
     if alpha is not None and form not in ALPHA_FORMATS:
         notes = (f"{path}: {form} holds no transparency, so the picture lies on white",)
     elif alpha is not None:
@@ -211,7 +212,7 @@ def _scale_key(image: Image.Image, stream: BinaryIO) -> None:
 def _turn(image: Image.Image) -> Image.Transpose | None:
     """What brings the picture upright: cameras write beside the pixels which side is up."""
     try:
-        return TURNS.get(image.getexif().get(ORIENTATION))
+        return TURNS.get(image.getexif().get(ORIENTATION, 1))
     except Exception:  # damaged EXIF does not say
         return None
 

@@ -70,12 +70,13 @@ class EditState:
 
     @property
     def _grids(self) -> tuple[TokenGrid, ...]:
-        return getattr(self.reference_grid, "grids", (self.reference_grid,))
+        return self.reference_grid.grids
 
     @property
     def references(self) -> tuple[Tensor, ...]:
         """Every reference's tokens (B, n, C)."""
-        return self.reference.split([grid.tokens for grid in self._grids], 1)
+        references: tuple[Tensor, ...] = self.reference.split([grid.tokens for grid in self._grids], 1)
+        return references
 
     @property
     def placement(self) -> Placement:
@@ -120,7 +121,8 @@ class EditState:
     def draw(self, tokens: int) -> Tensor:
         """(B, tokens, C) float32 white noise from the caller's generator."""
         shape = (self.batch, tokens, self.noise.shape[2])
-        return randn_tensor(shape, generator=self.generator, device=self.device, dtype=torch.float32)
+        noise: Tensor = randn_tensor(shape, generator=self.generator, device=self.device, dtype=torch.float32)
+        return noise
 
 
 @dataclass
@@ -198,8 +200,7 @@ def place_references(
     adapter: Adapter, pipe: Any, output: TokenGrid, references: TokenGrid | GridSet
 ) -> tuple[Placement, ...]:
     """Where each reference lies on the output, by the adapter's `reference_offset`."""
-    grids = getattr(references, "grids", (references,))
-    return tuple(Placement(output, grid, *adapter.reference_offset(pipe, output, grid)) for grid in grids)
+    return tuple(Placement(output, grid, *adapter.reference_offset(pipe, output, grid)) for grid in references.grids)
 
 
 class Adapter(ABC):

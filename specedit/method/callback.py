@@ -35,7 +35,9 @@ class StepCallback:
         if not isinstance(answer, Mapping):
             raise TypeError(f"callback_on_step_end: expected a dict or None, got {type(answer).__name__}")
         if (embeds := answer.get("prompt_embeds")) is not None:
-            _check("prompt_embeds", embeds, conditioning.prompt_embeds.shape)
+            expected = conditioning.prompt_embeds
+            assert expected is not None  # a family's callbacks may only ask for what it has
+            _check("prompt_embeds", embeds, expected.shape)
             conditioning.prompt_embeds = embeds
         if (after := answer.get("latents", before)) is None:
             return

@@ -40,7 +40,7 @@ class CellMasks:
         if state.uncovered_cells is not None:  # beyond the picture, nothing can be taken from it
             detected = detected | state.uncovered_cells
         edited = everything_if_nearly(detected)
-        refined = edited | uniform_cells(state.grid, config.uniform_stride, state.device)
+        refined = edited | uniform_cells(state.grid, config.uniform_stride or 0, state.device)
         return CellMasks(detected, edited, refined, ~edited & verified)
 
 

@@ -11,7 +11,6 @@ from ..layout import MixedLayout, TokenGrid, mean_pixels
 from .adapter import EditState, LayoutGroup, Run
 from .caches import drop_caches, reference_kv_cache
 from .denoise import euler_step
-from .expand import coarsen_noise
 
 
 def shrink(tokens: Tensor, grid: TokenGrid, scale: int) -> tuple[Tensor, TokenGrid]:
@@ -51,12 +50,7 @@ def start(run: Run) -> LayoutGroup:
     state, config = run.state, run.config
     grid = state.grid.coarse(config.draft_scale)
     reference = small_reference(state, config.draft_scale)
-    if config.couple_noise:
-        tokens, fine = state.noise, state.grid
-        for _ in range(config.draft_scale // 2):
-            tokens, fine = coarsen_noise(tokens, fine), fine.coarse()
-    else:
-        tokens = state.draw(grid.tokens)
+    tokens = state.draw(grid.tokens)
     layout = MixedLayout.all_fine(grid, state.device)
     beside = state.beside(layout, config.draft_scale)
     sigmas = run.adapter.sigmas(run.pipe, grid.tokens, 1.0, 0.0, config.draft_steps).tolist()

@@ -22,9 +22,9 @@ def start_stage(run: Run, before: list[LayoutGroup], stage: Stage, cells: CellMa
     """
     layouts = stage_layouts(stage, run.state, cells)
     if not before:
-        moved = {row: start_tokens(run.state.noise[row : row + 1], layout) for row, layout in enumerate(layouts)}
+        begun = {row: start_tokens(run.state.noise[row : row + 1], layout) for row, layout in enumerate(layouts)}
         return [
-            new_group(run, rows, layouts[rows[0]], torch.cat([moved[row] for row in rows]), stage, stage.start)
+            new_group(run, rows, layouts[rows[0]], torch.cat([begun[row] for row in rows]), stage, stage.start)
             for rows in alike(layouts, [False] * len(layouts))
         ]
     state = run.state

@@ -75,8 +75,8 @@ def cells_of_mask(mask: Any, state: EditState) -> Tensor:
 def wrong_count(masks: list[Tensor], batch: int, prompts: int, pictures: int) -> ValueError:
     """The error for a number of masks that does not fit a batch."""
     several = (("picture", pictures), ("prompt", prompts))
-    wanted = [f"{n}, one for each {what}" for what, n in several if 1 < n < batch]
-    wanted = " or ".join(["1 mask", *wanted, *([f"{batch}, one for each image"] if batch > 1 else [])])
+    each = [f"{n}, one for each {what}" for what, n in several if 1 < n < batch]
+    wanted = " or ".join(["1 mask", *each, *([f"{batch}, one for each image"] if batch > 1 else [])])
     hint = "; the channels of a colour mask are its last axis" if len(masks) in (3, 4) else ""
     return ValueError(f"edit_mask: expected {wanted}, got {len(masks)}{hint}")
 
@@ -161,10 +161,11 @@ def _check_values(samples: list[np.ndarray]) -> None:
 
 def _pixels(values: np.ndarray) -> np.ndarray:
     """(H, W) bool of one mask (H, W) or (H, W, C)."""
+    nonzero: np.ndarray = values != 0
     if values.ndim == 2:
-        return values != 0
+        return nonzero
     if values.shape[2] in (1, 3):
-        return (values != 0).any(-1)
-    colours, alpha = values[..., :-1], values[..., -1]
+        return np.asarray(nonzero.any(-1))
+    alpha = values[..., -1]
     flat = alpha[0, 0] != 0 and (alpha == alpha[0, 0]).all()
-    return (colours != 0).any(-1) if flat else alpha != 0
+    return np.asarray(nonzero[..., :-1].any(-1) if flat else nonzero[..., -1])

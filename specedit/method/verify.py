@@ -27,6 +27,7 @@ def second_look(run: Run, groups: list[LayoutGroup]) -> Tensor:
     with run.trace.timed("second look"):
         clean = torch.empty_like(state.noise[:, : state.grid.coarse().tokens])
         for group in groups:
+            assert group.clean is not None  # `euler_step` kept it
             clean[group.rows] = group.clean
         return _select(run, *shrink(clean, state.grid.coarse(), run.config.draft_scale // 2))[1]
 

@@ -309,7 +309,7 @@ class Conformance:
                 assert later.names and not later.names["nonzero"]
                 assert family.sends_values or not later.names["lift_fresh"]
 
-    @pytest.mark.parametrize("changes", [{}, {"attention": "torch"}, {"rope": "phase_aligned"}, {"cfg": "separate"}])
+    @pytest.mark.parametrize("changes", [{}, {"attention": "torch"}, {"rope": "phase_aligned"}])
     def test_the_last_block_computes_what_is_read(self, family, changes):
         self.needs(family, changes)
         config = SpecEditConfig(**changes)
@@ -369,7 +369,7 @@ class Conformance:
             assert specedit.report(pipe).nfe == 4
 
     # Keys and values of this very step: then the target's tokens alone give what all tokens give.
-    @pytest.mark.parametrize("changes", [{}, {"cfg": "separate"}, {"key_bias": "none"}])
+    @pytest.mark.parametrize("changes", [{}, {"key_bias": "none"}])
     def test_the_target_alone_beside_kept_keys(self, family, changes):
         self.needs(family, changes)
         config = SpecEditConfig(reference_refresh=2, **changes)
@@ -389,11 +389,10 @@ class Conformance:
                         self.close(b, a)
                         self.close(c, a)
 
-    @pytest.mark.parametrize("cfg", ["packed", "separate"])
-    def test_what_is_kept_outlives_a_branch_that_leaves(self, family, cfg):
+    def test_what_is_kept_outlives_a_branch_that_leaves(self, family):
         if family.guided is None or not family.adapter.keeps_reference:
             pytest.skip("there are no two branches that keep anything")
-        config = SpecEditConfig(reference_refresh=9, guidance_range=(0.4, 1.0), cfg=cfg)
+        config = SpecEditConfig(reference_refresh=9, guidance_range=(0.4, 1.0))
         later = dataclasses.replace(config, guidance_range=(0.6, 1.0))
         pipe = family.make()
         adapter, state = family.prepare(pipe, (144, 112), **family.guided)

@@ -15,8 +15,11 @@ import math
 import os
 import subprocess
 from pathlib import Path
+from typing import Any, TypeAlias, cast
 
 import torch
+
+Config: TypeAlias = dict[str, int]  # launch parameters of one kernel
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 MINIMUM_CAPABILITY = (8, 0)
@@ -84,12 +87,12 @@ def default_file_name(capability: tuple[int, int]) -> str:
 
 
 @functools.cache
-def _read(file_name: str) -> dict:
-    return json.loads((CONFIG_FOLDER / file_name).read_text())
+def _read(file_name: str) -> dict[str, Any]:
+    return cast("dict[str, Any]", json.loads((CONFIG_FOLDER / file_name).read_text()))
 
 
 @functools.cache
-def _configs_of(gpu_name: str, capability: tuple[int, int]) -> dict:
+def _configs_of(gpu_name: str, capability: tuple[int, int]) -> dict[str, Any]:
     own = config_file_name(gpu_name)
     if (CONFIG_FOLDER / own).exists():
         return _read(own)
@@ -105,11 +108,11 @@ def nearest(entries: list[dict], shape: dict[str, int]) -> dict | None:
     dim, whose tiles may not fit into shared memory for another one.
     """
 
-    def distance(entry: dict) -> list[float]:
+    def distance(entry: dict[str, Any]) -> list[float]:
         sizes = entry["shape"]
         return [abs(math.log(max(1, shape[key]) / max(1, sizes[key]))) for key in shape if key in sizes]
 
-    return min(entries, key=distance)["config"]
+    return cast("Config | None", min(entries, key=distance)["config"])
 
 
 def config(kernel: str, device: torch.device, tuned: dict[str, dict] | None, **shape: int) -> dict | None:
@@ -125,6 +128,13 @@ def config(kernel: str, device: torch.device, tuned: dict[str, dict] | None, **s
     else:
         table = _read("default_sm_80.json")
     return nearest(table[kernel], shape) if kernel in table else None
+
+
+def shipped_config(kernel: str, device: torch.device, tuned: dict[str, Config] | None, **shape: int) -> Config:
+    """`config` of a kernel that every device has."""
+    if (found := config(kernel, device, tuned, **shape)) is None:
+        raise LookupError(f"{kernel}: expected launch parameters for {shape}, found none")
+    return found
 
 
 def vector_width(itemsize: int, pointers: list[torch.Tensor], sizes: list[int]) -> int:

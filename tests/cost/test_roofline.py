@@ -179,7 +179,7 @@ def test_a_second_look_costs_what_verification_does():
     names = ["encode", "draft", "verify", "coarse", "second look", "mixed", "decode"]
     assert [s["name"] for s in stages] == names
     assert stages[2] | {"name": "second look"} == stages[4]
-    once = plan(resolve(config, second_look=False), "flux-kontext", 1024, 1024, 0.2, "H100")["stages"]
+    once = plan(resolve(config, verify_coarse=False), "flux-kontext", 1024, 1024, 0.2, "H100")["stages"]
     assert [s["name"] for s in once] == [name for name in names if name != "second look"]
 
 

@@ -131,15 +131,6 @@ def test_the_draft_is_a_small_image_of_its_own(scale):
     torch.testing.assert_close(tokens, noise - 0.5)
 
 
-@pytest.mark.parametrize("scale", [2, 4])
-def test_coupled_noise_is_the_sum_coefficient_of_the_main_run(scale):
-    state = make_state(8, 12)
-    draft, _ = generate(Recorder(0.0), state, SpecEditConfig(couple_noise=True, draft_scale=scale))
-    expected = F.avg_pool2d(pixels(state.noise, state.grid), scale) * scale
-    torch.testing.assert_close(pixels(draft.tokens, draft.layout.grid), expected)
-    assert torch.equal(state.generator.get_state(), torch.Generator().manual_seed(7).get_state())  # nothing drawn
-
-
 def test_an_interrupt_ends_the_draft():
     pipe = SimpleNamespace(interrupt=False, scheduler=PIPE.scheduler)
     adapter = Recorder(0.0)

@@ -87,7 +87,7 @@ def test_presets(compare, family, restore):
         dict(forecast="freqca", steps=(0, 0, 9)),
         dict(guidance_range=(0.4, 0.8), uniform_stride=0),
         dict(attention="stock"),
-        dict(second_look=False, keep_pixels=True),
+        dict(verify_coarse=False, keep_pixels=True),
     ],
     ids=str,
 )

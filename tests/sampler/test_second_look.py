@@ -89,7 +89,7 @@ def test_a_change_that_only_the_second_look_sees_saves_the_rest(pipe, edit, say)
     "changes",
     [
         {"restore": "full"},  # the paper's method, which corrects everything in its full stage
-        {"restore": "reference", "second_look": False},
+        {"restore": "reference", "verify_coarse": False},
         {"restore": "reference", "steps": (0, 2, 2)},
         {"restore": "reference", "selector": "variance"},
     ],

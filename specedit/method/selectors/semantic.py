@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -26,6 +27,7 @@ class Semantic(Selector):
         return semantic_score(run.adapter, run.pipe, run.state, draft, draft_grid, run.config)
 
     def cells(self, score: Tensor, config: SpecEditConfig) -> Tensor:
+        assert config.threshold is not None  # a configuration fills it in
         return to_cells(score) > config.threshold
 
 
@@ -34,10 +36,11 @@ def discrepancy(first: list[Tensor], second: list[Tensor], size: tuple[int, int]
 
     Features are (B, c, h, w); returns (B, *size) float32 in 0..4.
     """
-    total = 0.0
+    total = torch.zeros(())
     for a, b in zip(first, second, strict=True):
         distance = (F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)).square().sum(1, keepdim=True)
-        total = total + F.interpolate(distance, size=size, mode="bilinear", antialias=True, align_corners=False)[:, 0]
+        resized = F.interpolate(distance, size=size, mode="bilinear", antialias=True, align_corners=False)
+        total = total.to(resized) + resized[:, 0]
     return total / len(first)
 
 
@@ -48,12 +51,12 @@ def semantic_score(
     scale, grid = config.draft_scale, state.grid
     if config.verify_at == "full":
         large = drafts.upsample(draft, draft_grid, scale, grid)
-        features = (adapter.features(pipe, tokens, grid) for tokens in (large, beside(large, state)))
-        return discrepancy(*features, size=grid.shape)
+        first, second = (adapter.features(pipe, tokens, grid) for tokens in (large, beside(large, state)))
+        return discrepancy(first, second, grid.shape)
     reference = beside(draft, state, scale)
-    features = (adapter.features(pipe, tokens, draft_grid) for tokens in (draft, reference))
+    first, second = (adapter.features(pipe, tokens, draft_grid) for tokens in (draft, reference))
     covered = (draft_grid.height * scale, draft_grid.width * scale)  # a draft may reach beyond an odd grid
-    return discrepancy(*features, size=covered)[:, : grid.height, : grid.width]
+    return discrepancy(first, second, covered)[:, : grid.height, : grid.width]
 
 
 def beside(draft: Tensor, state: EditState, scale: int = 1) -> Tensor:

@@ -194,9 +194,8 @@ class QwenImageEdit(BlockAdapter):
         plain = attention == "auto" and not forward.mixed and not partial and unpadded
         if attention == "stock":
             return [forward.dense(prompt) for prompt in prompts]
-        if len(prompts) == 1 or run.config.cfg == "separate":
-            each = zip(prompts, partial or [None] * len(prompts), strict=True)
-            return [forward.dense(prompt) if plain else forward.packed([prompt], call)[0] for prompt, call in each]
+        if plain and len(prompts) == 1:
+            return [forward.dense(prompts[0])]
         return forward.packed(prompts, partial[0] if partial else None)  # one pass, one KV cache
 
     def guide(self, run: Run, outputs: list[Tensor]) -> Tensor:

@@ -22,7 +22,9 @@ def weighted_sum(stack, weights, out, elements, ROWS: tl.constexpr, BLOCK: tl.co
     tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
 
 
-def launch_weighted_sum(stack, weights, tuned=None) -> torch.Tensor:
+def launch_weighted_sum(
+    stack: torch.Tensor, weights: torch.Tensor, tuned: dict[str, launch.Config] | None = None
+) -> torch.Tensor:
     launch.check_dtype("stack", stack)
     stack = stack.contiguous()
     out = torch.empty(stack.shape[1:], dtype=stack.dtype, device=stack.device)
