@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.scores import Scores, command, editor, options, some, whose
 from specedit import SpecEditConfig, micro, uninstall
-from specedit.api import installing as install
+from specedit.api.installing import install
 from specedit.config import FORECASTS, STOCK_STEPS
 from specedit.evaluation import results
 from specedit.forecast import lesa

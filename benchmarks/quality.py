@@ -8,7 +8,7 @@ that is to see more tasks, goes on where the file ends.
 
 from benchmarks.scores import Scores, command, editor, options, some, whose
 from specedit import micro, uninstall
-from specedit.api import installing as install
+from specedit.api.installing import install
 
 PRESETS = ("quality", "balanced", "fast", "turbo")
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from benchmarks.scores import Scores, command, editor, options, some, whose
 from specedit import micro, report, uninstall
-from specedit.api import installing as install
+from specedit.api.installing import install
 
 BASE = {"preset": "turbo", "restore": "reference"}
 GRID: dict[str, list[dict]] = {

@@ -82,7 +82,7 @@ class RunReport:
         preset: name for the table and figure. Taken from `config` when left out.
         config: the configuration that ran.
         cache_bytes: most memory that temporal caches held at once.
-        missed: samples in whose draft no cell changed enough. With restore="reference" or keep_pixels, which would give
+        empty_drafts: samples in whose draft no cell changed enough. With restore="reference" or keep_pixels, which would give
             them back as they came, they were edited as a whole, unless the second look found something.
         overflowed: samples whose verification score was not finite; they were edited as a whole.
         source, edit: PIL images of the first sample for the figure; not part of `to_dict`.
@@ -199,7 +199,7 @@ class RunReport:
         return (
             f"{name}: NFE {self.nfe}{f' ({apart})' if apart else ''} + {self.draft_steps} draft, "
             f"{self._compared()}, {self.edit_fraction:.0%} edited, {self.expand_fraction:.0%} expanded"
-            + (f"; {self.missed} of {len(self.edit_mask)} drafts showed no change" if self.empty_drafts else "")
+            + (f"; {self.empty_drafts} of {len(self.edit_mask)} drafts showed no change" if self.empty_drafts else "")
             + (f"; {self.overflowed} of {len(self.score)} scores were not finite" if self.overflowed else "")
         )
 

@@ -73,7 +73,7 @@ def _micro(args) -> int:
     from tqdm.auto import tqdm
 
     from .. import micro
-    from ..api import installing as install
+    from ..api.installing import install
     from ..evaluation import results
 
     pipe, _ = pipelines.load(args.model)
@@ -104,7 +104,7 @@ def _public(args) -> int:
         loading.check_model(args.model, EDITORS)
     from tqdm.auto import tqdm
 
-    from ..api import installing as install
+    from ..api.installing import install
     from ..config import STOCK_STEPS, resolve
     from ..evaluation import results, tasks
     from ..evaluation import runs as evaluation

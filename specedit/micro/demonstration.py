@@ -14,7 +14,7 @@ from PIL import Image
 
 from .. import report as report_of
 from .. import size_for, uninstall
-from ..api import installing as install
+from ..api.installing import install
 from ..config import STOCK_STEPS
 from ..report_comparison import where_it_looked
 from ..run_report import RunReport

@@ -100,7 +100,7 @@ def evaluate(pipe: Any, cases: Iterable[Case], num_inference_steps: int | None =
         row["seconds"] = seconds
         if active and (run := last_report(pipe)) is not None:
             row |= dict(flops=run.flops, flops_ratio=run.flops_ratio_50, edit_fraction=run.edit_fraction)
-            row |= dict(missed=run.missed)
+            row |= dict(missed=run.empty_drafts)
         else:
             taken = given.get("num_inference_steps", editor.default_steps)
             row["flops"] = stock_flops(pipe, case, taken, given)

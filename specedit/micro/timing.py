@@ -10,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .. import RunReport, report, uninstall
-from ..api import installing as install
+from ..api.installing import install
 from ..config import CHOICES, STOCK_STEPS, presets
 from . import arguments, load, scenes
 
