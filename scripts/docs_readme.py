@@ -9,7 +9,7 @@ NAMES = {"kontext": "Kontext", "qwen": "Qwen"}
 
 
 def gains(name: str) -> str:
-    """The presets of `SHOWN` in the quality files against stock's default steps, and against stock with as many steps."""
+    """The presets of `SHOWN` in the quality files against stock's default steps and as many steps."""
     files = sorted(docs_results.RESULTS.glob(f"{name.removesuffix('.json')}*-512.json"))
     if not files:
         return "*not measured yet*"
@@ -74,8 +74,8 @@ def setup(name: str) -> str:
     seconds, held = (sum(r[key] for r in result["rows"]) for key in ("seconds", "bytes"))
     m = result["machine"]
     return table(["step", "minutes", "GB on disk"], [*rows, ["total", _minutes(seconds), f"{held / 1e9:.2f}"]]) + (
-        f"\n\nMeasured on {m['cpu']}, {m['threads']} threads, beside other work (load {result['load']:.1f}), with torch "
-        f"{m['torch']}, {m['date']}: `{result['command']}` wrote `benchmarks/results/{name}`."
+        f"\n\nMeasured on {m['cpu']}, {m['threads']} threads, beside other work (load {result['load']:.1f}), with "
+        f"torch {m['torch']}, {m['date']}: `{result['command']}` wrote `benchmarks/results/{name}`."
     )
 
 

@@ -2,8 +2,8 @@
 
     python scripts/make_docs.py [--check]
 
-The text between `<!-- table: NAME -->` and `<!-- end -->` is replaced. --check writes nothing and fails if a page is out
-of date. Pictures go to docs/images. The files beside this one make the tables and pictures.
+The text between `<!-- table: NAME -->` and `<!-- end -->` is replaced. --check writes nothing, and fails if a page is
+out of date. Pictures go to docs/images. The files beside this one make the tables and pictures.
 """
 
 import argparse

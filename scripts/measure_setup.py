@@ -27,7 +27,7 @@ def commands(python: str, repository: str) -> Iterator[tuple[str, list[str]]]:
     """The README's steps in order, each with the command line that runs it in the folder that is measured."""
     yield "clone", ["git", "clone", "--quiet", "--depth", "1", repository, "specedit"]
     yield "venv", [python, "-m", "venv", "specedit/.venv"]
-    pip = ["specedit/.venv/bin/pip", "install", "--quiet", "-c", "specedit/constraints.txt"]
+    pip = ["specedit/.venv/bin/pip", "install", "--quiet", "--no-cache-dir", "-c", "specedit/constraints.txt"]
     yield "install", [*pip, "./specedit"]
     yield "demo", ["specedit/.venv/bin/specedit", "demo", "--out", "specedit/demo"]
 

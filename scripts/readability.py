@@ -29,7 +29,8 @@ NOT_PROSE = (
     (r"\$[^$\n]*\$", "formula"),
 )
 # A sentence ends at its mark before a capital, a quotation or the end; an abbreviation's full stop does not end one.
-END = re.compile(r"(?<!\be\.g)(?<!\bi\.e)(?<!\beq)(?<!\bet al)[.!?]+(?=\s+[\"(*]*[A-Z0-9]|\s+[\"(*]*(?:code|formula)|\s*$)")
+ABBREVIATIONS = r"(?<!\be\.g)(?<!\bi\.e)(?<!\beq)(?<!\bet al)"
+END = re.compile(ABBREVIATIONS + r"[.!?]+(?=\s+[\"(*]*(?:[A-Z0-9]|code\b|formula\b)|\s*$)")
 
 
 def pages(root: Path = ROOT) -> list[Path]:

@@ -35,7 +35,9 @@ def anchors(page):
 
 def test_the_readme_opens_in_the_agreed_order():
     text = (ROOT / "README.md").read_text()
-    parts = ["# SpecEdit", "docs/images/demo.png", "specedit.install(pipe", "table: gains:", "table: gpu-state",
-             "git clone --depth 1", "```sh", "table: setup:", "## Use it", "## Supported models", "## Limits"]  # fmt: skip
+    parts = [
+        "# SpecEdit", "docs/images/demo.png", "specedit.install(pipe", "table: gains:", "table: gpu-state",
+        "git clone --depth 1", "```sh", "table: setup:", "## Use it", "## Supported models", "## Limits",
+    ]  # fmt: skip
     places = [text.index(part) for part in parts]
     assert places == sorted(places)
