@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Installs the package with the known-good versions into a virtual environment and runs every check on it.
+# Installs the package with pinned versions into a virtual environment, and runs every check.
 #   scripts/test.sh [VENV]     VENV: made when missing, default .venv
-# PYTHON names the interpreter that makes it (default python3.11, which the known-good set was recorded with, else
-# python3). Only pip uses the network. The kernels are compiled twice, with the known-good Triton and with the oldest
-# supported one, which pip puts into a folder of its own that is removed afterwards.
+# PYTHON is the interpreter that creates it (default python3.11, with which the versions were recorded, else python3).
+# Only pip uses the network. The kernels are compiled with the pinned Triton and with the oldest supported one, which pip
+# puts into a temporary folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -30,7 +30,7 @@ step "tests (kernels on a CPU run in Triton's interpreter)"
 cores=$(nproc)
 OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest -q --durations 12 -n $((cores < 4 ? cores : 4)) --dist worksteal
 
-# The next ones run away from the checkout, so they see the installed package and its data files.
+# The next checks run outside the checkout, so that they use the installed package and its data files.
 cd "$scratch"
 step "kernels compile without a GPU"
 "$venv/bin/python" -m specedit_kernels.compile_check

@@ -70,8 +70,7 @@ def _micro(args) -> int:
     silence_libraries()
     from tqdm.auto import tqdm
 
-    from .. import micro
-    from ..api.installing import install
+    from .. import install, micro
     from ..evaluation import results
 
     pipe, _ = pipelines.load(args.model)
@@ -102,7 +101,7 @@ def _public(args) -> int:
         loading.check_model(args.model, EDITORS)
     from tqdm.auto import tqdm
 
-    from ..api.installing import install
+    from .. import install
     from ..config import STOCK_STEPS, resolve
     from ..evaluation import results, tasks
     from ..evaluation import runs as evaluation

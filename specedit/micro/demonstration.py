@@ -12,9 +12,8 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from .. import install, size_for, uninstall
 from .. import report as report_of
-from .. import size_for, uninstall
-from ..api.installing import install
 from ..config import STOCK_STEPS
 from ..report_comparison import where_it_looked
 from ..run_report import RunReport

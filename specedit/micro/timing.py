@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from .. import RunReport, report, uninstall
-from ..api.installing import install
+from .. import RunReport, install, report, uninstall
 from ..config import CHOICES, STOCK_STEPS, presets
 from . import arguments, load, scenes
 

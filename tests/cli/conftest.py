@@ -1,6 +1,6 @@
 """What the tests of the command line share: a picture, and an editor that answers at once."""
 
-import sys
+import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -60,5 +60,5 @@ def editor(monkeypatch):
     )  # fmt: skip
     monkeypatch.setattr(pipelines, "load", lambda *_, **__: (pipe, lambda image: (image, {})))
     monkeypatch.setattr("specedit.install", lambda pipe, config, **_: pipe.configs.append(config))
-    monkeypatch.setattr(sys.modules["specedit.install"], "last_report", lambda pipe: pipe.report)
+    monkeypatch.setattr(importlib.import_module("specedit.api.installing"), "last_report", lambda pipe: pipe.report)
     return pipe

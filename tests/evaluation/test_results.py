@@ -8,7 +8,7 @@ from pathlib import Path
 
 from specedit.evaluation import results
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_result_file_says_where_it_comes_from(tmp_path):
@@ -41,8 +41,9 @@ def test_pages_say_what_the_results_say():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_readme_opens_with_two_one_line_commands():
-    blocks = (ROOT / "README.md").read_text().split("```")[1::2]
+def test_the_readme_opens_with_a_line_of_code_and_two_one_line_commands():
+    first, *blocks = (ROOT / "README.md").read_text().split("```")[1::2]
+    assert first.startswith("python\n") and first.strip().count("\n") == 1
     assert all(block.startswith("sh\n") and block.strip().count("\n") == 1 for block in blocks[:2])
     assert not any(block.startswith("sh\n") for block in blocks[2:])
 

@@ -186,7 +186,7 @@ def test_stock_runs_fifty_steps_and_a_preset_its_own(imgedit_folder, tmp_path, m
 
 
 def test_a_preset_that_runs_stock_is_counted(imgedit_folder, tmp_path, capsys, monkeypatch):
-    module = importlib.import_module("specedit.install")  # the name itself is the function's
+    module = importlib.import_module("specedit.api.installing")
     monkeypatch.setattr(module, "supported", lambda scheduler: "a scheduler of another kind")
     out, path = tmp_path / "out", tmp_path / "x.json"
     with pytest.warns(UserWarning, match="a scheduler of another kind"):
