@@ -18,7 +18,7 @@ import torch
 import specedit
 from benchmarks import real_models
 from specedit.config import STOCK_STEPS
-from specedit.method import sampler
+from specedit.method import verify
 from specedit.models import adapter_of
 
 # Attention backends of diffusers; those that the machine lacks are skipped.
@@ -88,10 +88,10 @@ def found(share: float, shape: str) -> Iterator[None]:
 
     Every sample of a batch has its own mask.
     """
-    find, look, ready = sampler.find_edit, sampler.second_look, {}
+    find, look, ready = verify.verify_draft, verify.second_look, {}
 
-    def find_edit(*args: Any, **kwargs: Any) -> tuple:
-        score, edited = find(*args, **kwargs)
+    def verify_draft(*args: Any) -> tuple:
+        score, edited = find(*args)
         if edited.shape not in ready:  # made by the warm-up call, outside the timed ones
             masks = [edit_cells(share, shape, *edited.shape[1:], seed) for seed in range(len(edited))]
             ready[edited.shape] = torch.stack(masks).to(edited.device)
@@ -100,7 +100,7 @@ def found(share: float, shape: str) -> Iterator[None]:
     def second_look(*args: Any) -> torch.Tensor:
         return torch.zeros_like(look(*args))  # it takes its time, and finds nothing more
 
-    with patch.object(sampler, "find_edit", find_edit), patch.object(sampler, "second_look", second_look):
+    with patch.object(verify, "verify_draft", verify_draft), patch.object(verify, "second_look", second_look):
         yield
 
 

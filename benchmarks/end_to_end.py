@@ -33,7 +33,7 @@ import torch
 from benchmarks import real_models
 from benchmarks.editor_bench import Bench, Case, fields, first_line
 from benchmarks.transformer_steps import transformer_steps
-from specedit.config import CHOICES, STOCK_STEPS, presets, resolve
+from specedit.config import CHOICES, STANDARD_PRESETS, STOCK_STEPS, presets, resolve
 from specedit.evaluation import results
 
 SHAPES = ("blob", "scattered")
@@ -189,7 +189,7 @@ def changes(text: str) -> str:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    timed = [name for name in presets if "lightning" not in name][::-1]  # 50 steps are no baseline for lightning
+    timed = list(STANDARD_PRESETS)[::-1]
 
     def several(name: str, default: list, **more: Any) -> None:
         parser.add_argument(f"--{name}", action="append", help=f"default: {default}; may be repeated", **more)

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.scores import Scores, command, editor, options, some, whose
-from specedit import SpecEditConfig, install, micro, uninstall
-from specedit.config import FORECASTS, STOCK_STEPS
+from specedit import SpecEditConfig, micro, uninstall
+from specedit.api.installing import install
+from specedit.config import STOCK_STEPS
 from specedit.evaluation import results
 from specedit.forecast import lesa
 from specedit.micro.evaluation import stock_flops
+from specedit.registry import forecasts
 
 INTERVALS = (4, 6, 9)
 PRESET = "balanced"
@@ -29,7 +31,7 @@ def variants(weights: Path | None, student: Path | None) -> dict[str, dict[str, 
     spec = {"config": PRESET}
     every: dict[str, dict[str, Any]] = {"stock-50": {"family": "stock", "steps": 50}}
     trained = {} if weights is None else {"forecast_weights": str(weights)}
-    for name in FORECASTS:
+    for name in forecasts:
         for interval in INTERVALS:
             fields = dict(steps=(0, 0, 50), forecast=name, forecast_interval=interval)
             fields |= trained if name == "lesa" else {}

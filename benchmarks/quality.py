@@ -7,7 +7,8 @@ tasks.
 """
 
 from benchmarks.scores import Scores, command, editor, options, some, whose
-from specedit import install, micro, uninstall
+from specedit import micro, uninstall
+from specedit.api.installing import install
 
 PRESETS = ("quality", "balanced", "fast", "turbo")
 

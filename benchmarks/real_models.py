@@ -26,7 +26,7 @@ from diffusers import (
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
 from PIL import Image
 
-from specedit.cost.flops import FLUX_SCHEDULER, QWEN_SCHEDULER
+from specedit.cost.tables import FLUX_SCHEDULER, QWEN_SCHEDULER
 
 T5_TOKENS = 512
 # Tokens of instruction and template besides the 1,340 vision tokens of a one-megapixel picture. The negative prompt, a

@@ -3,8 +3,8 @@
     python -m benchmarks.sweep --cases 24 --size 512 --out benchmarks/results/sweep-512.json
 
 The starting point is `turbo` with restore="reference" and "full"; each row changes one field (those of `guidance_range`
-run under true guidance, which the others do without). A Qwen editor runs under guidance all along, and can do more: its
-prompt holds a picture, and both halves of its guidance fit one pass. Where the true mask of a task is known, `recall`
+run under true guidance, which the others do without). A Qwen editor runs under guidance all along, and its prompt holds
+a picture. Where the true mask of a task is known, `recall`
 is the share of its cells that were found, `precision` the share of found cells that it covers. With --resume a run that
 was stopped, or that is to see more tasks than before, goes on.
 """
@@ -13,21 +13,21 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.scores import Scores, command, editor, options, some, whose
-from specedit import install, micro, report, uninstall
+from specedit import micro, report, uninstall
+from specedit.api.installing import install
 
 BASE = {"preset": "turbo", "restore": "reference"}
 GRID: dict[str, list[dict]] = {
     "base": [{}],
     "restore": [{"restore": "full"}],
     "boundaries": [{"boundaries": b} for b in ((0.9, 0.75), (0.8, 0.65), (0.6, 0.45), (0.5, 0.3), (0.4, 0.25))],
-    "second_look": [{"second_look": False}],
+    "verify_coarse": [{"verify_coarse": False}],
     "threshold (full)": [{"verify_at": "full", "threshold": t} for t in (0.2, 0.35, 0.5, 0.75, 1.0)],
     "threshold (draft)": [{"threshold": t} for t in (0.1, 0.35, 0.5, 0.75, 1.0)],
     "dilation": [{"dilation": d} for d in (0, 2)],
     "uniform_stride": [{"uniform_stride": k} for k in (0, 2, 4, 6)],
     "key_bias": [{"key_bias": "none"}],
     "rope": [{"rope": "phase_aligned"}],
-    "couple_noise": [{"couple_noise": True}],
     "draft_steps": [{"draft_steps": n} for n in (2, 4, 6, 12)],
     "draft_scale": [{"draft_scale": 2}],
     "selector": [{"selector": s} for s in ("edges", "variance", "uniform")],
@@ -42,7 +42,6 @@ GRID: dict[str, list[dict]] = {
 
 QWEN: dict[str, list[dict]] = {
     "draft_condition": [{"draft_condition": "small"}],
-    "cfg": [{"cfg": "separate"}],
     "guidance_range": [{"guidance_range": r} for r in ((0.0, 0.9), (0.2, 1.0), (0.2, 0.9), (0.4, 0.8))],
 }
 

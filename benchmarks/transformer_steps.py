@@ -18,7 +18,7 @@ from benchmarks.editor_bench import Bench, Case, edit_cells, first_line
 from specedit.config import SpecEditConfig
 from specedit.cost.flops import transformer_flops
 from specedit.layout import MixedLayout, TokenGrid
-from specedit.method.adapter import EditState
+from specedit.method.adapter import EditState, LayoutGroup, Run
 
 SIDES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)  # of the output's grid; every token fine
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7)  # of its cells, expanded in a mixed sequence
@@ -36,7 +36,7 @@ def sequences(grid: TokenGrid, device: torch.device) -> Iterator[tuple[str, Mixe
 def prepare(bench: Bench, adapter: Any, case: Case) -> EditState:
     call = inspect.signature(type(bench.pipe).__call__).bind(bench.pipe, **bench.arguments(case))
     call.apply_defaults()
-    return adapter.prepare(bench.pipe, {k: v for k, v in call.arguments.items() if k != "self"}, "auto")
+    return adapter.prepare(bench.pipe, {k: v for k, v in call.arguments.items() if k != "self"}, SpecEditConfig())
 
 
 def transformer_steps(bench: Bench, record: Any, budget: Any) -> int:
@@ -92,13 +92,14 @@ def step(bench: Bench, adapter: Any, state: EditState, layout: MixedLayout) -> l
     generator = torch.Generator().manual_seed(0)
     shape = (state.batch, layout.tokens, state.noise.shape[2])
     tokens, reference = (torch.randn(shape, generator=generator).to(state.device) for _ in range(2))
-    rows, config = list(range(state.batch)), SpecEditConfig()
+    group = LayoutGroup(list(range(state.batch)), layout, reference, layout, tokens, [0.5])
+    run = Run(adapter, bench.pipe, SpecEditConfig(), state)
 
     def seconds(calls: int) -> float:
         bench.synchronize()
         began = time.perf_counter()
         for _ in range(calls):
-            adapter.velocity(bench.pipe, state, tokens, 0.5, rows, layout, reference, layout, config)
+            adapter.velocity(run, group, 0.5)
         bench.synchronize()
         return (time.perf_counter() - began) / calls
 

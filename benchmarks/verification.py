@@ -20,6 +20,7 @@ from specedit.evaluation import results
 from specedit.layout import TokenGrid
 from specedit.method import selectors as select
 from specedit.method.adapter import EditState
+from specedit.method.selectors.semantic import semantic_score
 from specedit.micro import scenes
 from specedit.micro.loading import identity
 from specedit.models import adapter_of
@@ -42,7 +43,7 @@ def scores(pipe, scene, size: int, verify_at: str) -> torch.Tensor:
         branches=1, pixels_per_token=16,
     )  # fmt: skip
     config = SpecEditConfig(verify_at=verify_at)
-    score = select.semantic_score(adapter_of(pipe), pipe, state, draft, grid.coarse(4), config)
+    score = semantic_score(adapter_of(pipe), pipe, state, draft, grid.coarse(4), config)
     return select.to_cells(score)[0]
 
 

@@ -31,7 +31,7 @@ def plan_qwen(name: str) -> str:
 
     cost = MODELS["qwen-image-edit"]
     image = 2 * 64 * 64  # target and reference at 1024 x 1024
-    step, theirs = cost.step(image) / 1e12, QWEN_STOCK / STOCK_STEPS
+    step, theirs = cost.stock(image) / 1e12, QWEN_STOCK / STOCK_STEPS
     needed = next(n for n in range(0, 100_000, 10) if transformer_flops(cost.config, n) >= theirs * 1e12 / cost.passes)
     words = replace(cost, text_tokens=cost.text_tokens - cost.vision_tokens, vision_tokens=0)
 
@@ -100,18 +100,18 @@ def roofline(name: str) -> str:
 
 
 def forecast_plan(name: str) -> str:
-    from specedit.config import FORECASTS, resolve
+    from specedit.config import resolve
     from specedit.cost.flops import plan as predict
 
     plain = predict("balanced", "flux-kontext", 1024, 1024, 0.2)["flops_ratio_50"]
     rows = [["none", "1.00", "1.00", "1.00", f"{plain:.2f}"]]
-    for method, order in FORECASTS.items():
+    for method in ("reuse", "taylor", "hermite", "foca", "freqca", "toca", "duca", "lesa"):
         fields = {"forecast": method}
         alone = [
             predict(resolve(steps=(0, 0, 50), forecast_interval=n, **fields), "flux-kontext", 1024, 1024, 0.2)
             for n in (4, 6, 9)
         ]
-        fields |= {"forecast_order": 1} if order and method != "lesa" else {}  # its weights are of order 2
+        fields |= {"forecast_order": 1} if method in ("taylor", "hermite", "freqca") else {}
         both = predict(resolve("balanced", forecast_interval=3, **fields), "flux-kontext", 1024, 1024, 0.2)
         rows.append([f"`{method}`", *(f"{p['flops_ratio_50']:.2f}" for p in alone), f"{both['flops_ratio_50']:.2f}"])
     header = ["`forecast`", "alone, N=4", "N=6", "N=9", "`balanced`, N=3"]

@@ -18,12 +18,18 @@ step() { printf '\n== %s\n' "$1"; }
 step "install"
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 venv=$(cd "$venv" && pwd)
-"$venv/bin/python" -m pip install --quiet -c constraints.txt ".[test]"
+"$venv/bin/python" -m pip install --quiet -c constraints.txt ".[test,docs]"
 export HF_HUB_OFFLINE=1 MPLBACKEND=Agg
 
 step "ruff"
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
+
+step "types"
+"$venv/bin/mypy"
+
+step "documentation"
+NO_MKDOCS_2_WARNING=1 "$venv/bin/mkdocs" build --strict --quiet --site-dir "$scratch/site"
 
 step "tests (kernels on a CPU run in Triton's interpreter)"
 # Each test runs on one thread, up to four at a time.

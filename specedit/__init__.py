@@ -16,12 +16,15 @@ if _TYPE_CHECKING:
     from .api.sizes import size_for
     from .config import SpecEditConfig, presets
     from .cost import flops
+    from .forecast_options import register_forecast
+    from .method.selectors import register_selector
+    from .models.registry import register_adapter
     from .run_report import RunReport, StageReport
 
 __version__ = _package_version()
 __all__ = [
-    "RunReport", "SpecEditConfig", "StageReport", "disabled", "flops", "install", "micro", "presets", "report",
-    "size_for", "uninstall",
+    "RunReport", "SpecEditConfig", "StageReport", "disabled", "flops", "install", "micro", "presets",
+    "register_adapter", "register_forecast", "register_selector", "report", "size_for", "uninstall",
 ]  # fmt: skip
 
 _lazy(
@@ -33,6 +36,9 @@ _lazy(
     flops="cost",
     install="api.installing",
     presets="config",
+    register_adapter="models.registry",
+    register_forecast="forecast_options",
+    register_selector="method.selectors",
     report="api.installing",
     size_for="api.sizes",
     uninstall="api.installing",

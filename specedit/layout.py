@@ -33,6 +33,11 @@ class TokenGrid:
     def shape(self) -> tuple[int, int]:
         return self.height, self.width
 
+    @property
+    def grids(self) -> tuple[TokenGrid, ...]:
+        """Itself, as the only one; a `GridSet` has several."""
+        return (self,)
+
     def coarse(self, factor: int = 2) -> TokenGrid:
         """The grid of cells of `factor` x `factor` tokens, partial cells included."""
         return TokenGrid(-(-self.height // factor), -(-self.width // factor))
@@ -82,7 +87,8 @@ class GridSet:
 
     def split(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """Tokens (B, N, C) of all pictures as (B, n, C) of each."""
-        return tokens.split([grid.tokens for grid in self.grids], 1)
+        split: tuple[Tensor, ...] = tokens.split([grid.tokens for grid in self.grids], 1)
+        return split
 
 
 @dataclass(frozen=True, eq=False)

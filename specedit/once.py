@@ -19,7 +19,7 @@ def warn_once(pipe: Any, text: str, cause: str | None = None, warn: Callable[[st
         cause: what is remembered, where the text itself differs from call to call; the text if None.
         warn: takes the message, such as a logger's `warning`; `warnings.warn` at the caller's line if None.
     """
-    given = getattr(getattr(pipe, "_specedit", None), "warned", set())
+    given: set[str] = getattr(getattr(pipe, "_specedit", None), "warned", set())
     with _lock:  # one pipeline may serve several threads
         known = (cause or text) in given
         given.add(cause or text)

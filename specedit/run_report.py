@@ -1,4 +1,4 @@
-"""What a run did, as data, table, JSON and figure."""
+"""What a run did: `RunReport`, its table and its JSON form."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ import torch
 from PIL import Image
 
 from .config import STOCK_STEPS, SpecEditConfig
-
-# Accent and quiet colours of the figure; the masks use the two accents.
-EDITED, EXPANDED, QUIET = "#d1495b", "#30638e", "#8d99ae"
 
 
 @dataclass(frozen=True)
@@ -53,8 +50,8 @@ def _grid(name: str, value: Any, kind: str) -> torch.Tensor | None:
         raise ValueError(f"{name}: expected shape (B, h, w), got {tuple(value.shape)}")
     if kind == "bool" and value.dtype != torch.bool:
         raise TypeError(f"{name}: expected dtype torch.bool, got {value.dtype}")
-    value = value.detach().cpu()
-    return value if kind == "bool" else value.float()
+    grid: torch.Tensor = value.detach().cpu()
+    return grid if kind == "bool" else grid.float()
 
 
 def _share(mask: torch.Tensor | None) -> float:
@@ -187,17 +184,19 @@ class RunReport:
             return "  ".join(words).rstrip()
 
         rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-        return "\n".join([self._title(), rule, line(head), rule, *map(line, rows), rule, line(total)])
+        return "\n".join([self.title(), rule, line(head), rule, *map(line, rows), rule, line(total)])
 
-    def _title(self) -> str:
+    def title(self) -> str:
+        """One line: the preset, its steps, what was saved and how much was edited."""
         name = f"SpecEdit {self.preset}" if self.preset else "SpecEdit"
-        apart = [(self.cached_steps, "cached"), (self.reused_steps, "on the target alone")]
-        apart = ", ".join(f"{count} {what}" for count, what in apart if count)
+        counts = [(self.cached_steps, "cached"), (self.reused_steps, "on the target alone")]
+        apart = ", ".join(f"{count} {what}" for count, what in counts if count)
+        samples = max((len(grid) for grid in (self.score, self.edit_mask) if grid is not None), default=1)
         return (
             f"{name}: NFE {self.nfe}{f' ({apart})' if apart else ''} + {self.draft_steps} draft, "
             f"{self._compared()}, {self.edit_fraction:.0%} edited, {self.expand_fraction:.0%} expanded"
-            + (f"; {self.empty_drafts} of {len(self.edit_mask)} drafts showed no change" if self.empty_drafts else "")
-            + (f"; {self.overflowed} of {len(self.score)} scores were not finite" if self.overflowed else "")
+            + (f"; {self.empty_drafts} of {samples} drafts showed no change" if self.empty_drafts else "")
+            + (f"; {self.overflowed} of {samples} scores were not finite" if self.overflowed else "")
         )
 
     def _compared(self) -> str:
@@ -208,103 +207,18 @@ class RunReport:
     def save_figure(self, path: str | PathLike[str], sample: int = 0) -> None:
         """Write a figure: source, edit, score over the image, masks; below them seconds and TFLOPs per stage.
 
-        Panels without data are left out.
+        Panels whose data the run did not have stay out.
 
         Args:
-            path: file to write; its suffix selects the format.
+            path: file to write; its suffix chooses the format.
             sample: which sample of the batch the score and masks are shown for. `source` and `edit` are one image each.
 
         Raises:
             ValueError: no such sample, or a suffix that matplotlib does not know.
         """
-        # Figure instead of pyplot, which has global state: calls from several threads would interfere.
-        from matplotlib.figure import Figure
+        from .report_figure import save
 
-        grids = [g for g in (self.score, self.edit_mask, self.expand_mask) if g is not None]
-        if any(not 0 <= sample < len(g) for g in grids):
-            raise ValueError(f"sample: expected an index from 0 to {min(map(len, grids)) - 1}, got {sample}")
-        panels = [
-            panel
-            for panel, present in (
-                (self._draw_source, self.source is not None),
-                (self._draw_edit, self.edit is not None),
-                (self._draw_score, self.score is not None),
-                (self._draw_masks, self.edit_mask is not None or self.expand_mask is not None),
-            )
-            if present
-        ]
-        figure = Figure(figsize=(max(8.0, 3.4 * len(panels)), 5.6 if panels else 2.4), layout="constrained")
-        titled = bars = figure
-        if panels:
-            titled, bars = figure.subfigures(2, 1, height_ratios=[3.4, 1.8])
-            for axes, panel in zip(titled.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-                panel(axes, sample)
-                axes.set_xticks([])
-                axes.set_yticks([])
-        left, right = bars.subplots(1, 2, sharey=True)
-        self._draw_bars(left, [s.seconds for s in self.stages], "seconds")
-        self._draw_bars(right, [s.flops / 1e12 for s in self.stages], "TFLOPs")
-        left.invert_yaxis()
-        titled.suptitle(self._title(), fontsize=11)
-        figure.savefig(path, dpi=120)
-
-    def _draw_source(self, axes: Any, sample: int) -> None:
-        axes.imshow(self.source.convert("RGB"))
-        axes.set_title("source", fontsize=10)
-
-    def _draw_edit(self, axes: Any, sample: int) -> None:
-        axes.imshow(self.edit.convert("RGB"))
-        axes.set_title("edit", fontsize=10)
-
-    def _backdrop(self, axes: Any, rows: int, cols: int) -> tuple[float, float, float, float]:
-        """Draw the source faintly and return the extent at which a grid of rows x cols covers it."""
-        if self.source is None:
-            extent = (0.0, float(cols), float(rows), 0.0)
-        else:
-            width, height = self.source.size
-            extent = (0.0, float(width), float(height), 0.0)
-            axes.imshow(self.source.convert("L"), cmap="gray", vmin=-255, vmax=255, extent=extent)
-        axes.set_xlim(extent[:2])
-        axes.set_ylim(extent[2:])
-        return extent
-
-    def _draw_score(self, axes: Any, sample: int) -> None:
-        grid = self.score[sample].numpy()
-        extent = self._backdrop(axes, *grid.shape)
-        drawn = axes.imshow(grid, cmap="magma", vmin=0, alpha=0.75, extent=extent, interpolation="nearest")
-        axes.figure.colorbar(drawn, ax=axes, fraction=0.046, pad=0.02).ax.tick_params(labelsize=8)
-        axes.set_title(self._score_title(), fontsize=10)
-
-    def _score_title(self) -> str:
-        if self.config is None:
-            return "score"
-        if self.config.selector == "semantic":
-            return f"verification score (threshold {self.config.threshold:g})"
-        return f"score of selector {self.config.selector!r}"  # takes the largest; no threshold
-
-    def _draw_masks(self, axes: Any, sample: int) -> None:
-        from matplotlib.colors import to_rgba
-
-        edited, expanded = (None if m is None else m[sample] for m in (self.edit_mask, self.expand_mask))
-        first = edited if edited is not None else expanded
-        extent = self._backdrop(axes, *first.shape)
-        for mask, colour in ((expanded, EXPANDED), (edited, EDITED)):
-            if mask is not None:
-                overlay = torch.zeros(*mask.shape, 4)
-                overlay[mask] = torch.tensor(to_rgba(colour, 0.7))
-                axes.imshow(overlay.numpy(), extent=extent, interpolation="nearest")
-        axes.set_title("masks", fontsize=10)
-        for x, label, colour in ((0.0, "edited", EDITED), (0.3, "also expanded", EXPANDED)):
-            axes.text(x, -0.03, f"■ {label}", color=colour, fontsize=9, va="top", transform=axes.transAxes)
-
-    def _draw_bars(self, axes: Any, values: list[float], label: str) -> None:
-        colours = [QUIET if stage.steps == 0 or stage.name == "draft" else EXPANDED for stage in self.stages]
-        bars = axes.barh([stage.name for stage in self.stages], values, color=colours, height=0.65)
-        axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=3, fontsize=8)
-        axes.set_xlabel(label, fontsize=9)
-        axes.margins(x=0.15)
-        axes.tick_params(labelsize=9, left=False)
-        axes.spines[["top", "right"]].set_visible(False)
+        save(self, path, sample)
 
 
 def _sigmas(stage: StageReport) -> str:

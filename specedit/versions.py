@@ -13,7 +13,9 @@ OLDEST_DIFFUSERS = (0, 36)
 def package_version() -> str:
     """The version in `specedit_kernels/_version.py`, read without importing that package, which imports torch."""
     package = find_spec("specedit_kernels")
-    return runpy.run_path(str(Path(package.origin).with_name("_version.py")))["__version__"]
+    if package is None or package.origin is None:
+        raise ImportError("specedit: expected the package specedit_kernels beside it, found none")
+    return str(runpy.run_path(str(Path(package.origin).with_name("_version.py")))["__version__"])
 
 
 def check_diffusers() -> None:

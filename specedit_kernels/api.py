@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 
@@ -36,7 +36,7 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def _call(backend: str | None, name: str, tensor: torch.Tensor, args: tuple):
+def _call(backend: str | None, name: str, tensor: torch.Tensor, args: tuple[Any, ...]) -> Any:
     """Run an operator on the chosen backend; None: by the device of `tensor`."""
     on_gpu = tensor.device.type == "cuda"
     if backend == "triton" and not on_gpu and not _interpreting():
@@ -78,7 +78,8 @@ def gather_tokens(x: torch.Tensor, index: torch.Tensor, *, backend: str | None =
     """
     _check_backend(backend)
     checks.check_gather(x, index)
-    return _call(backend, "gather_tokens", x, (x, index))
+    y: torch.Tensor = _call(backend, "gather_tokens", x, (x, index))
+    return y
 
 
 def scatter_tokens(
@@ -370,4 +371,5 @@ def weighted_sum(stack: torch.Tensor, weights: torch.Tensor, *, backend: str | N
     """
     _check_backend(backend)
     checks.check_weighted_sum(stack, weights)
-    return _call(backend, "weighted_sum", stack, (stack, weights))
+    y: torch.Tensor = _call(backend, "weighted_sum", stack, (stack, weights))
+    return y

@@ -12,6 +12,7 @@ import math
 import numbers
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -26,7 +27,9 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
     return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
 
 
-def expect_tensor(name: str, value, *, dtypes: Sequence[torch.dtype], dims: Sequence[int], device=None) -> None:
+def expect_tensor(
+    name: str, value: Any, *, dtypes: Sequence[torch.dtype], dims: Sequence[int], device: torch.device | None = None
+) -> None:
     """Raise unless `value` is a tensor with one of the dtypes and dimensionalities, on `device` if given."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
@@ -49,7 +52,7 @@ def expect_dtype(name: str, value: torch.Tensor, dtype: torch.dtype) -> None:
         raise TypeError(f"{name}: expected dtype {_names([dtype])}, got {_names([value.dtype])}")
 
 
-def expect_number(name: str, value) -> None:
+def expect_number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
@@ -92,14 +95,14 @@ def expect_writable(name: str, out: torch.Tensor, others: dict[str, torch.Tensor
 # --- gather and scatter ----------------------------------------------------------------------------------------------
 
 
-def check_gather(x, index) -> None:
+def check_gather(x: torch.Tensor, index: torch.Tensor) -> None:
     expect_tensor("x", x, dtypes=(*FLOATS, torch.int32, torch.int64), dims=(2, 3))
     expect_tensor("index", index, dtypes=INDEX_DTYPES, dims=(1, 2), device=x.device)
     if x.dim() == 3 and index.dim() == 2 and index.shape[0] != x.shape[0]:
         raise ValueError(f"index: expected batch {x.shape[0]} as in x, got shape {tuple(index.shape)}")
 
 
-def check_scatter(src, index, out) -> None:
+def check_scatter(src: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> None:
     expect_tensor("out", out, dtypes=(*FLOATS, torch.int32, torch.int64), dims=(2, 3))
     expect_tensor("src", src, dtypes=(out.dtype,), dims=(out.dim(),), device=out.device)
     expect_tensor("index", index, dtypes=INDEX_DTYPES, dims=(1, 2) if out.dim() == 3 else (1,), device=out.device)
@@ -125,7 +128,7 @@ def check_index_values(name: str, index: torch.Tensor, rows: int, *, unique: boo
 # --- polynomials over stacked differences ----------------------------------------------------------------------------
 
 
-def check_weighted_sum(stack, weights) -> None:
+def check_weighted_sum(stack: torch.Tensor, weights: torch.Tensor) -> None:
     expect_tensor("stack", stack, dtypes=FLOATS, dims=range(1, 9))
     if stack.shape[0] < 1:
         raise ValueError(f"stack: expected at least one layer, got shape {tuple(stack.shape)}")
@@ -136,7 +139,7 @@ def check_weighted_sum(stack, weights) -> None:
 # --- expand and contract ---------------------------------------------------------------------------------------------
 
 
-def check_sigma(name: str, sigma) -> float:
+def check_sigma(name: str, sigma: Any) -> float:
     """The noise level as a Python float; reading a one-element tensor on a GPU synchronises."""
     if isinstance(sigma, torch.Tensor):
         if derivatives.needed((sigma,)):
@@ -152,7 +155,13 @@ def check_sigma(name: str, sigma) -> float:
     return float(sigma)
 
 
-def check_expand(coarse, noise, generator, detail, patch) -> None:
+def check_expand(
+    coarse: torch.Tensor,
+    noise: torch.Tensor | None,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    detail: torch.Tensor | None,
+    patch: int,
+) -> None:
     expect_tensor("coarse", coarse, dtypes=FLOATS, dims=range(2, 9))
     if patch != 2:
         raise ValueError(f"patch: expected 2 (a token is a 2x2 patch of latent pixels), got {patch}")
@@ -167,16 +176,16 @@ def check_expand(coarse, noise, generator, detail, patch) -> None:
         return
     if noise is not None:
         raise ValueError("generator: expected None when noise is given, got both")
-    many = isinstance(generator, (list, tuple))
-    for one in generator if many else [generator]:
+    generators: Sequence[Any] | None = generator if isinstance(generator, (list, tuple)) else None
+    for one in [generator] if generators is None else generators:
         if not isinstance(one, torch.Generator):
             raise TypeError(f"generator: expected torch.Generator or a list of them, got {type(one).__name__}")
     batch = math.prod(coarse.shape[:-2])
-    if many and len(generator) != batch:
-        raise ValueError(f"generator: expected one per sample ({batch}), got a list of {len(generator)}")
+    if generators is not None and len(generators) != batch:
+        raise ValueError(f"generator: expected one per sample ({batch}), got a list of {len(generators)}")
 
 
-def check_contract(fine) -> None:
+def check_contract(fine: torch.Tensor) -> None:
     expect_tensor("fine", fine, dtypes=FLOATS, dims=range(3, 10))
     if fine.shape[-2] != 4:
         raise ValueError(f"fine: expected 4 children on axis -2, got shape {tuple(fine.shape)}")
@@ -198,7 +207,16 @@ def expect_layout(q: torch.Tensor, packed: bool) -> None:
         raise ValueError(f"q: expected 3 dimensions (T, H, D) with cu_seqlens, got shape {tuple(q.shape)}")
 
 
-def check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias, scale) -> None:
+def check_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_q: int | None,
+    key_bias: torch.Tensor | None,
+    scale: float | None,
+) -> None:
     if (cu_seqlens_q is None) != (cu_seqlens_k is None):
         given, missing = ("cu_seqlens_q", "cu_seqlens_k") if cu_seqlens_k is None else ("cu_seqlens_k", "cu_seqlens_q")
         raise ValueError(f"expected both cu_seqlens_q and cu_seqlens_k or neither, got {given} without {missing}")
@@ -214,7 +232,7 @@ def check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias,
         raise ValueError(f"k: expected as many heads as q has ({heads}) or a divisor of it, got {shared}")
     if q.shape[-1] == 0:
         raise ValueError("q: expected a head dim of at least 1, got 0")
-    if packed:
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
         for name, value in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
             expect_tensor(name, value, dtypes=(torch.int32,), dims=(1,), device=q.device)
         if cu_seqlens_q.shape[0] < 2:
@@ -259,7 +277,18 @@ def check_cu_seqlens_values(
 # --- query and key preparation ---------------------------------------------------------------------------------------
 
 
-def check_norm_rope(q, k, q_weight, k_weight, cos, sin, eps, v, out_index, out) -> None:
+def check_norm_rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+    v: torch.Tensor | None,
+    out_index: torch.Tensor | None,
+    out: Sequence[torch.Tensor] | None,
+) -> None:
     expect_tensor("q", q, dtypes=FLOATS, dims=(3, 4))
     same = [("k", k)] + ([("v", v)] if v is not None else [])
     for name, value in same:
@@ -294,7 +323,17 @@ def check_norm_rope(q, k, q_weight, k_weight, cos, sin, eps, v, out_index, out) 
         expect_shape("out_index", out_index, (q.shape[-3],))
 
 
-def check_norm_rope_memory(q, k, v, q_weight, k_weight, cos, sin, out_index, out) -> None:
+def check_norm_rope_memory(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor | None,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    out_index: torch.Tensor | None,
+    out: Sequence[torch.Tensor | None],
+) -> None:
     """Raise ValueError unless each of `out` has its own memory, or without `out_index` that of its input."""
     inputs = {"q": q, "k": k, "v": v}
     fixed = {"q_weight": q_weight, "k_weight": k_weight, "cos": cos, "sin": sin, "out_index": out_index}

@@ -18,9 +18,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 # Shared memory one block may use, in bytes (CUDA programming guide, compute capabilities).
 _SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
@@ -35,9 +36,9 @@ class Variant:
     """One kernel with everything that determines its machine code."""
 
     name: str
-    kernel: object
+    kernel: Any  # a function under triton.jit
     pointers: dict[str, str]  # argument -> element type, or a descriptor's type
-    constants: dict[str, object]
+    constants: Mapping[str, object]
     options: dict[str, int]
     floats: tuple[str, ...] = ()
     matrix: bool = False
@@ -58,7 +59,7 @@ class Result:
     problems: list[str] = field(default_factory=list)
 
 
-def _attention(table: dict) -> Iterator[Variant]:
+def _attention(table: dict[str, Any]) -> Iterator[Variant]:
     from .gpu.attention import attend, plan_tiles
 
     everything = {"PACKED": True, "PLANNED": True, "HAS_BIAS": True, "SCALE_FIRST": True, "HAS_LSE": True}
@@ -98,7 +99,7 @@ def _attention(table: dict) -> Iterator[Variant]:
         yield Variant(f"plan_tiles {config['block_m']}", plan_tiles, lengths, blocks, {"num_warps": 4})
 
 
-def _attention_ws(table: dict) -> Iterator[Variant]:
+def _attention_ws(table: dict[str, Any]) -> Iterator[Variant]:
     """The warp-specialised kernel: table entries, and what the tuner may choose with TMA."""
     from .gpu.attention_ws import SPECIALIZED_DIMS, attend_specialized
     from .tune import candidates
@@ -125,7 +126,7 @@ def _attention_ws(table: dict) -> Iterator[Variant]:
                               specialized=True, grouped=True)  # fmt: skip
 
 
-def _rows(table: dict) -> Iterator[Variant]:
+def _rows(table: dict[str, Any]) -> Iterator[Variant]:
     from .gpu.rows import copy_rows, tile
 
     for entry in table["copy_rows"]:
@@ -141,12 +142,12 @@ def _rows(table: dict) -> Iterator[Variant]:
                 )  # fmt: skip
 
 
-def _expand(table: dict) -> Iterator[Variant]:
+def _expand(table: dict[str, Any]) -> Iterator[Variant]:
     from .gpu.expand import contract, expand, tiles
 
     for element in ("bf16", "fp32"):
         for entry in table["expand"]:
-            constants = tiles(entry["config"], 1 << 20, entry["shape"]["channels"])
+            constants: dict[str, Any] = tiles(entry["config"], 1 << 20, entry["shape"]["channels"])
             options = {"num_warps": constants.pop("num_warps")}
             for noise in (True, False):
                 flags = {"HAS_NOISE": noise, "HAS_DETAIL": True, "SEED_PER_SAMPLE": not noise}
@@ -164,7 +165,7 @@ def _expand(table: dict) -> Iterator[Variant]:
                           ("factor",))  # fmt: skip
 
 
-def _norm_rope(table: dict) -> Iterator[Variant]:
+def _norm_rope(table: dict[str, Any]) -> Iterator[Variant]:
     from .gpu.norm_rope import norm_rope
 
     for element in ("bf16", "fp32"):
@@ -180,8 +181,8 @@ def _norm_rope(table: dict) -> Iterator[Variant]:
                 )  # fmt: skip
 
 
-def _weighted_sum(table: dict) -> Iterator[Variant]:
-    from .gpu.weighted_sum import weighted_sum
+def _weighted_sum(table: dict[str, Any]) -> Iterator[Variant]:
+    from .gpu.sums import weighted_sum
 
     for element in ("bf16", "fp32"):
         for entry in table.get("weighted_sum", []):
@@ -192,13 +193,13 @@ def _weighted_sum(table: dict) -> Iterator[Variant]:
                           {"num_warps": config["num_warps"]})  # fmt: skip
 
 
-def variants(table: dict) -> Iterator[Variant]:
+def variants(table: dict[str, Any]) -> Iterator[Variant]:
     """Every kernel of every configuration in a file."""
     for family in (_attention, _attention_ws, _rows, _expand, _norm_rope, _weighted_sum):
         yield from family(table)
 
 
-def _source(variant: Variant):
+def _source(variant: Variant) -> Any:
     """The kernel with the argument types of a launch with contiguous, 16-byte aligned tensors."""
     from triton.compiler import ASTSource
 
@@ -275,7 +276,7 @@ def shipped(capability: int) -> list[tuple[str, Variant]]:
     from .gpu import launch
 
     default = launch.default_file_name((capability // 10, capability % 10))
-    found = {}
+    found: dict[tuple[str, ...], tuple[str, Variant]] = {}
     for path in sorted(launch.CONFIG_FOLDER.glob("*.json")):
         table = json.loads(path.read_text())
         tuned = not path.name.startswith("default_") and table["capability"] == [capability // 10, capability % 10]
@@ -303,7 +304,7 @@ def check_shipped(tasks: list[tuple[int, int]], jobs: int) -> Iterator[Result]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="specedit_kernels.compile_check", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="specedit_kernels.compile_check", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--arch", nargs="+", default=["sm_80", "sm_90", "sm_100"],
                         choices=[f"sm_{c}" for c in _SHARED_LIMIT])  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="also write the rows as JSON")

@@ -35,11 +35,11 @@ def is_batched(tensor: torch.Tensor) -> bool:
     return transforms_active() and any(torch._C._functorch.is_batchedtensor(layer) for layer in _layers(tensor))
 
 
-def _has_gradient(args: tuple) -> bool:
+def _has_gradient(args: tuple[object, ...]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args)
 
 
-def _has_tangent(args: tuple) -> bool:
+def _has_tangent(args: tuple[object, ...]) -> bool:
     if torch.compiler.is_dynamo_compiling() or forward_ad._current_level < 0 or not torch._C._is_fwd_grad_enabled():
         return False
     return any(
@@ -49,12 +49,12 @@ def _has_tangent(args: tuple) -> bool:
     )  # fmt: skip
 
 
-def needed(args: tuple) -> bool:
+def needed(args: tuple[object, ...]) -> bool:
     """Whether any argument is differentiated, in reverse or forward mode."""
     return _has_gradient(args) or _has_tangent(args)
 
 
-def refuse(name: str, args: tuple) -> None:
+def refuse(name: str, args: tuple[object, ...]) -> None:
     """Raise if a Triton kernel would lose a derivative.
 
     Raises:

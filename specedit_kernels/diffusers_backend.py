@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .api import mixed_attention
@@ -49,8 +51,8 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     return_lse: bool = False,
-    _parallel_config=None,
-):
+    _parallel_config: Any = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """diffusers' attention call; query (B, N_q, H, D), key and value (B, N_k, H, D).
 
     With `enable_gqa` key and value may have fewer heads, H a multiple of theirs; they are not repeated in memory.
@@ -78,7 +80,7 @@ def attention(
 class Registration:
     """A registration that `remove()` undoes. Also a context manager."""
 
-    def __init__(self, added: bool, active_before):
+    def __init__(self, added: bool, active_before: Any):
         self._added = added
         self._active_before = active_before
 
@@ -105,7 +107,7 @@ class Registration:
     def __enter__(self) -> Registration:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.remove()
 
 

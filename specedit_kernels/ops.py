@@ -10,13 +10,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from . import checks, derivatives, reference
 
 # Named after the package, so that copies under other names, as the Hub's loader makes, do not collide.
-NAMESPACE = __package__.replace(".", "_")
+NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 MINIMUM_TRITON = (3, 6)
 
@@ -41,34 +42,64 @@ _SCHEMAS = {
 # --- plain PyTorch behind the operators' schemas ----------------------------------------------------------------------
 
 
-def _scatter_tokens_torch(src, index, out):
+def _scatter_tokens_torch(src: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> None:
     reference.scatter_tokens(src, index, out)
 
 
-def _expand_tokens_torch(coarse, sigma, noise, seed, detail):
+def _expand_tokens_torch(
+    coarse: torch.Tensor,
+    sigma: float,
+    noise: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    detail: torch.Tensor | None,
+) -> torch.Tensor:
     if noise is None:
+        assert seed is not None
         noise = reference.philox_noise(seed, (*coarse.shape[:-1], 4, coarse.shape[-1] // 4, 3))
     return reference.expand_tokens(coarse, sigma, noise=noise, detail=detail)[0]
 
 
-def _contract_tokens_torch(fine, sigma_fine):
+def _contract_tokens_torch(fine: torch.Tensor, sigma_fine: float) -> torch.Tensor:
     return reference.contract_tokens(fine, sigma_fine)[0]
 
 
-def _mixed_attention_torch(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias, scale, return_lse):
+def _mixed_attention_torch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_q: int | None,
+    key_bias: torch.Tensor | None,
+    scale: float,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     result = reference.mixed_attention(
         q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, key_bias=key_bias, scale=scale,
         return_lse=return_lse,
     )  # fmt: skip
-    return result if return_lse else (result, q.new_empty(0, dtype=torch.float32))
+    return result if isinstance(result, tuple) else (result, q.new_empty(0, dtype=torch.float32))
 
 
-def _qk_norm_rope_torch(q, k, v, q_weight, k_weight, cos, sin, eps, out_index, q_out, k_out, v_out):
-    out = (q_out, k_out) if v is None else (q_out, k_out, v_out)
+def _qk_norm_rope_torch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor | None,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+    out_index: torch.Tensor | None,
+    q_out: torch.Tensor,
+    k_out: torch.Tensor,
+    v_out: torch.Tensor | None,
+) -> None:
+    out = (q_out, k_out) if v_out is None else (q_out, k_out, v_out)
     reference.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps=eps, v=v, out_index=out_index, out=out)
 
 
-_TORCH = {
+_TORCH: dict[str, Callable[..., Any]] = {
     "gather_tokens": reference.gather_tokens,
     "scatter_tokens": _scatter_tokens_torch,
     "expand_tokens": _expand_tokens_torch,
@@ -82,34 +113,50 @@ _TORCH = {
 # --- shapes only -----------------------------------------------------------------------------------------------------
 
 
-def _gather_tokens_fake(x, index):
+def _gather_tokens_fake(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     batch = x.shape[:1] if x.dim() == 3 else index.shape[:-1]
     return x.new_empty((*batch, index.shape[-1], x.shape[-1]))
 
 
-def _expand_tokens_fake(coarse, sigma, noise, seed, detail):
+def _expand_tokens_fake(
+    coarse: torch.Tensor,
+    sigma: float,
+    noise: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    detail: torch.Tensor | None,
+) -> torch.Tensor:
     return coarse.new_empty((*coarse.shape[:-1], 4, coarse.shape[-1]))
 
 
-def _contract_tokens_fake(fine, sigma_fine):
+def _contract_tokens_fake(fine: torch.Tensor, sigma_fine: float) -> torch.Tensor:
     return fine.new_empty((*fine.shape[:-2], fine.shape[-1]))
 
 
-def _mixed_attention_fake(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias, scale, return_lse):
+def _mixed_attention_fake(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_q: int | None,
+    key_bias: torch.Tensor | None,
+    scale: float,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (*q.shape[:-3], q.shape[-2], q.shape[-3]) if return_lse else (0,)
     dtype = torch.float64 if return_lse and q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty(shape, dtype=dtype)
 
 
-def _weighted_sum_fake(stack, weights):
+def _weighted_sum_fake(stack: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return stack.new_empty(stack.shape[1:])
 
 
-def _nothing(*args):
+def _nothing(*args: Any) -> None:
     return None
 
 
-_FAKE = {
+_FAKE: dict[str, Callable[..., Any]] = {
     "gather_tokens": _gather_tokens_fake,
     "scatter_tokens": _nothing,
     "expand_tokens": _expand_tokens_fake,
@@ -123,7 +170,7 @@ _FAKE = {
 # --- value checks, and putting it together ---------------------------------------------------------------------------
 
 
-def _check_values(backend: str, name: str, args: tuple) -> None:
+def _check_values(backend: str, name: str, args: tuple[Any, ...]) -> None:
     if name == "gather_tokens":
         x, index = args
         checks.check_index_values("index", index, x.shape[-2])
@@ -138,10 +185,11 @@ def _check_values(backend: str, name: str, args: tuple) -> None:
     elif name == "qk_norm_rope":
         if args[8] is not None:
             checks.check_index_values("out_index", args[8], args[9].shape[-3], unique=True)
-        checks.check_norm_rope_memory(*args[:7], args[8], args[9:])
+        q, k, v, q_weight, k_weight, cos, sin, _, out_index, *out = args
+        checks.check_norm_rope_memory(q, k, v, q_weight, k_weight, cos, sin, out_index, out)
 
 
-def run(backend: str, name: str, args: tuple):
+def run(backend: str, name: str, args: tuple[Any, ...]) -> Any:
     """Run one operator on one backend, outside the dispatcher. This is where Triton is imported."""
     _check_values(backend, name, args)
     if backend == "torch":
@@ -182,17 +230,17 @@ def check_gpu(device: torch.device) -> None:
     check_compiler()
 
 
-def _implementation(backend: str, name: str) -> Callable:
-    def call(*args):
+def _implementation(backend: str, name: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
         return run(backend, name, args)
 
     return call
 
 
-def _autograd_implementation(name: str) -> Callable:
+def _autograd_implementation(name: str) -> Callable[..., Any]:
     """The autograd implementation: plain PyTorch's derivatives, or an error if Triton would lose them."""
 
-    def call(keyset, *args):
+    def call(keyset: Any, *args: Any) -> Any:
         if derivatives.needed(args):
             if args[0].device.type != "cuda":
                 return run("torch", name, args)
@@ -213,7 +261,7 @@ for _name, _schema in _SCHEMAS.items():
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _FAKE[_name], lib=_LIBRARY)
 
 
-def dispatch(name: str, args: tuple):
+def dispatch(name: str, args: tuple[Any, ...]) -> Any:
     """Run one operator through PyTorch's dispatcher, which selects the implementation by device."""
     return getattr(getattr(torch.ops, NAMESPACE), name)(*args)
 

@@ -85,7 +85,8 @@ def draw_noise(
     list of generators, one per sample, they do not depend on the others at all.
     """
     batch = math.prod(shape[:-4])
-    generators = generator if isinstance(generator, (list, tuple)) else [generator] * batch
+    generators: Sequence[torch.Generator | None]
+    generators = [generator] * batch if generator is None or isinstance(generator, torch.Generator) else generator
     noise = torch.empty((batch, *shape[-4:]), dtype=dtype, device=device)
     for sample, source in zip(noise, generators):
         if source is None or source.device.type == device.type:
@@ -97,7 +98,7 @@ def draw_noise(
 
 def draw_seeds(generator: torch.Generator | Sequence[torch.Generator] | None, coarse: torch.Tensor) -> torch.Tensor:
     """Philox keys for in-kernel noise: int64, one per sample for a list of generators, otherwise one for all."""
-    generators = generator if isinstance(generator, (list, tuple)) else [generator]
+    generators = [generator] if generator is None or isinstance(generator, torch.Generator) else generator
     device = coarse.device
     keys = [
         torch.randint(2**62, (1,), generator=g, device=device if g is None else g.device).to(device, non_blocking=True)
@@ -194,13 +195,15 @@ def contract_tokens(fine: torch.Tensor, sigma_fine: float) -> tuple[torch.Tensor
 # --- attention -------------------------------------------------------------------------------------------------------
 
 
-def _detached_peak(logits):
+def _detached_peak(logits: torch.Tensor) -> torch.Tensor:
     if logits.shape[-1] == 0:
         return logits.new_full((*logits.shape[:-1], 1), -math.inf)
     return logits.detach().amax(dim=-1, keepdim=True)
 
 
-def _attend_rows(q, kt, vt, bias, scale):
+def _attend_rows(
+    q: torch.Tensor, kt: torch.Tensor, vt: torch.Tensor, bias: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Explicit softmax attention.
 
     q (B, n, H, D), kt (B, H, D, K), vt (B, H, K, D), bias (B, 1, 1, K) or None -> out (B, n, H, D), lse (B, H, n).
@@ -220,7 +223,9 @@ def _attend_rows(q, kt, vt, bias, scale):
     return out.transpose(1, 2).to(q.dtype), lse.squeeze(-1)
 
 
-def _attention_with_lse(q, k, v, key_bias, scale):
+def _attention_with_lse(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_bias: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention over blocks of queries.
 
     q (B, N, H, D), k and v (B, K, H, D), key_bias (B, K) or None -> out (B, N, H, D), lse (B, H, N).
@@ -235,25 +240,28 @@ def _attention_with_lse(q, k, v, key_bias, scale):
     return torch.cat([out for out, _ in parts], dim=1), torch.cat([lse for _, lse in parts], dim=2)
 
 
-def _needs_written_out(q, k, key_bias) -> bool:
+def _needs_written_out(q: torch.Tensor, k: torch.Tensor, key_bias: torch.Tensor | None) -> bool:
     """Whether PyTorch's fused attention is unusable: an unsuitable mask, no keys, or missing derivatives."""
     # SDPA accepts a float32 mask with half-precision queries only on the CPU, where a broadcast mask is free.
     mask_fits = key_bias is None or q.device.type == "cpu" or q.dtype == torch.float32
     return not mask_fits or k.shape[1] == 0 or derivatives.forward_mode_possible()
 
 
-def _attention(q, k, v, key_bias, scale, return_lse):
+def _attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_bias: torch.Tensor | None, scale: float, return_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Dense attention; q (B, N, H, D), k and v (B, K, H_kv, D), key_bias (B, K) or None."""
     queries, groups = q.shape[1], q.shape[2] // max(1, k.shape[2])
     if groups > 1:
         # Queries that share a key head become more rows of that head, so keys and values are not repeated.
         q = q.unflatten(2, (-1, groups)).transpose(2, 3).flatten(1, 2)  # (B, N * groups, H_kv, D)
+    lse: torch.Tensor | None
     if return_lse or _needs_written_out(q, k, key_bias):
         out, lse = _attention_with_lse(q, k, v, key_bias, scale)
     else:
         mask = None if key_bias is None else key_bias.to(_compute_dtype(q.dtype))[:, None, None, :]
-        heads_first = (x.transpose(1, 2) for x in (q, k, v))
-        out, lse = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale).transpose(1, 2), None
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out, lse = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2), None
     if groups > 1:
         out = out.unflatten(1, (queries, groups)).transpose(2, 3).flatten(2, 3)
         lse = None if lse is None else lse.unflatten(2, (queries, groups)).transpose(2, 3).flatten(1, 2)
@@ -271,33 +279,35 @@ def mixed_attention(
     key_bias: torch.Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
-):
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Non-causal attention with a per-key bias, packed or dense; see `specedit_kernels.mixed_attention`.
 
     `max_seqlen_q` only bounds a launch grid, which plain PyTorch does not have.
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    if cu_seqlens_q is None:
+    if cu_seqlens_q is None or cu_seqlens_k is None:
         out, lse = _attention(q, k, v, key_bias, scale, return_lse)
-        return (out, lse) if return_lse else out
+        return out if lse is None or not return_lse else (out, lse)
     q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     if len(q_ends) == 2:
         bias = None if key_bias is None else key_bias[None]
         out, lse = _attention(q[None], k[None], v[None], bias, scale, return_lse)
-        return (out[0], lse[0]) if return_lse else out[0]
+        return out[0] if lse is None or not return_lse else (out[0], lse[0])
     parts = []
     for i in range(len(q_ends) - 1):
         rows, cols = slice(q_ends[i], q_ends[i + 1]), slice(k_ends[i], k_ends[i + 1])
         bias = None if key_bias is None else key_bias[None, cols]
         parts.append(_attention(q[None, rows], k[None, cols], v[None, cols], bias, scale, return_lse))
     out = torch.cat([part[0] for part, _ in parts])
-    return (out, torch.cat([lse[0] for _, lse in parts], dim=1)) if return_lse else out
+    if not return_lse:
+        return out
+    return out, torch.cat([lse[0] for _, lse in parts if lse is not None], dim=1)
 
 
 # --- query and key preparation ---------------------------------------------------------------------------------------
 
 
-def _norm_rope(x, weight, angles, eps):
+def _norm_rope(x: torch.Tensor, weight: torch.Tensor, angles: torch.Tensor, eps: float) -> torch.Tensor:
     """RMSNorm over the last axis, then rotation of interleaved pairs; x (..., H, D), angles (..., 1, D/2) complex."""
     y = x.to(_compute_dtype(x.dtype))
     if eps < torch.finfo(y.dtype).tiny:

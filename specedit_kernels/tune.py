@@ -15,14 +15,20 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 
 from . import reference
 
+Config: TypeAlias = dict[str, int]  # launch parameters
+Shape: TypeAlias = dict[str, int]
+Tables: TypeAlias = dict[str, list[dict[str, Any]]]  # kernel to entries {"shape": ..., "config": ...}
 
-def candidates(kernel: str, shape: dict) -> Iterator[dict]:
+
+def candidates(kernel: str, shape: Shape) -> Iterator[Config]:
     """Candidate launch parameters for a kernel at a shape."""
     if kernel in ("attention", "attention_tma"):
         if shape["bits"] == 32:
@@ -51,7 +57,7 @@ def candidates(kernel: str, shape: dict) -> Iterator[dict]:
             yield {"block_rows": rows, "num_warps": warps}
 
 
-def shapes(capability: tuple[int, int], quick: bool) -> Iterator[tuple[str, dict]]:
+def shapes(capability: tuple[int, int], quick: bool) -> Iterator[tuple[str, Shape]]:
     """Kernels and shapes to tune: FLUX and Qwen-Image token counts, both common head dims."""
     lengths = (2560,) if quick else (1024, 2560, 8704)
     tables = ["attention"] + (["attention_tma"] if capability >= (9, 0) and capability[0] < 12 else [])
@@ -70,16 +76,18 @@ def shapes(capability: tuple[int, int], quick: bool) -> Iterator[tuple[str, dict
         yield "norm_rope", {"head_dim": dim}
 
 
-def workload(kernel: str, shape: dict, device: str, half=torch.bfloat16, rows=65536) -> tuple[Callable, torch.Tensor]:
+def workload(
+    kernel: str, shape: Shape, device: str, half: torch.dtype = torch.bfloat16, rows: int = 65536
+) -> tuple[Callable[[Config], torch.Tensor], torch.Tensor]:
     """A function from launch parameters to the kernel's result at a shape, and the expected result."""
     from . import gpu
 
     g = torch.Generator(device).manual_seed(0)
 
-    def randn(*size, dtype=half):
+    def randn(*size: int, dtype: torch.dtype = half) -> torch.Tensor:
         return torch.randn(size, generator=g, device=device).to(dtype)
 
-    def run(name, *arguments):
+    def run(name: str, *arguments: Any) -> Callable[[Config], Any]:
         return lambda config: gpu.run(name, arguments, {kernel: config})
 
     if kernel.startswith("attention"):
@@ -88,7 +96,9 @@ def workload(kernel: str, shape: dict, device: str, half=torch.bfloat16, rows=65
         q, k, v = (randn(1, shape["keys"], heads, shape["head_dim"], dtype=dtype) for _ in range(3))
         bias = randn(1, shape["keys"], dtype=torch.float32)
         attend = run("mixed_attention", q, k, v, None, None, None, bias, shape["head_dim"] ** -0.5, False)
-        return lambda config: attend(config)[0], reference.mixed_attention(q, k, v, key_bias=bias)
+        want = reference.mixed_attention(q, k, v, key_bias=bias)
+        assert isinstance(want, torch.Tensor)
+        return lambda config: attend(config)[0], want
     if kernel == "copy_rows":
         x = randn(rows, shape["row_bytes"] // 2)
         index = torch.randperm(rows, generator=g, device=device)
@@ -111,7 +121,7 @@ def workload(kernel: str, shape: dict, device: str, half=torch.bfloat16, rows=65
     return lambda config: norm_rope(config) or out, reference.qk_norm_rope(q, k, weight, weight, cos, sin)[0]
 
 
-def milliseconds(call: Callable, repeats: int = 20) -> float:
+def milliseconds(call: Callable[[], object], repeats: int = 20) -> float:
     """Median device time of a call with a cold L2 cache."""
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
     times = []
@@ -123,20 +133,27 @@ def milliseconds(call: Callable, repeats: int = 20) -> float:
         stop.record()
         stop.synchronize()
         times.append(start.elapsed_time(stop))
-    return statistics.median(times[3:])
+    return float(statistics.median(times[3:]))
+
+
+Timer: TypeAlias = Callable[[Callable[[], object]], float]
 
 
 def best(
-    kernel: str, call: Callable, want: torch.Tensor, configs: Iterable[dict], timer: Callable
-) -> tuple[float, dict] | None:
+    kernel: str,
+    call: Callable[[Config], torch.Tensor],
+    want: torch.Tensor,
+    configs: Iterable[Config],
+    timer: Timer,
+) -> tuple[float, Config] | None:
     """Milliseconds and parameters of the fastest of `configs` whose `call(config)` gives `want`, or None."""
     tolerance = 4 * torch.finfo(want.dtype).eps * want.abs().max().item()
-    found = None
+    found: tuple[float, Config] | None = None
     for config in configs:
         try:
             if not (call(config) - want).abs().max().item() <= tolerance:
                 continue
-            time = timer(lambda config=config: call(config))
+            time = timer(partial(call, config))
         except Exception as error:  # out of resources, or a compiler error: not a candidate on this GPU
             print(f"  {kernel} {config}: {type(error).__name__}", file=sys.stderr)
             continue
@@ -145,15 +162,13 @@ def best(
     return found
 
 
-def tune(
-    capability: tuple[int, int], device: str, timer: Callable, quick: bool, warp_specialize: bool = False
-) -> dict[str, list]:
+def tune(capability: tuple[int, int], device: str, timer: Timer, quick: bool, warp_specialize: bool = False) -> Tables:
     """Tables of measured entries, in the format of `gpu/configs/`.
 
     With `warp_specialize` an `attention_ws` entry stands beside every `attention_tma` entry of head dim 64 and 128,
     null where it is not the faster of the two.
     """
-    tables: dict[str, list] = {}
+    tables: Tables = {}
     for kernel, shape in shapes(capability, quick):
         found = best(kernel, *workload(kernel, shape, device), candidates(kernel, shape), timer)
         print(kernel, shape, found, flush=True)
@@ -163,18 +178,18 @@ def tune(
             ws = "attention_ws"
             other = best(ws, *workload(ws, shape, device), candidates(ws, shape), timer)
             print(ws, shape, other, flush=True)
-            wins = other is not None and (found is None or other[0] < found[0])
-            tables.setdefault(ws, []).append({"shape": shape, "config": other[1] if wins else None})
+            wins = other if other is not None and (found is None or other[0] < found[0]) else None
+            tables.setdefault(ws, []).append({"shape": shape, "config": None if wins is None else wins[1]})
     return tables
 
 
-def complete(tables: dict[str, list], default: dict[str, list]) -> None:
+def complete(tables: Tables, default: Tables) -> None:
     """Add the architecture's default entries for kernels, head dims and element types without a measured one.
 
     Otherwise an entry for another head dim would be the nearest, and its tiles may not fit.
     """
 
-    def kind(entry: dict) -> tuple:
+    def kind(entry: dict[str, Any]) -> tuple[int | None, int | None]:
         return entry["shape"].get("head_dim"), entry["shape"].get("bits")
 
     for kernel, entries in default.items():
@@ -183,7 +198,7 @@ def complete(tables: dict[str, list], default: dict[str, list]) -> None:
         measured += [entry for entry in entries if kind(entry) not in kinds]
 
 
-def write(path: Path, header: dict, tables: dict[str, list]) -> None:
+def write(path: Path, header: dict[str, Any], tables: Tables) -> None:
     """One entry per line, so that diffs are readable."""
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in header.items()]
     for kernel, entries in tables.items():
@@ -193,7 +208,7 @@ def write(path: Path, header: dict, tables: dict[str, list]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="specedit_kernels.tune", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="specedit_kernels.tune", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, help="file to write (default: the package's file for this GPU)")
     parser.add_argument("--quick", action="store_true", help="one sequence length instead of three")
     parser.add_argument("--warp-specialize", action="store_true",

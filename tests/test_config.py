@@ -2,13 +2,15 @@ import ast
 import copy
 import dataclasses
 import itertools
+from functools import partial
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specedit.config import DEFAULT_PRESET, FORECASTS, SpecEditConfig, presets, resolve
+from specedit.config import DEFAULT_PRESET, SpecEditConfig, presets, resolve
+from specedit.registry import forecasts
 
 steps = st.tuples(*[st.integers(0, 20)] * 3).filter(sum)
 
@@ -17,10 +19,11 @@ def test_defaults():
     config = SpecEditConfig()
     assert config.steps == (7, 6, 5) and config.boundaries == (0.7, 0.55)
     assert (config.draft_steps, config.draft_scale) == (8, 4)
-    assert (config.threshold, config.verify_at) == (0.75, "full")
+    assert (config.threshold, config.verify_at) == (0.2, "draft")
     assert (config.dilation, config.uniform_stride, config.selector) == (1, 3, "semantic")
     assert (config.restore, config.key_bias, config.rope, config.attention) == ("full", "area", "scaled", "auto")
-    assert config.keep_pixels is False and config.couple_noise is False and config.second_look is True
+    assert config.keep_pixels is False and config.verify_coarse is True
+    assert config == presets["balanced"] == resolve() and config.name == "balanced"
 
 
 def test_presets_nfe():
@@ -31,11 +34,43 @@ def test_presets_nfe():
         "turbo": 9,
         "lightning-8": 8,
         "lightning-6": 6,
+        "paper": 18,
+        "paper-30": 30,
+        "paper-18": 18,
+        "paper-11": 11,
+        "paper-9": 9,
     }
     assert presets["lightning-8"].draft_steps == presets["lightning-6"].draft_steps == 4
     for name, config in presets.items():
-        assert SpecEditConfig.preset(name) is config and config.name == name
-    assert SpecEditConfig(dilation=5).name == "balanced, verify_at='full', dilation=5"
+        assert SpecEditConfig.preset(name) is config and config.name == name.removesuffix("-18")
+    assert SpecEditConfig(dilation=5).name == "balanced, dilation=5"
+
+
+def test_the_paper_presets_add_nothing_to_the_paper():
+    cheap = {30: 22, 18: 13, 11: 6, 9: 4}  # coarse and mixed steps behind the FLOPs of its tables
+    for nfe, count in cheap.items():
+        config = presets[f"paper-{nfe}"]
+        assert (config.nfe, sum(config.steps[:2])) == (nfe, count)
+        assert (config.verify_at, config.threshold, config.restore) == ("full", 0.75, "full")
+        assert (config.draft_steps, config.draft_scale, config.uniform_stride, config.dilation) == (8, 4, 3, 0)
+        assert (config.key_bias, config.rope, config.selector) == ("none", "scaled", "semantic")
+        assert not (config.keep_pixels or config.verify_coarse or config.forecast or config.guidance_range)
+    assert presets["paper"] == presets["paper-18"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("second_look", False, "second_look is now verify_coarse"),
+        ("couple_noise", True, "couple_noise was removed"),
+        ("cfg", "separate", "cfg was removed"),
+    ],
+)
+def test_former_fields_say_what_became_of_them(field, value, message):
+    config = SpecEditConfig()
+    for make in (SpecEditConfig, partial(resolve, "turbo"), partial(dataclasses.replace, config)):
+        with pytest.raises(TypeError, match=message):
+            make(**{field: value})
 
 
 def test_frozen_and_hashable():
@@ -48,8 +83,9 @@ def test_threshold_default_follows_verify_at():
     assert SpecEditConfig(verify_at="draft").threshold == 0.2
     assert SpecEditConfig(verify_at="draft", threshold=0.3).threshold == 0.3
     assert resolve("turbo", verify_at="full").threshold == 0.75
-    assert resolve(SpecEditConfig(), verify_at="draft").threshold == 0.2
-    assert resolve(SpecEditConfig(threshold=0.3), verify_at="draft").threshold == 0.3
+    assert resolve(SpecEditConfig(), verify_at="full").threshold == 0.75
+    assert resolve("paper", verify_at="draft").threshold == 0.2
+    assert resolve(SpecEditConfig(threshold=0.3), verify_at="full").threshold == 0.3
     assert resolve("turbo", verify_at="draft", threshold=0.75).threshold == 0.75
 
 
@@ -88,13 +124,10 @@ def test_uniform_stride_none_is_zero():
         ("selector", None, ValueError),
         ("restore", True, ValueError),
         ("keep_pixels", 1, TypeError),
-        ("couple_noise", "no", TypeError),
-        ("second_look", None, TypeError),
+        ("verify_coarse", None, TypeError),
         ("key_bias", "log4", ValueError),
         ("rope", "", ValueError),
         ("attention", "flash", ValueError),
-        ("cfg", "batched", ValueError),
-        ("cfg", True, ValueError),
         ("draft_condition", "tiny", ValueError),
         ("draft_condition", None, ValueError),
         ("reference_refresh", 0, ValueError),
@@ -179,11 +212,11 @@ def test_uses_draft():
     assert not SpecEditConfig(steps=(4, 0, 0), restore="reference").uses_draft
 
 
-def test_who_keeps_cells_for_good_looks_twice():
+def test_coarse_stage_is_verified_where_cells_are_kept():
     keeping = [SpecEditConfig(restore="reference"), SpecEditConfig(keep_pixels=True)]
     assert all(config.preserves_unedited and config.verifies_coarse for config in keeping)
     assert not SpecEditConfig().preserves_unedited and not SpecEditConfig().verifies_coarse
-    for change in ({"second_look": False}, {"selector": "edges"}, {"steps": (0, 3, 3)}):
+    for change in ({"verify_coarse": False}, {"selector": "edges"}, {"steps": (0, 3, 3)}):
         config = SpecEditConfig(restore="reference", **change)
         assert config.preserves_unedited and not config.verifies_coarse
 
@@ -193,10 +226,10 @@ def test_who_keeps_cells_for_good_looks_twice():
 
 def test_forecast_defaults():
     config = SpecEditConfig(forecast="taylor")
-    assert (config.interval, config.forecast_history) == (4, 3)
+    assert (config.forecast_options.interval, config.forecast_options.history) == (4, 3)
     histories = {"reuse": 1, "taylor": 3, "hermite": 3, "foca": 2, "freqca": 3, "toca": 1, "duca": 1, "lesa": 3}
-    assert {name: SpecEditConfig(forecast=name).forecast_history for name in FORECASTS} == histories
-    assert SpecEditConfig(forecast="taylor", forecast_order=1, forecast_interval=6).forecast_history == 2
+    assert {name: SpecEditConfig(forecast=name).forecast_options.history for name in forecasts} == histories
+    assert SpecEditConfig(forecast="taylor", forecast_order=1, forecast_interval=6).forecast_options.history == 2
     assert SpecEditConfig().forecast is None and all(config.forecast is None for config in presets.values())
 
 
@@ -227,7 +260,7 @@ def test_forecast_defaults():
         (dict(forecast="reuse", forecast_interval=8), ValueError, "forecast_interval: expected at most 7"),
         (dict(forecast="toca", attention="stock"), ValueError, "'toca' keeps keys and values of SpecEdit's own"),
         (dict(forecast="duca", rope="phase_aligned"), ValueError, "'duca' keeps keys and values of SpecEdit's own"),
-        (dict(forecast="taylor", forecast_weights="w"), ValueError, "forecast_weights: expected None with forecast="),
+        (dict(forecast="taylor", forecast_weights="w"), ValueError, "^forecast_weights: expected None, .* no weights"),
         (dict(forecast="lesa", forecast_weights=3), TypeError, "forecast_weights: expected a file name or None, got 3"),
     ],
 )
@@ -240,7 +273,7 @@ def test_a_merged_last_stage_counts_as_one():
     fields = dict(steps=(0, 2, 3), forecast="taylor", forecast_order=3)
     with pytest.raises(ValueError, match="needs 4 full steps"):
         SpecEditConfig(**fields)
-    assert SpecEditConfig(**fields, restore="reference").forecast_history == 4
+    assert SpecEditConfig(**fields, restore="reference").forecast_options.history == 4
 
 
 def test_an_interval_beyond_a_calls_stages_becomes_the_longest_stage():
@@ -306,7 +339,8 @@ def test_the_guide_has_every_field_with_its_default():
 def test_the_guide_has_every_preset():
     rows = {name: [ast.literal_eval(cell) for cell in cells] for name, *cells in table("| preset |")}
     assert rows == {name: [preset.steps, preset.draft_steps] for name, preset in presets.items()}
-    assert {(preset.verify_at, preset.threshold) for preset in presets.values()} == {("draft", 0.2)}
+    own = {(preset.verify_at, preset.threshold) for name, preset in presets.items() if not name.startswith("paper")}
+    assert own == {("draft", 0.2)}
 
 
 def test_a_configuration_keeps_its_presets_name():

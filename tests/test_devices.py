@@ -100,7 +100,7 @@ def test_the_device_does_not_mix_with_the_host():
     [
         ({}, {}),
         ({"restore": "reference"}, {}),
-        ({"verify_at": "full", "couple_noise": True}, {}),
+        ({"verify_at": "full"}, {}),
         ({"selector": "edges"}, {}),
         ({"selector": "variance", "keep_pixels": True}, {}),
         ({"restore": "reference", "keep_pixels": True}, dict(edit_mask=MASK, output_type="pt")),
@@ -108,7 +108,7 @@ def test_the_device_does_not_mix_with_the_host():
         ({"rope": "phase_aligned"}, dict(images=2, edit_mask=[MASK, OTHER])),
         ({"attention": "stock"}, dict(edit_mask=MASK)),
         ({"reference_refresh": 2}, dict(edit_mask=MASK, num_images_per_prompt=2)),
-        ({"cfg": "separate", "draft_condition": "small"}, {}),
+        ({"draft_condition": "small"}, {}),
         ({}, dict(edit_mask=MASK, callback_on_step_end=lambda pipe, i, t, given: {"latents": 1.01 * given["latents"]})),
         *(({"steps": (0, 6, 0), "forecast": f}, dict(edit_mask=MASK)) for f in ("taylor", "freqca", "foca")),
     ],

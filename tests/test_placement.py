@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from specedit.layout import LayoutSet, MixedLayout, TokenGrid
 from specedit.method.adapter import EditState
 from specedit.method.draft import shrink
-from specedit.method.sampler import restrict
+from specedit.method.groups import reference_on_layout
 from specedit.placement import Placement, layouts_beside, picture_cells
 
 sides = st.integers(1, 9)
@@ -123,7 +123,7 @@ def test_a_restricted_reference_is_averaged_over_the_outputs_cells(placement, se
     layout = placement.layout(target_of(kind, placement.output, seed))
     # Tokens whose four pixels hold the position that each has on the output.
     at = layout.picture.positions() + torch.tensor([placement.row, placement.col])
-    got = restrict(at[None].repeat_interleave(4, 2), layout)
+    got = reference_on_layout(at[None].repeat_interleave(4, 2), layout)
     assert got.shape == (1, layout.tokens, 8)
     assert torch.equal(got[0, len(layout.locked_cells) :, ::4], at_fine(layout))
     whole = layout.area[: len(layout.locked_cells)] == 4

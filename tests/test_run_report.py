@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from specedit.config import resolve
+from specedit.report_figure import score_title
 from specedit.run_report import RunReport, StageReport
 
 STAGES = [
@@ -158,9 +159,9 @@ def test_figure(tmp_path, missing):
 
 
 def test_the_title_of_a_score_names_what_it_was_compared_with():
-    assert make()._score_title() == f"verification score (threshold {resolve('balanced').threshold:g})"
-    assert make(config=resolve(selector="variance"))._score_title() == "score of selector 'variance'"
-    assert make(config=None)._score_title() == "score"
+    assert score_title(make()) == f"verification score (threshold {resolve('balanced').threshold:g})"
+    assert score_title(make(config=resolve(selector="variance"))) == "score of selector 'variance'"
+    assert score_title(make(config=None)) == "score"
 
 
 def test_figure_shows_the_mask_where_it_is(tmp_path):

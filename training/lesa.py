@@ -30,12 +30,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from specedit import micro
-from specedit.config import FIRST_FULL, SpecEditConfig
+from specedit.config import SpecEditConfig
 from specedit.forecast import lesa
 from specedit.forecast.base import Differences, full_steps
+from specedit.forecast_options import FIRST_FULL
 from specedit.layout import MixedLayout
-from specedit.method.adapter import Adapter, EditState
-from specedit.method.schedule import stage_sigmas
+from specedit.method.adapter import LayoutGroup, Run
 from specedit.models import adapter_of, adapters
 
 from .micro.loop import seeds
@@ -45,31 +45,16 @@ from .micro.loop import seeds
 class Trajectory:
     """A stock run: what is needed to repeat it, and its path."""
 
-    adapter: Adapter
-    pipe: Any
-    state: EditState
-    layouts: tuple[MixedLayout, MixedLayout]  # of target and reference; adapters cache by the object
+    run: Run
+    group: LayoutGroup  # every token fine
     sigmas: list[float]
     tokens: list[Tensor]  # before each step, and the result: steps + 1 of (1, N, C)
     outputs: list[list[Tensor]]  # of each step, by guidance branch
 
     def branches(self, tokens: Tensor, step: int) -> list[Tensor]:
-        return branches(self.adapter, self.pipe, self.state, self.layouts, tokens, self.sigmas[step])
-
-
-def branches(
-    adapter: Adapter,
-    pipe: Any,
-    state: EditState,
-    layouts: tuple[MixedLayout, MixedLayout],
-    tokens: Tensor,
-    sigma: float,
-) -> list[Tensor]:
-    """The transformer's outputs for a layout without coarse tokens, one for each guidance branch."""
-    layout, reference = layouts
-    rows = list(range(state.batch))
-    config = SpecEditConfig(steps=(0, 0, 1))
-    return adapter.branches(pipe, state, tokens, sigma, rows, layout, state.reference, reference, config)
+        """The transformer's outputs, one for each guidance branch."""
+        self.group.tokens = tokens
+        return self.run.adapter.predict(self.run, self.group, self.sigmas[step])
 
 
 @torch.no_grad()
@@ -85,14 +70,19 @@ def record(pipe: Any, steps: int, **arguments: Any) -> Trajectory:
     bound = inspect.signature(type(pipe).__call__).bind(pipe, **arguments)
     bound.apply_defaults()
     call = {name: value for name, value in bound.arguments.items() if name != "self"}
-    state = adapter.prepare(pipe, call, "auto")
-    sigmas = stage_sigmas(pipe.scheduler, state.grid.tokens, 1.0, 0.0, steps).tolist()
-    layouts = tuple(MixedLayout.all_fine(grid, state.device) for grid in (state.grid, state.reference_grid))
-    tokens, outputs = [state.noise], []
-    for sigma, following in itertools.pairwise(sigmas):
-        outputs.append(branches(adapter, pipe, state, layouts, tokens[-1], sigma))
-        tokens.append(tokens[-1] + (following - sigma) * adapter.guide(state, outputs[-1]))
-    return Trajectory(adapter, pipe, state, layouts, sigmas, tokens, outputs)
+    config = SpecEditConfig(steps=(0, 0, 1))
+    state = adapter.prepare(pipe, call, config)
+    run = Run(adapter, pipe, config, state)
+    sigmas = adapter.sigmas(pipe, state.grid.tokens, 1.0, 0.0, steps).tolist()
+    layout, beside = (MixedLayout.all_fine(grid, state.device) for grid in (state.grid, state.reference_grid))
+    group = LayoutGroup(list(range(state.batch)), layout, state.reference, beside, state.noise, sigmas)
+    trajectory = Trajectory(run, group, sigmas, [state.noise], [])
+    for step, (sigma, following) in enumerate(itertools.pairwise(sigmas)):
+        tokens = trajectory.tokens[-1]
+        outputs = trajectory.branches(tokens, step)
+        trajectory.outputs.append(outputs)
+        trajectory.tokens.append(tokens + (following - sigma) * adapter.guide(run, outputs))
+    return trajectory
 
 
 @dataclass
@@ -183,7 +173,7 @@ def rollout(predictor: lesa.Predictor, trajectory: Trajectory, interval: int) ->
         else:
             weights = predictor(float(step - start), trajectory.sigmas[step], trajectory.sigmas[start])
             outputs = [torch.einsum("k,k...->...", weights.to(d.stack.device), d.stack) for d in histories]
-        velocity = trajectory.adapter.guide(trajectory.state, outputs)
+        velocity = trajectory.run.adapter.guide(trajectory.run, outputs)
         tokens = tokens + (trajectory.sigmas[step + 1] - trajectory.sigmas[step]) * velocity
         if not full[step] and (step + 1 == steps or full[step + 1]):
             truth = trajectory.tokens[step + 1]

@@ -43,7 +43,7 @@ class Accelerated(type):
             super().__delattr__(name)
 
 
-def subclass(stock: type, call: Callable, **body: Any) -> type:
+def subclass(stock: type, call: Callable[..., Any], **body: Any) -> type:
     """A subclass of the same name for one instance alone: save_pretrained and isinstance see what they always saw.
 
     Making an instance of it makes one of `stock`, so `type(pipe)(**parts)`, `from_pipe` and `from_pretrained` give
@@ -53,8 +53,10 @@ def subclass(stock: type, call: Callable, **body: Any) -> type:
     `body`: other attributes of the class.
     """
 
-    @functools.wraps(stock.__init__)  # for inspect.signature(type(pipe))
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+    constructed: Any = stock
+
+    @functools.wraps(constructed.__init__)  # for inspect.signature(type(pipe))
+    def __new__(cls: type, *args: Any, **kwargs: Any) -> Any:
         return stock(*args, **kwargs) if _OWN_CALL in vars(cls) else object.__new__(cls)
 
     function = _own_function(stock, call)
@@ -67,7 +69,8 @@ def subclass(stock: type, call: Callable, **body: Any) -> type:
         _OWN_CALL: function,
         _STOCK: stock,
     }
-    return _metaclass(type(stock))(stock.__name__, (stock,), body)
+    made: type = _metaclass(type(stock))(stock.__name__, (stock,), body)
+    return made
 
 
 def _metaclass(stock: type) -> type:
@@ -76,11 +79,11 @@ def _metaclass(stock: type) -> type:
     return Accelerated if stock is type else type("Accelerated", (Accelerated, stock), {})
 
 
-def _own_function(stock: type, call: Callable) -> Callable:
+def _own_function(stock: type, call: Callable[..., Any]) -> Callable[..., Any]:
     """`__call__` of one class: the stock call's signature, annotations and docstring, and `edit_mask`."""
 
     @functools.wraps(stock.__call__)
-    def __call__(self, *args: Any, edit_mask: Any = None, **kwargs: Any) -> Any:
+    def __call__(self: Any, *args: Any, edit_mask: Any = None, **kwargs: Any) -> Any:
         installation = installation_of(self)
         if installation is None or installation.stock_class is not stock:
             more = {} if edit_mask is None else {"edit_mask": edit_mask}
@@ -91,7 +94,7 @@ def _own_function(stock: type, call: Callable) -> Callable:
             output.report = record.report  # beside the output's items; None of a stock call
         return output
 
-    __call__.__signature__ = _with_mask(inspect.signature(stock.__call__))
+    __call__.__dict__["__signature__"] = _with_mask(inspect.signature(stock.__call__))
     __call__.__annotations__ = dict(getattr(stock.__call__, "__annotations__", {}), edit_mask=Any)
     __call__.__doc__ = f"{(stock.__call__.__doc__ or '').rstrip()}\n{_MASK_DOC}"
     return __call__

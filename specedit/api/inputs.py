@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from ..method import masks
+from ..models.shared.prompts import count_prompts
 
 
 def check(call: dict[str, Any], edit_mask: Any) -> list[Tensor] | None:
@@ -24,7 +25,20 @@ def check(call: dict[str, Any], edit_mask: Any) -> list[Tensor] | None:
     """
     for name, value in call.items():
         _check_finite(name, value)
-    return masks.read_for_call(edit_mask, call)
+    return None if edit_mask is None else _read_mask(edit_mask, call)
+
+
+def _read_mask(mask: Any, call: dict[str, Any]) -> list[Tensor]:
+    """`masks.read` for a call's batch."""
+    known = isinstance(call.get("prompt"), (str, list)) or isinstance(call.get("prompt_embeds"), Tensor)
+    prompts = count_prompts(call) if known else 1  # the pipeline's own check names what is wrong with them
+    image = call.get("image")
+    pictures = len(image) if isinstance(image, (list, tuple)) else 1
+    batch = prompts * (call.get("num_images_per_prompt") or 1)
+    found = masks.read(mask, batch)
+    if not found or batch % len(found):
+        raise masks.wrong_count(found, batch, prompts, pictures)
+    return found
 
 
 def _check_finite(name: str, value: Any) -> None:

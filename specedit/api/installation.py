@@ -82,9 +82,9 @@ class Installation:
     calls: Calls = field(default_factory=Calls)
     switch: Switch = field(default_factory=Switch)
     warned: set[str] = field(default_factory=set)
-    transformers: weakref.WeakSet = field(default_factory=weakref.WeakSet)  # those that were hooked for it
+    transformers: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)  # those that were hooked for it
 
-    def __reduce__(self) -> tuple:  # of a copy, whose calls and transformers are its own
+    def __reduce__(self) -> tuple[Any, ...]:  # of a copy, whose calls and transformers are its own
         return Installation, (self.config, self.adapter, self.stock_class)
 
 

@@ -22,10 +22,10 @@ class Users:
     """The installed pipelines and running calls that need the hooks on one transformer."""
 
     def __init__(self) -> None:
-        self.pipes: weakref.WeakSet = weakref.WeakSet()
-        self.runs: weakref.WeakSet = weakref.WeakSet()
+        self.pipes: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.runs: weakref.WeakSet[Token] = weakref.WeakSet()
 
-    def __reduce__(self) -> tuple:  # nobody uses a copy of a transformer yet
+    def __reduce__(self) -> tuple[Any, ...]:  # nobody uses a copy of a transformer yet
         return Users, ()
 
     def __bool__(self) -> bool:
@@ -36,7 +36,7 @@ def attach(pipe: Any, installation: Installation) -> Users:
     """Put the hooks in place for `pipe`; idempotent."""
     model = _inner(pipe.transformer)
     with LOCK:
-        users = vars(model).setdefault(_USERS, Users())
+        users: Users = vars(model).setdefault(_USERS, Users())
         if installation_of(pipe) is installation:  # or it was uninstalled between its call and here
             users.pipes.add(pipe)
             installation.transformers.add(model)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from .. import __version__
+from ..versions import package_version
 from . import bench, demo, edit, errors, evaluate
 
 
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Fast diffusion image editing.",
         epilog="Errors are one line; SPECEDIT_TRACEBACK=1 in the environment shows the traceback.",
     )
-    parser.add_argument("--version", action="version", version=f"specedit {__version__}")
+    parser.add_argument("--version", action="version", version=f"specedit {package_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in (demo, edit, evaluate, bench):
         command.add(commands)

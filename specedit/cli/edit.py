@@ -63,8 +63,7 @@ def add(commands) -> None:
 def run(args) -> int:
     prompt, config = _check(args)
     silence_libraries()
-    from .. import install
-    from ..api.installing import last_report
+    from ..api.installing import install, last_report
     from ..io import pictures
 
     check_formats(args.out, args.figure, args.compare)

@@ -70,7 +70,8 @@ def _micro(args) -> int:
     silence_libraries()
     from tqdm.auto import tqdm
 
-    from .. import install, micro
+    from .. import micro
+    from ..api.installing import install
     from ..evaluation import results
 
     pipe, _ = pipelines.load(args.model)
@@ -101,7 +102,7 @@ def _public(args) -> int:
         loading.check_model(args.model, EDITORS)
     from tqdm.auto import tqdm
 
-    from .. import install
+    from ..api.installing import install
     from ..config import STOCK_STEPS, resolve
     from ..evaluation import results, tasks
     from ..evaluation import runs as evaluation

@@ -15,8 +15,11 @@ from types import MappingProxyType
 from typing import Any
 
 from ..config import STOCK_STEPS, SpecEditConfig, resolve
-from .flops import MODELS, TOKEN_PIXELS, Forward, transformer_flops
+from ..method.trace import ForwardCall
+from ..registry import selectors
 from .flops import plan as plan_flops
+from .forward import transformer_flops
+from .tables import MODELS, TOKEN_PIXELS
 
 BYTES = 2  # bf16
 MATCHING = 0.03  # a measured edit counts as the planned one within this share of the cells
@@ -66,13 +69,15 @@ class HalfCost:
     channels: int
 
 
+_FLUX_AUTOENCODER = {
+    "encode": HalfCost(264_454_144, 459_024, 34_274_208, 512),
+    "features": HalfCost(68_304_896, 46_608, 27_094_016, 512),
+    "decode": HalfCost(605_618_176, 837_328, 49_545_475, 512),
+}
 AUTOENCODERS: Mapping[str, Mapping[str, HalfCost]] = MappingProxyType(
     {
-        "flux-kontext": {
-            "encode": HalfCost(264_454_144, 459_024, 34_274_208, 512),
-            "features": HalfCost(68_304_896, 46_608, 27_094_016, 512),
-            "decode": HalfCost(605_618_176, 837_328, 49_545_475, 512),
-        },
+        "flux-kontext": _FLUX_AUTOENCODER,
+        "longcat-image-edit": _FLUX_AUTOENCODER,
         "qwen-image-edit": {
             "encode": HalfCost(426_039_296, 401_256, 53_595_872, 384),
             "features": HalfCost(86_446_080, 38_416, 42_128_064, 384),
@@ -88,8 +93,8 @@ def roofline(ops: Iterable[Op], gpu: Gpu) -> float:
 
 
 def transformer_ops(
-    model: str, tokens: int, batch: int = 1, *, text: int | None = None, keys: int | None = None,
-    read: int | None = None,
+    model: str, tokens: float, batch: int = 1, *, text: float | None = None, keys: float | None = None,
+    read: float | None = None,
 ) -> list[Op]:  # fmt: skip
     """Operators of one forward pass over `batch` sequences of `tokens` (text + target + reference) each.
 
@@ -99,14 +104,14 @@ def transformer_ops(
     text: how many of the tokens are text (None: the model's usual prompt). keys, read: as for `transformer_flops`.
     """
     cost = MODELS[model]
-    text = cost.text_tokens if text is None else text
+    spoken = cost.text_tokens if text is None else text
     double, single = cost.config["num_layers"], cost.config.get("num_single_layers", 0)
     d = cost.config["num_attention_heads"] * cost.config["attention_head_dim"]
-    words, every = batch * text, batch * tokens
-    keys = tokens if keys is None else keys
+    words, every = batch * spoken, batch * tokens
+    beside = tokens if keys is None else keys
 
-    def attention(asking: int, count: float) -> Op:
-        return Op("attention", batch * 4 * asking * keys * d, BYTES * batch * 2 * (asking + keys) * d, count)
+    def attention(asking: float, count: float) -> Op:
+        return Op("attention", batch * 4 * asking * beside * d, BYTES * batch * 2 * (asking + beside) * d, count)
 
     ops = [op for rows in (words, every - words) if rows for op in _stream_ops(rows, rows, d, double)]
     ops += [*_single_ops(every, every, d, single), attention(tokens, double + single)]
@@ -133,7 +138,7 @@ def _pointwise(name: str, elements: float, count: float) -> Op:
     return Op(name, 0, BYTES * elements, count)
 
 
-def _qkv_ops(rows: int, asked: int, d: int, count: float) -> list[Op]:
+def _qkv_ops(rows: float, asked: float, d: int, count: float) -> list[Op]:
     """Projections for `rows`, queries of `asked` of them, with norm and rotary embedding."""
     placed = _pointwise("qk norm and rotary", 2 * (rows + asked) * d, count)
     if rows == asked:
@@ -141,7 +146,7 @@ def _qkv_ops(rows: int, asked: int, d: int, count: float) -> list[Op]:
     return [_product("q", asked, d, d, count), _product("kv", rows, d, 2 * d, count), placed]
 
 
-def _stream_ops(rows: int, asked: int, d: int, count: float) -> list[Op]:
+def _stream_ops(rows: float, asked: float, d: int, count: float) -> list[Op]:
     """One stream of double blocks; only `asked` of its rows go beyond their keys and values."""
     return [
         _pointwise("modulation", 6 * d * d, count),
@@ -156,7 +161,7 @@ def _stream_ops(rows: int, asked: int, d: int, count: float) -> list[Op]:
     ]
 
 
-def _single_ops(rows: int, asked: int, d: int, count: float) -> list[Op]:
+def _single_ops(rows: float, asked: float, d: int, count: float) -> list[Op]:
     """Single blocks, as `_stream_ops`."""
     if not count:
         return []
@@ -181,11 +186,12 @@ def autoencoder_ops(model: str, half: str, latent_pixels: int, count: int = 1) -
 
 
 def verification_ops(config: SpecEditConfig, model: str, latent_pixels: int, draft_tokens: int) -> list[Op]:
-    """Operators that turn a draft of so many target tokens into a score: "semantic" compares decoder features of draft
-    and reference."""
-    if config.selector == "variance":
+    """Operators that turn a draft of so many target tokens into a score: decoder features of draft and reference, the
+    decoded draft, or nothing of the decoder."""
+    reads = selectors[config.selector].needs_decoder
+    if reads is None:
         return []
-    if config.selector == "edges":
+    if reads == "picture":
         return autoencoder_ops(model, "decode", latent_pixels)
     draft_pixels = 4 * draft_tokens
     compared = latent_pixels if config.verify_at == "full" else draft_pixels
@@ -230,17 +236,17 @@ def plan(
             bytes=sum(op.count * op.bytes for op in listed), seconds=roofline(listed, hardware),
         )  # fmt: skip
 
-    def forward(call: Forward) -> list[Op]:
-        return transformer_ops(model, call.tokens, text=call.text, keys=call.keys, read=call.read)
+    def forward(call: ForwardCall) -> list[Op]:
+        return transformer_ops(model, call.tokens, call.samples, text=call.text, keys=call.keys, read=call.read)
 
     encode = stage("encode", [(1, autoencoder_ops(model, "encode", latent))])
     decode = stage("decode", [(1, autoencoder_ops(model, "decode", latent))])
     stages, verify = [encode], None
     for row in predicted["stages"]:
-        calls = [(count, forward(call)) for call, count in row["calls"]]
+        calls = [(call.count, forward(call)) for call in row["calls"] if call.tokens]
         stages.append(stage(row["name"], calls, row["steps"], row["tokens"]))
         if row["name"] == "draft":
-            first, _ = row["calls"][0]
+            first = row["calls"][0]
             verify = verification_ops(config, model, latent, (first.tokens - first.text) // 2)
             stages.append(stage("verify", [(1, verify)]))
         if row["name"] == "coarse" and verify is not None and config.verifies_coarse:
@@ -250,7 +256,7 @@ def plan(
     seconds = sum(s["seconds"] for s in stages)
 
     def stock_seconds(steps: int) -> float:
-        return encode["seconds"] + steps * step_seconds(model, full, gpu) + decode["seconds"]
+        return float(encode["seconds"] + steps * step_seconds(model, full, gpu) + decode["seconds"])
 
     seconds_stock = stock_seconds(STOCK_STEPS)
     clock = seconds_stock / seconds
@@ -262,7 +268,7 @@ def plan(
     )  # fmt: skip
 
 
-def step_seconds(model: str, tokens: int, gpu: str) -> float:
+def step_seconds(model: str, tokens: float, gpu: str) -> float:
     """Roofline seconds of one step (every guidance pass) over one sequence."""
     return MODELS[model].passes * roofline(transformer_ops(model, tokens), GPUS[gpu])
 

@@ -16,7 +16,7 @@ from PIL import Image
 from ..api.installing import is_active, last_report
 from ..config import STOCK_STEPS
 from ..io import pictures
-from ..micro.evaluation import mean, psnr
+from .metrics import mean, psnr
 from .tasks import Task
 
 ROWS = "rows.jsonl"

@@ -10,6 +10,26 @@ do need the blocks and keep keys and values besides.
 Time is counted in steps of a stage, as all public code does; `sigma` is there for forecasters that depend on the noise
 level. Histories belong to one stage of one part of a batch and one guidance branch: they are made where the stage is
 entered and dropped with it, so nothing stale can reach another token, sample, branch or run.
+
+To add a method, write one file: here, or in a package of your own with an entry point of the group
+`specedit.forecasts`. It holds a `Forecaster` and, registered, its options:
+
+    class LastForecaster(Forecaster):
+        def reset(self): super().reset(); self.feature = None
+        def tensors(self): return [] if self.feature is None else [self.feature]
+        def _observe(self, step, feature, sigma): self.feature = feature
+        def _predict(self, step, sigma): return self.feature
+
+    @register_forecast
+    @dataclass(frozen=True)
+    class Last(ForecastOptions):       # fields become options: Last(interval=3)
+        name = "last"                  # forecast="last"
+        def make(self, context): return LastForecaster(self.interval, warmup=context.warmup)
+        def operations(self, numbers): return 0.0
+
+`ForecastOptions` has the rest: `validate` checks the fields, `history` says how many full steps a forecast needs,
+`prepare` loads what a run shares (weights), and `context.layout` says where the tokens lie. A method whose steps
+between full ones compute some tokens sets `token_wise`; its forecaster has `store`, `select` and `merge` as in `toca`.
 """
 
 from __future__ import annotations
@@ -35,10 +55,8 @@ class PromptBoundCache:
         """Forget everything."""
         raise NotImplementedError
 
-    def reset_if_prompt_changed(self, prompt: dict[str, Tensor] | None) -> None:
-        """Start over where a callback has replaced the prompt's embeddings, or written to them: what is held answered
-        another question."""
-        words = None if prompt is None else prompt.get("encoder_hidden_states")
+    def reset_if_prompt_changed(self, words: Tensor | None) -> None:
+        """Start over where a callback has replaced the prompt's embeddings, or written to them in place."""
         written = None if words is None or words.is_inference() else words._version
         if self.embeddings is not None and (words is not self.embeddings[0] or written != self.embeddings[1]):
             self.reset()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from ..forecast_options import ForecastContext, ForecastOptions, register_forecast
 from .base import Forecaster
 
 
-class FoCa(Forecaster):
+class FoCaForecaster(Forecaster):
     """A BDF2 predictor and a Heun corrector, one step at a time (h = 1) from the two latest values.
 
     F' = F_k - F_{k-1}                                    latest slope, computed or forecast values alike
@@ -51,3 +54,21 @@ class FoCa(Forecaster):
 
     def _push(self, step: int, value: Tensor) -> None:
         self.values = [(step, value), *self.values[:1]]
+
+
+@register_forecast
+@dataclass(frozen=True)
+class FoCa(ForecastOptions):
+    """FoCa: a predictor and a corrector for the feature's ODE."""
+
+    name = "foca"
+
+    @property
+    def history(self) -> int:
+        return FoCaForecaster.history
+
+    def make(self, context: ForecastContext) -> Forecaster:
+        return FoCaForecaster(self.interval, warmup=context.warmup, backend=context.backend)
+
+    def operations(self, numbers: int) -> float:
+        return 2.0 * 3 * numbers

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..checks import share
+from ..forecast_options import ForecastContext, SeriesOptions, register_forecast
 from ..layout import MixedLayout
 from .base import Differences, Forecaster
 from .hermite import hermite_coefficients
@@ -48,7 +51,7 @@ class LowPass:
         return low if own_grid else self.layout.from_full_grid(low)
 
 
-class FreqCa(Forecaster):
+class FreqCaForecaster(Forecaster):
     """low(x) = low(0); high(x) = sum_{i<=m} D_i s^i H_i(s x) / i! of the high band, m = 2 and s = 0.71 as published.
 
     Exact for constants, and for features whose low band is constant and whose high band is a Hermite expansion. Paper
@@ -78,3 +81,32 @@ class FreqCa(Forecaster):
     def _predict(self, step, sigma) -> Tensor:
         coefficients = hermite_coefficients(step - self.last, len(self.high.steps), self.scale)
         return self.low + self.high.evaluate(coefficients, self.backend)
+
+
+@register_forecast
+@dataclass(frozen=True)
+class FreqCa(SeriesOptions):
+    """FreqCa.
+
+    Args:
+        scale: s of the high band's Hermite forecast, above 0, at most 1.
+        cutoff: where the low band ends, as a share of the largest radial frequency.
+    """
+
+    scale: float = SCALE
+    cutoff: float = CUTOFF
+
+    name = "freqca"
+
+    def validate(self) -> None:
+        self.set("scale", share("scale", self.scale))
+        self.set("cutoff", share("cutoff", self.cutoff))
+
+    def make(self, context: ForecastContext) -> Forecaster:
+        return FreqCaForecaster(
+            self.interval, split=LowPass(context.layout, self.cutoff), order=self.order, scale=self.scale,
+            warmup=context.warmup, backend=context.backend,
+        )  # fmt: skip
+
+    def operations(self, numbers: int) -> float:
+        return super().operations(numbers) + 2.0 * numbers  # the low band is one term more

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
-from .taylor import Taylor
+from ..checks import share
+from ..forecast_options import ForecastContext, SeriesOptions, register_forecast
+from .base import Forecaster
+from .taylor import TaylorForecaster
 
 SCALE = 0.5  # default "hicache_scale_factor" of the public code; the paper explores 0.5 to 0.75
 
@@ -22,7 +26,7 @@ def hermite_coefficients(x: float, count: int, scale: float) -> list[float]:
     return [scale**i * h / math.factorial(i) for i, h in enumerate(hermite(scale * x, count))]
 
 
-class Hermite(Taylor):
+class HermiteForecaster(TaylorForecaster):
     """F(x) = sum_{i<=m} D_i s^i H_i(s x) / i!, with x >= 0 the steps since the last full one and s the scale.
 
     Exact for Hermite expansions with the coefficients D_i. Paper and public code (yiming-l21 and fenglang918, HiCache)
@@ -31,10 +35,30 @@ class Hermite(Taylor):
     """
 
     def __init__(self, interval: int, *, order: int = 2, scale: float = SCALE, **more):
-        if not 0 < scale <= 1:
-            raise ValueError(f"scale: expected a number above 0, at most 1, got {scale!r}")
-        self.scale = scale
+        self.scale = share("scale", scale)
         super().__init__(interval, order=order, **more)
 
     def coefficients(self, step: int, sigma: float | None = None) -> list[float]:
         return hermite_coefficients(step - self.last, len(self.differences.steps), self.scale)
+
+
+@register_forecast
+@dataclass(frozen=True)
+class Hermite(SeriesOptions):
+    """HiCache.
+
+    Args:
+        scale: s of the formula, above 0, at most 1.
+    """
+
+    scale: float = SCALE
+
+    name = "hermite"
+
+    def validate(self) -> None:
+        self.set("scale", share("scale", self.scale))
+
+    def make(self, context: ForecastContext) -> Forecaster:
+        return HermiteForecaster(
+            self.interval, order=self.order, scale=self.scale, warmup=context.warmup, backend=context.backend
+        )

@@ -2,8 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
 from .base import PromptBoundCache
-from .toca import KVCache, PartialForward
+
+
+@dataclass(eq=False)
+class KVCache:
+    """Keys and values (b, S, heads, dim) of every attention module of one branch."""
+
+    entries: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    text_tokens: int = 0  # rows before the target's
+
+    @property
+    def memory(self) -> int:
+        return sum(t.numel() * t.element_size() for pair in self.entries.values() for t in pair)
+
+    def keep(self, rows: int) -> None:
+        """Forget what lies beyond the first `rows` of S: packed sequences of a guidance branch that has left."""
+        for module, (k, v) in self.entries.items():
+            if k.shape[1] > rows:
+                self.entries[module] = (k[:, :rows].contiguous(), v[:, :rows].contiguous())
+
+
+@dataclass(frozen=True, eq=False)
+class PartialForward:
+    """How one branch of a step is computed; the store is filled, or the rows of what is computed replaced in it.
+
+    All tokens (index None), the text and the target tokens `index` (b, m), or all target tokens without the text
+    (`target`).
+    """
+
+    store: KVCache
+    index: Tensor | None = None
+    target: bool = False
+
+    @property
+    def partial(self) -> bool:
+        return self.target or self.index is not None
 
 
 class ReferenceKVCache(PromptBoundCache):

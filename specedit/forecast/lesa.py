@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..forecast_options import ForecastContext, SeriesOptions, register_forecast
 from .base import Differences, Forecaster
 from .taylor import taylor_coefficients
 
@@ -89,7 +92,7 @@ def check_order(predictor: Predictor, order: int) -> None:
         raise ValueError(f"forecast_order: expected {predictor.order}, as the weights were trained, got {order}")
 
 
-class Lesa(Forecaster):
+class LesaForecaster(Forecaster):
     """TaylorSeer's differences with the coefficients of a trained `Predictor`."""
 
     def __init__(self, interval: int, *, predictor: Predictor, order: int = 2, **more):
@@ -171,3 +174,34 @@ def _read(path: str) -> Predictor:
     with safe_open(path, "pt") as file:
         predictor.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     return predictor.eval().requires_grad_(False)
+
+
+@register_forecast
+@dataclass(frozen=True)
+class Lesa(SeriesOptions):
+    """LESA.
+
+    Args:
+        weights: file of `python -m training.lesa`; None takes the packaged weights that fit the transformer.
+    """
+
+    weights: str | None = None
+
+    name = "lesa"
+
+    def validate(self) -> None:
+        if self.weights is None:
+            return
+        if not isinstance(self.weights, (str, os.PathLike)):
+            raise TypeError(f"weights: expected a file name or None, got {self.weights!r}")
+        self.set("weights", os.fspath(self.weights))
+
+    def prepare(self, pipe: Any) -> Predictor:
+        predictor = load(self.weights, pipe.transformer.config)
+        check_order(predictor, self.order)
+        return predictor
+
+    def make(self, context: ForecastContext) -> Forecaster:
+        return LesaForecaster(
+            self.interval, predictor=context.shared, order=self.order, warmup=context.warmup, backend=context.backend
+        )

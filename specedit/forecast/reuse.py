@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
+from ..forecast_options import ForecastContext, ForecastOptions, register_forecast
 from .base import Forecaster
 
 
-class Reuse(Forecaster):
+class ReuseForecaster(Forecaster):
     """F(x) = F(0). Exact for constants.
 
     Paper and public code (prathebaselva/FORA) agree; they keep the outputs of attention and MLP, here it is the
@@ -26,3 +29,17 @@ class Reuse(Forecaster):
 
     def _predict(self, step, sigma) -> Tensor:
         return self.feature
+
+
+@register_forecast
+@dataclass(frozen=True)
+class Reuse(ForecastOptions):
+    """FORA: the last full step's output as it is."""
+
+    name = "reuse"
+
+    def make(self, context: ForecastContext) -> Forecaster:
+        return ReuseForecaster(self.interval, warmup=context.warmup, backend=context.backend)
+
+    def operations(self, numbers: int) -> float:
+        return 0.0

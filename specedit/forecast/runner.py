@@ -8,31 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import FORECASTS, SpecEditConfig
+from ..forecast_options import ForecastContext, ForecastOptions
 from ..layout import MixedLayout
-from . import lesa
 from .base import Forecaster, PromptBoundCache
-from .duca import DuCa
-from .foca import FoCa
-from .freqca import FreqCa, LowPass
-from .hermite import Hermite
-from .reuse import Reuse
-from .taylor import Taylor
-from .toca import PartialForward, ToCa
-
-METHODS: dict[str, type[Forecaster]] = {
-    "reuse": Reuse, "taylor": Taylor, "hermite": Hermite, "foca": FoCa, "freqca": FreqCa, "toca": ToCa, "duca": DuCa,
-    "lesa": lesa.Lesa,
-}  # fmt: skip
-TOKEN_WISE = ("toca", "duca")
-
-
-def forecast_flops(config: SpecEditConfig, numbers: int) -> float:
-    """Operations of one forecast of a feature of `numbers` elements: a multiply-add for every term of its sum."""
-    if config.forecast in ("reuse", *TOKEN_WISE):
-        return 0.0  # tokens that are computed again count as transformer work
-    terms = 3 if config.forecast == "foca" else config.forecast_history + (config.forecast == "freqca")
-    return 2.0 * terms * numbers
+from .kv_cache import PartialForward
 
 
 @dataclass(frozen=True)
@@ -48,27 +27,22 @@ class ForecastRunner(PromptBoundCache):
     """Runs a stage's steps fully, in part or not at all.
 
     Args:
+        options: of the method.
         first: whether this is the run's first stage.
         branches: guidance passes a step; each has a history of its own.
-        predictor: trained weights of `forecast="lesa"`.
+        layout: of the target's tokens.
+        shared: what the options' `prepare` returned for this run.
+        backend: of specedit_kernels.
     """
 
     def __init__(
-        self, config: SpecEditConfig, *, first: bool, branches: int, layout: MixedLayout,
-        predictor: lesa.Predictor | None = None, backend: str | None = None,
+        self, options: ForecastOptions, *, first: bool, branches: int, layout: MixedLayout, shared: Any = None,
+        backend: str | None = None,
     ):  # fmt: skip
-        more: dict[str, Any] = {"warmup": config.forecast_warmup(first), "backend": backend}
-        if FORECASTS[config.forecast] is not None:
-            more["order"] = config.forecast_history - 1
-        if config.forecast == "freqca":
-            more["split"] = LowPass(layout)
-        if config.forecast == "lesa":
-            more["predictor"] = predictor
-        self.config = config
-        make = METHODS[config.forecast]
-        self.branches: list[Forecaster] = [make(config.interval, **more) for _ in range(branches)]
-        self.token_wise = config.forecast in TOKEN_WISE
-        self.done = StepKind(full=True)
+        self.options = options
+        context = ForecastContext(layout, options.warmup(first), backend, shared)
+        self.branches: list[Forecaster] = [options.make(context) for _ in range(branches)]
+        self.last_step = StepKind(full=True)
 
     @property
     def memory(self) -> int:
@@ -84,20 +58,21 @@ class ForecastRunner(PromptBoundCache):
     ) -> list[Tensor]:
         """The branches' outputs (b, N, C) of one step.
 
-        `compute(None)` runs the transformer for every branch; with a TokenCall per branch it fills stores, or gives
-        the outputs (b, m, C) of the tokens they name.
+        `compute(None)` runs the transformer for every branch; with a PartialForward per branch it fills stores, or
+        gives the outputs (b, m, C) of the tokens they name.
         """
         if self.branches[0].refresh(step):
-            outputs = compute([PartialForward(f.store) for f in self.branches] if self.token_wise else None)
+            outputs = compute([PartialForward(f.store) for f in self.branches] if self.options.token_wise else None)
             for forecaster, output in zip(self.branches, outputs, strict=True):
                 forecaster.observe(step, output, sigma)
-            self.done = StepKind(full=True)
+            self.last_step = StepKind(full=True)
             return outputs
-        if self.token_wise and self.branches[0].recomputes(step - self.branches[0].last):
+        if self.options.token_wise and self.options.recomputes(step - self.branches[0].last):
             calls = [PartialForward(f.store, f.select(step)) for f in self.branches]
             outputs = compute(calls)
-            self.done = StepKind(full=False, tokens=calls[0].index.shape[1])
+            self.last_step = StepKind(full=False, tokens=calls[0].index.shape[1])
             return [f.merge(step, c.index, y) for f, c, y in zip(self.branches, calls, outputs, strict=True)]
         outputs = [forecaster.predict(step, sigma) for forecaster in self.branches]
-        self.done = StepKind(full=False, flops=sum(forecast_flops(self.config, output.numel()) for output in outputs))
+        flops = sum(self.options.operations(output.numel()) for output in outputs)
+        self.last_step = StepKind(full=False, flops=flops)
         return outputs

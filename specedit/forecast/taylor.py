@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..forecast_options import ForecastContext, SeriesOptions, register_forecast
 from .base import Differences, Forecaster
 
 
@@ -22,7 +24,13 @@ def newton_coefficients(step: int, nodes: list[int]) -> list[float]:
     return out
 
 
-class Taylor(Forecaster):
+def check_basis(basis: object) -> None:
+    """ValueError unless `basis` is one of the two."""
+    if basis not in ("taylor", "newton"):
+        raise ValueError(f"basis: expected 'taylor' or 'newton', got {basis!r}")
+
+
+class TaylorForecaster(Forecaster):
     """F(x) = sum_{i<=m} D_i x^i / i!, with x the steps since the last full one.
 
     basis="taylor" is paper and public code (Shenyi-Z/TaylorSeer) alike: backward differences stand for derivatives, so
@@ -33,8 +41,7 @@ class Taylor(Forecaster):
     """
 
     def __init__(self, interval: int, *, order: int = 2, basis: str = "taylor", **more):
-        if basis not in ("taylor", "newton"):
-            raise ValueError(f"basis: expected 'taylor' or 'newton', got {basis!r}")
+        check_basis(basis)
         self.order, self.basis, self.history = order, basis, order + 1
         super().__init__(interval, **more)
 
@@ -56,3 +63,27 @@ class Taylor(Forecaster):
 
     def _predict(self, step, sigma) -> Tensor:
         return self.differences.evaluate(self.coefficients(step, sigma), self.backend)
+
+
+@register_forecast
+@dataclass(frozen=True)
+class Taylor(SeriesOptions):
+    """TaylorSeer.
+
+    Args:
+        basis: "taylor", as published, or "newton", the interpolating polynomial. They are equal at order 1.
+    """
+
+    basis: str = "taylor"
+
+    name = "taylor"
+
+    def validate(self) -> None:
+        check_basis(self.basis)
+        if self.basis == "newton" and self.order == 1:
+            raise ValueError("basis: expected 'taylor' with order=1, where both are equal, got 'newton'")
+
+    def make(self, context: ForecastContext) -> Forecaster:
+        return TaylorForecaster(
+            self.interval, order=self.order, basis=self.basis, warmup=context.warmup, backend=context.backend
+        )

@@ -3,58 +3,28 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..checks import number, share
+from ..forecast_options import ForecastContext, ForecastOptions, register_forecast
 from .base import Forecaster
+from .kv_cache import KVCache, PartialForward
 
 FRESH_RATIO = 0.1  # public FLUX code
 STALENESS_WEIGHT = 0.25  # of the cache-frequency score beside the importance
 
-
-@dataclass(eq=False)
-class KVCache:
-    """Keys and values of every attention module of one branch, (b, S, heads, dim) each, by the module's id."""
-
-    entries: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    text_tokens: int = 0  # rows before the target's
-
-    @property
-    def memory(self) -> int:
-        return sum(t.numel() * t.element_size() for pair in self.entries.values() for t in pair)
-
-    def keep(self, rows: int) -> None:
-        """Forget what lies beyond the first `rows` of S: packed sequences of a guidance branch that has left."""
-        for module, (k, v) in self.entries.items():
-            if k.shape[1] > rows:
-                self.entries[module] = (k[:, :rows].contiguous(), v[:, :rows].contiguous())
+__all__ = ["FRESH_RATIO", "STALENESS_WEIGHT", "KVCache", "PartialForward", "ToCa", "ToCaForecaster", "fresh_tokens"]
 
 
-@dataclass(frozen=True, eq=False)
-class PartialForward:
-    """How one branch of a step is computed; the store is filled, or the rows of what is computed replaced in it.
-
-    All tokens (index None), the text and the target tokens `index` (b, m), or all target tokens without the text
-    (`target`).
-    """
-
-    store: KVCache
-    index: Tensor | None = None
-    target: bool = False
-
-    @property
-    def partial(self) -> bool:
-        return self.target or self.index is not None
-
-
-def fresh_tokens(tokens: int) -> int:
+def fresh_tokens(tokens: int, ratio: float = FRESH_RATIO) -> int:
     """How many of `tokens` target tokens a step between full ones computes."""
-    return max(1, math.ceil(FRESH_RATIO * tokens))
+    return max(1, math.ceil(ratio * tokens))
 
 
-class ToCa(Forecaster):
+class ToCaForecaster(Forecaster):
     """Token-wise recomputation.
 
     A full step keeps every block's keys and values. A step between runs the transformer on the text and on a tenth of
@@ -67,6 +37,12 @@ class ToCa(Forecaster):
     code keeps attention and MLP outputs and recomputes the MLP alone, with other tokens in every layer; here one set of
     tokens goes through all layers, attention included. Exact for constants.
     """
+
+    def __init__(
+        self, interval: int, *, fresh_ratio: float = FRESH_RATIO, staleness_weight: float = STALENESS_WEIGHT, **more
+    ):
+        self.fresh_ratio, self.staleness_weight = fresh_ratio, staleness_weight
+        super().__init__(interval, **more)
 
     def reset(self) -> None:
         super().reset()
@@ -81,11 +57,6 @@ class ToCa(Forecaster):
     def memory(self) -> int:
         return super().memory + self.store.memory
 
-    @staticmethod
-    def recomputes(since: int) -> bool:
-        """Whether the `since`-th step after a full one computes tokens at all."""
-        return True
-
     def select(self, step: int) -> Tensor:
         """(b, m) int64, ascending: the target tokens to compute at `step`."""
         tokens = self.feature.shape[1]
@@ -94,8 +65,8 @@ class ToCa(Forecaster):
         length = values[:, start : start + tokens].float().square().sum((2, 3)).sqrt()
         low, high = length.amin(1, keepdim=True), length.amax(1, keepdim=True)
         importance = ((high - length) / (high - low).clamp_min(1e-12)).to(self.age.device)  # kept on the transformer's
-        score = importance + STALENESS_WEIGHT * (step - self.age) / self.interval
-        return score.topk(fresh_tokens(tokens), 1).indices.sort(1).values
+        score = importance + self.staleness_weight * (step - self.age) / self.interval
+        return score.topk(fresh_tokens(tokens, self.fresh_ratio), 1).indices.sort(1).values
 
     def merge(self, step: int, index: Tensor, fresh: Tensor) -> Tensor:
         """The feature with the computed tokens (b, m, C) in place."""
@@ -109,3 +80,47 @@ class ToCa(Forecaster):
 
     def _predict(self, step, sigma) -> Tensor:
         return self.feature
+
+
+@register_forecast
+@dataclass(frozen=True)
+class ToCa(ForecastOptions):
+    """ToCa.
+
+    Args:
+        fresh_ratio: share of the target's tokens that a step between full ones computes, above 0, at most 1.
+        staleness_weight: of a token's age beside its importance, at least 0. Without effect where all are computed.
+    """
+
+    fresh_ratio: float = FRESH_RATIO
+    staleness_weight: float = STALENESS_WEIGHT
+
+    name = "toca"
+    token_wise = True
+
+    def validate(self) -> None:
+        self.set("fresh_ratio", share("fresh_ratio", self.fresh_ratio))
+        expected = "a number of at least 0"
+        self.set("staleness_weight", number("staleness_weight", self.staleness_weight, expected))
+        if not 0 <= self.staleness_weight < math.inf:
+            raise ValueError(f"staleness_weight: expected {expected}, got {self.staleness_weight!r}")
+        if self.fresh_ratio == 1 and self.staleness_weight != STALENESS_WEIGHT:
+            raise ValueError(
+                f"staleness_weight: expected the default with fresh_ratio=1, which computes every token, got "
+                f"{self.staleness_weight!r}"
+            )
+
+    def make(self, context: ForecastContext) -> Forecaster:
+        return ToCaForecaster(
+            self.interval, fresh_ratio=self.fresh_ratio, staleness_weight=self.staleness_weight, warmup=context.warmup,
+            backend=context.backend,
+        )  # fmt: skip
+
+    def operations(self, numbers: int) -> float:
+        return 0.0  # tokens that are computed again count as transformer work
+
+    def recomputes(self, since: int) -> bool:
+        return True
+
+    def fresh_tokens(self, tokens: int) -> int:
+        return fresh_tokens(tokens, self.fresh_ratio)

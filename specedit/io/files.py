@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary file next to `path`, with its suffix; it replaces `path` if the block succeeds.
 
     Missing folders are created. Links are followed. Anything but a regular file, such as /dev/stdout, is written
@@ -32,7 +32,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
+def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file through `replacing`."""
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")

@@ -52,7 +52,7 @@ class Picture:
     notes: tuple[str, ...] = ()
 
 
-def read(file: str | os.PathLike | BinaryIO, name: str | None = None) -> Picture:
+def read(file: str | os.PathLike[str] | BinaryIO, name: str | None = None) -> Picture:
     """The picture in a file, as a viewer shows it.
 
     16-bit grey and floating-point values are scaled. Floats are in 0..1, 0..255 or 0..65535, the first range that holds
@@ -80,14 +80,14 @@ def read(file: str | os.PathLike | BinaryIO, name: str | None = None) -> Picture
         raise PictureError(f"{name}: {_line(error)}") from error
 
 
-def read_mask(file: str | os.PathLike) -> tuple[Image.Image, tuple[str, ...]]:
+def read_mask(file: str | os.PathLike[str]) -> tuple[Image.Image, tuple[str, ...]]:
     """A picture for `edit_mask`, upright and otherwise unchanged, and notes. Raises as `read` does."""
     image, notes = _open(file, str(file))
     turn = _turn(image)
     return image if turn is None else image.transpose(turn), notes
 
 
-def check_target(path: str | os.PathLike) -> None:
+def check_target(path: str | os.PathLike[str]) -> None:
     """Check before any work that `write` can write an RGB picture to `path`.
 
     Raises:
@@ -107,7 +107,7 @@ def check_target(path: str | os.PathLike) -> None:
         raise PictureError(f"{path}: {_line(error)}") from error
 
 
-def write(image: Image.Image, path: str | os.PathLike, *, alpha: Image.Image | None = None) -> tuple[str, ...]:
+def write(image: Image.Image, path: str | os.PathLike[str], *, alpha: Image.Image | None = None) -> tuple[str, ...]:
     """Write a picture to a temporary file and move it into place, so that a failure leaves the old file.
 
     Args:
@@ -122,7 +122,8 @@ def write(image: Image.Image, path: str | os.PathLike, *, alpha: Image.Image | N
         PictureError: as `check_target`, or writing fails.
     """
     check_target(path)
-    place, form, notes = Path(os.path.realpath(path)), _check_format(Path(path)), ()
+    place, form = Path(os.path.realpath(path)), _check_format(Path(path))
+    notes: tuple[str, ...] = ()
     if alpha is not None and form not in ALPHA_FORMATS:
         notes = (f"{path}: {form} holds no transparency, so the picture lies on white",)
     elif alpha is not None:
@@ -211,7 +212,7 @@ def _scale_key(image: Image.Image, stream: BinaryIO) -> None:
 def _turn(image: Image.Image) -> Image.Transpose | None:
     """The transposition that turns the picture upright, from its EXIF orientation."""
     try:
-        return TURNS.get(image.getexif().get(ORIENTATION))
+        return TURNS.get(image.getexif().get(ORIENTATION, 1))
     except Exception:  # damaged EXIF
         return None
 

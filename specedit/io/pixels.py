@@ -67,9 +67,9 @@ def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
         grey, alpha = (image if image.mode == "LA" else image.convert("LA")).split()
         return grey, alpha
     if image.mode in ALPHA or image.info.get("transparency") is not None or _palette_has_alpha(image):
-        grey = image.mode in ("1", "L")
+        colours = "L" if image.mode in ("1", "L") else "RGB"
         image = image.convert("RGBA")
-        return image.convert("L" if grey else "RGB"), image.getchannel("A")
+        return image.convert(colours), image.getchannel("A")
     if image.mode in ("1", "P"):
         return image.convert("L" if image.mode == "1" else "RGB"), None
     return image, None
@@ -105,10 +105,16 @@ def _from_float(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.round(values * (255 / white)).astype(np.uint8))
 
 
+def _converted(image: Image.Image, profile: Any) -> Image.Image:
+    converted = ImageCms.profileToProfile(image, profile, _srgb(), outputMode="RGB")
+    assert converted is not None  # None is for conversions in place
+    return converted
+
+
 def _plain(image: Image.Image) -> Image.Image:
     """An 8-bit picture without a profile as RGB."""
     if image.mode == "LAB":
-        return ImageCms.profileToProfile(image, ImageCms.createProfile("LAB"), _srgb(), outputMode="RGB")
+        return _converted(image, ImageCms.createProfile("LAB"))
     return image.convert("RGB")
 
 
@@ -120,7 +126,7 @@ def _by_profile(image: Image.Image, profile: bytes) -> Image.Image:
     expected = {"GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}.get(space)
     if image.mode != expected:
         raise ValueError(f"it is for {space}, and the picture is {image.mode}")
-    return ImageCms.profileToProfile(image, opened, _srgb(), outputMode="RGB")
+    return _converted(image, opened)
 
 
 def _from_rgb(image: Image.Image, profile: Any) -> Image.Image:
@@ -131,7 +137,9 @@ def _from_rgb(image: Image.Image, profile: Any) -> Image.Image:
     converted = np.asarray(ImageCms.applyTransform(Image.fromarray(colours), transform))
     if np.abs(converted.astype(int) - colours).max() <= SAME:
         return image
-    return ImageCms.applyTransform(image, transform)
+    moved = ImageCms.applyTransform(image, transform)
+    assert moved is not None
+    return moved
 
 
 def _srgb() -> Any:

@@ -1,10 +1,11 @@
-"""What a model family must provide so that the sampler can run it, and the state of one edit."""
+"""What the method asks of a model family (`Adapter`), and one run of it: `Run`, `EditState` and `LayoutGroup`."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,23 @@ from torch import Tensor
 from ..config import SpecEditConfig
 from ..layout import GridSet, LayoutSet, MixedLayout, TokenGrid
 from ..placement import Placement, layouts_beside
+from .schedule import stage_sigmas, supported
+from .trace import Trace
+
+if TYPE_CHECKING:
+    from ..forecast import ForecastRunner, PartialForward, ReferenceKVCache
+
+
+class Conditioning:
+    """What a call conditions the model on, besides the reference. Every family has a dataclass of its own.
+
+    dtype: of the embeddings, in which callbacks see latents. source: the pictures being edited, (B, 3, H, W) float32 in
+    0..1, where they lie on the output, or None. prompt_embeds: of the prompt's branch; a callback may replace them.
+    """
+
+    dtype: torch.dtype = torch.float32
+    source: Tensor | None = None
+    prompt_embeds: Tensor | None = None
 
 
 @dataclass
@@ -21,10 +39,6 @@ class EditState:
     """One call of the pipeline, prepared: everything that the stages share.
 
     Tokens are packed 2 x 2 latent patches, (B, N, C); noise and references are float32.
-
-    Of `extra`, which is the adapter's own, the call reads three entries: `dtype`, in which latents are shown to
-    callbacks; `source`, the pictures being edited, (B, 3, H, W) float32 in 0..1, where they lie on the output, or None;
-    and `positive["encoder_hidden_states"]`, the prompt's embeddings, which a callback may replace.
     """
 
     grid: TokenGrid  # the output's
@@ -42,7 +56,7 @@ class EditState:
     prompts: int = 1  # whose images stand together in the batch
     pictures: int = 1  # being edited, over which the batch repeats
     last_block: bool = False  # whether the transformer's last block computes the target's rows alone
-    extra: dict[str, Any] = field(default_factory=dict)  # the adapter's own: embeddings, guidance, ...
+    conditioning: Conditioning = field(default_factory=Conditioning)  # the family's own: embeddings, guidance, ...
 
     def __post_init__(self) -> None:
         if not self.placements:
@@ -54,12 +68,13 @@ class EditState:
 
     @property
     def _grids(self) -> tuple[TokenGrid, ...]:
-        return getattr(self.reference_grid, "grids", (self.reference_grid,))
+        return self.reference_grid.grids
 
     @property
     def references(self) -> tuple[Tensor, ...]:
         """Every reference's tokens (B, n, C)."""
-        return self.reference.split([grid.tokens for grid in self._grids], 1)
+        references: tuple[Tensor, ...] = self.reference.split([grid.tokens for grid in self._grids], 1)
+        return references
 
     @property
     def placement(self) -> Placement:
@@ -88,6 +103,12 @@ class EditState:
         return layouts_beside(layout, tuple(p.cells(scale) if scale > 1 else p for p in self.placements))
 
     @property
+    def texts(self) -> tuple[float, ...]:
+        """Text tokens of every guidance branch, the prompt's first."""
+        negative = self.text_tokens if self.negative_text_tokens is None else self.negative_text_tokens
+        return (self.text_tokens, negative)[: self.branches]
+
+    @property
     def batch(self) -> int:
         return self.noise.shape[0]
 
@@ -98,7 +119,54 @@ class EditState:
     def draw(self, tokens: int) -> Tensor:
         """(B, tokens, C) float32 white noise from the caller's generator."""
         shape = (self.batch, tokens, self.noise.shape[2])
-        return randn_tensor(shape, generator=self.generator, device=self.device, dtype=torch.float32)
+        noise: Tensor = randn_tensor(shape, generator=self.generator, device=self.device, dtype=torch.float32)
+        return noise
+
+
+@dataclass
+class LayoutGroup:
+    """Samples of the batch that share a layout, and their state.
+
+    rows: which samples, b of them. tokens (b, layout.tokens, C) at the noise level `sigmas[i]` before step i. forecast,
+    kv: caches of this stage, which end with it. clean: what the last step predicted, x0 = x - s v, where the coarse
+    stage is verified. inputs: what an adapter makes once for this group and stage, by its own keys.
+    """
+
+    rows: list[int]
+    layout: MixedLayout
+    reference: Tensor
+    reference_layout: MixedLayout | LayoutSet
+    tokens: Tensor
+    sigmas: list[float]
+    forecast: ForecastRunner | None = None
+    kv: ReferenceKVCache | None = None
+    clean: Tensor | None = None
+    inputs: dict[Any, Any] = field(default_factory=dict)
+    cached: int = 0  # steps that were not computed fully
+    reused: int = 0  # steps that ran over the target's tokens alone
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory that the caches hold."""
+        return sum(cache.memory for cache in (self.forecast, self.kv) if cache is not None)
+
+
+@dataclass
+class Run:
+    """One edit under way: `adapter` computes it on `pipe` as `config` says, and `trace` follows it."""
+
+    adapter: Adapter
+    pipe: Any
+    config: SpecEditConfig
+    state: EditState
+    trace: Trace = field(default_factory=Trace)
+
+    def set_current_timestep(self, sigma: float) -> Tensor:
+        """Show a step's timestep, () float32, as `pipe.current_timestep`, which hooks on the transformer may read."""
+        # Filled on the device: a copy from the host would wait for the step before to end.
+        timestep = torch.full((), sigma * 1000, device=self.state.device)
+        self.pipe._current_timestep = timestep  # which another thread's call may replace at once
+        return timestep
 
 
 def active_branches(state: EditState, config: SpecEditConfig, sigma: float) -> int:
@@ -119,76 +187,87 @@ def place_references(
     adapter: Adapter, pipe: Any, output: TokenGrid, references: TokenGrid | GridSet
 ) -> tuple[Placement, ...]:
     """Where each reference lies on the output, by the adapter's `reference_offset`."""
-    grids = getattr(references, "grids", (references,))
-    return tuple(Placement(output, grid, *adapter.reference_offset(pipe, output, grid)) for grid in grids)
+    return tuple(Placement(output, grid, *adapter.reference_offset(pipe, output, grid)) for grid in references.grids)
 
 
-class Adapter(Protocol):
-    """A model family. One instance serves one installed pipeline; what a run needs travels in the state."""
+class Adapter(ABC):
+    """A model family. One instance serves one installed pipeline; what a run needs travels in the `Run`."""
 
-    name: str
-    pipelines: str  # the classes it serves, for messages
-    token_wise: bool  # whether `branches` takes calls for single tokens
-    keeps_reference: bool  # whether it takes calls for the target's tokens alone
+    name: ClassVar[str]
+    pipelines: ClassVar[str]  # the classes it serves, for messages
+    token_wise: ClassVar[bool] = False  # whether `predict` computes single tokens
+    keeps_reference: ClassVar[bool] = False  # whether it computes the target's tokens alone
+    calls: ClassVar[tuple[type, ...]] = ()  # classes outside diffusers whose `__call__` it runs as they do
+    geometry: Any = None
 
     @staticmethod
+    @abstractmethod
     def matches(pipe: Any) -> bool:
         """Whether this adapter knows the pipeline's class."""
 
-    def refusal(self, pipe: Any, call: dict[str, Any], backend: str) -> str | None:
-        """Why this call cannot be accelerated (one phrase), or None. `backend`: `attention` of the configuration."""
+    @abstractmethod
+    def refusal(self, pipe: Any, call: dict[str, Any], attention: str) -> str | None:
+        """Why this call cannot be accelerated (one phrase), or None. `attention`: of the configuration."""
 
-    def prepare(self, pipe: Any, call: dict[str, Any], attention: str) -> EditState:
+    @abstractmethod
+    def prepare(self, pipe: Any, call: dict[str, Any], config: SpecEditConfig) -> EditState:
         """Check and encode the call's arguments as the stock pipeline does."""
 
+    @abstractmethod
     def reference_offset(self, pipe: Any, output: TokenGrid, reference: TokenGrid) -> tuple[int, int]:
         """Row and column of the output's grid at which the model's positions put the reference's first token."""
 
+    @abstractmethod
     def call_size(self, pipe: Any, picture: Any) -> dict[str, Any]:
         """Size arguments of the call that give the output the grid of the picture being edited; see `size_for`."""
 
-    def draft_state(self, pipe: Any, state: EditState, config: Any) -> EditState:
-        """The state that the draft runs with: `state` itself, or one with what a small image of its own changes."""
+    def draft_state(self, run: Run) -> EditState:
+        """The state that the draft runs with: the run's own, or one with what a small image of its own changes."""
+        return run.state
 
-    def velocity(
-        self,
-        pipe: Any,
-        state: EditState,
-        tokens: Tensor,
-        sigma: float,
-        rows: list[int],
-        layout: MixedLayout,
-        reference: Tensor,
-        reference_layout: MixedLayout | LayoutSet,
-        config: Any,
-    ) -> Tensor:
-        """Velocity e - x0 (b, N, C) float32 of the batch rows `rows`, whose tokens share `layout`."""
+    def sigmas(self, pipe: Any, tokens: int, start: float, end: float, steps: int) -> Tensor:
+        """Sigmas (steps + 1,) float32 of a stage of `tokens` target tokens: the model's schedule in [end, start]."""
+        return stage_sigmas(pipe.scheduler, tokens, start, end, steps)
 
-    def branches(
-        self, pipe: Any, state: EditState, tokens: Tensor, sigma: float, rows: list[int], layout: MixedLayout,
-        reference: Tensor, reference_layout: MixedLayout, config: Any, calls: list[Any] | None = None,
-    ) -> list[Tensor]:  # fmt: skip
-        """What `velocity` combines: the output (b, N, C) float32 of every branch that is active, the prompt's first.
+    def schedule_refusal(self, pipe: Any) -> str | None:
+        """Why `sigmas` is not the schedule of the pipeline as it is now (one phrase), or None. Goes with `sigmas`."""
+        return supported(getattr(pipe, "scheduler", None))
 
-        `calls`: None, or for each branch a `forecast.toca.TokenCall` that has the attention modules keep keys and
-        values, and may ask for the outputs (b, m, C) of some target tokens alone (where the adapter is `token_wise`),
-        or to compute nothing but the target's tokens (`keeps_reference`).
+    @abstractmethod
+    def predict(
+        self, run: Run, group: LayoutGroup, sigma: float, partial: list[PartialForward] | None = None
+    ) -> list[Tensor]:
+        """Outputs (b, N, C) float32 of the transformer for every active guidance branch, the prompt's first.
+
+        partial: None, or for each branch what has the attention modules keep keys and values, and may ask for the
+        outputs (b, m, C) of some target tokens alone (where the adapter is `token_wise`), or for a forward pass over
+        the target's tokens alone (`keeps_reference`).
         """
 
-    def guide(self, state: EditState, outputs: list[Tensor]) -> Tensor:
+    @abstractmethod
+    def guide(self, run: Run, outputs: list[Tensor]) -> Tensor:
         """Velocity from the branches' outputs: classifier-free guidance, or the only one as it is."""
 
+    def velocity(self, run: Run, group: LayoutGroup, sigma: float) -> Tensor:
+        """Velocity e - x0 (b, N, C) float32 of a group."""
+        return self.guide(run, self.predict(run, group, sigma))
+
+    @abstractmethod
     def features(self, pipe: Any, tokens: Tensor, grid: TokenGrid) -> list[Tensor]:
         """Decoder features of clean tokens (B, N, C): conv_in, mid_block, first up block, each (B, c, h, w)."""
 
+    @abstractmethod
     def decode(self, pipe: Any, state: EditState, tokens: Tensor, output_type: str) -> Any:
         """Clean tokens (B, N, C) of the full grid to images, as the stock pipeline returns them."""
 
+    @abstractmethod
     def output(self, images: Any) -> Any:
         """What the stock pipeline returns for `return_dict=True`."""
 
+    @abstractmethod
     def attach(self, pipe: Any) -> None:
         """Put this package's attention processors in place; idempotent. Touches nothing but `pipe.transformer`."""
 
+    @abstractmethod
     def detach(self, pipe: Any) -> None:
         """Put back exactly what `attach` replaced. Of `pipe` only `transformer` is read, which other ones may share."""

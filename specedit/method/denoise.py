@@ -1,121 +1,62 @@
-"""One Euler step of samples that share a layout: computed, wholly or in part, or forecast, and what that costs."""
+"""One Euler step of samples that share a layout (paper, section 3.4.3): computed, wholly or in part, or forecast."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from ..config import SpecEditConfig
-from ..cost.flops import transformer_flops
-from ..forecast import ForecastRunner, ReferenceKVCache
-from ..forecast.toca import PartialForward
-from ..layout import LayoutSet, MixedLayout
-from .adapter import Adapter, EditState, active_branches
+from ..forecast import PartialForward
+from .adapter import LayoutGroup, Run, active_branches
+from .trace import ForwardCall, step_calls
 
 
-@dataclass
-class LayoutGroup:
-    """Samples of the batch that share a layout, and their state (b, layout.tokens, C)."""
-
-    rows: list[int]
-    layout: MixedLayout
-    reference: Tensor
-    reference_layout: MixedLayout | LayoutSet
-    tokens: Tensor
-    sigmas: list[float]
-    # Caches are made with the part, so no stage inherits another's.
-    histories: ForecastRunner | None = None
-    kept: ReferenceKVCache | None = None
-    flops: float = 0.0
-    cached: int = 0  # steps that were not computed fully
-    reused: int = 0  # steps that ran over the target's tokens alone
-    clean: Tensor | None = None  # what the last step predicted, x0 = x - s v, where somebody looks
-
-    @property
-    def cache_bytes(self) -> int:
-        return sum(cache.memory for cache in (self.histories, self.kept) if cache is not None)
+def euler_step(run: Run, group: LayoutGroup, i: int, *, keep_clean: bool = False) -> None:
+    """Eq. 11: step `i` of the group's stage, x += (s' - s) v. `keep_clean`: its clean prediction x - s v too."""
+    sigma, following = group.sigmas[i : i + 2]
+    velocity = group_velocity(run, group, i)
+    if keep_clean:
+        group.clean = group.tokens - sigma * velocity
+    group.tokens = group.tokens + (following - sigma) * velocity
 
 
-def reference_kv_cache(adapter: Adapter, config: SpecEditConfig) -> ReferenceKVCache | None:
-    """What a part will keep of text and reference, or None where the configuration keeps nothing."""
-    if config.reference_refresh is None:
-        return None
-    if not adapter.keeps_reference:
-        raise ValueError(
-            f"reference_refresh: expected None for {adapter.name}, which cannot compute the target's tokens alone, "
-            f"got {config.reference_refresh}"
-        )
-    return ReferenceKVCache(config.reference_refresh)
+def group_velocity(run: Run, group: LayoutGroup, i: int) -> Tensor:
+    """Velocity (b, N, C) of step `i`, whose forward calls are added to the trace."""
+    adapter, sigma = run.adapter, group.sigmas[i]
+    run.set_current_timestep(sigma)
+    branches, prompt = active_branches(run.state, run.config, sigma), run.state.conditioning.prompt_embeds
+
+    def compute(partial: list[PartialForward] | None) -> list[Tensor]:
+        if group.kv is not None:
+            group.kv.reset_if_prompt_changed(prompt)
+            partial = group.kv.calls(i, branches)
+            group.reused += partial[0].target
+        run.trace.calls += forward_calls(run, group, branches, partial[0] if partial else None)
+        return adapter.predict(run, group, sigma, partial)
+
+    if group.forecast is None and group.kv is None:
+        run.trace.calls += forward_calls(run, group, branches)
+        return adapter.velocity(run, group, sigma)
+    if group.forecast is None:
+        return adapter.guide(run, compute(None))
+    group.forecast.reset_if_prompt_changed(prompt)
+    outputs = group.forecast.step(i, sigma, compute)
+    group.cached += not group.forecast.last_step.full
+    if (operations := group.forecast.last_step.flops) > 0:
+        each = operations / (len(group.rows) * branches)
+        run.trace.calls.append(ForwardCall(stage_of(run), 0, samples=len(group.rows), count=branches, forecast=each))
+    return adapter.guide(run, outputs)
 
 
-def group_velocity(
-    adapter: Adapter, pipe: Any, state: EditState, part: LayoutGroup, i: int, config: SpecEditConfig
-) -> Tensor:
-    """Velocity of one step of one part, and its work added to the part's account."""
-    sigma = part.sigmas[i]
-    set_current_timestep(pipe, state, sigma)
-    call = (
-        pipe, state, part.tokens, sigma, part.rows, part.layout, part.reference, part.reference_layout, config,
-    )  # fmt: skip
-    branches = active_branches(state, config, sigma)
-
-    def compute(calls: list[PartialForward] | None) -> list[Tensor]:
-        if part.kept is not None:
-            part.kept.reset_if_prompt_changed(state.extra.get("positive"))
-            calls = part.kept.calls(i, branches)
-            part.reused += calls[0].target
-        part.flops += len(part.rows) * call_flops(pipe, state, part, branches, calls[0] if calls else None)
-        return adapter.branches(*call, calls)
-
-    if part.histories is None and part.kept is None:
-        part.flops += len(part.rows) * call_flops(pipe, state, part, branches)
-        return adapter.velocity(*call)
-    if part.histories is None:
-        return adapter.guide(state, compute(None))
-    part.histories.reset_if_prompt_changed(state.extra.get("positive"))
-    outputs = part.histories.step(i, sigma, compute)
-    part.cached += not part.histories.done.full
-    part.flops += part.histories.done.flops
-    return adapter.guide(state, outputs)
-
-
-def set_current_timestep(pipe: Any, state: EditState, sigma: float) -> Tensor:
-    """Show a step's timestep, () float32, as `pipe.current_timestep`, which hooks on the transformer may read."""
-    # Filled on the device: a copy from the host would wait for the step before to end.
-    timestep = torch.full((), sigma * 1000, device=state.device)
-    pipe._current_timestep = timestep  # which another thread's call may replace at once
-    return timestep
-
-
-def call_flops(
-    pipe: Any, state: EditState, part: LayoutGroup, branches: int, call: PartialForward | None = None
-) -> float:
-    """Operations of one step of one sample: over all its tokens, or over those that `call` asks for."""
-    target, beside = part.layout.tokens, part.reference_layout.tokens
-    if call is None or not call.partial:
-        return forward_flops(pipe, state, target + beside, branches, read=target if state.last_block else None)
-    image = target if call.target else call.index.shape[1]
-    return forward_flops(
-        pipe, state, image, branches, kept=target + beside - image, text=not call.target,
-        read=image if state.last_block else None,
+def forward_calls(
+    run: Run, group: LayoutGroup, branches: int, partial: PartialForward | None = None
+) -> list[ForwardCall]:
+    """The forward calls of one step over all tokens of a group, or over those that `partial` asks for."""
+    return step_calls(
+        stage_of(run), run.state.texts[:branches], group.layout.tokens, group.reference_layout.tokens,
+        samples=len(group.rows), trims=run.state.last_block, alone=partial is not None and partial.target,
+        fresh=None if partial is None or partial.index is None else partial.index.shape[1],
     )  # fmt: skip
 
 
-def forward_flops(
-    pipe: Any, state: EditState, image: float, branches: int, *, kept: float = 0, text: bool = True,
-    read: float | None = None,
-) -> float:  # fmt: skip
-    """Operations of one step of one sample over `image` tokens and, where `text` says so, its prompts'.
-
-    branches: guidance passes; a negative prompt may have another length. kept: tokens beside the text that are only
-    attended to. read: tokens whose output is read, where the last block computes no others.
-    """
-    flops = 0.0
-    negative = state.text_tokens if state.negative_text_tokens is None else state.negative_text_tokens
-    for words in (state.text_tokens, negative)[:branches]:
-        tokens = image + words if text else image
-        flops += transformer_flops(pipe.transformer.config, tokens, image + kept + words, read)
-    return flops
+def stage_of(run: Run) -> str:
+    """The name of the stage under way; empty for steps outside of one."""
+    return "" if run.trace.stage is None else run.trace.stage.name

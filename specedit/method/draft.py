@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..config import SpecEditConfig
 from ..layout import MixedLayout, TokenGrid, mean_pixels
-from .adapter import Adapter, EditState
-from .denoise import LayoutGroup, group_velocity, reference_kv_cache
-from .expand import coarsen_noise
-from .schedule import stage_sigmas
+from .adapter import EditState, LayoutGroup, Run
+from .caches import drop_caches, reference_kv_cache
+from .denoise import euler_step
 
 
 def shrink(tokens: Tensor, grid: TokenGrid, scale: int) -> tuple[Tensor, TokenGrid]:
@@ -29,34 +26,36 @@ def small_reference(state: EditState, scale: int) -> Tensor:
     return torch.cat([shrink(*place.with_lead(tokens, scale), scale)[0] for tokens, place in each], 1)
 
 
-def generate(
-    adapter: Adapter, pipe: Any, state: EditState, config: SpecEditConfig, on_step: Callable[[], None]
-) -> LayoutGroup:
+def generate(run: Run) -> LayoutGroup:
     """Denoise the draft (eq. 5), a small image of its own: own positions, own schedule.
 
-    Returns all samples, with their clean tokens (B, n, C), and what they cost.
+    Returns all samples, with their clean tokens (B, n, C).
     """
+    trace = run.trace
+    with trace.running("draft") as stage:
+        run = replace(run, state=run.adapter.draft_state(run))
+        group = start(run)
+        stage.start(run, [group])
+        for i in range(run.config.draft_steps):
+            if trace.interrupted:
+                break
+            euler_step(run, group, i)
+            trace.after_step(run, [group], i, draft=True)
+        drop_caches([group])
+    return group
+
+
+def start(run: Run) -> LayoutGroup:
+    """Noise and small references (eq. 4) of a draft."""
+    state, config = run.state, run.config
     grid = state.grid.coarse(config.draft_scale)
     reference = small_reference(state, config.draft_scale)
-    if config.couple_noise:
-        tokens, fine = state.noise, state.grid
-        for _ in range(config.draft_scale // 2):
-            tokens, fine = coarsen_noise(tokens, fine), fine.coarse()
-    else:
-        tokens = state.draw(grid.tokens)
+    tokens = state.draw(grid.tokens)
     layout = MixedLayout.all_fine(grid, state.device)
-    reference_layout = state.beside(layout, config.draft_scale)
-    sigmas = stage_sigmas(pipe.scheduler, grid.tokens, 1.0, 0.0, config.draft_steps).tolist()
-    part = LayoutGroup(list(range(state.batch)), layout, reference, reference_layout, tokens, sigmas)
-    part.kept = reference_kv_cache(adapter, config)
-    for i in range(config.draft_steps):
-        if pipe.interrupt:
-            break
-        velocity = group_velocity(adapter, pipe, state, part, i, config)
-        part.tokens = part.tokens + (sigmas[i + 1] - sigmas[i]) * velocity
-        on_step()
-    part.kept = None
-    return part
+    beside = state.beside(layout, config.draft_scale)
+    sigmas = run.adapter.sigmas(run.pipe, grid.tokens, 1.0, 0.0, config.draft_steps).tolist()
+    rows = list(range(state.batch))
+    return LayoutGroup(rows, layout, reference, beside, tokens, sigmas, kv=reference_kv_cache(run))
 
 
 def upsample(tokens: Tensor, grid: TokenGrid, scale: int, target: TokenGrid) -> Tensor:

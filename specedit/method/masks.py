@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..models.shared.prompts import count_prompts
 from ..placement import picture_cells
 from .adapter import EditState
 
@@ -53,21 +52,6 @@ def read(mask: Any, batch: int = 1) -> list[Tensor]:
     return [pixels for each, _ in read_each for pixels in each]
 
 
-def read_for_call(mask: Any, call: dict[str, Any]) -> list[Tensor] | None:
-    """`read` for a call's batch, before any work is done; None without a mask."""
-    if mask is None:
-        return None
-    known = isinstance(call.get("prompt"), (str, list)) or isinstance(call.get("prompt_embeds"), Tensor)
-    prompts = count_prompts(call) if known else 1  # the pipeline's own check names what is wrong with them
-    image = call.get("image")
-    pictures = len(image) if isinstance(image, (list, tuple)) else 1
-    batch = prompts * (call.get("num_images_per_prompt") or 1)
-    masks = read(mask, batch)
-    if not masks or batch % len(masks):
-        raise _wrong_count(masks, batch, prompts, pictures)
-    return masks
-
-
 def cells_of_mask(mask: Any, state: EditState) -> Tensor:
     """Edited cells (B, cells_h, cells_w) bool of a mask as `read` takes it: cells that overlap a pixel to edit.
 
@@ -79,7 +63,7 @@ def cells_of_mask(mask: Any, state: EditState) -> Tensor:
     masks = read(mask, state.batch)
     count, batch = len(masks), state.batch
     if count not in (1, batch, state.pictures, state.prompts):
-        raise _wrong_count(masks, batch, state.prompts, state.pictures)
+        raise wrong_count(masks, batch, state.prompts, state.pictures)
     cells = torch.cat([picture_cells(one[None].float().to(state.device), state.placement) for one in masks])
     if not bool(cells.flatten(1).any(1).all()):
         raise ValueError("edit_mask: expected nonzero pixels on the output, got all of them where it is cropped")
@@ -88,10 +72,11 @@ def cells_of_mask(mask: Any, state: EditState) -> Tensor:
     return cells.repeat_interleave(batch // count, 0)
 
 
-def _wrong_count(masks: list[Tensor], batch: int, prompts: int, pictures: int) -> ValueError:
+def wrong_count(masks: list[Tensor], batch: int, prompts: int, pictures: int) -> ValueError:
+    """The error for a number of masks that does not fit a batch."""
     several = (("picture", pictures), ("prompt", prompts))
-    wanted = [f"{n}, one for each {what}" for what, n in several if 1 < n < batch]
-    wanted = " or ".join(["1 mask", *wanted, *([f"{batch}, one for each image"] if batch > 1 else [])])
+    each = [f"{n}, one for each {what}" for what, n in several if 1 < n < batch]
+    wanted = " or ".join(["1 mask", *each, *([f"{batch}, one for each image"] if batch > 1 else [])])
     hint = "; the channels of a colour mask are its last axis" if len(masks) in (3, 4) else ""
     return ValueError(f"edit_mask: expected {wanted}, got {len(masks)}{hint}")
 
@@ -176,10 +161,11 @@ def _check_values(samples: list[np.ndarray]) -> None:
 
 def _pixels(values: np.ndarray) -> np.ndarray:
     """(H, W) bool of one mask (H, W) or (H, W, C)."""
+    nonzero: np.ndarray = values != 0
     if values.ndim == 2:
-        return values != 0
+        return nonzero
     if values.shape[2] in (1, 3):
-        return (values != 0).any(-1)
-    colours, alpha = values[..., :-1], values[..., -1]
+        return np.asarray(nonzero.any(-1))
+    alpha = values[..., -1]
     flat = alpha[0, 0] != 0 and (alpha == alpha[0, 0]).all()
-    return (colours != 0).any(-1) if flat else alpha != 0
+    return np.asarray(nonzero[..., :-1].any(-1) if flat else nonzero[..., -1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -32,16 +34,16 @@ def blend_latents(tokens: Tensor, reference: Tensor, edited: Tensor, grid: Token
     return torch.where(weight == 0, reference, weight * tokens + (1 - weight) * reference)
 
 
-def keep_pixels(images, source: Tensor, edited: Tensor, cell: int, output_type: str):
+def keep_pixels(images: Any, source: Tensor, edited: Tensor, cell: int, output_type: str) -> Any:
     """Images with the source's own pixels outside the feathered edit mask, bit for bit.
 
     images: what the pipeline returns for `output_type`: list of PIL, array (B, H, W, 3) or tensor (B, 3, H, W) in 0..1.
     source (B, 3, H, W) float32 in 0..1; edited (B, h, w) bool cells of `cell` px.
     """
-    weight = feather(edited, cell, cell // 4, tuple(source.shape[-2:]))
+    weight = feather(edited, cell, cell // 4, (source.shape[-2], source.shape[-1]))
     if output_type == "pt":
-        kept, mix = source.to(images), weight[:, None].to(images)
-        return torch.where(mix == 0, kept, mix * images + (1 - mix) * kept)
+        own, share = source.to(images), weight[:, None].to(images)
+        return torch.where(share == 0, own, share * images + (1 - share) * own)
     kept, mix = source.permute(0, 2, 3, 1).cpu().numpy(), weight[..., None].cpu().numpy()
     if output_type != "pil":  # as diffusers, which makes arrays of any other type's name
         return np.where(mix == 0, kept, mix * images + (1 - mix) * kept).astype(images.dtype)

@@ -16,6 +16,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from ..config import SpecEditConfig
 
+SAME_SIGMA = 1e-6  # a stage's last noise level is float32's, its boundary is not
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -58,6 +60,14 @@ def stages(config: SpecEditConfig) -> list[Stage]:
         result.append(Stage(name, start, end, steps))
         start = expanded_sigma(end)
     return result
+
+
+def stage_start(stage: Stage, ended: float, *, same_layout: bool) -> float:
+    """The sigma at which a stage starts, whose samples ended the stage before at `ended`.
+
+    A layout that did not change goes on where it was, unless the stage ends above that: then it is renoised.
+    """
+    return ended if same_layout and ended > stage.end + SAME_SIGMA else stage.start
 
 
 def supported(scheduler: Any) -> str | None:

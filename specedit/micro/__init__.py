@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from ..lazy import lazy as _lazy
 
 if _TYPE_CHECKING:
+    from ..evaluation.metrics import mean
     from . import scenes
-    from .evaluation import arguments, evaluate, mean, summary
+    from .evaluation import arguments, evaluate, summary
     from .loading import STUDENT, load
     from .words import understood
 

@@ -12,8 +12,9 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from .. import install, size_for, uninstall
-from .. import report as report_of
+from ..api.installing import install, uninstall
+from ..api.installing import report as report_of
+from ..api.sizes import size_for
 from ..config import STOCK_STEPS
 from ..report_comparison import where_it_looked
 from ..run_report import RunReport

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..evaluation.metrics import mean, psnr
 from .editors import editor_named, editor_of
 from .scenes import Case
 
@@ -28,14 +28,6 @@ def arguments(image: Image.Image, model: str = "kontext") -> dict[str, Any]:
         ValueError: another model.
     """
     return editor_named(model).arguments(image)
-
-
-def psnr(a: np.ndarray, b: np.ndarray, where: np.ndarray) -> float:
-    """PSNR in dB of uint8 images (H, W, 3) over the pixels `where` (H, W); at most 60, so that means stay finite."""
-    if not where.any():
-        return math.nan
-    error = np.square(a[where].astype(np.float64) - b[where].astype(np.float64)).mean() / 255**2
-    return 60.0 if error == 0 else min(60.0, -10 * math.log10(error))
 
 
 def grow(mask: np.ndarray, by: int) -> np.ndarray:
@@ -124,12 +116,3 @@ def stock_flops(pipe: Any, case: Case, steps: int, call: dict[str, Any] | None =
     editor = editor_of(pipe)
     passes = editor.passes(pipe, case, editor.arguments(case.source) if call is None else call)
     return steps * sum(transformer_flops(pipe.transformer.config, tokens) for tokens in passes)
-
-
-def mean(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Mean of every number, ignoring nan; `count` is the number of rows."""
-    out: dict[str, float] = {"count": len(rows)}
-    for name in dict.fromkeys(name for row in rows for name in row if name not in ("seed", "kind")):
-        values = [float(row[name]) for row in rows if name in row and not math.isnan(row[name])]
-        out[name] = sum(values) / len(values) if values else math.nan
-    return out

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from .. import RunReport, install, report, uninstall
-from ..config import CHOICES, STOCK_STEPS, presets
+from ..api.installing import install, report, uninstall
+from ..config import CHOICES, STANDARD_PRESETS, STOCK_STEPS
+from ..run_report import RunReport
 from . import arguments, load, scenes
 
 SEED = 1
@@ -42,7 +43,7 @@ def presets_against_stock(
         seconds = time.perf_counter() - began
         return seconds, torch.cuda.max_memory_allocated() if device == "cuda" else 0
 
-    runs = [(preset, restore) for preset in presets if "lightning" not in preset for restore in CHOICES["restore"]]
+    runs = [(preset, restore) for preset in STANDARD_PRESETS for restore in CHOICES["restore"]]
     stock: list[tuple[float, int]] = []
     taken: dict[tuple[str, str], list[tuple[float, int, RunReport]]] = {run: [] for run in runs}
     with tqdm(total=repeat * (1 + len(runs)), desc="bench") as bar:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from .attention import launch_attention
 from .expand import launch_contract, launch_expand
-from .launch import check_device
+from .launch import Config, check_device
 from .norm_rope import launch_norm_rope
 from .rows import launch_gather, launch_scatter
-from .weighted_sum import launch_weighted_sum
+from .sums import launch_weighted_sum
 
-_LAUNCHES = {
+_LAUNCHES: dict[str, Callable[..., Any]] = {
     "gather_tokens": launch_gather,
     "scatter_tokens": launch_scatter,
     "expand_tokens": launch_expand,
@@ -24,7 +26,7 @@ _LAUNCHES = {
 }
 
 
-def run(name: str, args: tuple, tuned: dict[str, dict] | None = None):
+def run(name: str, args: tuple[Any, ...], tuned: dict[str, Config] | None = None) -> Any:
     """Runs an operator's kernel on the device of its first tensor; `tuned` replaces its launch parameters."""
     device = args[0].device
     check_device(device)

@@ -205,7 +205,9 @@ def _descriptor(tensor: torch.Tensor, rows: int, dim_p2: int) -> TensorDescripto
     return TensorDescriptor(view, list(view.shape), list(view.stride()), [1, 1, rows, dim_p2])
 
 
-def plan(cu_q, cu_k, queries: int, keys: int, longest: int | None, block_m: int) -> torch.Tensor:
+def plan(
+    cu_q: torch.Tensor, cu_k: torch.Tensor, queries: int, keys: int, longest: int | None, block_m: int
+) -> torch.Tensor:
     """The plan of `plan_tiles`, (capacity, 2) int32, with as many places as these sizes could need."""
     sequences = cu_q.shape[0] - 1
     capacity = queries // block_m + sequences
@@ -220,7 +222,18 @@ def plan(cu_q, cu_k, queries: int, keys: int, longest: int | None, block_m: int)
     return tiles
 
 
-def launch_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias, scale, return_lse, tuned=None):
+def launch_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_q: int | None,
+    key_bias: torch.Tensor | None,
+    scale: float,
+    return_lse: bool,
+    tuned: dict[str, launch.Config] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     launch.check_dtype("q", q)
     dim = q.shape[-1]
     if dim % 16 or dim > 256:
@@ -230,7 +243,7 @@ def launch_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse_shape = (*q.shape[:-3], q.shape[-2], q.shape[-3]) if return_lse else (0,)
     lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
-    packed = cu_seqlens_q is not None
+    packed = cu_seqlens_q is not None and cu_seqlens_k is not None
     q4, k4, v4 = (_with_batch(x) for x in (q, k, v))
     batch, queries, heads, _ = q4.shape
     keys = k4.shape[1]
@@ -238,7 +251,7 @@ def launch_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias
         return out, lse
     group = heads // k4.shape[2]  # 1 is specialised by Triton, so equal heads cost nothing
     dim_p2 = launch.next_power_of_2(dim)
-    sequences = cu_seqlens_k.shape[0] - 1 if packed else 1
+    sequences = 1 if cu_seqlens_k is None else cu_seqlens_k.shape[0] - 1
     shape = {"bits": 8 * q.element_size(), "head_dim": dim_p2, "keys": keys // sequences}
     bias = None if key_bias is None else key_bias if key_bias.dim() == 2 else key_bias[None]
     scale_log2 = scale * math.log2(math.e)
@@ -260,22 +273,22 @@ def launch_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias
             return out, lse
         config = launch.config("attention_tma", q.device, tuned, **shape)
     descriptors = config is not None
-    if not descriptors:
-        config = launch.config("attention", q.device, tuned, **shape)
+    if config is None:
+        config = launch.shipped_config("attention", q.device, tuned, **shape)
     block_m, block_n = config["block_m"], config["block_n"]
     tiles = launch.ceil_div(queries, block_m)
-    planned = packed and cu_seqlens_q.shape[0] > 2
+    planned = packed and sequences > 1
     table = None
-    if packed:
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
         cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-    if planned:
+    if planned and cu_seqlens_q is not None and cu_seqlens_k is not None:
         table = plan(cu_seqlens_q, cu_seqlens_k, queries, keys, max_seqlen_q, block_m)
         tiles = table.shape[0]
     elif packed and max_seqlen_q is not None:
         tiles = min(tiles, launch.ceil_div(max_seqlen_q, block_m))
     if tiles == 0:
         return out, lse
-    described = [None, None, None]
+    described: list[TensorDescriptor | None] = [None, None, None]
     if descriptors:
         described = [_descriptor(x, rows, dim_p2) for x, rows in ((q4, block_m), (k4, block_n), (v4, block_n))]
     attend[(tiles * heads * batch,)](

@@ -120,14 +120,21 @@ def contract(
     tl.store(target, z.to(coarse.dtype.element_ty), mask=here & (flat < 4 * CHANNELS)[None, :])
 
 
-def tiles(config: dict, tokens: int, channels: int) -> dict:
+def tiles(config: launch.Config, tokens: int, channels: int) -> launch.Config:
     """Constants and warps of either kernel for `channels` latent channels."""
     padded = launch.next_power_of_2(channels)
     block = max(1, min(config["tile_pixels"] // (4 * padded), launch.next_power_of_2(tokens)))
     return {"CHANNELS": channels, "CHANNELS_P2": padded, "BLOCK_TOKENS": block, "num_warps": config["num_warps"]}
 
 
-def launch_expand(coarse, sigma, noise, seed, detail, tuned=None) -> torch.Tensor:
+def launch_expand(
+    coarse: torch.Tensor,
+    sigma: float,
+    noise: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    detail: torch.Tensor | None,
+    tuned: dict[str, launch.Config] | None = None,
+) -> torch.Tensor:
     launch.check_dtype("coarse", coarse)
     *lead, tokens, width = coarse.shape
     fine = torch.empty((*lead, tokens, 4, width), dtype=coarse.dtype, device=coarse.device)
@@ -135,7 +142,7 @@ def launch_expand(coarse, sigma, noise, seed, detail, tuned=None) -> torch.Tenso
         return fine
     z = coarse.reshape(-1, tokens, width)
     sigma_fine = 2 * sigma / (1 + sigma)
-    config = launch.config("expand", coarse.device, tuned, channels=width // 4)
+    config = launch.shipped_config("expand", coarse.device, tuned, channels=width // 4)
     constants = tiles(config, tokens, width // 4)
     grid = (z.shape[0] * launch.ceil_div(tokens, constants["BLOCK_TOKENS"]),)
     expand[grid](
@@ -147,14 +154,16 @@ def launch_expand(coarse, sigma, noise, seed, detail, tuned=None) -> torch.Tenso
     return fine
 
 
-def launch_contract(fine, sigma_fine, tuned=None) -> torch.Tensor:
+def launch_contract(
+    fine: torch.Tensor, sigma_fine: float, tuned: dict[str, launch.Config] | None = None
+) -> torch.Tensor:
     launch.check_dtype("fine", fine)
     *lead, tokens, _, width = fine.shape
     coarse = torch.empty((*lead, tokens, width), dtype=fine.dtype, device=fine.device)
     if coarse.numel() == 0:
         return coarse
     f = fine.reshape(-1, tokens, 4, width)
-    config = launch.config("contract", fine.device, tuned, channels=width // 4)
+    config = launch.shipped_config("contract", fine.device, tuned, channels=width // 4)
     constants = tiles(config, tokens, width // 4)
     grid = (f.shape[0] * launch.ceil_div(tokens, constants["BLOCK_TOKENS"]),)
     factor = (1 + sigma_fine / (2 - sigma_fine)) / 4

@@ -15,8 +15,11 @@ import math
 import os
 import subprocess
 from pathlib import Path
+from typing import Any, TypeAlias, cast
 
 import torch
+
+Config: TypeAlias = dict[str, int]  # launch parameters of one kernel
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 MINIMUM_CAPABILITY = (8, 0)
@@ -79,12 +82,12 @@ def default_file_name(capability: tuple[int, int]) -> str:
 
 
 @functools.cache
-def _read(file_name: str) -> dict:
-    return json.loads((CONFIG_FOLDER / file_name).read_text())
+def _read(file_name: str) -> dict[str, Any]:
+    return cast("dict[str, Any]", json.loads((CONFIG_FOLDER / file_name).read_text()))
 
 
 @functools.cache
-def _configs_of(gpu_name: str, capability: tuple[int, int]) -> dict:
+def _configs_of(gpu_name: str, capability: tuple[int, int]) -> dict[str, Any]:
     own = config_file_name(gpu_name)
     if (CONFIG_FOLDER / own).exists():
         return _read(own)
@@ -93,21 +96,21 @@ def _configs_of(gpu_name: str, capability: tuple[int, int]) -> dict:
     return _read(fallback)
 
 
-def nearest(entries: list[dict], shape: dict[str, int]) -> dict | None:
+def nearest(entries: list[dict[str, Any]], shape: dict[str, int]) -> Config | None:
     """The `config` of the entry whose shape is nearest, in absolute log ratios.
 
     The sizes of `shape` count in their order and the first that differs decides: a length never outweighs a head dim,
     for which another entry's tiles may not even fit into shared memory.
     """
 
-    def distance(entry: dict) -> list[float]:
+    def distance(entry: dict[str, Any]) -> list[float]:
         sizes = entry["shape"]
         return [abs(math.log(max(1, shape[key]) / max(1, sizes[key]))) for key in shape if key in sizes]
 
-    return min(entries, key=distance)["config"]
+    return cast("Config | None", min(entries, key=distance)["config"])
 
 
-def config(kernel: str, device: torch.device, tuned: dict[str, dict] | None, **shape: int) -> dict | None:
+def config(kernel: str, device: torch.device, tuned: dict[str, Config] | None, **shape: int) -> Config | None:
     """Launch parameters of a kernel for a shape on this device, or None where the device has no such kernel.
 
     An entry may hold null for shapes at which another kernel is the faster one.
@@ -121,6 +124,13 @@ def config(kernel: str, device: torch.device, tuned: dict[str, dict] | None, **s
     else:
         table = _read("default_sm_80.json")
     return nearest(table[kernel], shape) if kernel in table else None
+
+
+def shipped_config(kernel: str, device: torch.device, tuned: dict[str, Config] | None, **shape: int) -> Config:
+    """`config` of a kernel that every device has."""
+    if (found := config(kernel, device, tuned, **shape)) is None:
+        raise LookupError(f"{kernel}: expected launch parameters for {shape}, found none")
+    return found
 
 
 def vector_width(itemsize: int, pointers: list[torch.Tensor], sizes: list[int]) -> int:

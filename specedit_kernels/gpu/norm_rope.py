@@ -94,15 +94,29 @@ def norm_rope(
                    ko_dim, DIM, DIM_P2, INDEXED)  # fmt: skip
 
 
-def launch_norm_rope(q, k, v, q_weight, k_weight, cos, sin, eps, out_index, q_out, k_out, v_out, tuned=None) -> None:
+def launch_norm_rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor | None,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+    out_index: torch.Tensor | None,
+    q_out: torch.Tensor,
+    k_out: torch.Tensor,
+    v_out: torch.Tensor | None,
+    tuned: dict[str, launch.Config] | None = None,
+) -> None:
     launch.check_dtype("q", q)
     if q.numel() == 0:
         return
-    rows = [q, k, q if v is None else v, q_out, k_out, q_out if v is None else v_out]
+    rows = [q, k, q if v is None else v, q_out, k_out, q_out if v_out is None else v_out]
     rows = [x if x.dim() == 4 else x[None] for x in rows]  # (B, N, H, D)
     batch, tokens, heads, dim = rows[0].shape
     cos, sin = cos.contiguous(), sin.contiguous()
-    config = launch.config("norm_rope", q.device, tuned, head_dim=dim)
+    config = launch.shipped_config("norm_rope", q.device, tuned, head_dim=dim)
     grid = (batch * launch.ceil_div(tokens * heads, config["block_rows"]), 2 if v is None else 3)
     norm_rope[grid](
         rows[0], rows[1], rows[2], q_weight, k_weight, cos, sin,

@@ -55,13 +55,20 @@ def _batched(tensor: torch.Tensor, dims: int, batch: int) -> torch.Tensor:
     return tensor.expand(batch, *tensor.shape[-(dims - 1) :]) if tensor.dim() < dims else tensor
 
 
-def tile(config: dict, channels: int, itemsize: int) -> tuple[int, int]:
+def tile(config: launch.Config, channels: int, itemsize: int) -> tuple[int, int]:
     """Rows and channels of one program's tile, both powers of two."""
     block_channels = min(launch.next_power_of_2(channels), config["block_bytes"] // itemsize)
     return max(1, config["tile_bytes"] // (block_channels * itemsize)), block_channels
 
 
-def _launch(source, index, target, tuned, *, scatter: bool) -> None:
+def _launch(
+    source: torch.Tensor,
+    index: torch.Tensor,
+    target: torch.Tensor,
+    tuned: dict[str, launch.Config] | None,
+    *,
+    scatter: bool,
+) -> None:
     batch, rows = target.shape[0], index.shape[1]
     channels = target.shape[-1]
     table = target if scatter else source
@@ -70,7 +77,7 @@ def _launch(source, index, target, tuned, *, scatter: bool) -> None:
     sizes = [channels, *source.stride()[:2], *target.stride()[:2]]
     contiguous = source.stride(2) == 1 and target.stride(2) == 1
     vector = launch.vector_width(target.element_size(), [source, target], sizes) if contiguous else 1
-    config = launch.config("copy_rows", target.device, tuned, row_bytes=channels * target.element_size())
+    config = launch.shipped_config("copy_rows", target.device, tuned, row_bytes=channels * target.element_size())
     block_rows, block_channels = tile(config, channels, target.element_size())
     grid = (batch * launch.ceil_div(rows, block_rows) * launch.ceil_div(channels, block_channels),)
     copy_rows[grid](
@@ -82,7 +89,7 @@ def _launch(source, index, target, tuned, *, scatter: bool) -> None:
     )  # fmt: skip
 
 
-def launch_gather(x: torch.Tensor, index: torch.Tensor, tuned=None) -> torch.Tensor:
+def launch_gather(x: torch.Tensor, index: torch.Tensor, tuned: dict[str, launch.Config] | None = None) -> torch.Tensor:
     batched = x.dim() == 3 or index.dim() == 2
     batch = x.shape[0] if x.dim() == 3 else index.shape[0] if index.dim() == 2 else 1
     y = torch.empty((batch, index.shape[-1], x.shape[-1]), dtype=x.dtype, device=x.device)
@@ -90,6 +97,8 @@ def launch_gather(x: torch.Tensor, index: torch.Tensor, tuned=None) -> torch.Ten
     return y if batched else y[0]
 
 
-def launch_scatter(src: torch.Tensor, index: torch.Tensor, out: torch.Tensor, tuned=None) -> None:
+def launch_scatter(
+    src: torch.Tensor, index: torch.Tensor, out: torch.Tensor, tuned: dict[str, launch.Config] | None = None
+) -> None:
     batch = out.shape[0] if out.dim() == 3 else 1
     _launch(_batched(src, 3, batch), _batched(index, 2, batch), _batched(out, 3, batch), tuned, scatter=True)

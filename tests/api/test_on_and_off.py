@@ -11,10 +11,10 @@ import pytest
 import torch
 from diffusers import FluxKontextPipeline
 from torch.utils._python_dispatch import TorchDispatchMode
-from tqdm.auto import tqdm
 
 import specedit
-from specedit.api.installing import _Listener, is_active, last_report
+from specedit.api.installing import is_active, last_report
+from specedit.method.adapter import Run
 from tests.api.common import CORNER, QUICK, processors, same_objects
 
 
@@ -245,11 +245,9 @@ def test_the_timestep_is_the_stages_sigma_and_is_made_on_the_device(pipe, edit):
     assert [t.dtype for t in seen] == [torch.float32] * 9 and all(t.ndim == 0 for t in seen)
     assert seen[0].item() == 1000 and all(a > b for a, b in pairwise(seen[2:]))
     state = types.SimpleNamespace(device=torch.device("cpu"))
-    listener = _Listener(
-        pipe, dict(callback_on_step_end=None, callback_on_step_end_tensor_inputs=[]), state, tqdm(disable=True)
-    )
+    run = Run(None, pipe, None, state)
     with Constants():
-        listener.step(0, 0.1234, lambda: None)
+        run.set_current_timestep(0.1234)
     assert torch.equal(pipe.current_timestep, torch.tensor(0.1234 * 1000))
 
 

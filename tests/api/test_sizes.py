@@ -13,11 +13,12 @@ from PIL import Image
 import specedit
 from specedit.cli import pipelines
 from specedit.micro.pipelines import OwnSizeQwenImageEditPipeline
-from specedit.models import LongCatImageEdit, flux
+from specedit.models import flux
 from specedit.models.flux import FluxKontext
+from specedit.models.longcat import LongCatImageEdit
 from specedit.models.qwen.edit import QwenImageEdit, QwenImageEditPlus
 from specedit.models.shared.shapes import is_embedded_kontext
-from tests.models.family import Family
+from specedit.testing import Family
 from training.micro import build
 
 SHAPES = [(4032, 3024), (1920, 1080), (300, 599), (640, 640)]

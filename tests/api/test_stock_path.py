@@ -18,7 +18,7 @@ from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProj
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 
 import specedit
-from specedit.api.installing import _conflicting_feature
+from specedit.api.stock import _conflicting_feature
 from tests.api.common import CORNER, QUICK, processors
 
 PYRAMID = PyramidAttentionBroadcastConfig(

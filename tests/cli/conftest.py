@@ -1,6 +1,5 @@
 """What the tests of the command line share: a picture, and an editor that answers at once."""
 
-import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -59,6 +58,6 @@ def editor(monkeypatch):
         seconds=0.5, edit_mask=mask, expand_mask=mask.clone(), config=resolve("turbo"),
     )  # fmt: skip
     monkeypatch.setattr(pipelines, "load", lambda *_, **__: (pipe, lambda image: (image, {})))
-    monkeypatch.setattr("specedit.install", lambda pipe, config, **_: pipe.configs.append(config))
-    monkeypatch.setattr(importlib.import_module("specedit.api.installing"), "last_report", lambda pipe: pipe.report)
+    monkeypatch.setattr("specedit.api.installing.install", lambda pipe, config, **_: pipe.configs.append(config))
+    monkeypatch.setattr("specedit.api.installing.last_report", lambda pipe: pipe.report)
     return pipe

@@ -146,7 +146,7 @@ def test_commands_run_with_the_attention_of_this_machine(monkeypatch, tmp_path, 
         taken.append(settings["attention"])
         return install(pipe, *args, **settings)
 
-    monkeypatch.setattr(specedit, "install", recorded)
+    monkeypatch.setattr("specedit.api.installing.install", recorded)
     for command in (cli.edit, cli.evaluate, cli.bench):
         monkeypatch.setattr(command, "attention_here", lambda: {"attention": "torch"})
     given = ["make it greyscale", "--out", str(tmp_path / "out.png"), "--preset", "turbo"]
@@ -248,7 +248,7 @@ def test_edit_with_another_pipeline(tmp_path, picture, monkeypatch, sized):
         return pipe
 
     monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", make)
-    monkeypatch.setattr("specedit.install", lambda pipe, *_, **__: pipe)
+    monkeypatch.setattr("specedit.api.installing.install", lambda pipe, *_, **__: pipe)
     given = ["edit", str(picture), "make it red", "--model", "some/editor", "--negative-prompt", " "]
     assert cli.main([*given, "--out", str(tmp_path / "out.png")]) == 0
     assert heard["negative_prompt"] == " "

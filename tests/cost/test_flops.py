@@ -11,7 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from specedit.config import SpecEditConfig, presets
-from specedit.cost.flops import MODELS, Forward, expanded_cells, plan, transformer_flops
+from specedit.cost.flops import MODELS, expanded_cells, plan, transformer_flops
+from specedit.method.trace import ForwardCall
 from specedit.models.attention import contexts as joint
 from specedit.models.attention import last_block
 from specedit.models.attention import processors as attention
@@ -62,7 +63,7 @@ def test_a_trimmed_last_block_against_counted_operations():
     counted = []
     for read in (None, target):
         context = joint.MixedContext(
-            backend="stock", read=joint.Queries(torch.arange(read)) if read else None, plain=True
+            backend="stock", read=joint.QueryRows(torch.arange(read)) if read else None, plain=True
         )
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(
@@ -192,8 +193,8 @@ def test_a_small_condition_image_makes_the_draft_cheaper_and_nothing_else():
 def test_another_model_by_its_cost():
     cost = MODELS["qwen-image-edit"]
     assert plan("turbo", cost, 512, 768, 0.3) == plan("turbo", "qwen-image-edit", 512, 768, 0.3)
-    assert cost.step(8192) == 2 * transformer_flops(cost.config, 9592)
-    assert cost.step(8192) / 1e12 == pytest.approx(396.4, abs=0.1)  # about 200 T a half
+    assert cost.stock(8192) == 2 * transformer_flops(cost.config, 9592)
+    assert cost.stock(8192) / 1e12 == pytest.approx(396.4, abs=0.1)  # about 200 T a half
 
 
 def test_no_uniform_coverage():
@@ -274,8 +275,9 @@ def test_plan_of_a_kept_reference():
     draft, mixed = plan(config, "flux-kontext", 1024, 1024, 0.2)["stages"]
     assert (draft["steps"], draft["reused"]) == (8, 5) and (mixed["steps"], mixed["reused"]) == (9, 6)
     own = (mixed["tokens"] - 512) // 2
-    whole, part = Forward(2 * own + 512, 512, None, own), Forward(own, 0, 2 * own + 512, own)
-    assert dict(mixed["calls"]) == {whole: 3, part: 6}
+    whole = ForwardCall("mixed", 2 * own + 512, 512, None, own, count=3)
+    part = ForwardCall("mixed", own, 0, 2 * own + 512, own, count=6)
+    assert mixed["calls"] == [whole, part]
     flops = [transformer_flops(FLUX, c.tokens, c.keys, c.read) for c in (whole, part)]
     assert mixed["flops"] == 3 * flops[0] + 6 * flops[1]
     every = plan(dataclasses.replace(config, reference_refresh=1), "flux-kontext", 1024, 1024, 0.2)
@@ -299,7 +301,7 @@ def test_plan_of_a_guidance_range():
     }
     assert ranged[0.0, 1.0] == whole
     assert ranged[0.001, 0.002]["flops"] == whole["flops"] / 2  # no step lies there
-    high, low = (ranged[bounds]["calls"][0][1] - 50 for bounds in ((0.9, 1.0), (0.0, 0.9)))
+    high, low = (ranged[bounds]["calls"][0].count - 50 for bounds in ((0.9, 1.0), (0.0, 0.9)))
     assert high + low == 50 and 5 < high < 15  # a shift of about 2 leaves few steps above 0.9
     flux = plan(dataclasses.replace(config, guidance_range=(0.9, 1.0)), "flux-kontext", 1024, 1024, 0.2)
     assert flux == plan(config, "flux-kontext", 1024, 1024, 0.2)  # distilled: there is one pass

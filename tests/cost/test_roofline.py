@@ -80,7 +80,11 @@ def test_a_stock_step_on_an_h100_by_hand():
     assert roofline(ops, GPUS["H100"]) == pytest.approx(roofline(products, GPUS["H100"]) + pointwise)
 
 
-@pytest.mark.parametrize("model", AUTOENCODERS)
+def test_longcat_has_the_autoencoder_of_flux():
+    assert AUTOENCODERS["longcat-image-edit"] == AUTOENCODERS["flux-kontext"]
+
+
+@pytest.mark.parametrize("model", ["flux-kontext", "qwen-image-edit"])
 @pytest.mark.parametrize("half", ["encode", "features", "decode"])
 def test_autoencoders_against_counted_layers(model, half):
     vae = real_models.MODELS[model]("meta", torch.bfloat16).vae
@@ -175,7 +179,7 @@ def test_a_second_look_costs_what_verification_does():
     names = ["encode", "draft", "verify", "coarse", "second look", "mixed", "decode"]
     assert [s["name"] for s in stages] == names
     assert stages[2] | {"name": "second look"} == stages[4]
-    once = plan(resolve(config, second_look=False), "flux-kontext", 1024, 1024, 0.2, "H100")["stages"]
+    once = plan(resolve(config, verify_coarse=False), "flux-kontext", 1024, 1024, 0.2, "H100")["stages"]
     assert [s["name"] for s in once] == [name for name in names if name != "second look"]
 
 

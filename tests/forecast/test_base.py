@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from specedit.forecast.base import Differences, full_steps
-from specedit.forecast.reuse import Reuse
-from specedit.forecast.taylor import Taylor
+from specedit.forecast.reuse import ReuseForecaster
+from specedit.forecast.taylor import TaylorForecaster
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from specedit.forecast.taylor import Taylor
 )
 def test_refresh_pattern(steps, interval, warmup, full):
     assert full_steps(steps, interval, warmup) == [i in full for i in range(steps)]
-    forecaster = Reuse(interval, warmup=warmup)
+    forecaster = ReuseForecaster(interval, warmup=warmup)
     seen = set()
     for i in range(steps):
         if forecaster.refresh(i):
@@ -30,12 +30,12 @@ def test_refresh_pattern(steps, interval, warmup, full):
 
 
 def test_a_history_is_never_shorter_than_the_method_needs():
-    assert Taylor(4, order=3, warmup=1).warmup == 4
-    assert Taylor(4, order=1, warmup=3).warmup == 3
+    assert TaylorForecaster(4, order=3, warmup=1).warmup == 4
+    assert TaylorForecaster(4, order=1, warmup=3).warmup == 3
 
 
 def test_wrong_order_of_calls(tokens):
-    forecaster = Taylor(4, order=1)
+    forecaster = TaylorForecaster(4, order=1)
     with pytest.raises(ValueError, match="predict: expected 2 observed steps, got 0"):
         forecaster.predict(1)
     forecaster.observe(2, tokens)
@@ -49,7 +49,7 @@ def test_wrong_order_of_calls(tokens):
 
 
 def test_reset_forgets(tokens):
-    forecaster = Taylor(4, order=1)
+    forecaster = TaylorForecaster(4, order=1)
     forecaster.observe(0, tokens)
     forecaster.observe(1, tokens)
     assert forecaster.memory == 2 * tokens.numel() * 8

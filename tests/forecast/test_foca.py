@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from specedit.forecast.foca import FoCa
+from specedit.forecast.foca import FoCaForecaster
 
 
 @pytest.mark.parametrize("gaps", [(0, 1), (0, 1, 2), (0, 4), (0, 1, 2, 6)])
@@ -11,13 +11,13 @@ def test_a_constant_slope_is_exact(tokens, observed, gaps):
     def line(step):
         return torch.roll(tokens, 1, 1) + 0.25 * step * tokens
 
-    forecaster = observed(FoCa(4), line, gaps)
+    forecaster = observed(FoCaForecaster(4), line, gaps)
     for x in (1, 2, 3):
         torch.testing.assert_close(forecaster.predict(gaps[-1] + x), line(gaps[-1] + x))
 
 
 def test_the_scheme_by_hand():
-    forecaster = FoCa(4)
+    forecaster = FoCaForecaster(4)
     for step, value in ((0, 0.0), (1, 6.0)):
         forecaster.observe(step, torch.tensor([[[value]]]))
     forecaster.observe(2, torch.tensor([[[18.0]]]))
@@ -33,7 +33,7 @@ def test_the_scheme_by_hand():
 
 def test_the_corrector_pulls_the_predictor_back():
     # F' = -F sampled at 0 and 1: the predictor alone goes on along the last slope
-    forecaster = FoCa(4)
+    forecaster = FoCaForecaster(4)
     values = [1.0, 0.5, 0.3]
     for step, value in enumerate(values):
         forecaster.observe(step, torch.tensor([[[value]]]))
@@ -47,7 +47,7 @@ def test_forecasts_are_the_same_asked_once_or_step_by_step(tokens, observed):
     def curve(step):
         return tokens * step**2
 
-    one, other = (observed(FoCa(4), curve, (0, 1, 2)) for _ in range(2))
+    one, other = (observed(FoCaForecaster(4), curve, (0, 1, 2)) for _ in range(2))
     one.predict(3)
     one.predict(4)
     torch.testing.assert_close(one.predict(5), other.predict(5))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from specedit.forecast.freqca import FreqCa, LowPass, cosine_matrix
+from specedit.forecast.freqca import FreqCaForecaster, LowPass, cosine_matrix
 from specedit.forecast.hermite import hermite_coefficients
 from specedit.layout import MixedLayout, TokenGrid
 
@@ -51,7 +51,7 @@ def test_one_token():
 def test_low_is_reused_and_high_is_forecast():
     layout = layouts()["fine"]
     split = LowPass(layout, 0.3)
-    forecaster = FreqCa(4, split=split, order=2)
+    forecaster = FreqCaForecaster(4, split=split, order=2)
     features = [torch.randn(1, layout.tokens, 4, generator=torch.Generator().manual_seed(i)) for i in range(3)]
     for step, feature in zip((0, 1, 3), features, strict=True):
         forecaster.observe(step, feature)
@@ -82,7 +82,7 @@ def test_memory_grows_with_the_tokens_alone():
 def test_constants_are_exact():
     layout = layouts()["mixed"]
     x = torch.randn(1, layout.tokens, 8, generator=torch.Generator().manual_seed(0))
-    forecaster = FreqCa(4, split=LowPass(layout), order=2)
+    forecaster = FreqCaForecaster(4, split=LowPass(layout), order=2)
     for step in range(3):
         forecaster.observe(step, x)
     torch.testing.assert_close(forecaster.predict(5), x)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from specedit.forecast.hermite import Hermite, hermite, hermite_coefficients
+from specedit.forecast.hermite import HermiteForecaster, hermite, hermite_coefficients
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 6])
@@ -26,7 +26,7 @@ def test_dual_scaling():
 def test_expansions_are_exact(tokens, order, scale):
     """A sequence whose differences are given coefficients is forecast as the Hermite expansion with them."""
     coefficients = [torch.roll(tokens, i, 1) for i in range(order + 1)]
-    forecaster = Hermite(1, order=order, scale=scale)
+    forecaster = HermiteForecaster(1, order=order, scale=scale)
     # backward differences at 0 that equal the coefficients: f(-k) = sum_j (-1)^j binomial(k, j) c_j
     for k in range(order, -1, -1):
         value = sum((-1) ** j * math.comb(k, j) * coefficients[j] for j in range(k + 1))
@@ -40,7 +40,7 @@ def test_expansions_are_exact(tokens, order, scale):
 
 
 def test_the_published_recurrence_by_hand():
-    forecaster = Hermite(4, order=2, scale=0.5)
+    forecaster = HermiteForecaster(4, order=2, scale=0.5)
     for step, value in ((0, 1.0), (2, 5.0), (5, 20.0)):
         forecaster.observe(step, torch.tensor([[[value]]]))
     # D = 20, 5, 1; x = 3: 20 + 5 * 3/2 + 1 * 7/8
@@ -50,4 +50,4 @@ def test_the_published_recurrence_by_hand():
 @pytest.mark.parametrize("scale", [0, 1.5])
 def test_scale_out_of_range(scale):
     with pytest.raises(ValueError, match="scale: expected a number above 0, at most 1"):
-        Hermite(4, scale=scale)
+        HermiteForecaster(4, scale=scale)

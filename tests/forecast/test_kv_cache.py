@@ -58,17 +58,17 @@ def test_a_store_forgets_what_lies_beyond():
 
 
 def test_a_new_prompt_brings_a_refresh():
-    kept, prompt = ReferenceKVCache(9), {"encoder_hidden_states": torch.zeros(1)}
+    kept, prompt = ReferenceKVCache(9), torch.zeros(1)
     for step, fresh in enumerate((True, False)):
         kept.reset_if_prompt_changed(prompt)
         assert kept.calls(step, 1)[0].target != fresh
-    prompt["encoder_hidden_states"].add_(1)  # the same tensor, with other words
+    prompt.add_(1)  # the same tensor, with other words
     kept.reset_if_prompt_changed(prompt)
     assert not kept.calls(2, 1)[0].target
-    kept.reset_if_prompt_changed({"encoder_hidden_states": torch.zeros(1)})
+    kept.reset_if_prompt_changed(torch.zeros(1))
     assert not kept.calls(3, 1)[0].target
     with torch.inference_mode():  # whose tensors do not count
-        kept.reset_if_prompt_changed({"encoder_hidden_states": torch.zeros(1)})
+        kept.reset_if_prompt_changed(torch.zeros(1))
     assert not kept.calls(4, 1)[0].target
     kept.reset_if_prompt_changed(None)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from specedit.forecast import lesa
-from specedit.forecast.taylor import Taylor, taylor_coefficients
+from specedit.forecast.taylor import TaylorForecaster, taylor_coefficients
 
 MODEL = dict(num_layers=1, num_single_layers=1, num_attention_heads=2, attention_head_dim=16, in_channels=16)
 
@@ -38,7 +38,7 @@ def test_experts_by_noise():
 def test_untrained_it_is_taylorseer(tokens, order):
     predictor = lesa.Predictor(order=order)
     torch.testing.assert_close(predictor(3.0, 0.5, 0.6), torch.tensor(taylor_coefficients(3.0, order + 1)))
-    pair = lesa.Lesa(4, predictor=predictor, order=order), Taylor(4, order=order)
+    pair = lesa.LesaForecaster(4, predictor=predictor, order=order), TaylorForecaster(4, order=order)
     for forecaster in pair:
         for step in range(order + 1):
             forecaster.observe(step, tokens * step**2, 0.9 - 0.1 * step)
@@ -85,4 +85,4 @@ def test_weights_that_do_not_fit(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no trained predictor for this transformer.*training.lesa"):
         lesa.load(None, MODEL)
     with pytest.raises(ValueError, match="forecast_order: expected 2, as the weights were trained, got 3"):
-        lesa.Lesa(4, predictor=lesa.Predictor(), order=3)
+        lesa.LesaForecaster(4, predictor=lesa.Predictor(), order=3)

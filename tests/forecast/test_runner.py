@@ -9,16 +9,19 @@ import torch
 import specedit
 from specedit import SpecEditConfig
 from specedit.cost.flops import transformer_flops
-from specedit.forecast import METHODS, TOKEN_WISE, ForecastRunner, forecast_flops, lesa
-from specedit.forecast.taylor import Taylor
-from specedit.forecast.toca import KVCache, PartialForward
+from specedit.forecast import ForecastRunner, lesa
+from specedit.forecast.taylor import TaylorForecaster
+from specedit.forecast.toca import KVCache, PartialForward, ToCa
 from specedit.layout import MixedLayout, TokenGrid
 from specedit.models.flux import FluxKontext
+from specedit.registry import forecasts
 
 CORNER = np.zeros((128, 128), dtype=bool)
 CORNER[:60, :60] = True
 CENTRE = np.zeros((128, 128), dtype=bool)
 CENTRE[40:90, 40:120] = True
+METHODS = list(forecasts)
+TOKEN_WISE = [name for name in METHODS if forecasts[name].token_wise]
 WHOLE = [name for name in METHODS if name not in TOKEN_WISE]
 ALONE = dict(steps=(0, 0, 9), forecast_interval=3)
 ORDER = {"taylor": {"forecast_order": 1}}
@@ -50,12 +53,12 @@ def written_out(pipe, edit, steps, forecaster):
     plain = FluxKontext.velocity
     seen = []
 
-    def velocity(self, pipe, state, tokens, sigma, *more):
+    def velocity(self, run, group, sigma):
         i = len(seen)
         seen.append(forecaster.refresh(i))
         if not seen[-1]:
             return forecaster.predict(i, sigma)
-        out = plain(self, pipe, state, tokens, sigma, *more)
+        out = plain(self, run, group, sigma)
         forecaster.observe(i, out, sigma)
         return out
 
@@ -68,7 +71,7 @@ def written_out(pipe, edit, steps, forecaster):
 
 @pytest.mark.parametrize("order", [1, 2])
 def test_alone_it_is_the_stock_loop_with_forecasts(pipe, edit, order):
-    expected, full = written_out(pipe, edit, 9, Taylor(3, order=order, warmup=3))
+    expected, full = written_out(pipe, edit, 9, TaylorForecaster(3, order=order, warmup=3))
     specedit.install(pipe, **ALONE, forecast="taylor", forecast_order=order)
     calls = calls_of(pipe)
     close(edit(pipe), expected)
@@ -117,13 +120,13 @@ def test_a_batch_of_one_mask_is_two_single_runs(pipe, edit, picture, forecast):
 
 def test_guidance_halves_have_histories_of_their_own(pipe, edit, monkeypatch):
     seen = []
-    plain = Taylor.observe
+    plain = TaylorForecaster.observe
 
     def observe(self, step, feature, sigma=None):
         seen.append((id(self), step))
         return plain(self, step, feature, sigma)
 
-    monkeypatch.setattr(Taylor, "observe", observe)
+    monkeypatch.setattr(TaylorForecaster, "observe", observe)
     specedit.install(pipe, **ALONE, forecast="taylor")
     calls = calls_of(pipe)
     guided = dict(negative_prompt="dull", true_cfg_scale=3.0)
@@ -144,14 +147,12 @@ def test_token_wise_steps_under_guidance(pipe, edit, forecast):
     assert calls == {128: 10, 7: 8 if forecast == "toca" else 4}  # a tenth of 64 tokens
 
 
-def test_recomputing_every_token_is_a_full_step(pipe, edit, monkeypatch):
+def test_recomputing_every_token_is_a_full_step(pipe, edit):
     """With all target tokens chosen, only the reference's keys and values are old."""
-    monkeypatch.setattr("specedit.forecast.toca.FRESH_RATIO", 1.0)
-    specedit.install(pipe, steps=(0, 0, 4), forecast="toca", forecast_interval=4)
+    specedit.install(pipe, steps=(0, 0, 4), forecast=ToCa(interval=4, fresh_ratio=1.0))
     everything = edit(pipe)
     specedit.install(pipe, steps=(0, 0, 4))
     stock = edit(pipe)
-    monkeypatch.setattr("specedit.forecast.toca.FRESH_RATIO", 0.1)
     specedit.install(pipe, steps=(0, 0, 4), forecast="toca", forecast_interval=4)
     tenth = edit(pipe)
     assert (everything - stock).abs().max() < (tenth - stock).abs().max()
@@ -164,12 +165,12 @@ def test_kept_keys_at_the_same_noise_change_nothing(pipe, edit, kind):
     results = []
     plain = FluxKontext.velocity
 
-    def velocity(self, pipe, state, tokens, sigma, rows, layout, *more):
-        call = (pipe, state, tokens, sigma, rows, layout, *more)
+    def velocity(self, run, group, sigma):
+        call, layout = (run, group, sigma), group.layout
         store = KVCache()
-        (whole,) = self.branches(*call, [PartialForward(store)])
-        index = torch.stack([torch.randperm(layout.tokens)[:5].sort().values for _ in rows])
-        (some,) = self.branches(*call, [PartialForward(store, index)])
+        (whole,) = self.predict(*call, [PartialForward(store)])
+        index = torch.stack([torch.randperm(layout.tokens)[:5].sort().values for _ in group.rows])
+        (some,) = self.predict(*call, [PartialForward(store, index)])
         results.append((layout.is_mixed, some, whole.gather(1, index[..., None].expand_as(some)), whole))
         assert torch.allclose(whole, plain(self, *call), atol=1e-5)
         return whole
@@ -191,7 +192,7 @@ def test_flops_are_counted_step_by_step(pipe, edit):
     full = transformer_flops(pipe.transformer.config, 144, read=64)
     stage = next(s for s in specedit.report(pipe).stages if s.name == "full")
     config = SpecEditConfig(**ALONE, forecast="taylor")
-    assert stage.flops == 5 * full + 4 * forecast_flops(config, 64 * 16) and stage.steps == 9
+    assert stage.flops == 5 * full + 4 * config.forecast_options.operations(64 * 16) and stage.steps == 9
     specedit.install(pipe, **ALONE, forecast="toca")
     edit(pipe)
     stage = next(s for s in specedit.report(pipe).stages if s.name == "full")
@@ -292,10 +293,11 @@ def test_a_model_that_cannot_compute_single_tokens(pipe, edit, monkeypatch):
         edit(pipe)
 
 
-def test_fewer_steps_than_the_history_needs(pipe, edit):
+def test_fewer_steps_than_the_history_needs_run_without_a_forecast(pipe, edit):
     specedit.install(pipe, **ALONE, forecast="taylor")
-    with pytest.raises(ValueError, match="needs 3 full steps before its first forecast"):
+    with pytest.warns(UserWarning, match="num_inference_steps=3 leaves no stage long enough for forecast='taylor'"):
         edit(pipe, num_inference_steps=3)
+    assert specedit.report(pipe).cached_steps == 0
 
 
 @pytest.mark.parametrize("forecast", WHOLE)
@@ -303,9 +305,10 @@ def test_a_cached_step_costs_next_to_nothing(forecast):
     """At 1024 px: below a thousandth of a full step, in operations and in what it moves."""
     config = SpecEditConfig(steps=(0, 0, 50), forecast=forecast)
     full = transformer_flops(specedit.flops.MODELS["flux-kontext"].config, 8704)
-    assert forecast_flops(config, 4096 * 64) < full / 1000
+    options = config.forecast_options
+    assert options.operations(4096 * 64) < full / 1000
     layout = MixedLayout.all_fine(TokenGrid(4, 4))
-    made = ForecastRunner(config, first=True, branches=2, layout=layout, predictor=lesa.Predictor())
+    made = ForecastRunner(options, first=True, branches=2, layout=layout, shared=lesa.Predictor())
     assert len(made.branches) == 2 and made.memory == 0
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from specedit.forecast.toca import ToCa, fresh_tokens
+from specedit.forecast.toca import ToCaForecaster, fresh_tokens
 
 TEXT, TARGET, REFERENCE = 3, 20, 5
 
@@ -23,7 +23,7 @@ def test_a_tenth_of_the_tokens(tokens, fresh):
 
 
 def test_short_values_first_for_every_sample():
-    forecaster = ToCa(4)
+    forecaster = ToCaForecaster(4)
     forecaster.observe(0, torch.zeros(2, TARGET, 3))
     lengths = torch.arange(1.0, TARGET + 1).expand(2, -1).clone()
     lengths[1] = lengths[1].flip(0)
@@ -32,7 +32,7 @@ def test_short_values_first_for_every_sample():
 
 
 def test_stale_tokens_get_their_turn():
-    forecaster = ToCa(4)
+    forecaster = ToCaForecaster(4)
     forecaster.observe(0, torch.zeros(1, TARGET, 3))
     store_values(forecaster, torch.ones(1, TARGET))
     chosen = []
@@ -45,7 +45,7 @@ def test_stale_tokens_get_their_turn():
 
 def test_merge_replaces_these_tokens_alone():
     feature = torch.randn(2, TARGET, 3, generator=torch.Generator().manual_seed(0))
-    forecaster = ToCa(4)
+    forecaster = ToCaForecaster(4)
     forecaster.observe(0, feature)
     index = torch.tensor([[0, 7], [3, 19]])
     fresh = torch.full((2, 2, 3), 9.0)
@@ -56,7 +56,7 @@ def test_merge_replaces_these_tokens_alone():
 
 
 def test_memory_counts_keys_and_values():
-    forecaster = ToCa(4)
+    forecaster = ToCaForecaster(4)
     forecaster.observe(0, torch.zeros(1, TARGET, 3))
     store_values(forecaster, torch.ones(1, TARGET))
     rows = TEXT + TARGET + REFERENCE

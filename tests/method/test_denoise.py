@@ -1,4 +1,4 @@
-"""What a step costs, and which guidance branches it runs."""
+"""Which forward calls a step makes, and under which guidance branches."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from specedit.config import SpecEditConfig
-from specedit.cost.flops import transformer_flops
 from specedit.layout import MixedLayout, TokenGrid
-from specedit.method.adapter import EditState, active_branches
-from specedit.method.denoise import LayoutGroup, forward_flops, group_velocity, reference_kv_cache
+from specedit.method.adapter import EditState, LayoutGroup, Run, active_branches
+from specedit.method.caches import reference_kv_cache
+from specedit.method.denoise import euler_step, group_velocity
+from specedit.method.trace import ForwardCall, Trace
 
-MODEL = dict(num_layers=3, num_attention_heads=2, attention_head_dim=4)
-PIPE = SimpleNamespace(transformer=SimpleNamespace(config=MODEL))
+PIPE = SimpleNamespace()
 GRID = TokenGrid(4, 4)
 NOISE = torch.zeros(2, 16, 8)
 STATE = EditState(
@@ -30,50 +30,57 @@ class Recorder:
     def __init__(self):
         self.calls = []
 
-    def branches(self, pipe, state, tokens, sigma, *more):
-        self.calls.append(more[-1])
-        return [torch.ones_like(tokens)] * active_branches(state, more[-2], sigma)
+    def predict(self, run, group, sigma, partial=None):
+        self.calls.append(partial)
+        return [torch.ones_like(group.tokens)] * active_branches(run.state, run.config, sigma)
 
-    def velocity(self, *call):
-        return self.guide(call[1], self.branches(*call, None))
+    def velocity(self, run, group, sigma):
+        return self.guide(run, self.predict(run, group, sigma))
 
-    def guide(self, state, outputs):
+    def guide(self, run, outputs):
         return len(outputs) * outputs[0]
 
 
-def make_part(sigmas=(0.9, 0.6, 0.3, 0.0)):
+def make_run(state=STATE, **config):
+    return Run(Recorder(), PIPE, SpecEditConfig(**config), state)
+
+
+def make_group(sigmas=(0.9, 0.6, 0.3, 0.0)):
     layout = MixedLayout.all_fine(GRID)
     return LayoutGroup([0, 1], layout, NOISE, layout, NOISE, list(sigmas))
 
 
 def test_branches_may_have_texts_of_different_length():
-    flops = forward_flops(PIPE, STATE, 32, 2)
-    assert flops == transformer_flops(MODEL, 37) + transformer_flops(MODEL, 35)
-    assert forward_flops(PIPE, STATE, 32, 1) == transformer_flops(MODEL, 37)
-    same = dataclasses.replace(STATE, negative_text_tokens=None)
-    assert forward_flops(PIPE, same, 32, 2) == 2 * transformer_flops(MODEL, 37)
-
-
-def test_a_step_over_the_target_attends_to_all():
-    flops = forward_flops(PIPE, STATE, 16, 2, kept=16, text=False, read=16)
-    assert flops == transformer_flops(MODEL, 16, 37, 16) + transformer_flops(MODEL, 16, 35, 16)
+    run = make_run()
+    group_velocity(run, make_group(), 0)
+    assert run.trace.calls == [ForwardCall("", 37, 5, samples=2), ForwardCall("", 35, 3, samples=2)]
+    assert dataclasses.replace(STATE, negative_text_tokens=None).texts == (5, 5)
+    assert dataclasses.replace(STATE, branches=1).texts == (5,)
 
 
 @pytest.mark.parametrize("last_block", [True, False])
-def test_a_plain_step(last_block):
-    adapter, part = Recorder(), make_part()
-    state = dataclasses.replace(STATE, last_block=last_block)
-    velocity = group_velocity(adapter, PIPE, state, part, 0, SpecEditConfig())
-    assert torch.equal(velocity, 2 * torch.ones_like(NOISE)) and adapter.calls == [None]
-    assert part.flops == 2 * forward_flops(PIPE, state, 32, 2, read=16 if last_block else None)
+def test_a_plain_step_reads_the_target_where_the_last_block_is_trimmed(last_block):
+    run = make_run(dataclasses.replace(STATE, last_block=last_block))
+    velocity = group_velocity(run, make_group(), 0)
+    assert torch.equal(velocity, 2 * torch.ones_like(NOISE)) and run.adapter.calls == [None]
+    assert [call.read for call in run.trace.calls] == 2 * [16 if last_block else None]
+    assert torch.equal(PIPE._current_timestep, torch.tensor(900.0))
+
+
+def test_a_step_follows_its_velocity_and_keeps_the_clean_prediction():
+    group = make_group()
+    euler_step(make_run(), group, 0)
+    assert group.clean is None
+    torch.testing.assert_close(group.tokens, torch.full_like(NOISE, -0.3 * 2))
+    euler_step(make_run(), group, 1, keep_clean=True)
+    torch.testing.assert_close(group.clean, torch.full_like(NOISE, -0.6 - 0.6 * 2))
 
 
 def test_guidance_only_within_its_range():
-    config = SpecEditConfig(guidance_range=(0.5, 0.8))
-    adapter, part = Recorder(), make_part()
-    velocities = [group_velocity(adapter, PIPE, STATE, part, i, config).mean().item() for i in range(3)]
+    run, group = make_run(guidance_range=(0.5, 0.8)), make_group()
+    velocities = [group_velocity(run, group, i).mean().item() for i in range(3)]
     assert velocities == [1, 2, 1]
-    assert part.flops == 2 * (2 * forward_flops(PIPE, STATE, 32, 1) + forward_flops(PIPE, STATE, 32, 2))
+    assert [call.tokens for call in run.trace.calls] == [37, 37, 35, 37]
 
 
 @pytest.mark.parametrize(("sigma", "branches"), [(0.8, 2), (0.5, 2), (0.81, 1), (0.49, 1)])
@@ -84,21 +91,35 @@ def test_both_ends_belong_to_the_range(sigma, branches):
 
 
 def test_a_kept_reference_within_a_guidance_range():
-    config = SpecEditConfig(guidance_range=(0.5, 1.0), reference_refresh=4)
-    adapter, part = Recorder(), make_part((0.9, 0.7, 0.6, 0.4, 0.2, 0.0))
-    part.kept = reference_kv_cache(adapter, config)
+    run = make_run(guidance_range=(0.5, 1.0), reference_refresh=4)
+    group = make_group((0.9, 0.7, 0.6, 0.4, 0.2, 0.0))
+    group.kv = reference_kv_cache(run)
     for i in range(5):
-        group_velocity(adapter, PIPE, STATE, part, i, config)
-    assert [len(calls) for calls in adapter.calls] == [2, 2, 2, 1, 1]
-    assert [calls[0].target for calls in adapter.calls] == [False, True, True, True, False]
-    assert part.reused == 3
-    alone = [forward_flops(PIPE, STATE, 16, n, kept=16, text=False) for n in (2, 2, 1)]
-    assert part.flops == 2 * (forward_flops(PIPE, STATE, 32, 2) + forward_flops(PIPE, STATE, 32, 1) + sum(alone))
+        group_velocity(run, group, i)
+    assert [len(calls) for calls in run.adapter.calls] == [2, 2, 2, 1, 1]
+    assert [calls[0].target for calls in run.adapter.calls] == [False, True, True, True, False]
+    assert group.reused == 3
+    both = [ForwardCall("", 37, 5, samples=2), ForwardCall("", 35, 3, samples=2)]
+    alone = [ForwardCall("", 16, 0, 37, samples=2), ForwardCall("", 16, 0, 35, samples=2)]
+    assert run.trace.calls == [*both, *alone, *alone, alone[0], both[0]]
 
 
 def test_an_adapter_that_cannot_keep_the_reference_is_named():
-    adapter = Recorder()
-    assert reference_kv_cache(adapter, SpecEditConfig()) is None
-    adapter.keeps_reference = False
+    assert reference_kv_cache(make_run()) is None
+    run = make_run(reference_refresh=2)
+    run.adapter.keeps_reference = False
     with pytest.raises(ValueError, match="reference_refresh: expected None for recorder, which cannot"):
-        reference_kv_cache(adapter, SpecEditConfig(reference_refresh=2))
+        reference_kv_cache(run)
+
+
+def test_a_stage_row_has_the_mean_tokens_of_its_samples():
+    run, coarse, fine = make_run(), make_group(), make_group()
+    coarse.layout = coarse.reference_layout = MixedLayout.all_coarse(GRID)
+    trace = Trace()
+    with trace.running("mixed") as stage:
+        stage.start(run, [coarse, fine])
+        for i in range(2):
+            trace.after_step(run, [coarse, fine], i)
+    (row,) = trace.stages
+    assert (row.name, row.steps, row.sigma_start, row.sigma_end) == ("mixed", 2, 0.9, 0.3)
+    assert row.tokens == (13 + 37) / 2 and row.flops == 0 and row.seconds > 0 and trace.steps == 2

@@ -6,11 +6,12 @@ import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from specedit import SpecEditConfig
-from specedit.cost.flops import transformer_flops
 from specedit.layout import TokenGrid
-from specedit.method.adapter import EditState
-from specedit.method.draft import generate, shrink, small_reference, upsample
+from specedit.method import draft as draft_module
+from specedit.method.adapter import EditState, Run
+from specedit.method.draft import shrink, small_reference, upsample
 from specedit.method.schedule import stage_sigmas
+from specedit.method.trace import ForwardCall, Trace
 from specedit.placement import Placement
 
 
@@ -61,9 +62,29 @@ class Recorder:
     def __init__(self, velocity):
         self.constant, self.calls = velocity, []
 
-    def velocity(self, pipe, state, tokens, sigma, rows, layout, reference, reference_layout, config):
-        self.calls.append((sigma, rows, layout, reference, reference_layout))
-        return torch.full_like(tokens, self.constant)
+    def draft_state(self, run):
+        return run.state
+
+    def sigmas(self, pipe, *stage):
+        return stage_sigmas(pipe.scheduler, *stage)
+
+    def velocity(self, run, group, sigma):
+        self.calls.append((sigma, group.rows, group.layout, group.reference, group.reference_layout))
+        return torch.full_like(group.tokens, self.constant)
+
+
+class Bar:
+    """A progress bar that calls a function."""
+
+    def __init__(self, function):
+        self.update = function
+
+
+def generate(adapter, state, config, on_step=None, pipe=None):
+    """The draft, and the trace of its run."""
+    pipe = pipe or PIPE
+    run = Run(adapter, pipe, config, state, Trace(pipe, bar=Bar(on_step or (lambda: None))))
+    return draft_module.generate(run), run.trace
 
 
 def make_state(height=9, width=12):
@@ -78,22 +99,20 @@ def make_state(height=9, width=12):
     )  # fmt: skip
 
 
-PIPE = SimpleNamespace(
-    interrupt=False, scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-    transformer=SimpleNamespace(config=dict(num_layers=2, num_attention_heads=2, attention_head_dim=4)),
-)  # fmt: skip
+PIPE = SimpleNamespace(interrupt=False, scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
 
 
 @pytest.mark.parametrize("scale", [2, 4])
 def test_the_draft_is_a_small_image_of_its_own(scale):
     state, adapter, heard = make_state(), Recorder(0.5), []
     config = SpecEditConfig(draft_steps=5, draft_scale=scale)
-    draft = generate(adapter, PIPE, state, config, lambda: heard.append(1))
+    draft, trace = generate(adapter, state, config, lambda: heard.append(1))
     tokens, grid = draft.tokens, draft.layout.grid
     assert grid == state.grid.coarse(scale)
     assert draft.reference_layout.tokens == (8 // scale) ** 2
     whole = grid.tokens + (8 // scale) ** 2 + 5
-    assert draft.flops == 5 * 2 * transformer_flops(PIPE.transformer.config, whole)  # steps, samples
+    assert trace.calls == 5 * [ForwardCall("draft", whole, 5, samples=2)]
+    assert [(row.name, row.steps, row.tokens) for row in trace.stages] == [("draft", 5, whole)]
     assert len(heard) == len(adapter.calls) == 5
     expected = stage_sigmas(PIPE.scheduler, grid.tokens, 1.0, 0.0, 5)
     assert [call[0] for call in adapter.calls] == expected[:-1].tolist()
@@ -108,17 +127,12 @@ def test_the_draft_is_a_small_image_of_its_own(scale):
     torch.testing.assert_close(tokens, noise - 0.5)
 
 
-@pytest.mark.parametrize("scale", [2, 4])
-def test_coupled_noise_is_the_sum_coefficient_of_the_main_run(scale):
-    state = make_state(8, 12)
-    draft = generate(Recorder(0.0), PIPE, state, SpecEditConfig(couple_noise=True, draft_scale=scale), lambda: None)
-    expected = F.avg_pool2d(pixels(state.noise, state.grid), scale) * scale
-    torch.testing.assert_close(pixels(draft.tokens, draft.layout.grid), expected)
-    assert torch.equal(state.generator.get_state(), torch.Generator().manual_seed(7).get_state())  # nothing drawn
-
-
 def test_an_interrupt_ends_the_draft():
-    pipe = SimpleNamespace(interrupt=False, scheduler=PIPE.scheduler, transformer=PIPE.transformer)
+    pipe = SimpleNamespace(interrupt=False, scheduler=PIPE.scheduler)
     adapter = Recorder(0.0)
-    generate(adapter, pipe, make_state(), SpecEditConfig(), lambda: setattr(pipe, "interrupt", len(adapter.calls) == 2))
-    assert len(adapter.calls) == 2
+
+    def stop():
+        pipe.interrupt = len(adapter.calls) == 2
+
+    _, trace = generate(adapter, make_state(), SpecEditConfig(), stop, pipe)
+    assert len(adapter.calls) == trace.stages[0].steps == 2

@@ -9,7 +9,8 @@ from specedit import SpecEditConfig
 from specedit.layout import TokenGrid
 from specedit.method import draft as drafts
 from specedit.method.masks import cells_of_mask
-from specedit.method.selectors import dilate, discrepancy, select, to_cells, top_cells, uniform_cells
+from specedit.method.selectors import dilate, select, to_cells, top_cells, uniform_cells
+from specedit.method.selectors.semantic import discrepancy
 from specedit.models.flux import FluxKontext
 from specedit.placement import Placement
 

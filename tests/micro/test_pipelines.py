@@ -12,8 +12,7 @@ import specedit
 from specedit.micro import scenes
 from specedit.micro.pipelines import OwnSizeQwenImageEditPipeline, PictureProcessor
 from specedit.models.qwen.edit import QwenImageEdit
-from tests.models.conformance import Conformance
-from tests.models.family import Family
+from specedit.testing import Conformance, Family
 
 QUICK = dict(num_inference_steps=2, output_type="latent")
 

@@ -1,7 +1,6 @@
 """The processors, one attention module at a time, against stock attention and against sums written out."""
 
 import copy
-import dataclasses
 
 import pytest
 import torch
@@ -11,16 +10,16 @@ from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStream
 from torch._dynamo.testing import CompileCounter
 
 from specedit.models.attention import processors as attention
-from specedit.models.attention.contexts import MixedContext, QueryRows, pack, segments
+from specedit.models.attention.contexts import Masked, Mixed, Packed, Partial, PhaseAligned, Stock, Storing
 from specedit.models.attention.processors import (
     FluxMixedProcessor,
     QwenMixedProcessor,
-    _update_kv_cache,
     attach,
     detach,
     half_table,
     why_unsupported_processor,
 )
+from specedit.models.attention.sequences import QueryRows, pack, segments
 
 HEADS, DIM, TEXT = 2, 16, 3
 POS_EMBED = FluxPosEmbed(theta=10000, axes_dim=(4, 4, 8))
@@ -47,6 +46,16 @@ def some_ids(n, seed=0):
     ids[:, 0] = 0
     ids[:TEXT] = 0
     return ids
+
+
+def tables(ids):
+    """cos and sin (S, D/2) of position ids, as a context holds them."""
+    return tuple(half_table(table) for table in POS_EMBED(ids))
+
+
+def dense(ids, kind=Mixed, **more):
+    """A context of sequences of one length."""
+    return kind(rotary=tables(ids), index=torch.arange(len(ids)), **more)
 
 
 def run(attn, states, ids, **kwargs):
@@ -76,7 +85,7 @@ def test_without_a_context_it_is_the_original(attn):
 def test_without_a_bias_it_is_stock_attention(attn):
     states, ids = random_states(2, 11), some_ids(11)
     torch.testing.assert_close(
-        run(mixed(attn), states, ids, specedit=MixedContext()), run(attn, states, ids), rtol=1e-4, atol=1e-5
+        run(mixed(attn), states, ids, specedit=dense(ids)), run(attn, states, ids), rtol=1e-4, atol=1e-5
     )
 
 
@@ -84,7 +93,7 @@ def test_log_area_bias_equals_repeating_each_token_area_times(attn):
     area = torch.tensor([1] * TEXT + [4, 4, 1, 2, 1, 1, 4, 3])
     n = len(area)
     states, ids = random_states(2, n), some_ids(n)
-    got = run(mixed(attn), states, ids, specedit=MixedContext(key_bias=area.float().log()))
+    got = run(mixed(attn), states, ids, specedit=dense(ids, key_bias=area.float().log()))
     first = area.cumsum(0) - area
     repeated = run(attn, states.repeat_interleave(area, 1), ids.repeat_interleave(area, 0))
     torch.testing.assert_close(got, repeated[:, first], rtol=1e-4, atol=1e-5)
@@ -95,7 +104,7 @@ def test_log_area_bias_equals_repeating_each_token_area_times(attn):
 def test_an_attention_mask_does_the_same_to_stock_attention(attn):
     bias = torch.tensor([1] * TEXT + [4, 1, 1, 2, 1, 1]).float().log()
     states, ids = random_states(2, len(bias)), some_ids(len(bias))
-    got = run(mixed(attn), states, ids, specedit=MixedContext(key_bias=bias))
+    got = run(mixed(attn), states, ids, specedit=dense(ids, key_bias=bias))
     stock = run(attn, states, ids, attention_mask=bias[None, None, None])
     torch.testing.assert_close(got, stock, rtol=1e-4, atol=1e-5)
 
@@ -114,7 +123,7 @@ def test_phase_aligned_against_the_sums_written_out(attn, biased):
     small = ids.clone()
     small[TEXT:, 1:] /= 2
     bias = torch.where(coarse, torch.tensor(4.0).log(), torch.tensor(0.0)) if biased else None
-    context = MixedContext(key_bias=bias, segments=segments(coarse), coarse_rotary=POS_EMBED(small))
+    context = dense(ids, key_bias=bias, aligned=PhaseAligned(tables(small), segments(coarse)))
     got = run(mixed(attn), states, ids, specedit=context)
 
     text, image = (states[:, :TEXT], states[:, TEXT:]) if attn.added_kv_proj_dim else (states[:, :0], states)
@@ -129,8 +138,8 @@ def test_phase_aligned_against_the_sums_written_out(attn, biased):
     rms = lambda x: x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()  # noqa: E731
     q, k = rms(q), rms(k)  # the norms' own weights are one
     logits = []
-    for table in (POS_EMBED(ids), POS_EMBED(small)):  # every pair of tokens seen at the fine and the coarse scale
-        logits.append(torch.einsum("bihd,bjhd->bhij", rotate(q, *table), rotate(k, *table)) / DIM**0.5)
+    for pair in (POS_EMBED(ids), POS_EMBED(small)):  # every pair of tokens seen at the fine and the coarse scale
+        logits.append(torch.einsum("bihd,bjhd->bhij", rotate(q, *pair), rotate(k, *pair)) / DIM**0.5)
     logits = torch.where(coarse[:, None], logits[1], logits[0])
     if biased:
         logits = logits + bias
@@ -141,27 +150,9 @@ def test_phase_aligned_against_the_sums_written_out(attn, biased):
     assert (got - run(attn, states, ids)).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("aligned", [True, False])
-def test_tables_made_beforehand_change_no_bit(attn, aligned, monkeypatch):
-    coarse = torch.tensor([False] * TEXT + [True, True, False, False, True, False, False])
-    n = len(coarse)
-    states, ids = random_states(2, n), some_ids(n)
-    plain = MixedContext(key_bias=coarse.float(), backend="torch")
-    if aligned:
-        plain = dataclasses.replace(plain, segments=segments(coarse), coarse_rotary=POS_EMBED(ids / 2))
-    expected = run(mixed(attn), states, ids, specedit=plain)
-    ready = dataclasses.replace(
-        plain, index=torch.arange(n), rotary=tuple(half_table(t) for t in POS_EMBED(ids)),
-        coarse_rotary=tuple(half_table(t) for t in plain.coarse_rotary) if aligned else None,
-    )  # fmt: skip
-    assert torch.equal(run(mixed(attn), states, ids, specedit=ready), expected)
-    monkeypatch.setattr("specedit.models.attention.processors.half_table", None)  # nothing is left for it to do
-    run(mixed(attn), states, ids, specedit=ready)
-
-
 def test_fused_projections(attn):
     states, ids = random_states(1, 9), some_ids(9)
-    context = MixedContext(key_bias=torch.linspace(0, 1, 9))
+    context = dense(ids, key_bias=torch.linspace(0, 1, 9))
     expected = run(mixed(attn), states, ids, specedit=context)
     fused = mixed(attn)
     fused.fuse_projections()
@@ -183,15 +174,15 @@ def test_a_norm_that_is_offloaded_by_itself_is_called(mark):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 3, 2, 8, generator=generator) for _ in range(3))
     angle = torch.rand(3, 4, generator=generator)
-    tables, rows = (angle.cos(), angle.sin()), torch.tensor([2, 0, 1])
+    angles, rows = (angle.cos(), angle.sin()), torch.tensor([2, 0, 1])
 
     def arrives(norm, weight):
         norm.weight.copy_(weight)
 
     def placed():
         out = [torch.full_like(q, torch.nan) for _ in range(3)]
-        attention._norm_rope_scatter(q, k, v, *norms, *tables, out, rows, "torch")
-        return [*out, attention._norm_and_rotate(q, norms[0], *tables, "torch")]
+        attention._norm_rope_scatter(q, k, v, *norms, *angles, out, rows, "torch")
+        return [*out, attention._norm_and_rotate(q, norms[0], *angles, "torch")]
 
     with torch.no_grad():
         for norm, weight in zip(norms, right, strict=True):
@@ -287,9 +278,12 @@ def test_qwen_attention_is_the_stock_one(backend):
     expected = stock(image, encoder_hidden_states=text, image_rotary_emb=(phases[3:], phases[:3]))
     same = ours(image, encoder_hidden_states=text, image_rotary_emb=(phases[3:], phases[:3]))
     assert all(torch.equal(a, b) for a, b in zip(same, expected, strict=True))
-    context = MixedContext(backend=backend)
-    tables = angle.cos(), angle.sin()
-    got = ours(image, encoder_hidden_states=text, image_rotary_emb=tables, specedit=context)
+    given = dict(rotary=(angle.cos(), angle.sin()), index=torch.arange(11))
+    if backend == "stock":
+        context = Masked(**given, key_bias=torch.zeros(11))
+    else:
+        context = Mixed(**given, backend=backend)
+    got = ours(image, encoder_hidden_states=text, specedit=context)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -309,22 +303,18 @@ def test_packed_sequences_do_not_see_each_other(phase_aligned):
     coarse = torch.zeros(total, dtype=torch.bool)
     coarse[packing.image] = torch.rand(3 * images, generator=generator) < 0.5
     rotary = {name: (a.cos(), a.sin()) for name, a in (("fine", angle), ("coarse", small))}
-    context = MixedContext(
-        bias[None], segments(coarse, [n + images for n in texts]) if phase_aligned else None,
-        rotary["coarse"] if phase_aligned else None, None, packing,
-    )  # fmt: skip
-    out_image, out_text = attn(image, encoder_hidden_states=text, image_rotary_emb=rotary["fine"], specedit=context)
+    aligned = PhaseAligned(rotary["coarse"], segments(coarse, [n + images for n in texts])) if phase_aligned else None
+    context = Packed(rotary=rotary["fine"], key_bias=bias[None], aligned=aligned, packing=packing)
+    out_image, out_text = attn(image, encoder_hidden_states=text, specedit=context)
     for i, n in enumerate(texts):
         words = torch.arange(n) + sum(texts[:i])
         own = torch.cat([torch.arange(target) + i * target, torch.arange(reference) + 3 * target + i * reference])
         rows = torch.cat([words, own + sum(texts)])  # of the streams
         places = torch.cat([packing.text[words], packing.image[own]])
-        tables = {name: tuple(t[rows] for t in pair) for name, pair in rotary.items()}
-        alone = MixedContext(
-            bias[places][None], segments(coarse[places]) if phase_aligned else None,
-            tables["coarse"] if phase_aligned else None,
-        )  # fmt: skip
-        got = attn(image[:, own], encoder_hidden_states=text[:, words], image_rotary_emb=tables["fine"], specedit=alone)
+        fine, small = (tuple(t[rows] for t in pair) for pair in rotary.values())
+        aligned = PhaseAligned(small, segments(coarse[places])) if phase_aligned else None
+        alone = Mixed(rotary=fine, index=torch.arange(len(rows)), key_bias=bias[places][None], aligned=aligned)
+        got = attn(image[:, own], encoder_hidden_states=text[:, words], specedit=alone)
         torch.testing.assert_close(out_image[:, own], got[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(out_text[:, words], got[1], rtol=1e-4, atol=1e-5)
 
@@ -345,21 +335,28 @@ def test_some_rows_alone_are_those_rows_of_all(attn, fused, backend, aligned):
         attn.fuse_projections()
     joint = attn.added_kv_proj_dim is not None
     rows = slice(0, 5) if joint else slice(TEXT, TEXT + 5)  # of the image stream, or of text and image
-    more = {}
-    if aligned:
-        asked = segments(coarse[TEXT : TEXT + 5], [5], [n])
-        more = dict(segments=segments(coarse), coarse_rotary=POS_EMBED(ids / 2), read=QueryRows(torch.arange(5), asked))
-    context = MixedContext(key_bias=coarse.float(), backend=backend, **more)
+    if backend == "stock":
+        context = dense(ids, Masked, key_bias=coarse.float())
+    else:
+        some = PhaseAligned(tables(ids / 2), segments(coarse)) if aligned else None
+        queries = QueryRows(torch.arange(5), segments(coarse[TEXT : TEXT + 5], [5], [n]))
+        context = dense(ids, key_bias=coarse.float(), aligned=some, backend=backend, output_rows=queries)
     whole = run(attn, states, ids, specedit=context)[:, TEXT : TEXT + 5]
-    given = dict(image_rotary_emb=POS_EMBED(ids), specedit=context, rows=rows)
+    given = dict(specedit=context, rows=rows)
     streams = (states[:, TEXT:], states[:, :TEXT]) if joint else (states,)
     torch.testing.assert_close(attn(*streams, **given), whole, rtol=1e-4, atol=1e-5)
 
 
-def test_a_plain_context_is_the_original_but_for_some_rows(attn):
+def test_a_stock_context_is_the_original_but_for_some_rows(attn):
     states, ids = random_states(2, 11), some_ids(11)
-    context = MixedContext(key_bias=torch.rand(11), backend="stock", plain=True)
-    assert torch.equal(run(mixed(attn), states, ids, specedit=context), run(attn, states, ids))
+    context = Stock(rotary=tables(ids), output_rows=QueryRows(torch.arange(5)))
+    whole = run(attn, states, ids)
+    assert torch.equal(run(mixed(attn), states, ids, specedit=context), whole)
+    joint = attn.added_kv_proj_dim is not None
+    streams = (states[:, TEXT:], states[:, :TEXT]) if joint else (states,)
+    rows = slice(0, 5) if joint else slice(TEXT, TEXT + 5)
+    some = mixed(attn)(*streams, specedit=context, rows=rows)
+    torch.testing.assert_close(some, whole[:, TEXT : TEXT + 5], rtol=1e-4, atol=1e-5)
 
 
 def test_some_rows_of_packed_sequences():
@@ -372,24 +369,49 @@ def test_some_rows_of_packed_sequences():
     text, image = (torch.randn(1, n, 32, generator=generator) for n in (sum(texts), total - sum(texts)))
     angle = torch.randn(total, DIM // 2, generator=generator)
     read = QueryRows(torch.arange(2 * target), cu_seqlens=torch.tensor([0, 5, 10], dtype=torch.int32))
-    context = MixedContext(torch.rand(1, total, generator=generator), packing=packing, read=read)
-    given = dict(encoder_hidden_states=text, image_rotary_emb=(angle.cos(), angle.sin()), specedit=context)
+    context = Packed(
+        rotary=(angle.cos(), angle.sin()), key_bias=torch.rand(1, total, generator=generator), packing=packing,
+        output_rows=read,
+    )  # fmt: skip
+    given = dict(encoder_hidden_states=text, specedit=context)
     whole, _ = attn(image, **given)
     alone = attn(image, **given, rows=slice(0, 2 * target))
     torch.testing.assert_close(alone, whole[:, : 2 * target], rtol=1e-4, atol=1e-5)
 
 
-def test_keeping_compiles_once_for_all_modules():
+@pytest.mark.parametrize("fused", [False, True])
+def test_some_rows_beside_stored_keys_are_those_rows_of_all(attn, fused):
+    states, ids = random_states(2, 11), some_ids(11)
+    attn = mixed(attn)
+    if fused:
+        attn.fuse_projections()
+    whole, entries = dense(ids, key_bias=torch.rand(11)), {}
+    expected = run(attn, states, ids, specedit=whole)
+    assert torch.equal(run(attn, states, ids, specedit=Storing(whole=whole, entries=entries)), expected)
+    assert list(entries) == [attn] and entries[attn][0].shape == (2, 11, HEADS, DIM)
+    chosen = torch.tensor([[0, 1, 2, 4, 6], [0, 1, 2, 9, 3]])  # text and two others, of each sample its own
+    partial = Partial(
+        whole=whole, entries=entries, rows=chosen, rotary=tuple(table[chosen] for table in whole.rotary),
+        index=whole.index, query_rows=QueryRows(torch.arange(5)), output_rows=None,
+    )  # fmt: skip
+    some = states.gather(1, chosen[..., None].expand(-1, -1, 32))
+    got = run(attn, some, some_ids(5), specedit=partial)
+    wanted = expected.gather(1, chosen[..., None].expand(-1, -1, expected.shape[2]))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_storing_compiles_once_for_all_modules():
     """As many attention modules as a real model has would be beyond the compiler's limit."""
     counter = CompileCounter()
     torch._dynamo.reset()
 
     @torch.compile(backend=counter)
-    def keep(context, attn, k, v):
-        return _update_kv_cache(context, attn, 2 * k, v)
+    def store(context, attn, k, v):
+        return context.update_kv_cache(attn, 2 * k, v)
 
-    context, x = MixedContext(store={}), torch.randn(1, 4, 2, 8)
+    x = torch.randn(1, 4, 2, 8)
+    context = Storing(whole=dense(some_ids(4)), entries={})
     modules = [torch.nn.Identity() for _ in range(5)]
     for module in modules:
-        assert torch.equal(keep(context, module, x, x)[0], 2 * x)
-    assert list(context.store) == [id(module) for module in modules] and counter.frame_count <= 2
+        assert torch.equal(store(context, module, x, x)[0], 2 * x)
+    assert list(context.entries) == modules and counter.frame_count <= 2

@@ -5,11 +5,10 @@ import torch
 from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
 
 import specedit
-from specedit.models import LongCatImageEdit
 from specedit.models.flux import FluxKontext
+from specedit.models.longcat import LongCatImageEdit
 from specedit.models.qwen.edit import QwenImageEdit, QwenImageEditPlus
-from tests.models.conformance import QUICK, Conformance
-from tests.models.family import Family
+from specedit.testing import QUICK, Conformance, Family
 
 
 class TestFluxKontext(Conformance):
@@ -29,7 +28,7 @@ class TestFluxKontext(Conformance):
 
 
 class TestQwenImageEdit(Conformance):
-    pipeline, adapter = QwenImageEditPipeline, QwenImageEdit
+    pipeline, adapter, sends_values = QwenImageEditPipeline, QwenImageEdit, False
 
     @pytest.fixture
     def family(self, make_qwen, picture):
@@ -39,6 +38,7 @@ class TestQwenImageEdit(Conformance):
         return Family(
             self.adapter, lambda: self.make(make_qwen), call,
             guided=dict(negative_prompt="blue and dark", true_cfg_scale=2.5), batch=self.batch(picture),
+            sends_values=self.sends_values,
         )  # fmt: skip
 
     def make(self, make_qwen):
@@ -56,6 +56,8 @@ class TestQwenImageEditPlus(TestQwenImageEdit):
 
 
 class TestQwenImageEdit2511(TestQwenImageEditPlus):
+    sends_values = True  # the index of zero_cond_t
+
     def make(self, make_qwen):
         return make_qwen(self.pipeline, zero_cond_t=True)
 
@@ -86,7 +88,7 @@ class TestLongCatImageEdit(Conformance):
         pipe = specedit.install(family.make(), **QUICK)
         expected = family.run(pipe, **family.guided)
         _, state = family.prepare(family.make(), **family.guided)
-        given = dict(guidance_scale=2.5, negative_prompt_embeds=state.extra["negative"]["encoder_hidden_states"])
+        given = dict(guidance_scale=2.5, negative_prompt_embeds=state.conditioning.negative.embeds)
         assert torch.equal(family.run(pipe, **given), expected)
         given["negative_prompt_embeds"] = given["negative_prompt_embeds"][:, 1:]
         with pytest.raises(ValueError, match=r"negative_prompt_embeds: expected shape .*, as the prompt's, got"):

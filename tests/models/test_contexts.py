@@ -1,10 +1,11 @@
-"""Where rows of joint and packed sequences lie, and which of them ask."""
+"""Where rows of joint and packed sequences lie, which are queries, and contexts that move whole."""
 
 from dataclasses import fields
 
 import torch
 
-from specedit.models.attention.contexts import MixedContext, QueryRows, pack, segments
+from specedit.models.attention.contexts import Mixed, Packed, Partial, PhaseAligned
+from specedit.models.attention.sequences import QueryRows, pack, segments
 
 
 def test_pack_gives_every_row_its_place():
@@ -36,16 +37,25 @@ def tensors(value):
     return [tensor for part in parts for tensor in tensors(getattr(value, part.name))]
 
 
-def test_a_context_moves_whole_and_keeps_its_store():
-    coarse, tables, store = torch.tensor([True, False, True]), (torch.ones(3, 2), torch.zeros(3, 2)), {}
-    context = MixedContext(
-        key_bias=torch.zeros(3), segments=segments(coarse), coarse_rotary=tables, rotary=tables, index=torch.arange(3),
-        packing=pack([1, 0], 1, 0, "cpu"), store=store, rows=torch.arange(2)[None], backend="torch",
-        asking=QueryRows(torch.arange(2)), read=QueryRows(torch.arange(1), segments(coarse[:1])),
+def test_a_context_moves_whole_and_keeps_its_cache():
+    coarse, tables, entries = torch.tensor([True, False, True]), (torch.ones(3, 2), torch.zeros(3, 2)), {}
+    whole = Packed(
+        rotary=tables, key_bias=torch.zeros(3), aligned=PhaseAligned(tables, segments(coarse)), backend="torch",
+        output_rows=QueryRows(torch.arange(1), segments(coarse[:1])), packing=pack([1, 0], 1, 0, "cpu"),
+    )  # fmt: skip
+    context = Partial(
+        whole=whole, entries=entries, rows=torch.arange(2)[None], rotary=tables, index=torch.arange(2),
+        query_rows=QueryRows(torch.arange(2)), output_rows=None,
     )  # fmt: skip
     assert context.to("cpu") is context and context.to(torch.device("cpu"), non_blocking=True) is context
     moved = context.to("meta")
-    assert len(tensors(moved)) == len(tensors(context)) == 23
+    assert len(tensors(moved)) == len(tensors(context)) == 25
     assert {tensor.device.type for tensor in tensors(moved)} == {"meta"}
-    assert moved.store is store and moved.backend == "torch" and not context.rotary[0].is_meta
+    assert moved.entries is entries and moved.whole.backend == "torch" and not context.rotary[0].is_meta
     assert [t.shape for t in tensors(moved)] == [t.shape for t in tensors(context)]
+
+
+def test_a_context_without_an_option_moves_too():
+    context = Mixed(rotary=(torch.ones(3, 2), torch.zeros(3, 2)), index=torch.arange(3))
+    moved = context.to("meta")
+    assert moved.index.is_meta and moved.key_bias is moved.aligned is moved.output_rows is None

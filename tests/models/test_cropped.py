@@ -10,6 +10,7 @@ from PIL import Image
 import specedit
 from specedit import SpecEditConfig
 from specedit.layout import MixedLayout, TokenGrid
+from specedit.method import draft as drafts
 from specedit.method import selectors as select
 from specedit.method.restore import feather
 from specedit.models import flux
@@ -171,7 +172,7 @@ def test_a_draft_that_is_the_picture_scores_nothing_where_there_is_one(kontext, 
     pipe = kontext.make()
     call = dict(height=128, width=128, max_area=AREA, _auto_resize=False)
     adapter, state = kontext.prepare(pipe, image=make_picture(side, 128), **call)
-    draft = select.drafts.shrink(state.aligned, state.grid, 2)[0].clone()
+    draft = drafts.shrink(state.aligned, state.grid, 2)[0].clone()
     draft[:, -4:] = torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(1))  # rows 96 to 128
     config = SpecEditConfig(verify_at=verify_at, draft_scale=2)
     with torch.no_grad():

@@ -9,11 +9,11 @@ from diffusers import QwenImageEditPipeline
 from torch._guards import CompileContext
 
 import specedit
-from specedit.models import LongCatImageEdit
 from specedit.models.attention import compiled
 from specedit.models.flux import FluxKontext
+from specedit.models.longcat import LongCatImageEdit
 from specedit.models.qwen.edit import QwenImageEdit
-from tests.models.family import Family
+from specedit.testing import Family
 
 GRAPHS = 6  # of one block's code; 8 is the compiler's own limit
 SIZES = ((128, 128), (160, 96), (96, 192))

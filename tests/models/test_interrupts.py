@@ -8,7 +8,7 @@ import pytest
 
 import specedit
 from specedit.api.installing import is_active
-from specedit.models import LongCatImageEdit
+from specedit.models.longcat import LongCatImageEdit
 from tests.api.common import QUICK
 
 PACKAGE = str(Path(specedit.__file__).parent)

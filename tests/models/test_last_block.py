@@ -10,6 +10,7 @@ from diffusers.models.transformers.transformer_flux import FluxSingleTransformer
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 
 import specedit
+from specedit import SpecEditConfig
 from specedit.models.attention import last_block
 from specedit.models.attention.last_block import FluxLastBlock
 
@@ -207,5 +208,5 @@ def test_a_transformer_without_single_blocks(tiny_components):
     Pipe.transformer.single_transformer_blocks = torch.nn.ModuleList()
     adapter = FluxKontext()
     adapter.attach(Pipe)
-    assert not adapter._trims(Pipe, "auto")
+    assert not adapter.trims_last_block(Pipe, SpecEditConfig())
     adapter.detach(Pipe)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import specedit
-from specedit.models import LongCatImageEdit
+from specedit.models.longcat import LongCatImageEdit
 
 THREADS, REQUESTS = 4, 5
 

@@ -12,7 +12,7 @@ from tests.sampler.common import CENTRE, CORNER, QUICK, close, unpacked
 
 def test_latents_argument_replaces_the_noise(pipe, edit, start):
     noise, _ = start
-    specedit.install(pipe, **QUICK, couple_noise=True)
+    specedit.install(pipe, **QUICK)
     expected = edit(pipe)
     packed = pipe._pack_latents(noise, 1, 4, 16, 16)
     generator = torch.Generator().manual_seed(0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import specedit
-from specedit.models import LongCatImageEdit
+from specedit.models.longcat import LongCatImageEdit
 
 QUICK = dict(steps=(1, 1, 1), draft_steps=1)
 
@@ -86,8 +86,9 @@ def test_longcat_has_a_default_of_its_own():
         pytest.skip("this diffusers has no LongCatImageEditPipeline")
     from diffusers import LongCatImageEditPipeline
 
-    from specedit.api.installing import _accelerated_class, _stock_steps
+    from specedit.api.installing import _accelerated_class
+    from specedit.api.reporting import stock_steps
 
     pipe = object.__new__(_accelerated_class(LongCatImageEditPipeline))
     default = inspect.signature(LongCatImageEditPipeline.__call__).parameters["num_inference_steps"].default
-    assert _stock_steps(pipe, {}) == default and _stock_steps(pipe, {"num_inference_steps": 8}) == 8
+    assert stock_steps(pipe, {}) == default and stock_steps(pipe, {"num_inference_steps": 8}) == 8

@@ -100,8 +100,8 @@ def test_attention_stock_and_torch_agree(pipe, edit, key_bias, restore):
 
 def test_a_perfect_model_restores_what_is_locked(pipe, edit, start, monkeypatch):
     # A velocity that always points to the reference, at every token's own resolution, must end at the reference.
-    def velocity(self, pipe, state, tokens, sigma, rows, layout, reference, reference_layout, config):
-        return (tokens - layout.from_full_grid(state.aligned[rows])) / sigma
+    def velocity(self, run, group, sigma):
+        return (group.tokens - group.layout.from_full_grid(run.state.aligned[group.rows])) / sigma
 
     monkeypatch.setattr(FluxKontext, "velocity", velocity)
     _, reference = start

@@ -5,9 +5,11 @@ import torch
 
 import specedit
 from specedit.layout import mean_pixels
-from specedit.method import sampler
+from specedit.method import sampler, verify
 from specedit.method import selectors as select
+from specedit.method.cells import CellMasks
 from specedit.method.draft import shrink
+from specedit.models.flux import FluxKontext
 from tests.sampler.common import CORNER, QUICK, close
 
 STAGES = ["encode", "draft", "verify", "coarse", "second look", "mixed", "decode"]
@@ -57,15 +59,15 @@ def test_cells_that_the_draft_missed_are_edited_too(pipe, edit, say, changes):
 )
 def test_only_what_was_compared_is_unchanged(pipe, edit, say, monkeypatch, changes, unchanged):
     """Selectors that rank cells say nothing of those they leave out, whose detail is then not the reference's."""
-    made, of = [], sampler.Cells.of
-    monkeypatch.setattr(sampler.Cells, "of", lambda *a, **k: made.append(of(*a, **k)) or made[-1])
+    made, of = [], CellMasks.from_detected
+    monkeypatch.setattr(CellMasks, "from_detected", lambda *a, **k: made.append(of(*a, **k)) or made[-1])
     say([(0, 0)], [])
     specedit.install(pipe, **QUICK, **changes)
     edit(pipe)
-    assert bool(made[0].unchanged[0, 3, 3]) == unchanged and not made[0].unchanged[0, 0, 0]
+    assert bool(made[0].known_unchanged[0, 3, 3]) == unchanged and not made[0].known_unchanged[0, 0, 0]
 
 
-def test_it_is_the_same_whoever_finds_a_cell(pipe, edit, say):
+def test_draft_and_coarse_detection_are_equivalent(pipe, edit, say):
     """The coarse stage does not know yet; all that comes after does."""
     say([(0, 0)], [(3, 2)], [(0, 0), (3, 2)], [], [(0, 0)], [])
     specedit.install(pipe, **QUICK, restore="reference", uniform_stride=0)
@@ -87,7 +89,7 @@ def test_a_change_that_only_the_second_look_sees_saves_the_rest(pipe, edit, say)
     "changes",
     [
         {"restore": "full"},  # the paper's method, which corrects everything in its full stage
-        {"restore": "reference", "second_look": False},
+        {"restore": "reference", "verify_coarse": False},
         {"restore": "reference", "steps": (0, 2, 2)},
         {"restore": "reference", "selector": "variance"},
     ],
@@ -100,13 +102,13 @@ def test_where_nobody_looks_twice(pipe, edit, say, changes):
 
 
 def test_caches_are_gone_when_it_looks(pipe, edit, say, monkeypatch):
-    held, look = [], sampler.second_look
+    held, look = [], verify.second_look
 
-    def looking(adapter, pipe, state, parts, config):
-        held.extend((part.kept, part.histories) for part in parts)
-        return look(adapter, pipe, state, parts, config)
+    def looking(run, groups):
+        held.extend((group.kv, group.forecast) for group in groups)
+        return look(run, groups)
 
-    monkeypatch.setattr(sampler, "second_look", looking)
+    monkeypatch.setattr(verify, "second_look", looking)
     say([(0, 0)], [])
     specedit.install(pipe, **QUICK, restore="reference", reference_refresh=2)
     edit(pipe)
@@ -123,18 +125,18 @@ def test_a_callers_mask_is_not_questioned(pipe, edit, say):
 def test_it_sees_what_the_last_coarse_step_predicts(pipe, edit, say, monkeypatch):
     """A velocity that points at one picture, (x - x0) / s, predicts that picture."""
     target = {}
-    evaluate = sampler.group_velocity
+    evaluate = FluxKontext.velocity
 
-    def velocity(adapter, pipe, state, part, i, config):
-        if part.layout.is_coarse:
+    def velocity(self, run, group, sigma):
+        if group.layout.is_coarse:
             wanted = target.setdefault(
-                "coarse", torch.randn(part.tokens.shape, generator=torch.Generator().manual_seed(3))
+                "coarse", torch.randn(group.tokens.shape, generator=torch.Generator().manual_seed(3))
             )
-            return (part.tokens - wanted) / part.sigmas[i]
-        target["grid"] = state.grid
-        return evaluate(adapter, pipe, state, part, i, config)
+            return (group.tokens - wanted) / sigma
+        target["grid"] = run.state.grid
+        return evaluate(self, run, group, sigma)
 
-    monkeypatch.setattr(sampler, "group_velocity", velocity)
+    monkeypatch.setattr(FluxKontext, "velocity", velocity)
     shown = say([(0, 0)], [(0, 0)])
     specedit.install(pipe, **QUICK, restore="reference")
     edit(pipe)
@@ -148,16 +150,20 @@ def test_it_sees_what_the_last_coarse_step_predicts(pipe, edit, say, monkeypatch
 def test_a_prediction_of_the_reference_itself_changes_nothing(pipe, edit, monkeypatch):
     """Without the stub: the decoder's features of the reference at half size, shrunk once more, are the reference's."""
 
-    def velocity(adapter, pipe, state, part, i, config):
-        wanted = mean_pixels(state.reference, state.grid) if part.layout.is_coarse else state.reference
-        return (part.tokens - wanted) / part.sigmas[i]
+    def velocity(self, run, group, sigma):
+        reference = run.state.reference
+        if group.layout.grid != run.state.grid:
+            wanted = shrink(reference, run.state.grid, run.config.draft_scale)[0]
+        else:
+            wanted = mean_pixels(reference, run.state.grid) if group.layout.is_coarse else reference
+        return (group.tokens - wanted) / sigma
 
     looked = []
-    look = sampler.second_look
-    monkeypatch.setattr(sampler, "second_look", lambda *args: looked.append(look(*args)) or looked[-1])
+    look = verify.second_look
+    monkeypatch.setattr(verify, "second_look", lambda *args: looked.append(look(*args)) or looked[-1])
     stages = sampler.stages
     monkeypatch.setattr(sampler, "stages", lambda config: stages(config)[:1])
-    monkeypatch.setattr(sampler, "group_velocity", velocity)
+    monkeypatch.setattr(FluxKontext, "velocity", velocity)
     specedit.install(pipe, **QUICK, restore="reference", threshold=1e-6, dilation=0)
     edit(pipe)
     assert len(looked) == 1 and not looked[0].any()

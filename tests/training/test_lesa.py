@@ -32,9 +32,9 @@ def test_recorded_trajectory_is_the_stock_run(pipe, picture, trajectory):
 
 
 def test_layout_is_cached_once(trajectory):
-    assert len(trajectory.state.extra["sequences"]) == 1
+    assert len(trajectory.group.inputs) == 1
     lesa_training.rollout(lesa.Predictor(), trajectory, 3)
-    assert len(trajectory.state.extra["sequences"]) == 1
+    assert len(trajectory.group.inputs) == 1
 
 
 def test_samples_hold_the_squared_error_of_every_forecast(trajectory):

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .contexts import mark_dynamic
+from .contexts import Stock
+from .sequences import mark_dynamic
 
 STREAMS = ("hidden_states", "encoder_hidden_states")
 
@@ -30,9 +31,9 @@ class CompiledBlock:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         context = self.take(kwargs)
         kwargs |= {name: unviewed(kwargs[name]) for name in STREAMS if name in kwargs}
-        if context is not None and context.plain and self.drop is not None:
-            kwargs = self.drop(kwargs)  # the stock processor runs: the graph is a stock call's
-        elif context is not None and not context.plain:
+        if isinstance(context, Stock):
+            kwargs = kwargs if self.drop is None else self.drop(kwargs)  # the graph is a stock call's
+        elif context is not None:
             for name in STREAMS:
                 mark_dynamic(kwargs.get(name), 2)
             for table in kwargs.get("image_rotary_emb") or ():

@@ -1,175 +1,280 @@
-"""What a mixed sequence adds to an attention call: which rows ask at which scale, and how sequences lie packed."""
+"""What a mixed sequence adds to an attention call, as one class for each kind of call.
+
+Stock    the model's own processors, except for the last block
+Masked   the model's own attention backend, with the bias as its mask
+Mixed    dense sequences [text | target | reference] through specedit_kernels
+Packed   sequences of different length, back to back, through specedit_kernels
+Storing  a Mixed or Packed call that leaves keys and values behind
+Partial  some rows of such a sequence, beside the stored keys and values of all others
+
+A context travels in `joint_attention_kwargs` and serves every block of every step of a stage. Rotary tables are cos and
+sin (S, D/2) float32, as the kernel takes them, the text stream's rows before the image stream's.
+"""
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass, fields, replace
-from itertools import accumulate
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor, nn
+
+from specedit_kernels import mixed_attention
+
+from .sequences import Movable, Packing, QueryRows, Segments, mark_all_dynamic
+
+Tables = tuple[Tensor, Tensor]
+KeysAndValues = dict[nn.Module, tuple[Tensor, Tensor]]  # (b, S, H, D) each, of every attention module
 
 
-class Movable:
-    """A frozen dataclass of tensors that `to` brings to a device: what accelerate's hooks ask of every argument."""
+class Rotated(NamedTuple):
+    """Queries and keys (b, n, H, D) at one scale."""
 
-    def to(self, device: torch.device | str | int, **how: Any) -> Self:
-        """Itself where all of it is there already; else a copy with every tensor moved. What is kept stays the one."""
-        moved = {field.name: _moved(getattr(self, field.name), device, how) for field in fields(self)}
-        return self if all(value is getattr(self, name) for name, value in moved.items()) else replace(self, **moved)
-
-
-def _moved(value: Any, device: torch.device | str | int, how: dict[str, Any]) -> Any:
-    if isinstance(value, tuple):
-        each = tuple(_moved(one, device, how) for one in value)
-        return value if all(a is b for a, b in zip(each, value, strict=True)) else each
-    return value.to(device, **how) if isinstance(value, Tensor | Movable) else value
-
-
-@dataclass(frozen=True, eq=False)
-class Segments(Movable):
-    """Two query segments over two copies of the keys: `order` lists fine queries, then coarse; cu_seqlens of both."""
-
-    fine: Tensor
-    coarse: Tensor
-    order: Tensor
-    cu_q: Tensor
-    cu_k: Tensor
-
-
-def segments(coarse_query: Tensor, lengths: list[int] | None = None, keys: list[int] | None = None) -> Segments:
-    """Segments of a (T,) bool of which queries are coarse: made once a step, not in every block.
-
-    lengths: of the sequences that are packed in T; None for one. Every sequence has a segment of each kind, the fine
-    ones of all sequences first, and its own keys in both copies: as many as queries, or `keys` of each.
-    """
-    device, total = coarse_query.device, len(coarse_query)
-    lengths = lengths or [total]
-    fine, coarse = (~coarse_query).nonzero()[:, 0], coarse_query.nonzero()[:, 0]
-    chosen = torch.stack([part.sum() for part in coarse_query.split(lengths)]).tolist()
-    queries = [n - m for n, m in zip(lengths, chosen, strict=True)] + chosen
-    cu_q, cu_k = (cumulative(each, device) for each in (queries, (keys or lengths) * 2))
-    return Segments(fine, coarse, torch.cat([fine, coarse]), cu_q, cu_k)
-
-
-def cumulative(lengths: list[int], device: torch.device) -> Tensor:
-    """cu_seqlens (n + 1,) int32 of sequences that lie back to back."""
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    q: Tensor
+    k: Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Packing(Movable):
-    """Several sequences of different length in one launch, without padding.
+class PhaseAligned(Movable):
+    """Coarse queries see all positions at the coarse scale: its tables, and which queries are coarse."""
 
-    Both streams then have a batch of one and hold the rows of all sequences; `text` (T_text,) and `image` (T_image,)
-    int64 say where each row lies in the joint sequence, [text | image] of one sequence after the other. of_longest
-    (n,): as long as the longest sequence; of an integer torch.compile would make a constant.
+    rotary: Tables
+    segments: Segments
+
+
+class Context(Movable):
+    """The interface that the processors use.
+
+    rotary: tables of the call's rows. index: (S,) int64 from 0 to S - 1, made once and not in every block.
+    output_rows: the rows whose output is used after the last block, or None for all.
     """
 
-    text: Tensor
-    image: Tensor
-    cu_seqlens: Tensor
-    of_longest: Tensor
-
-    @property
-    def longest(self) -> int:
-        """How many rows the longest sequence has."""
-        return self.of_longest.shape[0]
-
-
-def pack(texts: list[int], target: int, reference: int, device: torch.device) -> Packing:
-    """Sequences [text | target | reference] of `texts` tokens and as many image tokens each.
-
-    The image stream lists the target's tokens of every sequence first, then the references'.
-    """
-    lengths = [text + target + reference for text in texts]
-    ends, counts = cumulative(lengths, device), torch.tensor(texts, device=device)
-    starts = ends[:-1].long()
-    shift = (starts - (counts.cumsum(0) - counts)).repeat_interleave(counts, output_size=sum(texts))
-    behind = (starts + counts)[:, None]
-    image = [
-        (behind + torch.arange(a, b, device=device)).flatten() for a, b in ((0, target), (target, target + reference))
-    ]
-    of_longest = torch.arange(max(lengths), device=device)
-    return Packing(torch.arange(sum(texts), device=device) + shift, torch.cat(image), ends, of_longest)
-
-
-@dataclass(frozen=True, eq=False)
-class QueryRows(Movable):
-    """The rows that ask, where not every row of the sequence does: `rows` (n,), the first n of the image stream.
-
-    segments: of these rows, for phase-aligned RoPE. cu_seqlens: of the rows of packed sequences, as many of each.
-
-    Each edit has another n, which the length of a tensor may vary with, as in `Packing`.
-    """
-
-    rows: Tensor
-    segments: Segments | None = None
-    cu_seqlens: Tensor | None = None
-
-    @property
-    def count(self) -> int:
-        return self.rows.shape[0]
-
-    @property
-    def longest(self) -> int | None:
-        """How many rows each packed sequence has."""
-        return None if self.cu_seqlens is None else self.count // (self.cu_seqlens.shape[0] - 1)
-
-
-@dataclass(frozen=True, eq=False)
-class MixedContext(Movable):
-    """What a mixed sequence adds to an attention call; travels in `joint_attention_kwargs`.
-
-    key_bias: (S,) or (B, S) float32 or None, log of the area of every key. segments: None, or which queries are
-    coarse; with it they see all positions at the coarse scale (`coarse_rotary`, in the form of the model's own rotary
-    tables): phase-aligned RoPE. packing: None, or how the streams hold several sequences. backend: of
-    specedit_kernels, or "stock" for the model's own attention backend.
-
-    A context serves every block of every step of a stage. What is the same for all of them is made with it: `rotary`
-    and `coarse_rotary` as the kernel takes them, cos and sin (S, D/2) float32, and `index`, (S,) int64 from 0 to S - 1.
-
-    store: None, or where every module keeps the keys and values (b, S, H, D) of its whole sequence, by its id. With
-    `rows` (b, n) the call holds those rows of the sequence alone, at positions `rotary` (then (b, n, D/2)): they
-    replace their keys and values in the store and attend to all of it; `asking` says so of packed sequences.
-
-    read: None, or the rows whose output is read behind the last block, see models/last_block.py. plain: the model's own
-    processors run in all blocks but that one.
-    """
-
-    key_bias: Tensor | None = None
-    segments: Segments | None = None
-    coarse_rotary: tuple[Tensor, Tensor] | None = None
-    backend: str | None = None
-    packing: Packing | None = None
-    rotary: tuple[Tensor, Tensor] | None = None
-    index: Tensor | None = None
-    store: dict[int, tuple[Tensor, Tensor]] | None = None
-    rows: Tensor | None = None
-    asking: QueryRows | None = None
-    read: QueryRows | None = None
-    plain: bool = False
+    rotary: Tables
+    index: Tensor
+    output_rows: QueryRows | None
 
     def __post_init__(self) -> None:
         # Every edit has other lengths, and the first graph should serve them all.
         mark_all_dynamic(self)
 
+    @property
+    def kernels(self) -> str | None:
+        """The backend of specedit_kernels that norms and rotates."""
+        return None
 
-def mark_all_dynamic(value: Any, dims: int = 2) -> None:
-    """Mark the lengths of every tensor of a context as dynamic; a table's last dimension is the head's."""
-    if isinstance(value, Movable):
-        for field in fields(value):
-            mark_all_dynamic(getattr(value, field.name))
-    elif isinstance(value, tuple):
-        for table in value:
-            mark_dynamic(table, table.ndim - 1)
-    else:
-        mark_dynamic(value, dims)
+    @property
+    def scales(self) -> tuple[Tables, ...]:
+        """The tables of every scale at which queries may see the keys."""
+        return (self.rotary,)
+
+    def places(self, text: int, image: int) -> tuple[Tensor, Tensor]:
+        """Where the rows of the image's and the text's stream lie in the joint sequence."""
+        return self.index[text : text + image], self.index[:text]
+
+    def join(self, image: Tensor, *text: Tensor) -> Tensor:
+        """The joint sequence (b, n, H, D) of the streams' rows."""
+        return torch.cat([*text, image], 1)
+
+    def split(self, joint: Tensor, text: int) -> tuple[Tensor, Tensor]:
+        """The image's and the text's rows of a joint sequence."""
+        return joint[:, text:], joint[:, :text]
+
+    def update_kv_cache(self, attn: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the whole sequence, from those of the call's rows."""
+        return k, v
+
+    def attend(self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | None, processor: Any) -> Tensor:
+        """Attention output (b, n, H, D). query_rows: which rows the queries are, or None for all."""
+        raise NotImplementedError
 
 
-def mark_dynamic(value: Any, dims: int) -> None:
-    """Have Dynamo compile the first `dims` dimensions of a tensor as dynamic at once, not after a second size."""
-    # Without Dynamo imported nothing is compiled, and importing it takes seconds.
-    if isinstance(value, Tensor) and "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
-        torch._dynamo.maybe_mark_dynamic(value, list(range(min(dims, value.ndim))))
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Stock(Context):
+    """The model's own processors run in every block but the last, which computes the rows that are read."""
+
+    rotary: Tables
+    output_rows: QueryRows
+
+    def attend(self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | None, processor: Any) -> Tensor:
+        return dispatched(scales[0], v, None, processor)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Masked(Context):
+    """The model's own attention backend. key_bias: (S,) or (B, S) float32, its mask."""
+
+    rotary: Tables
+    index: Tensor
+    key_bias: Tensor
+    output_rows: ClassVar[None] = None
+
+    @property
+    def kernels(self) -> str:
+        return "torch"
+
+    def attend(self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | None, processor: Any) -> Tensor:
+        mask = self.key_bias.expand(len(v), -1)[:, None, None].to(v.dtype)
+        return dispatched(scales[0], v, mask, processor)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ByKernels(Context):
+    """Attention by specedit_kernels.
+
+    key_bias: (S,) or (B, S) float32, log of the area of every key, or None for no bias. aligned: phase-aligned RoPE,
+    or None for one scale. backend: of specedit_kernels, None for automatic.
+    """
+
+    rotary: Tables
+    key_bias: Tensor | None = None
+    aligned: PhaseAligned | None = None
+    backend: str | None = None
+    output_rows: QueryRows | None = None
+
+    @property
+    def kernels(self) -> str | None:
+        return self.backend
+
+    @property
+    def scales(self) -> tuple[Tables, ...]:
+        return (self.rotary,) if self.aligned is None else (self.rotary, self.aligned.rotary)
+
+    def attend(self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | None, processor: Any) -> Tensor:
+        bias = None if self.key_bias is None else self.key_bias.expand(len(v), -1)
+        if self.aligned is None:
+            return self.launch(scales[0], v, bias, query_rows)
+        segments = (self.aligned if query_rows is None else query_rows).segments
+        return launch_segments(*scales, v, bias, segments, self.backend)
+
+    def launch(self, scale: Rotated, v: Tensor, bias: Tensor | None, query_rows: QueryRows | None) -> Tensor:
+        """Attention at one scale."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Mixed(ByKernels):
+    """Sequences of one length."""
+
+    index: Tensor
+
+    def launch(self, scale: Rotated, v: Tensor, bias: Tensor | None, query_rows: QueryRows | None) -> Tensor:
+        return mixed_attention(*scale, v, key_bias=bias, backend=self.backend)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Packed(ByKernels):
+    """Sequences of different length in one launch, a batch of one, whose rows lie as `packing` says."""
+
+    packing: Packing
+
+    def places(self, text: int, image: int) -> tuple[Tensor, Tensor]:
+        return self.packing.image, self.packing.text
+
+    def join(self, image: Tensor, *text: Tensor) -> Tensor:
+        streams = super().join(image, *text)
+        return torch.empty_like(streams).index_copy_(1, torch.cat([self.packing.text, self.packing.image]), streams)
+
+    def split(self, joint: Tensor, text: int) -> tuple[Tensor, Tensor]:
+        return joint[:, self.packing.image], joint[:, self.packing.text]
+
+    def launch(self, scale: Rotated, v: Tensor, bias: Tensor | None, query_rows: QueryRows | None) -> Tensor:
+        queries = self.packing if query_rows is None else query_rows
+        return mixed_attention(
+            scale.q[0], scale.k[0], v[0], cu_seqlens_q=queries.cu_seqlens, cu_seqlens_k=self.packing.cu_seqlens,
+            max_seqlen_q=queries.longest, key_bias=None if bias is None else bias[0].contiguous(),
+            backend=self.backend,
+        )[None]  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Storing(Context):
+    """A whole call, Mixed or Packed, whose keys and values every attention module leaves in `entries`."""
+
+    whole: ByKernels
+    entries: KeysAndValues
+
+    @property
+    def rotary(self) -> Tables:
+        return self.whole.rotary
+
+    @property
+    def output_rows(self) -> QueryRows | None:
+        return self.whole.output_rows
+
+    @property
+    def kernels(self) -> str | None:
+        return self.whole.backend
+
+    def places(self, text: int, image: int) -> tuple[Tensor, Tensor]:
+        return self.whole.places(text, image)
+
+    def join(self, image: Tensor, *text: Tensor) -> Tensor:
+        return self.whole.join(image, *text)
+
+    def split(self, joint: Tensor, text: int) -> tuple[Tensor, Tensor]:
+        return self.whole.split(joint, text)
+
+    @torch.compiler.disable  # it would compile for each module's own entry
+    def update_kv_cache(self, attn: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        self.entries[attn] = (k, v)
+        return k, v
+
+    def attend(self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | None, processor: Any) -> Tensor:
+        return self.whole.attend(scales, v, query_rows, processor)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Partial(Context):
+    """Some rows (b, n) of a whole sequence: they replace their keys and values in `entries` and attend to all of it.
+
+    The streams hold these rows alone, in the order of the joint sequence, with tables (n, D/2) or (b, n, D/2) of their
+    own. index: (n,) int64 from 0, or longer. query_rows: these rows, as `whole` takes them.
+    """
+
+    whole: ByKernels
+    entries: KeysAndValues
+    rows: Tensor
+    rotary: Tables
+    index: Tensor
+    query_rows: QueryRows
+    output_rows: QueryRows | None
+
+    @property
+    def kernels(self) -> str | None:
+        return self.whole.backend
+
+    @torch.compiler.disable  # it would compile for each module's own entry
+    def update_kv_cache(self, attn: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        index = self.rows[..., None, None].expand_as(k)
+        k, v = (kept.scatter(1, index, new) for kept, new in zip(self.entries[attn], (k, v), strict=True))
+        self.entries[attn] = (k, v)
+        return k, v
+
+    def attend(self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | None, processor: Any) -> Tensor:
+        return self.whole.attend(scales, v, self.query_rows if query_rows is None else query_rows, processor)
+
+
+def dispatched(scale: Rotated, v: Tensor, mask: Tensor | None, processor: Any) -> Tensor:
+    """The model's own attention backend, which diffusers sets on the processor."""
+    return dispatch_attention_fn(
+        *scale, v, attn_mask=mask, backend=processor._attention_backend, parallel_config=processor._parallel_config
+    )
+
+
+def launch_segments(
+    fine: Rotated, coarse: Rotated, v: Tensor, bias: Tensor | None, segments: Segments, backend: str | None
+) -> Tensor:
+    """Two query segments over two rotated copies of the keys, packed into one launch for each sample."""
+    out = torch.empty_like(fine.q)
+    for b in range(len(v)):
+        out[b, segments.order] = mixed_attention(
+            torch.cat([fine.q[b, segments.fine], coarse.q[b, segments.coarse]]),
+            torch.cat([fine.k[b], coarse.k[b]]),
+            v[b].repeat(2, 1, 1),
+            cu_seqlens_q=segments.cu_q,
+            cu_seqlens_k=segments.cu_k,
+            key_bias=None if bias is None else bias[b].repeat(2),
+            backend=backend,
+        )
+    return out

@@ -1,9 +1,8 @@
-"""The last block of a transformer: behind it only the target's rows are read, so no other row asks there.
+"""The last block of a transformer, trimmed to the rows whose output is used.
 
-Keys and values of all rows are still needed; queries, output projection and MLP of text and reference are not. What is
-computed is what the model's own block computes for these rows, by the block's own modules, so LoRA, quantisation,
-compilation and offloading act on it as ever. A hook stands in for the block's `forward` and is the stock one without a
-context that says what is read.
+Only target rows of the last block's output are used, so queries, MLP and projection run for those rows only; keys and
+values are those of all rows. The block's own modules compute them, so LoRA, quantisation, compilation and offloading
+work as usual. A hook replaces the block's `forward`, and calls the stock one unless a context names the rows.
 """
 
 from __future__ import annotations
@@ -14,31 +13,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .contexts import MixedContext
+from .contexts import Context
 from .processors import MixedProcessor
 
 
 class LastBlock:
-    """Stands in for `forward` of the last block. Nothing is kept here: what a call needs comes with it."""
+    """Replaces `forward` of the last block. It keeps no state: what a call needs comes with the call."""
 
     def __init__(self, block: nn.Module):
         self.block, self.stock = block, block.forward
 
-    def reads(self, context: MixedContext | None) -> bool:
-        """Whether a call says what is read, and no other library splits the sequence over several devices."""
+    def is_trimmed(self, context: Context | None) -> bool:
+        """Whether a call names its output rows, and no other library splits the sequence over several devices."""
         processor = self.block.attn.processor
         return (
             context is not None
-            and context.read is not None
+            and context.output_rows is not None
             and isinstance(processor, MixedProcessor)
             and processor._parallel_config is None
         )
 
 
 class FluxLastBlock(LastBlock):
-    """Of FluxSingleTransformerBlock, whose rows are text, target, reference."""
+    """FluxSingleTransformerBlock, whose rows are text, target, reference."""
 
-    def context(self, kwargs: dict[str, Any] | None, rotary: tuple | None) -> MixedContext | None:
+    def context(self, kwargs: dict[str, Any] | None, rotary: tuple | None) -> Context | None:
         return (kwargs or {}).get("specedit")
 
     def __call__(
@@ -50,25 +49,25 @@ class FluxLastBlock(LastBlock):
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
         block, context = self.block, self.context(joint_attention_kwargs, image_rotary_emb)
-        if not self.reads(context):
+        if not self.is_trimmed(context):
             more = {} if joint_attention_kwargs is None else {"joint_attention_kwargs": joint_attention_kwargs}
             return self.stock(
                 hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states, temb=temb,
                 image_rotary_emb=image_rotary_emb, **more,
             )  # fmt: skip
         text = encoder_hidden_states.shape[1]
-        rows = slice(text, text + context.read.count)
+        rows = slice(text, text + context.output_rows.count)
         normed, gate = block.norm(torch.cat([encoder_hidden_states, hidden_states], 1), emb=temb)
         activated = block.act_mlp(block.proj_mlp(normed[:, rows]))
         attended = block.attn(
             hidden_states=normed, image_rotary_emb=image_rotary_emb, rows=rows, **(joint_attention_kwargs or {})
         )
         out = gate.unsqueeze(1) * block.proj_out(torch.cat([attended, activated], 2))
-        return encoder_hidden_states, clipped(hidden_states[:, : context.read.count] + out)
+        return encoder_hidden_states, clipped(hidden_states[:, : context.output_rows.count] + out)
 
 
 class QwenLastBlock(LastBlock):
-    """Of QwenImageTransformerBlock, whose image stream begins with the target's rows (of all packed sequences)."""
+    """QwenImageTransformerBlock, whose image stream begins with the target's rows (of all packed sequences)."""
 
     def __call__(
         self,
@@ -83,13 +82,13 @@ class QwenLastBlock(LastBlock):
         block, context = self.block, (joint_attention_kwargs or {}).get("specedit")
         # Older blocks have no such argument, and newer ones only have it where target and reference differ.
         index = {} if modulate_index is None else {"modulate_index": modulate_index}
-        if not self.reads(context):
+        if not self.is_trimmed(context):
             return self.stock(
                 hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states,
                 encoder_hidden_states_mask=encoder_hidden_states_mask, temb=temb, image_rotary_emb=image_rotary_emb,
                 joint_attention_kwargs=joint_attention_kwargs, **index,
             )  # fmt: skip
-        rows = slice(0, context.read.count)
+        rows = slice(0, context.output_rows.count)
         whole, part = ((), ()) if modulate_index is None else ((modulate_index,), (modulate_index[:, rows],))
         first, second = block.img_mod(temb).chunk(2, dim=-1)
         text_temb = temb.chunk(2, dim=0)[0] if getattr(block, "zero_cond_t", False) else temb
@@ -106,7 +105,7 @@ class QwenLastBlock(LastBlock):
 
 
 def clipped(states: Tensor) -> Tensor:
-    """As the stock blocks do, which must not overflow in fp16."""
+    """Clipped to fp16's range, as in the stock blocks."""
     return states.clip(-65504, 65504) if states.dtype == torch.float16 else states
 
 
@@ -130,9 +129,9 @@ def attached(block: nn.Module | None) -> bool:
 
 
 def trims(block: nn.Module | None) -> bool:
-    """Whether a call computes the read rows alone.
+    """Whether a call computes the output rows alone.
 
-    Not where diffusers offloads the block's layers one by one: each fetches the next one, and some would not be called.
+    Not under leaf-level group offloading: each layer prefetches the next one, and some would not be called.
     """
     return attached(block) and not any(
         "group_offloading" in getattr(getattr(part, "_diffusers_hook", None), "hooks", ())

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from torch import Tensor, nn
 
-from specedit_kernels import mixed_attention, qk_norm_rope
+from specedit_kernels import qk_norm_rope
 
-from .contexts import MixedContext, QueryRows
+from .contexts import Context, Rotated, Stock
 
 
 class MixedProcessor:
     """Joint attention of text and image with a bias per key. Without a context it is the processor that it replaced.
 
-    A model family says which processor is its stock one, and has a `__call__` with the arguments of that one. Its
-    `rows`, a slice or None, are never compared with None: torch.compile would make constants of their ends, which every
-    edit has others of.
+    A model family says which processor is its stock one, and has a `__call__` with the arguments of that one.
+
+    Test isinstance(rows, slice), not `is None`: Dynamo would specialise on the bounds and recompile for every edit.
     """
 
     stock: type
@@ -45,128 +44,29 @@ class MixedProcessor:
     def _parallel_config(self, value: Any) -> None:
         self.original._parallel_config = value
 
-    def mixed(self, rows: slice | None, *call: Any):
-        """`joint` of `call`, or with `rows` of hidden_states these alone."""
-        return self.read_rows(rows, *call) if isinstance(rows, slice) else self.joint(*call)
-
     def joint(
         self,
         attn: nn.Module,
         head_dim: int,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None,
-        rotary: tuple[Tensor, Tensor],
-        coarse_rotary: tuple[Tensor, Tensor] | None,
-        context: MixedContext,
+        image: Tensor,
+        text: Tensor | None,
+        context: Context,
+        rows: slice | None = None,
     ):
-        """Attention of both streams, as the stock processor returns it.
-
-        rotary, coarse_rotary: cos and sin (rows, D/2) float32, those of the text's rows before those of the image's.
-        """
-        kernels = "torch" if context.backend == "stock" else context.backend
-        streams = _streams(attn, hidden_states, encoder_hidden_states)
-        batch, length = hidden_states.shape[0], sum(s[0].shape[1] for s in streams)
-        places = None if context.packing is None else (context.packing.image, context.packing.text)
-        index = context.index if context.index is not None else torch.arange(length, device=hidden_states.device)
-        projected = [
-            [x.unflatten(-1, (-1, head_dim)) for x in _projected(attn, names, states)]
-            for states, _, names, _, _ in streams
-        ]
-        # Text and image are normed, rotated and placed side by side in one pass each.
-        first = projected[0][0]
-        shape = (batch, length, *first.shape[2:])
-        joint = [first.new_empty(shape) for _ in range(3)]
-        coarse = [first.new_empty(shape) for _ in range(2)] if context.segments is not None else None
-        for i, ((states, start, _, norm_q, norm_k), (q, k, v)) in enumerate(zip(streams, projected, strict=True)):
-            stop = start + states.shape[1]
-            rows = index[start:stop] if places is None else places[i]
-            tables = [(rotary, joint, v)] + ([(coarse_rotary, coarse, None)] if coarse is not None else [])
-            for (cos, sin), out, values in tables:
-                part = (cos[..., start:stop, :], sin[..., start:stop, :])
-                _norm_rope_scatter(q, k, values, norm_q, norm_k, *part, out, rows, kernels)
-        if context.store is not None:
-            joint[1:] = _update_kv_cache(context, attn, *joint[1:])
-        out = self._attend(joint, coarse, context, context.asking).flatten(2, 3).to(hidden_states.dtype)
-        if encoder_hidden_states is None:
+        """Attention of both streams, as the stock processor returns it; with `rows`, the output of these image rows."""
+        streams = _streams(attn, head_dim, image, text, rows)
+        some = isinstance(rows, slice)
+        scales, v = _some_queries(streams, context, rows) if some else _all_queries(streams, context)
+        k, v = context.update_kv_cache(attn, scales[0].k, v)
+        scales[0] = Rotated(scales[0].q, k)
+        out = context.attend(scales, v, context.output_rows if some else None, self)
+        out = out.flatten(2, 3).to(image.dtype)
+        if text is None:
             return out
-        text = encoder_hidden_states.shape[1]
-        for_image, for_text = (out[:, text:], out[:, :text]) if places is None else (out[:, rows] for rows in places)
-        return _output(attn, for_image), attn.to_add_out(for_text.contiguous()) if text else for_text
-
-    def read_rows(
-        self,
-        rows: slice,
-        attn: nn.Module,
-        head_dim: int,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None,
-        rotary: tuple[Tensor, Tensor],
-        coarse_rotary: tuple[Tensor, Tensor] | None,
-        context: MixedContext,
-    ) -> Tensor:
-        """What `joint` gives `rows` of hidden_states, and nothing else: all others only serve as keys and values."""
-        kernels = {"stock": None if context.plain else "torch"}.get(context.backend, context.backend)
-        tables = [rotary] + ([coarse_rotary] if context.segments is not None else [])
-        queries: list[Tensor] = []
-        keys: list[list[Tensor]] = [[] for _ in tables]
-        values: list[Tensor] = []
-        streams = _streams(attn, hidden_states, encoder_hidden_states)
-        projected = [
-            [
-                x if x is None else x.unflatten(-1, (-1, head_dim))
-                for x in _projected(attn, names, states, rows if states is hidden_states else None)
-            ]
-            for states, _, names, _, _ in streams
-        ]
-        for (states, start, _, norm_q, norm_k), (q, k, v) in zip(streams, projected, strict=True):
-            values.append(v)
-            here, own = slice(start, start + states.shape[1]), slice(start + rows.start, start + rows.stop)
-            for (cos, sin), placed in zip(tables, keys, strict=True):
-                if q is not None:
-                    queries.append(_norm_and_rotate(q, norm_q, cos[..., own, :], sin[..., own, :], kernels))
-                placed.append(_norm_and_rotate(k, norm_k, cos[..., here, :], sin[..., here, :], kernels))
-        v, *keys = (torch.cat(parts[::-1], 1) for parts in (values, *keys))  # text before image
-        if context.packing is not None:
-            order = torch.cat([context.packing.text, context.packing.image])
-            v, *keys = (torch.empty_like(x).index_copy_(1, order, x) for x in (v, *keys))
-        if context.store is not None:
-            keys[0], v = _update_kv_cache(context, attn, keys[0], v)
-        coarse = [queries[1], keys[1]] if len(tables) == 2 else None
-        out = self._attend([queries[0], keys[0], v], coarse, context, context.read)
-        out = out.flatten(2, 3).to(hidden_states.dtype)
-        return out if encoder_hidden_states is None else _output(attn, out)
-
-    def _attend(
-        self, joint: list[Tensor], coarse: list[Tensor] | None, context: MixedContext, asking: QueryRows | None
-    ) -> Tensor:
-        q, k, v = joint
-        bias = None if context.key_bias is None else context.key_bias.expand(q.shape[0], -1)
-        if context.backend == "stock":
-            mask = None if bias is None else bias[:, None, None].to(q.dtype)
-            return dispatch_attention_fn(
-                q, k, v, attn_mask=mask, backend=self._attention_backend, parallel_config=self._parallel_config
-            )
-        if coarse is None and context.packing is None:
-            return mixed_attention(q, k, v, key_bias=bias, backend=context.backend)
-        if coarse is None:
-            ends, longest = context.packing.cu_seqlens, context.packing.longest
-            asked, longest = (ends, longest) if asking is None else (asking.cu_seqlens, asking.longest)
-            return mixed_attention(
-                q[0], k[0], v[0], cu_seqlens_q=asked, cu_seqlens_k=ends, max_seqlen_q=longest,
-                key_bias=None if bias is None else bias[0].contiguous(), backend=context.backend,
-            )[None]  # fmt: skip
-        # Two query segments over two rotated copies of the keys, packed into one launch for each sample.
-        out = torch.empty_like(q)
-        parts = context.segments if asking is None else asking.segments
-        for b in range(q.shape[0]):
-            packed_q = torch.cat([q[b, parts.fine], coarse[0][b, parts.coarse]])
-            packed_k = torch.cat([k[b], coarse[1][b]])
-            packed_bias = None if bias is None else bias[b].repeat(2)
-            out[b, parts.order] = mixed_attention(
-                packed_q, packed_k, v[b].repeat(2, 1, 1), cu_seqlens_q=parts.cu_q, cu_seqlens_k=parts.cu_k,
-                key_bias=packed_bias, backend=context.backend,
-            )  # fmt: skip
-        return out
+        if some:
+            return _output(attn, out)
+        for_image, for_text = context.split(out, text.shape[1])
+        return _output(attn, for_image), attn.to_add_out(for_text.contiguous()) if text.shape[1] else for_text
 
 
 class FluxMixedProcessor(MixedProcessor):
@@ -181,22 +81,16 @@ class FluxMixedProcessor(MixedProcessor):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        specedit: MixedContext | None = None,
+        specedit: Context | None = None,
         rows: slice | None = None,
     ):
-        if specedit is None or (specedit.plain and not isinstance(rows, slice)):
+        if specedit is None or (isinstance(specedit, Stock) and not isinstance(rows, slice)):
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        rotary = half_tables(specedit.rotary or image_rotary_emb, attn.head_dim)
-        coarse = None if specedit.coarse_rotary is None else half_tables(specedit.coarse_rotary, attn.head_dim)
-        return self.mixed(rows, attn, attn.head_dim, hidden_states, encoder_hidden_states, rotary, coarse, specedit)
+        return self.joint(attn, attn.head_dim, hidden_states, encoder_hidden_states, specedit, rows)
 
 
 class QwenMixedProcessor(MixedProcessor):
-    """Of Qwen-Image's double-stream blocks.
-
-    With a context, `image_rotary_emb` and `coarse_rotary` are cos and sin (rows, D/2) float32, text before image; of a
-    plain one, `rotary`.
-    """
+    """Of Qwen-Image's double-stream blocks."""
 
     stock = QwenDoubleStreamAttnProcessor2_0
 
@@ -208,16 +102,15 @@ class QwenMixedProcessor(MixedProcessor):
         encoder_hidden_states_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        specedit: MixedContext | None = None,
+        specedit: Context | None = None,
         rows: slice | None = None,
     ):
-        if specedit is None or (specedit.plain and not isinstance(rows, slice)):
+        if specedit is None or (isinstance(specedit, Stock) and not isinstance(rows, slice)):
             return self.original(
                 attn, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, attention_mask, image_rotary_emb
             )
         head_dim = attn.inner_dim // attn.heads
-        rotary, coarse = specedit.rotary or image_rotary_emb, specedit.coarse_rotary
-        return self.mixed(rows, attn, head_dim, hidden_states, encoder_hidden_states, rotary, coarse, specedit)
+        return self.joint(attn, head_dim, hidden_states, encoder_hidden_states, specedit, rows)
 
 
 def _norm_rope_scatter(q, k, v, norm_q, norm_k, cos, sin, out, rows: Tensor, backend: str | None) -> None:
@@ -232,40 +125,80 @@ def _norm_rope_scatter(q, k, v, norm_q, norm_k, cos, sin, out, rows: Tensor, bac
         out[2][:, rows] = v
 
 
-@torch.compiler.disable
-def _update_kv_cache(context: MixedContext, attn: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of the whole sequence: these, or the kept ones with these in their rows."""
-    module = id(attn)  # taken here, since the compiler would compile for each module's own
-    if context.rows is not None:
-        index = context.rows[..., None, None].expand_as(k)
-        k, v = (kept.scatter(1, index, new) for kept, new in zip(context.store[module], (k, v), strict=True))
-    context.store[module] = (k, v)
-    return k, v
+class Stream(NamedTuple):
+    """Rows `start` to `stop` of the joint sequence: projected (b, n, H, D), and the norms of queries and keys."""
+
+    start: int
+    stop: int
+    q: Tensor | None
+    k: Tensor
+    v: Tensor
+    norm_q: nn.Module
+    norm_k: nn.Module
 
 
-def _streams(attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None) -> list[tuple]:
-    """Image and text, each with its states, where they begin in the joint sequence, the names of its projections, and
-    the norms of queries and keys.
+def _streams(attn: nn.Module, head_dim: int, image: Tensor, text: Tensor | None, rows: slice | None) -> list[Stream]:
+    """Image and text, projected; with `rows`, queries of these image rows and none of the text's.
 
     In the order of the stock processors, which is not that of the sequence: offloading by leaves fetches each before it
     is called, as the first call went. A call for the target's tokens alone has no text.
     """
-    length = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
-    streams = [(hidden_states, length, ("to_q", "to_k", "to_v", "to_qkv"), attn.norm_q, attn.norm_k)]
+    length = 0 if text is None else text.shape[1]
+    queries = rows if isinstance(rows, slice) else slice(None)
+    names = ("to_q", "to_k", "to_v", "to_qkv")
+    each = _projected(attn, names, head_dim, image, queries)
+    streams = [Stream(length, length + image.shape[1], *each, attn.norm_q, attn.norm_k)]
     if length:
         names = ("add_q_proj", "add_k_proj", "add_v_proj", "to_added_qkv")
-        streams.append((encoder_hidden_states, 0, names, attn.norm_added_q, attn.norm_added_k))
+        each = _projected(attn, names, head_dim, text, None if isinstance(rows, slice) else slice(None))
+        streams.append(Stream(0, length, *each, attn.norm_added_q, attn.norm_added_k))
     return streams
 
 
-def _projected(attn: nn.Module, names: tuple[str, ...], states: Tensor, rows: slice | None = slice(None)):
-    """Queries (of some rows, or None of none), keys and values of states (b, n, C)."""
+def _projected(
+    attn: nn.Module, names: tuple[str, ...], head_dim: int, states: Tensor, rows: slice | None
+) -> list[Tensor | None]:
+    """Queries (of some rows, or None of none), keys and values of states (b, n, C), by heads."""
     *each, fused = names
-    if getattr(attn, "fused_projections", False):  # one product gives all three, of rows that do not ask too
+    if getattr(attn, "fused_projections", False):  # one product gives all three, of rows that are no queries too
         q, k, v = getattr(attn, fused)(states).chunk(3, dim=-1)
-        return q[:, rows] if isinstance(rows, slice) else None, k, v
-    q, k, v = (getattr(attn, name) for name in each)
-    return q(states[:, rows]) if isinstance(rows, slice) else None, k(states), v(states)
+        q = q[:, rows] if isinstance(rows, slice) else None
+    else:
+        to_q, to_k, to_v = (getattr(attn, name) for name in each)
+        q = to_q(states[:, rows]) if isinstance(rows, slice) else None
+        k, v = to_k(states), to_v(states)
+    return [x if x is None else x.unflatten(-1, (-1, head_dim)) for x in (q, k, v)]
+
+
+def _all_queries(streams: list[Stream], context: Context) -> tuple[list[Rotated], Tensor]:
+    """Queries and keys of all rows at every scale, and values: normed, rotated and placed in one pass a stream."""
+    batch, _, *heads = streams[0].k.shape
+    v = streams[0].v.new_empty((batch, sum(stream.k.shape[1] for stream in streams), *heads))
+    scales = [Rotated(torch.empty_like(v), torch.empty_like(v)) for _ in context.scales]
+    image = streams[0]
+    places = context.places(image.start, image.stop - image.start)
+    for stream, rows in zip(streams, places, strict=False):
+        for i, ((cos, sin), (q, k)) in enumerate(zip(context.scales, scales, strict=True)):
+            tables = cos[..., stream.start : stream.stop, :], sin[..., stream.start : stream.stop, :]
+            out, values = ([q, k, v], stream.v) if i == 0 else ([q, k], None)
+            norms = stream.norm_q, stream.norm_k
+            _norm_rope_scatter(stream.q, stream.k, values, *norms, *tables, out, rows, context.kernels)
+    return scales, v
+
+
+def _some_queries(streams: list[Stream], context: Context, rows: slice) -> tuple[list[Rotated], Tensor]:
+    """Queries of some image rows at every scale; keys and values of all rows."""
+    image, scales = streams[0], []
+    own = slice(image.start + rows.start, image.start + rows.stop)
+    for cos, sin in context.scales:
+        q = _norm_and_rotate(image.q, image.norm_q, cos[..., own, :], sin[..., own, :], context.kernels)
+        keys = []
+        for stream in streams:
+            here = slice(stream.start, stream.stop)
+            tables = cos[..., here, :], sin[..., here, :]
+            keys.append(_norm_and_rotate(stream.k, stream.norm_k, *tables, context.kernels))
+        scales.append(Rotated(q, context.join(*keys)))
+    return scales, context.join(*(stream.v for stream in streams))
 
 
 def _output(attn: nn.Module, image: Tensor) -> Tensor:
@@ -291,11 +224,6 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     c, s = cos.unsqueeze(-2), sin.unsqueeze(-2)
     return torch.stack([even * c - odd * s, odd * c + even * s], -1).flatten(-2).to(x.dtype)
-
-
-def half_tables(tables: tuple[Tensor, Tensor], dim: int) -> tuple[Tensor, Tensor]:
-    """cos and sin (S, dim / 2), from diffusers' (S, dim) or as they are."""
-    return tuple(table if 2 * table.shape[-1] == dim else half_table(table) for table in tables)
 
 
 def half_table(table: Tensor) -> Tensor:

@@ -6,124 +6,119 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ...layout import LayoutSet, MixedLayout
-from ...method.adapter import EditState, rows_index
-from ..attention import contexts as joint
+from ...forecast.toca import PartialForward
+from ...method.adapter import LayoutGroup, Run, rows_index
+from ..attention import contexts
+from ..attention.sequences import QueryRows, cumulative, pack, segments
 from .positions import ImgShapesWithFreqs, all_positions, angles, phases, text_offset
+from .prompts import QwenPrompt
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
 class Sequences:
-    """What the transformer is told alike in every step of a stage.
+    """Packed sequences, as the transformer is given them in every step of a stage.
 
-    placed: the images' positions. context: of attention, or None. mask: of the text's padding, or None. texts: which of
-    a prompt's embeddings (rows and tokens flattened) are the words of the sequences, for each prompt; empty where the
-    embeddings are taken as they are.
+    placed: the images' positions. texts: which of a prompt's embeddings (rows and tokens flattened) are the words of
+    the sequences, for each prompt. count: of sequences, with `target` target tokens each. length: of all of them.
     """
 
-    layouts: tuple[MixedLayout, MixedLayout | LayoutSet]  # held, so that no other object can take their ids
-    prompts: tuple[dict[str, Any], ...]
     placed: ImgShapesWithFreqs
-    context: joint.MixedContext | None
-    mask: Tensor | None = None
-    texts: tuple[Tensor, ...] = ()
-    rows: slice | Tensor | None = None  # of the embeddings, where they are taken as they are
-    count: int = 0  # of packed sequences
-    length: int = 0  # of all of them
+    context: contexts.Packed | contexts.Partial
+    texts: tuple[Tensor, ...]
+    count: int
+    target: int
+    length: int
 
     @cached_property
-    def target(self) -> Sequences:
-        """Of a call for the target's tokens alone, beside kept keys and values of all others."""
-        context, n = self.context, self.layouts[0].tokens
-        packing, rows = context.packing, self.count * n
-        text, device = len(packing.text), packing.text.device
-        here = torch.arange(rows, device=device)
-        cu_seqlens = n * torch.arange(self.count + 1, dtype=torch.int32, device=device)
-        asking = joint.QueryRows(here, cu_seqlens=cu_seqlens)
-        alone = dataclasses.replace(
-            context, packing=dataclasses.replace(packing, text=here[:0], image=here), rows=packing.image[None, :rows],
-            asking=asking, read=asking if context.read is not None else None,
+    def target_alone(self) -> Sequences:
+        """Inputs of a call for the target's tokens alone, beside the stored keys and values of all others."""
+        text, device = len(self.context.packing.text), self.context.packing.text.device
+        index = torch.arange(self.count * self.target, device=device)
+        ends = self.target * torch.arange(self.count + 1, dtype=torch.int32, device=device)
+        tables = tuple(table[text : text + len(index)] for table in self.context.rotary)
+        query_rows = QueryRows(index, cu_seqlens=ends)
+        partial = contexts.Partial(
+            whole=self.context, entries={}, rows=self.context.packing.image[None, : len(index)], rotary=tables,
+            index=index, query_rows=query_rows, output_rows=self.context.output_rows and query_rows,
         )  # fmt: skip
-        tables = tuple(table[text : text + rows] for table in self.placed.frequencies)
-        placed = ImgShapesWithFreqs(rows, 0, 1, tables)
-        return dataclasses.replace(self, placed=placed, context=alone, texts=tuple(t[:0] for t in self.texts))
+        placed = ImgShapesWithFreqs(len(index), 0, 1, tables)
+        return dataclasses.replace(self, placed=placed, context=partial, texts=tuple(t[:0] for t in self.texts))
+
+
+@dataclass(frozen=True, eq=False)
+class DenseInputs:
+    """Sequences of one length, as the transformer is given them in every step of a stage.
+
+    rows: of the prompt's embeddings. mask: of the text's padding, or None.
+    """
+
+    placed: ImgShapesWithFreqs
+    context: contexts.Context | None
+    rows: slice | Tensor
+    mask: Tensor | None
 
 
 class QwenForward:
     """The tokens of a step and where they lie, and the two ways to run prompts over them: `packed` and `dense`."""
 
-    def __init__(
-        self,
-        pipe: Any,
-        state: EditState,
-        tokens: Tensor,
-        reference: Tensor,
-        sigma: float,
-        rows: list[int],
-        layout: MixedLayout,
-        reference_layout: MixedLayout | LayoutSet,
-        config: Any,
-    ):
-        self.pipe, self.state, self.rows, self.config = pipe, state, rows, config
-        self.tokens, self.reference, self.sigma = tokens, reference, sigma
-        self.layout, self.reference_layout = layout, reference_layout
-        self.mixed = layout.is_mixed or reference_layout.is_mixed
+    def __init__(self, run: Run, group: LayoutGroup, sigma: float):
+        self.run, self.group, self.sigma = run, group, sigma
+        self.layouts = group.layout, group.reference_layout
+        self.mixed = any(layout.is_mixed for layout in self.layouts)
 
-    def packed(self, prompts: list[dict[str, Any]], call: Any = None) -> list[Tensor]:
+    def packed(self, prompts: list[QwenPrompt], call: PartialForward | None = None) -> list[Tensor]:
         """Velocities (b, N, C) float32 under each prompt: every sample under every prompt is a sequence of one pass.
 
         The streams are [texts of all sequences] and [targets of all | references of all]; in attention each sequence
-        is [text | target | reference] by itself, and no token is padding. call: None, or how keys and values are kept.
+        is [text | target | reference] by itself, and no token is padding. call: None, or how the KV cache is used.
         """
-        sequences, (b, n, _) = self._stage_inputs("packed", prompts, self._packed), self.tokens.shape
-        images = [self.tokens, self.reference]
-        context = sequences.context
-        if call is not None:
-            if call.target:
-                sequences, images = sequences.target, images[:1]
-                call.store.keep(sequences.length)
-            context = dataclasses.replace(sequences.context, store=call.store.entries)
-        words = [p["encoder_hidden_states"].flatten(0, 1)[at] for p, at in zip(prompts, sequences.texts, strict=True)]
+        sequences, (b, n, _) = self._stage_inputs("packed", prompts, self._packed), self.group.tokens.shape
+        images, context = [self.group.tokens, self.group.reference], sequences.context
+        if call is not None and call.target:
+            sequences, images = sequences.target_alone, images[:1]
+            call.store.keep(sequences.length)
+            context = dataclasses.replace(sequences.context, entries=call.store.entries)
+        elif call is not None:
+            context = contexts.Storing(whole=context, entries=call.store.entries)
+        words = [prompt.embeds.flatten(0, 1)[at] for prompt, at in zip(prompts, sequences.texts, strict=True)]
         states = torch.cat([x.repeat(len(prompts), 1, 1).flatten(0, 1) for x in images])[None]
         out = self._run(states, torch.cat(words)[None], sequences.placed, context)
         return list(out[0, : sequences.count * n].unflatten(0, (len(prompts), b, n)))
 
-    def dense(self, prompt: dict[str, Any]) -> Tensor:
+    def dense(self, prompt: QwenPrompt) -> Tensor:
         """Velocity (b, N, C) float32 under one prompt, by the model's own processors.
 
         Those take no bias per key, so where there is one its sum goes to the model's attention backend as a mask.
         """
-        sequences = self._stage_inputs("dense", [prompt], self._dense)
-        embeds = prompt["encoder_hidden_states"][sequences.rows]
-        states = torch.cat([self.tokens, self.reference], 1)
-        return self._run(states, embeds, sequences.placed, sequences.context, sequences.mask)[:, : self.tokens.shape[1]]
+        inputs = self._stage_inputs("dense", [prompt], self._dense)
+        states = torch.cat([self.group.tokens, self.group.reference], 1)
+        out = self._run(states, prompt.embeds[inputs.rows], inputs.placed, inputs.context, inputs.mask)
+        return out[:, : self.group.tokens.shape[1]]
 
-    def _stage_inputs(self, kind: str, prompts: list[dict[str, Any]], make: Callable[..., Sequences]) -> Sequences:
-        """Made by the first step of a stage for all of them."""
-        made = self.state.extra.setdefault("sequences", {})
-        key = (
-            kind, id(self.layout), id(self.reference_layout), *self.rows, self.config.attention, self.config.key_bias,
-            self.config.rope, *((id(p), p["encoder_hidden_states"].shape[1]) for p in prompts),
-        )  # fmt: skip
-        if key not in made:
-            made[key] = make(prompts)
-        return made[key]
+    def _stage_inputs(self, kind: str, prompts: list[QwenPrompt], make: Callable[[list[QwenPrompt]], T]) -> T:
+        """Made by the first step of a stage for all of them. A callback may replace embeddings by longer ones."""
+        key = (kind, *((prompt, prompt.embeds.shape[1]) for prompt in prompts))
+        if key not in self.group.inputs:
+            self.group.inputs[key] = make(prompts)
+        return self.group.inputs[key]
 
-    def _packed(self, prompts: list[dict[str, Any]]) -> Sequences:
-        n, r, device = self.layout.tokens, self.reference_layout.tokens, self.tokens.device
+    def _packed(self, prompts: list[QwenPrompt]) -> Sequences:
+        (n, r), device = (layout.tokens for layout in self.layouts), self.group.tokens.device
         texts, indices, lengths = [], [], []
         for prompt in prompts:
-            text, index, count = text_rows(prompt, self.rows)
+            text, index, count = text_rows(prompt, self.group.rows)
             texts.append(text)
             indices.append(index)
             lengths += count
         count = len(lengths)
-        packing = joint.pack(lengths, n, r, device)
+        packing = pack(lengths, n, r, device)
         text_at = self._text_positions(torch.cat(indices))
         whole = [length + n + r for length in lengths]
 
@@ -133,37 +128,38 @@ class QwenForward:
 
         def tables(scale: float) -> tuple[Tensor, Tensor]:
             image_at = stream(*(_scaled(at, scale) for at in self._positions))
-            angle = angles(self.pipe.transformer.pos_embed, torch.cat([text_at, image_at]))
+            angle = angles(self.run.pipe.transformer.pos_embed, torch.cat([text_at, image_at]))
             return angle.cos(), angle.sin()
 
         area = stream(*self._area)
-        bias = segments = asked = coarse = None
+        bias = aligned = asked = None
         if self._biased:
             bias = torch.zeros(sum(whole), device=device)
             bias[packing.image] = area.log()
             bias = bias[None]
-        if self.mixed and self.config.rope == "phase_aligned":
+        if self.mixed and self.run.config.rope == "phase_aligned":
             is_coarse = torch.zeros(sum(whole), dtype=torch.bool, device=device)
             is_coarse[packing.image] = area > 1
-            segments = joint.segments(is_coarse, whole)
-            asked = joint.segments(area[: count * n] > 1, [n] * count, whole)
-            coarse = tables(0.5)
-        read = None
-        if self.state.last_block:
-            read = joint.QueryRows(packing.image[: count * n], asked, joint.cumulative([n] * count, device))
-        context = joint.MixedContext(bias, segments, coarse, self.state.backend, packing, read=read)
-        placed = ImgShapesWithFreqs(count * n, count * r, 1, tables(1.0))
-        return Sequences(
-            self._layouts, tuple(prompts), placed, context, texts=tuple(texts), count=count, length=sum(whole)
-        )
+            aligned = contexts.PhaseAligned(tables(0.5), segments(is_coarse, whole))
+            asked = segments(area[: count * n] > 1, [n] * count, whole)
+        output_rows = None
+        if self.run.state.last_block:
+            output_rows = QueryRows(packing.image[: count * n], asked, cumulative([n] * count, device))
+        rotary = tables(1.0)
+        context = contexts.Packed(
+            rotary=rotary, key_bias=bias, aligned=aligned, backend=self.run.state.backend, output_rows=output_rows,
+            packing=packing,
+        )  # fmt: skip
+        placed = ImgShapesWithFreqs(count * n, count * r, 1, rotary)
+        return Sequences(placed, context, tuple(texts), count, target=n, length=sum(whole))
 
-    def _dense(self, prompts: list[dict[str, Any]]) -> Sequences:
+    def _dense(self, prompts: list[QwenPrompt]) -> DenseInputs:
         (prompt,) = prompts
-        (b, n, _), r, length = self.tokens.shape, self.reference.shape[1], prompt["encoder_hidden_states"].shape[1]
-        device = self.tokens.device
-        mask = None if prompt["mask"] is None else prompt["mask"][self.rows]
+        (b, n, _), r, length = self.group.tokens.shape, self.group.reference.shape[1], prompt.embeds.shape[1]
+        device = self.group.tokens.device
+        mask = None if prompt.mask is None else prompt.mask[self.group.rows]
         text_at = self._text_positions(torch.arange(length, device=device))
-        angle = angles(self.pipe.transformer.pos_embed, torch.cat([text_at, *self._positions]))
+        angle = angles(self.run.pipe.transformer.pos_embed, torch.cat([text_at, *self._positions]))
         tables, context = (angle.cos(), angle.sin()), None
         if self._biased:
             frequencies = tables
@@ -171,68 +167,65 @@ class QwenForward:
             if mask is not None:
                 text = text.masked_fill(~mask, -torch.inf)
             bias = torch.cat([text, torch.cat(self._area).log().expand(b, -1)], 1)
-            context = joint.MixedContext(bias, backend="stock")
+            context = contexts.Masked(rotary=tables, index=torch.arange(bias.shape[1], device=device), key_bias=bias)
         else:
             frequencies = phases(angle[length:]), phases(angle[:length])
-            if self.state.last_block:
-                read = joint.QueryRows(torch.arange(n, device=device))
-                context = joint.MixedContext(backend="stock", rotary=tables, read=read, plain=True)
-        placed, rows = ImgShapesWithFreqs(n, r, b, frequencies), rows_index(self.rows, device)
-        return Sequences(self._layouts, tuple(prompts), placed, context, mask, rows=rows)
-
-    @property
-    def _layouts(self) -> tuple[MixedLayout, MixedLayout | LayoutSet]:
-        return self.layout, self.reference_layout
+            if self.run.state.last_block:
+                context = contexts.Stock(rotary=tables, output_rows=QueryRows(torch.arange(n, device=device)))
+        placed, rows = ImgShapesWithFreqs(n, r, b, frequencies), rows_index(self.group.rows, device)
+        return DenseInputs(placed, context, rows, mask)
 
     @cached_property
     def _positions(self) -> list[Tensor]:
         """Of the target's tokens and the references'."""
-        places = all_positions(*self._layouts, self.pipe.transformer.pos_embed.scale_rope)
-        return [at.to(self.tokens.device) for at in places]
+        places = all_positions(*self.layouts, self.run.pipe.transformer.pos_embed.scale_rope)
+        return [at.to(self.group.tokens.device) for at in places]
 
     @cached_property
     def _area(self) -> list[Tensor]:
-        area = [self.layout.area, torch.cat([part.area for part in self.reference_layout.parts])]
-        return [each.to(self.tokens.device) for each in area]
+        layout, references = self.layouts
+        area = [layout.area, torch.cat([part.area for part in references.parts])]
+        return [each.to(self.group.tokens.device) for each in area]
 
     @property
     def _biased(self) -> bool:
-        return self.mixed and self.config.key_bias == "area"
+        return self.mixed and self.run.config.key_bias == "area"
 
     def _text_positions(self, index: Tensor) -> Tensor:
         """(L, 3): text lies beyond the images, at the same number on every axis."""
-        offset = text_offset(*self._layouts, self.pipe.transformer.pos_embed.scale_rope)
+        offset = text_offset(*self.layouts, self.run.pipe.transformer.pos_embed.scale_rope)
         return (offset + index).float()[:, None].expand(-1, 3)
 
     def _run(
-        self, states: Tensor, embeds: Tensor, placed: ImgShapesWithFreqs, context: joint.MixedContext | None,
+        self, states: Tensor, embeds: Tensor, placed: ImgShapesWithFreqs, context: contexts.Context | None,
         mask: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        dtype = self.state.extra["dtype"]
+        conditioning = self.run.state.conditioning
+        dtype = conditioning.dtype
         timestep = torch.full((len(states),), self.sigma * 1000, device=states.device, dtype=torch.float32)
         extra = {} if context is None else {"specedit": context}
-        return self.pipe.transformer(
+        return self.run.pipe.transformer(
             hidden_states=states.to(dtype),
             timestep=timestep.to(dtype) / 1000,
             encoder_hidden_states=embeds,
             encoder_hidden_states_mask=mask,
             img_shapes=placed,
-            attention_kwargs=self.state.extra["kwargs"] | extra,  # a new one: the transformer takes the LoRA scale out
+            attention_kwargs=conditioning.kwargs | extra,  # a copy, since the transformer pops the LoRA scale
             return_dict=False,
         )[0].float()
 
 
-def text_rows(prompt: dict[str, Any], rows: list[int]) -> tuple[Tensor, Tensor, list[int]]:
+def text_rows(prompt: QwenPrompt, rows: list[int]) -> tuple[Tensor, Tensor, list[int]]:
     """The words of the samples `rows`, one sample after the other without padding: where they stand among the prompt's
     flattened embeddings (T,), their index in the text, and how many each sample has."""
-    batch, longest = prompt["encoder_hidden_states"].shape[:2]
-    mask, device = prompt["mask"], prompt["encoder_hidden_states"].device
+    batch, longest = prompt.embeds.shape[:2]
+    mask, device = prompt.mask, prompt.embeds.device
     place = torch.arange(batch * longest, device=device).view(batch, longest)[rows]
     index = torch.arange(longest, device=device).expand(len(rows), -1)
     if mask is None:
         return place.flatten(), index.flatten(), [longest] * len(rows)
     mask = mask[rows]
-    return place[mask], index[mask], [prompt["lengths"][row] for row in rows]
+    return place[mask], index[mask], [prompt.lengths[row] for row in rows]
 
 
 def _scaled(positions: Tensor, scale: float) -> Tensor:

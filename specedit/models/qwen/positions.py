@@ -9,14 +9,13 @@ model's own tables, which stay as they are.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...layout import LayoutSet, MixedLayout, TokenGrid
+from ..shared.position_hook import PositionHook
 
 
 class ImgShapesWithFreqs(list):
@@ -34,33 +33,13 @@ class ImgShapesWithFreqs(list):
         return moved
 
 
-class PositionHook:
-    """Stands in for `pos_embed.forward`. Nothing is kept here: what a call needs comes with it."""
-
-    def __init__(self, stock: Callable):
-        self.stock = stock
+class FrequenciesHook(PositionHook):
+    """The frequencies that a call brings with it; the model's own tables in any other call."""
 
     def __call__(self, video_fhw: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if isinstance(video_fhw, ImgShapesWithFreqs):
             return video_fhw.frequencies
         return self.stock(video_fhw, *args, **kwargs)
-
-
-def attach(pos_embed: nn.Module, hook: type[PositionHook] = PositionHook) -> None:
-    """Put the hook in place; idempotent."""
-    if not isinstance(vars(pos_embed).get("forward"), PositionHook):
-        pos_embed.forward = hook(pos_embed.forward)
-
-
-def detach(pos_embed: nn.Module) -> None:
-    """Take the hook out again."""
-    hook = vars(pos_embed).get("forward")
-    if not isinstance(hook, PositionHook):
-        return
-    if hook.stock == MethodType(type(pos_embed).forward, pos_embed):
-        del pos_embed.forward
-    else:
-        pos_embed.forward = hook.stock  # another library's own replacement, from before us
 
 
 def reference_offset(output: TokenGrid, reference: TokenGrid, scale_rope: bool) -> tuple[int, int]:
@@ -80,7 +59,7 @@ def image_positions(layout: MixedLayout, frame: int, scale_rope: bool, within: M
     """
     positions = layout.positions
     if scale_rope:
-        centre = [side - side // 2 for side in _seen(within or layout).shape]
+        centre = [side - side // 2 for side in _position_grid(within or layout).shape]
         positions = positions - torch.tensor(centre, dtype=positions.dtype, device=positions.device)
     return torch.cat([torch.full_like(positions[:, :1], frame), positions], 1)
 
@@ -97,11 +76,11 @@ def text_offset(layout: MixedLayout, reference: MixedLayout | LayoutSet, scale_r
     Around images that are all coarse it stands as close as around small ones. Left where the full ones have it, it
     would stand where no image of that size has it.
     """
-    sides = [side for part in (layout, *reference.parts) for side in _seen(part).shape]
+    sides = [side for part in (layout, *reference.parts) for side in _position_grid(part).shape]
     return max(side // 2 if scale_rope else side for side in sides)
 
 
-def _seen(layout: MixedLayout) -> TokenGrid:
+def _position_grid(layout: MixedLayout) -> TokenGrid:
     """The grid that a layout's positions lie in."""
     return layout.picture.coarse() if layout.unit == 2 else layout.picture
 

@@ -73,11 +73,31 @@ def too_small(sizes: Iterable[tuple[int, int]], multiple: int) -> str | None:
     return f"a picture with fewer than {FEWEST} tokens a side, {FEWEST * multiple} px, is too small for a draft"
 
 
-def check_pictures(image: Any) -> list[Image.Image]:
-    """The pictures of a call; TypeError or ValueError unless they are RGB pictures, at least one."""
+def pictures_of(image: Any, values: bool = False) -> list[Image.Image | np.ndarray | Tensor]:
+    """The pictures of a call, one entry each: an array or tensor with a batch axis holds several.
+
+    values: whether to check their values too, for which a GPU must be waited for.
+
+    Raises:
+        TypeError, ValueError: something else than RGB pictures, or an empty list.
+    """
+    images = given_list(image)
+    for one in images:
+        (check_image if values else check_kind)(one)
+    return [picture for one in images for picture in (one if getattr(one, "ndim", 3) == 4 else [one])]
+
+
+def given_list(image: Any) -> list[Any]:
+    """What was given, as a list; ValueError for an empty one."""
     images = image if isinstance(image, list) else [image]
     if not images:
         raise ValueError("image: expected at least one picture, got an empty list")
+    return images
+
+
+def check_pictures(image: Any) -> list[Image.Image]:
+    """The pictures of a call; TypeError or ValueError unless they are RGB PIL images, at least one."""
+    images = given_list(image)
     for one in images:
         if not isinstance(one, Image.Image):  # the stock pipelines ask every picture for its `size`
             raise TypeError(f"image: expected a PIL image or a list of them, got {type(one).__name__}")
@@ -85,16 +105,11 @@ def check_pictures(image: Any) -> list[Image.Image]:
     return images
 
 
-def batched(image: Any) -> Any:
-    """A single array or tensor with the batch axis that diffusers' image processor expects."""
-    return image[None] if isinstance(image, (np.ndarray, Tensor)) and image.ndim == 3 else image
-
-
-def source_pictures(pipe: Any, image: Any, height: int, width: int) -> Tensor:
+def source_pictures(pipe: Any, pictures: list[Any], height: int, width: int) -> Tensor:
     """The input pictures (n, 3, H, W) in 0..1 at the size that the model takes them, resized as the pipeline does."""
     # Not the model's input scaled back: that would round, and keep_pixels returns these very values.
     plain = VaeImageProcessor(vae_scale_factor=pipe.vae_scale_factor * 2, do_normalize=False)
-    image = plain.preprocess(plain.resize(batched(image), height, width), height, width).float()
+    image = plain.preprocess(pictures, height, width).float()
     return (image / 2 + 0.5 if image.min() < 0 else image).clamp(0, 1)
 
 

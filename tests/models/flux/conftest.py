@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from specedit.config import SpecEditConfig
 from specedit.models.flux import FluxKontext
 from tests.models.flux.common import CALL
 
@@ -21,6 +22,6 @@ def prepare(pipe, picture):
         adapter = FluxKontext()
         adapter.attach(pipe)
         arguments = CALL | {"image": picture(), "generator": torch.Generator().manual_seed(0)} | changes
-        return adapter, pipe, adapter.prepare(pipe, arguments, attention)
+        return adapter, pipe, adapter.prepare(pipe, arguments, SpecEditConfig(attention=attention))
 
     return call

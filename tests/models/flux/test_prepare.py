@@ -41,7 +41,7 @@ def test_aligned_is_the_reference_at_its_own_positions(prepare, picture):
     aligned, reference = state.aligned.view(9, 7, 16), state.reference.view(6, 8, 16)
     assert torch.equal(aligned[:6], reference[:, :7]) and torch.equal(aligned[6:], aligned[5:6].expand(3, -1, -1))
     pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1) / 255
-    source = state.extra["source"][0]
+    source = state.conditioning.source[0]
     assert source.shape == (3, 144, 112) and torch.equal(source[:, :96], pixels[..., :112])
     assert torch.equal(source[:, 96:], source[:, 95:96].expand(-1, 48, -1))
     assert torch.equal(prepare()[2].aligned, prepare()[2].reference)
@@ -51,12 +51,13 @@ def test_aligned_is_the_reference_at_its_own_positions(prepare, picture):
 def test_images_are_tiled_over_the_prompts(prepare, picture, size):
     pictures = [picture(*size, seed=seed) for seed in (1, 2)]
     _, _, state = prepare(image=pictures, prompt=["a", "b"], num_images_per_prompt=2)
-    assert state.batch == 4 and state.reference.shape[0] == state.aligned.shape[0] == len(state.extra["source"]) == 4
+    source = state.conditioning.source
+    assert state.batch == 4 and state.reference.shape[0] == state.aligned.shape[0] == len(source) == 4
     for row in range(4):
         _, _, alone = prepare(image=pictures[row % 2])
         torch.testing.assert_close(state.reference[row], alone.reference[0], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(state.aligned[row], alone.aligned[0], rtol=1e-5, atol=1e-5)
-        assert torch.equal(state.extra["source"][row], alone.extra["source"][0])
+        assert torch.equal(state.conditioning.source[row], alone.conditioning.source[0])
 
 
 def test_one_image_for_several_generators(prepare, picture):
@@ -77,12 +78,13 @@ def test_arrays_and_tensors_are_taken_as_pictures(prepare, picture, size):
         state = prepare(image=image)[2]
         torch.testing.assert_close(state.reference, expected.reference, rtol=1e-4, atol=1e-5)
         # PIL and torch resize a little differently
-        assert (state.extra["source"] - expected.extra["source"]).abs().max() < (1e-6 if size == (128, 128) else 0.1)
+        difference = (state.conditioning.source - expected.conditioning.source).abs().max()
+        assert difference < (1e-6 if size == (128, 128) else 0.1)
 
 
 def test_source_values_are_the_callers_own(prepare):
     values = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(prepare(image=values)[2].extra["source"], values)
+    assert torch.equal(prepare(image=values)[2].conditioning.source, values)
 
 
 def test_latents_as_image(prepare):
@@ -91,7 +93,7 @@ def test_latents_as_image(prepare):
     assert torch.equal(state.reference, pipe._pack_latents(latents, 1, 4, 12, 16))
     assert state.reference_grid == TokenGrid(6, 8)
     assert torch.equal(state.aligned.view(8, 8, 16)[:6], state.reference.view(6, 8, 16))
-    assert state.extra.get("source") is None
+    assert state.conditioning.source is None
     same = torch.randn(1, 4, 16, 16)
     assert torch.equal(prepare(image=same)[2].aligned, pipe._pack_latents(same, 1, 4, 16, 16))
 

@@ -8,11 +8,11 @@ import torch
 
 from specedit import SpecEditConfig
 from specedit.layout import MixedLayout
-from specedit.method.adapter import rows_index
-from specedit.method.sampler import restrict
-from specedit.models.attention import contexts as joint
+from specedit.method.adapter import Run, rows_index
+from specedit.method.groups import reference_on_layout
 from specedit.models.attention import processors as attention
-from tests.models.family import Ops
+from specedit.models.attention import sequences
+from specedit.testing.family import Ops, group_of
 from tests.models.flux.common import random_like
 
 
@@ -23,10 +23,10 @@ def mixed_layout(grid, share=0.4):
 def velocity(prepared, layout, config, sigma=0.6, tokens=None, reference_layout=None):
     adapter, pipe, state = prepared
     reference_layout = reference_layout or state.beside(layout)
-    reference = restrict(state.reference, reference_layout)
+    reference = reference_on_layout(state.reference, reference_layout)
     tokens = random_like(layout, state.batch) if tokens is None else tokens
-    rows = list(range(state.batch))
-    return adapter.velocity(pipe, state, tokens, sigma, rows, layout, reference, reference_layout, config)
+    group = group_of(state, layout, tokens, reference=reference, beside=reference_layout)
+    return adapter.velocity(Run(adapter, pipe, config, state), group, sigma)
 
 
 @pytest.mark.parametrize("attention", ["auto", "torch", "stock"])
@@ -42,7 +42,7 @@ def test_velocity_of_one_resolution_is_the_stock_call(prepare, attention, split)
     reference_ids = ids.clone()
     reference_ids[:, 0] = 1
     tokens = random_like(layout)
-    reference = restrict(state.reference, layout)
+    reference = reference_on_layout(state.reference, layout)
     expected = pipe.transformer(
         hidden_states=torch.cat([tokens, reference], 1), timestep=torch.tensor([0.6]), guidance=torch.tensor([3.5]),
         pooled_projections=pooled, encoder_hidden_states=embeds, txt_ids=text_ids,
@@ -65,7 +65,7 @@ def check_permutation(prepare, config):
     adapter, pipe, state = prepare(config.attention, height=144, width=112, max_area=144 * 112)
     layout = mixed_layout(state.grid, 0.1)
     reference_layout = state.beside(layout)
-    reference, tokens = restrict(state.reference, reference_layout), random_like(layout)
+    reference, tokens = reference_on_layout(state.reference, reference_layout), random_like(layout)
     assert layout.is_mixed and reference_layout.is_mixed
 
     def shuffled(layout, seed):
@@ -74,7 +74,8 @@ def check_permutation(prepare, config):
         return order, moved
 
     def call(tokens, layout, reference, reference_layout):
-        return adapter.velocity(pipe, state, tokens, 0.5, [0], layout, reference, reference_layout, config)
+        group = group_of(state, layout, tokens, reference=reference, beside=reference_layout)
+        return adapter.velocity(Run(adapter, pipe, config, state), group, 0.5)
 
     order, moved = shuffled(layout, 1)
     reference_order, reference_moved = shuffled(reference_layout, 2)
@@ -141,11 +142,12 @@ def test_true_cfg(prepare):
 def test_rows_pick_their_own_prompts(prepare):
     adapter, pipe, state = prepare(prompt=["make it red", "make it blue and large"])
     layout = MixedLayout.all_coarse(state.grid)
-    tokens, reference = random_like(layout, 2), restrict(state.reference, layout)
-    both = adapter.velocity(pipe, state, tokens, 0.5, [0, 1], layout, reference, layout, SpecEditConfig())
+    tokens = random_like(layout, 2)
+    run = Run(adapter, pipe, SpecEditConfig(), state)
+    both = adapter.velocity(run, group_of(state, layout, tokens), 0.5)
     for row in (0, 1):
         one = slice(row, row + 1)
-        alone = adapter.velocity(pipe, state, tokens[one], 0.5, [row], layout, reference[one], layout, SpecEditConfig())
+        alone = adapter.velocity(run, group_of(state, layout, tokens[one], [row]), 0.5)
         torch.testing.assert_close(alone, both[one], rtol=1e-5, atol=1e-5)
     assert (both[0] - both[1]).abs().max() > 1e-4
 
@@ -155,16 +157,16 @@ def test_rows_pick_their_own_prompts(prepare):
 def test_what_a_stage_shares_is_made_by_its_first_step(prepare, monkeypatch, rope, rows):
     adapter, pipe, state = prepare("torch", prompt=["red", "blue and large", "no more than green"])
     layout = mixed_layout(state.grid)
-    reference, tokens = restrict(state.reference, layout)[rows], random_like(layout, len(rows))
+    group = group_of(state, layout, random_like(layout, len(rows)), rows)
     config = SpecEditConfig(rope=rope, attention="torch")
     made = Counter()
-    for module, name in ((attention, "half_table"), (joint, "segments")):
+    for module, name in ((attention, "half_table"), (sequences, "segments")):
         function = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, f=function, n=name: made.update([n]) or f(*a))
     pipe.transformer.pos_embed.register_forward_hook(lambda *a: made.update(["pos_embed"]))
 
     def step():
-        return adapter.velocity(pipe, state, tokens, 0.5, rows, layout, reference, layout, config)
+        return adapter.velocity(Run(adapter, pipe, config, state), group, 0.5)
 
     first = step()
     tables = 1 if rope == "scaled" else 2
@@ -176,7 +178,7 @@ def test_what_a_stage_shares_is_made_by_its_first_step(prepare, monkeypatch, rop
     assert made["half_table"] == 2 * tables and made["pos_embed"] == tables + 2  # the transformer's own is left
     # Nothing that the host would have to wait for: no sizes that depend on masks, no values sent to the device.
     assert later.names["addmm"] and not later.names["nonzero"] and not later.names["lift_fresh"]
-    state.extra.pop("sequences")
+    group.inputs.clear()
     assert torch.equal(step(), first) and made["half_table"] == 4 * tables
 
 
@@ -185,7 +187,6 @@ def test_stages_do_not_share_what_is_theirs(prepare):
     sparse, dense = mixed_layout(state.grid, 0.2), mixed_layout(state.grid, 0.6)
     config = SpecEditConfig()
     one, other = (velocity((adapter, pipe, state), layout, config) for layout in (sparse, dense))
-    assert len(state.extra["sequences"]) == 2
     for layout, expected in ((sparse, one), (dense, other)):
         assert torch.equal(velocity((adapter, pipe, state), layout, config), expected)
         assert torch.equal(velocity(prepare(), layout, config), expected)  # another run, nothing made before
@@ -195,7 +196,7 @@ def test_a_prompt_that_a_callback_changes_is_seen_at_once(prepare):
     prepared = prepare()
     layout = mixed_layout(prepared[2].grid)
     before = velocity(prepared, layout, SpecEditConfig())
-    prepared[2].extra["positive"]["encoder_hidden_states"].mul_(2)
+    prepared[2].conditioning.prompt_embeds.mul_(2)
     assert not torch.equal(velocity(prepared, layout, SpecEditConfig()), before)
 
 

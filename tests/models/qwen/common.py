@@ -3,7 +3,8 @@
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from specedit.method.sampler import restrict
+from specedit.method.adapter import Run
+from specedit.testing.family import group_of
 
 QUICK = dict(steps=(2, 1, 1), draft_steps=2)
 GUIDED = dict(negative_prompt="blue and dark", true_cfg_scale=2.5)
@@ -13,10 +14,9 @@ def velocity(adapter, pipe, state, layout, config, rows=None, seed=3, sigma=0.6)
     rows = list(range(state.batch)) if rows is None else rows
     draw = torch.Generator().manual_seed(seed)
     tokens = torch.randn(state.batch, layout.tokens, state.noise.shape[2], generator=draw)[rows]
-    beside = state.beside(layout)
-    reference = restrict(state.reference, beside)[rows]
+    group = group_of(state, layout, tokens, rows)
     with torch.no_grad():
-        return adapter.velocity(pipe, state, tokens, sigma, rows, layout, reference, beside, config)
+        return adapter.velocity(Run(adapter, pipe, config, state), group, sigma)
 
 
 def close(a, b, tolerance=2e-4):

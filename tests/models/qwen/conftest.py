@@ -4,7 +4,7 @@ import pytest
 from diffusers import QwenImageEditPlusPipeline
 
 from specedit.models.qwen.edit import QwenImageEdit, QwenImageEditPlus
-from tests.models.family import Family
+from specedit.testing import Family
 
 
 @pytest.fixture

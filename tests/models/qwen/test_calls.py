@@ -10,7 +10,7 @@ from PIL import Image
 
 import specedit
 from specedit.models.qwen.edit import QwenImageEdit, QwenImageEditPlus
-from tests.models.family import trace
+from specedit.testing.family import trace
 from tests.models.qwen.common import GUIDED, QUICK, Taps, close
 
 

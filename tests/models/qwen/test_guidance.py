@@ -1,4 +1,4 @@
-"""Classifier-free guidance of the Qwen adapters, packed and separate."""
+"""Classifier-free guidance of the Qwen adapters."""
 
 import pytest
 import torch
@@ -7,23 +7,30 @@ import specedit
 from specedit import SpecEditConfig
 from specedit.cost.flops import transformer_flops
 from specedit.layout import MixedLayout
-from specedit.models.qwen.edit import text_counts
-from tests.models.family import mixed_layout
+from specedit.models.qwen.prompts import QwenPrompt, text_counts
+from specedit.testing.family import mixed_layout
 from tests.models.qwen.common import GUIDED, QUICK, close, velocity
+
+
+def guided(positive, negative):
+    """Classifier-free guidance at 2.5, rescaled to the norm under the prompt."""
+    combined = negative + 2.5 * (positive - negative)
+    return combined * positive.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True)
 
 
 @pytest.mark.parametrize("zero_cond_t", [False, True])
 @pytest.mark.parametrize("changes", [{}, {"key_bias": "none"}, {"rope": "phase_aligned"}, {"attention": "torch"}])
-def test_packed_and_separate_guidance_agree(plus, zero_cond_t, changes):
+def test_packed_guidance_equals_two_single_passes(plus, zero_cond_t, changes):
     pipe = plus.make(zero_cond_t=zero_cond_t)
     adapter, state = plus.prepare(pipe, (144, 112), **GUIDED)
-    lengths = [state.extra[name]["encoder_hidden_states"].shape[1] for name in ("positive", "negative")]
-    assert lengths[0] != lengths[1]  # nothing would be shown if both halves had one length
+    alone = [
+        plus.prepare(pipe, (144, 112), prompt=prompt, true_cfg_scale=1.0)[1]
+        for prompt in ("make it red", "blue and dark")
+    ]
+    assert len({each.text_tokens for each in alone}) == 2  # branches of one length would show nothing
     for layout in (mixed_layout(state.grid), MixedLayout.all_coarse(state.grid), MixedLayout.all_fine(state.grid)):
-        packed, separate = (
-            velocity(adapter, pipe, state, layout, SpecEditConfig(cfg=cfg, **changes)) for cfg in ("packed", "separate")
-        )
-        close(packed, separate, 1e-5)
+        packed, *halves = (velocity(adapter, pipe, each, layout, SpecEditConfig(**changes)) for each in (state, *alone))
+        close(packed, guided(*halves), 1e-5)
 
 
 def test_packed_guidance_is_one_forward_without_padding(edit, monkeypatch):
@@ -35,7 +42,7 @@ def test_packed_guidance_is_one_forward_without_padding(edit, monkeypatch):
     layout = mixed_layout(state.grid)
     velocity(adapter, pipe, state, layout, SpecEditConfig())
     beside = state.beside(layout)
-    texts = [state.extra[name]["encoder_hidden_states"].shape[1] for name in ("positive", "negative")]
+    texts = [prompt.embeds.shape[1] for prompt in state.conditioning.prompts(2)]
     assert len(seen) == 1
     assert seen[0]["hidden_states"].shape[:2] == (1, 2 * (layout.tokens + beside.tokens))
     assert seen[0]["encoder_hidden_states"].shape[:2] == (1, sum(texts))
@@ -44,14 +51,10 @@ def test_packed_guidance_is_one_forward_without_padding(edit, monkeypatch):
     assert packing.cu_seqlens.tolist() == ends and packing.longest == max(ends[1], ends[2] - ends[1])
     rows = torch.cat([packing.text, packing.image]).sort().values
     assert torch.equal(rows, torch.arange(ends[-1]))  # every row of the joint sequence, once
-    seen.clear()
-    velocity(adapter, pipe, state, layout, SpecEditConfig(cfg="separate"))
-    assert len(seen) == 2
 
 
-@pytest.mark.parametrize("cfg", ["packed", "separate"])
-def test_guidance_is_rescaled_to_the_norm_under_the_prompt(edit, cfg):
-    pipe, config = edit.make(), SpecEditConfig(cfg=cfg)
+def test_guidance_is_rescaled_to_the_norm_under_the_prompt(edit):
+    pipe, config = edit.make(), SpecEditConfig()
     adapter, state = edit.prepare(pipe, **GUIDED)
     layout = mixed_layout(state.grid)
     got = velocity(adapter, pipe, state, layout, config)
@@ -59,9 +62,7 @@ def test_guidance_is_rescaled_to_the_norm_under_the_prompt(edit, cfg):
     for prompt in ("make it red", "blue and dark"):
         _, alone = edit.prepare(pipe, prompt=prompt, true_cfg_scale=1.0)
         halves.append(velocity(adapter, pipe, alone, layout, config))
-    combined = halves[1] + 2.5 * (halves[0] - halves[1])
-    norms = [x.square().sum(-1, keepdim=True).sqrt() for x in (halves[0], combined)]
-    close(got, combined * norms[0] / norms[1])
+    close(got, guided(*halves))
     close(got.norm(dim=-1), halves[0].norm(dim=-1))
 
 
@@ -93,7 +94,7 @@ def test_prompts_of_different_length_run_without_their_padding(edit, picture):
     pipe = edit.make()
     changes = dict(image=[picture(), picture(seed=1)], prompt=["red", "make all of it blue"])
     adapter, state = edit.prepare(pipe, **changes)
-    assert state.extra["positive"]["lengths"][0] < state.extra["positive"]["lengths"][1]
+    assert state.conditioning.positive.lengths[0] < state.conditioning.positive.lengths[1]
     for config in (SpecEditConfig(), SpecEditConfig(attention="stock")):
         layout = mixed_layout(state.grid)
         both = velocity(adapter, pipe, state, layout, config)
@@ -101,12 +102,11 @@ def test_prompts_of_different_length_run_without_their_padding(edit, picture):
             _, alone = edit.prepare(pipe, image=changes["image"][row], prompt=changes["prompt"][row])
             alone.noise = alone.noise.repeat(2, 1, 1)  # only its batch counts here
             alone.reference = alone.reference.repeat(2, 1, 1)
-            for name in ("encoder_hidden_states",):
-                alone.extra["positive"][name] = alone.extra["positive"][name].repeat(2, 1, 1)
+            alone.conditioning.prompt_embeds = alone.conditioning.prompt_embeds.repeat(2, 1, 1)
             close(velocity(adapter, pipe, alone, layout, config)[row], both[row])
 
 
 def test_padding_counts_where_it_is_computed():
-    prompt = dict(encoder_hidden_states=torch.zeros(2, 10, 4), lengths=[4, 10])
+    prompt = QwenPrompt(torch.zeros(2, 10, 4), mask=None, lengths=[4, 10])
     assert text_counts(prompt, None, "auto") == dict(text_tokens=7.0, negative_text_tokens=None)
     assert text_counts(prompt, prompt, "stock") == dict(text_tokens=10, negative_text_tokens=10)

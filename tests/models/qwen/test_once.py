@@ -3,12 +3,13 @@
 import pytest
 
 from specedit.models.qwen import edit as qwen
+from specedit.models.qwen import prompts
 
 
 @pytest.mark.parametrize("call", [dict(true_cfg_scale=2.5), dict(negative_prompt="blue", true_cfg_scale=1.0)])
 def test_missing_guidance_is_named_once(edit, monkeypatch, call):
     said = []
-    monkeypatch.setattr(qwen.logger, "warning", said.append)
+    monkeypatch.setattr(prompts.logger, "warning", said.append)
     pipe = edit.make()
     for _ in range(2):
         edit.prepare(pipe, **call)

@@ -6,6 +6,7 @@ from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 
 from specedit.layout import LayoutSet, MixedLayout, TokenGrid
 from specedit.models.qwen import positions
+from specedit.models.shared import position_hook
 from specedit.placement import Placement
 
 SIZES = [[(8, 8)], [(5, 7), (8, 8)], [(6, 9), (4, 4), (11, 3)], [(1, 1), (1, 2)]]
@@ -80,14 +81,14 @@ def test_the_hook_passes_other_calls_on_and_leaves_no_trace():
     tables = rope.pos_freqs.clone()
     expected = table(rope, [(5, 7)], 3)
     for _ in range(2):
-        positions.attach(rope)
+        position_hook.attach(rope, positions.FrequenciesHook)
     assert all(torch.equal(a, b) for a, b in zip(table(rope, [(5, 7)], 3), expected, strict=True))
     mine = torch.randn(2, 8), torch.randn(3, 8)
     placed = positions.ImgShapesWithFreqs(2, 5, 1, mine)
     assert placed == [[(1, 2, 1), (1, 5, 1)]]  # what zero_cond_t counts
     assert rope(placed, device=torch.device("cpu")) is mine
-    positions.detach(rope)
-    positions.detach(rope)
+    position_hook.detach(rope)
+    position_hook.detach(rope)
     assert set(vars(rope)) == plain and torch.equal(rope.pos_freqs, tables)
 
 
@@ -95,7 +96,7 @@ def test_the_hook_gives_back_another_librarys_replacement():
     rope = make_rope()
     theirs = lambda *args, **kwargs: "theirs"  # noqa: E731
     rope.forward = theirs
-    positions.attach(rope)
+    position_hook.attach(rope, positions.FrequenciesHook)
     assert rope([[(1, 2, 2)]]) == "theirs"
-    positions.detach(rope)
+    position_hook.detach(rope)
     assert vars(rope)["forward"] is theirs

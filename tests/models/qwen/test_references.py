@@ -7,8 +7,8 @@ import specedit
 from specedit import SpecEditConfig
 from specedit.layout import GridSet, LayoutSet, MixedLayout, TokenGrid
 from specedit.models.qwen import edit as qwen
-from specedit.models.qwen.edit import nearest_shapes
-from tests.models.family import mixed_layout
+from specedit.models.qwen.sizes import nearest_shapes
+from specedit.testing.family import mixed_layout
 from tests.models.qwen.common import GUIDED, QUICK, close, velocity
 
 
@@ -80,4 +80,4 @@ def test_output_follows_the_last_picture(plus, picture):
     stock = pipe(image=images, prompt="a", num_inference_steps=1, output_type="np").images
     adapter, state = plus.prepare(pipe, image=images, height=None, width=None)
     assert (16 * state.grid.height, 16 * state.grid.width) == stock.shape[1:3]
-    assert state.reference_grid.grids[1] == state.grid and state.extra["source"].shape[-2:] == stock.shape[1:3]
+    assert state.reference_grid.grids[1] == state.grid and state.conditioning.source.shape[-2:] == stock.shape[1:3]

@@ -6,6 +6,7 @@ import torch
 
 import specedit
 from specedit import SpecEditConfig
+from specedit.method.adapter import Run
 from tests.models.qwen.common import GUIDED, QUICK
 
 
@@ -54,8 +55,8 @@ def test_embeddings_that_were_given_serve_the_draft_as_they_are(edit):
     embeds = torch.randn(1, 7, 16)
     mask = torch.ones(1, 7, dtype=torch.long)
     adapter, state = edit.prepare(pipe, prompt=None, prompt_embeds=embeds, prompt_embeds_mask=mask)
-    small = adapter.draft_state(pipe, state, SpecEditConfig(draft_condition="small"))
-    assert torch.equal(small.extra["positive"]["encoder_hidden_states"], embeds)
+    small = adapter.draft_state(Run(adapter, pipe, SpecEditConfig(draft_condition="small"), state))
+    assert torch.equal(small.conditioning.prompt_embeds, embeds)
 
 
 def test_features_are_what_the_decoder_computes(edit):

@@ -22,13 +22,15 @@ def weighted_sum(stack, weights, out, elements, ROWS: tl.constexpr, BLOCK: tl.co
     tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
 
 
-def launch_weighted_sum(stack, weights, tuned=None) -> torch.Tensor:
+def launch_weighted_sum(
+    stack: torch.Tensor, weights: torch.Tensor, tuned: dict[str, launch.Config] | None = None
+) -> torch.Tensor:
     launch.check_dtype("stack", stack)
     stack = stack.contiguous()
     out = torch.empty(stack.shape[1:], dtype=stack.dtype, device=stack.device)
     if out.numel() == 0:
         return out
-    config = launch.config("weighted_sum", stack.device, tuned, rows=stack.shape[0])
+    config = launch.shipped_config("weighted_sum", stack.device, tuned, rows=stack.shape[0])
     if config is None:  # a file of launch parameters from before this kernel
         config = {"block": 1024, "num_warps": 4}
     grid = (launch.ceil_div(out.numel(), config["block"]),)

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention.contexts import MixedContext, Movable
-from .qwen.positions import PositionHook
+from ..attention.contexts import Context
+from ..attention.sequences import Movable
+from ..shared.position_hook import PositionHook
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +23,7 @@ class PlacedIds(Movable):
     """`img_ids` (N, 3) of a call with a context. `torch.cat` with other ids gives all ids and the same context."""
 
     ids: Tensor
-    context: MixedContext
+    context: Context
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -35,7 +36,7 @@ class PlacedIds(Movable):
 
 
 class ContextHook(PositionHook):
-    """Stands in for `pos_embed.forward`: the tables of the ids, and the context where they carry one."""
+    """The tables of the ids, and the context where they carry one."""
 
     def __call__(self, ids: Tensor | PlacedIds) -> tuple:
         if isinstance(ids, PlacedIds):
@@ -43,7 +44,7 @@ class ContextHook(PositionHook):
         return self.stock(ids)
 
 
-def split(rotary: tuple | None) -> tuple[tuple[Tensor, Tensor] | None, MixedContext | None]:
+def split(rotary: tuple | None) -> tuple[tuple[Tensor, Tensor] | None, Context | None]:
     """The tables that a block was given, and the context or None."""
     if rotary is None or len(rotary) == 2:
         return rotary, None
@@ -51,7 +52,7 @@ def split(rotary: tuple | None) -> tuple[tuple[Tensor, Tensor] | None, MixedCont
     return (cos, sin), context
 
 
-def take(kwargs: dict[str, Any]) -> MixedContext | None:
+def take(kwargs: dict[str, Any]) -> Context | None:
     """The context among a block's arguments."""
     return split(kwargs.get("image_rotary_emb"))[1]
 

@@ -1,0 +1,91 @@
+"""What the cost model knows of the released models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from ..config import STOCK_STEPS
+from ..method.trace import ForwardCall
+from .forward import flops_of
+
+TOKEN_PIXELS = 16  # side of one packed token in pixels: 8x VAE, 2x2 patches
+CHANNELS = 64  # of a packed token: 16 latent channels, 2x2 patches
+# The released editors' schedulers.
+FLUX_SCHEDULER = dict(
+    shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256,
+    max_image_seq_len=4096,
+)  # fmt: skip
+QWEN_SCHEDULER = dict(
+    shift=1.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, base_image_seq_len=256,
+    max_image_seq_len=8192, shift_terminal=0.02,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """What the cost model knows of a model.
+
+    config: the fields of the transformer's configuration that `transformer_flops` reads. text_tokens: length of the
+    text stream, and vision_tokens those of them that stand for a condition image which `draft_condition` makes smaller.
+    passes: transformer calls a step; 2 with classifier-free guidance, whose negative prompt may have
+    `negative_text_tokens`. scheduler: fields of its configuration, which say at which sigmas the steps of a stage lie.
+    default_steps: of the stock pipeline's call.
+    """
+
+    config: Mapping[str, int]
+    text_tokens: float
+    passes: int
+    vision_tokens: int = 0
+    scheduler: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    default_steps: int = STOCK_STEPS
+    negative_text_tokens: float | None = None
+
+    @property
+    def texts(self) -> tuple[float, ...]:
+        """Text tokens of every guidance pass."""
+        negative = self.text_tokens if self.negative_text_tokens is None else self.negative_text_tokens
+        return (self.text_tokens, negative)[: self.passes]
+
+    def stock(self, image_tokens: int, steps: int = 1, samples: int = 1) -> float:
+        """Operations of stock steps over so many image tokens beside the whole text."""
+        calls = [ForwardCall("stock", text + image_tokens, text, samples=samples, count=steps) for text in self.texts]
+        return flops_of(calls, self.config)
+
+    @property
+    def channels(self) -> int:
+        """Of a packed token."""
+        return int(self.config.get("in_channels", CHANNELS))
+
+
+MODELS: Mapping[str, ModelCost] = MappingProxyType(
+    {
+        # FLUX.1-Kontext-dev: 19 double and 38 single blocks, 512 T5 tokens, distilled guidance (one pass).
+        "flux-kontext": ModelCost(
+            {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24, "attention_head_dim": 128},
+            512,
+            1,
+            scheduler=FLUX_SCHEDULER,
+            default_steps=28,
+        ),
+        # Qwen-Image-Edit: 60 double-stream blocks; the text stream holds about 1,340 vision tokens of the condition
+        # image (1 MP in patches of 28 px) and about 60 words; true classifier-free guidance (two passes).
+        "qwen-image-edit": ModelCost(
+            {"num_layers": 60, "num_attention_heads": 24, "attention_head_dim": 128},
+            1340 + 60,
+            2,
+            vision_tokens=1340,
+            scheduler=QWEN_SCHEDULER,
+        ),
+        # LongCat-Image-Edit: FLUX's blocks and scheduler; the text stream holds 512 words and, between two marks, 18 x
+        # 18 vision tokens of the condition image (512 px in patches of 28); classifier-free guidance (two passes).
+        "longcat-image-edit": ModelCost(
+            {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24, "attention_head_dim": 128},
+            512 + 18 * 18 + 2,
+            2,
+            scheduler=FLUX_SCHEDULER,
+        ),
+    }
+)

@@ -1,0 +1,60 @@
+"""The caches of a group: a temporal one, and kept keys and values of text and reference. Each ends with its stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from ..forecast import ForecastRunner, ReferenceKVCache
+from .adapter import LayoutGroup, Run
+
+
+def cache_maker(run: Run) -> Callable[[list[LayoutGroup], bool], None]:
+    """A function of groups and whether their stage is the run's first, which gives them their caches.
+
+    Raises:
+        ValueError: the adapter does not offer what the configuration asks for; raised before any work.
+    """
+    make_forecast = forecast_maker(run)
+    reference_kv_cache(run)
+
+    def attach(groups: list[LayoutGroup], first: bool) -> None:
+        for group in groups:
+            if make_forecast is not None:
+                group.forecast = make_forecast(first=first, layout=group.layout)
+            group.kv = reference_kv_cache(run)
+
+    return attach
+
+
+def drop_caches(groups: list[LayoutGroup]) -> None:
+    """Free the caches of a stage that has ended."""
+    for group in groups:
+        group.forecast = group.kv = None
+
+
+def reference_kv_cache(run: Run) -> ReferenceKVCache | None:
+    """What a group will keep of text and reference, or None where the configuration keeps nothing."""
+    refresh = run.config.reference_refresh
+    if refresh is None:
+        return None
+    if not run.adapter.keeps_reference:
+        raise ValueError(
+            f"reference_refresh: expected None for {run.adapter.name}, which cannot compute the target's tokens alone, "
+            f"got {refresh}"
+        )
+    return ReferenceKVCache(refresh)
+
+
+def forecast_maker(run: Run) -> Callable[..., ForecastRunner] | None:
+    """What makes a group's temporal cache, or None where the configuration has none."""
+    options = run.config.forecast_options
+    if options is None:
+        return None
+    if options.token_wise and not run.adapter.token_wise:
+        raise ValueError(
+            f"forecast: {options.name!r} computes single tokens again, which {run.adapter.name} does not offer; "
+            "expected another forecast"
+        )
+    shared = options.prepare(run.pipe)
+    return partial(ForecastRunner, options, branches=run.state.branches, shared=shared, backend=run.state.backend)

@@ -1,0 +1,108 @@
+"""The samples of a batch in groups that share a layout, brought from one stage to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..layout import LayoutSet, MixedLayout, mean_pixels
+from ..placement import Placement
+from .adapter import EditState, LayoutGroup, Run
+from .cells import CellMasks
+from .expand import cell_detail, coarsen_noise, refine_layout, renoise
+from .schedule import Stage, stage_start
+
+
+def start_stage(run: Run, before: list[LayoutGroup], stage: Stage, cells: CellMasks) -> list[LayoutGroup]:
+    """Bring the state to a stage's layouts and noise level (eq. 8, and the renoising that goes with it).
+
+    before: the groups of the previous stage; none for the first one, which starts from the call's noise.
+    """
+    layouts = stage_layouts(stage, run.state, cells)
+    if not before:
+        begun = {row: start_tokens(run.state.noise[row : row + 1], layout) for row, layout in enumerate(layouts)}
+        return [
+            new_group(run, rows, layouts[rows[0]], torch.cat([begun[row] for row in rows]), stage, stage.start)
+            for rows in alike(layouts, [False] * len(layouts))
+        ]
+    state = run.state
+    fresh = state.draw(state.grid.tokens)
+    split_noise = cell_detail(state.noise, state.grid, mode="circular")
+    known = cell_detail(state.aligned, state.grid) * cells.known_unchanged.flatten(1)[:, :, None, None, None]
+    held = {row: (group, k) for group in before for k, row in enumerate(group.rows)}
+    same = [torch.equal(held[row][0].layout.expanded, layout.expanded) for row, layout in enumerate(layouts)]
+    groups = []
+    for rows in alike(layouts, same):
+        layout, moved = layouts[rows[0]], []
+        for row in rows:
+            group, k = held[row]
+            one = slice(row, row + 1)
+            tokens, _ = refine_layout(
+                group.tokens[k : k + 1], group.layout, layout, group.sigmas[-1], split_noise=split_noise[one],
+                fresh_noise=fresh[one], known_detail=known[one], backend=state.backend,
+            )  # fmt: skip
+            moved.append(tokens)
+        tokens, ended = torch.cat(moved), held[rows[0]][0].sigmas[-1]
+        start = stage_start(stage, ended, same_layout=same[rows[0]])
+        if same[rows[0]] and start != ended:
+            tokens = renoise(tokens, ended, start, start_tokens(fresh[rows], layout))
+        groups.append(new_group(run, rows, layout, tokens, stage, start))
+    return groups
+
+
+def stage_layouts(stage: Stage, state: EditState, cells: CellMasks) -> list[MixedLayout]:
+    """One layout for each sample; equal masks share one object."""
+    if stage.name == "coarse":
+        return [MixedLayout.all_coarse(state.grid, state.device)] * state.batch
+    if stage.name == "full":
+        return [MixedLayout.all_fine(state.grid, state.device)] * state.batch
+    seen: dict[bytes, MixedLayout] = {}
+    keys = [mask.cpu().numpy().tobytes() for mask in cells.refined]
+    return [seen.setdefault(key, MixedLayout(state.grid, mask)) for key, mask in zip(keys, cells.refined, strict=True)]
+
+
+def alike(layouts: list[MixedLayout], same: list[bool]) -> list[list[int]]:
+    """Samples that run together: they share a layout and come from the same noise level."""
+    groups: dict[tuple[int, bool], list[int]] = {}
+    for row, layout in enumerate(layouts):
+        groups.setdefault((id(layout), same[row]), []).append(row)
+    return list(groups.values())
+
+
+def new_group(
+    run: Run, rows: list[int], layout: MixedLayout, tokens: Tensor, stage: Stage, start: float
+) -> LayoutGroup:
+    """A group at the beginning of a stage, with the references at its layout's resolutions."""
+    beside = run.state.beside(layout)
+    reference = reference_on_layout(run.state.reference[rows], beside)
+    sigmas = run.adapter.sigmas(run.pipe, layout.tokens, start, stage.end, stage.steps).tolist()
+    return LayoutGroup(rows, layout, reference, beside, tokens, sigmas)
+
+
+def start_tokens(noise: Tensor, layout: MixedLayout) -> Tensor:
+    """The call's white noise on a layout: white too, because the sum coefficient of four is."""
+    coarse = coarsen_noise(noise, layout.grid)[:, layout.locked_cells]
+    return torch.cat([coarse, noise[:, layout.fine_tokens]], 1)
+
+
+def reference_on_layout(reference: Tensor, layout: MixedLayout | LayoutSet) -> Tensor:
+    """The clean reference at a layout's resolutions: coarse where the target is coarse."""
+    if layout.is_fine:
+        return reference
+    if isinstance(layout, LayoutSet):
+        each = reference.split([one.picture.tokens for one in layout.parts], 1)
+        return torch.cat([reference_on_layout(*pair) for pair in zip(each, layout.parts, strict=True)], 1)
+    reference = Placement(layout.grid, layout.picture, *layout.lead).place(reference)
+    coarse = mean_pixels(reference, layout.grid)[:, layout.locked_cells]
+    return torch.cat([coarse, reference[:, layout.fine_tokens]], 1)
+
+
+def gather(groups: Sequence[LayoutGroup], state: EditState) -> Tensor:
+    """All samples on the full grid (B, N, C)."""
+    out = torch.empty_like(state.noise)
+    for group in groups:
+        for row, own in zip(group.rows, group.layout.full_grid(group.tokens), strict=True):  # a list would be sent over
+            out[row] = own
+    return out

@@ -1,0 +1,72 @@
+"""The paper's verification (section 3.3.2): decoder features of the draft against those of the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...config import SpecEditConfig
+from ...layout import TokenGrid
+from .. import draft as drafts
+from ..adapter import Adapter, EditState, Run
+from . import Selector, register_selector, to_cells
+
+
+@register_selector
+class Semantic(Selector):
+    """Cells whose features differ by more than `threshold`."""
+
+    name = "semantic"
+    needs_decoder = "features"
+    verifies = True
+
+    def score(self, run: Run, draft: Tensor, draft_grid: TokenGrid) -> Tensor:
+        return semantic_score(run.adapter, run.pipe, run.state, draft, draft_grid, run.config)
+
+    def cells(self, score: Tensor, config: SpecEditConfig) -> Tensor:
+        assert config.threshold is not None  # a configuration fills it in
+        return to_cells(score) > config.threshold
+
+
+def discrepancy(first: list[Tensor], second: list[Tensor], size: tuple[int, int]) -> Tensor:
+    """Eq. 6: squared distance of channel-normalised features, resized to `size` and averaged over layers.
+
+    Features are (B, c, h, w); returns (B, *size) float32 in 0..4.
+    """
+    total = torch.zeros(())
+    for a, b in zip(first, second, strict=True):
+        distance = (F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)).square().sum(1, keepdim=True)
+        resized = F.interpolate(distance, size=size, mode="bilinear", antialias=True, align_corners=False)
+        total = total.to(resized) + resized[:, 0]
+    return total / len(first)
+
+
+def semantic_score(
+    adapter: Adapter, pipe: Any, state: EditState, draft: Tensor, draft_grid: TokenGrid, config: SpecEditConfig
+) -> Tensor:
+    """Token-wise discrepancy between draft and reference, (B, h, w) on the fine token grid."""
+    scale, grid = config.draft_scale, state.grid
+    if config.verify_at == "full":
+        large = drafts.upsample(draft, draft_grid, scale, grid)
+        first, second = (adapter.features(pipe, tokens, grid) for tokens in (large, beside(large, state)))
+        return discrepancy(first, second, grid.shape)
+    reference = beside(draft, state, scale)
+    first, second = (adapter.features(pipe, tokens, draft_grid) for tokens in (draft, reference))
+    covered = (draft_grid.height * scale, draft_grid.width * scale)  # a draft may reach beyond an odd grid
+    return discrepancy(first, second, covered)[:, : grid.height, : grid.width]
+
+
+def beside(draft: Tensor, state: EditState, scale: int = 1) -> Tensor:
+    """The reference at the draft's size (B, n, C), with the draft's own content where there is no reference.
+
+    Decoder features see far: whatever else stood there would change those of the rest.
+    """
+    if state.covered is None:
+        return drafts.shrink(state.aligned, state.grid, scale)[0]
+    share = state.covered.flatten()[None, :, None].expand(-1, -1, 4).to(draft)  # of each pixel of a token
+    reference, _ = drafts.shrink(state.aligned * share.repeat(1, 1, draft.shape[2] // 4), state.grid, scale)
+    share, _ = drafts.shrink(share, state.grid, scale)
+    return reference + (1 - share.repeat(1, 1, draft.shape[2] // 4)) * draft

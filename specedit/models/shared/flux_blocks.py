@@ -1,0 +1,194 @@
+"""Transformers of FLUX's double and single blocks, over any token layout."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...forecast.toca import PartialForward
+from ...layout import MixedLayout, TokenGrid
+from ...method.adapter import EditState, LayoutGroup, Run, active_branches, rows_index
+from ..attention import contexts, processors, sequences
+from .block_adapter import BlockAdapter, pixels_per_token
+from .conditioning import Prompt
+from .images import decoder_features
+
+
+@dataclass(eq=False)
+class FluxPrompt(Prompt):
+    """text_ids: (L, 3), the text's position ids."""
+
+    text_ids: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class StageInputs:
+    """What the transformer is given alike in every step of a stage.
+
+    ids: (N, 3) float32 positions of target and reference. rows: which samples. context: of attention, None in a stock
+    call.
+    """
+
+    ids: Tensor
+    rows: slice | Tensor
+    context: contexts.Context | None
+
+
+@dataclass(frozen=True, eq=False)
+class FluxForward:
+    """Arguments of one forward pass: states (b, n, C), their ids, text embeddings (b, L, D) and ids, timestep (b,)."""
+
+    states: Tensor
+    ids: Tensor
+    text: Tensor
+    text_ids: Tensor
+    timestep: Tensor
+    rows: slice | Tensor
+    context: contexts.Context | None
+
+
+class FluxBlocks(BlockAdapter):
+    """An adapter of such a transformer; a family says where tokens lie and how arguments reach the transformer."""
+
+    token_wise = True
+    keeps_reference = True
+    blocks = "single_transformer_blocks"
+
+    @staticmethod
+    @abstractmethod
+    def position_ids(
+        state: EditState, layout: MixedLayout, reference_layout: MixedLayout, scale: float = 1.0
+    ) -> Tensor:
+        """Position ids (N, 3) float32 of target and reference. scale: of rows and columns."""
+
+    def reference_offset(self, pipe: Any, output: TokenGrid, reference: TokenGrid) -> tuple[int, int]:
+        return 0, 0  # rows and columns of every image count from its first token
+
+    @abstractmethod
+    def forward(self, run: Run, prompt: FluxPrompt, inputs: FluxForward) -> Tensor:
+        """The transformer's output (b, n, C)."""
+
+    def predict(
+        self, run: Run, group: LayoutGroup, sigma: float, partial: list[PartialForward] | None = None
+    ) -> list[Tensor]:
+        conditioning, rows = run.state.conditioning, len(group.rows)
+        stage = self._stage_inputs(run, group, stores=bool(partial))
+        timestep = torch.full((rows,), sigma * 1000, device=group.tokens.device, dtype=torch.float32)
+        states = torch.cat([group.tokens, group.reference], 1).to(conditioning.dtype)
+        prompts = conditioning.prompts(active_branches(run.state, run.config, sigma))
+        outputs = []
+        for prompt, call in zip(prompts, partial or [None] * len(prompts), strict=True):
+            inputs = FluxForward(
+                states, stage.ids, prompt.embeds[stage.rows], prompt.text_ids,
+                timestep.to(conditioning.dtype) / 1000, stage.rows, stage.context,
+            )  # fmt: skip
+            if call is not None:
+                inputs = partial_inputs(inputs, call, run.state.text_tokens, group.tokens.shape[1])
+            outputs.append(self.forward(run, prompt, inputs)[:, : group.tokens.shape[1]].float())
+        return outputs
+
+    def guide(self, run: Run, outputs: list[Tensor]) -> Tensor:
+        velocity, *others = outputs
+        for negative in others:
+            velocity = negative + run.state.conditioning.scale * (velocity - negative)
+        return velocity
+
+    def _stage_inputs(self, run: Run, group: LayoutGroup, stores: bool) -> StageInputs:
+        """Made by the first step of a stage. stores: a cache needs our own attention, also where stock's would do."""
+        if stores not in group.inputs:
+            ids = self.position_ids(run.state, group.layout, group.reference_layout)
+            rows = rows_index(group.rows, run.state.device)
+            group.inputs[stores] = StageInputs(ids, rows, self._context(run, group, ids, stores))
+        return group.inputs[stores]
+
+    def _context(self, run: Run, group: LayoutGroup, ids: Tensor, stores: bool) -> contexts.Context | None:
+        """The attention context, or None for a stock call."""
+        state, config, layout, beside = run.state, run.config, group.layout, group.reference_layout
+        area = torch.cat([layout.area, beside.area]).to(state.device)
+        target, mixed = len(layout.area), layout.is_mixed or beside.is_mixed
+        text = torch.zeros(state.text_tokens, device=area.device)
+        bias = torch.cat([text, area.log()]) if mixed and config.key_bias == "area" else None
+        own = mixed or stores or config.attention != "auto"
+        needed = bias is not None if config.attention == "stock" else own or state.last_block
+        if not needed:
+            return None
+        index = torch.arange(len(text) + len(area), device=area.device)
+        tables = self._rotary(run, ids)
+        if config.attention == "stock":
+            return contexts.Masked(rotary=tables, index=index, key_bias=bias)
+        if not own:
+            return contexts.Stock(rotary=tables, output_rows=sequences.QueryRows(index[:target]))
+        aligned = asked = None
+        if mixed and config.rope == "phase_aligned":
+            segments = sequences.segments(torch.cat([text > 0, area > 1]))
+            asked = sequences.segments(area[:target] > 1, [target], [len(index)])
+            aligned = contexts.PhaseAligned(self._rotary(run, self.position_ids(state, layout, beside, 0.5)), segments)
+        return contexts.Mixed(
+            rotary=tables, index=index, key_bias=bias, aligned=aligned, backend=state.backend,
+            output_rows=sequences.QueryRows(index[:target], asked) if state.last_block else None,
+        )  # fmt: skip
+
+    @staticmethod
+    def _rotary(run: Run, ids: Tensor) -> contexts.Tables:
+        """Tables of text and images."""
+        text_ids = run.state.conditioning.positive.text_ids
+        tables = run.pipe.transformer.pos_embed(torch.cat([text_ids.to(ids), ids]))
+        return tuple(processors.half_table(table) for table in tables)
+
+    # --------------------------------------------------------------------------------------- features and images
+
+    def features(self, pipe: Any, tokens: Tensor, grid: TokenGrid) -> list[Tensor]:
+        return decoder_features(pipe.vae, self._latents(pipe, tokens, grid))
+
+    def decode(self, pipe: Any, state: EditState, tokens: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return tokens.to(state.conditioning.dtype)
+        image = pipe.vae.decode(self._latents(pipe, tokens, state.grid), return_dict=False)[0]
+        return pipe.image_processor.postprocess(image, output_type=output_type)
+
+    @staticmethod
+    def _latents(pipe: Any, tokens: Tensor, grid: TokenGrid) -> Tensor:
+        side = pixels_per_token(pipe)
+        latents = pipe._unpack_latents(tokens, grid.height * side, grid.width * side, pipe.vae_scale_factor)
+        latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+        return latents.to(pipe.vae.dtype)
+
+
+def partial_inputs(inputs: FluxForward, call: PartialForward, text: int, target: int) -> FluxForward:
+    """Arguments of a call that stores keys and values, or computes some tokens beside the stored ones."""
+    call.store.text_tokens = text
+    whole, entries, batch = inputs.context, call.store.entries, len(inputs.states)
+    if not call.partial:
+        return replace(inputs, context=contexts.Storing(whole=whole, entries=entries))
+    if call.target:
+        rows = torch.arange(text, text + target, device=inputs.ids.device).expand(batch, -1)
+        context = contexts.Partial(
+            whole=whole, entries=entries, rows=rows, index=whole.index,
+            rotary=tuple(table[text : text + target] for table in whole.rotary),
+            query_rows=sequences.QueryRows(whole.index[:target]), output_rows=whole.output_rows,
+        )  # fmt: skip
+        return replace(
+            inputs, states=inputs.states[:, :target], ids=inputs.ids[:target], text=inputs.text[:, :0],
+            text_ids=inputs.text_ids[:0], context=context,
+        )  # fmt: skip
+    rows = torch.arange(text, device=inputs.ids.device).expand(batch, -1)
+    rows = torch.cat([rows, text + call.index], 1)  # (b, text + m) of the joint sequence
+    context = contexts.Partial(
+        whole=whole, entries=entries, rows=rows, index=whole.index,
+        rotary=tuple(table[rows] for table in whole.rotary), query_rows=sequences.QueryRows(rows[0]),
+        output_rows=None if whole.output_rows is None else sequences.QueryRows(call.index[0]),
+    )  # fmt: skip
+    # The processors take positions from the context, which has every sample's own; the ids only need the right length.
+    index = call.index[..., None].expand(-1, -1, inputs.states.shape[2])
+    return replace(
+        inputs, states=inputs.states.gather(1, index), ids=inputs.ids[: call.index.shape[1]], context=context
+    )
+
+
+def image_ids(positions: Tensor, image: int) -> Tensor:
+    """Position ids (N, 3) float32: image index, row, column. bf16 would round 200.5."""
+    return torch.cat([torch.full_like(positions[:, :1], image), positions], 1)

@@ -1,0 +1,22 @@
+"""Tests that every adapter must pass, to derive from. They need pytest.
+
+import pytest
+from specedit.testing import Conformance, Family
+
+class TestMyModel(Conformance):
+    @pytest.fixture
+    def family(self):
+        return Family(adapter=MyModel, make=make_tiny_pipeline, call=arguments_of_one_edit)
+"""
+
+try:
+    import pytest as _pytest
+except ImportError as error:
+    raise ImportError("specedit.testing: expected pytest, which is not installed; pip install pytest") from error
+
+_pytest.register_assert_rewrite(f"{__name__}.conformance", f"{__name__}.family")
+
+from .conformance import QUICK, Conformance  # noqa: E402
+from .family import Family, make_picture  # noqa: E402
+
+__all__ = ["QUICK", "Conformance", "Family", "make_picture"]

@@ -1,0 +1,116 @@
+"""A plan that is given the cells which were found counts what the report counts, to the digit."""
+
+import numpy as np
+import pytest
+import torch
+
+import specedit
+from specedit.config import presets
+from specedit.cost.flops import plan
+from specedit.cost.tables import ModelCost
+from specedit.method import sampler
+
+SIZE = 128, 128  # as the tiny Qwen pipeline takes its picture
+THRESHOLD = dict(flux=1.6, qwen=1.15)  # of random weights: some of the cells
+CORNER = np.zeros(SIZE, dtype=bool)
+CORNER[:40, :30] = True
+DOT = np.zeros(SIZE, dtype=bool)
+DOT[-1, -1] = True
+
+
+@pytest.fixture
+def make_family(request, picture):
+    """Makes (pipeline, arguments of a call) of a family."""
+    made = {}
+
+    def make(family):
+        if family not in made:
+            call = dict(height=SIZE[0], width=SIZE[1], output_type="latent", prompt="make it red", image=picture(*SIZE))
+            if family == "flux":
+                call |= dict(max_area=SIZE[0] * SIZE[1], _auto_resize=False, max_sequence_length=16)
+            else:
+                call |= dict(negative_prompt="blue and dark", true_cfg_scale=2.5)
+            made[family] = request.getfixturevalue(dict(flux="make_pipe", qwen="make_qwen")[family])(), call
+        return made[family]
+
+    return make
+
+
+@pytest.fixture
+def compare(make_family, monkeypatch):
+    """Runs a call, and compares its report with the plan for the cells that it found."""
+    runs, edit = [], sampler.edit
+    monkeypatch.setattr(sampler, "edit", lambda run, mask: runs.append(run) or edit(run, mask))
+
+    def check(family, mask=None, call=None, **config):
+        pipe, arguments = make_family(family)
+        specedit.install(pipe, **dict(threshold=THRESHOLD[family], dilation=0) | config)
+        output = pipe(**arguments | (call or {}), edit_mask=mask, generator=torch.Generator().manual_seed(7))
+        report, state = output.report, runs[-1].state
+        texts = state.texts
+        cost = ModelCost(
+            pipe.transformer.config, texts[0], len(texts), scheduler=pipe.scheduler.config,
+            negative_text_tokens=texts[-1],
+        )  # fmt: skip
+        cells = torch.ones(state.grid.coarse().shape, dtype=torch.bool)
+        cells = cells if report.expand_mask is None else report.expand_mask
+        size = [16 * side for side in state.grid.shape]
+        planned = plan(report.config, cost, *size, cells=cells, drafts=mask is None)
+        made = [stage for stage in report.stages if stage.steps]
+        assert [stage.name for stage in made] == [row["name"] for row in planned["stages"]]
+        for stage, row in zip(made, planned["stages"], strict=True):
+            assert (stage.steps, stage.cached, stage.reused) == (row["steps"], row["cached"], row["reused"])
+            assert stage.tokens == pytest.approx(row["tokens"])
+            assert stage.flops == row["flops"] > 0, stage.name
+        assert report.flops == planned["flops"]
+        assert report.flops_stock == pytest.approx(planned["flops_stock"] * report.stock_steps / 50, rel=1e-12)
+        return report
+
+    return check
+
+
+@pytest.mark.parametrize("restore", ["full", "reference"])
+@pytest.mark.parametrize("family", ["flux", "qwen"])
+def test_presets(compare, family, restore):
+    shares = [compare(family, config=preset, restore=restore).expand_fraction for preset in presets]
+    assert any(0 < share < 1 for share in shares)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(restore="reference"),
+        dict(reference_refresh=2),
+        dict(reference_refresh=2, restore="reference", steps=(3, 3, 2)),
+        dict(forecast="taylor", forecast_order=1, forecast_interval=3),
+        dict(forecast="reuse", reference_refresh=3),
+        dict(forecast="freqca", steps=(0, 0, 9)),
+        dict(guidance_range=(0.4, 0.8), uniform_stride=0),
+        dict(attention="stock"),
+        dict(verify_coarse=False, keep_pixels=True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", ["flux", "qwen"])
+def test_options(compare, family, config):
+    compare(family, CORNER, **config)
+    if "restore" in config or "reference_refresh" in config:
+        compare(family, **config)
+
+
+@pytest.mark.parametrize("forecast", ["toca", "duca"])
+def test_token_wise_forecasts(compare, forecast):
+    compare("flux", CORNER, forecast=forecast, forecast_interval=4)
+    compare("flux", forecast=forecast, forecast_interval=4)
+
+
+@pytest.mark.parametrize("family", ["flux", "qwen"])
+def test_a_batch_whose_samples_have_masks_of_their_own(compare, family):
+    masks = [CORNER, DOT]
+    report = compare(family, masks, dict(num_images_per_prompt=2), restore="reference", uniform_stride=0)
+    assert report.expand_mask.flatten(1).sum(1).unique().numel() == 2
+
+
+def test_an_unchanged_layout_goes_on_where_it_was(compare):
+    """Everything edited: the full stage begins where the mixed one ended, within another part of the range."""
+    compare("qwen", np.ones(SIZE), guidance_range=(0.5, 0.6), steps=(2, 3, 4))
