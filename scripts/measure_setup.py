@@ -37,15 +37,19 @@ def size_of(folder: Path) -> int:
     return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
 
-def measure(steps: Iterator[tuple[str, list[str]]], folder: Path) -> Iterator[dict]:
-    """Run each step in `folder`, which must exist, and yield its row."""
+def measure(
+    steps: Iterator[tuple[str, list[str]]], folder: Path, names: dict[str, str] | None = None
+) -> Iterator[dict]:
+    """Run each step in `folder`, which must exist, and yield its row. names: of this machine's paths, for the rows."""
+    names = names or {}
     held = size_of(folder)
     for name, command in steps:
         start = time.perf_counter()
         subprocess.run(command, check=True, cwd=folder, stdout=sys.stderr)
         seconds = time.perf_counter() - start
         held, before = size_of(folder), held
-        yield {"step": name, "command": " ".join(command), "seconds": seconds, "bytes": held - before}
+        words = (names.get(word, word) for word in command)
+        yield {"step": name, "command": " ".join(words), "seconds": seconds, "bytes": held - before}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -55,7 +59,9 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
-        rows = list(measure(commands(args.python, f"file://{ROOT}"), Path(folder)))
+        repository = f"file://{ROOT}"
+        names = {repository: "REPOSITORY", args.python: "python3"}
+        rows = list(measure(commands(args.python, repository), Path(folder), names))
     results.write(args.out, "python scripts/measure_setup.py", rows, load=load)
 
 

@@ -22,6 +22,11 @@ def test_a_row_holds_what_its_step_added(setup, tmp_path):
     assert all(row["seconds"] > 0 and row["command"].startswith(sys.executable) for row in rows)
 
 
+def test_rows_do_not_name_this_machines_paths(setup, tmp_path):
+    (row,) = setup.measure(iter([("nothing", [sys.executable, "-c", "pass"])]), tmp_path, {sys.executable: "python3"})
+    assert row["command"] == "python3 -c pass"
+
+
 def test_links_are_not_counted_twice(setup, tmp_path):
     (tmp_path / "file").write_bytes(bytes(10))
     (tmp_path / "link").symlink_to(tmp_path / "file")
