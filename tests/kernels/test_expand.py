@@ -117,7 +117,7 @@ def test_noise_is_white(backend, device, sigma):
     assert abs(between_tokens) < 5 / math.sqrt(fine[1:].numel())
 
 
-def test_a_signal_is_kept(device, backend):
+def test_signal_is_preserved(device, backend):
     """A constant image at noise level s is the same image at s', up to its (1 - s') share."""
     sigma = 0.5
     coarse = torch.full((4, 8), 1 - sigma, device=device)  # x0 = 1, no noise

@@ -74,6 +74,6 @@ def test_test_times_are_shown_by_command(readme, tmp_path):
     assert cells(readme.test_times("test-times.json")) == [["`pytest`", "1.0", "1,234"]]
 
 
-def test_missing_files_are_said_to_be_missing(readme):
+def test_missing_files_read_as_not_measured(readme):
     for maker, name in ((readme.gains, "quality"), (readme.setup, "setup"), (readme.test_times, "test-times")):
         assert maker(f"{name}.json") == "*not measured yet*"
