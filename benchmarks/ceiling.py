@@ -1,10 +1,10 @@
-"""How many of the tasks can be solved at all: every edit done exactly, only what an object hid has to be guessed.
+"""How many tasks can be solved at all: every edit is exact, and only what an object hid is guessed.
 
     python -m benchmarks.ceiling --cases 64 --size 512 --out benchmarks/results/ceiling-512.json
 
-Removing an object or changing its shape uncovers background that no picture shows. Here biharmonic inpainting (Damelin
-and Hoang 2018, as scikit-image has it: pip install -e ".[bench]") fills it in from around, and all else is the target.
-An editor with a better guess at photographs may do more; none can be expected to by following the words.
+Removing or reshaping an object uncovers background that no picture shows. Biharmonic inpainting (Damelin and Hoang
+2018, in scikit-image: pip install -e ".[bench]") fills it in; everything else is the target. An editor that guesses
+photographs better may exceed this, but not by following the instruction.
 """
 
 import argparse
@@ -18,11 +18,11 @@ from specedit.micro import scenes
 from specedit.micro.evaluation import grow, score, summary
 from specedit.micro.render import coverage
 
-RIM = 2  # px around an object that its anti-aliased edge may have tinted
+RIM = 2  # px around an object that its anti-aliased edge may tint
 
 
 def guessed(scene: scenes.Scene, case: scenes.Case) -> Image.Image:
-    """The target of `case`, where the object that is edited stood filled in from around it."""
+    """The target of `case`, with the edited object's place inpainted."""
     from skimage.restoration import inpaint_biharmonic
 
     if scene.kind not in ("remove", "shape"):

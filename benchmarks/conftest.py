@@ -1,4 +1,4 @@
-"""Benchmarks name their machine, and `--results FILE` writes their rows in the form of benchmarks/results/*.json."""
+"""Record the machine; `--results FILE` writes rows in the format of benchmarks/results/*.json."""
 
 import json
 import sys

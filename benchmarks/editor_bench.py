@@ -1,4 +1,4 @@
-"""How one pipeline of benchmarks/real_models.py is timed: stock, or with SpecEdit on an edit of a given share."""
+"""Time a pipeline of benchmarks/real_models.py: stock, or with SpecEdit on an edit of a given share."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from specedit.config import STOCK_STEPS
 from specedit.method import verify
 from specedit.models import adapter_of
 
-# Attention backends of diffusers; those that the machine lacks are passed over.
+# Attention backends of diffusers; those that the machine lacks are skipped.
 BACKENDS = ("native", "_native_cudnn", "_native_flash", "flash", "_flash_3")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure. `preset` None is the stock pipeline, and then there is no edit to speak of."""
+    """One configuration to measure. `preset` None is the stock pipeline, without an edit share."""
 
     model: str
     height: int
@@ -38,7 +38,7 @@ class Case:
     restore: str | None = None
     share: float | None = None
     shape: str | None = None
-    changes: str = ""  # other fields of the configuration, as `fields` reads them
+    changes: str = ""  # further fields of the configuration, for `fields`
 
     @property
     def setting(self) -> tuple:
@@ -51,10 +51,10 @@ class Case:
 
 
 def fields(changes: str) -> dict[str, Any]:
-    """Fields of a configuration from "name=value name=value", values as Python writes them, without spaces.
+    """Fields of a configuration from "name=value name=value", where values are Python literals without spaces.
 
     Raises:
-        ValueError: something that is not such a list.
+        ValueError: any other text.
     """
     found = {}
     for part in changes.split():
@@ -69,7 +69,7 @@ def fields(changes: str) -> dict[str, Any]:
 
 
 def edit_cells(share: float, shape: str, rows: int, columns: int, seed: int = 0) -> torch.Tensor:
-    """(rows, columns) bool with round(share * rows * columns) cells: those nearest to a point, or random ones."""
+    """(rows, columns) bool with round(share * rows * columns) cells: nearest to a point ("blob"), or random."""
     rng = torch.Generator().manual_seed(seed)
     if shape == "blob":
         centre = 0.3 + 0.4 * torch.rand(2, generator=rng)
@@ -84,15 +84,15 @@ def edit_cells(share: float, shape: str, rows: int, columns: int, seed: int = 0)
 
 @contextmanager
 def found(share: float, shape: str) -> Iterator[None]:
-    """Inside, drafts are made and verified as ever, and then `share` of the cells counts as edited instead.
+    """Draft and verify as usual, but then take `share` of the cells as edited.
 
-    Every sample of a batch has a mask of its own.
+    Every sample of a batch has its own mask.
     """
     find, look, ready = verify.verify_draft, verify.second_look, {}
 
     def verify_draft(*args: Any) -> tuple:
         score, edited = find(*args)
-        if edited.shape not in ready:  # made by the warm-up call, not while the clock runs
+        if edited.shape not in ready:  # made by the warm-up call, outside the timed ones
             masks = [edit_cells(share, shape, *edited.shape[1:], seed) for seed in range(len(edited))]
             ready[edited.shape] = torch.stack(masks).to(edited.device)
         return score, ready[edited.shape]
@@ -105,7 +105,7 @@ def found(share: float, shape: str) -> Iterator[None]:
 
 
 class Bench:
-    """The pipeline that is loaded, and how it is set up at the moment."""
+    """The loaded pipeline and its current set-up."""
 
     def __init__(self, args: argparse.Namespace, backends: list[dict]):
         self.args, self.backends = args, backends
@@ -116,7 +116,7 @@ class Bench:
 
     def load(self, model: str) -> Any:
         if model != self.model:
-            self.model = self.pipe = self.given = None  # two of them might not fit beside each other
+            self.model = self.pipe = self.given = None  # two models may not fit in memory
             gc.collect()
             if self.device == "cuda":
                 torch.cuda.empty_cache()
@@ -126,7 +126,7 @@ class Bench:
         return self.pipe
 
     def adapter(self) -> Any:
-        """What specedit.install would use for the pipeline, or None."""
+        """The adapter that specedit.install would use, or None."""
         return adapter_of(self.pipe)
 
     def arguments(self, case: Case) -> dict[str, Any]:
@@ -138,10 +138,10 @@ class Bench:
         if how == self.execution:
             return
         if how == "compiled":
-            # Every stage has a length and a set of arguments of its own. The limit's name depends on torch's version.
+            # Every stage has its own lengths and arguments. The limit's name depends on torch's version.
             limits = ("recompile_limit", "cache_size_limit")
             setattr(torch._dynamo.config, next(n for n in limits if hasattr(torch._dynamo.config, n)), 64)
-            # Tiny runs prove the harness; tracing shows as much as generating code would.
+            # Tiny runs test the harness, for which tracing is enough.
             self.pipe.transformer.compile_repeated_blocks(**(dict(backend="eager") if self.args.tiny else {}))
         else:
             for module in self.pipe.transformer.modules():
@@ -163,7 +163,7 @@ class Bench:
             torch.cuda.synchronize()
 
     def attend(self, case: Case) -> str:
-        """Put the fastest attention backend in place: a few eager stock steps with each that the machine has."""
+        """Set the fastest attention backend, timed over a few eager stock steps."""
         known = next((b for b in self.backends if b["setting"] == list(case.setting)), None)
         if known is None:
             self.execute("eager")
@@ -173,7 +173,7 @@ class Bench:
                     self.pipe.transformer.set_attention_backend(name)
                     self.call(case, num_inference_steps=2, output_type="latent")
                     seconds[name] = self.call(case, num_inference_steps=4, output_type="latent")
-                except Exception as error:  # each library has its own way to say that it is not there
+                except Exception as error:  # each library raises its own error when it is missing
                     seconds[name] = first_line(error)
             timed = {name: s for name, s in seconds.items() if isinstance(s, float)}
             if not timed:
@@ -184,7 +184,7 @@ class Bench:
         return known["fastest"]
 
     def measure(self, case: Case) -> dict[str, Any]:
-        """What one case took: seconds of every repetition, peak memory, and what the report says of the last."""
+        """Seconds of every repetition, peak memory, and fields of the last report."""
         specedit.uninstall(self.pipe)
         attention = self.attend(case)
         self.execute(case.execution)
@@ -195,7 +195,7 @@ class Bench:
             specedit.install(self.pipe, case.preset, restore=case.restore, **fields(case.changes))
             finding = found(case.share, case.shape)
         with finding:
-            # Stock's steps are all alike, and two of them warm up; SpecEdit's stages each have to be seen.
+            # Two stock steps warm up all of them; SpecEdit's stages differ, so run them all.
             first = self.call(case, **({} if case.preset else dict(num_inference_steps=2)))
             if self.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()

@@ -2,14 +2,14 @@
 
     python -m benchmarks.end_to_end --json FILE [--minutes 8] [--model M]... [--size 1024x1024]... [--tiny]
 
-An edit mask of a given share takes the place of what the draft found, while draft and verification still run and are
-timed. Every measurement is written to FILE as soon as it is made, and one that FILE holds already is not repeated: run
-the same command again to go on. --minutes stops before the measurement that would not fit. --part transformer times
-single transformer steps against the number of tokens instead. --tiny does all of it with small widths, on any machine.
+An edit mask of a given share replaces the detected one; draft and verification still run and are timed. Every
+measurement is written to FILE at once, and not repeated if FILE holds it: run the same command again to resume.
+--minutes stops before a measurement that would not fit. --part transformer times single transformer steps against the
+number of tokens. --tiny uses small widths, on any machine.
 
---changes "reference_refresh=4 guidance_range=(0.2,0.9)" measures presets with other fields beside their restore.
+--changes "reference_refresh=4 guidance_range=(0.2,0.9)" overrides further fields of the presets.
 
-Stock's 50 steps are run in full, with the fastest of the attention backends, eager and under compile_repeated_blocks.
+Stock's 50 steps run in full, with the fastest attention backend, eager and under compile_repeated_blocks.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
 
 
 def rows(measurements: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every SpecEdit measurement against every stock one of its setting: the rows of an `end_to_end` result file."""
+    """Every SpecEdit measurement against every stock one of its setting, as rows of an `end_to_end` result file."""
     measured = [(Case(**m["case"]), m) for m in measurements]
     found_rows = []
     for case, m in measured:
@@ -86,7 +86,7 @@ def rows(measurements: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class Record:
-    """The result file: what it holds already, and everything that is added, written at once."""
+    """The result file: previous measurements and new ones, written at once."""
 
     LISTS = ("measurements", "transformer", "failures", "backends")
 
@@ -113,7 +113,7 @@ class Record:
 
 
 class Budget:
-    """Whether the next measurement still fits, judged by the slowest of its kind so far, or of any kind."""
+    """Whether the next measurement fits, judged by the slowest of its kind so far, or of any kind."""
 
     def __init__(self, minutes: float | None):
         self.end = None if minutes is None else time.perf_counter() + 60 * minutes
@@ -132,7 +132,7 @@ class Budget:
 
 
 def edits(bench: Bench, record: Record, budget: Budget) -> int:
-    """Measure every case that is not in the file; returns how many are left."""
+    """Measure every case that is not in the file; return how many are left."""
     args = bench.args
     wanted = [case for case in cases(args) if not record.has(asdict(case), args.retry)]
     skipped: set[str] = set()
@@ -150,7 +150,7 @@ def edits(bench: Bench, record: Record, budget: Budget) -> int:
                 continue
             with small:
                 done = budget.run(kind, partial(bench.measure, case))
-        except Exception as error:  # the others are still worth having; the exit code tells
+        except Exception as error:  # go on with the others; the exit code reports failures
             record.add("failures", dict(case=asdict(case), error=f"{type(error).__name__}: {first_line(error)}"))
             print(f"{case}: {type(error).__name__}: {first_line(error)}", file=sys.stderr, flush=True)
             continue
@@ -196,13 +196,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         defaults[name] = default
 
     defaults: dict[str, list] = {}
-    parser.add_argument("--json", type=Path, required=True, help="result file; an unfinished one is gone on with")
+    parser.add_argument("--json", type=Path, required=True, help="result file; an unfinished one is resumed")
     parser.add_argument("--part", choices=["edits", "transformer"], default="edits")
     parser.add_argument("--minutes", type=float, help="stop before the measurement that would not fit")
     parser.add_argument("--repeat", type=int, default=3, help="timed calls of each; the median counts")
-    parser.add_argument("--enough", type=float, default=120, help="seconds of timed calls after which no other is made")
-    parser.add_argument("--retry", action="store_true", help="try again what failed before")
-    parser.add_argument("--tiny", action="store_true", help="small widths and pictures, to prove the harness")
+    parser.add_argument("--enough", type=float, default=120, help="seconds of timed calls after which repetition stops")
+    parser.add_argument("--retry", action="store_true", help="retry failed cases")
+    parser.add_argument("--tiny", action="store_true", help="small widths and pictures, to test the harness")
     several("model", list(real_models.MODELS), choices=list(real_models.MODELS))
     several("size", [(1024, 1024), (768, 768), (1440, 720)], type=size)
     several("batch", [1, 4], type=int)
@@ -230,7 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"end_to_end: {error}", file=sys.stderr)
         return 2
-    diffusers.utils.logging.set_verbosity_error()  # every change of the attention backend warns
+    diffusers.utils.logging.set_verbosity_error()  # every change of attention backend warns
     bench, budget = Bench(args, record.lists["backends"]), Budget(args.minutes)
     before = len(record.lists["failures"])
     work = edits if args.part == "edits" else transformer_steps

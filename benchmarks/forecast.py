@@ -2,11 +2,10 @@
 
     python -m benchmarks.forecast --cases 64 --size 512 --out benchmarks/results/forecast-512.json
 
-Stock 50; every cache alone at N = 4, 6, 9 (50 steps, nothing spatial); SpecEdit alone; SpecEdit with taylor, hermite,
-foca and lesa; the step-distilled student at 8 and 6 steps with and without SpecEdit, once `python -m
-training.distil` has written its weights. Every variant edits the same unseen tasks with the same seeds. With
---resume a run that was stopped, or that is to see more tasks, goes on where the file ends. A variant that lacks trained
-weights is named and left out.
+Variants: stock with 50 steps; every cache alone at N = 4, 6, 9 (50 steps, nothing spatial); SpecEdit alone; SpecEdit
+with taylor, hermite, foca and lesa; the step-distilled student at 8 and 6 steps, with and without SpecEdit, if `python
+-m training.distil` has written its weights. All edit the same unseen tasks with the same seeds. --resume continues the
+run in the file, also with more tasks. A variant without trained weights is reported and left out.
 """
 
 from pathlib import Path
@@ -23,12 +22,12 @@ from specedit.registry import forecasts
 
 INTERVALS = (4, 6, 9)
 PRESET = "balanced"
-# Within SpecEdit's short stages: the lowest order that extrapolates, and a full step every third.
+# For SpecEdit's short stages: the lowest order that extrapolates, and every third step full.
 TOGETHER = {"taylor": {"forecast_order": 1}, "hermite": {"forecast_order": 1}, "foca": {}, "lesa": {}}
 
 
 def variants(weights: Path | None, student: Path | None) -> dict[str, dict[str, Any]]:
-    """Name to how it is run: stock "steps", or "install" arguments; "student" loads the LoRA first."""
+    """Settings by name: stock "steps", or "install" arguments; "student" loads the LoRA first."""
     spec = {"config": PRESET}
     every: dict[str, dict[str, Any]] = {"stock-50": {"family": "stock", "steps": 50}}
     trained = {} if weights is None else {"forecast_weights": str(weights)}
@@ -49,7 +48,7 @@ def variants(weights: Path | None, student: Path | None) -> dict[str, dict[str, 
 
 
 def lacking(settings: dict[str, Any], pipe: Any) -> str | None:
-    """Which trained weights a variant lacks, or None."""
+    """Which trained weights a variant is missing, or None."""
     if "student" in settings and settings["student"] is None:
         return f"no student at {micro.STUDENT}; python -m training.distil trains one"
     fields = settings.get("install", {})
@@ -62,7 +61,7 @@ def lacking(settings: dict[str, Any], pipe: Any) -> str | None:
 
 
 def run(scores: Scores, pipe: Any, name: str, todo: list[micro.scenes.Case], settings: dict[str, Any]) -> None:
-    """Score one variant on tasks that it has not seen."""
+    """Score one variant on the given tasks."""
     if settings.get("student") is not None:
         pipe.load_lora_weights(settings["student"])
     try:
@@ -86,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     pipe = editor(args.model)
     files = dict(student=student, lesa=args.lesa or lesa.packaged(pipe.transformer.config))
     of = whose(args) | {name: results.fingerprint(file) for name, file in files.items()}
-    # Counted, so that ratios stand also where --only leaves the stock run to quality.py, which has the same tasks.
+    # Counted, so that ratios exist even if --only excludes the stock run.
     stock = sum(stock_flops(pipe, case, STOCK_STEPS) for case in cases) / len(cases)
     more = dict(preset=SpecEditConfig.preset(PRESET).steps, stock_flops=stock)
     scores = Scores(args.out, command("forecast", args), cases, of, args.resume, **more)

@@ -1,4 +1,4 @@
-"""How kernels are measured: correctness first, then time with a cold cache, then the share of the roofline."""
+"""Measure kernels: correctness, then time with a cold cache, then the share of the roofline."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 TOLERANCE = 2e-2 if ON_GPU else 1e-5  # bfloat16 on a GPU, float32 on a CPU
 REPEATS = 30 if ON_GPU else 3
 WAIT_CYCLES = 1_000_000  # about half a millisecond
-# Inputs rotate through at least this many bytes, more than any L2, so every call finds its inputs in memory.
+# Inputs rotate through at least this many bytes, more than any L2, so that caches are cold.
 ROTATED_BYTES = 256 << 20 if ON_GPU else 8 << 20
 
 
@@ -37,7 +37,7 @@ def device_milliseconds(call: Callable[[], object], repeats: int = REPEATS) -> f
         synchronize()
         if ON_GPU:
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            # The device waits while the host enqueues, or a short kernel's time would be that of its launch.
+            # Delay the device while the host enqueues; otherwise a short kernel's time is its launch.
             torch.cuda._sleep(WAIT_CYCLES)
             start.record()
             call()
@@ -52,7 +52,7 @@ def device_milliseconds(call: Callable[[], object], repeats: int = REPEATS) -> f
 
 
 def rooflines() -> dict[str, float]:
-    """What this machine reaches now: GB/s of a large copy (read and written) and TFLOP/s of a large matmul."""
+    """Rates that this machine reaches: GB/s of a large copy (read and written) and TFLOP/s of a large matmul."""
     size = 1 << 28 if ON_GPU else 1 << 24
     source, target = (torch.empty(size, dtype=torch.uint8, device=DEVICE) for _ in range(2))
     copy = device_milliseconds(lambda: target.copy_(source))
@@ -71,7 +71,7 @@ def cpu_name() -> str:
 
 
 def machine() -> dict[str, str | None]:
-    """The facts a result file names."""
+    """The machine, for a result file."""
     from importlib.metadata import PackageNotFoundError, version
 
     def of(package):
@@ -99,13 +99,13 @@ def measure(
     benchmark, row: dict, inputs: Callable[[], tuple], provider: Callable, exact: Callable, roofs: dict,
     *, flops: float | None = None, size: float | None = None, tolerance: float,
 ) -> dict:  # fmt: skip
-    """Measures one provider on one case and returns its row of the result file.
+    """Measure one provider on one case, and return its row of the result file.
 
     Args:
-        inputs: makes one fresh set of inputs; as many are made as it takes to fill ROTATED_BYTES.
-        provider, exact: both take the inputs; `exact` gives the result in float64.
-        flops, size: the work of one call, operations or bytes; whichever is given is compared with its roofline.
-        tolerance: greatest error allowed, relative to the largest exact value. A provider beyond it has no speed.
+        inputs: makes a fresh set of inputs; called until they fill ROTATED_BYTES.
+        provider, exact: both take the inputs; `exact` returns the result in float64.
+        flops, size: the work of one call in operations or bytes; the one given is compared with its roofline.
+        tolerance: maximum error, relative to the largest exact value. A provider beyond it is not timed.
     """
     first = inputs()
     want = exact(*first)
@@ -114,7 +114,7 @@ def measure(
     except Exception as failure:
         if row["provider"].startswith("specedit_kernels"):
             raise
-        # A peer that does not run on this machine is no failure of ours, but says so.
+        # A peer that does not run on this machine is skipped, with the reason.
         pytest.skip(f"{row['provider']} does not run here: {type(failure).__name__}: {str(failure).splitlines()[0]}")
     error = ((got - want).abs().max() / want.abs().max()).item()
     if not error <= tolerance:

@@ -1,4 +1,4 @@
-"""Peers from other packages, each with the reason why it cannot run here, if it cannot."""
+"""Peers from other packages; one that cannot run here says why."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def flash_attn_4(q, k, v, cu, bias, lengths):
 
 
 def flashinfer_norm_rope(q, k, weight, cos, sin):
-    """FlashInfer's RMSNorm and its rotary embedding of both, three launches.
+    """FlashInfer's RMSNorm and rotary embedding, three launches.
 
-    Its fused_qk_rmsnorm_rope makes the angles itself from a grid of positions, so it cannot take these.
+    Its fused_qk_rmsnorm_rope computes the angles from a grid of positions, so it cannot take these.
     """
     need("flashinfer", "FlashInfer's rmsnorm and rope")
     from flashinfer.norm import rmsnorm

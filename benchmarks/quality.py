@@ -2,8 +2,8 @@
 
     python -m benchmarks.quality --cases 64 --size 512 --out benchmarks/results/quality-512.json
 
-Every variant edits the same unseen tasks with the same seeds. With --resume a run that was stopped, or
-that is to see more tasks, goes on where the file ends.
+Every variant edits the same unseen tasks with the same seeds. --resume continues the run in the file, also with more
+tasks.
 """
 
 from benchmarks.scores import Scores, command, editor, options, some, whose
@@ -14,7 +14,7 @@ PRESETS = ("quality", "balanced", "fast", "turbo")
 
 
 def variants() -> dict[str, dict]:
-    """Name to {"steps": n} for stock and {"preset": ..., fields} for SpecEdit."""
+    """Settings by name: {"steps": n} for stock, {"preset": ..., fields} for SpecEdit."""
     every: dict[str, dict] = {f"stock-{n}": {"steps": n} for n in (50, 28, 10)}
     for preset in PRESETS:
         for restore in ("full", "reference"):

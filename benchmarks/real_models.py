@@ -1,4 +1,4 @@
-"""The released editors' architectures and sizes with random weights: speed does not depend on what they learned.
+"""The released editors' architectures and sizes with random weights, which do not affect speed.
 
 Everything is made on the device itself, in its dtype, from configuration: no download, no copy in host memory. The text
 encoders are left out; prompts are given as embeddings of the lengths that they have in use. `tiny` is the same with
@@ -29,8 +29,8 @@ from PIL import Image
 from specedit.cost.tables import FLUX_SCHEDULER, QWEN_SCHEDULER
 
 T5_TOKENS = 512
-# Words of the instruction and template beside the 1,340 vision tokens of a picture of one megapixel; the negative
-# prompt is a single space, so it is a little shorter.
+# Tokens of instruction and template besides the 1,340 vision tokens of a one-megapixel picture. The negative prompt, a
+# single space, is a little shorter.
 VL_TOKENS, NEGATIVE_VL_TOKENS = 1400, 1352
 
 FLUX_TRANSFORMER = dict(
@@ -61,7 +61,7 @@ TINY_TEXT = 8
 
 @contextmanager
 def made_on(device: str, dtype: torch.dtype) -> Iterator[None]:
-    """Parameters of modules built inside are made on `device` in `dtype`."""
+    """Create parameters of new modules on `device` in `dtype`."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -129,7 +129,7 @@ def arguments(pipe: DiffusionPipeline, height: int, width: int, batch: int, seed
 
 @contextmanager
 def conditioned_small(area: int) -> Iterator[None]:
-    """Inside, Qwen-Image-Edit conditions on pictures of `area` instead of its one megapixel: for tiny runs only."""
+    """Make Qwen-Image-Edit condition on pictures of `area` instead of one megapixel, for tiny runs."""
     stock = pipeline_qwenimage_edit.calculate_dimensions
     with patch.object(pipeline_qwenimage_edit, "calculate_dimensions", lambda _, ratio: stock(area, ratio)):
         yield

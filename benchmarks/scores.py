@@ -23,11 +23,11 @@ from specedit.cli.pipelines import EDITORS
 from specedit.evaluation import results
 from specedit.micro.loading import identity
 
-EVERY = 4  # tasks of one variant before it is the next one's turn
+EVERY = 4  # tasks of one variant per turn
 
 
 def options(about: str | None, cases: int = 64, models: Sequence[str] = EDITORS) -> argparse.ArgumentParser:
-    """What every such file is asked for; `about`: the docstring of the module that writes it."""
+    """The common options; `about`: the docstring of the module that adds its own."""
     parser = argparse.ArgumentParser(description=(about or "").split("\n")[0])
     parser.add_argument("--model", default=models[0], choices=models, help="the embedded editor")
     parser.add_argument("--cases", type=int, default=cases)
@@ -39,12 +39,12 @@ def options(about: str | None, cases: int = 64, models: Sequence[str] = EDITORS)
 
 
 def command(module: str, args: argparse.Namespace) -> str:
-    """What was typed, for the file; where it went and what it left out is seen there."""
+    """The command for the file, without --out and --only, which the file shows."""
     return f"python -m benchmarks.{module} --model {args.model} --cases {args.cases} --size {args.size}"
 
 
 def whose(args: argparse.Namespace) -> dict[str, Any]:
-    """Whose scores a file holds."""
+    """Editor, weights and size of a file's scores."""
     return identity(args.model) | dict(size=args.size)
 
 
@@ -52,7 +52,7 @@ def some(every: dict[str, Any], names: list[str] | None) -> dict[str, Any]:
     """The entries of `every` with these names; None: all.
 
     Raises:
-        SystemExit: there is none of such a name.
+        SystemExit: an unknown name.
     """
     if unknown := set(names or ()) - set(every):
         raise SystemExit(f"--only: expected some of {', '.join(every)}, got {', '.join(sorted(unknown))}")
@@ -60,19 +60,19 @@ def some(every: dict[str, Any], names: list[str] | None) -> dict[str, Any]:
 
 
 def editor(model: str) -> Any:
-    """The embedded editor, on a GPU where there is one, without its own progress bars."""
+    """The embedded editor, on a GPU if there is one, without progress bars."""
     pipe = micro.load(model, device="cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 class Scores:
-    """The rows of one file: `variant`, its own fields, `mean`, `kinds`, and `cases`, one entry a task."""
+    """The rows of one file: `variant`, its fields, `mean`, `kinds`, and `cases`, one entry per task."""
 
     def __init__(
         self, path: Path, command: str, cases: list[micro.scenes.Case], of: dict[str, Any], resume: bool, **more: Any
     ):
-        """`of`: what is scored (editor, size, weights); with `resume` the file's own has to be the same.
+        """`of`: what is scored (editor, size, weights); with `resume`, the file's must be the same.
 
         Raises:
             SystemExit: the file holds scores of something else.
@@ -93,12 +93,12 @@ class Scores:
                 row["cases"] = [{k: math.nan if v is None else v for k, v in case.items()} for case in row["cases"]]
 
     def lacks(self, variant: str) -> list[micro.scenes.Case]:
-        """The tasks that `variant` has not seen."""
+        """The tasks that `variant` has not run."""
         seen = {case["seed"] for row in self.rows if row["variant"] == variant for case in row["cases"]}
         return [case for case in self.cases if case.seed not in seen]
 
     def turns(self, variants: Iterable[str]) -> Iterator[tuple[str, list[micro.scenes.Case]]]:
-        """Each variant in turn with the next `EVERY` tasks, those that it lacks, until none lacks any; then tell."""
+        """Variants in turns of the next `EVERY` tasks that they have not run; print a summary at the end."""
         lacking = {variant: {case.seed for case in self.lacks(variant)} for variant in variants}
         with tqdm(total=sum(map(len, lacking.values()))) as bar:
             for start in range(0, len(self.cases), EVERY):
@@ -124,11 +124,11 @@ class Scores:
         num_inference_steps: int | None,
         **fields: Any,
     ) -> None:
-        """Run `cases`, which `variant` lacks, and write the file. `fields` go into the variant's row."""
+        """Run `cases` of `variant` and write the file. `fields` go into the variant's row."""
         self.add(pipe, variant, micro.evaluate(pipe, cases, num_inference_steps)["cases"], **fields)
 
     def add(self, pipe: Any, variant: str, scored: list[dict[str, Any]], **fields: Any) -> None:
-        """Put what `pipe` has just scored, as `micro.evaluate` returns it in "cases", into the file."""
+        """Add `scored`, the "cases" of `micro.evaluate`, to the file."""
         row = next((row for row in self.rows if row["variant"] == variant), None)
         if row is None:
             row = dict(variant=variant, **fields, mean={}, kinds={}, cases=[])

@@ -32,7 +32,7 @@ GRID: dict[str, list[dict]] = {
     "draft_scale": [{"draft_scale": 2}],
     "selector": [{"selector": s} for s in ("edges", "variance", "uniform")],
     "reference_refresh": [{"reference_refresh": r} for r in (2, 4)],
-    # A negative prompt of no words; the first row is guidance at every step, which the others are compared with.
+    # An empty negative prompt; the first row guides every step, as the baseline of the others.
     "guidance_range": [
         {"true_cfg_scale": 2.5} | ({"guidance_range": r} if r else {})
         for r in (None, (0.0, 0.9), (0.2, 1.0), (0.2, 0.9), (0.4, 0.8))
@@ -47,12 +47,12 @@ QWEN: dict[str, list[dict]] = {
 
 
 def grid(model: str) -> dict[str, list[dict]]:
-    """What is tried on the embedded editor of `model`, group by group."""
+    """The settings to try on the embedded editor `model`, by group."""
     return GRID | QWEN if model == "qwen" else GRID
 
 
 def agreement(pipe, case) -> dict[str, float]:
-    """Recall and precision of the found cells against the task's true mask."""
+    """Recall and precision of the detected cells against the task's mask."""
     found = report(pipe).edit_mask[0].float()
     true = F.adaptive_max_pool2d(torch.from_numpy(case.mask)[None, None].float(), found.shape)[0, 0]
     both = float((found * true).sum())
@@ -60,7 +60,7 @@ def agreement(pipe, case) -> dict[str, float]:
 
 
 def variants(groups: dict[str, list[dict]]) -> dict[str, dict]:
-    """Name to group and change."""
+    """Group and change by name."""
     return {
         ", ".join(f"{field}={value}" for field, value in change.items()) or "base": dict(group=group, change=change)
         for group, changes in groups.items()
@@ -69,7 +69,7 @@ def variants(groups: dict[str, list[dict]]) -> dict[str, dict]:
 
 
 def score(scores: Scores, pipe, name: str, todo: list[micro.scenes.Case], group: str, change: dict) -> None:
-    """Score one variant on tasks that it has not seen."""
+    """Score one variant on the given tasks."""
     settings = {**BASE, **change}
     scale = settings.pop("true_cfg_scale", None)
     call = {} if scale is None else {"negative_prompt": "", "true_cfg_scale": scale}

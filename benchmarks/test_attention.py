@@ -1,8 +1,8 @@
-"""mixed_attention beside what else computes it (or the same without a bias), at the token counts of an edit.
+"""mixed_attention against other implementations (some without a bias), at the token counts of an edit.
 
     pytest benchmarks/test_attention.py --results benchmarks/results/kernels_attention.json
 
-Without a GPU the same cases run small.
+Without a GPU, the cases are smaller.
 """
 
 import functools
@@ -22,15 +22,15 @@ TEXT, CELLS = (512, 1024) if ON_GPU else (32, 64)
 
 
 def mixed(edited, text=TEXT):
-    """Coarse and fine keys of a 1024 px edit: target and reference keep `edited` of their cells as four tokens."""
+    """Coarse and fine keys of a 1024 px edit: `edited` of the cells of target and reference are four tokens."""
     fine = 4 * round(CELLS * edited)
     return 2 * (CELLS - fine // 4), text + 2 * fine
 
 
-# Qwen-Image-Edit: heads and head dim of FLUX, guidance as two sequences of one launch, whose prompts differ in length.
+# Qwen-Image-Edit: FLUX's heads and head dim; guidance is two sequences in one launch, with prompts of different length.
 PROMPTS = (1280, 1216) if ON_GPU else (40, 24)
 
-CASES = {  # per sequence: keys that stand for four positions, keys that stand for one
+CASES = {  # per sequence: keys that cover four positions, keys that cover one
     "draft": [(0, TEXT + CELLS // 2)],
     "coarse": [(0, TEXT + 2 * CELLS)],
     "mixed 10%": [mixed(0.1)],
@@ -55,7 +55,7 @@ def make_inputs(lengths):
 
 
 def per_sequence(attend):
-    """A provider over packed tensors from one over single dense sequences (1, H, N, D), for those without varlen."""
+    """Make a packed provider from one for dense sequences (1, H, N, D) without varlen support."""
 
     def run(q, k, v, cu, bias, lengths):
         outs, at = [], 0
@@ -79,7 +79,7 @@ def ours_no_bias(q, k, v, cu, bias, lengths):
 
 
 def ours_dense(q, k, v, cu, bias, lengths):
-    """One sequence as a dense batch, which also runs the warp-specialised kernel where it is tuned."""
+    """One sequence as a dense batch, which runs the warp-specialised kernel if it is tuned."""
     if len(lengths) > 1:
         pytest.skip("sequences of several lengths are no dense batch")
     return mixed_attention(q[None], k[None], v[None], key_bias=bias[None])[0]

@@ -1,8 +1,8 @@
-"""The memory-bound kernels beside PyTorch's own ways: rows, expand, norm and rotary.
+"""The memory-bound kernels against PyTorch: rows, expand, norm and rotary.
 
     pytest benchmarks/test_tokens.py --results benchmarks/results/kernels_tokens.json
 
-Without a GPU the same cases run small.
+Without a GPU, the cases are smaller.
 """
 
 import functools

@@ -1,8 +1,8 @@
-"""A forecast from stacked differences beside PyTorch's own ways.
+"""A forecast from stacked differences against PyTorch.
 
     pytest benchmarks/test_weighted_sum.py --results benchmarks/results/kernels_weighted_sum.json
 
-Without a GPU the same cases run small.
+Without a GPU, the cases are smaller.
 """
 
 import functools
@@ -23,7 +23,7 @@ if not ON_GPU:
 
 
 def chain(stack, weights):
-    """As public forecasters write it: one term after the other."""
+    """As in public forecasters: one term after the other."""
     y = torch.zeros_like(stack[0])
     for k in range(len(stack)):
         y = y + weights[k].to(stack.dtype) * stack[k]

@@ -1,4 +1,4 @@
-"""One step of the transformer against the number of tokens: where the curve is flat, launching is what takes time."""
+"""One transformer step against the number of tokens: where the curve is flat, kernel launches dominate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from specedit.method.adapter import EditState, LayoutGroup, Run
 
 SIDES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)  # of the output's grid; every token fine
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7)  # of its cells, expanded in a mixed sequence
-CALLS = 5  # one after another without waiting, as in a run
+CALLS = 5  # back to back without synchronising, as in a run
 
 
 def sequences(grid: TokenGrid, device: torch.device) -> Iterator[tuple[str, MixedLayout]]:
@@ -40,7 +40,7 @@ def prepare(bench: Bench, adapter: Any, case: Case) -> EditState:
 
 
 def transformer_steps(bench: Bench, record: Any, budget: Any) -> int:
-    """Time the first size and batch of every model and execution; returns how many sequences are left."""
+    """Time the first size and batch of every model and execution; return how many sequences are left."""
     return sum(model_steps(model, bench, record, budget) for model in bench.args.model)
 
 
@@ -88,7 +88,7 @@ def model_steps(model: str, bench: Bench, record: Any, budget: Any) -> int:
 
 
 def step(bench: Bench, adapter: Any, state: EditState, layout: MixedLayout) -> list[float]:
-    """Seconds of one velocity (both guidance passes where there are two), of every repetition."""
+    """Seconds of one velocity, with all guidance passes, for every repetition."""
     generator = torch.Generator().manual_seed(0)
     shape = (state.batch, layout.tokens, state.noise.shape[2])
     tokens, reference = (torch.randn(shape, generator=generator).to(state.device) for _ in range(2))

@@ -1,4 +1,4 @@
-"""How well verification tells edited cells from others, by threshold, given a perfect draft.
+"""Recall and false alarms of verification by threshold, for a perfect draft.
 
     python -m benchmarks.verification --cases 48 --out benchmarks/results/verification.json
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs the tests of the diffusers adapter with several versions of diffusers, each in an environment of its own.
+# Runs the diffusers adapters' tests with several versions of diffusers, each in its own environment.
 #   scripts/compat.sh [FOLDER] [VERSION...]   FOLDER: keeps the environments, default build/compat; VERSION: default all
-# Everything that diffusers does not tie down comes from constraints.txt. Only pip uses the network.
+# Packages that do not depend on the diffusers version come from constraints.txt. Only pip uses the network.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -12,7 +12,7 @@ versions=("$@")
 python=${PYTHON:-$(command -v python3.11 || command -v python3)}
 export HF_HUB_OFFLINE=1 MPLBACKEND=Agg
 
-# A transformers of the same time, with the libraries that it asks for.
+# A transformers of the same period, with the libraries that it needs.
 transformers() {
   case $1 in
     0.42.*) echo "transformers==5.23.0" ;;

@@ -10,7 +10,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 
 def over_flops(axis: Axes, label: str) -> None:
-    """An axis of `label` over the operations of an edit. Shares reach from 0 to 1, so that a task is not a cliff."""
+    """An axis of `label` over the FLOPs of an edit. Shares span 0 to 1, so that one task does not look large."""
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter("{x:g}")
@@ -42,7 +42,7 @@ def pareto(name: str, path: Path) -> None:
     figure.savefig(path, dpi=90)
 
 
-# Panels of the sweep: its group, the field on the axis, and whether the starting point lies on the curve too.
+# Panels of the sweep: group, field on the axis, and whether the starting point is on the curve.
 CURVES = (
     ("threshold (draft)", "threshold", True), ("threshold (full)", "threshold", False), ("dilation", "dilation", True),
     ("uniform_stride", "uniform_stride", True), ("draft_steps", "draft_steps", True),
@@ -51,7 +51,7 @@ CURVES = (
 
 
 def sweep_curves(name: str, path: Path) -> None:
-    """Edit PSNR and FLOPs ratio over the values of one setting at a time; a dotted line where the default is."""
+    """Edit PSNR and FLOPs ratio over one setting at a time; a dotted line marks the default."""
     from specedit.config import resolve
 
     rows, start = load(name)["rows"], resolve("turbo", restore="reference")
@@ -66,7 +66,7 @@ def sweep_curves(name: str, path: Path) -> None:
         points.sort(key=lambda point: point[0])
         x = [value for value, _ in points]
         axis.plot(x, [mean["edit_psnr"] for _, mean in points], marker="o", color="C0")
-        axis.set_ylim(base["mean"]["edit_psnr"] - 3, base["mean"]["edit_psnr"] + 2)  # so that chance looks like chance
+        axis.set_ylim(base["mean"]["edit_psnr"] - 3, base["mean"]["edit_psnr"] + 2)  # chance looks small
         axis.set_ylabel("edit PSNR, dB", color="C0")
         axis.set_xlabel("sigma at which the coarse stage ends" if field == "boundaries" else group)
         other = axis.twinx()
@@ -81,7 +81,7 @@ def _first(value: float | tuple) -> float:
 
 
 def forecast_pareto(name: str, path: Path) -> None:
-    """Success and edit PSNR over FLOPs, one colour a family; the intervals of a cache are one line with one name."""
+    """Success and edit PSNR over FLOPs, one colour per family; a cache's intervals are one line."""
     rows = load(name)["rows"]
     families = list(dict.fromkeys(row["family"] for row in rows))
     lines: dict[tuple[str, str], list[dict]] = {}
@@ -98,7 +98,7 @@ def forecast_pareto(name: str, path: Path) -> None:
                 color=f"C{families.index(family)}", label=family if first else None,
             )  # fmt: skip
         edit.annotate(method, (x[-1], members[-1]["mean"]["edit_psnr"]), fontsize=7)
-    # Many variants share a success: their names stand beside.
+    # Many variants have equal success: put their names beside.
     for axis, label in ((success, "success"), (edit, "edit PSNR, dB")):
         over_flops(axis, label)
     success.legend(fontsize=7)
@@ -106,7 +106,7 @@ def forecast_pareto(name: str, path: Path) -> None:
 
 
 def clock_figure(name: str, path: Path) -> None:
-    """Clock ratio against edited share, a panel for each model, of one picture of 1024 x 1024 and one blob."""
+    """Clock ratio over edited share, one panel per model, for one 1024 x 1024 picture and one blob."""
     rows = [r for r in against_faster(load(name)["rows"]) if r["batch"] == 1 and r["shape"] == "blob"]
     rows = [r for r in rows if (r["height"], r["width"]) == (1024, 1024)] or rows
     models = list(dict.fromkeys(r["model"] for r in rows))
@@ -130,7 +130,7 @@ def clock_figure(name: str, path: Path) -> None:
 
 
 def stages_figure(name: str, path: Path) -> None:
-    """Seconds of every stage, a bar for each preset and restore, of the share nearest to a fifth."""
+    """Seconds of every stage, one bar per preset and restore, for the share nearest to a fifth."""
     rows = [r for r in against_faster(load(name)["rows"]) if r["batch"] == 1 and r["shape"] == "blob"]
     rows = [r for r in rows if (r["height"], r["width"]) == (1024, 1024)] or rows
     nearest: dict[tuple, dict] = {}

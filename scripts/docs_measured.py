@@ -9,11 +9,11 @@ from docs_results import against_faster, default_steps, edited_by, load, number,
 
 from specedit.config import STOCK_STEPS
 
-SMALL = 0.15  # there locking pays, and the goals speak of edits of up to this share
+SMALL = 0.15  # share of the picture; the goals are about edits up to this size
 
 
 def stock_totals(result: dict) -> dict:
-    """Means of the 50 stock steps. Operations may be counted without a run."""
+    """Means of the 50 stock steps. FLOPs may be counted without a run."""
     row = next((row for row in result["rows"] if row["variant"] == "stock-50"), None)
     return {"flops": result.get("stock_flops")} if row is None else row["mean"]
 
@@ -25,7 +25,7 @@ def against_stock(result: dict, mean: dict) -> list[str]:
 
 
 def against_default(result: dict, mean: dict) -> dict[str, str]:
-    """The same against the pipeline's own default of steps, by heading: its row, else as many of the 50 steps' FLOPs.
+    """Ratios to the pipeline's default steps, by heading: from its row, or from the FLOPs of the 50 steps.
 
     Empty where the default is 50 steps.
     """
@@ -46,7 +46,7 @@ OWN = "FLOPs ratio to its default steps"
 
 
 def by_cost(rows: list[dict]) -> list[dict]:
-    """Stock first, then SpecEdit, each from the dearest to the cheapest."""
+    """Stock first, then SpecEdit, each by descending FLOPs."""
     return sorted(rows, key=lambda row: (not row["variant"].startswith("stock"), -row["mean"].get("flops", 0)))
 
 
@@ -68,7 +68,7 @@ def quality(name: str) -> str:
 
 
 def kinds(name: str) -> str:
-    """One column a kind of edit, with its number of tasks; "success, edit dB, keep dB" in each."""
+    """One column per kind of edit, with its number of tasks; cells are "success, edit dB, keep dB"."""
     result = load(name)
     if result is None:
         return "*not measured yet*"
@@ -79,7 +79,7 @@ def kinds(name: str) -> str:
         + [
             f"{m['success']:.0%}, {number(m['edit_psnr'], '.1f')}, {number(m['keep_psnr'], '.1f')}"
             if m
-            else "-"  # a run that was stopped has not seen them all
+            else "-"  # an interrupted run lacks some
             for m in (row["kinds"].get(kind) for kind in most)
         ]
         for row in variants
@@ -89,7 +89,7 @@ def kinds(name: str) -> str:
 
 
 def small_edits(name: str) -> str:
-    """Of the tasks that ask for a change of at most `SMALL` of the picture, whatever a variant took for edited."""
+    """Tasks that change at most `SMALL` of the picture, whatever a variant detected."""
     result = load(name)
     if result is None:
         return "*not measured yet*"
@@ -121,7 +121,7 @@ def small_edits(name: str) -> str:
 
 
 def average(cases: list[dict], key: str) -> float:
-    """Mean of what is there: a task that changes everything has nothing to keep."""
+    """Mean over the cases that have `key`: a task that changes everything has no keep dB."""
     values = [case[key] for case in cases if case.get(key) is not None]
     return sum(values) / len(values)
 

@@ -1,4 +1,4 @@
-"""Tables of what the cost model predicts, and of what the paper reports."""
+"""Tables of the cost model's predictions and the paper's figures."""
 
 from docs_paper import PAPER, PAPER_FORECASTS, PAPER_QWEN, PAPERS, QWEN_STOCK
 from docs_results import default_steps, table, to_default
@@ -130,7 +130,7 @@ def forecast_paper(name: str) -> str:
 
 
 def switches(name: str) -> str:
-    """What every exact and approximate switch brings to the presets that the goals speak of."""
+    """The effect of every exact and approximate switch on the presets of the goals."""
     from specedit.config import resolve
     from specedit.cost.roofline import plan as predict
 
@@ -154,7 +154,7 @@ def switches(name: str) -> str:
         cells = []
         for model, share in asked:
             only_qwen = model == "flux-kontext" and change.keys() & {"draft_condition", "guidance_range"}
-            if only_qwen and len(change) < 3:  # nothing that FLUX has
+            if only_qwen and len(change) < 3:  # not on FLUX
                 cells += ["-", "-"]
                 continue
             config = resolve("turbo", restore="reference", **change)

@@ -1,4 +1,4 @@
-"""Result files, and how their figures are set in a page."""
+"""Result files, and formatting of their figures."""
 
 import json
 from pathlib import Path
@@ -25,17 +25,17 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def default_steps(model: str) -> int:
-    """Steps of the stock pipeline's own default: of a real model, or of an embedded editor with or without "micro-"."""
+    """Default steps of a stock pipeline: a real model, or an embedded editor with or without "micro-"."""
     return MODELS[model].default_steps if model in MODELS else editor_named(model.removeprefix("micro-")).default_steps
 
 
 def to_default(model: str, ratio: float) -> str:
-    """A FLOPs ratio to 50 stock steps, against the pipeline's own default."""
+    """A FLOPs ratio to 50 stock steps, converted to the pipeline's default steps."""
     return f"{ratio * default_steps(model) / STOCK_STEPS:.2f}"
 
 
 def edited_by(result: dict) -> str:
-    """The embedded editor of a result file; the first ones had no other and do not say."""
+    """The embedded editor of a result file; early files, all of kontext, do not say."""
     return result.get("of", {}).get("model", "kontext")
 
 
@@ -43,7 +43,7 @@ OPTIONS = {"specedit ": "--json", "python -m benchmarks.": "--out", "python benc
 
 
 def typed(command: str, name: str) -> str:
-    """The command with the option that names its result file, which the file itself need not know."""
+    """The command with the option that names its result file, which the file leaves out."""
     option = next((option for start, option in OPTIONS.items() if command.startswith(start)), None)
     if option is None or "--out" in command or "--json" in command:
         return command
@@ -51,9 +51,9 @@ def typed(command: str, name: str) -> str:
 
 
 def age(result: dict) -> str:
-    """A sentence where the embedded editor has other weights now than those that were measured."""
+    """A sentence if the embedded editor's weights have changed since the measurement, else nothing."""
     measured, folder = result.get("of", {}), WEIGHTS / result.get("of", {}).get("model", "")
-    now = {fingerprint(folder), fingerprint(folder / "vae")}  # what verification reads is the decoder alone
+    now = {fingerprint(folder), fingerprint(folder / "vae")}  # verification reads the decoder only
     return "" if measured.get("weights") in {None, *now} else " The editor's weights have changed since."
 
 
@@ -71,7 +71,7 @@ def number(value: float | None, form: str) -> str:
 
 
 def against_faster(rows: list[dict]) -> list[dict]:
-    """Of every setting the row with the faster baseline and the faster way of running SpecEdit, in the file's order."""
+    """For every setting, the row with the fastest baseline and the fastest SpecEdit, in the file's order."""
     best: dict[tuple, dict] = {}
     for row in rows:
         key = (*(row[name] for name in SETTING), row.get("changes", ""))

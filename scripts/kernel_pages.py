@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 OURS = "specedit_kernels"
-LARGE = 25e6  # bytes moved from which a copy's bandwidth is a fair yardstick
+LARGE = 25e6  # bytes moved, above which a copy's bandwidth is a fair reference
 AXES = {"tflops": "TFLOP/s (dashed: a large matmul)", "gbps": "GB/s (dashed: a large copy)"}
 Table = tuple[str, list[str], list[list[str]]]  # title, header, rows
 
@@ -43,7 +43,7 @@ def measured(result: dict) -> Iterator[Table]:
 
 
 def goals(result: dict) -> Table:
-    """What the kernels aim at on a GPU, beside the worst case measured; a peer that did not run leaves a dash."""
+    """The goals on a GPU with the worst measured case; a dash if the peer did not run."""
     ops = _ops(result)
 
     def worst(op: str, of) -> tuple[float, str] | None:
@@ -52,7 +52,7 @@ def goals(result: dict) -> Table:
         return min(found, default=None)
 
     def faster(*peers: str):
-        """How many times faster than the fastest of `peers` (of all of them, when none is named)."""
+        """Speedup over the fastest of `peers`, by default of all."""
 
         def of(providers: dict) -> float | None:
             times = [row["ms"] for name, row in providers.items()
@@ -87,7 +87,7 @@ def goals(result: dict) -> Table:
 
 
 def draw(result: dict, folder: Path, stem: str) -> list[Path]:
-    """A picture per operator: rates of all providers, a group of bars for each case, the roofline dashed."""
+    """A picture per operator: rates of all providers, grouped by case, with the roofline dashed."""
     paths = []
     for op, cases in _ops(result).items():
         names = list(dict.fromkeys(name for providers in cases.values() for name in providers))

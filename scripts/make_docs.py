@@ -1,10 +1,9 @@
-"""Writes every figure of README.md and docs/ from the JSON files in benchmarks/results.
+"""Writes every figure of README.md, CONTRIBUTING.md and docs/ from the JSON files in benchmarks/results.
 
     python scripts/make_docs.py [--check]
 
-A page marks the places: everything between `<!-- table: NAME -->` and `<!-- end -->` is replaced. --check writes
-nothing and fails if anything would change. Pictures go to docs/images. The tables and pictures are made by the files
-beside this one.
+The text between `<!-- table: NAME -->` and `<!-- end -->` is replaced. --check writes nothing, and fails if a page is
+out of date. Pictures go to docs/images. The files beside this one make the tables and pictures.
 """
 
 import argparse
@@ -14,12 +13,13 @@ import sys
 import docs_figures as figures
 import docs_measured as measured
 import docs_predicted as predicted
+import docs_readme as readme
 import kernel_pages
 from docs_results import RESULTS, ROOT, load
 
 from specedit.micro import words
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 MAKERS = {
     "kernels": measured.kernels,
     "forecast": measured.forecast,
@@ -38,12 +38,16 @@ MAKERS = {
     "roofline": predicted.roofline,
     "real": measured.real,
     "steps": measured.steps,
+    "gains": readme.gains,
+    "gpu-state": readme.gpu_state,
+    "setup": readme.setup,
+    "test-times": readme.test_times,
     "words": lambda _: f"```\n{words.help_text()}\n```",
 }
 
 
 def fill(text: str) -> str:
-    """Replace every marked place. A name is MAKER:FILE, FILE without .json."""
+    """Fill every marker of a page. A name is MAKER:FILE, FILE without .json."""
 
     def place(match: re.Match) -> str:
         maker, _, file = match["name"].partition(":")
@@ -66,7 +70,7 @@ def main() -> int:
                 page.write_text(filled)
     if args.check:
         for page in stale:
-            print(f"{page.relative_to(ROOT)} is not what the results say; run python scripts/make_docs.py")
+            print(f"{page.relative_to(ROOT)} is out of date; run python scripts/make_docs.py")
         return 1 if stale else 0
     for file in sorted(RESULTS.glob("quality-*.json")):
         figures.pareto(file.name, ROOT / "docs" / "images" / f"{file.stem}.png")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the package with the known-good versions into a virtual environment and runs every check on it.
+# Installs the package with pinned versions into a virtual environment, and runs every check.
 #   scripts/test.sh [VENV]     VENV: made when missing, default .venv
 # PYTHON names the interpreter that makes it (default python3.11, which the known-good set was recorded with, else
 # python3). Only pip uses the network. The checks run beside the tests and are shown when the tests have ended. The

@@ -1,4 +1,4 @@
-"""Turns the logs of a training, one for each run that went on from the last, into a file of benchmarks/results.
+"""Turn training logs, one per consecutive run, into a file of benchmarks/results.
 
 python scripts/training_result.py runs/kontext/log.json --command "the command that trained"
 python scripts/training_result.py runs/kontext/log.json runs/more/log.json --command "one; and the other"
@@ -14,7 +14,7 @@ from specedit.evaluation import results
 
 
 def combine(logs: list[list[dict]], first: int = 1) -> list[dict]:
-    """Rows of all logs in order, each with the number of its run, from `first`."""
+    """Rows of all logs in order, each with its run's number, from `first`."""
     return [{"run": number, **row} for number, log in enumerate(logs, first) for row in log]
 
 

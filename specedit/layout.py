@@ -1,4 +1,4 @@
-"""Pure data about tokens: where they lie, and which are coarse and which fine.
+"""Pure data about tokens: their positions, and which are coarse or fine.
 
 A *fine* token is one packed 2 x 2 latent patch, or a single latent pixel where the model does not pack (the grid's
 `geometry`). A *coarse cell* covers 2 x 2 fine tokens; where a grid has an odd side, the cells of its last row or column
@@ -70,20 +70,20 @@ class TokenGrid:
         )
         width = 2 * cells.width
         first = (2 * rows * width + 2 * columns).reshape(-1, 1)
-        child = torch.arange(4, device=device)  # counted there: numbers from the host would make every step wait
+        child = torch.arange(4, device=device)  # made on the device: a transfer would synchronise every step
         return first + child // 2 * width + child % 2
 
     def pad(self, tokens: Tensor, multiple: int = 2, mode: str = "replicate") -> Tensor:
-        """Tokens (B, N, C) of this grid on the grid whose sides are multiples: extra rows and columns at the end.
+        """Pad tokens (B, N, C) at the end to a grid whose sides are multiples of `multiple`.
 
-        mode "replicate" repeats the last row and column (images), "circular" wraps around (noise, which must not
+        mode "replicate" repeats the last row and column (images); "circular" wraps around (noise, which must not
         repeat its neighbour).
         """
         below, right = -self.height % multiple, -self.width % multiple
         if not below and not right:
             return tokens
         image = tokens.transpose(1, 2).reshape(tokens.shape[0], -1, *self.shape)
-        while below or right:  # circular padding cannot add more than the side itself
+        while below or right:  # circular padding adds at most the side itself
             step = (min(below, image.shape[-2]), min(right, image.shape[-1]))
             image = F.pad(image, (0, step[1], 0, step[0]), mode=mode)
             below, right = below - step[0], right - step[1]
@@ -112,9 +112,9 @@ class MixedLayout:
 
     grid: the fine grid. expanded: (cells_h, cells_w) bool, True where a cell is split.
 
-    What follows is of references alone, whose cells are those of the output. lead: how many rows and columns at the
-    grid's beginning, 0 or 1 each, hold no tokens. origin: where the grid lies on the output's, in fine tokens. counted:
-    how many fine tokens a step of `positions` is, 1 or 2; None: 2 where all is coarse.
+    The rest is for references, which use the output's cells. lead: how many leading rows and columns, 0 or 1 each, hold
+    no tokens. origin: where the grid lies on the output's, in fine tokens. counted: fine tokens per step of
+    `positions`, 1 or 2; None: 2 if all is coarse.
     """
 
     grid: TokenGrid
@@ -158,7 +158,7 @@ class MixedLayout:
         return inside & (rows >= self.lead[0]) & (columns >= self.lead[1])
 
     def _children(self, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """Of `cells` (n,) int64: which of their 4 n children are tokens, and where on the grid; (m,) int64 both."""
+        """For `cells` (n,): grid indices of the children that are tokens, and their slots among all 4 n; (m,) int64."""
         children = self.grid.children(self.expanded.device)[cells].flatten()
         width = 2 * self.grid.coarse().width
         flat = (children // width) * self.grid.width + children % width
@@ -182,7 +182,7 @@ class MixedLayout:
 
     @property
     def fine_slots(self) -> Tensor:
-        """(f,) int64: where each fine token stands among the 4 * m children of the expanded cells."""
+        """(f,) int64: index of each fine token among the 4 * m children of the expanded cells."""
         return self._fine_order[1]
 
     @cached_property
@@ -203,7 +203,7 @@ class MixedLayout:
 
     @cached_property
     def area(self) -> Tensor:
-        """(N,) float32: fine tokens that each token stands for, 1 to 4."""
+        """(N,) float32: how many fine tokens each token covers, 1 to 4."""
         locked = self._members.sum(1)[self.locked_cells].float()
         return torch.cat([locked, torch.ones(len(self.fine_tokens), device=locked.device)])
 
@@ -214,15 +214,15 @@ class MixedLayout:
 
     @property
     def unit(self) -> int:
-        """How many fine tokens a step of `positions` is: 2 where the output is all coarse, else 1."""
+        """Fine tokens per step of `positions`: 2 if the output is all coarse, else 1."""
         return self.counted or (2 if self.is_coarse else 1)
 
     @cached_property
     def positions(self) -> Tensor:
         """(N, 2) float32 row and column of every token on the output's grid.
 
-        A grid that is all coarse has its own whole numbers, as if the image were small. In a mixed grid everything is
-        in fine units, and a locked cell sits at the middle of the tokens it covers.
+        An all-coarse grid has whole numbers of its own, as a small image does. A mixed grid uses fine units, with a
+        locked cell at the centre of its tokens.
         """
         device = self.expanded.device
         own = self.grid.coarse().positions(device) if self.unit == 2 else self._fine_positions(device)
@@ -249,7 +249,7 @@ class MixedLayout:
         return out
 
     def from_full_grid(self, tokens: Tensor) -> Tensor:
-        """The inverse of `full_grid`: fine tokens as they are, locked cells by the mean of their pixels."""
+        """The inverse of `full_grid`: keep fine tokens, average the pixels of locked cells."""
         fine = tokens[:, self.fine_tokens]
         if not len(self.locked_cells):
             return fine
@@ -280,7 +280,7 @@ class LayoutSet:
 
 
 def cells_touched(mask: Tensor, grid: TokenGrid) -> Tensor:
-    """(B, cells_h, cells_w) bool: cells that overlap a nonzero sample of `mask` (B, H, W), whatever its resolution."""
+    """(B, cells_h, cells_w) bool: cells that overlap a nonzero sample of `mask` (B, H, W) at any resolution."""
     tokens = F.adaptive_max_pool2d(mask[:, None], grid.shape)
     return F.max_pool2d(tokens, 2, ceil_mode=True)[:, 0] > 0
 

@@ -1,8 +1,8 @@
 """Where a reference picture lies on the output's grid: pure data.
 
-An editing model copies by position, so a reference whose grid differs from the output's is cropped or padded there,
-never stretched. An adapter says where its model puts a reference's first token (`reference_offset`); everything else,
-the positions that the transformer gets included, follows from that.
+Editing models copy by position, so a reference with another grid is cropped or padded, never stretched. An adapter says
+where its model puts a reference's first token (`reference_offset`). Everything else follows, the transformer's
+positions included.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Placement:
 
     @property
     def is_same(self) -> bool:
-        """Whether both grids are one: nothing is cropped and nothing padded."""
+        """Whether the grids coincide: nothing is cropped or padded."""
         return self.output == self.reference and self.row == self.col == 0
 
     @property
@@ -48,33 +48,33 @@ class Placement:
         return Placement(self.reference, self.output, -self.row, -self.col)
 
     def lead(self, scale: int = 2) -> tuple[int, int]:
-        """Rows and columns of a cell of the output that lie before the reference's first token."""
+        """Rows and columns of the output's cell that precede the reference's first token."""
         return self.row % scale, self.col % scale
 
     def cells(self, scale: int = 2) -> Placement:
-        """The same place in the output's cells of `scale` tokens a side, of which the reference may fill some in part.
+        """The placement in the output's cells of `scale` tokens a side; the reference may cover some in part.
 
-        The model's own centring of small images would put a reference up to a cell beside its place.
+        Not the model's own centring of small images, which would be off by up to a cell.
         """
         (top, left), grid = self.lead(scale), self.reference
         reference = grid.extended(top, left).coarse(scale)
         return Placement(self.output.coarse(scale), reference, (self.row - top) // scale, (self.col - left) // scale)
 
     def with_lead(self, tokens: Tensor, scale: int = 2) -> tuple[Tensor, TokenGrid]:
-        """Tokens (B, n, C) of the reference behind their `lead`, in which the border repeats, and the grid of both."""
+        """Tokens (B, n, C) of the reference after a `lead` that repeats the border, and the grid of both."""
         (top, left), grid = self.lead(scale), self.reference
         padded = Placement(grid.extended(top, left), grid, top, left)
         return padded.place(tokens), padded.output
 
     @cached_property
     def covered(self) -> Tensor:
-        """(h, w) bool: the output's tokens on which the reference lies."""
+        """(h, w) bool: the output's tokens that the reference covers."""
         (_, rows), (_, columns) = self._axes()
         return rows[:, None] & columns
 
     @property
     def covers(self) -> bool:
-        """Whether the reference lies on all of the output."""
+        """Whether the reference covers the whole output."""
         return bool(self.covered.all())
 
     @property
@@ -85,25 +85,25 @@ class Placement:
         return rows, columns
 
     def place(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, n, C) of the reference on the output's grid (B, N, C). Beyond the reference its border repeats."""
+        """Tokens (B, n, C) of the reference on the output's grid (B, N, C). Its border is repeated beyond it."""
         if self.is_same:
             return tokens
         image = tokens.unflatten(1, self.reference.shape)
         return self._gather(image.movedim(-1, 1)).movedim(1, -1).flatten(1, 2)
 
     def place_pixels(self, pixels: Tensor, side: int) -> Tensor:
-        """Pictures (B, c, h, w) of `side` px a token, the same way."""
+        """`place` for pictures (B, c, h, w) of `side` px per token."""
         return pixels if self.is_same else self._gather(pixels, side)
 
     def place_mask(self, mask: Tensor) -> Tensor:
-        """(B, h, w) bool of the reference's tokens on the output's grid. Beyond the reference nothing is set."""
+        """(B, h, w) bool of the reference's tokens on the output's grid. False beyond the reference."""
         return mask if self.is_same else self._gather(mask) & self.covered.to(mask.device)
 
     def layout(self, target: MixedLayout) -> MixedLayout:
         """The reference's layout beside the target's.
 
-        A cell of the reference is the part of it that lies in a cell of the output, and is split where that is. What
-        lies beyond the output stays coarse in a mixed sequence.
+        A cell of the reference is its part within a cell of the output, and is split if that cell is. Beyond the
+        output, cells stay coarse in a mixed sequence.
         """
         if self.is_same:
             return target
@@ -116,7 +116,7 @@ class Placement:
         return MixedLayout(grid, expanded, (top, left), (self.row - top, self.col - left), target.unit)
 
     def _axes(self, side: int = 1) -> list[tuple[Tensor, Tensor]]:
-        """For rows and columns: which of the reference lies at each of the output, and whether one does."""
+        """For rows and columns: the reference's index at each of the output's, and whether it is inside."""
         axes = []
         for length, other, at in zip(self.output.shape, self.reference.shape, (self.row, self.col), strict=True):
             index = torch.arange(length * side) - at * side
@@ -124,7 +124,7 @@ class Placement:
         return axes
 
     def _gather(self, image: Tensor, side: int = 1) -> Tensor:
-        """(..., h, w) of the reference at the output's places."""
+        """(..., h, w) of the reference at the output's positions."""
         (rows, _), (columns, _) = self._axes(side)
         return image.index_select(-2, rows.to(image.device)).index_select(-1, columns.to(image.device))
 
@@ -136,8 +136,8 @@ def layouts_beside(target: MixedLayout, placements: tuple[Placement, ...]) -> Mi
 
 
 def picture_cells(mask: Tensor, placement: Placement) -> Tensor:
-    """(B, cells_h, cells_w) bool: the output's cells that overlap a nonzero sample of a mask (B, H, W) of the picture,
-    whatever its resolution."""
+    """(B, cells_h, cells_w) bool: output cells that overlap a nonzero sample of the picture's mask (B, H, W), at any
+    resolution."""
     if placement.is_same:
         return cells_touched(mask, placement.output)
     tokens = F.adaptive_max_pool2d(mask[:, None], placement.reference.shape)[:, 0] > 0

@@ -1,4 +1,4 @@
-"""Pictures that show an edit beside its input, and where the method looked."""
+"""Pictures of an edit beside its input and the edited cells."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ GAP = 8  # px of white between two pictures
 
 
 def side_by_side(before: Image.Image, after: Image.Image, report: RunReport | None = None) -> Image.Image:
-    """One RGB picture: before | after | where the method looked, each of the size of `after`.
+    """One RGB picture: before | after | edited cells, each of the size of `after`.
 
-    Without a report, where the stock pipeline ran, the last is left out.
+    Without a report, because the stock pipeline ran, the last panel is left out.
     """
     panels = [_sized(before.convert("RGB"), after.size), after.convert("RGB")]
     if report is not None:
@@ -27,7 +27,7 @@ def side_by_side(before: Image.Image, after: Image.Image, report: RunReport | No
 
 
 def where_it_looked(edit: Image.Image, report: RunReport) -> Image.Image:
-    """The edit with cells that stayed coarse darkened, and edited cells bright. Without masks everything is bright."""
+    """The edit with coarse cells darkened and edited cells bright; all bright without masks."""
     light = torch.full((1, 1), 0.25)
     for share, mask in ((0.25, report.expand_mask), (0.5, report.edit_mask)):
         light = light + share * (1.0 if mask is None else mask[0].float())
@@ -36,7 +36,7 @@ def where_it_looked(edit: Image.Image, report: RunReport) -> Image.Image:
 
 
 def _sized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """At another size: resized, and where the shapes differ by more than a token's rounding, on white."""
+    """Resize; if the aspect ratios differ by more than a token's rounding, pad with white."""
     width, height = (round(a * min(size[0] / image.width, size[1] / image.height)) for a in image.size)
     if abs(width - size[0]) < 16 and abs(height - size[1]) < 16:
         return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)

@@ -65,7 +65,7 @@ def _draw_edit(report: RunReport, axes: Any, sample: int) -> None:
 
 
 def _backdrop(report: RunReport, axes: Any, rows: int, cols: int) -> tuple[float, float, float, float]:
-    """Draw the source pale and return the extent on which a grid of rows x cols covers it."""
+    """Draw the source faintly and return the extent at which a grid of rows x cols covers it."""
     if report.source is None:
         extent = (0.0, float(cols), float(rows), 0.0)
     else:
@@ -87,7 +87,7 @@ def _draw_score(report: RunReport, axes: Any, sample: int) -> None:
 
 
 def score_title(report: RunReport) -> str:
-    """What the panel of the score shows, and what the score was compared with."""
+    """The title of the score's panel, with the threshold."""
     if report.config is None:
         return "score"
     if selectors[report.config.selector].verifies:

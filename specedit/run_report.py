@@ -19,16 +19,14 @@ class StageReport:
     """One stage of a run.
 
     Args:
-        name: "draft", "coarse", "mixed", "full", or the name of work outside the transformer ("encode",
-            "verify", "second look", "decode").
-        sigma_start, sigma_end: the noise levels between which the stage ran; None where there are none.
+        name: "draft", "coarse", "mixed", "full", or work outside the transformer, such as "encode", "verify", "decode".
+        sigma_start, sigma_end: the noise levels between which the stage ran; None outside the transformer.
         steps: model evaluations; guidance passes are not counted twice.
         tokens: length of one sample's sequence (text + target + reference); the mean where samples differ.
         flops: operations of the whole stage over the whole batch, guidance passes included.
         seconds: wall-clock time of the whole stage.
-        cached: how many of the steps a temporal cache answered, wholly or for most tokens.
-        reused: how many of the steps ran over the target's tokens alone, beside kept keys and values
-            (`reference_refresh`).
+        cached: steps that a temporal cache forecast, for all or most tokens.
+        reused: steps that computed the target's tokens only, with cached keys and values (`reference_refresh`).
     """
 
     name: str
@@ -68,19 +66,18 @@ class RunReport:
         nfe: model evaluations of the main run; `draft_steps` those of the draft (0 when none ran).
         stages: in the order they ran, the draft among them.
         flops: operations of the transformer in the whole run, draft included, whole batch.
-        stock_steps: steps of the stock run that this one is compared with: the call's num_inference_steps, else the
-            pipeline's own default.
-        flops_stock: operations of the stock pipeline with so many full steps.
+        stock_steps: steps of the stock run to compare with: the call's num_inference_steps, or the pipeline's default.
+        flops_stock: operations of the stock pipeline with that many full steps.
         seconds: wall-clock time of the call.
         edit_fraction, expand_fraction: share of coarse cells edited (dilation included) and expanded (uniform coverage
-            included), the mean over the batch. Computed from the masks when left out; 1.0 without a mask.
-        score: verification score on the token grid, float (B, h, w), 0..4; None when nothing was verified.
-        edit_mask, expand_mask: bool (B, hc, wc) on the coarse grid; None when the run had no mask.
-        preset: name for the table and figure. Taken from `config` when left out.
+            included), averaged over the batch. Computed from the masks if left out; 1.0 without a mask.
+        score: verification score on the token grid, float (B, h, w), 0..4; None if nothing was verified.
+        edit_mask, expand_mask: bool (B, hc, wc) on the coarse grid; None if the run had no mask.
+        preset: name for the table and figure. Taken from `config` if left out.
         config: the configuration that ran.
-        cache_bytes: most memory that temporal caches held at once.
-        empty_drafts: samples in whose draft no cell changed enough. With restore="reference" or keep_pixels, which
-            would give them back as they came, they were edited as a whole, unless the second look found something.
+        cache_bytes: peak memory of temporal caches.
+        empty_drafts: samples whose draft showed no change. With restore="reference" or keep_pixels they were edited as
+            a whole, unless the coarse stage showed a change; otherwise the input would come back.
         overflowed: samples whose verification score was not finite; they were edited as a whole.
         source, edit: PIL images of the first sample for the figure; not part of `to_dict`.
 
@@ -122,29 +119,29 @@ class RunReport:
 
     @property
     def flops_ratio(self) -> float:
-        """Operations of `stock_steps` stock steps over those of this run; inf for a run stopped before it began."""
+        """Operations of `stock_steps` stock steps over those of this run; inf if the run computed nothing."""
         return self.flops_stock / self.flops if self.flops else math.inf
 
     @property
     def flops_ratio_50(self) -> float:
-        """Operations of 50 stock steps over those of this run, as the paper counts; inf as above."""
+        """Operations of 50 stock steps over those of this run, as in the paper; inf if the run computed nothing."""
         return self.flops_ratio * (STOCK_STEPS / self.stock_steps)
 
     @property
     def cached_steps(self) -> int:
-        """Steps of the main run that a temporal cache answered."""
+        """Steps of the main run that a temporal cache forecast."""
         return sum(stage.cached for stage in self.stages)
 
     @property
     def reused_steps(self) -> int:
-        """Steps of the main run that ran over the target's tokens alone (`reference_refresh`)."""
+        """Steps of the main run that computed the target's tokens only (`reference_refresh`)."""
         return sum(stage.reused for stage in self.stages if stage.name != "draft")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts, ready for `json.dumps`.
 
-        Score and masks become nested lists (B, h, w), scores rounded to 4 decimals. The images are left out. Ratios
-        and scores that are not finite become None.
+        Score and masks become nested lists (B, h, w), scores rounded to 4 decimals. Images are left out. Ratios and
+        scores that are not finite become None.
         """
         grids = {name: getattr(self, name) for name in ("edit_mask", "expand_mask")}
         score = None
@@ -203,7 +200,7 @@ class RunReport:
         )
 
     def _compared(self) -> str:
-        """The stock run that this one is compared with, and the paper's where that is another."""
+        """The comparison with `stock_steps` stock steps, and with the paper's 50 if these differ."""
         text = f"{self.stock_steps} stock steps take {self.flops_ratio:.2f}x the FLOPs"
         return text if self.stock_steps == STOCK_STEPS else f"{text}; {STOCK_STEPS} take {self.flops_ratio_50:.2f}x"
 

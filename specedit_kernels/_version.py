@@ -1,3 +1,3 @@
-"""The one place of the version: of this package, of `specedit` and of the distribution."""
+"""The version of this package, of `specedit` and of the distribution."""
 
 __version__ = "0.1.0"

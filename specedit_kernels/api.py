@@ -1,4 +1,4 @@
-"""The public functions: check the arguments, then one dispatch each.
+"""The public functions: check arguments, then dispatch.
 
 CUDA tensors run Triton, all others the plain PyTorch reference. `backend="triton"` or `"torch"` chooses explicitly
 and raises where the choice cannot run; nothing ever falls back silently. Plain PyTorch is differentiable in reverse and
@@ -24,8 +24,8 @@ from . import checks, derivatives, ops, reference
 
 
 def available_backends() -> tuple[str, ...]:
-    """The backends that can run on this machine: always "torch", and "triton" where Triton is installed and there is
-    a CUDA device (or Triton's interpreter is on, TRITON_INTERPRET=1)."""
+    """The backends of this machine: "torch", and "triton" if Triton is installed and there is a CUDA device, or its
+    interpreter is on (TRITON_INTERPRET=1)."""
     has_triton = importlib.util.find_spec("triton") is not None
     if has_triton and (torch.cuda.is_available() or _interpreting()):
         return ("triton", "torch")
@@ -37,7 +37,7 @@ def _interpreting() -> bool:
 
 
 def _call(backend: str | None, name: str, tensor: torch.Tensor, args: tuple[Any, ...]) -> Any:
-    """Runs an operator on the chosen backend; None lets the device of `tensor` choose."""
+    """Run an operator on the chosen backend; None: by the device of `tensor`."""
     on_gpu = tensor.device.type == "cuda"
     if backend == "triton" and not on_gpu and not _interpreting():
         raise ValueError(f'backend: expected CUDA tensors for "triton", got {tensor.device}')
@@ -49,8 +49,8 @@ def _call(backend: str | None, name: str, tensor: torch.Tensor, args: tuple[Any,
             raise RuntimeError(
                 f'{name}: expected no torch.func transform in Triton\'s interpreter, got one; use backend="torch"'
             )
-    # What the device would choose goes through the dispatcher, which torch.compile sees as one operator. Derivatives
-    # and torch.func are those of the operations inside.
+    # The default goes through the dispatcher, which torch.compile sees as one operator. Otherwise derivatives and
+    # torch.func see the operations inside.
     inside = chosen == "torch" and (derivatives.transforms_active() or derivatives.needed(args))
     return ops.dispatch(name, args) if chosen == native and not inside else ops.run(chosen, name, args)
 
@@ -61,7 +61,7 @@ def _check_backend(backend: str | None) -> None:
 
 
 def gather_tokens(x: torch.Tensor, index: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
-    """Selects tokens: `y[..., m, :] = x[..., index[m], :]`.
+    """Select tokens: `y[..., m, :] = x[..., index[m], :]`.
 
     Args:
         x: (N, C) or (B, N, C), any float dtype, int32 or int64, any strides.
@@ -85,7 +85,7 @@ def gather_tokens(x: torch.Tensor, index: torch.Tensor, *, backend: str | None =
 def scatter_tokens(
     src: torch.Tensor, index: torch.Tensor, out: torch.Tensor, *, backend: str | None = None
 ) -> torch.Tensor:
-    """Places tokens: `out[..., index[m], :] = src[..., m, :]`, in place; rows not named stay as they are.
+    """Place tokens: `out[..., index[m], :] = src[..., m, :]`, in place; other rows are unchanged.
 
     Args:
         src: (M, C) or (B, M, C), dtype of `out`.
@@ -118,7 +118,7 @@ def expand_tokens(
     patch: int = 2,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, float]:
-    """Splits every coarse token of a flow-matching state into four fine ones, with exactly the noise they need.
+    """Split every coarse token of a flow-matching state into four fine ones, with exactly the right noise.
 
     A state is `x_s = (1 - s) x0 + s e`. Every latent pixel z of a coarse token becomes a 2x2 block of pixels through
     the orthonormal 4x4 Hadamard matrix. The three detail coefficients carry fresh noise:
@@ -344,7 +344,7 @@ def qk_norm_rope(
     _check_backend(backend)
     checks.check_norm_rope(q, k, q_weight, k_weight, cos, sin, eps, v, out_index, out)
     if out is None and derivatives.transforms_active() and backend != "triton" and (backend or q.device.type != "cuda"):
-        # vmap takes no writes of its tensors into a fresh one.
+        # vmap does not allow writing its tensors into a new one.
         return reference.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps=float(eps), v=v)
     if out is None:
         out = tuple(torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(2 if v is None else 3))

@@ -1,4 +1,4 @@
-"""Argument checks of the public functions. Every failure says what was expected and what came.
+"""Argument checks of the public functions. Errors say what was expected and what came.
 
 Shapes, dtypes and devices are checked on every call. Values that live in tensors (`check_index_values`,
 `check_cu_seqlens_values`) are checked whenever they are on the CPU, and on a GPU only in debug mode, because reading
@@ -30,7 +30,7 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
 def expect_tensor(
     name: str, value: Any, *, dtypes: Sequence[torch.dtype], dims: Sequence[int], device: torch.device | None = None
 ) -> None:
-    """Raises unless `value` is a tensor of one of the dtypes and dimensionalities, on `device` when given."""
+    """Raise unless `value` is a tensor with one of the dtypes and dimensionalities, on `device` if given."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:
@@ -61,7 +61,7 @@ _SWITCH = dict.fromkeys(("", "0", "false", "no", "off"), False) | dict.fromkeys(
 
 
 def debug_enabled() -> bool:
-    """True when SPECEDIT_KERNELS_DEBUG=1: values on a GPU are then checked too, at the cost of a wait per call.
+    """True if SPECEDIT_KERNELS_DEBUG=1: also check values on a GPU, which synchronises every call.
 
     Raises:
         ValueError: a value that is not one of 0, 1, false, true, no, yes, off and on (in any case).
@@ -74,12 +74,12 @@ def debug_enabled() -> bool:
 
 
 def values_are_checked(tensor: torch.Tensor) -> bool:
-    """Not where vmap holds many tensors as one: there is no single number to look at, and PyTorch checks the range."""
+    """False under vmap, which holds many tensors as one; PyTorch checks the range there."""
     return not derivatives.is_batched(tensor) and (tensor.device.type == "cpu" or debug_enabled())
 
 
 def expect_writable(name: str, out: torch.Tensor, others: dict[str, torch.Tensor | None]) -> None:
-    """Raises ValueError where an element of `out` would be written twice, or read and written."""
+    """Raise ValueError if an element of `out` would be written twice, or read and written."""
     if overlap.overlaps_itself(out):
         raise ValueError(
             f"{name}: expected memory of its own for every element, got shape {tuple(out.shape)} with strides "
@@ -113,7 +113,7 @@ def check_scatter(src: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> 
 
 
 def check_index_values(name: str, index: torch.Tensor, rows: int, *, unique: bool = False) -> None:
-    """Raises ValueError unless every entry lies in [0, rows); with `unique`, unless they differ along the last axis."""
+    """Raise ValueError unless all entries are in [0, rows), and with `unique` distinct along the last axis."""
     if index.numel() == 0 or not values_are_checked(index):
         return
     low, high = (int(value) for value in index.aminmax())
@@ -140,7 +140,7 @@ def check_weighted_sum(stack: torch.Tensor, weights: torch.Tensor) -> None:
 
 
 def check_sigma(name: str, sigma: Any) -> float:
-    """The noise level as a Python float; a tensor of one element is read (on a GPU the host waits for it)."""
+    """The noise level as a Python float; reading a one-element tensor on a GPU synchronises."""
     if isinstance(sigma, torch.Tensor):
         if derivatives.needed((sigma,)):
             raise RuntimeError(
@@ -197,7 +197,7 @@ def check_contract(fine, patch) -> None:
 
 
 def expect_layout(q: torch.Tensor, packed: bool) -> None:
-    """Raises ValueError unless `q` is packed with cu_seqlens and dense without."""
+    """Raise ValueError unless `q` is packed with cu_seqlens, or dense without."""
     if q.dim() == 3 and not packed:
         raise ValueError(
             "q: expected 4 dimensions (B, N, H, D) without cu_seqlens; packed tensors (T, H, D) need cu_seqlens_q and "
@@ -250,14 +250,14 @@ def check_attention(
         expect_shape("key_bias", key_bias, k.shape[:-2])
     if scale is not None:
         expect_number("scale", scale)
-        if not -math.inf < scale < math.inf:  # math.isfinite does not take what torch.compile makes of a float
+        if not -math.inf < scale < math.inf:  # math.isfinite rejects torch.compile's symbolic floats
             raise ValueError(f"scale: expected a finite number, got {scale}")
 
 
 def check_cu_seqlens_values(
     name: str, cu_seqlens: torch.Tensor, total: int, longest: int | None = None, *, read: bool = False
 ) -> None:
-    """Raises ValueError unless the offsets start at 0, never go backwards, end at `total` and respect `longest`.
+    """Raise ValueError unless the offsets start at 0, never decrease, end at `total` and respect `longest`.
 
     With `read` they are looked at wherever they are.
     """
@@ -334,7 +334,7 @@ def check_norm_rope_memory(
     out_index: torch.Tensor | None,
     out: Sequence[torch.Tensor | None],
 ) -> None:
-    """Raises ValueError unless each of `out` has memory of its own, or without `out_index` that of its own input."""
+    """Raise ValueError unless each of `out` has its own memory, or without `out_index` that of its input."""
     inputs = {"q": q, "k": k, "v": v}
     fixed = {"q_weight": q_weight, "k_weight": k_weight, "cos": cos, "sin": sin, "out_index": out_index}
     written = {f"out[{i}]": value for i, value in enumerate(out) if value is not None}

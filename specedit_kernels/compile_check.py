@@ -1,4 +1,4 @@
-"""Compiles every shipped kernel in every shipped configuration for GPUs that need not be there.
+"""Compile every shipped kernel in every shipped configuration, without a GPU.
 
     python -m specedit_kernels.compile_check [--arch sm_80 sm_90 sm_100] [--json FILE] [--jobs N] [--each-path-once]
 
@@ -25,7 +25,7 @@ from typing import Any
 
 # Shared memory one block may use, in bytes (CUDA programming guide, compute capabilities).
 _SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
-# The instruction that does the matrix products, as cuobjdump prints it; sm_100's tcgen05.mma is UTC*MMA.
+# The matrix instruction, as cuobjdump prints it; sm_100's tcgen05.mma is UTC*MMA.
 _MATRIX = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: r"UTC\w*MMA", 103: r"UTC\w*MMA", 120: "HMMA"}
 _STRIDES = ("_sample", "_token", "_row", "_head", "_child")
 _LAST_STRIDES = ("_dim", "_channel", "bias_key")
@@ -33,17 +33,17 @@ _LAST_STRIDES = ("_dim", "_channel", "bias_key")
 
 @dataclass
 class Variant:
-    """One kernel with everything that decides its machine code."""
+    """One kernel with everything that determines its machine code."""
 
     name: str
     kernel: Any  # a function under triton.jit
-    pointers: dict[str, str]  # argument -> element type, or a descriptor's whole type
+    pointers: dict[str, str]  # argument -> element type, or a descriptor's type
     constants: Mapping[str, object]
     options: dict[str, int]
     floats: tuple[str, ...] = ()
     matrix: bool = False
-    specialized: bool = False  # the compiler must have given warps different work
-    grouped: bool = False  # several query heads to a key head
+    specialized: bool = False  # the compiler must have specialised the warps
+    grouped: bool = False  # several query heads per key head
 
 
 @dataclass
@@ -72,9 +72,9 @@ def _attention(table: dict[str, Any]) -> Iterator[Variant]:
         options = {key: config[key] for key in ("num_warps", "num_stages")}
         half = entry["shape"]["bits"] == 16
         blocks["PRECISION"] = "tf32" if half else "ieee"
-        # Both half types are shipped, and head dims inside the padded one.
+        # Both half types are shipped, and head dims below the padded one.
         ways = [("bf16", width), ("bf16", width * 3 // 4), ("fp16", width)] if half else [("fp32", width)]
-        if width == 64:  # whose entry the smaller head dims take as well
+        if width == 64:  # smaller head dims use this entry too
             ways += [("bf16" if half else "fp32", dim) for dim in (16, 32)]
         for element, dim in ways:
             padded = min(width, 1 << (dim - 1).bit_length())
@@ -100,7 +100,7 @@ def _attention(table: dict[str, Any]) -> Iterator[Variant]:
 
 
 def _attention_ws(table: dict[str, Any]) -> Iterator[Variant]:
-    """The warp-specialised kernel: entries of the table, and what the tuner may choose where there is TMA."""
+    """The warp-specialised kernel: table entries, and what the tuner may choose with TMA."""
     from .gpu.attention_ws import SPECIALIZED_DIMS, attend_specialized
     from .tune import candidates
 
@@ -198,13 +198,13 @@ def _weighted_sum(table: dict[str, Any]) -> Iterator[Variant]:
 
 
 def variants(table: dict[str, Any]) -> Iterator[Variant]:
-    """Every kernel of every configuration in one file."""
+    """Every kernel of every configuration in a file."""
     for family in (_attention, _attention_ws, _rows, _expand, _norm_rope, _weighted_sum):
         yield from family(table)
 
 
 def _source(variant: Variant) -> Any:
-    """The kernel with its argument types, as a launch with contiguous, 16-byte aligned tensors would give them."""
+    """The kernel with the argument types of a launch with contiguous, 16-byte aligned tensors."""
     from triton.compiler import ASTSource
 
     signature, constants, aligned = {}, dict(variant.constants), []
@@ -218,7 +218,7 @@ def _source(variant: Variant) -> Any:
                 aligned.append(at)
         elif name in variant.floats:
             signature[name] = "fp32"
-        elif name.endswith(_LAST_STRIDES) or (name == "group" and not variant.grouped):  # the launch specialises 1
+        elif name.endswith(_LAST_STRIDES) or (name == "group" and not variant.grouped):  # launches specialise on 1
             signature[name], constants[name] = "constexpr", 1
         else:
             signature[name] = "i32"
@@ -247,7 +247,7 @@ def _inspect(cubin: bytes, matrix: str) -> tuple[int, int, int]:
 
 
 def check(variant: Variant, capability: int, config_file: str) -> Result:
-    """Compiles one variant for sm_<capability> and judges it."""
+    """Compile and judge one variant for sm_<capability>."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -257,7 +257,7 @@ def check(variant: Variant, capability: int, config_file: str) -> Result:
         compiled = triton.compile(
             _source(variant), target=GPUTarget("cuda", capability, 32), options=dict(variant.options)
         )
-    except Exception as error:  # whatever the compiler raises is this variant's result
+    except Exception as error:  # any compiler error is this variant's result
         result.problems.append(f"does not compile: {type(error).__name__}: {error}")
         return result
     cubin = compiled.asm["cubin"]
@@ -269,7 +269,7 @@ def check(variant: Variant, capability: int, config_file: str) -> Result:
         result.problems.append(f"needs {result.shared} bytes of shared memory, limit {limit}")
     if variant.matrix and not result.matrix_instructions:
         result.problems.append(f"no {_MATRIX[capability]} instruction")
-    # Where the compiler cannot split a loop it says nothing and compiles it whole.
+    # The compiler silently keeps a loop whole if it cannot split it.
     if variant.specialized and "setmaxnreg" not in compiled.asm["ptx"]:
         result.problems.append("warps are not specialised")
     return result
@@ -304,14 +304,14 @@ def _last_of_each_path(capability: int) -> list[int]:
 
 
 def _check_shipped(task: tuple[int, int]) -> Result:
-    """Checks one of `shipped`, given as (capability, number), because a kernel cannot be sent to another process."""
+    """Check one of `shipped`, given as (capability, number) because kernels cannot be pickled."""
     capability, number = task
     config_file, variant = shipped(capability)[number]
     return check(variant, capability, config_file)
 
 
 def check_shipped(tasks: list[tuple[int, int]], jobs: int) -> Iterator[Result]:
-    """Checks (capability, number) of `shipped` in `jobs` processes; the results come in the order of the tasks."""
+    """Check (capability, number) of `shipped` in `jobs` processes; results are in the order of the tasks."""
     if jobs == 1:
         yield from map(_check_shipped, tasks)
         return

@@ -1,4 +1,4 @@
-"""Which derivatives a call has to carry, and the error of kernels that have none.
+"""Detect calls that need derivatives, and raise for kernels without any.
 
 Plain PyTorch gives every derivative through the operations inside. The operators of `torch.library` and the Triton
 kernels have no formulas of their own, so a call that needs one must either take plain PyTorch or raise.
@@ -13,17 +13,17 @@ from torch.autograd import forward_ad
 
 
 def transforms_active() -> bool:
-    """Whether the call runs inside grad, jvp or vmap of `torch.func`. torch.compile keeps track of those by itself."""
+    """Whether the call runs inside grad, jvp or vmap of `torch.func`; torch.compile tracks those itself."""
     return not torch.compiler.is_dynamo_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def forward_mode_possible() -> bool:
-    """Whether some tensor may carry a tangent. Cheap, and without looking at tensors."""
+    """Whether some tensor may carry a tangent; a cheap test that inspects no tensor."""
     return not torch.compiler.is_dynamo_compiling() and (forward_ad._current_level >= 0 or transforms_active())
 
 
 def _layers(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensor and those that it wraps, one for each transform of `torch.func` around the call."""
+    """The tensor and those that it wraps, one per `torch.func` transform around the call."""
     yield tensor
     while transforms_active() and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
@@ -31,7 +31,7 @@ def _layers(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def is_batched(tensor: torch.Tensor) -> bool:
-    """Whether vmap holds many tensors as this one, at any level of nested transforms."""
+    """Whether this tensor is batched by vmap, at any level of nested transforms."""
     return transforms_active() and any(torch._C._functorch.is_batchedtensor(layer) for layer in _layers(tensor))
 
 
@@ -50,12 +50,12 @@ def _has_tangent(args: tuple[object, ...]) -> bool:
 
 
 def needed(args: tuple[object, ...]) -> bool:
-    """Whether any of the arguments is differentiated, in reverse or in forward mode."""
+    """Whether any argument is differentiated, in reverse or forward mode."""
     return _has_gradient(args) or _has_tangent(args)
 
 
 def refuse(name: str, args: tuple[object, ...]) -> None:
-    """Raises where a Triton kernel would lose a derivative.
+    """Raise if a Triton kernel would lose a derivative.
 
     Raises:
         RuntimeError: an argument requires a gradient or carries a tangent.

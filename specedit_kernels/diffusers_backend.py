@@ -13,7 +13,7 @@ _MEMBER = "SPECEDIT"
 
 
 def key_bias_from_mask(mask: torch.Tensor | None, batch: int, keys: int) -> torch.Tensor | None:
-    """The per-key bias, float32 (B, N_k), that a diffusers mask stands for.
+    """The per-key bias, float32 (B, N_k), of a diffusers mask.
 
     Args:
         mask: (B, N_k), or broadcastable to (B, 1, 1, N_k): boolean (True attends) or additive, floating point.
@@ -53,7 +53,7 @@ def attention(
     return_lse: bool = False,
     _parallel_config: Any = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """diffusers' attention call; query (B, N_q, H, D), key and value (B, N_k, H, D), in its order of axes.
+    """diffusers' attention call; query (B, N_q, H, D), key and value (B, N_k, H, D).
 
     With `enable_gqa` key and value may have fewer heads, H a multiple of theirs; they are not repeated in memory.
 
@@ -78,14 +78,14 @@ def attention(
 
 
 class Registration:
-    """What `register_diffusers_backend` did; `remove()` undoes it. Also a context manager."""
+    """A registration that `remove()` undoes. Also a context manager."""
 
     def __init__(self, added: bool, active_before: Any):
         self._added = added
         self._active_before = active_before
 
     def remove(self) -> None:
-        """Takes the backend out of diffusers again and restores the active backend if "specedit" had become it.
+        """Remove the backend from diffusers, and restore the previous active one if it was "specedit".
 
         Models that were set to it need `reset_attention_backend()` of their own. Removing twice does nothing, and
         only the registration that added the backend removes it.
@@ -112,7 +112,7 @@ class Registration:
 
 
 def register_diffusers_backend() -> Registration:
-    """Makes "specedit" an attention backend of diffusers.
+    """Register "specedit" as an attention backend of diffusers.
 
     After it, `model.set_attention_backend("specedit")` and `with attention_backend("specedit"):` run
     `mixed_attention`: Triton on CUDA tensors, plain PyTorch on the CPU.
@@ -130,7 +130,7 @@ def register_diffusers_backend() -> Registration:
     active = _AttentionBackendRegistry._active_backend
     if _MEMBER in AttentionBackendName.__members__:
         return Registration(False, active)
-    # diffusers looks names up in a closed Enum, so the new name has to become a member of it.
+    # diffusers looks names up in a closed Enum, so add a member.
     member = str.__new__(AttentionBackendName, NAME)
     member._name_, member._value_ = _MEMBER, NAME
     member._sort_order_ = len(AttentionBackendName._member_names_)

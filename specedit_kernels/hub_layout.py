@@ -1,4 +1,4 @@
-"""Lays this package out as a kernel package that kernel-builder can build for the Hub.
+"""Lay this package out as a kernel package that kernel-builder can build for the Hub.
 
     python -m specedit_kernels.hub_layout FOLDER
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 def lay_out(folder: Path) -> list[Path]:
-    """Copies build.toml and the sources into `folder`, which must be new or empty; returns the files written.
+    """Copy build.toml and the sources to `folder`, which must be new or empty; return the files written.
 
     Raises:
         ValueError: the folder holds something already.

@@ -1,4 +1,4 @@
-"""Operators of `torch.library`: one schema per kernel, with a CUDA, a plain and a shape-only implementation.
+"""`torch.library` operators: one schema per kernel, with CUDA, plain and shape-only implementations.
 
 Registered this way the kernels are opaque to `torch.compile` (no graph break, dynamic lengths) and may be captured in
 CUDA graphs. Values inside tensors are checked here, below the compiler, so a compiled call checks them too.
@@ -16,13 +16,12 @@ import torch
 
 from . import checks, derivatives, reference
 
-# Named after the package, so that copies of it under other names (the Hub's loader does that) do not collide.
+# Named after the package, so that copies under other names, as the Hub's loader makes, do not collide.
 NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 MINIMUM_TRITON = (3, 6)
 
-# Numbers that change from step to step are Scalar: of a float the compiler would make a constant, and compile again for
-# every other one.
+# Numbers that change between steps are Scalar: Dynamo would specialise on a float and recompile for every value.
 _SCHEMAS = {
     "gather_tokens": "(Tensor x, Tensor index) -> Tensor",
     "scatter_tokens": "(Tensor src, Tensor index, Tensor(a!) out) -> ()",
@@ -169,7 +168,7 @@ def _check_values(backend: str, name: str, args: tuple[Any, ...]) -> None:
         checks.check_index_values("index", index, out.shape[-2], unique=True)
         checks.expect_writable("out", out, {"src": src, "index": index})
     elif name == "mixed_attention" and args[3] is not None:
-        read = backend == "torch"  # which reads them in any case
+        read = backend == "torch"  # it reads them anyway
         checks.check_cu_seqlens_values("cu_seqlens_q", args[3], args[0].shape[0], args[5], read=read)
         checks.check_cu_seqlens_values("cu_seqlens_k", args[4], args[1].shape[0], read=read)
     elif name == "qk_norm_rope":
@@ -180,7 +179,7 @@ def _check_values(backend: str, name: str, args: tuple[Any, ...]) -> None:
 
 
 def run(backend: str, name: str, args: tuple[Any, ...]) -> Any:
-    """Runs one operator on one backend, outside the dispatcher. Triton is imported here and not before."""
+    """Run one operator on one backend, outside the dispatcher. This is where Triton is imported."""
     _check_values(backend, name, args)
     if backend == "torch":
         return _TORCH[name](*args)
@@ -228,7 +227,7 @@ def _implementation(backend: str, name: str) -> Callable[..., Any]:
 
 
 def _autograd_implementation(name: str) -> Callable[..., Any]:
-    """What autograd calls first: derivatives are those of plain PyTorch, and refused where Triton would lose them."""
+    """The autograd implementation: plain PyTorch's derivatives, or an error if Triton would lose them."""
 
     def call(keyset: Any, *args: Any) -> Any:
         if derivatives.needed(args):
@@ -244,7 +243,7 @@ def _autograd_implementation(name: str) -> Callable[..., Any]:
 
 for _name, _schema in _SCHEMAS.items():
     _LIBRARY.define(_name + _schema)
-    # Every device without kernels of its own.
+    # Every device without its own kernels.
     _LIBRARY.impl(_name, _implementation("torch", _name), "CompositeExplicitAutograd")
     _LIBRARY.impl(_name, _implementation("triton", _name), "CUDA")
     _LIBRARY.impl(_name, _autograd_implementation(_name), "Autograd", with_keyset=True)
@@ -252,7 +251,7 @@ for _name, _schema in _SCHEMAS.items():
 
 
 def dispatch(name: str, args: tuple[Any, ...]) -> Any:
-    """Runs one operator through PyTorch's dispatcher, which picks the implementation by device."""
+    """Run one operator through PyTorch's dispatcher, which selects the implementation by device."""
     return getattr(getattr(torch.ops, NAMESPACE), name)(*args)
 
 

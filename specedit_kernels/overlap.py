@@ -47,14 +47,14 @@ def _reaches(steps: list[Step], target: int) -> bool:
 
 
 def _bytes(tensor: torch.Tensor) -> list[tuple[int, int]]:
-    """The axes of a tensor that lead anywhere and the bytes of an element, as (stride, length - 1) in bytes."""
+    """A tensor's axes of length above 1, and the bytes of an element, as (stride, length - 1) in bytes."""
     size = tensor.element_size()
     axes = [(stride * size, n - 1) for stride, n in zip(tensor.stride(), tensor.shape) if n > 1 and stride]
     return [*axes, (1, size - 1)]
 
 
 def share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether some byte belongs to both tensors."""
+    """Whether the tensors share a byte."""
     (start, stop), (other_start, other_stop) = _span(a), _span(b)
     if other_start >= stop or start >= other_stop or a.device != b.device:
         return False
@@ -65,19 +65,18 @@ def share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def overlaps_itself(tensor: torch.Tensor) -> bool:
-    """Whether two elements of the tensor are the same memory."""
+    """Whether two elements of the tensor share memory."""
     if tensor.is_contiguous() or tensor.numel() == 0:
         return False
     axes = sorted((stride, n) for stride, n in zip(tensor.stride(), tensor.shape) if n > 1)
     if axes[0][0] == 0:
         return True
-    covered = 0  # the last element that the axes so far reach
+    covered = 0  # the last element that previous axes reach
     nested = True
     for stride, n in axes:
         nested = nested and stride > covered
         covered += stride * (n - 1)
-    # Where axes are not nested, two elements that are the same differ by at least one along some axis, at most along
-    # those before it, and not along those after it.
+    # Otherwise two elements that coincide differ along some axis, maybe along those before it, not along those after.
     return not nested and any(
         _solvable([*((other, 1 - m, m - 1) for other, m in axes[:at]), (stride, 1, n - 1)], 0)
         for at, (stride, n) in enumerate(axes)
@@ -85,7 +84,7 @@ def overlaps_itself(tensor: torch.Tensor) -> bool:
 
 
 def clearly_apart(written: list[torch.Tensor], read: list[torch.Tensor]) -> bool:
-    """Whether no written tensor begins before another one ends, which takes less time than `share_memory` for each."""
+    """Whether the written tensors' address ranges are disjoint; faster than `share_memory` for each pair."""
     spans = [_span(tensor) for tensor in [*written, *read]]
     for at, (start, stop) in enumerate(spans[: len(written)]):
         if any(other < stop and start < end for other, end in spans[at + 1 :]):
@@ -94,5 +93,5 @@ def clearly_apart(written: list[torch.Tensor], read: list[torch.Tensor]) -> bool
 
 
 def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether both tensors are the same elements in the same places."""
+    """Whether both tensors have the same elements at the same addresses."""
     return _span(a) == _span(b) and a.shape == b.shape and a.stride() == b.stride()

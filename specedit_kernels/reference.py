@@ -1,4 +1,4 @@
-"""The kernels' functions in plain PyTorch: the oracle of the tests and the path that CPU tensors take.
+"""The kernels in plain PyTorch: the tests' oracle, and the path for CPU tensors.
 
 Half-precision inputs are computed in float32 (float64 inputs in float64) and rounded once on output. Nothing here
 builds a queries-by-keys matrix for more than one block of queries, so memory stays linear in the sequence length
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from . import derivatives
 
-# Explicit attention works through the queries in blocks whose float32 logits stay below this many elements.
+# Explicit attention splits queries into blocks whose float32 logits stay below this many elements.
 _LOGITS_PER_BLOCK = 1 << 24
 
 
@@ -42,7 +42,7 @@ def scatter_tokens(src: torch.Tensor, index: torch.Tensor, out: torch.Tensor) ->
     """`out[..., index[m], :] = src[..., m, :]` in place; see `specedit_kernels.scatter_tokens`."""
     if index.dim() == 1:
         return out.index_copy_(-2, index.long(), src)
-    for b in range(out.shape[0]):  # autograd takes writes into out[b], but not into the views of an iteration
+    for b in range(out.shape[0]):  # autograd supports writes to out[b], but not to the views of an iteration
         out[b].index_copy_(0, index[b].long(), src[b])
     return out
 
@@ -218,15 +218,15 @@ def _detached_peak(logits: torch.Tensor) -> torch.Tensor:
 def _attend_rows(
     q: torch.Tensor, kt: torch.Tensor, vt: torch.Tensor, bias: torch.Tensor | None, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention written out.
+    """Explicit softmax attention.
 
     q (B, n, H, D), kt (B, H, D, K), vt (B, H, K, D), bias (B, 1, 1, K) or None -> out (B, n, H, D), lse (B, H, n).
     """
     logits = (q.to(kt.dtype).transpose(1, 2) * scale) @ kt
     if bias is not None:
         logits = logits + bias
-    # The result does not depend on the peak, so neither do its derivatives. A row without keys subtracts 0, because
-    # exp(-inf - -inf) would be NaN, and keeps weights of exp(-inf) = 0.
+    # The peak cancels, so it needs no derivative. A row without keys subtracts 0, because exp(-inf - -inf) would be
+    # NaN, and keeps weights of exp(-inf) = 0.
     peak = _detached_peak(logits)
     weights = (logits - peak.masked_fill(peak == -math.inf, 0)).exp()
     total = weights.sum(dim=-1, keepdim=True)
@@ -240,7 +240,7 @@ def _attend_rows(
 def _attention_with_lse(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_bias: torch.Tensor | None, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention, block of queries by block of queries.
+    """Softmax attention over blocks of queries.
 
     q (B, N, H, D), k and v (B, K, H, D), key_bias (B, K) or None -> out (B, N, H, D), lse (B, H, N).
     """
@@ -255,8 +255,8 @@ def _attention_with_lse(
 
 
 def _needs_written_out(q: torch.Tensor, k: torch.Tensor, key_bias: torch.Tensor | None) -> bool:
-    """Whether PyTorch's fused attention cannot serve: an unfit mask, no keys, or derivatives that it does not have."""
-    # SDPA takes a float32 mask beside half-precision queries only on the CPU, where a broadcast mask costs nothing.
+    """Whether PyTorch's fused attention is unusable: an unsuitable mask, no keys, or missing derivatives."""
+    # SDPA accepts a float32 mask with half-precision queries only on the CPU, where a broadcast mask is free.
     mask_fits = key_bias is None or q.device.type == "cpu" or q.dtype == torch.float32
     return not mask_fits or k.shape[1] == 0 or derivatives.forward_mode_possible()
 
@@ -267,7 +267,7 @@ def _attention(
     """Dense attention; q (B, N, H, D), k and v (B, K, H_kv, D), key_bias (B, K) or None."""
     queries, groups = q.shape[1], q.shape[2] // max(1, k.shape[2])
     if groups > 1:
-        # The queries that share a key head become further rows of that head, so keys and values are never repeated.
+        # Queries that share a key head become more rows of that head, so keys and values are not repeated.
         q = q.unflatten(2, (-1, groups)).transpose(2, 3).flatten(1, 2)  # (B, N * groups, H_kv, D)
     lse: torch.Tensor | None
     if return_lse or _needs_written_out(q, k, key_bias):
@@ -325,8 +325,7 @@ def _norm_rope(x: torch.Tensor, weight: torch.Tensor, angles: torch.Tensor, eps:
     """RMSNorm over the last axis, then rotation of interleaved pairs; x (..., H, D), angles (..., 1, D/2) complex."""
     y = x.to(_compute_dtype(x.dtype))
     if eps < torch.finfo(y.dtype).tiny:
-        # Squares of tiny values underflow, and no eps is left to divide by. With the largest value brought to 1 the
-        # norm is the same and nothing underflows.
+        # Without eps, squares of tiny values underflow. Scaling the largest value to 1 leaves the norm unchanged.
         peak = y.detach().abs().amax(dim=-1, keepdim=True)
         peak = peak.masked_fill((peak == 0) | peak.isinf(), 1)
         y = y / peak
@@ -334,7 +333,7 @@ def _norm_rope(x: torch.Tensor, weight: torch.Tensor, angles: torch.Tensor, eps:
         y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + floor) * weight.to(y.dtype)
     else:
         y = F.rms_norm(y, (y.shape[-1],), weight.to(y.dtype), eps)
-    # An interleaved pair is one complex number, and its rotation one multiplication.
+    # An interleaved pair is a complex number, and its rotation a product.
     pairs = torch.view_as_complex(y.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * angles).flatten(-2).to(x.dtype)
 

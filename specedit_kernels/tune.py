@@ -1,4 +1,4 @@
-"""Measures launch parameters on this machine's GPU and writes the file that later runs read.
+"""Measure launch parameters on this machine's GPU, and write the file that later runs read.
 
     python -m specedit_kernels.tune [--out FILE] [--quick] [--warp-specialize]
 
@@ -29,7 +29,7 @@ Tables: TypeAlias = dict[str, list[dict[str, Any]]]  # kernel to entries {"shape
 
 
 def candidates(kernel: str, shape: Shape) -> Iterator[Config]:
-    """Launch parameters worth trying for a kernel at a shape."""
+    """Candidate launch parameters for a kernel at a shape."""
     if kernel in ("attention", "attention_tma"):
         if shape["bits"] == 32:
             blocks = [(16, 16), (32, 16)]
@@ -40,7 +40,7 @@ def candidates(kernel: str, shape: Shape) -> Iterator[Config]:
         for (m, n), warps, stages in itertools.product(blocks, (4, 8), (2, 3, 4)):
             yield {"block_m": m, "block_n": n, "num_warps": warps, "num_stages": stages}
     elif kernel == "attention_ws":
-        # Other tiles spill, or the compiler does not split them.
+        # Other tiles spill, or cannot be specialised.
         for n, stages in ((128, 2 if shape["head_dim"] > 64 else 3), (64, 3), (64, 2)):
             yield {"block_m": 64, "block_n": n, "num_warps": 4, "num_stages": stages}
     elif kernel == "copy_rows":
@@ -58,7 +58,7 @@ def candidates(kernel: str, shape: Shape) -> Iterator[Config]:
 
 
 def shapes(capability: tuple[int, int], quick: bool) -> Iterator[tuple[str, Shape]]:
-    """The kernels and shapes that get an entry: FLUX and Qwen-Image token counts, both common head dims."""
+    """Kernels and shapes to tune: FLUX and Qwen-Image token counts, both common head dims."""
     lengths = (2560,) if quick else (1024, 2560, 8704)
     tables = ["attention"] + (["attention_tma"] if capability >= (9, 0) and capability[0] < 12 else [])
     for table, dim, keys in itertools.product(tables, (64, 128), lengths):
@@ -79,7 +79,7 @@ def shapes(capability: tuple[int, int], quick: bool) -> Iterator[tuple[str, Shap
 def workload(
     kernel: str, shape: Shape, device: str, half: torch.dtype = torch.bfloat16, rows: int = 65536
 ) -> tuple[Callable[[Config], torch.Tensor], torch.Tensor]:
-    """A function from launch parameters to the kernel's result at a shape, and what that result should be."""
+    """A function from launch parameters to the kernel's result at a shape, and the expected result."""
     from . import gpu
 
     g = torch.Generator(device).manual_seed(0)
@@ -146,7 +146,7 @@ def best(
     configs: Iterable[Config],
     timer: Timer,
 ) -> tuple[float, Config] | None:
-    """Milliseconds and parameters of the fastest of `configs` with which `call(config)` gives `want`, or None."""
+    """Milliseconds and parameters of the fastest of `configs` whose `call(config)` gives `want`, or None."""
     tolerance = 4 * torch.finfo(want.dtype).eps * want.abs().max().item()
     found: tuple[float, Config] | None = None
     for config in configs:
@@ -154,7 +154,7 @@ def best(
             if not (call(config) - want).abs().max().item() <= tolerance:
                 continue
             time = timer(partial(call, config))
-        except Exception as error:  # out of resources, or refused by the compiler: not a candidate on this GPU
+        except Exception as error:  # out of resources, or a compiler error: not a candidate on this GPU
             print(f"  {kernel} {config}: {type(error).__name__}", file=sys.stderr)
             continue
         if found is None or time < found[0]:
@@ -163,7 +163,7 @@ def best(
 
 
 def tune(capability: tuple[int, int], device: str, timer: Timer, quick: bool, warp_specialize: bool = False) -> Tables:
-    """Tables of measured entries, in the form of the files in `gpu/configs/`.
+    """Tables of measured entries, in the format of `gpu/configs/`.
 
     With `warp_specialize` an `attention_ws` entry stands beside every `attention_tma` entry of head dim 64 and 128,
     null where it is not the faster of the two.
@@ -184,7 +184,7 @@ def tune(capability: tuple[int, int], device: str, timer: Timer, quick: bool, wa
 
 
 def complete(tables: Tables, default: Tables) -> None:
-    """Takes the architecture's default entries for kernels, head dims and element types without a measured one.
+    """Add the architecture's default entries for kernels, head dims and element types without a measured one.
 
     Otherwise an entry for another head dim would be the nearest, and its tiles may not fit.
     """
@@ -199,7 +199,7 @@ def complete(tables: Tables, default: Tables) -> None:
 
 
 def write(path: Path, header: dict[str, Any], tables: Tables) -> None:
-    """One entry per line, so that a difference between two files reads well."""
+    """One entry per line, so that diffs are readable."""
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in header.items()]
     for kernel, entries in tables.items():
         rows = ",\n".join(f"    {json.dumps(entry)}" for entry in entries)

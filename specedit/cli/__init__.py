@@ -1,6 +1,6 @@
-"""The command line: `specedit demo | edit | eval | bench`, a module for each command.
+"""The command line: `specedit demo | edit | eval | bench`, one module per command.
 
-Nothing here imports torch before a command runs, so that `--help` and wrong usage are answered at once.
+Nothing imports torch before a command runs, so `--help` and usage errors are immediate.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from . import bench, demo, edit, errors, evaluate
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:  # argparse itself prints the usage too, which takes several lines
+    def error(self, message: str) -> NoReturn:  # one line; argparse would print the usage too
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
     def parse_known_args(self, args=None, namespace=None):
-        """Of a command's parser too: what it does not know is an error that names the command, not `specedit`."""
+        """Unknown arguments are an error of the command's own parser, so the message names the command."""
         found, unknown = super().parse_known_args(args, namespace)
         return (found, unknown) if not unknown else self.error(f"unrecognized arguments: {' '.join(unknown)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0, 2 for what the user can mend, 1 for what nobody expected, 130 for Ctrl-C.
+    """Entry point; returns the exit code: 0, 2 for errors that the user can fix, 1 for unexpected ones, 130 for Ctrl-C.
 
-    With SPECEDIT_TRACEBACK set in the environment errors are raised instead of printed.
+    With SPECEDIT_TRACEBACK set in the environment, errors are raised instead of printed.
     """
     parser = _Parser(
         prog="specedit",
         description="Fast diffusion image editing.",
-        epilog="Errors are one line; with SPECEDIT_TRACEBACK=1 in the environment they come with their traceback.",
+        epilog="Errors are one line; SPECEDIT_TRACEBACK=1 in the environment shows the traceback.",
     )
     parser.add_argument("--version", action="version", version=f"specedit {package_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

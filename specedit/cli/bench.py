@@ -11,7 +11,7 @@ from .bounds import LARGEST_EMBEDDED, check_numbers, check_size
 from .pipelines import EDITORS
 from .shared import add_model, attention_here, silence_libraries
 
-REPEAT = 3  # a single call's time is mostly noise
+REPEAT = 3  # the time of a single call is mostly noise
 
 
 def add(commands) -> None:

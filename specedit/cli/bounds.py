@@ -1,4 +1,4 @@
-"""Numbers with bounds, checked before any work."""
+"""Bounds of numeric options, checked before any work."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ LARGEST_EMBEDDED = 1024  # px a side; the embedded editors were trained at up to
 
 
 def check_numbers(args: argparse.Namespace, **bounds: tuple[float, float]) -> None:
-    """Whether the options named by `bounds`, where they were given, lie in their (low, high).
+    """Check that each given option lies within its (low, high) of `bounds`.
 
     Raises:
-        Failure: naming the option, its bounds and its value; nan lies in none.
+        CLIError: naming the option, its bounds and its value; nan is out of bounds.
     """
     for name, (low, high) in bounds.items():
         value = getattr(args, name)
@@ -28,13 +28,13 @@ def check_numbers(args: argparse.Namespace, **bounds: tuple[float, float]) -> No
 
 
 def check_size(size: int, low: int, high: int) -> None:
-    """Whether a side is made of whole tokens."""
+    """Check that a side is within bounds and a multiple of the token size."""
     if not low <= size <= high or size % 16:
         raise CLIError(f"--size: expected a multiple of 16 from {low} to {high}, got {size}")
 
 
 def seed_number(text: str) -> int:
-    """What torch's generators take."""
+    """A seed that torch's generators accept."""
     if not text.isdecimal() or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^63 - 1, got {text}")
     return int(text)

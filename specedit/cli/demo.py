@@ -17,7 +17,7 @@ def add(commands) -> None:
     parser.add_argument("--size", type=int, default=512, help="side in pixels, 128 to 512")
     parser.add_argument("--preset", default="turbo", choices=list(presets))
     parser.add_argument("--restore", default="reference", choices=CHOICES["restore"])
-    parser.add_argument("--seed", type=seed_number, help="another task")
+    parser.add_argument("--seed", type=seed_number, help="seed of another task")
     parser.set_defaults(run=run)
 
 

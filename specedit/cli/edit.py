@@ -47,15 +47,15 @@ def add(commands) -> None:
         "choose their own size"
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("edit.png"), help="picture to write (default: edit.png)")
-    parser.add_argument("--mask", type=Path, help="picture that is nonzero where to edit; instead of the draft")
+    parser.add_argument("--mask", type=Path, help="picture that is nonzero where to edit; replaces the draft")
     parser.add_argument("--restore", choices=CHOICES["restore"])
     parser.add_argument(
         "--keep-pixels", action="store_true", help="outside the edit, the input's own pixels (at the output's size)"
     )
     parser.add_argument("--seed", type=seed_number, default=0)
-    parser.add_argument("--figure", type=Path, help="also write where the method looked and what it cost")
+    parser.add_argument("--figure", type=Path, help="also write a figure of the edited cells and the cost")
     parser.add_argument(
-        "--compare", type=Path, metavar="FILE", help="also write one picture: before | after | where it looked"
+        "--compare", type=Path, metavar="FILE", help="also write one picture: before | after | edited cells"
     )
     parser.set_defaults(run=run)
 
@@ -91,7 +91,7 @@ def run(args) -> int:
 
 
 def _check(args) -> tuple[str, Any]:
-    """Everything that needs neither torch nor a pipeline: the prompt and the configuration to run with."""
+    """Check everything that needs neither torch nor a pipeline; returns prompt and configuration."""
     if not args.prompt.strip():
         raise CLIError("prompt: expected what to change, got an empty text")
     embedded = args.model is None or args.model in EDITORS
@@ -101,7 +101,7 @@ def _check(args) -> tuple[str, Any]:
     overrides = {name: value for name in names if (value := getattr(args, name)) is not None}
     config = resolve(args.preset, keep_pixels=args.keep_pixels, **overrides)
     if args.steps is not None:
-        config.with_steps(args.steps)  # refuses too few of them
+        config.with_steps(args.steps)  # rejects too few
     if not embedded:
         silence_libraries()
         loading.check_model(args.model, EDITORS)
@@ -117,7 +117,7 @@ def _check(args) -> tuple[str, Any]:
 
 
 def _sized(image: Any, pipe: Any, prepare: Any, args) -> tuple[Any, dict[str, Any]]:
-    """The picture that the pipeline gets, with --size no larger than that, and the arguments to pass beside it."""
+    """The picture for the pipeline, at most --size large, and the arguments to pass with it."""
     if args.size is None:
         return prepare(image)
     own = "_auto_resize" in inspect.signature(type(pipe).__call__).parameters  # FLUX.1-Kontext
@@ -130,19 +130,19 @@ def _sized(image: Any, pipe: Any, prepare: Any, args) -> tuple[Any, dict[str, An
 
 
 def _extras(args, image: Any, result: Any, done: Any) -> None:
-    """The figure and the comparison, where they were asked for."""
+    """Write the figure and the comparison, if requested."""
     if args.figure is not None and done is None:
         _tell(f"no {args.figure}, because the stock pipeline ran")
     elif args.figure is not None:
         with replacing(args.figure) as part:
             done.save_figure(part)
-        print(f"wrote {args.figure}, where it looked and what it cost")
+        print(f"wrote {args.figure}, edited cells and cost")
     if args.compare is not None:
         from .. import report_comparison as compare
         from ..io import pictures
 
         pictures.write(compare.side_by_side(image, result, done), args.compare)
-        print(f"wrote {args.compare}, before | after{'' if done is None else ' | where it looked'}")
+        print(f"wrote {args.compare}, before | after{'' if done is None else ' | edited cells'}")
 
 
 def _tell(*notes: str) -> None:

@@ -1,4 +1,4 @@
-"""Errors as the command line shows them: one line, and the exit code."""
+"""Errors on the command line: one line and an exit code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _OURS = tuple(f"{Path(__file__).parents[2] / name}{os.sep}" for name in ("speced
 
 
 class CLIError(Exception):
-    """An error that the user can do something about: one line, exit code 2."""
+    """An error that the user can fix: one line, exit code 2."""
 
 
 def explain(error: BaseException, args: argparse.Namespace) -> tuple[str, int]:
@@ -36,7 +36,7 @@ def explain(error: BaseException, args: argparse.Namespace) -> tuple[str, int]:
 
 @contextmanager
 def one_line_warnings() -> Iterator[None]:
-    """Inside, Python's warnings are one line on stderr too, without the place in the code."""
+    """Print Python's warnings as one line on stderr, without the source location."""
     import warnings
 
     before = warnings.formatwarning
@@ -48,12 +48,12 @@ def one_line_warnings() -> Iterator[None]:
 
 
 def close_output() -> None:
-    """Nobody reads stdout any more: nothing more goes there, the interpreter's last flush included."""
+    """Redirect stdout to the null device after a broken pipe, so that the interpreter's last flush succeeds."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _refused(error: BaseException) -> bool:
-    """Whether this package refused a value, in contrast to an error from below it."""
+    """Whether this package rejected a value; other libraries' errors are unexpected."""
     return isinstance(error, ValueError | TypeError) and _raised_in(error.__traceback__).startswith(_OURS)
 
 
@@ -72,7 +72,7 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def _line(error: BaseException) -> str:
-    """The first line of the message, of bearable length."""
+    """The first line of the message, truncated."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     line = lines[0] if lines else type(error).__name__
     return line if len(line) <= 600 else f"{line[:597]}..."

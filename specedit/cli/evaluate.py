@@ -15,7 +15,7 @@ from .shared import add_guidance, add_model, add_offload, attention_here, guidan
 
 
 def add(commands) -> None:
-    parser = commands.add_parser("eval", help="score a preset on the embedded tasks, or run it over a public benchmark")
+    parser = commands.add_parser("eval", help="score a preset on the embedded tasks, or run it on a public benchmark")
     kinds = parser.add_subparsers(dest="what", required=True, metavar="micro|gedit|imgedit")
     micro = kinds.add_parser("micro", help="tasks with exact results, on an embedded editor")
     add_model(micro)
@@ -26,9 +26,7 @@ def add(commands) -> None:
         ("gedit", "GEdit-Bench", "download of the dataset stepfun-ai/GEdit-Bench, its parquet files"),
         ("imgedit", "ImgEdit-Bench", "download of PKU-YuanGroup/ImgEdit's basic suite: its list and pictures"),
     ):
-        about = (
-            f"run a pipeline over a local copy of {title}, and write the pictures where its own scorer looks for them"
-        )
+        about = f"run a pipeline on a local copy of {title}, and write the pictures where its own scorer expects them"
         scores = "Its scores come from a vision-language model over the network, which is not called here."
         public = kinds.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}. {scores}")
         public.add_argument("--data", type=Path, required=True, help=data)
@@ -38,16 +36,16 @@ def add(commands) -> None:
         add_offload(public)
         add_guidance(public)
         public.add_argument(
-            "--out", type=Path, help=f"folder, by default specedit-{name}/PRESET; goes on with the run that is in it"
+            "--out", type=Path, help=f"folder, by default specedit-{name}/PRESET; an unfinished run in it is resumed"
         )
-        public.add_argument("--cases", type=int, help="only the first so many tasks")
-        public.add_argument("--seed", type=seed_number, default=0, help="of every task's noise")
+        public.add_argument("--cases", type=int, help="only the first N tasks")
+        public.add_argument("--seed", type=seed_number, default=0, help="seed of every task's noise")
         public.add_argument(
-            "--against", type=Path, help="folder of an earlier run, of stock for instance, to compare pictures with"
+            "--against", type=Path, help="folder of an earlier run, such as stock's, to compare pictures with"
         )
         public.set_defaults(run=_public)
     kinds.choices["gedit"].add_argument(
-        "--language", default="en", choices=["en", "cn", "all"], help="of the instructions"
+        "--language", default="en", choices=["en", "cn", "all"], help="language of the instructions"
     )
     for each in kinds.choices.values():
         each.add_argument("--preset", default=DEFAULT_PRESET, choices=[*presets, "stock"])
@@ -57,7 +55,7 @@ def add(commands) -> None:
 
 
 def _check(args) -> dict[str, str]:
-    """Errors that need no data; the preset's overrides."""
+    """Check the options that need no data; returns the preset's overrides."""
     check_numbers(args, cases=CASES, steps=STEPS)
     if args.preset == "stock" and args.restore is not None:
         raise CLIError(f"--restore: expected none with --preset stock, which restores nothing, got {args.restore}")
@@ -122,7 +120,7 @@ def _public(args) -> int:
         "steps": STOCK_STEPS if stock and args.steps is None else args.steps,
         "seed": args.seed,
         "negative_prompt": args.negative_prompt,
-        # Runs from before there was the option go on.
+        # Omitted if unset, so that runs from before this option can be resumed.
         **({} if args.true_cfg_scale is None else {"true_cfg_scale": args.true_cfg_scale}),
     }
     against = None if args.against is None else evaluation.check_against(todo, args.against)
@@ -148,7 +146,7 @@ def _public(args) -> int:
 
 
 def _command(args) -> str:
-    """What to type for the same results."""
+    """The command line that reproduces the results."""
     words = ["specedit", "eval", args.what]
     for name, value in vars(args).items():
         if name not in ("command", "what", "run", "out", "json") and value is not None and value is not False:

@@ -1,4 +1,4 @@
-"""Pipelines read from a folder or the hub, with every fault of theirs as one sentence that says what to do."""
+"""Read pipelines from a folder or the hub; every problem is one sentence that says what to do."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ AGAIN = "download or save the pipeline again"
 
 
 def check_model(model: str, editors: tuple[str, ...] = ()) -> None:
-    """Whether `model` can name a pipeline, before anything is imported or downloaded.
+    """Check that `model` can name a pipeline, before anything is imported or downloaded.
 
     Args:
         model: a folder or a hub id.
         editors: further names to list in the message.
 
     Raises:
-        ValueError: neither, or a folder that `check_folder` refuses.
+        ValueError: neither, or a folder that `check_folder` rejects.
     """
     path = Path(model).expanduser()
     if model and path.is_dir():
@@ -75,14 +75,14 @@ def embedded_editor(model: str) -> str | None:
 
 
 def check_folder(folder: Path) -> None:
-    """Whether a folder holds a whole pipeline with readable weights.
+    """Check that a folder holds a complete pipeline with readable weights.
 
     Raises:
-        ValueError: no or a broken index, an unknown pipeline class, missing parts, weights that are pickled (reading
-            them can run code) or damaged.
+        ValueError: a missing or broken index, an unknown pipeline class, missing parts, damaged weights, or pickled
+            ones, which can run code when they are read.
     """
     for name, (library, kind) in _parts(folder).items():
-        if library is None or kind is None:  # an optional part that this pipeline does not have
+        if library is None or kind is None:  # an optional part that is absent
             continue
         part = folder / name
         if not part.is_dir() or not any(part.iterdir()):
@@ -93,7 +93,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _parts(folder: Path) -> dict[str, tuple[str | None, str | None]]:
-    """The parts that the index names, each with its library and class."""
+    """The parts in the index, each with its library and class."""
     import diffusers
 
     file = folder / INDEX
@@ -147,8 +147,8 @@ def from_pretrained(model: str, dtype: Any, read: Callable[..., Any] | None = No
     read: an embedded editor's own way to read its folder.
 
     Raises:
-        ValueError: it cannot be read, or parts of it are not what they should be.
-        MemoryError, or torch's OutOfMemoryError: there is too little memory.
+        ValueError: it cannot be read, or parts of it are wrong.
+        MemoryError, or torch's OutOfMemoryError: out of memory.
     """
     from diffusers import DiffusionPipeline
 
@@ -172,7 +172,7 @@ def from_pretrained(model: str, dtype: Any, read: Callable[..., Any] | None = No
 
 
 def _hub(model: str, error: Exception) -> str:
-    """Why a pipeline did not come from the hub, and what to do."""
+    """Why the hub did not return a pipeline, and what to do."""
     chain: list[BaseException] = [error]
     while (before := chain[-1].__cause__ or chain[-1].__context__) is not None and before not in chain:
         chain.append(before)
@@ -193,7 +193,7 @@ def _hub(model: str, error: Exception) -> str:
 
 
 def _check_parts(pipe: Any, folder: Path | None, model: str) -> None:
-    """Tokenizers that know no word, and modules whose weights were not in their files."""
+    """Reject empty tokenizers, and modules whose weights are missing from their files."""
     from safetensors import safe_open
 
     for name, part in getattr(pipe, "components", {}).items():
@@ -205,7 +205,7 @@ def _check_parts(pipe: Any, folder: Path | None, model: str) -> None:
         for file in (folder / name).glob("*.safetensors"):
             with safe_open(file, "pt") as opened:
                 stored += len(opened.keys())
-        # Names differ between versions and shared tensors are stored once, so only the number tells.
+        # Names differ between versions and shared tensors are stored once, so compare counts.
         if 0 < stored < (held := len(part.state_dict())) // 2:
             raise ValueError(
                 f"--model: expected the weights of {type(part).__name__} in {folder / name}, got {stored} tensors of "
@@ -222,6 +222,6 @@ def _reads_words(tokenizer: Any) -> bool:
 
 
 def _line(error: BaseException) -> str:
-    """The error's message in one line of bearable length."""
+    """The error's message in one line, truncated."""
     words = " ".join((str(error) or type(error).__name__).split())
     return words if len(words) <= 300 else f"{words[:297]}..."

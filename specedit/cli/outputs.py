@@ -1,4 +1,4 @@
-"""The files that `specedit edit` reads and writes, checked before any work."""
+"""Check the files that `specedit edit` reads and writes, before any work."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from .errors import CLIError
 
 
 def check_files(image: Path, mask: Path | None, out: Path, figure: Path | None, compare: Path | None) -> None:
-    """Whether every input is there and every output can be written, to a place of its own.
+    """Check that inputs exist, and that outputs are writable and distinct.
 
     `out` may be `image`, which is then replaced; every other pair must differ.
 
     Raises:
-        Failure, ValueError: naming the option.
+        CLIError, ValueError: naming the option.
     """
     for name, path in (("image", image), ("--mask", mask)):
         if path is not None and not path.is_file():
@@ -32,7 +32,7 @@ def check_files(image: Path, mask: Path | None, out: Path, figure: Path | None, 
 
 
 def check_formats(out: Path, figure: Path | None, compare: Path | None) -> None:
-    """Whether the libraries can write what the suffixes say.
+    """Check that the libraries can write the formats that the suffixes name.
 
     Raises:
         ValueError: naming the path.

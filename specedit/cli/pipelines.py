@@ -1,4 +1,4 @@
-"""Pipelines by name, and pictures at the size that they take, for the command line."""
+"""Pipelines by name, with pictures at the right size, for the command line."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ EDITORS = ("kontext", "qwen")  # that specedit.micro can load
 
 
 def load(model: str | None, offload: bool = False) -> tuple[Any, Callable[[Any], tuple[Any, dict[str, Any]]]]:
-    """The pipeline, and a function from a picture to the picture to pass and the arguments beside it, such as its size.
+    """The pipeline, and a function from a picture to the picture to pass and further arguments, such as its size.
 
     Args:
         model: hub id or directory of a pipeline, or an embedded editor, by default the first.
-        offload: only the part that runs is on the GPU (diffusers' model offloading), for models that it does not hold.
+        offload: keep only the running part on the GPU (diffusers' model offloading), for models that do not fit.
 
     Raises:
-        ValueError: neither an editor, a directory with a whole pipeline, nor a pipeline that the hub gives.
+        ValueError: neither an editor, a directory with a complete pipeline, nor a pipeline on the hub.
         FileNotFoundError: an embedded editor without weights.
     """
     if model is not None and model not in EDITORS:
@@ -59,7 +59,7 @@ def load(model: str | None, offload: bool = False) -> tuple[Any, Callable[[Any],
 
 
 def fit(image: Any, largest: int) -> Any:
-    """Resize to at most `largest` px a side and whole tokens of 16 px, at least one."""
+    """Resize to at most `largest` px a side, in multiples of 16 px, at least 16."""
     scale = min(1.0, largest / max(image.size))
     size = tuple(max(round(side * scale) // 16, 1) * 16 for side in image.size)
     return image if size == image.size else image.resize(size)

@@ -15,17 +15,17 @@ SIDES = (64, 8192)  # px
 
 
 def add(commands) -> None:
-    parser = commands.add_parser("plan", help="predict a run of a real editor on a GPU that is not at hand")
+    parser = commands.add_parser("plan", help="predict a run of a real editor on a GPU, without the GPU")
     parser.add_argument("--gpu", default="H100", help="A100, H100, H200 or B200")
     parser.add_argument("--model", default="flux-kontext", help="flux-kontext, qwen-image-edit or longcat-image-edit")
     parser.add_argument("--preset", default=DEFAULT_PRESET, choices=list(presets))
     parser.add_argument("--restore", default="full", choices=CHOICES["restore"])
     parser.add_argument("--height", type=int, default=1024)
     parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--edited", type=float, default=20, help="share of the picture that is edited, in percent")
-    parser.add_argument("--reference-refresh", type=int, metavar="R", help="text and reference only every R steps")
+    parser.add_argument("--edited", type=float, default=20, help="percentage of the picture that is edited")
+    parser.add_argument("--reference-refresh", type=int, metavar="R", help="run text and reference only every R steps")
     parser.add_argument(
-        "--guidance-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="sigmas at which true guidance runs"
+        "--guidance-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="sigmas between which true guidance runs"
     )
     parser.add_argument(
         "--measured", type=Path, nargs="*", default=sorted(Path("benchmarks/results").glob("end_to_end*.json")),

@@ -1,4 +1,4 @@
-"""What several commands need: options with one meaning, and the machine they run on."""
+"""Options that several commands share, and what the machine needs."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ def add_model(parser) -> None:
 
 def add_offload(parser) -> None:
     parser.add_argument(
-        "--offload", action="store_true", help="only the part that runs is on the GPU, for models that it does not hold"
+        "--offload", action="store_true", help="keep only the running part on the GPU, for models that do not fit"
     )
 
 
 def add_guidance(parser) -> None:
-    parser.add_argument("--negative-prompt", help="what to keep away from; Qwen's guidance needs one, if only a space")
+    parser.add_argument("--negative-prompt", help="what to avoid; Qwen's guidance needs one, if only a space")
     parser.add_argument(
         "--true-cfg-scale", type=float, help="strength of that guidance, above 1 (default: the model's)"
     )
 
 
 def guidance(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of a pipeline's call that `add_guidance` asked for."""
+    """The pipeline's arguments from the options of `add_guidance`."""
     check_numbers(args, true_cfg_scale=SCALE)
     given = {
         name: value for name in ("negative_prompt", "true_cfg_scale") if (value := getattr(args, name)) is not None
@@ -50,7 +50,7 @@ def guidance(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def attention_here() -> dict[str, str]:
-    """The settings with which an edit runs on this machine: none, or on a GPU without kernels attention="torch"."""
+    """Settings that this machine needs: attention="torch" on a GPU without kernels, else none."""
     import torch
 
     from specedit_kernels.ops import check_gpu
@@ -65,7 +65,7 @@ def attention_here() -> dict[str, str]:
 
 
 def silence_libraries() -> None:
-    """Libraries' start-up chatter is not the user's concern; errors still are."""
+    """Hide the libraries' start-up messages; keep errors."""
     warnings.filterwarnings("ignore", message="CUDA is not available or torch_xla")  # diffusers 0.36 without a GPU
     import diffusers
     import transformers

@@ -9,7 +9,7 @@ import numpy as np
 
 
 def psnr(a: np.ndarray, b: np.ndarray, where: np.ndarray) -> float:
-    """dB between uint8 images (H, W, 3) over the pixels of `where` (H, W); 60 at most, so that means stay finite."""
+    """PSNR in dB of uint8 images (H, W, 3) over the pixels `where` (H, W); at most 60, so that means stay finite."""
     if not where.any():
         return math.nan
     error = np.square(a[where].astype(np.float64) - b[where].astype(np.float64)).mean() / 255**2
@@ -17,7 +17,7 @@ def psnr(a: np.ndarray, b: np.ndarray, where: np.ndarray) -> float:
 
 
 def mean(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Mean of every number, nan left out; `count` says of how many rows."""
+    """Mean of every number, ignoring nan; `count` is the number of rows."""
     out: dict[str, float] = {"count": len(rows)}
     for name in dict.fromkeys(name for row in rows for name in row if name not in ("seed", "kind")):
         values = [float(row[name]) for row in rows if name in row and not math.isnan(row[name])]

@@ -1,4 +1,4 @@
-"""Result files: what was measured, by which command, on which machine."""
+"""Result files: rows with the command and the machine that measured them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ..io.files import write_text
 
 
 def machine() -> dict[str, Any]:
-    """The machine and versions behind a measurement; None for what there is not."""
+    """The machine and versions of a measurement; None for what is absent."""
     cuda = torch.cuda.is_available()
-    # Threads that sleep between two operations make small ones slow: who sets this has other seconds.
+    # OMP_WAIT_POLICY changes CPU timings, so record it.
     policy = os.environ.get("OMP_WAIT_POLICY")
     return {
         "gpu": torch.cuda.get_device_name() if cuda else None,
@@ -38,7 +38,7 @@ def machine() -> dict[str, Any]:
 
 
 def write(path: Path, command: str, rows: list[dict[str, Any]], **more: Any) -> None:
-    """Write {"machine", "command", ..., "rows"}, whole or not at all; nan becomes null."""
+    """Write {"machine", "command", ..., "rows"} completely or not at all; nan becomes null."""
     content = {"machine": machine(), "command": command, **more, "rows": rows}
     write_text(path, json.dumps(_plain(content), indent=1) + "\n")
 

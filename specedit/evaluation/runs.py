@@ -1,4 +1,4 @@
-"""Runs a pipeline over a public benchmark's tasks: the pictures that its scorer judges, and what is measured here."""
+"""Run a pipeline on a public benchmark's tasks: write pictures for its scorer, and measure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .metrics import mean, psnr
 from .tasks import Task
 
 ROWS = "rows.jsonl"
-COLUMNS = (  # of the table: a number of the rows, its heading, a factor, its format
+COLUMNS = (  # of the table: key in the rows, heading, factor, format
     ("edit_fraction", "edited", 1, "{:.0%}"),
     ("flops", "TFLOPs", 1e-12, "{:.3f}"),
     ("flops_ratio", "FLOPs ratio", 1, "{:.2f}x"),
@@ -43,25 +43,25 @@ def run(
     against: Path | None = None,
     **call: Any,
 ) -> list[dict[str, Any]]:
-    """Edit every task that `out` does not hold yet, and return a row for each of `tasks`, in their order.
+    """Edit every task that `out` does not hold yet, and return one row per task, in order.
 
-    A row is appended to `out`/rows.jsonl, which `begin` has opened, once its pictures are written.
+    A row is appended to `out`/rows.jsonl, which `begin` opened, once its pictures are written.
 
     Args:
-        pipe: stock, which runs 50 steps, or with SpecEdit installed, which runs its preset's.
-        prepare: makes of a task's picture the one that the pipeline gets, and the arguments beside image and prompt.
-        steps: model evaluations instead.
+        pipe: stock, which runs 50 steps, or with SpecEdit installed, which runs its preset's number.
+        prepare: from a task's picture to the pipeline's picture and further arguments.
+        steps: model evaluations, overriding both.
         seed: of every task's noise.
         against: `out` of an earlier run whose pictures these are compared with.
         call: further arguments of the pipeline's call.
 
     Returns:
-        key, kind, language (where there are several), seconds, accelerated (False where the stock pipeline ran), and
-        where SpecEdit ran flops, flops_ratio, flops_ratio_50 and edit_fraction of its report. With `against` also
-        psnr_against: dB over the whole picture, 60 at most.
+        key, kind, language (if there are several), seconds and accelerated (False if the stock pipeline ran). If
+        SpecEdit ran: flops, flops_ratio, flops_ratio_50 and edit_fraction of its report. With `against`:
+        psnr_against, in dB over the whole picture, 60 at most.
 
     Raises:
-        ValueError: a picture cannot be read or edited, or has another size than the one it is compared with.
+        ValueError: a picture cannot be read or edited, or differs in size from the one to compare with.
     """
     if steps is None and not is_active(pipe):
         steps = STOCK_STEPS
@@ -111,14 +111,14 @@ def _compared(path: Path, other: Path) -> float:
 
 
 def begin(out: Path, settings: Settings) -> None:
-    """Make `out`, or check that the run in it is one with the same settings, which this one goes on with.
+    """Create `out`, or check that the run in it has the same settings, so that it can be resumed.
 
     Raises:
-        ValueError: `out` holds rows of a run with other settings.
+        ValueError: `out` holds a run with other settings.
     """
     path = out / ROWS
     whole, *cut_off = path.read_text(encoding="utf-8").rpartition("\n") if path.is_file() else [""]
-    if "\n" not in whole:  # not one row
+    if "\n" not in whole:  # no row yet
         out.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"settings": settings}) + "\n", encoding="utf-8")
         return
@@ -126,12 +126,12 @@ def begin(out: Path, settings: Settings) -> None:
     if other := [name for name in {**held, **settings} if held.get(name) != settings.get(name)]:
         was, now = (", ".join(f"{name} {s.get(name)}" for name in other) for s in (held, settings))
         raise ValueError(f"--out: expected another folder, because {out} holds a run with {was}; this one has {now}")
-    if cut_off[-1]:  # stopped while it wrote a row
+    if cut_off[-1]:  # interrupted while writing a row
         path.write_text(whole + "\n", encoding="utf-8")
 
 
 def read_settings(out: Path) -> Settings:
-    """What the run in `out` was made with; ValueError where there is none."""
+    """The settings of the run in `out`; ValueError without one."""
     try:
         with (out / ROWS).open(encoding="utf-8") as file:
             return json.loads(file.readline())["settings"]
@@ -140,7 +140,7 @@ def read_settings(out: Path) -> Settings:
 
 
 def check_against(tasks: Iterable[Task], against: Path) -> Settings:
-    """The settings of the run in `against`; ValueError unless it has a picture of each of `tasks`."""
+    """The settings of the run in `against`; ValueError unless it has every task's picture."""
     settings = read_settings(against)
     if missing := [task.output for task in tasks if not (against / task.output).is_file()]:
         raise ValueError(
@@ -150,13 +150,13 @@ def check_against(tasks: Iterable[Task], against: Path) -> Settings:
 
 
 def _rows(out: Path) -> dict[tuple[str, str, str | None], dict[str, Any]]:
-    """The rows of `out` by kind, key and language; of a task that ran twice the later."""
+    """The rows of `out` by kind, key and language; the last one wins."""
     lines = (out / ROWS).read_text(encoding="utf-8").splitlines()[1:]
     return {(row["kind"], row["key"], row.get("language")): row for row in map(json.loads, lines)}
 
 
 def means(rows: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Means of what was measured over all rows, and over those of each kind; `count` says of how many."""
+    """Means over all rows and over each kind; `count` is the number of rows."""
     numbers = [name for name, *_ in COLUMNS]
 
     def of(some: list[dict[str, Any]]) -> dict[str, float]:
@@ -167,7 +167,7 @@ def means(rows: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, dict[
 
 
 def table(whole: dict[str, float], kinds: dict[str, dict[str, float]]) -> str:
-    """Means as lines of text; columns that nothing was measured for stay out."""
+    """Means as a text table; columns without values are left out."""
     columns = [column for column in COLUMNS if column[0] in whole]
     lines = [["", "tasks", *(heading for _, heading, *_ in columns)]]
     for kind, means in [*kinds.items(), ("all", whole)]:

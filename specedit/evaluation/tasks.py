@@ -22,10 +22,10 @@ TEXTS = ("key", "task_type", "instruction", "instruction_language")  # of GEdit-
 class Task:
     """One edit of a benchmark.
 
-    key, kind, prompt: as the benchmark names them. language: of the prompt, where the benchmark has several. output:
-    where its scorer looks for the result, relative to the folder of a run. image(): opens the picture to edit, RGB as a
-    viewer shows it; ValueError if that cannot be read. source_output, source(): where the scorer looks for the input
-    and which picture it expects there, where it wants one.
+    key, kind, prompt: as in the benchmark. language: of the prompt, if the benchmark has several. output: where the
+    scorer expects the result, relative to the run's folder. image(): opens the picture to edit, RGB as a viewer shows
+    it; ValueError if it cannot be read. source_output, source(): where the scorer expects the input, and that picture,
+    if it needs one.
     """
 
     key: str
@@ -41,17 +41,17 @@ class Task:
 def gedit(folder: Path, language: str = "en") -> list[Task]:
     """Tasks of GEdit-Bench (arXiv 2504.17761) in the order of its files; no picture is read yet.
 
-    As in the benchmark's own example, the editor gets `input_image_raw` and the scorer `input_image`. Pictures are read
-    a row group at a time, and only the last group is kept, so open them in order.
+    As in the benchmark's example, the editor gets `input_image_raw` and the scorer `input_image`. Pictures are read one
+    row group at a time and only the last group is kept, so open them in order.
 
     Args:
         folder: a download of the dataset stepfun-ai/GEdit-Bench, with its parquet files at any depth.
         language: of the instructions, "en" or "cn", or "all".
 
     Raises:
-        ImportError: there is no pyarrow.
+        ImportError: pyarrow is missing.
         FileNotFoundError: no such folder, or no parquet file in it.
-        ValueError: a file that is not of the benchmark, no task in that language, or a task that is there twice.
+        ValueError: a file that is not the benchmark's, no task in that language, or a duplicate task.
     """
     try:
         import pyarrow.parquet as parquet
@@ -114,7 +114,7 @@ def imgedit(folder: Path) -> list[Task]:
 
     Raises:
         FileNotFoundError: no such folder, no list, or none of its pictures.
-        ValueError: several lists, one that is not of the benchmark, or without tasks.
+        ValueError: several lists, one that is not the benchmark's, or one without tasks.
     """
     files = _find(folder, "the basic_edit.json of PKU-YuanGroup/ImgEdit", "basic_edit.json", "singleturn.json")
     if len(files) > 1:
@@ -132,7 +132,7 @@ def imgedit(folder: Path) -> list[Task]:
     ids = [item["id"] for item in items.values()]
     roots = [folder, *sorted(path for path in folder.rglob("*") if path.is_dir())]
     held = {root: sum((root / name).is_file() for name in ids) for root in roots}
-    root = max(roots, key=held.__getitem__)  # the first of equal ones
+    root = max(roots, key=held.__getitem__)  # the first on a tie
     if ids and not held[root]:
         raise FileNotFoundError(f"--data: expected the pictures of {file}, such as {ids[0]}, in {folder} or below")
 
@@ -157,7 +157,7 @@ def _read(file: Any, named: Path, output: Path) -> Image.Image:
 
 
 def _find(folder: Path, what: str, *patterns: str) -> list[Path]:
-    """The files in `folder` of the first pattern that has any."""
+    """The files in `folder` that match the first pattern with matches."""
     if not folder.is_dir():
         raise FileNotFoundError(f"--data: expected a folder with {what}, got {folder}, which is none")
     for pattern in patterns:
@@ -167,13 +167,13 @@ def _find(folder: Path, what: str, *patterns: str) -> list[Path]:
 
 
 def _texts(parquet: Any, file: Path) -> list[tuple[int, int, dict[str, Any]]]:
-    """Row group, row in it, and the texts of each row."""
+    """Row group, row within it, and texts of each row."""
     try:
         with parquet.ParquetFile(file) as opened:
             missing = {*TEXTS, "input_image"}.difference(opened.schema_arrow.names)
             if not missing:
                 groups = [opened.read_row_group(g, columns=list(TEXTS)) for g in range(opened.num_row_groups)]
-    except (OSError, ValueError) as error:  # pyarrow's errors are among these
+    except (OSError, ValueError) as error:  # include pyarrow's errors
         raise ValueError(f"{file}: expected a parquet file that can be read: {error}") from error
     if missing:
         raise ValueError(
@@ -183,7 +183,7 @@ def _texts(parquet: Any, file: Path) -> list[tuple[int, int, dict[str, Any]]]:
 
 
 def _name(value: Any, what: str, file: Path) -> str:
-    """`value`, which becomes the name of a file or folder, so it must not lead anywhere else."""
+    """Check that `value` is a plain file name: it becomes part of a path."""
     if not isinstance(value, str) or value in ("", ".", "..") or "/" in value or "\\" in value:
         raise ValueError(f"{file}: expected a {what} that can name a file, got {value!r}")
     return value

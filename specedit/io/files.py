@@ -1,4 +1,4 @@
-"""Output files that are written whole or not at all."""
+"""Write files completely or not at all."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A file beside `path`, with its suffix, to write to; it takes the place of `path` when the block ends well.
+    """Yield a temporary file next to `path`, with its suffix; it replaces `path` if the block succeeds.
 
-    Missing folders are made. A link keeps pointing to its file, and what is no regular file, such as /dev/stdout, is
-    written to directly.
+    Missing folders are created. Links are followed. Anything but a regular file, such as /dev/stdout, is written
+    directly.
     """
     place = Path(os.path.realpath(path))
     if place.exists() and not place.is_file():
@@ -33,16 +33,16 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file, as `replacing` does."""
+    """Write a text file through `replacing`."""
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 def check_writable(name: str, path: Path) -> None:
-    """Before any work: whether a file can be written at `path`; `name` is the option that says it.
+    """Check before any work that `path` is writable; `name` is the option in messages.
 
     Raises:
-        ValueError: a folder, a file that is protected, or a place without permission.
+        ValueError: a folder, a protected file, or a folder without permission.
     """
     if path.is_dir():
         raise ValueError(f"{name}: expected a file to write, got the folder {path}")
@@ -56,7 +56,7 @@ def check_writable(name: str, path: Path) -> None:
 
 
 def check_folder(name: str, folder: Path) -> None:
-    """Before any work: whether files can be written into `folder`, which need not exist yet.
+    """Check before any work that files can be written to `folder`, which need not exist.
 
     Raises:
         ValueError: it, or a folder above it, is a file or cannot be written to.
@@ -69,7 +69,7 @@ def check_folder(name: str, folder: Path) -> None:
 
 
 def same(first: Path, second: Path) -> bool:
-    """Whether two paths, spelled as they may be, are one file."""
+    """Whether two paths are the same file, however they are spelled."""
     if os.path.realpath(first) == os.path.realpath(second):
         return True
     return first.exists() and second.exists() and first.samefile(second)

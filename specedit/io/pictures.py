@@ -1,4 +1,4 @@
-"""Picture files: read as a viewer shows them, and written whole or not at all."""
+"""Read pictures as a viewer shows them; write them completely or not at all."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .pixels import off_white, on_white, to_srgb
 ALPHA_FORMATS = ("PNG", "WEBP", "TIFF", "TGA", "JPEG2000", "AVIF", "HEIF", "DDS")
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 AVIF_BRANDS = (b"avif", b"avis")
-ONE_PICTURE = ("MPO", "PSD")  # whose further frames are a camera's preview and the layers
-PNG_DEPTH = 24  # where a PNG says how many bits a value has
-OTHER_SIZES = ("ICO", "ICNS")  # which hold icons only
+ONE_PICTURE = ("MPO", "PSD")  # further frames are a preview or layers
+PNG_DEPTH = 24  # offset of a PNG's bit depth
+OTHER_SIZES = ("ICO", "ICNS")  # icons only
 ORIENTATION = 0x0112  # EXIF tag
 TURNS = dict(
     enumerate(
@@ -43,8 +43,8 @@ class PictureError(ValueError):
 class Picture:
     """A picture as a viewer shows it on white.
 
-    image: mode "RGB", upright, sRGB. alpha: mode "L" of the same size, or None where the picture is opaque. notes:
-    sentences for the user, such as which of several frames this is.
+    image: mode "RGB", upright, sRGB. alpha: mode "L" of the same size, or None if the picture is opaque. notes:
+    sentences for the user, such as which of several frames was read.
     """
 
     image: Image.Image
@@ -55,15 +55,15 @@ class Picture:
 def read(file: str | os.PathLike[str] | BinaryIO, name: str | None = None) -> Picture:
     """The picture in a file, as a viewer shows it.
 
-    Grey of 16 bits and floating point values are scaled: floats in 0..1, 0..255 or 0..65535, whichever is the first to
-    hold them. A colour profile is converted to sRGB, and what is transparent lies on white.
+    16-bit grey and floating-point values are scaled. Floats are in 0..1, 0..255 or 0..65535, the first range that holds
+    them. Colour profiles are converted to sRGB. Transparent parts are white.
 
     Args:
         file: path, or an open binary file.
-        name: what messages call it, by default its path.
+        name: for messages, by default its path.
 
     Raises:
-        PictureError: missing, damaged, not a picture, or with values that do not say how bright they are.
+        PictureError: missing, damaged, not a picture, or with values in no known range.
     """
     name = str(file) if name is None else name
     opened, notes = _open(file, name)
@@ -72,7 +72,7 @@ def read(file: str | os.PathLike[str] | BinaryIO, name: str | None = None) -> Pi
         turn = _turn(opened)
         if turn is not None:
             image, alpha = image.transpose(turn), None if alpha is None else alpha.transpose(turn)
-        image.info = {}  # or writing it would take the old profile along
+        image.info = {}  # otherwise the old profile would be written too
         return Picture(on_white(image, alpha), alpha, notes + tuple(f"{name}: {note}" for note in more))
     except MemoryError:
         raise
@@ -81,17 +81,17 @@ def read(file: str | os.PathLike[str] | BinaryIO, name: str | None = None) -> Pi
 
 
 def read_mask(file: str | os.PathLike[str]) -> tuple[Image.Image, tuple[str, ...]]:
-    """A picture for `edit_mask`, upright and otherwise as it is in the file, and notes. Errors as those of `read`."""
+    """A picture for `edit_mask`, upright and otherwise unchanged, and notes. Raises as `read` does."""
     image, notes = _open(file, str(file))
     turn = _turn(image)
     return image if turn is None else image.transpose(turn), notes
 
 
 def check_target(path: str | os.PathLike[str]) -> None:
-    """Before any work: whether `write` could write an RGB picture there.
+    """Check before any work that `write` can write an RGB picture to `path`.
 
     Raises:
-        PictureError: a suffix of no format that Pillow can write here, a folder, or a place without permission.
+        PictureError: a suffix that Pillow cannot write here, a folder, or a folder without permission.
     """
     path = Path(path)
     try:
@@ -103,23 +103,23 @@ def check_target(path: str | os.PathLike[str]) -> None:
         folder = next(parent for parent in path.absolute().parents if parent.exists())
         if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
             raise PictureError(f"{path}: expected a folder that can be written to, got {folder}")
-    except OSError as error:  # a name that is too long, for instance
+    except OSError as error:  # such as a name that is too long
         raise PictureError(f"{path}: {_line(error)}") from error
 
 
 def write(image: Image.Image, path: str | os.PathLike[str], *, alpha: Image.Image | None = None) -> tuple[str, ...]:
-    """Write a picture beside its place and move it there, so that a failure leaves the old file.
+    """Write a picture to a temporary file and move it into place, so that a failure leaves the old file.
 
     Args:
         image: mode "RGB", sRGB, on white.
-        path: its suffix says the format; missing folders are made.
-        alpha: mode "L", of the picture that was edited; brought to the image's size.
+        path: its suffix selects the format; missing folders are created.
+        alpha: mode "L", of the edited picture; resized to the image's size.
 
     Returns:
         Notes for the user.
 
     Raises:
-        PictureError: as `check_target`, and where writing fails.
+        PictureError: as `check_target`, or writing fails.
     """
     check_target(path)
     place, form = Path(os.path.realpath(path)), _check_format(Path(path))
@@ -133,7 +133,7 @@ def write(image: Image.Image, path: str | os.PathLike[str], *, alpha: Image.Imag
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         image = image.copy()
-        image.info = {}  # Pillow would write a profile that is in there
+        image.info = {}  # otherwise Pillow would write its profile
         with part.open("xb") as file:
             image.save(file, format=form)
         if place.exists():
@@ -147,12 +147,12 @@ def write(image: Image.Image, path: str | os.PathLike[str], *, alpha: Image.Imag
 
 
 def _check_format(path: Path) -> str:
-    """The format that `path` is to be written in; PictureError where Pillow cannot write RGB pictures in it."""
+    """The format of `path`; PictureError if Pillow cannot write RGB pictures in it."""
     form = Image.registered_extensions().get(path.suffix.lower())
     try:
         if form not in Image.SAVE or form in OTHER_SIZES:
             raise OSError("no such format")
-        Image.new("RGB", (16, 16)).save(io.BytesIO(), format=form)  # some formats hold no colours, or lack their codec
+        Image.new("RGB", (16, 16)).save(io.BytesIO(), format=form)  # some formats have no colours or no codec here
     except (OSError, ValueError, KeyError) as error:
         raise PictureError(f"expected a picture file such as {path.stem or 'edit'}.png, got {path}") from error
     return form
@@ -161,9 +161,9 @@ def _check_format(path: Path) -> str:
 def _open(file: Any, name: str) -> tuple[Image.Image, tuple[str, ...]]:
     """The first frame, decoded, and notes."""
     try:
-        # Pillow gets no path: it would map uncompressed TIFFs into memory, and misread those that lie on their side.
+        # Pass a stream: given a path, Pillow maps uncompressed TIFFs into memory and misreads rotated ones.
         with nullcontext(file) if hasattr(file, "read") else open(file, "rb") as stream, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pictures that are large or oddly written, yet can be read
+            warnings.simplefilter("ignore")  # about large or unusual pictures that can be read
             image = _identify(stream)
             frames = 1 if image.format in ONE_PICTURE else getattr(image, "n_frames", 1)
             image.load()
@@ -175,7 +175,7 @@ def _open(file: Any, name: str) -> tuple[Image.Image, tuple[str, ...]]:
         raise PictureError(f"{name}: expected a picture file, got one that does not exist") from error
     except IsADirectoryError as error:
         raise PictureError(f"{name}: expected a picture file, got a folder") from error
-    except Exception as error:  # Pillow's readers raise errors of any kind for damaged files
+    except Exception as error:  # Pillow raises errors of any kind for damaged files
         raise PictureError(f"{name}: expected a picture that can be read: {_line(error)}") from error
 
 
@@ -197,7 +197,7 @@ def _identify(stream: BinaryIO) -> Image.Image:
 
 
 def _scale_key(image: Image.Image, stream: BinaryIO) -> None:
-    """Bring the transparent colour of a PNG to 8 bits, as Pillow brought the pixels."""
+    """Scale a PNG's transparent colour to 8 bits, as Pillow scales the pixels."""
     key = image.info.get("transparency")
     if image.format != "PNG" or not isinstance(key, (int, tuple)):
         return
@@ -210,15 +210,15 @@ def _scale_key(image: Image.Image, stream: BinaryIO) -> None:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What brings the picture upright: cameras write beside the pixels which side is up."""
+    """The transposition that turns the picture upright, from its EXIF orientation."""
     try:
         return TURNS.get(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # damaged EXIF does not say
+    except Exception:  # damaged EXIF
         return None
 
 
 def _brand(stream: BinaryIO) -> bytes | None:
-    """The brand in an ISO media file's first box, b"" of other files, and None of empty ones."""
+    """The brand in an ISO media file's first box; b"" for other files, None for empty ones."""
     stream.seek(0)
     first = stream.read(12)
     stream.seek(0)

@@ -1,4 +1,4 @@
-"""Pillow modes and colour profiles to what a viewer shows: 8-bit sRGB, and the alpha channel beside it."""
+"""Convert Pillow modes and colour profiles to 8-bit sRGB and a separate alpha channel."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import numpy as np
 from PIL import Image, ImageCms
 
 GREY_16 = ("I;16", "I;16L", "I;16B", "I;16N", "I")
-RANGES = (1.0, 255.0, 65535.0)  # of float pictures: black is 0, white one of these
+RANGES = (1.0, 255.0, 65535.0)  # white of float pictures; black is 0
 ALPHA = ("RGBA", "RGBa", "LA", "La", "PA")
-SCREEN_GAMMA = 2.2  # which PNG's own gamma is made for
-SAME = 2  # levels by which a profile may differ from sRGB and leave the pixels alone
+SCREEN_GAMMA = 2.2  # the display that PNG's gamma assumes
+SAME = 2  # levels; a profile this close to sRGB leaves the pixels unchanged
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF tags
 
 
 def to_srgb(image: Image.Image) -> tuple[Image.Image, Image.Image | None, tuple[str, ...]]:
-    """An 8-bit sRGB picture, its alpha, and sentences on what could not be done.
+    """An 8-bit sRGB picture, its alpha, and notes.
 
     Returns:
-        image: mode "RGB", the colours without the alpha, hidden ones included.
-        alpha: mode "L", or None where every pixel is opaque.
-        notes: what to tell the user.
+        image: mode "RGB", the colours before compositing, also of transparent pixels.
+        alpha: mode "L", or None if every pixel is opaque.
+        notes: sentences for the user about what could not be converted.
 
     Raises:
-        ValueError: values in a range that means nothing here, or a mode that is not known.
+        ValueError: values in an unknown range, or an unknown mode.
     """
     profile = image.info.get("icc_profile")
     colours, alpha = _split(image)
@@ -50,7 +50,7 @@ def on_white(image: Image.Image, alpha: Image.Image | None) -> Image.Image:
 
 
 def off_white(image: Image.Image, alpha: Image.Image) -> Image.Image:
-    """The RGBA picture that `image` is on white; where nothing shows, white."""
+    """The RGBA picture that gives `image` on white; fully transparent pixels are white."""
     share = np.asarray(alpha, np.float32)[:, :, None] / 255
     colours = 255 - (255 - np.asarray(image, np.float32)) / np.maximum(share, 1 / 255)
     colours = np.where(share > 0, colours.clip(0, 255).round(), 255).astype(np.uint8)
@@ -90,7 +90,7 @@ def _from_16_bit(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     clear = image.info.get("transparency")
     alpha = Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)) if isinstance(clear, int) else None
     if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
-        values = white - values  # which Pillow does for 8 bits only
+        values = white - values  # Pillow inverts 8-bit pictures only
     return Image.fromarray(np.round(values * (255 / white)).astype(np.uint8)), alpha
 
 
@@ -98,7 +98,7 @@ def _from_float(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     low, high = float(values.min()), float(values.max())
     white = next((white for white in RANGES if high <= white), None)
-    # A picture that reaches less than a sixteenth of a range was hardly meant to be in it.
+    # A picture below a sixteenth of a range was hardly meant to use it.
     if not low >= 0 or white is None or (white > 1 and high < white / 16):
         ranges = ", ".join(f"0..{white:g}" for white in RANGES)
         raise ValueError(f"expected floating point values in one of {ranges}, got values from {low:g} to {high:g}")
@@ -130,7 +130,7 @@ def _by_profile(image: Image.Image, profile: bytes) -> Image.Image:
 
 
 def _from_rgb(image: Image.Image, profile: Any) -> Image.Image:
-    """Converted to sRGB, or as it is where the profile is sRGB by any name: a conversion would round."""
+    """Convert to sRGB; leave the pixels alone if the profile is sRGB, because conversion rounds."""
     transform = ImageCms.buildTransform(profile, _srgb(), "RGB", "RGB")
     levels = np.linspace(0, 255, 9).round().astype(np.uint8)
     colours = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(27, 27, 3)

@@ -1,4 +1,4 @@
-"""The embedded editors: a small FLUX-Kontext and a small Qwen-Image-Edit, and the tasks that they are measured on.
+"""The embedded editors, a small FLUX-Kontext and a small Qwen-Image-Edit, and the tasks that measure them.
 
 pipe = micro.load("kontext")
 case = micro.scenes.sample(seed=7, size=512)

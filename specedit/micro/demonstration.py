@@ -27,7 +27,7 @@ SEED = 1  # an added object on a photograph that training never saw
 
 @dataclass
 class Result:
-    """Both edits of one task, and what they took."""
+    """Both edits of one task, and their cost."""
 
     case: scenes.Case
     stock: Image.Image
@@ -38,7 +38,7 @@ class Result:
     model: str = "kontext"
 
     def rows(self) -> list[tuple[str, str, str, str]]:
-        """The table: a heading and one line a quantity, stock beside SpecEdit."""
+        """The table: a heading, then one line per quantity, stock beside SpecEdit."""
         a, b = score(self.stock, self.case), score(self.edit, self.case)
         same = [self._untouched(image) for image in (self.stock, self.edit)]
         gain = f"{self.stock_seconds / self.run.seconds:.1f}x"
@@ -73,7 +73,7 @@ class Result:
         )
 
     def save_figure(self, path: Path) -> None:
-        """Input, both edits, and where SpecEdit looked, side by side."""
+        """Input, both edits and the edited cells, side by side."""
         figure = Figure(figsize=(16, 5.0), layout="constrained")
         axes = figure.subplots(1, 4)
         gain, fewer = self.stock_seconds / self.run.seconds, self.run.flops_ratio_50
@@ -82,7 +82,7 @@ class Result:
             "input",
             f"stock {NAMES[self.model]} pipeline\n{STOCK_STEPS} steps, {self.stock_seconds:.1f} s",
             f"SpecEdit, the same call{kept}\n{self.run.nfe} steps, {self.run.seconds:.1f} s, {gain:.1f}x faster",
-            f"where it looked: {self.run.edit_fraction:.0%} edited (bright),\n{fewer:.1f}x fewer FLOPs",
+            f"edited cells (bright): {self.run.edit_fraction:.0%},\n{fewer:.1f}x fewer FLOPs",
         )
         for axis, image, title in zip(
             axes, (self.case.source, self.stock, self.edit, where_it_looked(self.edit, self.run)), titles
@@ -103,7 +103,7 @@ def run(size: int = 512, preset: str = "turbo", seed: int = SEED, model: str = "
     def generator() -> torch.Generator:
         return torch.Generator().manual_seed(seed)
 
-    pipe(**call, num_inference_steps=2, generator=generator())  # first-use costs belong to neither
+    pipe(**call, num_inference_steps=2, generator=generator())  # warm up
     pipe.set_progress_bar_config(desc=f"stock, {STOCK_STEPS} steps")
     began = time.perf_counter()
     stock = pipe(**call, num_inference_steps=STOCK_STEPS, generator=generator()).images[0]

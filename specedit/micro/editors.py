@@ -1,4 +1,4 @@
-"""The table of embedded editors: what loading and evaluation need to know of each."""
+"""The embedded editors, with what loading and evaluation need of each."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Editor:
     """One kind of embedded editor.
 
     Attributes:
-        name: as `micro.load` takes it; also the folder of its weights.
-        pipeline: class of its pipeline, or a parent of it.
+        name: for `micro.load`; also the folder of its weights.
+        pipeline: class of its pipeline, or a base class.
         load: reads the pipeline from a folder; keyword arguments go to `from_pretrained`.
-        arguments: of an image, keyword arguments of the pipeline's call.
-        passes: of (pipe, case, call), the sequence length of each transformer call of one step.
-        default_steps: the stock pipeline's own number of steps.
+        arguments: from an image to keyword arguments of the pipeline's call.
+        passes: from (pipe, case, call) to the sequence length of each transformer call in a step.
+        default_steps: the stock pipeline's default number of steps.
     """
 
     name: str
@@ -53,10 +53,10 @@ def editor_named(name: str) -> Editor:
 
 
 def editor_of(pipe: Any) -> Editor:
-    """The kind of editor that a pipeline is.
+    """The editor that a pipeline belongs to.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: neither.
     """
     for editor in EDITORS:
         if isinstance(pipe, editor.pipeline):

@@ -1,4 +1,4 @@
-"""Scores a pipeline on tasks whose exact result is known."""
+"""Score a pipeline on tasks with exact results."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ..evaluation.metrics import mean, psnr
 from .editors import editor_named, editor_of
 from .scenes import Case
 
-MARGIN = 16  # px around the edit mask that keep_psnr leaves out
-NEAR = 18.0  # dB that an edited region must be within of its target
+MARGIN = 16  # px around the edit mask that keep_psnr ignores
+NEAR = 18.0  # dB to the target that an edited region must reach
 
 
 def arguments(image: Image.Image, model: str = "kontext") -> dict[str, Any]:
     """Keyword arguments of the pipeline's call, besides image and prompt. `model`: "kontext" or "qwen".
 
-    With them an editor works at the image's own size; the editors are trained for 128 to 512 px. "qwen" also gets a
-    negative prompt, which switches its guidance on.
+    They make an editor work at the image's own size; the editors are trained for 128 to 512 px. "qwen" also gets a
+    negative prompt, which turns its guidance on.
 
     Raises:
         ValueError: another model.
@@ -39,9 +39,9 @@ def grow(mask: np.ndarray, by: int) -> np.ndarray:
 def score(image: Image.Image, case: Case) -> dict[str, Any]:
     """`success`, `edit_psnr`, `keep_psnr` of one result.
 
-    success: the edited region is nearer to the target than to the source and at least 18 dB from the target.
-    edit_psnr: dB from the target inside the edit mask. keep_psnr: dB from the source outside it, 16 px around left out;
-    nan where everything was to change.
+    success: inside the edit mask, the PSNR to the target exceeds the one to the source and reaches 18 dB.
+    edit_psnr: dB to the target inside the edit mask. keep_psnr: dB to the source outside it, without a margin of 16 px;
+    nan if everything was to change.
 
     Raises:
         ValueError: an image of another size than the case's.
@@ -59,18 +59,18 @@ def score(image: Image.Image, case: Case) -> dict[str, Any]:
 
 
 def evaluate(pipe: Any, cases: Iterable[Case], num_inference_steps: int | None = None, **call: Any) -> dict[str, Any]:
-    """Run a pipeline on tasks and score it.
+    """Run a pipeline on tasks and score the results.
 
     Args:
-        pipe: stock or with SpecEdit installed. A stock pipeline runs 50 steps, an installed one its preset.
+        pipe: stock or with SpecEdit installed. A stock pipeline runs 50 steps, an installed one its preset's number.
         cases: from `scenes.sample`.
-        num_inference_steps: instead.
+        num_inference_steps: overrides both.
         call: further arguments of the pipeline's call.
 
     Returns:
-        {"mean": {...}, "cases": [...]}: seed, kind, mask_share, success, edit_psnr, keep_psnr, flops, seconds of each,
-        and where there is a report its edit_fraction, missed and, as flops_ratio, its flops_ratio_50: a stock pipe runs
-        50 steps here. Means leave out nan. "kinds" holds the means of each kind.
+        {"mean": {...}, "kinds": {...}, "cases": [...]}. Each case has seed, kind, mask_share, success, edit_psnr,
+        keep_psnr, flops and seconds. With a report, also edit_fraction, missed (empty drafts) and flops_ratio, which is
+        the report's flops_ratio_50, because a stock pipe runs 50 steps here. Means ignore nan.
     """
     from ..api.installing import is_active, last_report
     from ..config import STOCK_STEPS
@@ -101,7 +101,7 @@ def evaluate(pipe: Any, cases: Iterable[Case], num_inference_steps: int | None =
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Scores of tasks as `evaluate` returns them in "cases": their "mean", and under "kinds" that of each kind."""
+    """The "mean" of cases as `evaluate` returns them, and under "kinds" the mean of each kind."""
     kinds = sorted({row["kind"] for row in rows})
     return {"mean": mean(rows), "kinds": {kind: mean([r for r in rows if r["kind"] == kind]) for kind in kinds}}
 
@@ -109,7 +109,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def stock_flops(pipe: Any, case: Case, steps: int, call: dict[str, Any] | None = None) -> float:
     """Transformer FLOPs of a stock run: target, reference and text tokens at every step, under each prompt.
 
-    `call`: the arguments of the call, where they are not those of `arguments`.
+    `call`: the call's arguments, if not those of `arguments`.
     """
     from ..cost.flops import transformer_flops
 

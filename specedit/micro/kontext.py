@@ -1,4 +1,4 @@
-"""The embedded FLUX-Kontext editor at run time: reading its weights, and what its pipeline must be told."""
+"""The embedded FLUX-Kontext editor at run time: its weights and its pipeline's arguments."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ TEXT_TOKENS = 32  # length of the T5 sequence in training
 class CappedTokenizer(PreTrainedTokenizerFast):
     """A tokenizer that never pads beyond `model_max_length`, and warns of prompts that the editor was not trained on.
 
-    FluxKontextPipeline pads prompts to `max_sequence_length=512` by default. 480 padding tokens would outnumber this
-    editor's image tokens, and training had none.
+    FluxKontextPipeline pads prompts to `max_sequence_length=512` by default. Training had no padding, and 480 padding
+    tokens would outnumber the image tokens.
     """
 
     def __call__(self, text=None, *args, max_length: int | None = None, **kwargs):
@@ -43,9 +43,9 @@ def read(folder: Path, **kwargs: Any) -> FluxKontextPipeline:
 
 
 def nested_clip(folder: Path, dtype: torch.dtype | None) -> dict[str, CLIPTextModel]:
-    """`text_encoder` read with renamed weights where transformers needs it, else nothing.
+    """`text_encoder` with renamed weights if this transformers needs it, else nothing.
 
-    Before transformers 5, CLIPTextModel holds its parts in `text_model`. The file has the names of transformers 5.
+    Before transformers 5, CLIPTextModel nests its parts in `text_model`. The file has the names of transformers 5.
     """
     with torch.device("meta"):
         names = CLIPTextModel(CLIPTextConfig.from_pretrained(folder)).state_dict()
@@ -62,7 +62,7 @@ def nested_clip(folder: Path, dtype: torch.dtype | None) -> dict[str, CLIPTextMo
 
 
 def arguments(image: Image.Image) -> dict[str, Any]:
-    """The image's own size. By default FluxKontextPipeline resizes to about one megapixel and pads to 512 tokens."""
+    """Arguments that keep the image's size; the default is about one megapixel and 512 text tokens."""
     width, height = (side // 16 * 16 for side in image.size)
     return dict(
         height=height, width=width, max_area=height * width, _auto_resize=False, max_sequence_length=TEXT_TOKENS
@@ -70,5 +70,5 @@ def arguments(image: Image.Image) -> dict[str, Any]:
 
 
 def passes(pipe: Any, case: Any, call: dict[str, Any]) -> list[int]:
-    """One call a step, on target, reference and text tokens: guidance is distilled."""
+    """One transformer call per step, on target, reference and text tokens: guidance is distilled."""
     return [2 * (case.source.width // 16) * (case.source.height // 16) + TEXT_TOKENS]

@@ -1,4 +1,4 @@
-"""Loads the trained editors that are part of the package."""
+"""Load the packaged editors."""
 
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,19 @@ STUDENT = WEIGHTS / "kontext-lightning"  # the Kontext editor's few-step LoRA, f
 
 
 def identity(name: str, part: str = "") -> dict[str, Any]:
-    """Which editor a results file was measured on: its name, and the fingerprint of its weights or of one `part`."""
+    """An editor's name and the fingerprint of its weights, or of one `part`, for results files."""
     return dict(model=name, weights=results.fingerprint(WEIGHTS / name / part))
 
 
 def load(name: str = "kontext", *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-    """A real pipeline with weights trained here, through `from_pretrained` on a directory; no network.
+    """A real pipeline with weights trained here, read by `from_pretrained` from a directory; no network.
 
     Args:
         name: "kontext", a FluxKontextPipeline, or "qwen", a QwenImageEditPipeline.
 
     Raises:
         ValueError: an unknown name.
-        FileNotFoundError: the package holds no weights of that editor.
+        FileNotFoundError: the package has no weights of that editor.
     """
     editor = editor_named(name)
     folder = WEIGHTS / name
@@ -37,7 +37,7 @@ def load(name: str = "kontext", *, device: str | torch.device = "cpu", dtype: to
             f"`python -m training.micro.train --model {name} --out runs/{name}`, run in the repository, leaves in "
             f"runs/{name}/editor; it holds {', '.join(held) or 'none'}"
         )
-    pipe = editor.load(folder).to(device=device, dtype=dtype)  # versions of diffusers disagree about the loader's dtype
+    pipe = editor.load(folder).to(device=device, dtype=dtype)  # the loader's dtype argument differs between versions
     if torch.device(device).type == "cpu":
         channels_last(pipe.vae)
     return pipe
@@ -45,10 +45,10 @@ def load(name: str = "kontext", *, device: str | torch.device = "cpu", dtype: to
 
 @torch.no_grad()
 def channels_last(module: nn.Module) -> None:
-    """Store the weights of 3-D convolutions channels-last, in place; values stay.
+    """Store the weights of 3-D convolutions channels-last, in place, without changing values.
 
-    oneDNN lays out a convolution's result as its weight is, so the weights are all there is to change. The norms before
-    Qwen's convolutions then read their channels contiguously. 2-D autoencoders were no faster.
+    oneDNN gives a convolution's result the layout of its weight. The norms before Qwen's convolutions then read their
+    channels contiguously. 2-D autoencoders were no faster.
     """
     for parameter in module.parameters():
         if parameter.ndim == 5:

@@ -1,7 +1,7 @@
 """Crops of the public-domain photographs that scikit-image ships, kept small inside the package.
 
-`python -m specedit.micro.photos` writes them anew (needs the `train` extra). Photographs of evaluation are
-never seen in training: whole pictures are held out, not parts of them.
+`python -m specedit.micro.photos` recreates them (needs the `train` extra). Training never sees the photographs of
+evaluation: whole pictures are held out, not crops.
 """
 
 from functools import cache
@@ -41,7 +41,7 @@ def load() -> Tensor:
 
 
 def write(folder: Path = FOLDER) -> None:
-    """Cut the crops out of scikit-image's own files."""
+    """Cut the crops from scikit-image's files."""
     from skimage import data
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,9 @@
-"""The embedded Qwen editor's pipeline: diffusers' own, which takes pictures at their own size.
+"""The embedded Qwen editor's pipeline: diffusers' own, at the picture's own size.
 
-`QwenImageEditPipeline.__call__` brings every picture to one megapixel, `calculate_dimensions(1024 * 1024, ratio)`, and
-has no argument or configuration for it: the vision-language encoder could be told otherwise (by the processor's
-`max_pixels`), but the reference of the autoencoder and its positions could not, and 4,096 reference tokens would dwarf
-the 1,024 of a 512 px edit. So this class runs the stock method's own code with another answer to that one question.
-Nothing of diffusers is changed: its class and module keep their function, and any other pipeline keeps its size.
+`QwenImageEditPipeline.__call__` resizes every picture to one megapixel with `calculate_dimensions(1024 * 1024, ratio)`,
+and has no argument for it. The processor's `max_pixels` limits the vision-language encoder, but not the autoencoder's
+reference, whose 4,096 tokens would dwarf the 1,024 of a 512 px edit. So this class runs the stock method's code with
+another `calculate_dimensions`. Nothing in diffusers is changed.
 """
 
 from __future__ import annotations
@@ -25,20 +24,20 @@ from transformers import BatchFeature, PreTrainedTokenizerFast, Qwen2VLProcessor
 
 try:
     from transformers import Qwen2VLImageProcessorPil as Qwen2VLImageProcessor
-except ImportError:  # before transformers 5 this was the one without torchvision
+except ImportError:  # before transformers 5, this class needed no torchvision
     from transformers import Qwen2VLImageProcessor
 
 from .words import warn_unless_understood
 
-LARGEST = 1024 * 1024  # px; a larger picture is brought down to it, as by the stock pipeline
+LARGEST = 1024 * 1024  # px; larger pictures are resized to it, as in the stock pipeline
 _STOCK = inspect.unwrap(QwenImageEditPipeline.__call__)
 
 
 class OwnSizeQwenImageEditPipeline(QwenImageEditPipeline):
-    """QwenImageEditPipeline for pictures of any size up to 1 MP: they are edited at their own, in whole tokens."""
+    """QwenImageEditPipeline that edits pictures of up to 1 MP at their own size, in whole tokens."""
 
     def picture_size(self, image: Image.Image) -> tuple[int, int]:
-        """Width and height at which a picture is encoded, and the output's where the call names none."""
+        """Width and height at which a picture is encoded; also the default size of the output."""
         width, height = image.size
         if width * height > LARGEST:
             return calculate_dimensions(LARGEST, width / height)[:2]
@@ -77,7 +76,7 @@ class OwnSizeQwenImageEditPipeline(QwenImageEditPipeline):
 
 
 class PictureProcessor(Qwen2VLProcessor):
-    """Qwen2VLProcessor for pictures and text alone: its part for videos needs torchvision."""
+    """Qwen2VLProcessor without videos, which need torchvision."""
 
     def __init__(self, image_processor: Any, tokenizer: PreTrainedTokenizerFast):
         self.image_processor, self.tokenizer = image_processor, tokenizer
@@ -87,10 +86,9 @@ class PictureProcessor(Qwen2VLProcessor):
     def __call__(
         self, text: str | list[str], images: Any = None, padding: bool = True, return_tensors: str = "pt"
     ) -> BatchFeature:
-        """`input_ids`, `attention_mask`, and of pictures `pixel_values` and `image_grid_thw`.
+        """`input_ids` and `attention_mask`; for pictures also `pixel_values` and `image_grid_thw`.
 
-        Each `<|image_pad|>` of the texts is repeated once for every token that its picture becomes. Only "pt" tensors
-        are made.
+        Each `<|image_pad|>` is repeated for every token of its picture. Only "pt" tensors are supported.
         """
         seen = {} if images is None else self.look(images if isinstance(images, list) else [images])
         return self.join([text] if isinstance(text, str) else text, seen, padding)
@@ -100,7 +98,7 @@ class PictureProcessor(Qwen2VLProcessor):
         return dict(self.image_processor(images=images, return_tensors="pt"))
 
     def join(self, texts: list[str], seen: dict[str, torch.Tensor], padding: bool = True) -> BatchFeature:
-        """Texts beside what `look` made of their pictures; a single picture serves every text."""
+        """Texts with the output of `look` for their pictures; a single picture serves every text."""
         if seen:
             places = sum(text.count(self.image_token) for text in texts)
             if len(seen["image_grid_thw"]) == 1 < places:

@@ -1,4 +1,4 @@
-"""The embedded Qwen editor at run time: reading its weights, and what its pipeline must be told."""
+"""The embedded Qwen editor at run time: its weights and its pipeline's arguments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 from .pipelines import OwnSizeQwenImageEditPipeline, PictureProcessor
 
 EMPTY_PROMPT = " "
-TRUE_CFG_SCALE = 2.0  # each task has one right answer; a higher scale overshoots it
+TRUE_CFG_SCALE = 2.0  # each task has one right answer, which higher scales overshoot
 
 
 def read(folder: Path, **kwargs: Any) -> OwnSizeQwenImageEditPipeline:
@@ -20,13 +20,13 @@ def read(folder: Path, **kwargs: Any) -> OwnSizeQwenImageEditPipeline:
 
 
 def arguments(image: Image.Image) -> dict[str, Any]:
-    """The image's own size, and true guidance against an empty prompt."""
+    """Arguments for the image's own size, and true guidance against an empty prompt."""
     width, height = (side // 16 * 16 for side in image.size)
     return dict(height=height, width=width, negative_prompt=EMPTY_PROMPT, true_cfg_scale=TRUE_CFG_SCALE)
 
 
 def passes(pipe: Any, case: Any, call: dict[str, Any]) -> list[int]:
-    """One call for each prompt of a step, on target, reference and that prompt's tokens."""
+    """One transformer call per prompt and step, on target, reference and that prompt's tokens."""
     prompts = [case.prompt]
     if call.get("negative_prompt") is not None and call.get("true_cfg_scale", 4.0) > 1:
         prompts.append(call["negative_prompt"])

@@ -1,7 +1,7 @@
 """Draws scenes: signed distance functions over a pixel grid, many scenes in one call.
 
-Coordinates are in pixels of the whole image; `window` renders a part of it at the same scale.
-All functions work on any device and are exact per scene: a scene looks the same in every batch.
+Coordinates are in pixels of the whole image; `window` renders a part of it at the same scale. All functions run on any
+device. A scene looks the same in every batch.
 """
 
 import math
@@ -28,7 +28,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Backdrop:
-    """A background: `kind`, two RGB colours in 0..1, and the numbers its kind needs (angle, period, photo window)."""
+    """A background: `kind`, two RGB colours in 0..1, and parameters of its kind (angle, period, photo window)."""
 
     kind: str
     first: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -84,7 +84,7 @@ def coverage(
 ) -> Tensor:
     """Anti-aliased coverage of each object, (n, h, w) float32 in 0..1.
 
-    `window` (n, 4) int: top, left, h, w of the part to draw (all of one h, w); the whole image without.
+    `window` (n, 4) int: top, left, h, w of the part to draw (equal h, w for all); None: the whole image.
     """
     n = len(things)
     y0, x0, h, w = _window(window, n, height, width, device)
@@ -155,7 +155,7 @@ def _window(window: Tensor | None, n: int, height: int, width: int, device) -> t
 
 
 def _wave(t: Tensor, pixel: float) -> Tensor:
-    """A square wave of period 2, its edges one pixel wide (`pixel` is a pixel's width in t)."""
+    """A square wave of period 2 with edges one pixel wide; `pixel` is a pixel's width in t."""
     distance = (torch.remainder(t, 2.0) - 1.0).abs() - 0.5
     return (0.5 - distance / pixel).clamp(0, 1)
 
@@ -170,7 +170,7 @@ def _clouds(seed: int, x: Tensor, y: Tensor) -> Tensor:
 def _photo(photo: Tensor, window: tuple, x: Tensor, y: Tensor, height: int, width: int) -> Tensor:
     left, top, share_w, share_h = window
     side = photo.shape[-1]
-    # Shrink first where several photo pixels fall on one image pixel, so that nothing aliases.
+    # Shrink first if several photo pixels fall on one image pixel, to avoid aliasing.
     factor = max(abs(share_w) * side / width, abs(share_h) * side / height)
     if factor > 1:
         photo = F.interpolate(photo[None], scale_factor=1 / factor, mode="bilinear", antialias=True)[0]

@@ -1,7 +1,7 @@
 """Procedural editing tasks with exact ground truth: a scene, an instruction, and the scene after it.
 
-A seed fixes a scene in resolution-free coordinates; it can be drawn at any size. Evaluation takes seeds
-below `TRAINING_SEED`, training takes seeds from there up, so the two never meet.
+A seed fixes a scene in resolution-free coordinates, which can be drawn at any size. Evaluation uses seeds below
+`TRAINING_SEED`, training the others, so that they never share a scene.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 @dataclass(frozen=True)
 class Scene:
-    """What is drawn before and after the edit, and how the edit is asked for."""
+    """A scene before and after the edit, and the instruction."""
 
     kind: str
     prompt: str
@@ -33,7 +33,7 @@ class Scene:
 
     @property
     def place(self) -> tuple[int, int] | None:
-        """Column and row, on the board of 3 x 3, of the object that is edited; None where the whole picture is."""
+        """Column and row of the edited object on the 3 x 3 board; None if the whole picture is edited."""
         if self.kind in ("background", "greyscale"):
             return None
         return _cell((self.after if self.kind == "add" else self.before)[0])
@@ -84,7 +84,7 @@ def describe(seed: int, kind: str | None = None) -> Scene:
         after = (replace(chosen, shape=shape), *things[1:])
         fields["shape"] = shape
     elif kind == "add":
-        # The chosen object is the one to be added: canonical place and size, so that the words fix the picture.
+        # The chosen object is added, with canonical place and size, so that the prompt determines the picture.
         word = str(rng.choice(list(SIZES)))
         place = next(p for p, cell in PLACES.items() if cell == _cell(chosen))
         column, row = PLACES[place]
@@ -168,7 +168,7 @@ def _cell(thing: Thing) -> tuple[int, int]:
 
 
 def _reference(rng: np.random.Generator, chosen: Thing, things: Sequence[Thing]) -> str:
-    """Words that pick out one object: colour and shape, or the shape alone where it is the only one."""
+    """A phrase that identifies one object: colour and shape, or the shape alone if it is unique."""
     alone = sum(t.shape == chosen.shape for t in things) == 1
     return chosen.shape if alone and rng.random() < 0.25 else f"{chosen.colour} {chosen.shape}"
 
@@ -196,7 +196,7 @@ def _background(rng: np.random.Generator, training: bool) -> Backdrop:
 
 
 def _asked_background(rng: np.random.Generator, taken: Sequence[str]) -> tuple[Backdrop, str]:
-    """A background that the prompt can name, in colours that no object has, so that every object stays visible."""
+    """A background that the prompt can name, in colours that no object has, so that all objects stay visible."""
     kind = str(rng.choice(list(BACKGROUNDS)))
     c1, c2 = (str(c) for c in rng.choice([c for c in COLOURS if c not in taken], 2, replace=False))
     background = Backdrop(kind, rgb(c1), rgb(c2), angle=0.0, period=0.25)

@@ -1,4 +1,4 @@
-"""End-to-end timing of an embedded editor: stock against every preset and both restores, in one run."""
+"""End-to-end timing of an embedded editor: stock against every preset with both restores."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ SEED = 1
 def presets_against_stock(
     size: int, repeat: int = 3, seed: int = SEED, model: str = "kontext", **settings: Any
 ) -> list[dict[str, Any]]:
-    """Rows of an `end_to_end` result file; medians of `repeat` calls, one short call of each before them to warm up.
-    `settings`: of SpecEditConfig, beside every preset. All ratios are to stock's 50 steps, the `baseline` of each row.
+    """Rows of an `end_to_end` result file: medians of `repeat` calls, after a short warm-up call.
 
-    Stock and presets take turns, so that a machine whose speed drifts is as slow for one as for another.
-    `peak_memory` is the most bytes that torch held on the GPU at once. On a CPU it is None: a process can neither be
-    asked for the peak of one call, nor be told to forget that of the calls before.
+    Stock and presets take turns, so that a drift of the machine's speed affects all alike. Ratios are to stock's 50
+    steps. `peak_memory` is torch's peak on the GPU in bytes; None on a CPU, where the peak of one call is unknown.
+
+    Args:
+        settings: fields of SpecEditConfig that override every preset.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = load(model, device=device)
@@ -34,7 +35,7 @@ def presets_against_stock(
     call = dict(image=case.source, prompt=case.prompt, **arguments(case.source, model))
 
     def measure(**more: Any) -> tuple[float, int]:
-        """Seconds of one call, and its peak, 0 on a CPU."""
+        """Seconds and peak memory of one call; 0 bytes on a CPU."""
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
@@ -62,7 +63,7 @@ def presets_against_stock(
     rows = []
     for (preset, restore), calls in taken.items():
         times = [seconds for seconds, _, _ in calls]
-        middle = statistics.median_low(times)  # a call of its own, so that its stages are this row's
+        middle = statistics.median_low(times)  # an actual call, so that its stages belong to this row
         done = calls[times.index(middle)][2]
         rows.append(
             dict(

@@ -1,6 +1,6 @@
-"""What the scenes are made of: names, colours, places and the phrasings of each edit.
+"""The scenes' vocabulary: names, colours, places and the phrasings of each edit.
 
-Everything a prompt can say is listed here, so that the renderer, the tokenizer and the tests agree.
+Renderer, tokenizer and tests share it.
 """
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -36,7 +36,7 @@ SIZES: dict[str, float] = {"small": 0.10, "": 0.13, "large": 0.15}
 
 KINDS: tuple[str, ...] = ("recolor", "remove", "add", "shape", "background", "greyscale")
 
-# Several phrasings each; the fields are filled in by scenes.describe.
+# Several phrasings each; scenes.describe fills in the fields.
 PHRASES: dict[str, tuple[str, ...]] = {
     "recolor": (
         "make the {object} {colour}",
@@ -76,7 +76,7 @@ PHRASES: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# What a background edit may ask for; c1 and c2 are colour names.
+# Backgrounds that an edit can name; c1 and c2 are colour names.
 BACKGROUNDS: dict[str, str] = {
     "plain": "plain {c1}",
     "stripes": "{c1} and {c2} stripes",

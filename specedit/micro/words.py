@@ -1,4 +1,4 @@
-"""What the embedded editors understand: prompts in their own sentences, and the words that they do not know."""
+"""Prompts that the embedded editors understand: synonyms, rewrites, and errors for unknown words."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from .vocabulary import BACKGROUNDS, COLOURS, PHRASES, PLACES, SHAPES, SIZES
 
-# What people write, and the editors' own word for exactly that. Longer expressions come first.
+# Synonyms of the editors' words. Longer expressions come first.
 SYNONYMS: dict[str, str] = {
     "get rid of": "remove", "upper left": "top left", "upper right": "top right", "lower left": "bottom left",
     "lower right": "bottom right", "gray": "grey", "grayscale": "greyscale",
@@ -22,7 +22,7 @@ SYNONYMS: dict[str, str] = {
 }  # fmt: skip
 FILLERS = ("please", "kindly", "now")
 
-# Sentences of the same meaning as one of PHRASES, with other words around the fields.
+# Sentences that mean the same as one of PHRASES.
 _REWRITES: tuple[tuple[str, str], ...] = (
     (r"(?:make|turn) (?:it|the picture|the image|everything) (?:into )?(?:grey|greyscale|black and white)",
      "make it greyscale"),
@@ -40,16 +40,16 @@ _REWRITES: tuple[tuple[str, str], ...] = (
 
 
 def understood(prompt: str) -> tuple[str, tuple[str, ...]]:
-    """The prompt in the embedded editors' own words.
+    """Rewrite a prompt in the embedded editors' own words.
 
     Args:
         prompt: one instruction in English, such as "make the red circle blue".
 
     Returns:
-        The sentence to give to the editor, and a note for each word that was replaced.
+        The sentence for the editor, and a note for each replaced word.
 
     Raises:
-        ValueError: naming the words that are not known, or that the words do not make one of the known sentences.
+        ValueError: unknown words, which it names, or no known sentence.
     """
     words = re.sub(r"[\s_]+", " ", re.sub(r"[.!,;:\"“”]", " ", prompt.lower().replace("-", " "))).strip()
     notes = []
@@ -76,10 +76,10 @@ def understood(prompt: str) -> tuple[str, tuple[str, ...]]:
 
 
 def warn_unless_understood(texts: str | Iterable[str]) -> None:
-    """One warning for each prompt that an editor was not trained on. Single words, as in negative prompts, are fine."""
+    """Warn once for each prompt that an editor was not trained on. Single words, as in negative prompts, are fine."""
     for text in [texts] if isinstance(texts, str) else texts:
         if (problem := _problem(text)) is not None:
-            warnings.warn(problem, UserWarning, stacklevel=1)  # of this line, so that Python says it once
+            warnings.warn(problem, UserWarning, stacklevel=1)  # attributed to this line, so that Python shows it once
 
 
 @functools.lru_cache(maxsize=4096)
@@ -97,7 +97,7 @@ def _problem(text: str) -> str | None:
 
 
 def help_text() -> str:
-    """What the editors understand, for people: every sentence and the words that fill it."""
+    """Every sentence that the editors understand, and the words that fill it, for help texts."""
     names = {name: f"<{name.replace('colour', 'color')}>" for name in _fields()}
     lines = [phrase.format(**names) for group in PHRASES.values() for phrase in group]
     return "\n".join(
@@ -115,7 +115,7 @@ def help_text() -> str:
 
 @functools.cache
 def known_words() -> frozenset[str]:
-    """Every word that a prompt can be made of."""
+    """Every word that a prompt can contain."""
     sentences = [*itertools.chain(*PHRASES.values()), *BACKGROUNDS.values(), *(pattern for pattern, _ in _REWRITES)]
     texts = [*(re.sub(r"\{\w+\}|\\\d|[^\w\s]", " ", s) for s in sentences), *COLOURS, *SHAPES, *PLACES, *SIZES]
     return frozenset(word for text in texts for word in text.split())
@@ -154,7 +154,7 @@ def _patterns() -> tuple[str, ...]:
 
 
 def _named(unknown: list[str]) -> str:
-    """The words, each with the known one that looks most like it."""
+    """The words, each with the most similar known one."""
     named = []
     for word in unknown:
         close = difflib.get_close_matches(word, sorted(known_words()), n=1, cutoff=0.75)

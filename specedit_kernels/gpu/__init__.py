@@ -26,7 +26,7 @@ _LAUNCHES: dict[str, Callable[..., Any]] = {
 }
 
 
-def run(name: str, args: tuple, tuned: dict[str, dict] | None = None):
+def run(name: str, args: tuple[Any, ...], tuned: dict[str, Config] | None = None) -> Any:
     """Launches an operator's kernel on the device of its first tensor. `tuned` overrides launch parameters."""
     device = args[0].device
     check_device(device)

@@ -12,13 +12,13 @@ from specedit.micro.render import coverage
 
 
 @pytest.mark.parametrize("kind", ["add", "recolor", "background", "greyscale"])
-def test_where_nothing_was_hidden_the_target_is_known(kind):
+def test_target_is_exact_without_hidden_background(kind):
     case = scenes.sample(3, 64, kind)
     assert ceiling.guessed(scenes.describe(3, kind), case) is case.target
 
 
 @pytest.mark.parametrize("kind", ["remove", "shape"])
-def test_what_an_object_hid_is_filled_in_from_around_it(kind):
+def test_hidden_background_is_inpainted(kind):
     plain = next(s for s in range(200) if scenes.describe(s, kind).background.kind == "plain")
     scene, case = scenes.describe(plain, kind), scenes.sample(plain, 96, kind)
     assert score(ceiling.guessed(scene, case), case)["edit_psnr"] > 45  # one colour is guessed from around

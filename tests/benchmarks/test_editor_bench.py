@@ -20,7 +20,7 @@ def test_masks_have_exactly_their_share(shape, share):
     assert share == 1 or not torch.equal(cells, edit_cells(share, shape, 32, 23, seed=1))
 
 
-def test_a_blob_is_one_piece_and_scattered_cells_are_not():
+def test_blob_is_connected_and_scattered_cells_are_not():
     for shape, largest in (("blob", 1.0), ("scattered", 0.5)):
         cells = edit_cells(0.2, shape, 32, 32)
         piece = torch.zeros_like(cells)
@@ -32,7 +32,7 @@ def test_a_blob_is_one_piece_and_scattered_cells_are_not():
         assert share == 1.0 if largest == 1.0 else share < largest
 
 
-def test_the_draft_still_runs_and_the_mask_is_the_given_one(pipe, edit):
+def test_draft_runs_and_the_given_mask_replaces_it(pipe, edit):
     specedit.install(pipe, "turbo")
     with found(0.25, "blob"):
         edit(pipe, prompt=["a", "b"])
@@ -60,7 +60,7 @@ def test_compiling_is_undone(bench):
     assert block._compiled_call_impl is None
 
 
-def test_the_fastest_backend_is_found_once_and_put_in_place(bench, monkeypatch):
+def test_fastest_backend_is_found_once_and_set(bench, monkeypatch):
     case = Case("flux-kontext", 128, 128, 1, "eager")
     monkeypatch.setattr(editor_bench, "BACKENDS", ("native", "_native_math"))
     assert bench.attend(case) == "native"
@@ -71,7 +71,7 @@ def test_the_fastest_backend_is_found_once_and_put_in_place(bench, monkeypatch):
     assert processor._attention_backend == "_native_math"
 
 
-def test_loading_another_model_lets_go_of_the_first(bench):
+def test_loading_another_model_frees_the_first(bench):
     first = bench.pipe
     assert bench.load("flux-kontext") is first
     assert isinstance(bench.load("qwen-image-edit"), real_models.QwenImageEditPipeline)

@@ -41,7 +41,7 @@ def test_rows_hold_what_result_files_promise(measured):
         assert sum(stage["seconds"] for stage in row["stages"]) <= 1.05 * row["seconds"]
 
 
-def test_a_file_is_gone_on_with(measured, tmp_path, capsys):
+def test_unfinished_file_is_resumed(measured, tmp_path, capsys):
     path = tmp_path / "again.json"
     shutil.copy(measured, path)
     before = json.loads(path.read_text())["measurements"]
@@ -54,13 +54,13 @@ def test_a_file_is_gone_on_with(measured, tmp_path, capsys):
     assert after[-1]["edit_fraction"] == 1.0
 
 
-def test_a_budget_that_is_spent_stops_before_the_next(tmp_path, capsys):
+def test_spent_budget_stops_before_the_next_measurement(tmp_path, capsys):
     path = tmp_path / "none.json"
     assert end_to_end.main(["--json", str(path), *FLUX, "--minutes", "0"]) == 0
     assert "6 left; run the same command again" in capsys.readouterr().out and not path.exists()
 
 
-def test_an_unknown_kind_is_expected_to_take_as_long_as_the_slowest():
+def test_unknown_kind_is_budgeted_as_the_slowest():
     budget = end_to_end.Budget(1)
     assert budget.fits("first")
     budget.taken["stock"] = 59.0
@@ -100,7 +100,7 @@ def test_a_pipeline_without_an_adapter_is_skipped_and_its_stock_is_measured(tmp_
     assert [m["case"]["preset"] for m in content["measurements"]] == [None] and content["rows"] == []
 
 
-def test_a_failure_is_recorded_and_the_others_go_on(tmp_path, capsys, monkeypatch):
+def test_failure_is_recorded_and_other_cases_run(tmp_path, capsys, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("out of\nmemory")
 
@@ -135,7 +135,7 @@ def test_rows_compare_with_every_baseline_of_the_same_setting():
     assert rows[0]["spread"] == 2.0 and rows[0]["spread_stock"] == 2.0 and rows[1]["spread_stock"] == 0.0
 
 
-def test_everything_is_asked_for_once_and_stock_first():
+def test_cases_are_unique_and_stock_comes_first():
     args = end_to_end.parse(["--json", "x"])
     wanted = list(end_to_end.cases(args))
     assert len(wanted) == len(set(wanted)) == 2 * 3 * 2 * 2 * (1 + (4 * 2 + 1) * 4 * 2)
@@ -156,7 +156,7 @@ def test_presets_with_other_fields_are_cases_of_their_own(tmp_path):
     assert changed["flops_ratio"] > plain["flops_ratio"]
 
 
-def test_a_cache_alone_is_a_case_without_a_draft(tmp_path):
+def test_cache_alone_runs_without_a_draft(tmp_path):
     path, cache = tmp_path / "cache.json", "steps=(0,0,50) forecast='reuse' forecast_interval=9"
     assert end_to_end.main(["--json", str(path), *FLUX, "--batch", "1", "--restore", "full", "--changes", cache]) == 0
     (row,) = json.loads(path.read_text())["rows"]

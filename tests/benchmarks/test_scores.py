@@ -49,7 +49,7 @@ def test_a_resumed_run_scores_only_what_is_missing(tmp_path, scored, monkeypatch
     assert len(scored) == 6 and json.loads(out.read_text()) == second
 
 
-def test_a_number_that_was_not_there_stays_away_from_the_mean(tmp_path, scored):
+def test_missing_numbers_are_left_out_of_the_mean(tmp_path, scored):
     """Where everything was to change there is nothing to keep: null in the file, nan in the mean of a resumed run."""
     out = tmp_path / "q.json"
     cases = [micro.scenes.sample(0, 128, "remove"), micro.scenes.sample(1, 128, "remove")]
@@ -75,7 +75,7 @@ def test_a_number_that_was_not_there_stays_away_from_the_mean(tmp_path, scored):
         (lambda content: content.pop("of"), "scores of None"),
     ],
 )
-def test_scores_of_something_else_are_not_gone_on_with(tmp_path, scored, change, named):
+def test_scores_of_another_editor_are_not_resumed(tmp_path, scored, change, named):
     out = tmp_path / "q.json"
     quality.main(["--size", "64", "--only", "stock-10", "--cases", "1", "--out", str(out)])
     content = json.loads(out.read_text())

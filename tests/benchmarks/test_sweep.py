@@ -25,14 +25,14 @@ def test_approximations_are_measured_against_their_own_baseline():
     assert [change["reference_refresh"] for change in sweep.GRID["reference_refresh"]] == [2, 4]
 
 
-def test_variants_have_names_of_their_own():
+def test_variants_have_unique_names():
     assert len(sweep.variants(sweep.GRID)) == sum(map(len, sweep.GRID.values()))
     assert sweep.variants({"dilation": sweep.GRID["dilation"]}) == {
         f"dilation={d}": dict(group="dilation", change=dict(dilation=d)) for d in (0, 2)
     }
 
 
-def test_a_sweep_goes_on_where_it_ended(tmp_path):
+def test_interrupted_sweep_is_resumed(tmp_path):
     out = tmp_path / "sweep-64.json"
     some = ["--only", "base", "guidance_range", "--size", "64", "--out", str(out)]
     sweep.main([*some, "--cases", "1"])

@@ -77,7 +77,7 @@ def test_bench_of_the_qwen_editor(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("command", [["demo"], ["eval", "micro"], ["bench"]])
-def test_an_editor_without_weights_is_named_with_what_trains_it(command, monkeypatch, tmp_path, capsys):
+def test_missing_weights_name_the_editor_and_its_trainer(command, monkeypatch, tmp_path, capsys):
     from specedit import micro
 
     monkeypatch.setitem(micro.load.__globals__, "WEIGHTS", tmp_path)
@@ -98,7 +98,7 @@ def test_edit_with_the_embedded_editor(tmp_path, picture, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == f"wrote {out}, 144 x 96 px of 150 x 100"
 
 
-def test_what_guidance_needs(picture, tmp_path, capsys):
+def test_guidance_options_are_checked(picture, tmp_path, capsys):
     given = ["edit", str(picture), "make it greyscale", "--out", str(tmp_path / "out.png"), "--preset", "turbo"]
     assert cli.main([*given, "--negative-prompt", "blue"]) == 2
     expected = "--negative-prompt: expected --true-cfg-scale above 1 with it, got 1, the default of FluxKontextPipeline"
@@ -119,7 +119,7 @@ def test_what_guidance_needs(picture, tmp_path, capsys):
         shared.guidance(Other(), asked)
 
 
-def test_a_gpu_without_kernels_takes_pytorch(monkeypatch, capsys):
+def test_gpu_without_kernels_uses_pytorch(monkeypatch, capsys):
     from specedit_kernels import ops
 
     assert torch.cuda.is_available() or shared.attention_here() == {}
@@ -217,7 +217,7 @@ def test_bench_plan_takes_the_switches(tmp_path):
     assert ratios == sorted(set(ratios))
 
 
-def test_bench_plan_sets_measured_beside_predicted(tmp_path, capsys):
+def test_bench_plan_shows_measured_beside_predicted(tmp_path, capsys):
     path = tmp_path / "end_to_end-real.json"
     row = dict(
         model="flux-kontext", preset="turbo", restore="full", height=1024, width=1024, batch=1, edit_fraction=0.2,
@@ -277,7 +277,7 @@ def test_errors_are_one_line_and_exit_code_2(arguments, says, capsys):
     assert says in error and len(error.splitlines()) == 1
 
 
-def test_a_command_says_one_line_from_its_very_start():
+def test_startup_errors_are_one_line():
     """Libraries have their say while they are imported, before any of our code could stop them."""
     code = "import sys; from specedit.cli import main; sys.exit(main(['edit', 'nowhere.png', 'x']))"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -286,7 +286,7 @@ def test_a_command_says_one_line_from_its_very_start():
     ]
 
 
-def test_plan_beside_a_file_that_is_no_result(tmp_path, capsys):
+def test_plan_rejects_files_without_results(tmp_path, capsys):
     (tmp_path / "other.json").write_text("[]")
     assert cli.main(["bench", "plan", "--measured", str(tmp_path / "other.json")]) == 2
     assert "--measured: expected a result file with machine and rows, got" in capsys.readouterr().err
@@ -294,12 +294,12 @@ def test_plan_beside_a_file_that_is_no_result(tmp_path, capsys):
     assert cli.main(["bench", "plan", "--measured", "--json", str(plan)]) == 0 and plan.exists()
 
 
-def test_a_model_directory_without_a_pipeline(tmp_path, picture, capsys):
+def test_model_directory_without_a_pipeline_is_rejected(tmp_path, picture, capsys):
     assert cli.main(["edit", str(picture), "x", "--model", str(tmp_path)]) == 2
     assert "model_index.json" in capsys.readouterr().err
 
 
-def test_an_empty_prompt_and_a_file_that_is_no_picture(tmp_path, picture, capsys):
+def test_empty_prompts_and_non_pictures_are_rejected(tmp_path, picture, capsys):
     assert cli.main(["edit", str(picture), "  "]) == 2
     broken = tmp_path / "broken.png"
     broken.write_text("not a picture")
@@ -338,7 +338,7 @@ def test_wrong_usage_is_one_line_and_exits_with_2(arguments, says, capsys):
     assert stop.value.code == 2 and says in error and len(error.splitlines()) == 1
 
 
-def test_what_libraries_say_at_the_start_is_not_the_users_concern():
+def test_library_startup_messages_are_hidden():
     import diffusers
     import transformers
 
@@ -356,14 +356,14 @@ def test_what_libraries_say_at_the_start_is_not_the_users_concern():
 
 @pytest.mark.parametrize("out", ["edit.xyz", "edit", "edit.txt"])
 @pytest.mark.parametrize("option", ["--out", "--figure"])
-def test_a_file_that_cannot_be_written_is_said_before_any_work(tmp_path, picture, capsys, monkeypatch, option, out):
+def test_unwritable_file_is_rejected_before_any_work(tmp_path, picture, capsys, monkeypatch, option, out):
     monkeypatch.setattr(pipelines, "load", lambda *_: pytest.fail("a pipeline was loaded"))
     assert cli.main(["edit", str(picture), "make it greyscale", option, str(tmp_path / out)]) == 2
     error = capsys.readouterr().err.strip()
     assert f"expected a picture file such as edit.png, got {tmp_path / out}" in error and len(error.splitlines()) == 1
 
 
-def test_demo_into_a_file_is_said_before_any_work(tmp_path, capsys, monkeypatch):
+def test_demo_into_a_file_is_rejected_before_any_work(tmp_path, capsys, monkeypatch):
     (tmp_path / "taken").write_text("")
     monkeypatch.setattr("specedit.micro.demonstration.run", lambda *_, **__: pytest.fail("the demo ran"))
     assert cli.main(["demo", "--out", str(tmp_path / "taken")]) == 2
@@ -379,7 +379,7 @@ def test_pictures_that_are_too_small_or_too_long_run_stock(tmp_path, size, got):
     assert Image.open(tmp_path / "out.png").size == got
 
 
-def test_a_decompression_bomb(tmp_path, capsys, picture, monkeypatch):
+def test_decompression_bomb_is_rejected(tmp_path, capsys, picture, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert cli.main(["edit", str(picture), "make it greyscale", "--out", str(tmp_path / "out.png")]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1

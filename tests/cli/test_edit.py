@@ -36,7 +36,7 @@ def test_size_is_the_longer_side(edit, editor, tmp_path, picture):
     assert said.out.splitlines()[-1] == f"wrote {tmp_path / 'out.png'}, 160 x 96 px of 300 x 200"
 
 
-def test_a_pipeline_that_chooses_its_size_takes_none(edit, monkeypatch):
+def test_size_is_rejected_for_pipelines_that_choose_it(edit, monkeypatch):
     class Chooses:
         def __call__(self, image, prompt):
             raise NotImplementedError
@@ -56,7 +56,7 @@ def test_the_embedded_editors_take_every_option(edit, model, tmp_path, picture):
     assert Image.open(tmp_path / "c.png").size == (3 * 96 + 16, 64)
 
 
-def test_transparency_comes_back(edit, editor, picture, tmp_path):
+def test_transparency_is_restored(edit, editor, picture, tmp_path):
     image = Image.open(picture)
     alpha = Image.new("L", image.size, 255)
     alpha.paste(0, (0, 0, 20, 64))
@@ -67,7 +67,7 @@ def test_transparency_comes_back(edit, editor, picture, tmp_path):
     assert "specedit: " in said.err and "transparent" in said.err
 
 
-def test_synonyms_are_told(edit, editor):
+def test_synonyms_are_reported(edit, editor):
     code, said = edit(prompt="Make it gray!")
     assert code == 0 and editor.calls[0]["prompt"] == "make it greyscale"
     assert said.err == 'specedit: "gray" is read as "grey"\n' and 'asked to "make it greyscale"' in said.out
@@ -83,11 +83,11 @@ def test_synonyms_are_told(edit, editor):
         ("make it red", "expected one of the embedded editor's sentences"),
     ],
 )
-def test_an_embedded_editor_refuses_what_it_does_not_know(refused, picture, tmp_path, prompt, says, model):
+def test_embedded_editor_rejects_unknown_prompts(refused, picture, tmp_path, prompt, says, model):
     assert says in refused("edit", picture, prompt, *model) and not (tmp_path / "edit.png").exists()
 
 
-def test_other_pipelines_get_the_prompt_as_it_is(edit, editor):
+def test_other_pipelines_get_the_prompt_unchanged(edit, editor):
     assert edit("--model", "owner/name", prompt="Frobnicate the dog!")[0] == 0
     assert editor.calls[0]["prompt"] == "Frobnicate the dog!"
 

@@ -33,7 +33,7 @@ def failing(monkeypatch, capsys, picture):
 
 
 @pytest.mark.parametrize("error", [IndexError("list index out of range"), RuntimeError("a\nb"), AssertionError()])
-def test_an_unexpected_error_says_its_type_and_how_to_see_more(failing, error):
+def test_unexpected_error_names_its_type_and_the_traceback_switch(failing, error):
     first = (str(error) or type(error).__name__).splitlines()[0]
     hint = "SPECEDIT_TRACEBACK=1 in the environment shows where"
     assert failing(error) == (1, f"specedit: unexpected {type(error).__name__}: {first}; {hint}\n")
@@ -51,7 +51,7 @@ def raised(make, file):
         return error
 
 
-def test_a_value_that_this_package_refuses_is_the_users_to_mend():
+def test_rejected_value_exits_with_2():
     refused = raised(lambda: resolve("warp"), __file__)
     assert explain(refused) == (str(refused), 2) and "preset: expected one of" in str(refused)
     text, code = explain(raised(lambda: np.zeros(3).reshape(2), __file__))
@@ -79,7 +79,7 @@ def test_ctrl_c_is_quiet(failing):
     assert failing(KeyboardInterrupt()) == (130, "specedit: stopped\n")
 
 
-def test_the_traceback_is_there_for_who_asks(failing, monkeypatch):
+def test_traceback_is_shown_on_request(failing, monkeypatch):
     monkeypatch.setenv("SPECEDIT_TRACEBACK", "1")
     with pytest.raises(IndexError):
         failing(IndexError("x"))
@@ -124,7 +124,7 @@ def test_a_damaged_mask_is_one_line(refused, picture, tmp_path):
         (["--size", "100000"], "--size: expected a whole number from 64 to 4,096, got 100,000"),
     ],
 )
-def test_what_edit_refuses(refused, picture, given, says):
+def test_edit_rejects_bad_options(refused, picture, given, says):
     assert says in refused("edit", picture, "remove the ring", *given)
 
 
@@ -151,11 +151,11 @@ def test_what_edit_refuses(refused, picture, given, says):
         ),
     ],
 )
-def test_what_other_commands_refuse(refused, picture, given, says):
+def test_other_commands_reject_bad_options(refused, picture, given, says):
     assert says in refused(*given)
 
 
-def test_bench_repeats_three_times_unless_told():
+def test_bench_repeats_three_times_by_default():
     from specedit.cli import bench
 
     parser = argparse.ArgumentParser()
@@ -184,7 +184,7 @@ def test_help_is_quick_and_imports_no_torch():
     assert min(seconds) < 0.5
 
 
-def test_a_closed_pipe_is_no_error():
+def test_broken_pipe_is_not_an_error():
     given = f"{sys.executable} -m specedit bench plan --measured | head -c 1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", given], capture_output=True, text=True, env=os.environ)
     assert done.returncode in (0, 141) and done.stderr == ""

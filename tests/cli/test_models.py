@@ -82,7 +82,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_broken_folder_is_refused_before_it_is_read(folder, picture, fault, capsys, monkeypatch):
+def test_broken_folder_is_rejected_before_loading(folder, picture, fault, capsys, monkeypatch):
     monkeypatch.setattr(loading, "from_pretrained", lambda *_: pytest.fail("the pipeline was read"))
     spoil, says = FAULTS[fault]
     spoil(folder)
@@ -109,7 +109,7 @@ READ_FAULTS = {
 
 
 @pytest.mark.parametrize("fault", READ_FAULTS)
-def test_a_fault_that_only_reading_finds_is_one_line(folder, fault, capsys, picture):
+def test_error_while_reading_weights_is_one_line(folder, fault, capsys, picture):
     spoil, says = READ_FAULTS[fault]
     spoil(folder)
     assert cli.main(["edit", str(picture), PROMPT, "--model", str(folder), "--out", str(folder / "out.png")]) == 2
@@ -117,7 +117,7 @@ def test_a_fault_that_only_reading_finds_is_one_line(folder, fault, capsys, pict
     assert len(error) == 1 and says in error[0] and "download or save the pipeline again" in error[0]
 
 
-def test_a_tokenizer_without_words_is_refused():
+def test_empty_tokenizer_is_rejected():
     class Empty:
         all_special_ids = (0,)
 
@@ -144,7 +144,7 @@ def test_a_tokenizer_without_words_is_refused():
     ],
 )
 @pytest.mark.parametrize("command", ["edit", "eval"])
-def test_a_name_of_nothing_is_refused(refused, picture, model, says, command):
+def test_unknown_model_name_is_rejected(refused, picture, model, says, command):
     given = ["edit", picture, PROMPT] if command == "edit" else ["eval", "gedit", "--data", "."]
     assert says in refused(*given, "--model", model)
 
@@ -179,7 +179,7 @@ class EntryNotFoundError(OSError):
         (KeyError("odd"), "odd"),
     ],
 )
-def test_what_the_hub_says_becomes_what_to_do(monkeypatch, cause, says):
+def test_hub_errors_say_what_to_do(monkeypatch, cause, says):
     def fail(*_, **given):
         assert given["use_safetensors"]
         raise OSError("Cannot load model\nsee the stack trace above") from cause
@@ -192,7 +192,7 @@ def test_what_the_hub_says_becomes_what_to_do(monkeypatch, cause, says):
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_sound_folder_is_read(folder):
+def test_complete_folder_is_accepted(folder):
     loading.check_model(str(folder))
     assert type(loading.from_pretrained(str(folder), torch.float32)).__name__ == "FluxKontextPipeline"
 

@@ -16,51 +16,51 @@ PROMPT = "make it greyscale"
 
 @pytest.mark.parametrize("option", ["--figure", "--compare"])
 @pytest.mark.parametrize("other", ["out.png", "./out.png", "sub/../out.png", "link.png"])
-def test_two_outputs_in_one_file_are_refused(refused, picture, tmp_path, option, other):
+def test_two_outputs_in_one_file_are_rejected(refused, picture, tmp_path, option, other):
     (tmp_path / "sub").mkdir()
     (tmp_path / "link.png").symlink_to(tmp_path / "out.png")
     error = refused("edit", picture, PROMPT, "--out", "out.png", option, other)
     assert f"{option}: expected another file than --out, got {other.removeprefix('./')} for both" in error
 
 
-def test_figure_and_comparison_in_one_file_are_refused(refused, picture):
+def test_figure_and_comparison_in_one_file_are_rejected(refused, picture):
     error = refused("edit", picture, PROMPT, "--figure", "a.png", "--compare", "a.png")
     assert "--compare: expected another file than --figure, got a.png for both" in error
 
 
 @pytest.mark.parametrize("option", ["--figure", "--compare"])
-def test_an_output_over_the_input_is_refused(refused, picture, option):
+def test_output_over_the_input_is_rejected(refused, picture, option):
     assert f"{option}: expected another file than image" in refused("edit", picture, PROMPT, option, picture)
 
 
-def test_an_output_over_the_mask_is_refused(refused, picture, tmp_path):
+def test_output_over_the_mask_is_rejected(refused, picture, tmp_path):
     (tmp_path / "mask.png").write_bytes(picture.read_bytes())
     error = refused("edit", picture, PROMPT, "--mask", "mask.png", "--out", "mask.png")
     assert "--out: expected another file than --mask" in error
 
 
 @pytest.mark.parametrize("option", ["--out", "--figure", "--compare"])
-def test_an_output_that_is_a_folder_is_refused(refused, picture, tmp_path, option):
+def test_folder_as_output_is_rejected(refused, picture, tmp_path, option):
     (tmp_path / "folder.png").mkdir()
     error = refused("edit", picture, PROMPT, option, "folder.png")
     assert f"{option}: expected a file to write, got the folder folder.png" in error
 
 
 @pytest.mark.parametrize("option", ["--out", "--figure", "--compare"])
-def test_an_output_below_a_file_is_refused(refused, picture, tmp_path, option):
+def test_output_below_a_file_is_rejected(refused, picture, tmp_path, option):
     (tmp_path / "taken").write_text("")
     error = refused("edit", picture, PROMPT, option, "taken/a.png")
     assert f"{option}: expected a folder, got the file {tmp_path / 'taken'}" in error
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_protected_folder_is_refused(refused, picture, tmp_path):
+def test_protected_folder_is_rejected(refused, picture, tmp_path):
     (tmp_path / "protected").mkdir(mode=0o500)
     error = refused("edit", picture, PROMPT, "--out", "protected/a.png")
     assert "--out: expected a folder that can be written to" in error
 
 
-def test_a_folder_without_permission_is_refused(monkeypatch, tmp_path):
+def test_folder_without_permission_is_rejected(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(ValueError, match="--out: expected a folder that can be written to, got"):
         files.check_writable("--out", tmp_path / "new" / "a.png")
@@ -72,13 +72,13 @@ def test_a_folder_without_permission_is_refused(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("command", [["bench"], ["eval", "micro"], ["bench", "plan", "--measured"]])
-def test_a_result_file_that_is_a_folder_is_refused(refused, tmp_path, command):
+def test_folder_as_result_file_is_rejected(refused, tmp_path, command):
     (tmp_path / "folder").mkdir()
     assert "--json: expected a file to write, got the folder folder" in refused(*command, "--json", "folder")
 
 
 @pytest.mark.parametrize("name", ["out.xyz", "out", "out.psd"])
-def test_a_format_that_cannot_be_written_is_refused(refused, picture, name):
+def test_unwritable_format_is_rejected(refused, picture, name):
     for option in ("--out", "--compare"):
         assert f"expected a picture file such as out.png, got {name}" in refused("edit", picture, PROMPT, option, name)
 
@@ -99,7 +99,7 @@ def test_every_output_is_named(picture, editor, tmp_path, capsys):
     assert sorted(path.name for path in out.parent.iterdir()) == ["figure.svg", "out.png"]
 
 
-def test_the_comparison_shows_before_after_and_where_it_looked(picture, editor, tmp_path):
+def test_comparison_shows_before_after_and_edited_cells(picture, editor, tmp_path):
     compare = tmp_path / "compare.png"
     given = ["--out", str(tmp_path / "out.png"), "--compare", str(compare)]
     assert cli.main(["edit", str(picture), PROMPT, *given]) == 0
@@ -165,6 +165,6 @@ def test_replacing_keeps_links_and_permissions(tmp_path):
     assert real.stat().st_mode & 0o777 == 0o640
 
 
-def test_results_go_to_devices_too():
+def test_results_can_go_to_devices():
     files.write_text("/dev/null", "text")
     assert not os.path.isfile("/dev/null")

@@ -26,14 +26,14 @@ def test_one_pipeline_prepares_pictures_of_any_size():
 
 
 @pytest.mark.parametrize("size", [(96, 64), (1024, 1024), (4032, 3024)])
-def test_a_pipeline_gets_the_size_at_which_nothing_is_cropped(monkeypatch, make_pipe, size):
+def test_pipeline_gets_the_size_without_cropping(monkeypatch, make_pipe, size):
     pipe, picture = make_pipe(), Image.new("RGB", size)
     monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda model, **_: pipe)
     got, given = pipelines.load("some/editor")[1](picture)
     assert got is picture and given == specedit.size_for(pipe, picture)
 
 
-def test_a_pipeline_of_another_kind_chooses_its_own_size(monkeypatch):
+def test_unsupported_pipeline_chooses_its_own_size(monkeypatch):
     class Other:
         transformer = None
 

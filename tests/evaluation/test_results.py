@@ -8,10 +8,10 @@ from pathlib import Path
 
 from specedit.evaluation import results
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
-def test_a_result_file_says_where_it_comes_from(tmp_path):
+def test_result_file_names_its_machine_and_command(tmp_path):
     path = tmp_path / "deep" / "x.json"
     results.write(path, "the command", [dict(a=1.23456789, b=math.nan, c=(1, 2))], mean={"a": 1})
     written = json.loads(path.read_text())
@@ -19,7 +19,7 @@ def test_a_result_file_says_where_it_comes_from(tmp_path):
     assert {"gpu", "driver", "cpu", "torch", "triton", "diffusers", "commit", "date"} <= set(written["machine"])
 
 
-def test_threads_that_wait_otherwise_are_another_machine(monkeypatch):
+def test_other_wait_policy_counts_as_another_machine(monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     plain = results.machine()
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
@@ -41,13 +41,14 @@ def test_pages_say_what_the_results_say():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_readme_opens_with_two_one_line_commands():
-    blocks = (ROOT / "README.md").read_text().split("```")[1::2]
+def test_the_readme_opens_with_a_line_of_code_and_two_one_line_commands():
+    first, *blocks = (ROOT / "README.md").read_text().split("```")[1::2]
+    assert first.startswith("python\n") and first.strip().count("\n") == 1
     assert all(block.startswith("sh\n") and block.strip().count("\n") == 1 for block in blocks[:2])
     assert not any(block.startswith("sh\n") for block in blocks[2:])
 
 
-def test_a_fingerprint_tells_weights_apart(tmp_path):
+def test_fingerprint_distinguishes_weights(tmp_path):
     folder = tmp_path / "editor"
     (folder / "vae").mkdir(parents=True)
     (folder / "vae" / "a.safetensors").write_bytes(b"1")

@@ -43,7 +43,7 @@ def edited(monkeypatch):
     return seen
 
 
-def test_gedit_writes_what_its_scorer_reads(write_gedit, gedit_rows, tmp_path, picture, capsys):
+def test_gedit_writes_the_scorers_files(write_gedit, gedit_rows, tmp_path, picture, capsys):
     out, path = tmp_path / "out", tmp_path / "gedit.json"
     assert gedit(write_gedit(gedit_rows), out, *QUICK, "--json", str(path)) == 0
     places = [f"fullset/{kind}" for kind in ("color_alter/en/en0", "color_alter/en/en1", "subject-add/en/en2")]
@@ -64,7 +64,7 @@ def test_gedit_writes_what_its_scorer_reads(write_gedit, gedit_rows, tmp_path, p
     assert [line.split()[:2] for line in lines[1:4]] == [["color_alter", "2"], ["subject-add", "1"], ["all", "3"]]
 
 
-def test_imgedit_writes_what_its_scorer_reads(imgedit_folder, tmp_path, capsys):
+def test_imgedit_writes_the_scorers_files(imgedit_folder, tmp_path, capsys):
     out = tmp_path / "out"
     assert imgedit(imgedit_folder, out, *STOCK, "--cases", "2") == 0
     assert files(out) == ["1082.png", "673.png", "rows.jsonl"]
@@ -73,7 +73,7 @@ def test_imgedit_writes_what_its_scorer_reads(imgedit_folder, tmp_path, capsys):
     assert "FLOPs" not in said and "stock pipeline" not in said  # of a stock run both would be noise
 
 
-def test_a_run_that_was_stopped_goes_on(write_gedit, gedit_rows, tmp_path, edited):
+def test_interrupted_run_is_resumed(write_gedit, gedit_rows, tmp_path, edited):
     folder, out, path = write_gedit(gedit_rows), tmp_path / "out", tmp_path / "gedit.json"
     assert gedit(folder, out, *STOCK, "--cases", "1") == 0
     assert gedit(folder, out, *STOCK, "--cases", "2") == 0
@@ -106,7 +106,7 @@ def test_one_key_may_name_tasks_of_several_kinds(write_gedit, gedit_rows, tmp_pa
         (("--negative-prompt", "blue"), "with negative_prompt None; this one has negative_prompt blue"),
     ],
 )
-def test_another_run_into_the_same_folder(imgedit_folder, tmp_path, capsys, more, says, monkeypatch):
+def test_other_settings_in_the_same_folder_are_rejected(imgedit_folder, tmp_path, capsys, more, says, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
     settings = dict(benchmark="imgedit", model="kontext", preset="stock", restore=None, steps=1, seed=0)
@@ -118,7 +118,7 @@ def test_another_run_into_the_same_folder(imgedit_folder, tmp_path, capsys, more
     assert says in error and error.count("\n") == 1
 
 
-def test_a_folder_that_got_no_picture_takes_another_run(imgedit_folder, tmp_path, capsys):
+def test_folder_without_pictures_accepts_another_run(imgedit_folder, tmp_path, capsys):
     out = tmp_path / "out"
     given = ["eval", "imgedit", "--data", str(imgedit_folder), "--out", str(out), *STOCK, "--cases", "1"]
     assert cli.main([*given, "--model", str(tmp_path)]) == 2 and "model_index.json" in capsys.readouterr().err
@@ -141,7 +141,7 @@ def test_against_an_earlier_run(imgedit_folder, tmp_path, capsys):
     assert "psnr" not in (other / "rows.jsonl").read_text()  # depends on the other folder
 
 
-def test_against_what_cannot_be_compared(imgedit_folder, tmp_path, capsys):
+def test_incomparable_runs_are_rejected(imgedit_folder, tmp_path, capsys):
     first, other = tmp_path / "first", tmp_path / "other"
     assert imgedit(imgedit_folder, other, *STOCK, "--against", str(first)) == 2
     assert "expected the folder of an earlier run" in capsys.readouterr().err
@@ -153,7 +153,7 @@ def test_against_what_cannot_be_compared(imgedit_folder, tmp_path, capsys):
     assert "1082.png, 32 x 64, got 64 x 64" in capsys.readouterr().err
 
 
-def test_the_seed_is_that_of_every_task_alone(imgedit_folder, tmp_path):
+def test_every_task_uses_the_same_seed(imgedit_folder, tmp_path):
     whole, one = tmp_path / "whole", tmp_path / "one"
     assert imgedit(imgedit_folder, whole, *STOCK, "--cases", "2") == 0
     listed = imgedit_folder / "Basic" / "basic_edit.json"
@@ -195,7 +195,7 @@ def test_a_preset_that_runs_stock_is_counted(imgedit_folder, tmp_path, capsys, m
     assert not any(row["accelerated"] for row in written["rows"]) and "flops" not in written["mean"]
 
 
-def test_a_picture_that_cannot_be_edited_names_its_task_and_the_rest_is_kept(imgedit_folder, tmp_path, capsys):
+def test_uneditable_picture_names_its_task_and_keeps_other_rows(imgedit_folder, tmp_path, capsys):
     file = imgedit_folder / "Benchmark" / "singleturn" / "style" / "000278574.png"
     whole = file.read_bytes()
     file.write_bytes(whole[:-40])

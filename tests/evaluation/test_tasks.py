@@ -11,7 +11,7 @@ from PIL import Image
 from specedit.evaluation import tasks
 
 
-def test_gedit_tasks_name_what_the_scorer_reads(write_gedit, gedit_rows, picture):
+def test_gedit_tasks_name_the_scorers_files(write_gedit, gedit_rows, picture):
     found = tasks.gedit(write_gedit(gedit_rows))
     assert [(t.key, t.kind, t.prompt, t.language) for t in found] == [
         ("en0", "color_alter", "make it red 0", "en"),
@@ -25,7 +25,7 @@ def test_gedit_tasks_name_what_the_scorer_reads(write_gedit, gedit_rows, picture
 
 
 @pytest.mark.parametrize(("language", "keys"), [("cn", "cn0 cn1 cn2"), ("all", "en0 cn0 en1 cn1 en2 cn2")])
-def test_gedit_in_other_languages(write_gedit, gedit_rows, language, keys):
+def test_gedit_reads_other_languages(write_gedit, gedit_rows, language, keys):
     found = tasks.gedit(write_gedit(gedit_rows), language)
     assert [task.key for task in found] == keys.split()
     assert found[0].prompt == ("变红 0" if language == "cn" else "make it red 0")
@@ -64,7 +64,7 @@ def test_pictures_of_any_mode_become_rgb(write_gedit, gedit_rows, picture, encod
     assert np.array_equal(image, picture(64, 96).convert(mode).convert("RGB"))
 
 
-def test_photographs_are_turned_as_their_camera_says(write_gedit, gedit_rows, picture, encoded):
+def test_photographs_are_rotated_by_exif(write_gedit, gedit_rows, picture, encoded):
     exif = Image.Exif()
     exif[0x0112] = 6  # the top of the picture is on the right
     gedit_rows[0]["input_image_raw"] = {"bytes": encoded(picture(64, 96), "JPEG", exif=exif), "path": None}
@@ -81,7 +81,7 @@ def test_photographs_are_turned_as_their_camera_says(write_gedit, gedit_rows, pi
         ({"key": "en1"}, "--data: expected every task once, got fullset/color_alter/en/en1.png twice in"),
     ],
 )
-def test_gedit_rows_that_are_no_tasks(write_gedit, gedit_rows, change, says):
+def test_gedit_rows_without_tasks_are_rejected(write_gedit, gedit_rows, change, says):
     gedit_rows[0] |= change
     with pytest.raises(ValueError) as error:
         tasks.gedit(write_gedit(gedit_rows))
@@ -106,7 +106,7 @@ def test_a_gedit_picture_that_cannot_be_read_names_file_and_task(write_gedit, ge
     assert all(part in str(error.value) for part in (says, "fullset/subject-add/en/en2.png", "train-00004.parquet"))
 
 
-def test_gedit_copies_that_are_none(write_gedit, gedit_rows, tmp_path):
+def test_folders_without_gedit_are_rejected(write_gedit, gedit_rows, tmp_path):
     with pytest.raises(FileNotFoundError, match="expected a folder with the parquet files of stepfun-ai/GEdit-Bench"):
         tasks.gedit(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -122,7 +122,7 @@ def test_gedit_copies_that_are_none(write_gedit, gedit_rows, tmp_path):
         tasks.gedit(write_gedit(gedit_rows[::2], "english"), "cn")
 
 
-def test_a_gedit_without_rows(gedit_rows, tmp_path):
+def test_gedit_without_rows_is_rejected(gedit_rows, tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -150,7 +150,7 @@ def test_imgedit_tasks_in_the_order_of_the_list(imgedit_folder, picture):
     assert np.array_equal(found[1].image(), picture(64, 96, 1)) and found[2].image().size == (128, 64)
 
 
-def test_imgedit_as_its_archive_is(imgedit_folder):
+def test_imgedit_reads_the_archives_layout(imgedit_folder):
     listed = imgedit_folder / "Basic" / "basic_edit.json"
     inside = imgedit_folder / "Benchmark" / "singleturn" / "singleturn.json"
     items = json.loads(listed.read_text())
@@ -190,14 +190,14 @@ def test_an_imgedit_picture_that_is_missing_or_broken_names_file_and_task(imgedi
         ('{"../a": {"id": "animal/000342021.jpg", "prompt": "p", "edit_type": "add"}}', "expected a key that can name"),
     ],
 )
-def test_imgedit_lists_that_are_none(imgedit_folder, content, says):
+def test_invalid_imgedit_lists_are_rejected(imgedit_folder, content, says):
     (imgedit_folder / "Basic" / "basic_edit.json").write_text(content)
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         tasks.imgedit(imgedit_folder)
     assert says in str(error.value)
 
 
-def test_imgedit_copies_that_are_none(imgedit_folder, tmp_path):
+def test_folders_without_imgedit_are_rejected(imgedit_folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"basic_edit.json of PKU-YuanGroup/ImgEdit, got .*which holds none"):
         tasks.imgedit(imgedit_folder / "Benchmark" / "singleturn")
     (imgedit_folder / "basic_edit.json").write_text(json.dumps({}))

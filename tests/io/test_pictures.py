@@ -50,13 +50,13 @@ def test_big_endian_and_32_bit_containers_of_16_bit_grey(save):
 
 
 @pytest.mark.parametrize("values", [-1, 70000])
-def test_whole_numbers_beyond_16_bits_are_refused(save, values):
+def test_integers_beyond_16_bits_are_rejected(save, values):
     path = save(np.full((8, 8), values, np.int32), "in.tif")
     with pytest.raises(PictureError, match=f"in.tif: expected whole numbers in 0..65535, got values from {values}"):
         pictures.read(path)
 
 
-def test_a_16_bit_tiff_in_which_0_is_white(save):
+def test_inverted_16_bit_tiff_is_read(save):
     path = save(RAMP.astype(np.uint16) * 257, "in.tif", tiffinfo={262: 0})
     assert Image.open(path).tag_v2[262] == 0
     assert np.array_equal(grey(pictures.read(path).image), 255 - RAMP)
@@ -76,7 +76,7 @@ def test_floats_are_scaled(save, white):
 
 
 @pytest.mark.parametrize(("low", "high"), [(-1, 1), (0, 3), (0, 1000), (0, 1e6), (0, float("nan"))])
-def test_floats_in_other_ranges_are_refused(save, low, high):
+def test_floats_in_other_ranges_are_rejected(save, low, high):
     path = save(np.array([[low, high]] * 2, np.float32), "in.tif")
     with pytest.raises(PictureError, match=r"in.tif: expected floating point values in one of 0..1, 0..255, 0..65535"):
         pictures.read(path)
@@ -89,7 +89,7 @@ def test_floats_in_other_ranges_are_refused(save, low, high):
         ("PA", "in.tif"), ("CMYK", "in.tif"), ("CMYK", "in.jpg"), ("YCbCr", "in.tif"), ("YCbCr", "in.jpg"),
     ],
 )  # fmt: skip
-def test_every_mode_looks_as_it_did(save, picture, mode, name):
+def test_every_mode_looks_unchanged_as_rgb(save, picture, mode, name):
     original = picture(64, 96)
     converted = original.convert("L").convert("PA") if mode == "PA" else original.convert(mode)
     read = pictures.read(save(converted, name))
@@ -134,7 +134,7 @@ def check_alpha(picture):
 
 
 @pytest.mark.parametrize("name", ["in.png", "in.tif", "in.webp"])
-def test_transparent_pixels_lie_on_white(save, name):
+def test_transparent_pixels_become_white(save, name):
     path = save(see_through(), name, **({"lossless": True, "exact": True} if name.endswith("webp") else {}))
     read = pictures.read(path)
     check_alpha(read)
@@ -205,7 +205,7 @@ def png(depth, kind, rows, **chunks):
         (1, 0, (0,), b"\0", b"\xff", (255,) * 3),
     ],
 )
-def test_a_transparent_colour_of_other_depths(depth, kind, key, clear, seen, shade):
+def test_transparent_colour_is_scaled_from_other_depths(depth, kind, key, clear, seen, shade):
     clear, seen = (row if isinstance(row, bytes) else struct.pack(">3H", *row) * 8 for row in (clear, seen))
     read = pictures.read(png(depth, kind, [clear] * 4 + [seen] * 4, tRNS=struct.pack(f">{len(key)}H", *key)), "x")
     assert read.alpha.getpixel((2, 1)) == 0 and read.alpha.getpixel((2, 6)) == 255
@@ -255,7 +255,7 @@ LINEAR_GREY = icc(b"GRAY", gamma=1.0)
 
 
 @pytest.mark.parametrize("name", ["in.png", "in.jpg", "in.tif", "in.webp"])
-def test_a_wide_gamut_becomes_srgb(save, name):
+def test_wide_gamut_is_converted_to_srgb(save, name):
     """This green has more red than any of sRGB, whose nearest has none."""
     path = save(Image.new("RGB", (64, 64), (100, 200, 100)), name, icc_profile=WIDE)
     red, green, blue = pictures.read(path).image.getpixel((20, 20))
@@ -275,12 +275,12 @@ def test_an_srgb_profile_changes_nothing(save, picture):
 
 
 @pytest.mark.parametrize("values", [np.full((64, 64), 128, np.uint8), np.full((64, 64), 128 * 257, np.uint16)])
-def test_a_profile_of_grey(save, values):
+def test_grey_profile_is_applied(save, values):
     assert abs(grey(pictures.read(save(values, icc_profile=LINEAR_GREY)).image) - 188).max() <= 2
 
 
 @pytest.mark.parametrize("profile", [b"damaged", WIDE[:200], LINEAR_GREY, icc(b"CMYK")])
-def test_a_profile_that_does_not_fit_is_said(save, profile, picture):
+def test_unsuitable_profile_is_reported(save, profile, picture):
     path = save(picture(64, 96), icc_profile=profile)
     read = pictures.read(path)
     assert np.array_equal(read.image, picture(64, 96))
@@ -327,13 +327,13 @@ def test_alpha_and_16_bits_are_turned_too(save):
         assert np.array_equal(grey(pictures.read(path).image), np.rot90(RAMP, -1))
 
 
-def test_damaged_exif_turns_nothing(save, picture):
+def test_damaged_exif_is_ignored(save, picture):
     read = pictures.read(save(picture(64, 96), "in.png", exif=b"Exif\0\0II*\0\xff\xff\xff"))
     assert np.array_equal(read.image, picture(64, 96))
 
 
 @pytest.mark.parametrize("name", ["in.gif", "in.png", "in.tif", "in.webp"])
-def test_of_several_frames_the_first_is_read_and_said(save, name):
+def test_first_of_several_frames_is_read_with_a_note(save, name):
     first, second = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue")
     path = save(first, name, save_all=True, append_images=[second])
     read = pictures.read(path)
@@ -341,7 +341,7 @@ def test_of_several_frames_the_first_is_read_and_said(save, name):
     assert pictures.read_mask(path)[1] == read.notes
 
 
-def test_the_preview_of_a_camera_is_not_worth_a_word(save, picture):
+def test_camera_previews_give_no_note(save, picture):
     path = save(picture(64, 96), "in.jpg", format="MPO", save_all=True, append_images=[picture(64, 96, 1)])
     assert Image.open(path).n_frames == 2 and not pictures.read(path).notes
 
@@ -371,7 +371,7 @@ def damaged(content):
     ],
 )
 @pytest.mark.parametrize("read", [pictures.read, pictures.read_mask])
-def test_files_that_are_no_pictures(tmp_path, encoded, picture, monkeypatch, make, says, read):
+def test_non_pictures_are_rejected(tmp_path, encoded, picture, monkeypatch, make, says, read):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     path = tmp_path / "in.png"
     make(path, encoded(picture(64, 96)))
@@ -389,7 +389,7 @@ def test_avif_names_what_reads_it(tmp_path, monkeypatch):
         pictures.read(tmp_path / "in.avif")
 
 
-def test_pillow_heif_is_used_where_it_is_installed(tmp_path, monkeypatch, picture):
+def test_pillow_heif_is_used_if_installed(tmp_path, monkeypatch, picture):
     """A stand-in: what it registers opens the file."""
     (tmp_path / "in.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
     stock, registered = Image.open, []
@@ -414,7 +414,7 @@ def test_decompression_bombs_are_errors_and_large_pictures_are_not(save, picture
 
 
 @pytest.mark.parametrize("name", ["out", "out.xyz", "out.txt", "out.xbm", "out.psd", "out.hdf", "out.ico"])
-def test_formats_that_cannot_be_written(tmp_path, name):
+def test_unwritable_formats_are_rejected(tmp_path, name):
     with pytest.raises(PictureError, match=f"expected a picture file such as out.png, got {tmp_path / name}"):
         pictures.check_target(tmp_path / name)
     with pytest.raises(PictureError):
@@ -423,7 +423,7 @@ def test_formats_that_cannot_be_written(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["out.png", "out.JPG", "out.webp", "new/folder/out.tiff", "out.bmp"])
-def test_what_can_be_written_is(tmp_path, picture, name):
+def test_writable_formats_are_written(tmp_path, picture, name):
     pictures.check_target(tmp_path / name)
     assert not os.listdir(tmp_path)  # the check makes nothing
     assert pictures.write(picture(64, 96), tmp_path / name) == ()
@@ -431,7 +431,7 @@ def test_what_can_be_written_is(tmp_path, picture, name):
     assert os.listdir((tmp_path / name).parent) == [(tmp_path / name).name]
 
 
-def test_places_that_cannot_be_written(tmp_path):
+def test_unwritable_places_are_rejected(tmp_path):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").write_text("")
     os.mkfifo(tmp_path / "pipe.png")

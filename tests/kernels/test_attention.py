@@ -240,7 +240,7 @@ def test_bad_input(backend, device):
             call()
 
 
-def test_gradients_are_given_or_refused(backend, device, rng):
+def test_gradients_are_computed_or_rejected(backend, device, rng):
     """Plain PyTorch gives them; a kernel must not lose them silently."""
     q = torch.randn(1, 5, 2, 16, generator=rng).to(device).requires_grad_()
     if backend == "triton":

@@ -115,7 +115,7 @@ def test_wrong_input(case):
 
 
 @pytest.mark.parametrize("name", RIGHT)
-def test_the_same_calls_made_right(name):
+def test_corrected_calls_pass(name):
     getattr(kernels, name)(*RIGHT[name], backend="torch")
 
 
@@ -148,7 +148,7 @@ def test_the_debug_switch_decides_whether_values_on_a_gpu_are_read(monkeypatch, 
         checks.check_index_values("index", INDEX, 3)
 
 
-def test_an_unknown_debug_switch_is_refused(monkeypatch):
+def test_unknown_debug_switch_is_rejected(monkeypatch):
     monkeypatch.setenv("SPECEDIT_KERNELS_DEBUG", "maybe")
     with pytest.raises(ValueError, match=r"SPECEDIT_KERNELS_DEBUG: expected 0, 1, false, .* got 'maybe'"):
         checks.debug_enabled()

@@ -42,12 +42,12 @@ def test_warps_are_specialised(capability):
     assert compile_check.check(plain, 90, "here").problems == ["warps are not specialised"]
 
 
-def test_spills_are_refused():
+def test_spills_are_rejected():
     result = compile_check.check(first(table([8, 0], block_n=128, num_warps=4)), 80, "here")
     assert "spills registers" in result.problems and result.spills > 0
 
 
-def test_too_much_shared_memory_is_refused():
+def test_too_much_shared_memory_is_rejected():
     result = compile_check.check(first(table([8, 0], num_stages=16)), 80, "here")
     assert any("shared memory" in problem for problem in result.problems)
 
@@ -75,7 +75,7 @@ def test_command(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_processes_side_by_side_find_the_same():
+def test_parallel_processes_agree():
     names = [variant.name for _, variant in compile_check.shipped(80)]
     tasks = [(80, names.index(name)) for name in ("copy_rows bf16 C64 gather", "weighted_sum fp32 K3")]
     together = list(compile_check.check_shipped(tasks, 2))

@@ -147,7 +147,7 @@ def test_forward_mode(name, chosen):
 @plain
 @pytest.mark.parametrize("chosen", BACKENDS)
 @pytest.mark.parametrize("name", CASES)
-def test_transforms_in_each_other(name, chosen):
+def test_nested_transforms(name, chosen):
     """vmap of jvp, jvp of vmap, grad of vmap, jvp of grad and grad of jvp, against the same without transforms."""
     f, inputs = function(name, chosen)
     want, directions = along_a_direction(f, inputs)
@@ -258,7 +258,7 @@ def test_operators_themselves_carry_derivatives():
 
 
 @plain
-def test_a_write_is_seen_by_autograd():
+def test_autograd_sees_in_place_writes():
     """What a backward pass needs must not be written over silently."""
     weight, out = randn(1, 5, 3).requires_grad_(), randn(1, 5, 3)
     loss = (weight * out).sum()
@@ -271,7 +271,7 @@ def test_a_write_is_seen_by_autograd():
 @pytest.mark.parametrize("call", [
     lambda s: kernels.expand_tokens(randn(2, 4), s), lambda s: kernels.contract_tokens(randn(2, 4, 4), s),
 ])  # fmt: skip
-def test_a_noise_level_with_a_derivative_is_refused(call):
+def test_noise_level_with_a_derivative_is_rejected(call):
     sigma = torch.tensor(0.5)
     with pytest.raises(RuntimeError, match=r"sigma.*: expected a number, got a tensor with a derivative"):
         call(sigma.clone().requires_grad_())
@@ -283,7 +283,7 @@ def test_a_noise_level_with_a_derivative_is_refused(call):
 
 @pytest.mark.skipif("triton" not in kernels.available_backends(), reason="needs a GPU or Triton's interpreter")
 @pytest.mark.parametrize("name", CASES)
-def test_triton_refuses(name, device):
+def test_triton_rejects_unsupported_calls(name, device):
     call, inputs = CASES[name]
     inputs = tuple(x.to(device, torch.float32) for x in inputs)
 
@@ -309,7 +309,7 @@ def test_triton_refuses(name, device):
 
 @plain
 @pytest.mark.parametrize("name", ["gather, one index", "attention, dense", "attention, packed", "qk_norm_rope"])
-def test_compiled_forward_mode_is_never_silently_zero(name):
+def test_compiled_forward_mode_raises_instead_of_returning_zero(name):
     """torch.compile traces through the transform: the derivative is right, or an error says that there is none."""
     f, inputs = function(name, None)
     want, directions = along_a_direction(f, inputs)

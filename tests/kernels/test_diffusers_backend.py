@@ -97,7 +97,7 @@ def test_bad_input():
         attention(q, q, q, attn_mask=torch.ones(2, 4, dtype=torch.long))
 
 
-def test_the_registry_is_still_what_it_was():
+def test_diffusers_registry_is_restored():
     """The internals this backend leans on; a diffusers that moves them should fail here, not in a user's run."""
     assert set(attention_dispatch._AttentionBackendRegistry._supported_arg_names[AttentionBackendName.NATIVE]) <= {
         "query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa", "return_lse",

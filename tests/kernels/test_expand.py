@@ -204,7 +204,7 @@ def test_covariance_of_the_children_by_algebra(sigma, patch):
     torch.testing.assert_close((1 - sigma) * matrix[:, 0], torch.full((4,), 1 - fine_sigma, dtype=torch.float64))
 
 
-def test_a_signal_is_kept(device, backend, patch):
+def test_signal_is_preserved(device, backend, patch):
     """A constant image at noise level s is the same image at s', up to its (1 - s') share."""
     sigma = 0.5
     coarse = torch.full((4, 8), 1 - sigma, device=device)  # x0 = 1, no noise

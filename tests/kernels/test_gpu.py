@@ -66,7 +66,7 @@ LIFE = {  # per sequence: keys that stand for four positions, keys that stand fo
 @pytest.mark.parametrize("case", LIFE)
 @pytest.mark.parametrize("half", HALVES, ids=str)
 @pytest.mark.parametrize("dim", [64, 128])
-def test_attention_at_sizes_from_life(as_good, case, half, dim):
+def test_attention_at_realistic_sizes(as_good, case, half, dim):
     q, k, v, cu, bias = attention_inputs(generator(), half, LIFE[case], 2, dim)
     exact = softmax_attention(q, k, v, cu, cu, bias, torch.float64)
     same = softmax_attention(q, k, v, cu, cu, bias, half)

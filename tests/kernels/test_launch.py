@@ -45,7 +45,7 @@ def test_nearest_by_log_ratio():
     assert launch.nearest(only_short, {"head_dim": 128, "keys": 8000}) == {"id": (128, 1000)}
 
 
-def test_names_of_files():
+def test_names_that_leave_the_folder_are_rejected():
     assert launch.config_file_name("NVIDIA H100 80GB HBM3") == "nvidia_h100_80gb_hbm3.json"
 
 
@@ -60,7 +60,7 @@ def test_an_old_architecture_is_named(monkeypatch):
             gpu.run(name, (first,))
 
 
-def test_a_new_architecture_will_do(monkeypatch):
+def test_newer_architecture_is_accepted(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=None))
     ops.check_gpu(torch.device("cuda", 0))
@@ -112,7 +112,7 @@ def test_what_fits_a_descriptor():
     assert not attention._fits_descriptor(x[:1].expand(2, -1, -1, -1))
 
 
-def test_what_attention_copies():
+def test_attention_copies_only_unaligned_layouts():
     x = torch.zeros(2, 8, 3, 64, dtype=torch.float16)
     for good in (x, x[:, ::2, 1:], x[:1].expand(2, -1, -1, -1), x[0], x.transpose(1, 2), x[..., 16:32]):
         assert attention._with_batch(good).data_ptr() == good.data_ptr()
@@ -223,7 +223,7 @@ def test_plan_covers_every_block_once_longest_keys_first(device, lengths):
 
 @runs_kernels
 @pytest.mark.parametrize("ends", [[0, 40, 10, 60], [0, 10, 20, 900], [-50, 10, 20, 30], [60, 0, 60, 0]], ids=str)
-def test_wrong_offsets_stay_inside(device, ends):
+def test_wrong_offsets_stay_within_the_tensor(device, ends):
     """With the value checks below the launch, wrong cu_seqlens are clamped: nothing is read or written outside."""
     padded = torch.full((180, 1, 16), math.nan, device=device)
     padded[60:120] = 0
@@ -237,7 +237,7 @@ def test_wrong_offsets_stay_inside(device, ends):
 
 
 @runs_kernels
-def test_wrong_indices_stay_inside(device):
+def test_wrong_indices_stay_within_the_tensor(device):
     """With the value checks below the launch, rows out of range gather as zeros and are not scattered."""
     padded = torch.full((15, 8), math.nan, device=device)
     padded[5:10] = torch.arange(5.0, device=device)[:, None]

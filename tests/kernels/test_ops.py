@@ -84,7 +84,7 @@ def test_fullgraph_compile_with_dynamic_lengths(device):
     assert counter.frame_count == 1, "other lengths must not compile again"
 
 
-def test_other_numbers_do_not_compile_again(device):
+def test_other_numbers_do_not_recompile(device):
     """Noise levels and scales change from step to step."""
     counter = CompileCounter()
 

@@ -32,7 +32,7 @@ def test_overlap_is_exact(seed):
         assert overlap.share_memory(a, b) == bool(set(own) & set(other))
 
 
-def test_views_side_by_side_share_nothing():
+def test_adjacent_views_do_not_overlap():
     base = torch.zeros(2, 512, 3, 8, 32)
     parts = base.unbind(2)
     assert not overlap.share_memory(parts[0], parts[1]) and overlap.share_memory(parts[1], base)
@@ -42,7 +42,7 @@ def test_views_side_by_side_share_nothing():
     assert overlap.overlaps_itself(torch.zeros(9).unfold(0, 3, 1)) and not overlap.overlaps_itself(torch.zeros(()))
 
 
-def test_scatter_refuses_overlap(backend, device):
+def test_scatter_rejects_overlap(backend, device):
     base, index = torch.zeros(2, 6, 8, device=device), torch.tensor([0, 3], device=device)
     src = torch.ones(2, 2, 8, device=device)
     before = base.clone()
@@ -69,7 +69,7 @@ def test_scatter_refuses_overlap(backend, device):
     scatter_tokens(right[:, :2], index, left, backend=backend)  # neighbours in one tensor are fine
 
 
-def test_norm_rope_refuses_overlap(backend, device):
+def test_norm_rope_rejects_overlap(backend, device):
     q, k, v = torch.randn(3, 5, 2, 8, device=device)
     weight, angles, index = (
         torch.ones(8, device=device),

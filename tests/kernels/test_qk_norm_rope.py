@@ -125,7 +125,7 @@ def test_without_eps_any_magnitude_has_a_norm(backend, dtype, device, rng, as_go
         as_good(new, exact, chain(unit.to(dtype), w.to(dtype), cos, sin, 0.0, dtype))
 
 
-def test_eps_of_zero_beside_pytorch(backend, device):
+def test_eps_of_zero_equals_pytorch(backend, device):
     """A row of zeros has no norm (NaN, as in PyTorch), with the smallest eps it is 0; infinite values are as there."""
     rows = torch.zeros(3, 1, 8, device=device)
     rows[1], rows[2] = 2.0, torch.tensor([math.inf, *[1.0] * 7])

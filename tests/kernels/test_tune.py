@@ -26,7 +26,7 @@ def test_every_kernel_gets_candidates(capability):
     assert names == default.keys() - {"gpu", "capability", "measured"}
 
 
-def test_the_fastest_right_one_wins():
+def test_fastest_correct_config_wins():
     want = torch.ones(4)
     results = {1: want, 2: want * 2, 3: want, 4: want * float("nan")}
     times = {1: 5.0, 3: 2.0}
@@ -48,7 +48,7 @@ def test_the_fastest_right_one_wins():
     assert tune.best("copy_rows", call, want, configs[3:], timer) is None
 
 
-def test_a_wrong_result_of_small_values_is_out():
+def test_wrong_result_of_small_values_is_rejected():
     """The error counts against the size of the result: attention over thousands of keys gives small values."""
     want = torch.full((4,), 0.01)
     assert tune.best("attention", lambda config: torch.zeros(4), want, [{"id": 1}], lambda run: 1.0) is None
@@ -67,7 +67,7 @@ def test_specialised_warps_are_used_where_they_are_faster(monkeypatch, times, wi
     assert "attention_ws" not in tune.tune((9, 0), "cpu", None, quick=True)
 
 
-def test_what_could_not_be_measured_keeps_the_default():
+def test_unmeasured_entries_keep_the_default():
     def entry(dim, **config):
         return {"shape": {"head_dim": dim, "bits": 16}, "config": config}
 

@@ -37,7 +37,7 @@ def test_products_are_not_rounded_before_they_are_added(backend, dtype, device, 
     assert left.abs().max() < 1e-6
 
 
-def test_what_does_not_fit(backend, device):
+def test_unsuitable_inputs_are_rejected(backend, device):
     stack, weights = torch.zeros(3, 4, device=device), torch.zeros(3, device=device)
     for arguments, error, message in (
         ((stack, weights[:2]), ValueError, r"weights: expected shape \(3,\), got \(2,\)"),

@@ -43,7 +43,7 @@ def test_columns_line_up(result):
     assert len({line.index(word) + len(word) for line, word in zip(lines[1:4], ("50", "4.00", "20.000"))}) == 1
 
 
-def test_the_map_is_bright_where_it_looked(result):
+def test_edited_cells_are_bright(result):
     result.edit = Image.new("RGB", (128, 128), (200, 200, 200))
     light = np.asarray(where_it_looked(result.edit, result.run))[::32, ::32, 0]
     assert light[1, 2] == max(light.flat) > light[3, 3] > light[0, 0] and (light[0, 0] == light[2:, 0]).all()

@@ -16,7 +16,7 @@ def test_editor_of_a_pipeline(small_qwen, make_pipe):
         editor_of(torch.nn.Linear(1, 1))
 
 
-def test_unknown_names_are_refused():
+def test_unknown_names_are_rejected():
     with pytest.raises(ValueError, match='expected "kontext" or "qwen", got \'sd\''):
         editor_named("sd")
     with pytest.raises(ValueError, match="got 'sd'"):
@@ -31,7 +31,7 @@ def test_default_steps_are_the_pipelines_own():
         assert parameters["num_inference_steps"].default == editor.default_steps
 
 
-def test_arguments_are_at_the_pictures_size():
+def test_arguments_keep_the_pictures_size():
     picture = scenes.sample(0, (100, 130)).source
     assert micro.arguments(picture) == micro.arguments(picture, "kontext")
     for name in ("kontext", "qwen"):

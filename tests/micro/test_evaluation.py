@@ -60,7 +60,7 @@ def test_result_of_another_size_is_refused():
         score(Image.new("RGB", (96, 96)), case)
 
 
-def test_zero_steps_are_refused(pipe):
+def test_zero_steps_are_rejected(pipe):
     specedit.install(pipe, "turbo")
     try:
         with pytest.raises(ValueError, match="num_inference_steps: expected an integer of at least 1, got 0"):

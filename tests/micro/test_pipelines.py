@@ -44,7 +44,7 @@ def test_pictures_are_edited_at_their_own_size(small_qwen, sizes, size, grid):
     assert latents.shape == (1, grid[0] * grid[1], 64)
 
 
-def test_it_is_the_stock_call_at_the_stock_size(small_qwen, monkeypatch):
+def test_stock_size_equals_the_stock_call(small_qwen, monkeypatch):
     """The stock pipeline, told the same size by the patch that this class exists to do without, gives the same."""
     own = edit(small_qwen, negative_prompt=" ", true_cfg_scale=2.0)
     plain = QwenImageEditPipeline(**small_qwen.components)
@@ -53,7 +53,7 @@ def test_it_is_the_stock_call_at_the_stock_size(small_qwen, monkeypatch):
     assert torch.equal(edit(plain, negative_prompt=" ", true_cfg_scale=2.0), own)
 
 
-def test_nothing_of_diffusers_changes(small_qwen):
+def test_diffusers_is_not_modified(small_qwen):
     before = stock.calculate_dimensions
     edit(small_qwen)
     assert stock.calculate_dimensions is before and before(1024 * 1024, 1.0)[:2] == (1024, 1024)
@@ -68,12 +68,12 @@ def test_sizes_beyond_either_end(small_qwen):
 
 
 @pytest.mark.parametrize("image", [None, [], torch.zeros(1, 3, 64, 64)])
-def test_what_is_no_picture(small_qwen, image):
+def test_non_pictures_are_one_line_errors(small_qwen, image):
     with pytest.raises(TypeError, match="image: expected a PIL image or a list of them, got"):
         small_qwen(image=image, prompt="make it red")
 
 
-def test_an_installed_pipeline_keeps_the_own_size(small_qwen, sizes):
+def test_installed_pipeline_keeps_the_pictures_size(small_qwen, sizes):
     specedit.install(small_qwen, steps=(0, 0, 2), attention="stock")
     edit(small_qwen, (96, 160))
     assert [(target[1], reference[1]) for target, reference in sizes] == [(60, 60)] * 2

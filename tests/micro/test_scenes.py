@@ -8,12 +8,12 @@ from specedit.micro import photos, scenes
 from specedit.micro.vocabulary import BACKGROUNDS, COLOURS, KINDS, PHRASES, PLACES, SHAPES
 
 
-def test_there_is_enough_to_draw():
+def test_every_kind_can_be_drawn():
     assert len(SHAPES) >= 6 and len(COLOURS) >= 8 and len(KINDS) == 6
     assert all(len(PHRASES[kind]) >= 3 for kind in KINDS)
 
 
-def test_a_seed_gives_one_task():
+def test_seed_determines_the_task():
     a, b = scenes.sample(11, 96), scenes.sample(11, 96)
     assert a.prompt == b.prompt and np.array_equal(np.asarray(a.source), np.asarray(b.source))
     assert np.array_equal(np.asarray(a.target), np.asarray(b.target)) and np.array_equal(a.mask, b.mask)
@@ -53,7 +53,7 @@ def test_greyscale_has_no_colour_and_keeps_luminance():
     assert np.abs(luma - target[..., 0]).max() <= 1
 
 
-def test_the_words_name_what_happens():
+def test_prompt_describes_the_edit():
     for seed in range(40):
         scene = scenes.describe(seed)
         words = scene.prompt
@@ -74,7 +74,7 @@ def test_the_words_name_what_happens():
             assert scene.before == scene.after
 
 
-def test_the_object_that_is_meant_is_the_only_one():
+def test_prompt_identifies_one_object():
     for seed in range(60):
         scene = scenes.describe(seed)
         looks = [(t.shape, t.colour) for t in scene.before]

@@ -10,7 +10,7 @@ from specedit.micro.vocabulary import COLOURS, KINDS, SHAPES
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_task_is_understood_as_it_stands(kind):
+def test_every_task_prompt_is_understood(kind):
     for seed in range(100):
         prompt = scenes.describe(seed, kind).prompt
         assert micro.understood(prompt) == (prompt, ())
@@ -35,7 +35,7 @@ def test_every_task_is_understood_as_it_stands(kind):
         ("turn the background into a gradient from red to blue", "make the background a gradient from red to blue", []),
     ],
 )  # fmt: skip
-def test_what_means_the_same_is_said_in_the_editors_words(prompt, own, notes):
+def test_synonymous_prompts_are_rewritten(prompt, own, notes):
     assert micro.understood(prompt) == (own, tuple(notes))
     assert micro.understood(own) == (own, ())
 
@@ -56,7 +56,7 @@ def test_what_means_the_same_is_said_in_the_editors_words(prompt, own, notes):
         ("猫", 'got "猫"'),
     ],
 )
-def test_what_is_not_understood_is_named(prompt, says):
+def test_unknown_words_are_named(prompt, says):
     with pytest.raises(ValueError, match=r"^prompt: expected ") as error:
         micro.understood(prompt)
     assert says in str(error.value) and "\n" not in str(error.value)
@@ -69,7 +69,7 @@ def test_synonyms_are_words_that_the_editors_lack():
     assert {*COLOURS, *SHAPES} <= words.known_words()
 
 
-def test_in_python_a_prompt_that_is_not_understood_warns():
+def test_unknown_prompt_warns_in_python():
     with pytest.warns(UserWarning, match=r'the embedded editor does not understand this: .*got "frobnicate"'):
         words.warn_unless_understood(["remove the ring", "frobnicate the ring"])
     with pytest.warns(UserWarning, match=r'was trained on "make it greyscale", got .Make it gray.; specedit'):
@@ -77,7 +77,7 @@ def test_in_python_a_prompt_that_is_not_understood_warns():
 
 
 @pytest.mark.parametrize("text", ["remove the ring", "", " ", "blue", ["blue star", "make it greyscale"]])
-def test_what_is_understood_does_not_warn(text):
+def test_understood_prompts_do_not_warn(text):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         words.warn_unless_understood(text)

@@ -57,11 +57,8 @@ class TestQwenImageEditPlus(TestQwenImageEdit):
 
 
 class TestQwenImageEdit2511(TestQwenImageEditPlus):
-<<<<<<< HEAD
     sends_values = True  # the index of zero_cond_t
-=======
     compiles_as = None
->>>>>>> speed
 
     def make(self, make_qwen):
         return make_qwen(self.pipeline, zero_cond_t=True)

@@ -86,7 +86,7 @@ def test_steps(docs, tmp_path):
     assert "| flux-kontext | eager | fine | 8,704 | 250.0 | 662 |" in docs.measured.steps("transformer-real.json")
 
 
-def test_predictions_say_so(docs):
+def test_predictions_are_marked(docs):
     text = docs.predicted.roofline("plan.json")
     assert "Predicted, not measured" in text and "H100: 989 TFLOP/s, 3.35 TB/s" in text
     assert len([line for line in text.splitlines() if line.startswith("| qwen-image-edit")]) == 8
@@ -139,7 +139,7 @@ def scored(variant, flops, **kinds):
     return dict(variant=variant, family="specedit", mean=mean, kinds=every)
 
 
-def test_variants_stand_in_the_order_of_their_cost_with_a_column_for_each_kind(docs, tmp_path):
+def test_variants_are_ordered_by_cost_with_a_column_per_kind(docs, tmp_path):
     rows = [
         scored("turbo-full", 1e12, add=1),
         scored("stock-10", 2e12, add=1, shape=3),
@@ -156,7 +156,7 @@ def test_variants_stand_in_the_order_of_their_cost_with_a_column_for_each_kind(d
     assert lines[4] == "| turbo-full | 100%, 20.0, - | - |"
 
 
-def test_small_edits_are_those_that_were_asked_for(docs, tmp_path):
+def test_small_edits_are_chosen_by_the_task(docs, tmp_path):
     """By the task's mask, of every variant alike: what a variant found is another matter, nothing above all."""
 
     def case(seed, flops, found=None, **more):
@@ -204,7 +204,7 @@ def test_curves_of_a_sweep_go_through_the_starting_point(docs, tmp_path, monkeyp
     ]  # fmt: skip
 
 
-def test_operations_of_stock_are_known_without_a_run_but_not_its_seconds(docs, tmp_path):
+def test_stock_flops_are_known_without_a_run(docs, tmp_path):
     write(tmp_path, [scored("student-8", 2e12, add=4)], "forecast-512.json", stock_flops=16e12)
     (line,) = [line for line in docs.measured.forecast("forecast-512.json").splitlines() if "student-8" in line]
     assert line == "| student-8 | 4 | 50.0% | 18.0 | 30.0 | 2.000 | 2.0 | 8.00 | - | 4.48 | - | - |"
@@ -231,7 +231,7 @@ def test_predictions_show_both_ratios(docs):
     assert "in brackets to 28, the pipeline's own default" in text
 
 
-def test_a_command_is_told_where_to_write(docs):
+def test_command_records_its_result_file(docs):
     typed = importlib.import_module("docs_results").typed
     for command, ends in (
         ("python -m benchmarks.quality --cases 64", " --out benchmarks/results/q.json"),
@@ -242,7 +242,7 @@ def test_a_command_is_told_where_to_write(docs):
         assert typed(command, "q.json").endswith(ends) and typed(command, "q.json").startswith(command)
 
 
-def test_a_page_says_where_the_weights_are_others_now(docs):
+def test_page_says_when_weights_have_changed(docs):
     results = importlib.import_module("docs_results")
     folder = results.WEIGHTS / "kontext"
     for of in (

@@ -1,0 +1,92 @@
+"""The README's tables: what SpecEdit gives, what has been measured on a GPU, and what the two commands cost."""
+
+import docs_results
+from docs_results import default_steps, edited_by, load, table
+
+NEAR = 1 / 8  # how far stock's steps may be from the NFE to count as "as many", as a share
+SHOWN = ("balanced", "fast", "turbo")  # docs/benchmarks.md has the others
+NAMES = {"kontext": "Kontext", "qwen": "Qwen"}
+
+
+def gains(name: str) -> str:
+    """The presets of `SHOWN` in the quality files against stock's default steps and as many steps."""
+    files = sorted(docs_results.RESULTS.glob(f"{name.removesuffix('.json')}*-512.json"))
+    if not files:
+        return "*not measured yet*"
+    rows = [row for file in files for row in _gains_of(load(file.name))]
+    header = [
+        "embedded editor, variant", "NFE", "success", "keep dB", "FLOPs vs default", "clock vs default",
+        "FLOPs vs as many", "as many: success", "as many: clock",
+    ]  # fmt: skip
+    measured = ", ".join(f"`{file.name}`" for file in files)
+    machines = " and ".join(sorted({f"{m['cpu']}, {m['threads']} threads" for m in map(_machine, files)}))
+    return table(header, rows) + (
+        f"\n\nMeasured on {machines}, no GPU: {measured} in `benchmarks/results`. Ratios above 1 are savings."
+    )
+
+
+def _machine(file) -> dict:
+    return load(file.name)["machine"]
+
+
+def _gains_of(result: dict) -> list[list[str]]:
+    editor = edited_by(result)
+    stock = {row["steps"]: row["mean"] for row in result["rows"] if row["variant"].startswith("stock-")}
+    steps = default_steps(editor)
+    own = stock.get(steps)
+    rows = []
+    if own is not None:
+        rows.append([f"{NAMES[editor]}, stock, its default steps", str(steps), *_scores(own), "1.00", "1.00", *"---"])
+    for row in sorted((r for r in result["rows"] if r.get("preset") in SHOWN), key=lambda r: -r["mean"]["flops"]):
+        mean, nfe = row["mean"], row["nfe"]
+        near = min(stock, key=lambda count: abs(count - nfe))
+        many = stock[near] if abs(near - nfe) <= NEAR * nfe else None
+        step = next(m["flops"] / count for count, m in stock.items())  # every stock step costs the same
+        against = ["-", "-"] if own is None else [f"{own[key] / mean[key]:.2f}" for key in ("flops", "seconds")]
+        rows.append(
+            [f"{NAMES[editor]}, `{row['preset']}`, {row['restore']}", str(nfe), *_scores(mean), *against,
+             f"{nfe * step / mean['flops']:.2f}",
+             "-" if many is None else f"{many['success']:.1%} ({near} steps)",
+             "-" if many is None else f"{many['seconds'] / mean['seconds']:.2f}"]
+        )  # fmt: skip
+    return rows
+
+
+def _scores(mean: dict) -> list[str]:
+    return [f"{mean['success']:.1%}", f"{mean['keep_psnr']:.1f}"]
+
+
+def gpu_state(name: str) -> str:
+    """One sentence: on which GPUs something was measured."""
+    files = sorted(docs_results.RESULTS.glob("*.json"))
+    gpus = sorted({gpu for file in files if (gpu := load(file.name)["machine"].get("gpu"))})
+    if not gpus:
+        return "**Nothing has been measured on a GPU yet.** Every measured figure in this repository comes from a CPU."
+    return f"Measured on {', '.join(gpus)}; [docs/benchmarks.md](docs/benchmarks.md) has the figures."
+
+
+def setup(name: str) -> str:
+    """Minutes and GB of every step from the clone to the demo."""
+    result = load(name)
+    if result is None:
+        return "*not measured yet*"
+    rows = [[r["step"], _minutes(r["seconds"]), f"{r['bytes'] / 1e9:.2f}"] for r in result["rows"]]
+    seconds, held = (sum(r[key] for r in result["rows"]) for key in ("seconds", "bytes"))
+    m = result["machine"]
+    return table(["step", "minutes", "GB on disk"], [*rows, ["total", _minutes(seconds), f"{held / 1e9:.2f}"]]) + (
+        f"\n\nMeasured on {m['cpu']}, {m['threads']} threads, beside other work (load {result['load']:.1f}), with "
+        f"torch {m['torch']}, {m['date']}: `{result['command']}` wrote `benchmarks/results/{name}`."
+    )
+
+
+def test_times(name: str) -> str:
+    """What the test commands take."""
+    result = load(name)
+    if result is None:
+        return "*not measured yet*"
+    rows = [[f"`{r['command']}`", _minutes(r["seconds"]), f"{r['tests']:,}"] for r in result["rows"]]
+    return table(["command", "minutes", "tests"], rows)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f}"
