@@ -15,7 +15,8 @@ from specedit.method import sampler
 from specedit.method.adapter import Adapter, EditState, Run
 from specedit.method.draft import shrink
 from specedit.method.expand import coarsen_noise
-from specedit.method.selectors.semantic import beside, select
+from specedit.method.selectors import select
+from specedit.method.selectors.semantic import beside
 from specedit.placement import Placement
 
 CHANNELS = 8
