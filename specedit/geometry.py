@@ -32,7 +32,8 @@ class TokenGeometry:
 
     def to_pixels(self, tokens: Tensor) -> Tensor:
         """Tokens (..., C) as (..., pixels, channels)."""
-        return tokens.unflatten(-1, (-1, self.pixels)).transpose(-1, -2)
+        pixels: Tensor = tokens.unflatten(-1, (-1, self.pixels)).transpose(-1, -2)
+        return pixels
 
     def from_pixels(self, pixels: Tensor) -> Tensor:
         """The inverse of `to_pixels`."""
@@ -41,7 +42,8 @@ class TokenGeometry:
     def to_blocks(self, children: Tensor) -> Tensor:
         """Children (..., 4, C) as (..., pixels, channels, 4): the block that each pixel of the coarse token covers."""
         if self.patch == 2:
-            return children.unflatten(-1, (-1, 4))
+            blocks: Tensor = children.unflatten(-1, (-1, 4))
+            return blocks
         return children.transpose(-1, -2).unsqueeze(-3)
 
     def from_blocks(self, blocks: Tensor) -> Tensor:
@@ -53,13 +55,13 @@ class TokenGeometry:
     def to_image(self, tokens: Tensor, shape: tuple[int, int]) -> Tensor:
         """Tokens (B, h * w, C) of a grid of `shape` (h, w) as a latent image (B, channels, patch * h, patch * w)."""
         (h, w), p = shape, self.patch
-        grid = tokens.unflatten(-1, (-1, p, p)).unflatten(1, (h, w))  # (B, h, w, channels, p, p)
+        grid: Tensor = tokens.unflatten(-1, (-1, p, p)).unflatten(1, (h, w))  # (B, h, w, channels, p, p)
         return grid.permute(0, 3, 1, 4, 2, 5).reshape(tokens.shape[0], -1, p * h, p * w)
 
     def from_image(self, image: Tensor) -> Tensor:
         """The inverse of `to_image`: (B, channels, H, W), whose sides are multiples of `patch`, as tokens (B, N, C)."""
         p = self.patch
-        patches = image.unflatten(-1, (-1, p)).unflatten(-3, (-1, p))  # (B, channels, h, p, w, p)
+        patches: Tensor = image.unflatten(-1, (-1, p)).unflatten(-3, (-1, p))  # (B, channels, h, p, w, p)
         return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 

@@ -6,6 +6,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 _lock = threading.Lock()
@@ -30,7 +31,8 @@ def warn_once(pipe: Any, text: str, cause: str | None = None, warn: Callable[[st
 
 def warn_caller(text: str) -> None:
     """Warn with `text` at the line outside this package that led here, however deep inside it is said."""
-    frame, level = sys._getframe(), 1
+    frame: FrameType | None = sys._getframe()
+    level = 1
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
         frame, level = frame.f_back, level + 1
     warnings.warn(text, stacklevel=level)

@@ -155,7 +155,7 @@ def check_sigma(name: str, sigma: Any) -> float:
     return float(sigma)
 
 
-def check_patch(name: str, tokens: torch.Tensor, patch) -> None:
+def check_patch(name: str, tokens: torch.Tensor, patch: Any) -> None:
     """Raises unless `patch` is 1 or 2 and the channels of `tokens` are whole patches."""
     if isinstance(patch, bool) or not isinstance(patch, (int, torch.SymInt)):
         raise TypeError(f"patch: expected an int, got {type(patch).__name__}")
@@ -165,7 +165,13 @@ def check_patch(name: str, tokens: torch.Tensor, patch) -> None:
         raise ValueError(f"{name}: expected a channel count divisible by patch*patch = 4, got {tokens.shape[-1]}")
 
 
-def check_expand(coarse, noise, generator, detail, patch) -> None:
+def check_expand(
+    coarse: torch.Tensor,
+    noise: torch.Tensor | None,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    detail: torch.Tensor | None,
+    patch: int,
+) -> None:
     expect_tensor("coarse", coarse, dtypes=FLOATS, dims=range(2, 9))
     check_patch("coarse", coarse, patch)
     shape = reference.noise_shape(coarse, patch)
@@ -186,7 +192,7 @@ def check_expand(coarse, noise, generator, detail, patch) -> None:
         raise ValueError(f"generator: expected one per sample ({batch}), got a list of {len(generators)}")
 
 
-def check_contract(fine, patch) -> None:
+def check_contract(fine: torch.Tensor, patch: int) -> None:
     expect_tensor("fine", fine, dtypes=FLOATS, dims=range(3, 10))
     if fine.shape[-2] != 4:
         raise ValueError(f"fine: expected 4 children on axis -2, got shape {tuple(fine.shape)}")

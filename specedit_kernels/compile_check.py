@@ -142,11 +142,11 @@ def _rows(table: dict[str, Any]) -> Iterator[Variant]:
                 )  # fmt: skip
 
 
-def _expand(table: dict) -> Iterator[Variant]:
+def _expand(table: dict[str, Any]) -> Iterator[Variant]:
     """Packed tokens with the channels of each entry, and unpacked ones with as many numbers in a token."""
     from .gpu.expand import contract, expand, tiles
 
-    def ways(kernel: str) -> Iterator[tuple[dict, dict, str]]:
+    def ways(kernel: str) -> Iterator[tuple[dict[str, Any], dict[str, Any], str]]:
         for entry in table[kernel]:
             channels = entry["shape"]["channels"]
             for patch, width, label in ((2, channels, ""), (1, 4 * channels, " unpacked")):
@@ -291,7 +291,7 @@ def shipped(capability: int) -> list[tuple[str, Variant]]:
     return list(found.values())
 
 
-def _path(variant: Variant) -> tuple:
+def _path(variant: Variant) -> tuple[Any, ...]:
     """What decides which code of a kernel is compiled, apart from sizes: its switches."""
     switches = {name: value for name, value in variant.constants.items() if isinstance(value, (bool, str, type(None)))}
     return variant.kernel.arg_names, sorted(switches.items()), variant.grouped

@@ -48,13 +48,21 @@ def _scatter_tokens_torch(src: torch.Tensor, index: torch.Tensor, out: torch.Ten
     reference.scatter_tokens(src, index, out)
 
 
-def _expand_tokens_torch(coarse, sigma, noise, seed, detail, patch=2):
+def _expand_tokens_torch(
+    coarse: torch.Tensor,
+    sigma: float,
+    noise: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    detail: torch.Tensor | None,
+    patch: int = 2,
+) -> torch.Tensor:
     if noise is None:
+        assert seed is not None  # api.py draws one where no noise is given
         noise = reference.philox_noise(seed, reference.noise_shape(coarse, patch), patch)
     return reference.expand_tokens(coarse, sigma, noise=noise, detail=detail, patch=patch)[0]
 
 
-def _contract_tokens_torch(fine, sigma_fine, patch=2):
+def _contract_tokens_torch(fine: torch.Tensor, sigma_fine: float, patch: int = 2) -> torch.Tensor:
     return reference.contract_tokens(fine, sigma_fine, patch=patch)[0]
 
 
@@ -113,11 +121,18 @@ def _gather_tokens_fake(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x.new_empty((*batch, index.shape[-1], x.shape[-1]))
 
 
-def _expand_tokens_fake(coarse, sigma, noise, seed, detail, patch=2):
+def _expand_tokens_fake(
+    coarse: torch.Tensor,
+    sigma: float,
+    noise: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    detail: torch.Tensor | None,
+    patch: int = 2,
+) -> torch.Tensor:
     return coarse.new_empty((*coarse.shape[:-1], 4, coarse.shape[-1]))
 
 
-def _contract_tokens_fake(fine, sigma_fine, patch=2):
+def _contract_tokens_fake(fine: torch.Tensor, sigma_fine: float, patch: int = 2) -> torch.Tensor:
     return fine.new_empty((*fine.shape[:-2], fine.shape[-1]))
 
 

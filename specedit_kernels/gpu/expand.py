@@ -147,7 +147,7 @@ def contract(
     tl.store(target, z.to(coarse.dtype.element_ty), mask=here & (flat < COARSE_PIXELS * CHANNELS)[None, :])
 
 
-def tiles(config: dict, tokens: int, channels: int, patch: int = 2) -> dict:
+def tiles(config: launch.Config, tokens: int, channels: int, patch: int = 2) -> launch.Config:
     """Compile-time constants and warps of either kernel, for tokens of `patch` x `patch` pixels of `channels`."""
     padded = launch.next_power_of_2(channels)
     block = max(1, min(config["tile_pixels"] // (patch * patch * padded), launch.next_power_of_2(tokens)))
@@ -155,7 +155,15 @@ def tiles(config: dict, tokens: int, channels: int, patch: int = 2) -> dict:
     return constants | {"num_warps": config["num_warps"]}
 
 
-def launch_expand(coarse, sigma, noise, seed, detail, patch=2, tuned=None) -> torch.Tensor:
+def launch_expand(
+    coarse: torch.Tensor,
+    sigma: float,
+    noise: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    detail: torch.Tensor | None,
+    patch: int = 2,
+    tuned: dict[str, launch.Config] | None = None,
+) -> torch.Tensor:
     launch.check_dtype("coarse", coarse)
     *lead, tokens, width = coarse.shape
     fine = torch.empty((*lead, tokens, 4, width), dtype=coarse.dtype, device=coarse.device)
@@ -163,7 +171,8 @@ def launch_expand(coarse, sigma, noise, seed, detail, patch=2, tuned=None) -> to
         return fine
     z = coarse.reshape(-1, tokens, width)
     sigma_fine = 2 * sigma / (1 + sigma)
-    config = launch.config("expand", coarse.device, tuned, channels=width // 4)  # tuned for packed tokens of this width
+    # Tuned for packed tokens of this width.
+    config = launch.shipped_config("expand", coarse.device, tuned, channels=width // 4)
     constants = tiles(config, tokens, width // (patch * patch), patch)
     grid = (z.shape[0] * launch.ceil_div(tokens, constants["BLOCK_TOKENS"]),)
     expand[grid](
@@ -175,14 +184,16 @@ def launch_expand(coarse, sigma, noise, seed, detail, patch=2, tuned=None) -> to
     return fine
 
 
-def launch_contract(fine, sigma_fine, patch=2, tuned=None) -> torch.Tensor:
+def launch_contract(
+    fine: torch.Tensor, sigma_fine: float, patch: int = 2, tuned: dict[str, launch.Config] | None = None
+) -> torch.Tensor:
     launch.check_dtype("fine", fine)
     *lead, tokens, _, width = fine.shape
     coarse = torch.empty((*lead, tokens, width), dtype=fine.dtype, device=fine.device)
     if coarse.numel() == 0:
         return coarse
     f = fine.reshape(-1, tokens, 4, width)
-    config = launch.config("contract", fine.device, tuned, channels=width // 4)  # tuned for packed tokens of this width
+    config = launch.shipped_config("contract", fine.device, tuned, channels=width // 4)
     constants = tiles(config, tokens, width // (patch * patch), patch)
     grid = (f.shape[0] * launch.ceil_div(tokens, constants["BLOCK_TOKENS"]),)
     factor = (1 + sigma_fine / (2 - sigma_fine)) / 4

@@ -101,7 +101,7 @@ def _configs_of(gpu_name: str, capability: tuple[int, int]) -> dict[str, Any]:
     return _read(fallback)
 
 
-def nearest(entries: list[dict], shape: dict[str, int]) -> dict | None:
+def nearest(entries: list[dict[str, Any]], shape: dict[str, int]) -> Config | None:
     """The `config` of the entry with the nearest shape, by absolute log ratios.
 
     Sizes are compared in the order of `shape`, and the first that differs decides. So a length never outweighs a head
@@ -115,7 +115,7 @@ def nearest(entries: list[dict], shape: dict[str, int]) -> dict | None:
     return cast("Config | None", min(entries, key=distance)["config"])
 
 
-def config(kernel: str, device: torch.device, tuned: dict[str, dict] | None, **shape: int) -> dict | None:
+def config(kernel: str, device: torch.device, tuned: dict[str, Config] | None, **shape: int) -> Config | None:
     """Launch parameters of a kernel for a shape on this device.
 
     None if the device's file does not list the kernel, or lists null for shapes at which another kernel is faster.

@@ -55,7 +55,7 @@ def _batched(tensor: torch.Tensor, dims: int, batch: int) -> torch.Tensor:
     return tensor.expand(batch, *tensor.shape[-(dims - 1) :]) if tensor.dim() < dims else tensor
 
 
-def tile(config: dict, channels: int, itemsize: int) -> tuple[int, int]:
+def tile(config: launch.Config, channels: int, itemsize: int) -> tuple[int, int]:
     """Rows and channels of a program's tile, both powers of two."""
     block_channels = min(launch.next_power_of_2(channels), config["block_bytes"] // itemsize)
     return max(1, config["tile_bytes"] // (block_channels * itemsize)), block_channels
