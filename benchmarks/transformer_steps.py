@@ -75,7 +75,7 @@ def model_steps(model: str, bench: Bench, record: Any, budget: Any) -> int:
                 print(f"{key}: {type(error).__name__}: {first_line(error)}", file=sys.stderr, flush=True)
                 continue
             median = statistics.median(seconds)
-            read = layout.tokens if state.last_block else None
+            read = layout.tokens if state.trims_last_block else None
             flops = state.batch * state.branches * transformer_flops(pipe.transformer.config, tokens, None, read)
             record.add(
                 "transformer",

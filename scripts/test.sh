@@ -1,51 +1,76 @@
 #!/usr/bin/env bash
 # Installs the package with pinned versions into a virtual environment, and runs every check.
 #   scripts/test.sh [VENV]     VENV: made when missing, default .venv
-# PYTHON is the interpreter that creates it (default python3.11, with which the versions were recorded, else python3).
-# Only pip uses the network. The kernels are compiled with the pinned Triton and with the oldest supported one, which pip
-# puts into a temporary folder.
+# PYTHON names the interpreter that makes it (default python3.11, which the known-good set was recorded with, else
+# python3). Only pip uses the network. The checks run beside the tests and are shown when the tests have ended. The
+# kernels are compiled with the known-good Triton and, one of each code path, with the oldest supported one, which pip
+# puts into a folder of its own that is removed afterwards.
 set -euo pipefail
+set -m # each check has a process group of its own, which ends with this script
 cd "$(dirname "$0")/.."
 
 oldest_triton=3.6.0
 venv=${1:-.venv}
 python=${PYTHON:-$(command -v python3.11 || command -v python3)}
 scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
+checks=()
+trap 'for check in "${checks[@]}"; do kill -- "-${check%%:*}" 2>/dev/null || true; done; rm -rf "$scratch"' EXIT
 
 step() { printf '\n== %s\n' "$1"; }
 
+# beside TITLE COMMAND...: run it in the background, away from the checkout: it sees the installed package and its data.
+beside() {
+    local title=$1
+    shift
+    local number=${#checks[@]}
+    (cd "$scratch" && "$@") >"$scratch/$number.log" 2>&1 &
+    checks+=("$!:$title")
+}
+
+# Wait for every check, show its output, and fail if one failed.
+finish() {
+    local number status failed=0
+    for number in "${!checks[@]}"; do
+        status=0
+        wait "${checks[$number]%%:*}" || status=$?
+        step "${checks[$number]#*:}"
+        cat "$scratch/$number.log"
+        [ "$status" = 0 ] || { echo "failed with exit code $status"; failed=1; }
+    done
+    checks=()
+    return "$failed"
+}
+
+compile_with_the_oldest_triton() {
+    "$venv/bin/python" -m pip install --quiet --no-deps --target "$scratch/oldest-triton" "triton==$oldest_triton" &&
+        PYTHONPATH=$scratch/oldest-triton "$venv/bin/python" -m specedit_kernels.compile_check --each-path-once --jobs 1
+}
+
+check_types() { (cd "$checkout" && "$venv/bin/mypy"); }
+
+build_documentation() {
+    (cd "$checkout" && NO_MKDOCS_2_WARNING=1 "$venv/bin/mkdocs" build --strict --quiet --site-dir "$scratch/site")
+}
+
 step "install"
+checkout=$PWD
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 venv=$(cd "$venv" && pwd)
 "$venv/bin/python" -m pip install --quiet -c constraints.txt ".[test,docs]"
-export HF_HUB_OFFLINE=1 MPLBACKEND=Agg
+export HF_HUB_OFFLINE=1 MPLBACKEND=Agg OMP_NUM_THREADS=1
+cores=$(nproc)
 
-step "ruff"
-"$venv/bin/ruff" check .
-"$venv/bin/ruff" format --check .
-
-step "types"
-"$venv/bin/mypy"
-
-step "documentation"
-NO_MKDOCS_2_WARNING=1 "$venv/bin/mkdocs" build --strict --quiet --site-dir "$scratch/site"
+beside "ruff" "$venv/bin/ruff" check "$PWD"
+beside "formatting" "$venv/bin/ruff" format --check "$PWD"
+beside "kernels compile without a GPU" "$venv/bin/python" -m specedit_kernels.compile_check --jobs $(((cores + 1) / 2))
+beside "kernels compile with Triton $oldest_triton, the oldest supported" compile_with_the_oldest_triton
+beside "types" check_types
+beside "documentation" build_documentation
+beside "demo, small" "$venv/bin/specedit" demo --size 256 --out demo
 
 step "tests (kernels on a CPU run in Triton's interpreter)"
-# Each test runs on one thread, up to four at a time.
-cores=$(nproc)
-OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest -q --durations 12 -n $((cores < 4 ? cores : 4)) --dist worksteal
-
-# The next checks run outside the checkout, so that they use the installed package and its data files.
-cd "$scratch"
-step "kernels compile without a GPU"
-"$venv/bin/python" -m specedit_kernels.compile_check
-
-step "kernels compile with Triton $oldest_triton, the oldest supported"
-"$venv/bin/python" -m pip install --quiet --no-deps --target "$scratch/oldest-triton" "triton==$oldest_triton"
-PYTHONPATH=$scratch/oldest-triton "$venv/bin/python" -m specedit_kernels.compile_check
-
-step "demo, small"
-"$venv/bin/specedit" demo --size 256 --out "$scratch/demo"
-ls "$scratch/demo"
-step "all checks passed"
+# Up to four at a time, each on one thread (tests/conftest.py).
+failed=0
+"$venv/bin/python" -m pytest -q --durations 12 || failed=1
+finish || failed=1
+[ "$failed" = 0 ] && step "all checks passed"

@@ -12,7 +12,6 @@ from .checks import integer
 from .registry import forecasts
 
 if TYPE_CHECKING:
-    from .forecast.base import Forecaster
     from .layout import MixedLayout
 
 INTERVAL = 4
@@ -77,8 +76,8 @@ class ForecastOptions(ABC):
         return None
 
     @abstractmethod
-    def make(self, context: ForecastContext) -> Forecaster:
-        """The history of one guidance branch in one stage."""
+    def make(self, context: ForecastContext) -> Any:
+        """The history of one guidance branch in one stage, a `specedit.forecast.Forecaster`."""
 
     @abstractmethod
     def operations(self, numbers: int) -> float:

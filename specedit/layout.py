@@ -1,29 +1,40 @@
 """Pure data about tokens: their positions, and which are coarse or fine.
 
-A *fine* token is one packed 2 x 2 latent patch. A *coarse cell* covers 2 x 2 fine tokens, or fewer in the last row or
-column of an odd-sized grid. Tokens are always listed row by row.
+A *fine* token is one packed 2 x 2 latent patch, or a single latent pixel where the model does not pack (the grid's
+`geometry`). A *coarse cell* covers 2 x 2 fine tokens; where a grid has an odd side, the cells of its last row or column
+cover fewer. Tokens are always listed row by row.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .geometry import PACKED, TokenGeometry
+
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """A grid of `height` x `width` tokens."""
+    """A grid of `height` x `width` tokens, each of which holds the latent pixels that `geometry` says.
+
+    Raises:
+        ValueError: a side below 1.
+        TypeError: `geometry` is not a TokenGeometry.
+    """
 
     height: int
     width: int
+    geometry: TokenGeometry = PACKED
 
     def __post_init__(self) -> None:
         if self.height < 1 or self.width < 1:
             raise ValueError(f"token grid: expected at least 1 x 1, got {self.height} x {self.width}")
+        if not isinstance(self.geometry, TokenGeometry):
+            raise TypeError(f"geometry: expected TokenGeometry, got {type(self.geometry).__name__}")
 
     @property
     def tokens(self) -> int:
@@ -40,7 +51,11 @@ class TokenGrid:
 
     def coarse(self, factor: int = 2) -> TokenGrid:
         """The grid of cells of `factor` x `factor` tokens, partial cells included."""
-        return TokenGrid(-(-self.height // factor), -(-self.width // factor))
+        return replace(self, height=-(-self.height // factor), width=-(-self.width // factor))
+
+    def extended(self, rows: int, columns: int) -> TokenGrid:
+        """The grid with `rows` and `columns` more; negative numbers take some away."""
+        return replace(self, height=self.height + rows, width=self.width + columns)
 
     def positions(self, device: torch.device | str = "cpu") -> Tensor:
         """(N, 2) float32 row and column of every token."""
@@ -194,8 +209,8 @@ class MixedLayout:
 
     @property
     def picture(self) -> TokenGrid:
-        """The grid without its lead."""
-        return TokenGrid(self.grid.height - self.lead[0], self.grid.width - self.lead[1])
+        """The grid without its lead: of the tokens that there are."""
+        return self.grid.extended(-self.lead[0], -self.lead[1])
 
     @property
     def unit(self) -> int:
@@ -223,16 +238,13 @@ class MixedLayout:
         return torch.cat([locked, fine])
 
     def full_grid(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, N, C) of this layout on the fine grid (B, grid.tokens, C), with locked cells' pixels repeated.
-
-        Pixel (a, b) of a coarse token fills its child (a, b).
-        """
+        """Tokens (B, N, C) of this layout on the fine grid (B, grid.tokens, C): a locked cell's pixels are repeated."""
         batch, _, channels = tokens.shape
         split = len(self.locked_cells)
         out = tokens.new_empty(batch, self.grid.tokens, channels)
         if split:
             places, slots = self._locked_order
-            out[:, places] = repeat_pixels(tokens[:, :split]).flatten(1, 2)[:, slots]
+            out[:, places] = repeat_pixels(tokens[:, :split], self.grid.geometry).flatten(1, 2)[:, slots]
         out[:, self.fine_tokens] = tokens[:, split:]
         return out
 
@@ -273,17 +285,26 @@ def cells_touched(mask: Tensor, grid: TokenGrid) -> Tensor:
     return F.max_pool2d(tokens, 2, ceil_mode=True)[:, 0] > 0
 
 
-def repeat_pixels(tokens: Tensor) -> Tensor:
-    """Coarse tokens (B, M, C) to children (B, M, 4, C): child (a, b) is filled with pixel (a, b)."""
-    b, m, c = tokens.shape
-    pixels = tokens.view(b, m, c // 4, 4).transpose(2, 3)
-    return pixels[..., None].expand(b, m, 4, c // 4, 4).reshape(b, m, 4, c)
+def repeat_pixels(tokens: Tensor, geometry: TokenGeometry = PACKED) -> Tensor:
+    """Coarse tokens (B, M, C) to children (B, M, 4, C): every pixel fills the block of 2 x 2 that it stands for."""
+    pixels = geometry.to_pixels(tokens)
+    return geometry.from_blocks(pixels[..., None].expand(*pixels.shape, 4))
 
 
 def mean_pixels(tokens: Tensor, grid: TokenGrid) -> Tensor:
     """Fine tokens (B, N, C) to coarse ones (B, cells, C): every coarse pixel is the mean of its 2 x 2 latent pixels."""
-    padded = grid.pad(tokens)
-    b, _, c = padded.shape
-    means = padded.view(b, -1, c // 4, 4).mean(-1)  # average a token's own 2 x 2 pixels
-    children = means[:, grid.children(tokens.device)]  # (B, cells, 4, channels)
-    return children.transpose(2, 3).reshape(b, -1, c)
+    blocks = cell_blocks(tokens, grid)
+    return grid.geometry.from_pixels(blocks.mean(-1))
+
+
+def cell_blocks(tokens: Tensor, grid: TokenGrid) -> Tensor:
+    """Fine tokens (B, N, C) of an image as the 2 x 2 blocks (B, cells, pixels, channels, 4) of all cells' pixels.
+
+    Beyond an odd side its last row or column repeats.
+    """
+    return blocks_of_padded(grid.pad(tokens), grid)
+
+
+def blocks_of_padded(tokens: Tensor, grid: TokenGrid) -> Tensor:
+    """The same for tokens that are padded to even sides."""
+    return grid.geometry.to_blocks(tokens[:, grid.children(tokens.device)])

@@ -19,12 +19,23 @@ from .layout import LayoutSet, MixedLayout, TokenGrid, cells_touched
 
 @dataclass(frozen=True)
 class Placement:
-    """The first token of `reference` is at (`row`, `col`) of `output`, in tokens; it may be outside."""
+    """The first token of `reference` lies at (`row`, `col`) of `output`, in tokens; it may lie outside.
+
+    Raises:
+        ValueError: the tokens of the two grids hold different patches.
+    """
 
     output: TokenGrid
     reference: TokenGrid
     row: int = 0
     col: int = 0
+
+    def __post_init__(self) -> None:
+        if self.output.geometry != self.reference.geometry:
+            raise ValueError(
+                f"reference: expected tokens of the output's geometry, patch={self.output.geometry.patch}, "
+                f"got patch={self.reference.geometry.patch}"
+            )
 
     @property
     def is_same(self) -> bool:
@@ -46,13 +57,13 @@ class Placement:
         Not the model's own centring of small images, which would be off by up to a cell.
         """
         (top, left), grid = self.lead(scale), self.reference
-        reference = TokenGrid(grid.height + top, grid.width + left).coarse(scale)
+        reference = grid.extended(top, left).coarse(scale)
         return Placement(self.output.coarse(scale), reference, (self.row - top) // scale, (self.col - left) // scale)
 
     def with_lead(self, tokens: Tensor, scale: int = 2) -> tuple[Tensor, TokenGrid]:
         """Tokens (B, n, C) of the reference after a `lead` that repeats the border, and the grid of both."""
         (top, left), grid = self.lead(scale), self.reference
-        padded = Placement(TokenGrid(grid.height + top, grid.width + left), grid, top, left)
+        padded = Placement(grid.extended(top, left), grid, top, left)
         return padded.place(tokens), padded.output
 
     @cached_property
@@ -101,7 +112,7 @@ class Placement:
             expanded = torch.ones(cells.reference.shape, dtype=torch.bool, device=target.expanded.device)
         else:
             expanded = cells.inverse.place_mask(target.expanded[None])[0]
-        grid = TokenGrid(self.reference.height + top, self.reference.width + left)
+        grid = self.reference.extended(top, left)
         return MixedLayout(grid, expanded, (top, left), (self.row - top, self.col - left), target.unit)
 
     def _axes(self, side: int = 1) -> list[tuple[Tensor, Tensor]]:

@@ -121,7 +121,7 @@ def expand_tokens(
     """Split every coarse token of a flow-matching state into four fine ones, with exactly the right noise.
 
     A state is `x_s = (1 - s) x0 + s e`. Every latent pixel z of a coarse token becomes a 2x2 block of pixels through
-    the orthonormal 4x4 Hadamard matrix, whose three detail coefficients carry fresh noise:
+    the orthonormal 4x4 Hadamard matrix. The three detail coefficients carry fresh noise:
 
         s' = 2s / (1 + s)
         c = [2 / (1 + s) * z, d1, d2, d3],  d = (1 - s') * detail + s' * noise
@@ -132,15 +132,17 @@ def expand_tokens(
     of its coefficients.
 
     Args:
-        coarse: (..., M, C), packed tokens in diffusers' order: C = channels * 2 * 2, channel slowest, so pixel (a, b)
-            of a channel is at `channel * 4 + a * 2 + b`. Pixel (a, b) becomes child token (a, b).
+        coarse: (..., M, C), tokens of `patch` * `patch` latent pixels. Packed tokens (`patch=2`) are in diffusers'
+            order: C = channels * 2 * 2, channel slowest, so pixel (a, b) of a channel is at
+            `channel * 4 + a * 2 + b`. Pixel (a, b) becomes the four pixels of child token (a, b).
+            Unpacked tokens (`patch=1`) are one pixel, C = channels. Child token (a, b) is pixel f_ab.
         sigma: noise level s of `coarse`, inside (0, 1).
-        noise: (..., M, 4, channels, 3) standard normal, or None to draw it.
+        noise: standard normal, or None to draw it: (..., M, 4, channels, 3), unpacked (..., M, channels, 3).
         generator: where the noise comes from: one generator, or one per sample (the axes before M are the batch). A
             sample's numbers do not depend on the samples after it; with one generator per sample they depend on none.
             On CUDA the kernel draws from Philox, seeded from the generator; on the CPU it is `torch.randn`.
-        detail: (..., M, 4, channels, 3) Hadamard detail of known content (clean, noise level 0), or None for 0.
-        patch: side of a token's patch in latent pixels; 2 is the only one these kernels know.
+        detail: Hadamard detail of known content (clean, noise level 0), of the noise's shape, or None for 0.
+        patch: side of a token's patch in latent pixels: 2 for packed latents, 1 for unpacked ones.
         backend: "triton", "torch" or None (by device).
 
     Returns:
@@ -158,24 +160,26 @@ def expand_tokens(
     seed = None
     if noise is None:
         if backend == "torch" or (coarse.device.type != "cuda" and backend is None):
-            noise = reference.draw_noise(
-                (*coarse.shape[:-1], 4, coarse.shape[-1] // 4, 3), generator,
-                dtype=torch.float64 if coarse.dtype == torch.float64 else torch.float32, device=coarse.device,
-            )  # fmt: skip
+            dtype = torch.float64 if coarse.dtype == torch.float64 else torch.float32
+            noise = reference.draw_noise(coarse, patch, generator, dtype=dtype)
         else:
             seed = reference.draw_seeds(generator, coarse)
-    fine = _call(backend, "expand_tokens", coarse, (coarse, sigma, noise, seed, detail))
+    fine = _call(backend, "expand_tokens", coarse, (coarse, sigma, noise, seed, detail, int(patch)))
     return fine, reference.fine_sigma(sigma)
 
 
-def contract_tokens(fine: torch.Tensor, sigma_fine: float, *, backend: str | None = None) -> tuple[torch.Tensor, float]:
-    """Merge four fine tokens into a coarse one: the inverse of `expand_tokens` on the mean of every 2x2 block.
+def contract_tokens(
+    fine: torch.Tensor, sigma_fine: float, *, patch: int = 2, backend: str | None = None
+) -> tuple[torch.Tensor, float]:
+    """Merges four fine tokens into their coarse one: the inverse of `expand_tokens` on the mean of every 2x2 block.
 
         s = s' / (2 - s'),  z = (1 + s) * (f00 + f01 + f10 + f11) / 4
 
     Args:
-        fine: (..., M, 4, C), children row-major, C = channels * 2 * 2, channel slowest.
+        fine: (..., M, 4, C), children row-major, C = channels * patch * patch, channel slowest.
         sigma_fine: noise level s' of `fine`, inside (0, 1).
+        patch: side of a token's patch in latent pixels. With 2 (packed latents) the block is a child's own four pixels,
+            with 1 (unpacked latents) it is the four children.
         backend: "triton", "torch" or None (by device).
 
     Returns:
@@ -183,12 +187,13 @@ def contract_tokens(fine: torch.Tensor, sigma_fine: float, *, backend: str | Non
 
     Raises:
         TypeError: dtypes or types that do not fit.
-        ValueError: shapes that do not fit, sigma_fine outside (0, 1) or NaN, an unknown backend.
+        ValueError: shapes or a patch that do not fit, sigma_fine outside (0, 1) or NaN, an unknown backend.
     """
     _check_backend(backend)
-    checks.check_contract(fine)
+    checks.check_contract(fine, patch)
     sigma_fine = checks.check_sigma("sigma_fine", sigma_fine)
-    return _call(backend, "contract_tokens", fine, (fine, sigma_fine)), reference.coarse_sigma(sigma_fine)
+    coarse = _call(backend, "contract_tokens", fine, (fine, sigma_fine, int(patch)))
+    return coarse, reference.coarse_sigma(sigma_fine)
 
 
 @overload

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from . import derivatives, overlap
+from . import derivatives, overlap, reference
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -155,19 +155,20 @@ def check_sigma(name: str, sigma: Any) -> float:
     return float(sigma)
 
 
-def check_expand(
-    coarse: torch.Tensor,
-    noise: torch.Tensor | None,
-    generator: torch.Generator | Sequence[torch.Generator] | None,
-    detail: torch.Tensor | None,
-    patch: int,
-) -> None:
+def check_patch(name: str, tokens: torch.Tensor, patch) -> None:
+    """Raises unless `patch` is 1 or 2 and the channels of `tokens` are whole patches."""
+    if isinstance(patch, bool) or not isinstance(patch, (int, torch.SymInt)):
+        raise TypeError(f"patch: expected an int, got {type(patch).__name__}")
+    if patch not in (1, 2):
+        raise ValueError(f"patch: expected 1 (unpacked: one latent pixel a token) or 2 (packed: 2x2), got {patch}")
+    if patch == 2 and tokens.shape[-1] % 4:
+        raise ValueError(f"{name}: expected a channel count divisible by patch*patch = 4, got {tokens.shape[-1]}")
+
+
+def check_expand(coarse, noise, generator, detail, patch) -> None:
     expect_tensor("coarse", coarse, dtypes=FLOATS, dims=range(2, 9))
-    if patch != 2:
-        raise ValueError(f"patch: expected 2 (a token is a 2x2 patch of latent pixels), got {patch}")
-    if coarse.shape[-1] % 4:
-        raise ValueError(f"coarse: expected a channel count divisible by patch*patch = 4, got {coarse.shape[-1]}")
-    shape = (*coarse.shape[:-1], 4, coarse.shape[-1] // 4, 3)
+    check_patch("coarse", coarse, patch)
+    shape = reference.noise_shape(coarse, patch)
     for name, value in (("noise", noise), ("detail", detail)):
         if value is not None:
             expect_tensor(name, value, dtypes=FLOATS, dims=(len(shape),), device=coarse.device)
@@ -185,12 +186,11 @@ def check_expand(
         raise ValueError(f"generator: expected one per sample ({batch}), got a list of {len(generators)}")
 
 
-def check_contract(fine: torch.Tensor) -> None:
+def check_contract(fine, patch) -> None:
     expect_tensor("fine", fine, dtypes=FLOATS, dims=range(3, 10))
     if fine.shape[-2] != 4:
         raise ValueError(f"fine: expected 4 children on axis -2, got shape {tuple(fine.shape)}")
-    if fine.shape[-1] % 4:
-        raise ValueError(f"fine: expected a channel count divisible by 4, got {fine.shape[-1]}")
+    check_patch("fine", fine, patch)
 
 
 # --- attention -------------------------------------------------------------------------------------------------------

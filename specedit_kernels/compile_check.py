@@ -1,6 +1,6 @@
 """Compile every shipped kernel in every shipped configuration, without a GPU.
 
-    python -m specedit_kernels.compile_check [--arch sm_80 sm_90 sm_100] [--json FILE] [--jobs N]
+    python -m specedit_kernels.compile_check [--arch sm_80 sm_90 sm_100] [--json FILE] [--jobs N] [--each-path-once]
 
 Prints registers, spilled bytes, shared memory and matrix instructions of each, read from the cubin with the cuobjdump
 that comes with Triton. Exits with 1 if anything fails to compile, spills, needs more shared memory than the
@@ -142,27 +142,31 @@ def _rows(table: dict[str, Any]) -> Iterator[Variant]:
                 )  # fmt: skip
 
 
-def _expand(table: dict[str, Any]) -> Iterator[Variant]:
+def _expand(table: dict) -> Iterator[Variant]:
+    """Packed tokens with the channels of each entry, and unpacked ones with as many numbers in a token."""
     from .gpu.expand import contract, expand, tiles
 
+    def ways(kernel: str) -> Iterator[tuple[dict, dict, str]]:
+        for entry in table[kernel]:
+            channels = entry["shape"]["channels"]
+            for patch, width, label in ((2, channels, ""), (1, 4 * channels, " unpacked")):
+                constants = tiles(entry["config"], 1 << 20, width, patch)
+                yield constants, {"num_warps": constants.pop("num_warps")}, label
+
     for element in ("bf16", "fp32"):
-        for entry in table["expand"]:
-            constants: dict[str, Any] = tiles(entry["config"], 1 << 20, entry["shape"]["channels"])
-            options = {"num_warps": constants.pop("num_warps")}
+        for constants, options, label in ways("expand"):
             for noise in (True, False):
                 flags = {"HAS_NOISE": noise, "HAS_DETAIL": True, "SEED_PER_SAMPLE": not noise}
                 pointers = {"coarse": element, "fine": element, "detail": element}
                 pointers |= {"noise": "fp32"} if noise else {"seed": "i64"}
                 absent = {"seed": None} if noise else {"noise": None}
                 yield Variant(
-                    f"expand {element} {'noise given' if noise else 'philox'}", expand, pointers,
+                    f"expand {element} {'noise given' if noise else 'philox'}{label}", expand, pointers,
                     constants | flags | absent, options, ("signal", "noise_level", "detail_level"),
                 )  # fmt: skip
-        for entry in table["contract"]:
-            constants = tiles(entry["config"], 1 << 20, entry["shape"]["channels"])
-            options = {"num_warps": constants.pop("num_warps")}
-            yield Variant(f"contract {element}", contract, {"coarse": element, "fine": element}, constants, options,
-                          ("factor",))  # fmt: skip
+        for constants, options, label in ways("contract"):
+            yield Variant(f"contract {element}{label}", contract, {"coarse": element, "fine": element}, constants,
+                          options, ("factor",))  # fmt: skip
 
 
 def _norm_rope(table: dict[str, Any]) -> Iterator[Variant]:
@@ -287,6 +291,18 @@ def shipped(capability: int) -> list[tuple[str, Variant]]:
     return list(found.values())
 
 
+def _path(variant: Variant) -> tuple:
+    """What decides which code of a kernel is compiled, apart from sizes: its switches."""
+    switches = {name: value for name, value in variant.constants.items() if isinstance(value, (bool, str, type(None)))}
+    return variant.kernel.arg_names, sorted(switches.items()), variant.grouped
+
+
+def _last_of_each_path(capability: int) -> list[int]:
+    """Numbers of `shipped`: of variants that differ only in sizes and types the last, which has the widest head."""
+    paths = [_path(variant) for _, variant in shipped(capability)]
+    return [number for number, path in enumerate(paths) if path not in paths[number + 1 :]]
+
+
 def _check_shipped(task: tuple[int, int]) -> Result:
     """Check one of `shipped`, given as (capability, number) because kernels cannot be pickled."""
     capability, number = task
@@ -310,6 +326,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="also write the rows as JSON")
     parser.add_argument("--jobs", type=int, metavar="N", default=min(8, os.cpu_count() or 1),
                         help="processes that compile side by side (default: one per core, at most 8)")  # fmt: skip
+    parser.add_argument("--each-path-once", action="store_true",
+                        help="of variants that differ only in sizes and types, compile one")  # fmt: skip
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
@@ -321,7 +339,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"Triton {triton.__version__} from {os.path.dirname(triton.__file__)}")
     print(f"{'arch':7} {'kernel':38} {'regs':>4} {'spill':>5} {'shared':>7} {'matrix':>6}")
     capabilities = [int(arch.removeprefix("sm_")) for arch in options.arch]
-    tasks = [(capability, number) for capability in capabilities for number in range(len(shipped(capability)))]
+    chosen = {c: _last_of_each_path(c) if options.each_path_once else range(len(shipped(c))) for c in capabilities}
+    tasks = [(capability, number) for capability, numbers in chosen.items() for number in numbers]
     for result in check_shipped(tasks, options.jobs):
         results.append(result)
         verdict = "; ".join(result.problems)

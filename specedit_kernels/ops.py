@@ -25,8 +25,10 @@ MINIMUM_TRITON = (3, 6)
 _SCHEMAS = {
     "gather_tokens": "(Tensor x, Tensor index) -> Tensor",
     "scatter_tokens": "(Tensor src, Tensor index, Tensor(a!) out) -> ()",
-    "expand_tokens": "(Tensor coarse, Scalar sigma, Tensor? noise, Tensor? seed, Tensor? detail) -> Tensor",
-    "contract_tokens": "(Tensor fine, Scalar sigma_fine) -> Tensor",
+    "expand_tokens": (
+        "(Tensor coarse, Scalar sigma, Tensor? noise, Tensor? seed, Tensor? detail, int patch=2) -> Tensor"
+    ),
+    "contract_tokens": "(Tensor fine, Scalar sigma_fine, int patch=2) -> Tensor",
     "mixed_attention": (
         "(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q,"
         " Tensor? key_bias, Scalar scale, bool return_lse) -> (Tensor, Tensor)"
@@ -46,21 +48,14 @@ def _scatter_tokens_torch(src: torch.Tensor, index: torch.Tensor, out: torch.Ten
     reference.scatter_tokens(src, index, out)
 
 
-def _expand_tokens_torch(
-    coarse: torch.Tensor,
-    sigma: float,
-    noise: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    detail: torch.Tensor | None,
-) -> torch.Tensor:
+def _expand_tokens_torch(coarse, sigma, noise, seed, detail, patch=2):
     if noise is None:
-        assert seed is not None
-        noise = reference.philox_noise(seed, (*coarse.shape[:-1], 4, coarse.shape[-1] // 4, 3))
-    return reference.expand_tokens(coarse, sigma, noise=noise, detail=detail)[0]
+        noise = reference.philox_noise(seed, reference.noise_shape(coarse, patch), patch)
+    return reference.expand_tokens(coarse, sigma, noise=noise, detail=detail, patch=patch)[0]
 
 
-def _contract_tokens_torch(fine: torch.Tensor, sigma_fine: float) -> torch.Tensor:
-    return reference.contract_tokens(fine, sigma_fine)[0]
+def _contract_tokens_torch(fine, sigma_fine, patch=2):
+    return reference.contract_tokens(fine, sigma_fine, patch=patch)[0]
 
 
 def _mixed_attention_torch(
@@ -118,17 +113,11 @@ def _gather_tokens_fake(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x.new_empty((*batch, index.shape[-1], x.shape[-1]))
 
 
-def _expand_tokens_fake(
-    coarse: torch.Tensor,
-    sigma: float,
-    noise: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    detail: torch.Tensor | None,
-) -> torch.Tensor:
+def _expand_tokens_fake(coarse, sigma, noise, seed, detail, patch=2):
     return coarse.new_empty((*coarse.shape[:-1], 4, coarse.shape[-1]))
 
 
-def _contract_tokens_fake(fine: torch.Tensor, sigma_fine: float) -> torch.Tensor:
+def _contract_tokens_fake(fine, sigma_fine, patch=2):
     return fine.new_empty((*fine.shape[:-2], fine.shape[-1]))
 
 

@@ -72,22 +72,30 @@ def coarse_sigma(sigma_fine: float) -> float:
     return sigma_fine / (2 - sigma_fine)
 
 
+def noise_shape(coarse: torch.Tensor, patch: int) -> tuple[int, ...]:
+    """Shape of the noise and detail that expand `coarse` (..., M, C): (..., M, 4, channels, 3) for packed 2x2 tokens,
+    (..., M, C, 3) for unpacked ones."""
+    *lead, width = coarse.shape
+    return (*lead, width, 3) if patch == 1 else (*lead, 4, width // 4, 3)
+
+
 def draw_noise(
-    shape: tuple[int, ...],
+    coarse: torch.Tensor,
+    patch: int,
     generator: torch.Generator | Sequence[torch.Generator] | None,
     *,
     dtype: torch.dtype,
-    device: torch.device,
 ) -> torch.Tensor:
-    """Standard normal noise of `shape`, whose last four axes are one sample and the others the batch.
+    """Standard normal noise to expand `coarse`. The axes before its last two are the batch.
 
     Samples are drawn one after the other, so a sample's numbers do not depend on how many others follow it; with a
     list of generators, one per sample, they do not depend on the others at all.
     """
-    batch = math.prod(shape[:-4])
-    generators: Sequence[torch.Generator | None]
-    generators = [generator] * batch if generator is None or isinstance(generator, torch.Generator) else generator
-    noise = torch.empty((batch, *shape[-4:]), dtype=dtype, device=device)
+    device, shape = coarse.device, noise_shape(coarse, patch)
+    axes = coarse.dim() - 2
+    batch = math.prod(shape[:axes])
+    generators = generator if isinstance(generator, (list, tuple)) else [generator] * batch
+    noise = torch.empty((batch, *shape[axes:]), dtype=dtype, device=device)
     for sample, source in zip(noise, generators):
         if source is None or source.device.type == device.type:
             sample.normal_(generator=source)
@@ -126,14 +134,15 @@ def philox_4x32(counter: Sequence[torch.Tensor], key: Sequence[torch.Tensor]) ->
     return [c0, c1, c2, c3]
 
 
-def philox_noise(seed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """The standard normal noise that the CUDA kernel draws, float32 of `shape` (..., M, 4, channels, 3).
+def philox_noise(seed: torch.Tensor, shape: Sequence[int], patch: int = 2) -> torch.Tensor:
+    """The standard normal noise that the CUDA kernel draws, float32 of `shape`, which is that of `noise_shape`.
 
-    Philox with the 64-bit key of the sample and counter (pixel, token, 0, 0), where pixel = child * channels + channel:
-    one call gives the four uniforms from which Box-Muller makes the three normals of a pixel. With one key for the
-    whole batch the token's number runs on over all samples.
+    Philox with the 64-bit key of the sample and counter (pixel, token, 0, 0), where pixel = child * channels + channel,
+    and the channel alone for `patch` 1. One call gives four uniforms, from which Box-Muller makes the three normals of
+    a pixel. With one key for the whole batch, tokens are numbered through all samples.
     """
-    *lead, tokens, children, channels, _ = shape
+    *lead, tokens = shape[: -2 if patch == 1 else -3]
+    pixels = math.prod(shape[len(lead) + 1 : -1])
     rows = math.prod(lead) * tokens
     token = torch.arange(rows, device=seed.device)
     if seed.numel() == 1:
@@ -141,7 +150,7 @@ def philox_noise(seed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     else:
         token = token % tokens
         key = seed.repeat_interleave(tokens)
-    pixel = torch.arange(children * channels, device=seed.device)
+    pixel = torch.arange(pixels, device=seed.device)
     zero = torch.zeros_like(pixel)
     halves = key[:, None] & 0xFFFFFFFF, (key[:, None] >> 32) & 0xFFFFFFFF
     words = philox_4x32((pixel.expand(rows, -1), token[:, None], zero, zero), halves)
@@ -165,30 +174,35 @@ def expand_tokens(
 ) -> tuple[torch.Tensor, float]:
     """Splits every coarse token into its four children; see `specedit_kernels.expand_tokens`."""
     dtype = _compute_dtype(coarse.dtype)
-    channels = coarse.shape[-1] // (patch * patch)
-    lead = coarse.shape[:-1]
     sigma_fine = fine_sigma(sigma)
     if noise is None:
-        noise = draw_noise((*lead, 4, channels, 3), generator, dtype=dtype, device=coarse.device)
+        noise = draw_noise(coarse, patch, generator, dtype=dtype)
     d = noise.to(dtype) * sigma_fine
     if detail is not None:
         d = d + (1 - sigma_fine) * detail.to(dtype)
-    # Channels are slowest and the pixel becomes the child: (..., channels, 4) -> (..., 4, channels).
-    c0 = coarse.to(dtype).unflatten(-1, (channels, 4)).transpose(-1, -2) * (2 / (1 + sigma))
+    z = coarse.to(dtype)
+    if patch == 2:  # channels are slowest and the pixel becomes the child: (..., channels, 4) -> (..., 4, channels)
+        z = z.unflatten(-1, (-1, 4)).transpose(-1, -2)
+    c0 = z * (2 / (1 + sigma))
     d1, d2, d3 = d.unbind(-1)
     plus, minus = c0 + d1, c0 - d1
     total, difference = d2 + d3, d2 - d3
     pixels = (plus + total, minus + difference, plus - total, minus - difference)
-    fine = torch.stack([(pixel / 2).to(coarse.dtype) for pixel in pixels], dim=-1)  # (..., M, 4, channels, 4)
-    return fine.flatten(-2), sigma_fine
+    rounded = [(pixel / 2).to(coarse.dtype) for pixel in pixels]
+    if patch == 1:
+        return torch.stack(rounded, dim=-2), sigma_fine  # (..., M, 4, C)
+    return torch.stack(rounded, dim=-1).flatten(-2), sigma_fine  # (..., M, 4, channels, 4) before
 
 
-def contract_tokens(fine: torch.Tensor, sigma_fine: float) -> tuple[torch.Tensor, float]:
-    """Merge four children into their coarse token; see `specedit_kernels.contract_tokens`."""
+def contract_tokens(fine: torch.Tensor, sigma_fine: float, *, patch: int = 2) -> tuple[torch.Tensor, float]:
+    """Merges four children into their coarse token; see `specedit_kernels.contract_tokens`."""
     sigma = coarse_sigma(sigma_fine)
-    channels = fine.shape[-1] // 4
-    mean = fine.to(_compute_dtype(fine.dtype)).unflatten(-1, (channels, 4)).mean(-1)  # (..., M, 4, channels)
-    coarse = mean.transpose(-1, -2).flatten(-2) * (1 + sigma)
+    f = fine.to(_compute_dtype(fine.dtype))
+    if patch == 1:
+        mean = f.mean(-2)
+    else:  # (..., M, 4, channels) -> (..., M, channels, 4)
+        mean = f.unflatten(-1, (-1, 4)).mean(-1).transpose(-1, -2).flatten(-2)
+    coarse = mean * (1 + sigma)
     return coarse.to(fine.dtype), sigma
 
 

@@ -16,6 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
+pytest_plugins = ["tests.cpu_times"]
+
 # The same examples on every run; machines that are busy need no deadline.
 hypothesis.settings.register_profile("specedit", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("specedit")
@@ -236,14 +238,14 @@ def imgedit_folder(tmp_path, picture):
 
 @pytest.fixture(scope="session")
 def qwen_parts():
-    """Parts of an untrained embedded Qwen editor, with 5 blocks and random weights where it starts with zeros."""
+    """Parts of an untrained embedded Qwen editor, with 2 blocks and random weights where it starts with zeros."""
     from diffusers import QwenImageTransformer2DModel
 
     from training.micro import build_qwen
 
     pipe = build_qwen.qwen()
     torch.manual_seed(0)
-    config = {**pipe.transformer.config, "num_layers": 5}
+    config = {**pipe.transformer.config, "num_layers": 2}
     transformer = QwenImageTransformer2DModel.from_config(config).eval().requires_grad_(False)
     for parameter in transformer.parameters():  # as initialised its blocks hardly matter
         parameter.mul_(1.5)
@@ -266,6 +268,15 @@ def make_small_qwen(qwen_parts):
 @pytest.fixture
 def small_qwen(make_small_qwen):
     return make_small_qwen()
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the option
+def pytest_cmdline_main(config):
+    """A run of all tests uses up to four cores, each test on one thread; `-n 0` for one process."""
+    option = config.option
+    if config.args_source is pytest.Config.ArgsSource.TESTPATHS and getattr(option, "numprocesses", 0) is None:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        option.numprocesses, option.dist = min(4, os.cpu_count() or 1), "worksteal"
 
 
 def pytest_addoption(parser):

@@ -34,6 +34,7 @@ QUICK = dict(steps=(2, 3, 2), draft_steps=2)
 MODELS = ("kontext", "qwen")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(HERE, reason="this is the process of its own")
 def test_another_device():
     pytest.importorskip("torch.utils.backend_registration")

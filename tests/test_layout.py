@@ -6,9 +6,11 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from specedit.geometry import PACKED, UNPACKED
 from specedit.layout import GridSet, MixedLayout, TokenGrid, cells_touched, mean_pixels, repeat_pixels
 
-grids = st.builds(TokenGrid, st.integers(1, 9), st.integers(1, 9))
+geometries = st.sampled_from([PACKED, UNPACKED])
+grids = st.builds(TokenGrid, st.integers(1, 9), st.integers(1, 9), geometries)
 
 
 @st.composite
@@ -22,11 +24,9 @@ def random_tokens(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
-def picture_of(tokens, height, width):
-    """Packed tokens (B, N, C) as latent pixels (B, C/4, 2 * height, 2 * width)."""
-    b, _, c = tokens.shape
-    pixels = tokens.view(b, height, width, c // 4, 2, 2)
-    return pixels.permute(0, 3, 1, 4, 2, 5).reshape(b, c // 4, 2 * height, 2 * width)
+def picture_of(tokens, grid):
+    """Tokens (B, N, C) as latent pixels (B, C / patch^2, patch * height, patch * width)."""
+    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, grid.shape), grid.geometry.patch)
 
 
 def members(grid, i, j):
@@ -114,17 +114,18 @@ def test_full_grid_shows_large_pixels_for_coarse_tokens(layout):
     split = len(layout.locked_cells)
     coarse = torch.zeros(2, cells.tokens, 8)
     coarse[:, layout.locked_cells] = tokens[:, :split]
-    expected = F.interpolate(picture_of(coarse, *cells.shape), scale_factor=2, mode="nearest")
-    expected = expected[..., : 2 * grid.height, : 2 * grid.width]
+    expected = F.interpolate(picture_of(coarse, cells), scale_factor=2, mode="nearest")
+    height, width = (grid.geometry.patch * side for side in grid.shape)
+    expected = expected[..., :height, :width]
     fine = torch.zeros(2, grid.tokens, 8)
     fine[:, layout.fine_tokens] = tokens[:, split:]
     is_fine = torch.zeros(2, grid.tokens, 8)
     is_fine[:, layout.fine_tokens] = 1
-    expected = torch.where(picture_of(is_fine, *grid.shape) == 1, picture_of(fine, *grid.shape), expected)
-    assert torch.equal(picture_of(layout.full_grid(tokens), *grid.shape), expected)
+    expected = torch.where(picture_of(is_fine, grid) == 1, picture_of(fine, grid), expected)
+    assert torch.equal(picture_of(layout.full_grid(tokens), grid), expected)
 
 
-@given(layouts(st.builds(TokenGrid, st.sampled_from([2, 4, 6]), st.sampled_from([2, 4, 8]))))
+@given(layouts(st.builds(TokenGrid, st.sampled_from([2, 4, 6]), st.sampled_from([2, 4, 8]), geometries)))
 def test_from_full_grid_is_the_inverse(layout):
     tokens = random_tokens(2, layout.tokens, 8)
     torch.testing.assert_close(layout.from_full_grid(layout.full_grid(tokens)), tokens)
@@ -141,17 +142,37 @@ def test_from_full_grid_keeps_the_picture(layout):
 def test_mean_pixels_halves_the_picture(grid):
     tokens = random_tokens(2, grid.tokens, 8)
     cells = grid.coarse()
-    image = picture_of(tokens, *grid.shape)
-    # An odd side goes on with a copy of its last token.
-    rows = [*range(2 * grid.height), 2 * grid.height - 2, 2 * grid.height - 1][: 4 * cells.height]
-    columns = [*range(2 * grid.width), 2 * grid.width - 2, 2 * grid.width - 1][: 4 * cells.width]
-    expected = F.avg_pool2d(image[:, :, rows][:, :, :, columns], 2)
-    torch.testing.assert_close(picture_of(mean_pixels(tokens, grid), *cells.shape), expected)
+    image, patch = picture_of(tokens, grid), grid.geometry.patch
+
+    def padded(side):  # an odd side goes on with a copy of its last token
+        pixels = list(range(patch * side))
+        return pixels + pixels[-patch:] * (side % 2)
+
+    expected = F.avg_pool2d(image[:, :, padded(grid.height)][:, :, :, padded(grid.width)], 2)
+    torch.testing.assert_close(picture_of(mean_pixels(tokens, grid), cells), expected)
 
 
 def test_repeat_pixels_fills_each_child_with_one_pixel():
     children = repeat_pixels(torch.arange(8.0).view(1, 1, 8))
     assert children[0, 0].tolist() == [[p] * 4 + [4 + p] * 4 for p in range(4)]
+
+
+def test_repeat_pixels_of_unpacked_tokens_repeats_the_token():
+    children = repeat_pixels(torch.arange(8.0).view(1, 1, 8), UNPACKED)
+    assert children[0, 0].tolist() == [list(range(8))] * 4
+
+
+@given(layouts())
+def test_every_grid_made_of_another_holds_the_same_tokens(layout):
+    grid = layout.grid
+    for other in (grid.coarse(), grid.coarse(4), grid.extended(1, 2), layout.picture):
+        assert other.geometry == grid.geometry
+    assert grid.extended(1, 2).shape == (grid.height + 1, grid.width + 2)
+
+
+def test_a_grid_needs_a_geometry():
+    with pytest.raises(TypeError, match="geometry: expected TokenGeometry, got int"):
+        TokenGrid(4, 6, 2)
 
 
 def test_cells_touched_on_an_odd_side():

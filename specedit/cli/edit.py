@@ -105,6 +105,9 @@ def _check(args) -> tuple[str, Any]:
     if not embedded:
         silence_libraries()
         loading.check_model(args.model, EDITORS)
+        loading.check_supported(args.model)
+        embedded = loading.embedded_editor(args.model) is not None
+    if not embedded:
         return args.prompt, config
     prompt, notes = words.understood(args.prompt)
     _tell(*notes)

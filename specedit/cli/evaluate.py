@@ -100,6 +100,8 @@ def _public(args) -> int:
     silence_libraries()
     if args.model not in EDITORS:
         loading.check_model(args.model, EDITORS)
+        if args.preset != "stock":
+            loading.check_supported(args.model)
     from tqdm.auto import tqdm
 
     from ..api.installing import install

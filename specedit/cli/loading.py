@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..versions import suppress_torchvision_warning
 
 INDEX = "model_index.json"
+TEXT_WIDTH = 192  # of the embedded editors' transformers, which no released model has
+EMBEDDED = {
+    "FluxKontextPipeline": "kontext",
+    "QwenImageEditPipeline": "qwen",
+    "OwnSizeQwenImageEditPipeline": "qwen",  # its own class in specedit.micro
+}
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 AGAIN = "download or save the pipeline again"
@@ -33,6 +40,38 @@ def check_model(model: str, editors: tuple[str, ...] = ()) -> None:
         raise ValueError(f"{expected}, got the file {model}; save the pipeline with save_pretrained(FOLDER)")
     if not HUB_ID.fullmatch(model):
         raise ValueError(f"{expected}, got {model!r}, which does not exist")
+
+
+def check_supported(model: str) -> None:
+    """Whether `install` takes the pipeline in a folder or on the hub, from its index alone.
+
+    Raises:
+        ValueError: it is of another class. What cannot be looked up is left to `from_pretrained`.
+    """
+    import diffusers
+
+    from ..models import pipeline_names, takes_class
+
+    try:
+        kind = diffusers.DiffusionPipeline.load_config(Path(model).expanduser() if Path(model).exists() else model)
+        kind = kind["_class_name"]
+        with suppress_torchvision_warning():
+            known = kind in EMBEDDED or takes_class(getattr(diffusers, kind))
+    except Exception:
+        return
+    if not known:
+        raise ValueError(f"--model: expected one of {', '.join(pipeline_names())}, got {model}, which is a {kind}")
+
+
+def embedded_editor(model: str) -> str | None:
+    """Which embedded editor a folder holds, or one trained like it; None of any other folder and of hub ids."""
+    folder = Path(model).expanduser()
+    try:
+        kind = json.loads((folder / INDEX).read_text(encoding="utf-8"))["_class_name"]
+        width = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))["joint_attention_dim"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return EMBEDDED.get(kind) if width == TEXT_WIDTH and isinstance(kind, str) else None
 
 
 def check_folder(folder: Path) -> None:
@@ -68,7 +107,7 @@ def _parts(folder: Path) -> dict[str, tuple[str | None, str | None]]:
     if not isinstance(kind, str):
         raise ValueError(f'--model: expected the pipeline\'s class as "_class_name" in {file}, got none; {AGAIN}')
     with suppress_torchvision_warning():
-        known = isinstance(getattr(diffusers, kind, None), type)
+        known = kind in EMBEDDED or isinstance(getattr(diffusers, kind, None), type)
     if not known:
         raise ValueError(
             f"--model: expected a pipeline of diffusers in {file}, got {kind!r}, which diffusers "
@@ -102,8 +141,10 @@ def _check_weights(part: Path) -> None:
             raise ValueError(f"--model: expected the weights {missing[0]} in {part}, got no such file; {AGAIN}")
 
 
-def from_pretrained(model: str, dtype: Any) -> Any:
-    """Read the pipeline in a folder or on the hub, after `check_model`.
+def from_pretrained(model: str, dtype: Any, read: Callable[..., Any] | None = None) -> Any:
+    """The pipeline in a folder or on the hub, which `check_model` has let through.
+
+    read: an embedded editor's own way to read its folder.
 
     Raises:
         ValueError: it cannot be read, or parts of it are wrong.
@@ -114,9 +155,8 @@ def from_pretrained(model: str, dtype: Any) -> Any:
     folder = Path(model).expanduser()
     local = folder.is_dir()
     try:
-        pipe = DiffusionPipeline.from_pretrained(
-            str(folder) if local else model, torch_dtype=dtype, use_safetensors=True
-        )
+        read = read or DiffusionPipeline.from_pretrained
+        pipe = read(folder if local else model, torch_dtype=dtype, use_safetensors=True)
     except MemoryError:
         raise
     except Exception as error:
@@ -176,8 +216,8 @@ def _check_parts(pipe: Any, folder: Path | None, model: str) -> None:
 def _reads_words(tokenizer: Any) -> bool:
     special = set(getattr(tokenizer, "all_special_ids", ()))
     try:
-        return any(token not in special for token in tokenizer("make the car red").input_ids)
-    except Exception:  # not a tokenizer
+        return any(token not in special for token in tokenizer("make the circle red").input_ids)
+    except Exception:  # whatever it is, it does not read
         return False
 
 

@@ -28,7 +28,6 @@ def load(model: str | None, offload: bool = False) -> tuple[Any, Callable[[Any],
     from .. import micro
     from ..api.sizes import size_for
     from ..models import adapter_of
-    from ..models.shared.shapes import is_embedded_kontext
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -47,9 +46,11 @@ def load(model: str | None, offload: bool = False) -> tuple[Any, Callable[[Any],
         pipe = placed(micro.load(editor, device="cpu" if offload else device))
         return pipe, lambda image: small(image, editor)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    if (editor := loading.embedded_editor(model)) is not None:
+        read = micro.editors.editor_named(editor).load
+        pipe = placed(loading.from_pretrained(model, torch.float32, read))
+        return pipe, lambda image: small(image, editor)
     pipe = placed(loading.from_pretrained(model, dtype))
-    if is_embedded_kontext(pipe):
-        return pipe, small
 
     def sized(image: Any) -> tuple[Any, dict[str, Any]]:
         return image, {} if adapter_of(pipe) is None else size_for(pipe, image)

@@ -13,6 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..config import SpecEditConfig
+from ..geometry import PACKED, TokenGeometry
 from ..layout import GridSet, LayoutSet, MixedLayout, TokenGrid
 from ..placement import Placement, layouts_beside
 from .schedule import stage_sigmas, supported
@@ -38,7 +39,8 @@ class Conditioning:
 class EditState:
     """One call of the pipeline, prepared: everything that the stages share.
 
-    Tokens are packed 2 x 2 latent patches, (B, N, C); noise and references are float32.
+    Tokens (B, N, C) hold what `grid.geometry` says, by default packed 2 x 2 latent patches. Noise and references are
+    float32.
     """
 
     grid: TokenGrid  # the output's
@@ -55,7 +57,7 @@ class EditState:
     edited: int = 0  # which reference is being edited: the output is compared with it, and restored from it
     prompts: int = 1  # whose images stand together in the batch
     pictures: int = 1  # being edited, over which the batch repeats
-    last_block: bool = False  # whether the transformer's last block computes the target's rows alone
+    trims_last_block: bool = False  # whether the transformer's last block computes the target's rows alone
     conditioning: Conditioning = field(default_factory=Conditioning)  # the family's own: embeddings, guidance, ...
 
     def __post_init__(self) -> None:
@@ -153,13 +155,24 @@ class LayoutGroup:
 
 @dataclass
 class Run:
-    """One edit under way: `adapter` computes it on `pipe` as `config` says, and `trace` follows it."""
+    """One edit under way: `adapter` computes it on `pipe` as `config` says, and `trace` follows it.
+
+    Raises:
+        ValueError: the state's grid has another token geometry than the adapter.
+    """
 
     adapter: Adapter
     pipe: Any
     config: SpecEditConfig
     state: EditState
     trace: Trace = field(default_factory=Trace)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.adapter, Adapter) and self.state.grid.geometry != self.adapter.geometry:
+            raise ValueError(
+                f"grid: expected the token geometry of {self.adapter.name}, patch={self.adapter.geometry.patch}, "
+                f"got patch={self.state.grid.geometry.patch}; make grids with TokenGrid(height, width, self.geometry)"
+            )
 
     def set_current_timestep(self, sigma: float) -> Tensor:
         """Show a step's timestep, () float32, as `pipe.current_timestep`, which hooks on the transformer may read."""
@@ -197,8 +210,8 @@ class Adapter(ABC):
     pipelines: ClassVar[str]  # the classes it serves, for messages
     token_wise: ClassVar[bool] = False  # whether `predict` computes single tokens
     keeps_reference: ClassVar[bool] = False  # whether it computes the target's tokens alone
+    geometry: ClassVar[TokenGeometry] = PACKED  # what its tokens hold; `prepare` gives it to every grid
     calls: ClassVar[tuple[type, ...]] = ()  # classes outside diffusers whose `__call__` it runs as they do
-    geometry: Any = None
 
     @staticmethod
     @abstractmethod

@@ -52,7 +52,7 @@ def forward_calls(
     """The forward calls of one step over all tokens of a group, or over those that `partial` asks for."""
     return step_calls(
         stage_of(run), run.state.texts[:branches], group.layout.tokens, group.reference_layout.tokens,
-        samples=len(group.rows), trims=run.state.last_block, alone=partial is not None and partial.target,
+        samples=len(group.rows), trims=run.state.trims_last_block, alone=partial is not None and partial.target,
         fresh=None if partial is None or partial.index is None else partial.index.shape[1],
     )  # fmt: skip
 

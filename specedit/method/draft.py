@@ -60,9 +60,8 @@ def start(run: Run) -> LayoutGroup:
 
 def upsample(tokens: Tensor, grid: TokenGrid, scale: int, target: TokenGrid) -> Tensor:
     """Clean tokens of a draft on the fine grid it was drawn for (U_s of eq. 6): bilinear in latent pixels."""
-    b, _, c = tokens.shape
-    image = tokens.view(b, *grid.shape, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c // 4, 2 * grid.height, -1)
+    geometry = grid.geometry
+    image = geometry.to_image(tokens, grid.shape)
     large = torch.nn.functional.interpolate(image, scale_factor=scale, mode="bilinear", align_corners=False)
-    large = large[..., : 2 * target.height, : 2 * target.width]
-    patches = large.reshape(b, c // 4, target.height, 2, target.width, 2)
-    return patches.permute(0, 2, 4, 1, 3, 5).reshape(b, target.tokens, c)
+    height, width = (geometry.patch * side for side in target.shape)
+    return geometry.from_image(large[..., :height, :width])

@@ -25,12 +25,14 @@ def feather(cells: Tensor, scale: int, radius: int, size: tuple[int, int]) -> Te
 
 
 def blend_latents(tokens: Tensor, reference: Tensor, edited: Tensor, grid: TokenGrid) -> Tensor:
-    """Clean tokens (B, N, C) inside the edited cells, the reference's own outside, with a seam one token wide."""
+    """Clean tokens (B, N, C) inside the edited cells, the reference's own outside.
+
+    The seam is half a token wide, in whole latent pixels: one of packed tokens, none of unpacked ones.
+    """
+    geometry, patch = grid.geometry, grid.geometry.patch
     h, w = grid.shape
-    weight = feather(edited, 4, 1, (2 * h, 2 * w))  # a cell is 4 x 4 latent pixels
-    b, _, c = tokens.shape
-    weight = weight.view(b, h, 2, w, 2).permute(0, 1, 3, 2, 4).reshape(b, h * w, 1, 4).expand(-1, -1, c // 4, -1)
-    weight = weight.reshape(b, h * w, c)
+    weight = feather(edited, 2 * patch, patch // 2, (patch * h, patch * w))  # a cell is two tokens a side
+    weight = geometry.from_image(weight[:, None]).repeat(1, 1, tokens.shape[2] // geometry.pixels)
     return torch.where(weight == 0, reference, weight * tokens + (1 - weight) * reference)
 
 

@@ -6,9 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers import FluxKontextPipeline, QwenImageEditPipeline
+from ..versions import suppress_torchvision_warning
 
-from . import kontext, qwen
+with suppress_torchvision_warning():
+    from diffusers import FluxKontextPipeline, QwenImageEditPipeline
+
+    from . import kontext, qwen
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import re
 from pathlib import Path
 from types import FunctionType
@@ -44,6 +45,18 @@ class OwnSizeQwenImageEditPipeline(QwenImageEditPipeline):
         if min(width, height) < token:
             raise ValueError(f"image: expected at least {token} px a side, got {width} x {height}")
         return width // token * token, height // token * token
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """As diffusers saves pipelines; the index names the libraries' classes, which our two descend from."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        self.processor.save_pretrained(Path(save_directory) / "processor")
+        index = Path(save_directory) / "model_index.json"
+        written = json.loads(index.read_text(encoding="utf-8")) | {
+            "_class_name": "QwenImageEditPipeline",
+            "processor": ["transformers", "Qwen2VLProcessor"],
+            "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        }
+        index.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
     @functools.wraps(QwenImageEditPipeline.encode_prompt)
     def encode_prompt(self, prompt: Any = None, *args: Any, **kwargs: Any) -> Any:

@@ -227,8 +227,11 @@ def reference_image(pipe: Any, call: dict[str, Any], multiple: int) -> tuple[Ten
     image = call["image"]
     if is_latents(pipe, image):
         return image, True
-    height, width = reference_size(pipe, call, multiple)
-    return pipe.image_processor.preprocess(pictures_of(image, values=True), height, width), False
+    pictures_of(image, values=True)
+    size = reference_size(pipe, call, multiple)
+    # Preprocessed in the form it was given: another memory layout would round differently than the stock pipeline.
+    image = pipe.image_processor.resize(image[None] if getattr(image, "ndim", 4) == 3 else image, *size)
+    return pipe.image_processor.preprocess(image, *size), False
 
 
 def reference_size(pipe: Any, call: dict[str, Any], multiple: int) -> tuple[int, int]:

@@ -36,15 +36,31 @@ def register_adapter(cls: A) -> A:
 
 
 def adapters() -> tuple[type[Adapter], ...]:
-    """Every registered adapter; built-in ones only where the installed diffusers has their pipeline."""
-    with suppress_torchvision_warning():
-        return ADAPTERS.values()
+    """Every registered adapter by name; built-in ones only where the installed diffusers has their pipeline."""
+    return tuple(sorted(_registered(), key=lambda adapter: adapter.name))
 
 
 def adapter_of(pipe: Any) -> Adapter | None:
     """An adapter for `pipe`, or None. See `register_adapter` for which one wins."""
     best: type[Adapter] | None = None
-    for adapter in adapters():
+    for adapter in _registered():
         if adapter.matches(pipe) and not (best is not None and issubclass(best, adapter)):
             best = adapter
     return None if best is None else best()
+
+
+def _registered() -> tuple[type[Adapter], ...]:
+    """Adapters in the order of their registration."""
+    with suppress_torchvision_warning():
+        return ADAPTERS.values()
+
+
+def pipeline_names() -> list[str]:
+    """The pipeline classes that `install` serves, for messages."""
+    return [adapter.pipelines for adapter in adapters()]
+
+
+def takes_class(pipeline: type) -> bool:
+    """Whether `install` takes pipelines of this class. It leaves inpainting ones as they are."""
+    served = {name.strip() for names in pipeline_names() for name in names.split(",")}
+    return "Inpaint" in pipeline.__name__ or not served.isdisjoint(base.__name__ for base in pipeline.__mro__)

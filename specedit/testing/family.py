@@ -45,6 +45,7 @@ class Family:
         rotations: (pipe, run) to the table (tokens, D) by whose rows the transformer's last call in `run()` placed
             text, target and references, without the axis that tells pictures apart. None: there is no such table.
         fullgraph: whether its blocks compile without a graph break, by `compile_repeated_blocks`.
+        compiles_as: the family whose compiled code this one shares; its tests of torch.compile run there.
         runs_others: whether attention="stock" runs other attention processors than diffusers'.
         sends_values: whether the transformer itself sends values from the host to the device in every step.
     """
@@ -55,6 +56,7 @@ class Family:
     guided: dict[str, Any] | None = None
     batch: Callable[[int], dict[str, Any]] | None = None
     fullgraph: bool = True
+    compiles_as: str | None = None
     runs_others: bool = False
     sizes: tuple[tuple[int, int], ...] = ((128, 128), (160, 96))
     others: tuple[tuple[tuple[int, int], tuple[int, int]], ...] = OTHERS

@@ -27,7 +27,7 @@ _LAUNCHES: dict[str, Callable[..., Any]] = {
 
 
 def run(name: str, args: tuple[Any, ...], tuned: dict[str, Config] | None = None) -> Any:
-    """Runs an operator's kernel on the device of its first tensor; `tuned` replaces its launch parameters."""
+    """Launches an operator's kernel on the device of its first tensor. `tuned` overrides launch parameters."""
     device = args[0].device
     check_device(device)
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

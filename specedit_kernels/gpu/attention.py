@@ -19,10 +19,10 @@ def plan_tiles(
     cu_q, cu_k, plan, sequences, queries, keys, capacity,
     BLOCK_M: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Gives every query block a place, the sequences with the most keys first: plan[i] = (sequence, its first place).
+    """Orders query blocks by their sequence's number of keys, most first: plan[i] = (sequence, its first block's i).
 
-    Program b places the blocks of sequence b behind those of every sequence with more keys (ties by number); the
-    program after the last fills the rest of the plan with -1. The host never learns the lengths.
+    Program b places the blocks of sequence b after those of every sequence with more keys; ties go by number. One more
+    program fills the rest of the plan with -1. Lengths never leave the device.
     """
     b = tl.program_id(0)
     own_keys = -1
@@ -51,10 +51,10 @@ def plan_tiles(
 
 @triton.jit
 def _work(pid, plan, cu_q, heads, queries, BLOCK_M: tl.constexpr):
-    """The sequence, head and query block of a program; the sequence is -1 where the plan ends.
+    """The sequence, head and query block of a program; the sequence is -1 past the end of the plan.
 
-    A sequence of n blocks has the programs [first * heads, (first + n) * heads): all heads of the longest sequence
-    come before the next one, and the programs that share keys, those of one head, lie side by side.
+    A sequence of n blocks runs in the programs [first * heads, (first + n) * heads). All heads of the longest sequence
+    come first. Programs of one head are adjacent, because they read the same keys.
     """
     sequence = tl.load(plan + 2 * (pid // heads))
     first = tl.load(plan + 2 * (pid // heads) + 1)
@@ -66,7 +66,7 @@ def _work(pid, plan, cu_q, heads, queries, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _length(cu_seqlens, b, mask, total):
-    """Lengths of sequences b, clamped so that offsets which are wrong never reach outside the tensors."""
+    """Lengths of sequences b. Offsets are clamped, so wrong ones never address memory outside the tensors."""
     start = tl.load(cu_seqlens + b, mask=mask, other=0)
     stop = tl.load(cu_seqlens + b + 1, mask=mask, other=0)
     start, stop = tl.minimum(tl.maximum(start, 0), total), tl.minimum(tl.maximum(stop, 0), total)
@@ -75,7 +75,7 @@ def _length(cu_seqlens, b, mask, total):
 
 @triton.jit
 def _span(cu_seqlens, b, total):
-    """First and last-plus-one row of sequence b, clamped likewise."""
+    """First and last-plus-one row of sequence b, clamped in the same way."""
     start = tl.load(cu_seqlens + b)
     stop = tl.load(cu_seqlens + b + 1)
     start, stop = tl.minimum(tl.maximum(start, 0), total), tl.minimum(tl.maximum(stop, 0), total)
@@ -93,10 +93,10 @@ def attend(
 ):  # fmt: skip
     """out_i = sum_j p_ij v_j / sum_j p_ij,  p_ij = exp(scale * q_i . k_j + bias_j),  lse_i = log sum_j p_ij
 
-    One program takes one query block of one head and runs over the keys of its sequence; `group` query heads in a row
-    read the same head of keys. The last, partial block of
-    keys is apart, so the main loop has no mask; it is read through masked pointers, so what lies behind the
-    sequence (another sample's rows) is never touched. With DESCRIPTORS the full blocks come through TMA.
+    One program computes one query block of one head over all keys of its sequence. Each `group` of consecutive query
+    heads reads the same key head. The last, partial block of keys is handled after the main loop, which needs no mask
+    then. Its loads are masked, so rows past the sequence, another sample's, are never read. With DESCRIPTORS, full
+    blocks are loaded through TMA.
     """
     tile = tl.program_id(0) % tiles
     head = tl.program_id(0) // tiles
@@ -143,7 +143,7 @@ def attend(
     bias_row = tl.zeros((BLOCK_N,), tl.float32)
     in_keys = n < BLOCK_N  # [BN]
     if not DESCRIPTORS:
-        # Within a block 32 bits suffice (the launch sees to it); the block itself is reached by a 64-bit scalar.
+        # Offsets within a block fit 32 bits (`_with_batch` ensures it); the block's own offset is a 64-bit scalar.
         k_offsets = n[:, None] * k_row + d[None, :] * k_dim  # [BN, D]
         v_offsets = n[:, None] * v_row + d[None, :] * v_dim  # [BN, D]
     for start in range(0, whole, BLOCK_N):
@@ -165,7 +165,7 @@ def attend(
     if whole < length:
         in_keys = whole + n < length  # [BN]
         offset = tl.cast(whole, tl.int64)
-        # Computed only here, so that with descriptors the main loop carries no offsets in registers.
+        # Computed here, so that with descriptors no offsets occupy registers in the main loop.
         k_last = n[:, None] * k_row + d[None, :] * k_dim  # [BN, D]
         v_last = n[:, None] * v_row + d[None, :] * v_dim  # [BN, D]
         key = tl.load(k + offset * k_row + k_last, mask=in_keys[:, None] & in_dim, other=0)
@@ -179,13 +179,13 @@ def attend(
 
 
 def _with_batch(tensor: torch.Tensor) -> torch.Tensor:
-    """(B, N, H, D) of either layout, copied only where that costs less than it saves.
+    """A packed or dense tensor as (B, N, H, D), copied only where its strides would slow the kernel down or break it.
 
-    Rows that no 16-byte vector can read would make the kernel spill, and a copy is small beside attention. Strides of
-    2^22 and more could overflow the 32-bit offsets inside a block.
+    Rows that cannot be loaded in 16-byte vectors make the kernel spill; a copy is cheap next to attention. Strides of
+    2^22 and above could overflow the 32-bit offsets within a block.
     """
     tensor = tensor if tensor.dim() == 4 else tensor[None]
-    # Triton tells multiples of 16 elements from others; TMA asks for 16 bytes.
+    # Triton specialises strides that are multiples of 16 elements; TMA needs multiples of 16 bytes.
     vectors = tensor.data_ptr() % 16 == 0 and tensor.stride(3) == 1 and all(s % 16 == 0 for s in tensor.stride()[:3])
     if tensor.stride(1) < 1 << 22 and (vectors or _fits_descriptor(tensor)):
         return tensor
@@ -193,22 +193,20 @@ def _with_batch(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _fits_descriptor(tensor: torch.Tensor) -> bool:
-    """TMA's rules: 16-byte aligned address and strides, innermost stride 1."""
+    """Whether TMA can read the tensor: address and strides aligned to 16 bytes, innermost stride 1."""
     strides = [stride * tensor.element_size() for stride in tensor.stride()[:3]]
     aligned = tensor.data_ptr() % 16 == 0 and all(stride > 0 and stride % 16 == 0 for stride in strides)
     return aligned and tensor.stride(3) == 1 and tensor.numel() > 0
 
 
 def _descriptor(tensor: torch.Tensor, rows: int, dim_p2: int) -> TensorDescriptor:
-    """A TMA descriptor over (B, H, N, D) with blocks [1, 1, rows, dim_p2]: unit axes first, so they fold away."""
+    """A TMA descriptor over (B, H, N, D) with blocks [1, 1, rows, dim_p2]. Leading unit axes cost nothing."""
     view = tensor.transpose(1, 2)
     return TensorDescriptor(view, list(view.shape), list(view.stride()), [1, 1, rows, dim_p2])
 
 
-def plan(
-    cu_q: torch.Tensor, cu_k: torch.Tensor, queries: int, keys: int, longest: int | None, block_m: int
-) -> torch.Tensor:
-    """The plan of `plan_tiles`, (capacity, 2) int32, with as many places as these sizes could need."""
+def schedule_tiles(cu_q, cu_k, queries: int, keys: int, longest: int | None, block_m: int) -> torch.Tensor:
+    """The plan that `plan_tiles` writes, (capacity, 2) int32, large enough for any lengths of these totals."""
     sequences = cu_q.shape[0] - 1
     capacity = queries // block_m + sequences
     if longest is not None:
@@ -249,13 +247,13 @@ def launch_attention(
     keys = k4.shape[1]
     if out.numel() == 0:
         return out, lse
-    group = heads // k4.shape[2]  # 1 is specialised by Triton, so equal heads cost nothing
+    group = heads // k4.shape[2]  # Triton specialises 1, so equal head counts cost nothing
     dim_p2 = launch.next_power_of_2(dim)
     sequences = 1 if cu_seqlens_k is None else cu_seqlens_k.shape[0] - 1
     shape = {"bits": 8 * q.element_size(), "head_dim": dim_p2, "keys": keys // sequences}
     bias = None if key_bias is None else key_bias if key_bias.dim() == 2 else key_bias[None]
     scale_log2 = scale * math.log2(math.e)
-    # Half precision on Hopper and newer loads through TMA where every tensor is aligned for it.
+    # On Hopper and newer, half precision loads through TMA where every tensor is aligned for it.
     config = None
     if q.element_size() == 2 and all(_fits_descriptor(x) for x in (q4, k4, v4)):
         if not packed and dim_p2 in SPECIALIZED_DIMS:
@@ -281,8 +279,8 @@ def launch_attention(
     table = None
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-    if planned and cu_seqlens_q is not None and cu_seqlens_k is not None:
-        table = plan(cu_seqlens_q, cu_seqlens_k, queries, keys, max_seqlen_q, block_m)
+    if planned:
+        table = schedule_tiles(cu_seqlens_q, cu_seqlens_k, queries, keys, max_seqlen_q, block_m)
         tiles = table.shape[0]
     elif packed and max_seqlen_q is not None:
         tiles = min(tiles, launch.ceil_div(max_seqlen_q, block_m))

@@ -1,4 +1,4 @@
-"""The steps that both attention kernels are made of."""
+"""The steps that both attention kernels share."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ def _attend_block(
 ):  # fmt: skip
     """One step of the running softmax: query [BM, D], key and value [BN, D], peak and total [BM], acc [BM, D].
 
-    Everything is in base 2: s = scale * log2(e) * q.k + log2(e) * bias, p = 2^(s - peak). The bias and the scale are
-    one multiply-add per element. With neither a bias nor a scale that turns the order of the logits around
-    (SCALE_FIRST), the maximum is taken of the plain products, and scale and peak are the one multiply-add.
+    s = scale * log2(e) * q.k + log2(e) * bias,  p = 2^(s - peak)
+
+    Scale and bias are one multiply-add per element. SCALE_FIRST is needed with a bias, or with a scale that is not
+    positive. Without it the maximum is taken over the plain products, and scale and peak are one multiply-add.
     """
     s = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BM, BN]
     if SCALE_FIRST:
@@ -33,7 +34,7 @@ def _attend_block(
         highest = highest * scale_log2
         s = s * scale_log2
     new_peak = tl.maximum(peak, highest)
-    # While every key so far is hidden the peak is -inf, and -inf - -inf would be NaN.
+    # While all keys so far are hidden, the peak is -inf, and -inf - -inf would be NaN.
     base = tl.where(new_peak == float("-inf"), 0.0, new_peak) if HAS_BIAS else new_peak
     p = tl.exp2(s - base[:, None])  # [BM, BN]
     shrink = tl.exp2(peak - base)  # [BM]
@@ -47,7 +48,10 @@ def _store_rows(
     out, lse, peak, total, acc, sample, head, first, q_stop, queries, heads,
     DIM: tl.constexpr, DIM_P2: tl.constexpr, BLOCK_M: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
-    """Ends the softmax and writes rows first:q_stop of one head; a row that saw no key becomes 0 with lse -inf."""
+    """out = acc / total,  lse = ln(2^peak * total)
+
+    Writes rows first:q_stop of one head. A row that saw no key is 0, and its lse -inf.
+    """
     d = tl.arange(0, DIM_P2)  # [D]
     m = first + tl.arange(0, BLOCK_M)  # [BM]
     sample, in_rows = tl.cast(sample, tl.int64), m < q_stop

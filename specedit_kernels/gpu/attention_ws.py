@@ -1,13 +1,12 @@
-"""The attention kernel with specialised warps: some move tiles through TMA while the others compute.
+"""The warp-specialised attention kernel: some warps load tiles through TMA while the others compute.
 
-The compiler splits the main loop (`warp_specialize=True`), which asks for another shape of kernel than `attend`: four
-warps, every load by descriptor (that of the bias included), no early return and no matrix product outside the loop. So
-the last, partial block of keys is masked inside it, by adding -inf to its logits as a bias. Behind the last key a
-descriptor reads zeros, of which nothing is left then. In a packed batch it would read the next sequence's rows, so
-this kernel takes dense batches alone.
+The compiler splits the main loop (`warp_specialize=True`). It requires four warps, every load by descriptor (the bias
+too), no early return and no matrix product outside the loop. So the last, partial block of keys is masked inside the
+loop, by a bias of -inf. Past the last key a descriptor reads zeros, which the mask removes. In a packed batch it would
+read the next sequence's rows, so this kernel takes dense batches only.
 
-It runs where a file of launch parameters lists it under `attention_ws`, and `config` may be null there for shapes at
-which it lost. No default lists it before it is measured to win.
+It runs where a file of launch parameters lists it under `attention_ws`. A null `config` there excludes shapes at which
+it was slower. No default lists it until it is measured to be faster.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import launch
 from .attention_parts import LOG2_E, _attend_block, _store_rows
 
-# Padded head dims whose tiles fit four warps and that are tuned; the nearest entry of another would not do.
+# Padded head dims that are tuned and whose tiles fit four warps. Another head dim's entry would not fit.
 SPECIALIZED_DIMS = (64, 128)
 
 
@@ -30,7 +29,10 @@ def attend_specialized(
     DIM: tl.constexpr, DIM_P2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_LSE: tl.constexpr,
 ):  # fmt: skip
-    """What `attend` computes for dense batches, one program per query block and head; `group` heads share keys."""
+    """out_i = sum_j p_ij v_j / sum_j p_ij,  p_ij = exp(scale * q_i . k_j + bias_j),  lse_i = log sum_j p_ij
+
+    As `attend` on dense batches: one program per query block and head, and `group` query heads share a key head.
+    """
     first = (tl.program_id(0) % tiles) * BLOCK_M
     sample = tl.program_id(0) // tiles // heads
     head = tl.program_id(0) // tiles % heads
@@ -53,7 +55,7 @@ def attend_specialized(
 
 
 def bias_descriptor(bias: torch.Tensor, block_n: int) -> TensorDescriptor:
-    """A TMA descriptor over a bias (B, N_k), which is copied only where its rows are not aligned to 16 bytes."""
+    """A TMA descriptor over a bias (B, N_k), which is copied only if its rows are not aligned to 16 bytes."""
     batch, keys = bias.shape
     row = 4 * launch.ceil_div(keys, 4)
     fits = bias.data_ptr() % 16 == 0 and bias.stride(1) == 1

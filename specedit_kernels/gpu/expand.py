@@ -1,4 +1,4 @@
-"""Noise-exact changes of resolution: a coarse token to its four children and back, one launch each."""
+"""Noise-exact resolution changes: a coarse token to its four children and back, in one launch each."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from . import launch
 
 @triton.jit
 def _cos_sin_turns(u):
-    """cos(2 pi u) and sin(2 pi u) for u in [0, 1), by polynomials on an eighth of a turn to either side.
+    """cos(2 pi u) and sin(2 pi u) for u in [0, 1), by polynomials within an eighth of a turn of each axis.
 
-    The library's cos and sin reduce arguments of any size, which costs a stack frame that u in [0, 1) never needs.
-    Coefficients: Cephes' sinf and cosf, error below 1e-7.
+    The library's functions reduce arguments of any size and need a stack frame for that; u in [0, 1) does not.
+    Coefficients are those of Cephes' sinf and cosf, with an error below 1e-7.
     """
     quarter = tl.floor(4.0 * u + 0.5)
     x = (u - 0.25 * quarter) * 6.283185307179586  # [-pi / 4, pi / 4]
@@ -29,7 +29,7 @@ def _cos_sin_turns(u):
 
 @triton.jit
 def _normals(seed, pixel, token):
-    """Three standard normals per pixel from one Philox call with counter (pixel, token, 0, 0), by Box-Muller."""
+    """Three standard normals per latent pixel: Box-Muller on one Philox call with counter (pixel, token, 0, 0)."""
     zero = tl.zeros_like(pixel)
     w0, w1, w2, w3 = tl.philox(seed, pixel, token, zero, zero)
     u0, u1 = tl.random.uint_to_uniform_float(w0), tl.random.uint_to_uniform_float(w1)
@@ -45,17 +45,19 @@ def _normals(seed, pixel, token):
 def expand(
     coarse, fine, noise, seed, detail, tokens, signal, noise_level, detail_level,
     coarse_sample, coarse_token, coarse_channel,
-    CHANNELS: tl.constexpr, CHANNELS_P2: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    PATCH: tl.constexpr, CHANNELS: tl.constexpr, CHANNELS_P2: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     HAS_NOISE: tl.constexpr, HAS_DETAIL: tl.constexpr, SEED_PER_SAMPLE: tl.constexpr,
 ):  # fmt: skip
     """c = [signal * z, d1, d2, d3],  d = detail_level * detail + noise_level * noise
     f00 = (c0 + c1 + c2 + c3) / 2,  f01 = (c0 - c1 + c2 - c3) / 2
     f10 = (c0 + c1 - c2 - c3) / 2,  f11 = (c0 - c1 - c2 + c3) / 2
 
-    One program makes the children of BLOCK_TOKENS tokens of one sample. Pixel (a, b) of a coarse token is child
-    2a + b, so moving the pixel axis in front of the channels gives the children's order.
+    One program computes the children of BLOCK_TOKENS tokens of one sample. With PATCH 2, pixel (a, b) of a coarse token
+    becomes the four pixels of child 2a + b; moving the pixel axis before the channels gives the children's order. With
+    PATCH 1, a coarse token is one pixel, and each child takes one f.
     """
-    PIXELS: tl.constexpr = 4 * CHANNELS_P2
+    COARSE_PIXELS: tl.constexpr = PATCH * PATCH
+    PIXELS: tl.constexpr = COARSE_PIXELS * CHANNELS_P2
     token_tiles = tl.cdiv(tokens, BLOCK_TOKENS)
     sample = (tl.program_id(0) // token_tiles).to(tl.int64)
     m = (tl.program_id(0) % token_tiles) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)  # [BT]
@@ -63,16 +65,18 @@ def expand(
     here = (m < tokens)[:, None]  # [BT, 1]
 
     source = coarse + sample * coarse_sample + m.to(tl.int64)[:, None] * coarse_token + flat[None, :] * coarse_channel
-    z = tl.load(source, mask=here & (flat < 4 * CHANNELS)[None, :], other=0).to(tl.float32)  # [BT, channel-major P]
-    z = tl.reshape(z, (BLOCK_TOKENS, CHANNELS_P2, 4))
-    z = tl.reshape(tl.permute(z, (0, 2, 1)), (BLOCK_TOKENS, PIXELS))  # [BT, child-major P]
+    in_token = (flat < COARSE_PIXELS * CHANNELS)[None, :]
+    z = tl.load(source, mask=here & in_token, other=0).to(tl.float32)  # [BT, channel-major P]
+    if PATCH == 2:
+        z = tl.reshape(z, (BLOCK_TOKENS, CHANNELS_P2, 4))
+        z = tl.reshape(tl.permute(z, (0, 2, 1)), (BLOCK_TOKENS, PIXELS))  # [BT, pixel-major P]
 
-    child = flat // CHANNELS_P2
     channel = flat % CHANNELS_P2
-    pixel = child * CHANNELS + channel  # [P]
+    pixel = flat // CHANNELS_P2 * CHANNELS + channel  # [P]
     inside = here & (channel < CHANNELS)[None, :]  # [BT, P]
     row = sample * tokens + m  # [BT], int64
-    triple = (row[:, None] * (4 * CHANNELS) + pixel[None, :]) * 3  # [BT, P]
+    at = row[:, None] * (COARSE_PIXELS * CHANNELS) + pixel[None, :]  # [BT, P]
+    triple = at * 3
     if HAS_NOISE:
         n1 = tl.load(noise + triple, mask=inside, other=0).to(tl.float32)
         n2 = tl.load(noise + triple + 1, mask=inside, other=0).to(tl.float32)
@@ -91,50 +95,67 @@ def expand(
     c0 = z * signal
     f00, f01 = (c0 + d1 + d2 + d3) * 0.5, (c0 - d1 + d2 - d3) * 0.5
     f10, f11 = (c0 + d1 - d2 - d3) * 0.5, (c0 - d1 - d2 + d3) * 0.5
-    block = tl.join(tl.join(f00, f10), tl.join(f01, f11))  # [BT, P, 2, 2], rows then columns
-    block = tl.reshape(block, (BLOCK_TOKENS, PIXELS, 4))
-    target = fine + (row[:, None] * (4 * CHANNELS) + pixel[None, :])[:, :, None] * 4 + tl.arange(0, 4)[None, None, :]
-    tl.store(target, block.to(fine.dtype.element_ty), mask=inside[:, :, None])
+    element = fine.dtype.element_ty
+    if PATCH == 2:  # the four pixels lie side by side in their child
+        block = tl.join(tl.join(f00, f10), tl.join(f01, f11))  # [BT, P, 2, 2], rows then columns
+        block = tl.reshape(block, (BLOCK_TOKENS, PIXELS, 4))
+        target = fine + at[:, :, None] * 4 + tl.arange(0, 4)[None, None, :]
+        tl.store(target, block.to(element), mask=inside[:, :, None])
+    else:  # they lie in four children, a whole token apart
+        target = fine + row[:, None] * (4 * CHANNELS) + channel[None, :]  # [BT, P]
+        tl.store(target, f00.to(element), mask=inside)
+        tl.store(target + CHANNELS, f01.to(element), mask=inside)
+        tl.store(target + 2 * CHANNELS, f10.to(element), mask=inside)
+        tl.store(target + 3 * CHANNELS, f11.to(element), mask=inside)
 
 
 @triton.jit(do_not_specialize=["tokens", "factor"])
 def contract(
     fine, coarse, tokens, factor, fine_sample, fine_token, fine_child, fine_channel,
-    CHANNELS: tl.constexpr, CHANNELS_P2: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    PATCH: tl.constexpr, CHANNELS: tl.constexpr, CHANNELS_P2: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """z = factor * (f00 + f01 + f10 + f11), where factor = (1 + s) / 4; the child's number becomes the pixel's."""
-    PIXELS: tl.constexpr = 4 * CHANNELS_P2
+    """z = factor * (f00 + f01 + f10 + f11),  factor = (1 + s) / 4
+
+    With PATCH 2 the sum runs over the pixels of each child, and child 2a + b becomes pixel (a, b). With PATCH 1 it runs
+    over the four children.
+    """
+    COARSE_PIXELS: tl.constexpr = PATCH * PATCH
+    PIXELS: tl.constexpr = COARSE_PIXELS * CHANNELS_P2
     token_tiles = tl.cdiv(tokens, BLOCK_TOKENS)
     sample = (tl.program_id(0) // token_tiles).to(tl.int64)
     m = (tl.program_id(0) % token_tiles) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)  # [BT]
     flat = tl.arange(0, PIXELS)  # [P]
     here = (m < tokens)[:, None]  # [BT, 1]
-    child, channel = flat // CHANNELS_P2, flat % CHANNELS_P2
+    channel = flat % CHANNELS_P2
+    inside = here & (channel < CHANNELS)[None, :]  # [BT, P]
     rows = sample * fine_sample + m.to(tl.int64)[:, None] * fine_token  # [BT, 1]
-    pixels = child[None, :] * fine_child + channel[None, :] * (4 * fine_channel)  # [1, P]
-    source = fine + (rows + pixels)[:, :, None] + tl.arange(0, 4)[None, None, :] * fine_channel  # [BT, P, 4]
-    block = tl.load(source, mask=(here & (channel < CHANNELS)[None, :])[:, :, None], other=0).to(tl.float32)
-    z = tl.reshape(tl.sum(block, axis=2) * factor, (BLOCK_TOKENS, 4, CHANNELS_P2))
-    z = tl.reshape(tl.permute(z, (0, 2, 1)), (BLOCK_TOKENS, PIXELS))  # [BT, channel-major P]
-    target = coarse + (sample * tokens + m)[:, None] * (4 * CHANNELS) + flat[None, :]
-    tl.store(target, z.to(coarse.dtype.element_ty), mask=here & (flat < 4 * CHANNELS)[None, :])
+    if PATCH == 2:
+        child = flat // CHANNELS_P2
+        pixels = child[None, :] * fine_child + channel[None, :] * (4 * fine_channel)  # [1, P]
+        source = fine + (rows + pixels)[:, :, None] + tl.arange(0, 4)[None, None, :] * fine_channel  # [BT, P, 4]
+        block = tl.load(source, mask=inside[:, :, None], other=0).to(tl.float32)
+        z = tl.reshape(tl.sum(block, axis=2) * factor, (BLOCK_TOKENS, 4, CHANNELS_P2))
+        z = tl.reshape(tl.permute(z, (0, 2, 1)), (BLOCK_TOKENS, PIXELS))  # [BT, channel-major P]
+    else:
+        source = fine + rows + channel[None, :] * fine_channel  # [BT, P]
+        f00 = tl.load(source, mask=inside, other=0).to(tl.float32)
+        f01 = tl.load(source + fine_child, mask=inside, other=0).to(tl.float32)
+        f10 = tl.load(source + 2 * fine_child, mask=inside, other=0).to(tl.float32)
+        f11 = tl.load(source + 3 * fine_child, mask=inside, other=0).to(tl.float32)
+        z = (f00 + f01 + f10 + f11) * factor
+    target = coarse + (sample * tokens + m)[:, None] * (COARSE_PIXELS * CHANNELS) + flat[None, :]
+    tl.store(target, z.to(coarse.dtype.element_ty), mask=here & (flat < COARSE_PIXELS * CHANNELS)[None, :])
 
 
-def tiles(config: launch.Config, tokens: int, channels: int) -> launch.Config:
-    """Constants and warps of either kernel for `channels` latent channels."""
+def tiles(config: dict, tokens: int, channels: int, patch: int = 2) -> dict:
+    """Compile-time constants and warps of either kernel, for tokens of `patch` x `patch` pixels of `channels`."""
     padded = launch.next_power_of_2(channels)
-    block = max(1, min(config["tile_pixels"] // (4 * padded), launch.next_power_of_2(tokens)))
-    return {"CHANNELS": channels, "CHANNELS_P2": padded, "BLOCK_TOKENS": block, "num_warps": config["num_warps"]}
+    block = max(1, min(config["tile_pixels"] // (patch * patch * padded), launch.next_power_of_2(tokens)))
+    constants = {"PATCH": patch, "CHANNELS": channels, "CHANNELS_P2": padded, "BLOCK_TOKENS": block}
+    return constants | {"num_warps": config["num_warps"]}
 
 
-def launch_expand(
-    coarse: torch.Tensor,
-    sigma: float,
-    noise: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    detail: torch.Tensor | None,
-    tuned: dict[str, launch.Config] | None = None,
-) -> torch.Tensor:
+def launch_expand(coarse, sigma, noise, seed, detail, patch=2, tuned=None) -> torch.Tensor:
     launch.check_dtype("coarse", coarse)
     *lead, tokens, width = coarse.shape
     fine = torch.empty((*lead, tokens, 4, width), dtype=coarse.dtype, device=coarse.device)
@@ -142,8 +163,8 @@ def launch_expand(
         return fine
     z = coarse.reshape(-1, tokens, width)
     sigma_fine = 2 * sigma / (1 + sigma)
-    config = launch.shipped_config("expand", coarse.device, tuned, channels=width // 4)
-    constants = tiles(config, tokens, width // 4)
+    config = launch.config("expand", coarse.device, tuned, channels=width // 4)  # tuned for packed tokens of this width
+    constants = tiles(config, tokens, width // (patch * patch), patch)
     grid = (z.shape[0] * launch.ceil_div(tokens, constants["BLOCK_TOKENS"]),)
     expand[grid](
         z, fine, None if noise is None else noise.contiguous(), seed, None if detail is None else detail.contiguous(),
@@ -154,17 +175,15 @@ def launch_expand(
     return fine
 
 
-def launch_contract(
-    fine: torch.Tensor, sigma_fine: float, tuned: dict[str, launch.Config] | None = None
-) -> torch.Tensor:
+def launch_contract(fine, sigma_fine, patch=2, tuned=None) -> torch.Tensor:
     launch.check_dtype("fine", fine)
     *lead, tokens, _, width = fine.shape
     coarse = torch.empty((*lead, tokens, width), dtype=fine.dtype, device=fine.device)
     if coarse.numel() == 0:
         return coarse
     f = fine.reshape(-1, tokens, 4, width)
-    config = launch.shipped_config("contract", fine.device, tuned, channels=width // 4)
-    constants = tiles(config, tokens, width // 4)
+    config = launch.config("contract", fine.device, tuned, channels=width // 4)  # tuned for packed tokens of this width
+    constants = tiles(config, tokens, width // (patch * patch), patch)
     grid = (f.shape[0] * launch.ceil_div(tokens, constants["BLOCK_TOKENS"]),)
     factor = (1 + sigma_fine / (2 - sigma_fine)) / 4
     contract[grid](f, coarse, tokens, factor, *f.stride(), **constants)

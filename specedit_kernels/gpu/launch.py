@@ -1,8 +1,8 @@
-"""What every launch needs: which GPU this is, which launch parameters suit it, how wide its vectors may be.
+"""What every launch needs: the GPU's capability, its launch parameters, and the widest vectors that alignment allows.
 
-Launch parameters are JSON files in `configs/`: one per measured GPU, named after it, and one per architecture as the
-default. A file holds, per kernel, a list of entries `{"shape": {...}, "config": {...}}`; the entry nearest in shape is
-taken, element type before head dim before length. Nothing is tuned in a user's run; `python -m specedit_kernels.tune`
+Launch parameters are JSON files in `configs/`: one per measured GPU, named after it, and a default per architecture. A
+file lists entries `{"shape": {...}, "config": {...}}` for each kernel. The entry of the nearest shape is used: element
+type counts before head dim, head dim before length. Nothing is tuned at run time; `python -m specedit_kernels.tune`
 writes such a file.
 """
 
@@ -28,12 +28,17 @@ _log = logging.getLogger(__name__)
 
 
 def interpreting() -> bool:
-    """True when kernels run in Triton's interpreter, on CPU tensors."""
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def check_device(device: torch.device) -> None:
-    """Names a GPU that the kernels cannot run on, instead of failing later without a kernel image."""
+    """Raises on a device that the kernels cannot run on, before the driver fails for lack of a kernel image.
+
+    Raises:
+        ValueError: not a CUDA device.
+        RuntimeError: the GPU is older than compute capability 8.0.
+    """
     if device.type == "cpu" and interpreting():
         return
     if device.type != "cuda":
@@ -49,11 +54,11 @@ def check_device(device: torch.device) -> None:
 
 
 def check_compiler() -> None:
-    """Starts Triton's driver, which it builds with the machine's C compiler once, or names what is missing there."""
+    """Starts Triton's driver, which is compiled on first use, and raises RuntimeError if that fails."""
     from triton.runtime import driver
 
     try:
-        driver.active  # noqa: B018 - made when it is first asked for
+        driver.active  # noqa: B018 - the attribute is created on first access
     except (RuntimeError, ImportError, OSError, subprocess.CalledProcessError) as error:
         raise RuntimeError(
             f"expected a C compiler and Python's headers, with which Triton builds its launchers, got: {error}; "
@@ -76,7 +81,7 @@ def config_file_name(gpu_name: str) -> str:
 
 
 def default_file_name(capability: tuple[int, int]) -> str:
-    """The newest architecture among the defaults that is not newer than the GPU; sm_120 has sm_80's memory limits."""
+    """The default of the newest architecture that the GPU supports. sm_120 takes sm_80's, having as little memory."""
     major = capability[0]
     return "default_sm_100.json" if major in (10, 11) else "default_sm_90.json" if major == 9 else "default_sm_80.json"
 
@@ -96,11 +101,11 @@ def _configs_of(gpu_name: str, capability: tuple[int, int]) -> dict[str, Any]:
     return _read(fallback)
 
 
-def nearest(entries: list[dict[str, Any]], shape: dict[str, int]) -> Config | None:
-    """The `config` of the entry whose shape is nearest, in absolute log ratios.
+def nearest(entries: list[dict], shape: dict[str, int]) -> dict | None:
+    """The `config` of the entry with the nearest shape, by absolute log ratios.
 
-    The sizes of `shape` count in their order and the first that differs decides: a length never outweighs a head dim,
-    for which another entry's tiles may not even fit into shared memory.
+    Sizes are compared in the order of `shape`, and the first that differs decides. So a length never outweighs a head
+    dim, whose tiles may not fit into shared memory for another one.
     """
 
     def distance(entry: dict[str, Any]) -> list[float]:
@@ -110,12 +115,11 @@ def nearest(entries: list[dict[str, Any]], shape: dict[str, int]) -> Config | No
     return cast("Config | None", min(entries, key=distance)["config"])
 
 
-def config(kernel: str, device: torch.device, tuned: dict[str, Config] | None, **shape: int) -> Config | None:
-    """Launch parameters of a kernel for a shape on this device, or None where the device has no such kernel.
+def config(kernel: str, device: torch.device, tuned: dict[str, dict] | None, **shape: int) -> dict | None:
+    """Launch parameters of a kernel for a shape on this device.
 
-    An entry may hold null for shapes at which another kernel is the faster one.
-
-    `tuned` maps kernels to parameters and overrides the files; tuning and tests use it.
+    None if the device's file does not list the kernel, or lists null for shapes at which another kernel is faster.
+    `tuned` maps kernels to parameters and overrides the files, for tuning and tests.
     """
     if tuned is not None:
         return tuned.get(kernel)
@@ -134,7 +138,7 @@ def shipped_config(kernel: str, device: torch.device, tuned: dict[str, Config] |
 
 
 def vector_width(itemsize: int, pointers: list[torch.Tensor], sizes: list[int]) -> int:
-    """Elements per 16-byte vector, halved until all sizes and strides (in elements) and addresses are multiples."""
+    """The most elements, up to 16 bytes, that divide all sizes and strides (in elements) and align all addresses."""
     width = max(1, 16 // itemsize)
     while width > 1:
         aligned = all(tensor.data_ptr() % (width * itemsize) == 0 for tensor in pointers)

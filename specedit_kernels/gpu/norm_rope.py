@@ -1,4 +1,4 @@
-"""RMSNorm of queries and keys, rotary embedding and placement, in one launch."""
+"""RMSNorm, rotary embedding and scatter of queries and keys in one launch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from . import launch
 @triton.jit
 def _place(target, values, token, head, in_rows, out_index, out_tokens, target_token, target_head, target_dim,
            DIM: tl.constexpr, DIM_P2: tl.constexpr, INDEXED: tl.constexpr):  # fmt: skip
-    """Stores rows [BR, D] at their own tokens, or at out_index[token] where that is in range."""
+    """Stores rows [BR, D] at their own tokens, or at out_index[token] if it is in range."""
     d = tl.arange(0, DIM_P2)
     row = token
     if INDEXED:
@@ -34,8 +34,7 @@ def _norm_rotate(x, weight, cosines, sines, eps, weight_dim, DIM: tl.constexpr, 
                  RESCALED: tl.constexpr):  # fmt: skip
     """y = x * rsqrt(mean(x^2) + eps) * weight, then (y0, y1) -> (y0 cos - y1 sin, y1 cos + y0 sin) per pair.
 
-    With RESCALED the largest value is brought to 1 first, so that without an eps the squares of tiny ones do not
-    underflow.
+    RESCALED divides by the largest value first, so that squares of tiny values do not underflow when eps is 0.
     """
     d = tl.arange(0, DIM_P2)
     x = x.to(tl.float32)
@@ -63,13 +62,13 @@ def norm_rope(
 ):  # fmt: skip
     """q_out[b, r(t), h] = rope_t(rmsnorm(q[b, t, h])), k likewise, v copied; r(t) = out_index[t] or t.
 
-    A row is one (token, head); a program takes BLOCK_ROWS rows of q, k or v, whichever axis 1 of the grid says.
-    Neighbouring rows share a token, so its angles come from cache.
+    A row is one (token, head). Axis 1 of the grid selects q, k or v, and a program computes BLOCK_ROWS rows of it.
+    Neighbouring rows share a token, so its angles are cached.
     """
     tiles = tl.cdiv(tokens * HEADS, BLOCK_ROWS)
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     row = (tl.program_id(0) % tiles) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BR]
-    token, head = row // HEADS, (row % HEADS).to(tl.int64)  # a head's stride may be a whole sequence
+    token, head = row // HEADS, (row % HEADS).to(tl.int64)  # 64-bit: heads may be a whole sequence apart
     in_rows = token < tokens
     which = tl.program_id(1)
     if which == 2:

@@ -1,4 +1,4 @@
-"""Gathering and scattering rows: one kernel, in both directions."""
+"""Gathers and scatters rows, with one kernel for both directions."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def copy_rows(
     """gather:  target[b, m, :] = source[b, index[b, m], :]
     scatter: target[b, index[b, m], :] = source[b, m, :]
 
-    Strides of samples and rows count vectors of VECTOR channels, which tells the compiler how wide it may load. A
-    gathered row whose index is out of range becomes 0; a scattered one is not written.
+    Strides of samples and rows are in vectors of VECTOR channels, so that the compiler knows how wide loads may be. If
+    an index is out of range, a gathered row becomes 0 and a scattered row is not written.
     """
     channel_tiles: tl.constexpr = (CHANNELS + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS
     pid = tl.program_id(0)
@@ -51,12 +51,12 @@ def copy_rows(
 
 
 def _batched(tensor: torch.Tensor, dims: int, batch: int) -> torch.Tensor:
-    """A view with a leading axis of `batch`, which has stride 0 when the tensor is shared by all samples."""
+    """A view with a leading axis of `batch`, of stride 0 if all samples share the tensor."""
     return tensor.expand(batch, *tensor.shape[-(dims - 1) :]) if tensor.dim() < dims else tensor
 
 
-def tile(config: launch.Config, channels: int, itemsize: int) -> tuple[int, int]:
-    """Rows and channels of one program's tile, both powers of two."""
+def tile(config: dict, channels: int, itemsize: int) -> tuple[int, int]:
+    """Rows and channels of a program's tile, both powers of two."""
     block_channels = min(launch.next_power_of_2(channels), config["block_bytes"] // itemsize)
     return max(1, config["tile_bytes"] // (block_channels * itemsize)), block_channels
 

@@ -1,4 +1,4 @@
-"""A polynomial over stacked differences, evaluated in one pass."""
+"""A weighted sum over stacked differences, in one pass."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from . import launch
 
 @triton.jit
 def weighted_sum(stack, weights, out, elements, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """y = sum_k w_k x_k in float32, rounded once. One program makes BLOCK numbers from ROWS layers."""
-    layer = tl.zeros((), tl.int64) + elements  # distance of two layers, 64-bit
+    """y = sum_k w_k x_k, in float32 and rounded once. One program computes BLOCK elements from ROWS layers."""
+    layer = tl.zeros((), tl.int64) + elements  # between two layers, 64-bit
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [B]
     inside = at < elements
     total = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -30,8 +30,8 @@ def launch_weighted_sum(
     out = torch.empty(stack.shape[1:], dtype=stack.dtype, device=stack.device)
     if out.numel() == 0:
         return out
-    config = launch.shipped_config("weighted_sum", stack.device, tuned, rows=stack.shape[0])
-    if config is None:  # a file of launch parameters from before this kernel
+    config = launch.config("weighted_sum", stack.device, tuned, rows=stack.shape[0])
+    if config is None:  # the file of launch parameters is older than this kernel
         config = {"block": 1024, "num_warps": 4}
     grid = (launch.ceil_div(out.numel(), config["block"]),)
     weighted_sum[grid](

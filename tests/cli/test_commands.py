@@ -229,30 +229,23 @@ def test_bench_plan_shows_measured_beside_predicted(tmp_path, capsys):
     assert "0.321" in out and "8.00x" in out and "not measured" not in out
 
 
-@pytest.mark.parametrize("sized", [True, False])
-def test_edit_with_another_pipeline(tmp_path, picture, monkeypatch, sized):
+def test_a_pipeline_of_another_kind_chooses_its_own_size(tmp_path, picture, monkeypatch):
     heard = {}
 
-    class Sized:
-        def __call__(self, image, prompt, height, width, negative_prompt=None, edit_mask=None, generator=None):
+    class Other:
+        def __call__(self, image, prompt, height=0, width=0, negative_prompt=None, edit_mask=None, generator=None):
             heard.update(locals())
             return SimpleNamespace(images=[image])
 
-    class Unsized(Sized):
-        def __call__(self, image, prompt, negative_prompt=None, edit_mask=None, generator=None):
-            return Sized.__call__(self, image, prompt, None, None, negative_prompt, edit_mask, generator)
+        def to(self, device):
+            return self
 
-    def make(model, torch_dtype, **_):
-        pipe = Sized() if sized else Unsized()
-        pipe.to = lambda device: pipe
-        return pipe
-
-    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", make)
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda *_, **__: Other())
     monkeypatch.setattr("specedit.api.installing.install", lambda pipe, *_, **__: pipe)
     given = ["edit", str(picture), "make it red", "--model", "some/editor", "--negative-prompt", " "]
     assert cli.main([*given, "--out", str(tmp_path / "out.png")]) == 0
     assert heard["negative_prompt"] == " "
-    assert (heard["height"], heard["width"]) == ((128, 128) if sized else (None, None))
+    assert (heard["height"], heard["width"]) == (0, 0)
 
 
 @pytest.mark.parametrize(

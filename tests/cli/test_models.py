@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
-from specedit import cli
-from specedit.cli import loading
+from specedit import cli, micro
+from specedit.cli import loading, pipelines
 from specedit.micro.loading import WEIGHTS
 
-PROMPT = "make the car red"
+PROMPT = "make the circle red"
 
 
 @pytest.fixture
@@ -194,3 +195,34 @@ def test_hub_errors_say_what_to_do(monkeypatch, cause, says):
 def test_complete_folder_is_accepted(folder):
     loading.check_model(str(folder))
     assert type(loading.from_pretrained(str(folder), torch.float32)).__name__ == "FluxKontextPipeline"
+
+
+def test_a_pipeline_of_another_kind_is_refused_before_its_weights_are_read(folder, picture, capsys, monkeypatch):
+    monkeypatch.setattr(loading, "from_pretrained", lambda *_: pytest.fail("the pipeline was read"))
+    index(folder, _class_name="FluxPipeline")
+    assert cli.main(["edit", str(picture), PROMPT, "--model", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert "expected one of FluxKontextPipeline, QwenImageEditPipeline" in error and "which is a FluxPipeline" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("editor", ["kontext", "qwen"])
+def test_a_folder_of_an_embedded_editor_is_that_editor(editor, picture, tmp_path, capsys, monkeypatch):
+    """It is asked in its own words, and edits pictures at their own size."""
+    given = ["edit", str(picture), "--model", str(WEIGHTS / editor), "--out", str(tmp_path / "out.png")]
+    assert cli.main([given[0], given[1], "frobnicate the circle", *given[2:]]) == 2
+    assert '"frobnicate"' in capsys.readouterr().err
+    assert cli.main([*given[:2], "make the circle gray", *given[2:], "--preset", "turbo"]) == 2
+    pipe, prepare = pipelines.load(str(WEIGHTS / editor))
+    _, arguments = prepare(Image.new("RGB", (96, 64)))
+    assert type(pipe) is type(micro.load(editor)) and arguments == micro.arguments(Image.new("RGB", (96, 64)), editor)
+
+
+def test_what_is_like_an_embedded_editor_is_read_from_its_folder(folder, tmp_path):
+    assert loading.embedded_editor(str(folder)) == "kontext"
+    index(folder, _class_name="OwnSizeQwenImageEditPipeline")
+    assert loading.embedded_editor(str(folder)) == "qwen"
+    index(folder, _class_name=["module", "Class"])
+    assert loading.embedded_editor(str(folder)) is None
+    (folder / "transformer" / "config.json").unlink()
+    assert loading.embedded_editor(str(folder)) is loading.embedded_editor("owner/name") is None

@@ -312,6 +312,7 @@ def test_a_cached_step_costs_next_to_nothing(forecast):
     assert len(made.branches) == 2 and made.memory == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forecast", ["taylor", "toca"])
 def test_under_torch_compile(pipe, edit, forecast):
     specedit.install(pipe, steps=(0, 3, 3), forecast=forecast, forecast_interval=2, **ORDER.get(forecast, {}))

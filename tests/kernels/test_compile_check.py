@@ -68,18 +68,44 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert {row["arch"] for row in rows} == {"sm_80", "sm_90"} and all(row["registers"] for row in rows)
     bad = [first(table([8, 0], block_n=128, num_warps=4))]
     monkeypatch.setattr(compile_check, "variants", lambda table: bad)
-    assert compile_check.main(["--arch", "sm_80", "--jobs", "1"]) == 1
+    assert compile_check.main(["--arch", "sm_80", "--jobs", "1", "--each-path-once"]) == 1
     with pytest.raises(SystemExit):
         compile_check.main(["--jobs", "0"])
     assert "--jobs: expected at least 1, got 0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_parallel_processes_agree():
     names = [variant.name for _, variant in compile_check.shipped(80)]
     tasks = [(80, names.index(name)) for name in ("copy_rows bf16 C64 gather", "weighted_sum fp32 K3")]
     together = list(compile_check.check_shipped(tasks, 2))
     assert [result.name for result in together] == [names[number] for _, number in tasks]
     assert together == list(compile_check.check_shipped(tasks, 1)) and not any(r.problems for r in together)
+
+
+def test_unpacked_tokens_are_listed_and_compile():
+    found = {v.name: v for _, v in compile_check.shipped(90) if "unpacked" in v.name and "bf16" in v.name}
+    assert sorted(found) == [
+        "contract bf16 unpacked", "expand bf16 noise given unpacked", "expand bf16 philox unpacked",
+    ]  # fmt: skip
+    for variant in found.values():
+        assert variant.constants["PATCH"] == 1 and variant.constants["CHANNELS"] == 64
+        assert compile_check.check(variant, 90, "here").problems == []
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_each_path_once_leaves_out_sizes_only(capability):
+    everything = [variant for _, variant in compile_check.shipped(capability)]
+    chosen = [everything[number] for number in compile_check._last_of_each_path(capability)]
+    assert len(chosen) < len(everything) / 3
+
+    def switches(variants):
+        return {
+            (v.kernel.fn.__name__, v.grouped, v.specialized, v.matrix, name, value)
+            for v in variants for name, value in v.constants.items() if not isinstance(value, int) or value in (0, 1)
+        }  # fmt: skip
+
+    assert switches(chosen) == switches(everything)
 
 
 @pytest.mark.parametrize("scatter", [False, True])

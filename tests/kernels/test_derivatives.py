@@ -80,6 +80,11 @@ CASES = {
         lambda x, noise, detail, **b: kernels.expand_tokens(x, 0.4, noise=noise, detail=detail, **b)[0],
         (randn(2, 4), randn(2, 4, 1, 3), randn(2, 4, 1, 3)),
     ),
+    "contract, unpacked": (lambda x, **b: kernels.contract_tokens(x, 0.6, patch=1, **b)[0], (randn(2, 4, 3),)),
+    "expand, unpacked": (
+        lambda x, noise, detail, **b: kernels.expand_tokens(x, 0.4, noise=noise, detail=detail, patch=1, **b)[0],
+        (randn(2, 3), randn(2, 3, 3), randn(2, 3, 3)),
+    ),
     "attention, dense": (dense(), dense_qkv()),
     "attention, dense, bias": (dense(BIAS), dense_qkv()),
     "attention, dense, hidden keys, lse": (dense(HIDING, lse=True), dense_qkv()),

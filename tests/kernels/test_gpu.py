@@ -158,6 +158,13 @@ def test_every_kernel_once(precision):
     noise = reference.philox_noise(seed, (2, 40, 4, 16, 3))
     same, _ = reference.expand_tokens(arguments[0], 0.5, noise=noise)
     torch.testing.assert_close(drawn, same, atol=tolerance, rtol=tolerance)
+    noise = reference.philox_noise(seed, (2, 40, 64, 3), patch=1)
+    for given in ((noise, None), (None, seed)):
+        drawn = ops.run("triton", "expand_tokens", (arguments[0], 0.5, *given, None, 1))
+        same, _ = reference.expand_tokens(arguments[0], 0.5, noise=noise, patch=1)
+        torch.testing.assert_close(drawn, same, atol=tolerance, rtol=tolerance)
+    merged = ops.run("triton", "contract_tokens", (same, 2 / 3, 1))
+    torch.testing.assert_close(merged, arguments[0], atol=2 * tolerance, rtol=2 * tolerance)
     if precision in HALVES and torch.cuda.get_device_capability()[0] in (9, 10, 11):  # where there is TMA
         q, bias = arguments[3][None], arguments[10][None]
         config = next(tune.candidates("attention_ws", {"head_dim": 64, "bits": 16}))

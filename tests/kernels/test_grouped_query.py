@@ -8,7 +8,7 @@ import torch
 from specedit_kernels import mixed_attention
 from specedit_kernels.diffusers_backend import attention
 
-GROUPS = [(4, 2), (6, 1), (3, 3)]  # heads of q, heads of k and v
+GROUPS = [(4, 2), (3, 1), (2, 2)]  # heads of q, heads of k and v
 
 
 def softmax_attention(q, k, v, bias, dtype):
@@ -36,7 +36,7 @@ def hiding_bias(rng, device, *shape):
 @pytest.mark.parametrize("heads", GROUPS, ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_packed(backend, dtype, device, rng, as_good, heads, with_bias):
-    q_lengths, k_lengths = (70, 0, 3, 20), (65, 40, 1, 9)
+    q_lengths, k_lengths = (70, 0, 3), (65, 40, 1)
     q = randn(rng, device, dtype, sum(q_lengths), heads[0], 32)
     k, v = (randn(rng, device, dtype, sum(k_lengths), heads[1], 32) for _ in range(2))
     cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).to(device, torch.int32) for n in (q_lengths, k_lengths))

@@ -31,7 +31,10 @@ def samples(device):
     yield "scatter_tokens", (randn(2, 3, 8), index, randn(2, 5, 8))
     yield "expand_tokens", (randn(2, 3, 8), 0.5, randn(2, 3, 4, 2, 3), None, None)
     yield "expand_tokens", (randn(3, 8), 0.5, None, torch.tensor([5], device=device), randn(3, 4, 2, 3))
+    yield "expand_tokens", (randn(2, 3, 8), 0.5, randn(2, 3, 8, 3), None, None, 1)
+    yield "expand_tokens", (randn(3, 8), 0.5, None, torch.tensor([5], device=device), randn(3, 8, 3), 1)
     yield "contract_tokens", (randn(2, 3, 4, 8), 0.5)
+    yield "contract_tokens", (randn(2, 3, 4, 6), 0.5, 1)
     yield "mixed_attention", (q, q, q, cu, cu, 5, randn(8), 0.25, True)
     yield "mixed_attention", (q[None], q[None], q[None], None, None, None, None, 0.25, False)
     yield "mixed_attention", (q, q[:, :1], q[:, :1], cu, cu, None, randn(8), 0.25, True)
@@ -43,7 +46,7 @@ def samples(device):
     yield "weighted_sum", (randn(3, 8, 5).transpose(1, 2), randn(3))
 
 
-@pytest.mark.parametrize("at", range(13))
+@pytest.mark.parametrize("at", range(16))
 def test_opcheck(device, at):
     name, arguments = list(samples(device))[at]
     torch.library.opcheck(getattr(torch.ops.specedit_kernels, name).default, arguments)
@@ -57,6 +60,10 @@ def test_fullgraph_compile_with_dynamic_lengths(device):
         fine, fine_sigma = kernels.expand_tokens(picked, 0.5, noise=torch.zeros(*picked.shape[:-1], 4, 2, 3,
                                                                                device=x.device))  # fmt: skip
         coarse, _ = kernels.contract_tokens(fine, fine_sigma)
+        fine, fine_sigma = kernels.expand_tokens(
+            coarse, 0.5, noise=torch.zeros(*coarse.shape, 3, device=x.device), patch=1
+        )
+        coarse, _ = kernels.contract_tokens(fine, fine_sigma, patch=1)
         out = kernels.scatter_tokens(coarse, index, x.clone())
         q, k = kernels.qk_norm_rope(q, q, weight, weight, cos, sin)
         attended, lse = kernels.mixed_attention(q, k, k, cu_seqlens_q=cu, cu_seqlens_k=cu, key_bias=bias,

@@ -60,7 +60,7 @@ def test_branches_may_have_texts_of_different_length():
 
 @pytest.mark.parametrize("last_block", [True, False])
 def test_a_plain_step_reads_the_target_where_the_last_block_is_trimmed(last_block):
-    run = make_run(dataclasses.replace(STATE, last_block=last_block))
+    run = make_run(dataclasses.replace(STATE, trims_last_block=last_block))
     velocity = group_velocity(run, make_group(), 0)
     assert torch.equal(velocity, 2 * torch.ones_like(NOISE)) and run.adapter.calls == [None]
     assert [call.read for call in run.trace.calls] == 2 * [16 if last_block else None]

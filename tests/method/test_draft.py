@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from specedit import SpecEditConfig
+from specedit.geometry import PACKED, UNPACKED
 from specedit.layout import TokenGrid
 from specedit.method import draft as draft_module
 from specedit.method.adapter import EditState, Run
@@ -14,19 +15,20 @@ from specedit.method.schedule import stage_sigmas
 from specedit.method.trace import ForwardCall, Trace
 from specedit.placement import Placement
 
+both = pytest.mark.parametrize("geometry", [PACKED, UNPACKED], ids=["packed", "unpacked"])
+
 
 def pixels(tokens, grid):
-    b, _, c = tokens.shape
-    image = tokens.view(b, *grid.shape, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return image.reshape(b, c // 4, 2 * grid.height, 2 * grid.width)
+    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, grid.shape), grid.geometry.patch)
 
 
+@both
 @pytest.mark.parametrize("scale", [2, 4])
-def test_shrink_averages_latent_pixels(scale):
-    grid = TokenGrid(8, 12)
+def test_shrink_averages_latent_pixels(scale, geometry):
+    grid = TokenGrid(8, 12, geometry)
     tokens = torch.randn(2, grid.tokens, 8)
     small, smaller = shrink(tokens, grid, scale)
-    assert smaller == TokenGrid(8 // scale, 12 // scale)
+    assert smaller == TokenGrid(8 // scale, 12 // scale, geometry)
     torch.testing.assert_close(pixels(small, smaller), F.avg_pool2d(pixels(tokens, grid), scale))
 
 
@@ -44,14 +46,16 @@ def test_several_references_shrink_each_by_itself():
     assert torch.equal(small[:, first[1].tokens :], shrink(padded, TokenGrid(8, 4), 4)[0])
 
 
-@pytest.mark.parametrize("target", [TokenGrid(8, 12), TokenGrid(7, 9)], ids=str)
+@both
+@pytest.mark.parametrize("shape", [(8, 12), (7, 9)], ids=str)
 @pytest.mark.parametrize("scale", [2, 4])
-def test_upsample_is_bilinear_in_latent_pixels(scale, target):
-    grid = target.coarse(scale)
+def test_upsample_is_bilinear_in_latent_pixels(scale, shape, geometry):
+    target = TokenGrid(*shape, geometry)
+    grid, patch = target.coarse(scale), geometry.patch
     tokens = torch.randn(2, grid.tokens, 8)
-    height, width = 2 * grid.height * scale, 2 * grid.width * scale
+    height, width = patch * grid.height * scale, patch * grid.width * scale
     expected = F.interpolate(pixels(tokens, grid), size=(height, width), mode="bilinear")
-    expected = expected[..., : 2 * target.height, : 2 * target.width]
+    expected = expected[..., : patch * target.height, : patch * target.width]
     large = upsample(tokens, grid, scale, target)
     torch.testing.assert_close(pixels(large, target), expected)
 

@@ -3,6 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
+from specedit.geometry import PACKED, UNPACKED
 from specedit.layout import TokenGrid
 from specedit.method.restore import blend_latents, feather, keep_pixels
 
@@ -48,8 +49,22 @@ def test_blend_latents_returns_the_reference_outside(grid):
     assert not torch.equal(out[seam], tokens[seam]) and not torch.equal(out[seam], reference[seam])
 
 
-def test_blend_latents_of_everything_and_nothing():
-    grid = TokenGrid(4, 6)
+@pytest.mark.parametrize("shape", [(8, 10), (7, 9)], ids=str)
+def test_unpacked_tokens_have_no_seam_inside_a_token(shape):
+    """Half a token is no whole latent pixel there: edited tokens are kept as they are, even of a cell on its own."""
+    grid = TokenGrid(*shape, UNPACKED)
+    cells = CELLS.clone()
+    cells[1] = False
+    cells[1, 2, 3] = True
+    tokens, reference = torch.randn(2, 2, grid.tokens, 5, generator=torch.Generator().manual_seed(0))
+    inside = covered(cells, 2, grid.shape).flatten(1)
+    tokens[~inside] = float("nan")
+    assert torch.equal(blend_latents(tokens, reference, cells, grid), torch.where(inside[..., None], tokens, reference))
+
+
+@pytest.mark.parametrize("geometry", [PACKED, UNPACKED], ids=["packed", "unpacked"])
+def test_blend_latents_of_everything_and_nothing(geometry):
+    grid = TokenGrid(4, 6, geometry)
     tokens, reference = torch.randn(2, 1, grid.tokens, 16)
     everything = torch.ones(1, 2, 3, dtype=torch.bool)
     assert torch.equal(blend_latents(tokens, reference, everything, grid), tokens)

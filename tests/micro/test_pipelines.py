@@ -9,7 +9,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as stock
 from PIL import Image
 
 import specedit
-from specedit.micro import scenes
+from specedit.micro import qwen, scenes
 from specedit.micro.pipelines import OwnSizeQwenImageEditPipeline, PictureProcessor
 from specedit.models.qwen.edit import QwenImageEdit
 from specedit.testing import Conformance, Family
@@ -126,9 +126,21 @@ class TestOwnSize(Conformance):
         return Family(
             QwenImageEdit, make_small_qwen, call, guided=dict(negative_prompt=" ", true_cfg_scale=2.0),
             batch=lambda n: dict(image=[picture(seed=i) for i in range(n)], prompt=["red", "make it large"][:n]),
+            compiles_as="QwenImageEdit",
         )  # fmt: skip
 
 
 def test_it_is_a_qwen_image_edit_pipeline(small_qwen):
     assert isinstance(small_qwen, QwenImageEditPipeline) and type(small_qwen) is OwnSizeQwenImageEditPipeline
     assert QwenImageEdit.matches(small_qwen)
+
+
+def test_a_saved_editor_is_read_again(small_qwen, tmp_path):
+    """Installed or not, and by the class of diffusers as well, whose index it has."""
+    specedit.install(small_qwen, "turbo").save_pretrained(tmp_path)
+    specedit.uninstall(small_qwen)
+    again = qwen.read(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert type(again) is OwnSizeQwenImageEditPipeline
+    assert torch.equal(edit(again), edit(small_qwen))
+    assert QwenImageEditPipeline.load_config(tmp_path)["_class_name"] == "QwenImageEditPipeline"

@@ -28,7 +28,7 @@ class TestFluxKontext(Conformance):
 
 
 class TestQwenImageEdit(Conformance):
-    pipeline, adapter, sends_values = QwenImageEditPipeline, QwenImageEdit, False
+    pipeline, adapter, sends_values, compiles_as = QwenImageEditPipeline, QwenImageEdit, False, None
 
     @pytest.fixture
     def family(self, make_qwen, picture):
@@ -39,6 +39,7 @@ class TestQwenImageEdit(Conformance):
             self.adapter, lambda: self.make(make_qwen), call,
             guided=dict(negative_prompt="blue and dark", true_cfg_scale=2.5), batch=self.batch(picture),
             sends_values=self.sends_values,
+            compiles_as=self.compiles_as,
         )  # fmt: skip
 
     def make(self, make_qwen):
@@ -49,7 +50,7 @@ class TestQwenImageEdit(Conformance):
 
 
 class TestQwenImageEditPlus(TestQwenImageEdit):
-    pipeline, adapter = QwenImageEditPlusPipeline, QwenImageEditPlus
+    pipeline, adapter, compiles_as = QwenImageEditPlusPipeline, QwenImageEditPlus, "QwenImageEdit"
 
     def batch(self, picture):  # one prompt a call, but several images of it
         return lambda n: dict(num_images_per_prompt=n)
@@ -57,6 +58,7 @@ class TestQwenImageEditPlus(TestQwenImageEdit):
 
 class TestQwenImageEdit2511(TestQwenImageEditPlus):
     sends_values = True  # the index of zero_cond_t
+    compiles_as = None
 
     def make(self, make_qwen):
         return make_qwen(self.pipeline, zero_cond_t=True)

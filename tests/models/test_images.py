@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from specedit.models.shared.images import (
-    batched,
     check_decoder,
     check_image,
     check_pictures,
     decoder_features,
+    pictures_of,
     source_pictures,
 )
 
@@ -44,20 +44,35 @@ def test_bad_pictures(image, error, message):
         check_pictures(image)
 
 
-def test_batched_adds_the_axis_to_arrays_only():
-    picture = Image.new("RGB", (64, 64))
-    assert batched(picture) is picture and batched([picture]) == [picture]
-    assert batched(np.zeros((4, 5, 3))).shape == (1, 4, 5, 3) and batched(torch.zeros(1, 3, 4, 5)).shape == (1, 3, 4, 5)
+def test_pictures_of_a_call_are_a_list_of_single_pictures():
+    picture, array, tensor = Image.new("RGB", (64, 48)), np.zeros((48, 64, 3)), torch.zeros(3, 48, 64)
+    assert pictures_of(picture) == [picture] and pictures_of([picture, picture]) == [picture, picture]
+    for given in (array, [array], array[None], [array[None]]):
+        assert [one.shape for one in pictures_of(given)] == [(48, 64, 3)]
+    both = torch.stack([tensor, tensor + 0.5])
+    assert [float(one.mean()) for one in pictures_of(both)] == [0.0, 0.5]
+    assert len(pictures_of([both, tensor])) == 3
+
+
+def test_pictures_of_a_call_are_checked():
+    with pytest.raises(ValueError, match="expected at least one picture, got an empty list"):
+        pictures_of([])
+    with pytest.raises(TypeError, match="expected a PIL image, array or tensor, got str"):
+        pictures_of([Image.new("RGB", (8, 8)), "picture.png"])
+    bright = torch.full((3, 8, 8), 200.0)
+    assert len(pictures_of(bright)) == 1  # values are only read on demand
+    with pytest.raises(ValueError, match="expected floating point values"):
+        pictures_of(bright, values=True)
 
 
 def test_source_pictures_at_their_own_size_are_the_pixels(picture):
     pipe = SimpleNamespace(vae_scale_factor=8)
     given = picture(64, 96)
     pixels = torch.from_numpy(np.array(given)).permute(2, 0, 1) / 255
-    assert torch.equal(source_pictures(pipe, given, 64, 96)[0], pixels)
+    assert torch.equal(source_pictures(pipe, [given], 64, 96)[0], pixels)
     assert source_pictures(pipe, [given, given], 32, 64).shape == (2, 3, 32, 64)
-    signed = pixels[None] * 2 - 1  # values in -1..1 are taken for what they are
-    torch.testing.assert_close(source_pictures(pipe, signed, 64, 96)[0], pixels)
+    signed = pixels * 2 - 1  # values in -1..1 are taken for what they are
+    torch.testing.assert_close(source_pictures(pipe, [signed], 64, 96)[0], pixels)
 
 
 @pytest.mark.parametrize("components", ["tiny_components", "qwen_components"])

@@ -161,6 +161,7 @@ def test_offloaded_module_by_module(pipe, edit):
     close(edit(pipe), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["flux", "qwen"])
 def test_blocks_compiled_one_by_one(calls, family):
     """Blocks of one class share their compiled code; the last one must not be taken for any of the others."""

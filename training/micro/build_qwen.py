@@ -4,7 +4,6 @@ Every part is the real class of diffusers or transformers, except the two of `sp
 """
 
 import copy
-import json
 import math
 from pathlib import Path
 
@@ -222,14 +221,5 @@ def save(pipe: OwnSizeQwenImageEditPipeline, folder: Path) -> None:
         if isinstance(part, nn.Module):  # a copy, since half precision would round the rotary frequencies
             parts[name] = copy.deepcopy(part).half()
     type(pipe)(**parts).save_pretrained(folder, safe_serialization=True)
-    parts["processor"].save_pretrained(Path(folder) / "processor")
-    index = Path(folder) / "model_index.json"  # our two classes are not in the libraries; their parents are
-    written = json.loads(index.read_text())
-    written["_class_name"] = "QwenImageEditPipeline"
-    written |= {
-        "processor": ["transformers", "Qwen2VLProcessor"],
-        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
-    }
-    index.write_text(json.dumps(written, indent=2) + "\n")
     strip_name_or_path(Path(folder))
     write_transformers4_config(Path(folder))

@@ -66,7 +66,9 @@ def beside(draft: Tensor, state: EditState, scale: int = 1) -> Tensor:
     """
     if state.covered is None:
         return drafts.shrink(state.aligned, state.grid, scale)[0]
-    share = state.covered.flatten()[None, :, None].expand(-1, -1, 4).to(draft)  # of each pixel of a token
-    reference, _ = drafts.shrink(state.aligned * share.repeat(1, 1, draft.shape[2] // 4), state.grid, scale)
+    pixels = state.grid.geometry.pixels
+    channels = draft.shape[2] // pixels
+    share = state.covered.flatten()[None, :, None].expand(-1, -1, pixels).to(draft)  # of each pixel of a token
+    reference, _ = drafts.shrink(state.aligned * share.repeat(1, 1, channels), state.grid, scale)
     share, _ = drafts.shrink(share, state.grid, scale)
-    return reference + (1 - share.repeat(1, 1, draft.shape[2] // 4)) * draft
+    return reference + (1 - share.repeat(1, 1, channels)) * draft

@@ -1,8 +1,8 @@
-"""Compiled blocks: what a call hands them, so that few graphs serve every size, batch and mask.
+"""Compiled blocks: arguments made alike, so that few graphs serve every size, batch and mask.
 
-Dynamo keeps at most `recompile_limit` graphs of a block's code and fails beyond it under `fullgraph=True`. It compiles
-anew for inputs that are views where others are not, for other strides, and for objects that only some calls bring. A
-wrapper outside of the compiled call makes calls alike, without changing a value.
+Dynamo keeps at most `recompile_limit` graphs of a block's code, and fails beyond it under `fullgraph=True`. It
+recompiles for views, for other strides, and for arguments that only some calls have. A wrapper around the compiled call
+removes these differences without changing a value.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ STREAMS = ("hidden_states", "encoder_hidden_states")
 
 
 class CompiledBlock:
-    """Stands in for the compiled call of a block.
+    """Replaces the compiled call of a block.
 
-    take: (arguments) to the context that came with them, or None. drop: (arguments) to those of a stock call.
+    take: arguments to the context among them, or None. drop: arguments to those of a stock call; None for the last
+    block, which needs the context of a stock call too.
     """
 
     def __init__(self, compiled: Callable, take: Callable, drop: Callable | None):
@@ -42,14 +43,13 @@ class CompiledBlock:
 
 
 def unviewed(states: Tensor) -> Tensor:
-    """The same values with the strides of a new tensor, and not as a view, which Dynamo would guard the base of."""
+    """The same values with the strides of a new tensor; not a view, since Dynamo guards a view's base."""
     states = states.contiguous()
     return torch.ops.aten._unsafe_view(states, states.shape)
 
 
 def attach(transformer: nn.Module, take: Callable, drop: Callable, last: nn.Module | None) -> None:
-    """Wrap the compiled calls of a transformer's blocks; idempotent. `last`: the block whose plain calls need the
-    context too."""
+    """Wrap the compiled calls of a transformer's blocks; idempotent. `last`: the block that is trimmed, or None."""
     for block in blocks(transformer):
         compiled = getattr(block, "_compiled_call_impl", None)
         if compiled is not None and not isinstance(compiled, CompiledBlock):
@@ -64,7 +64,7 @@ def detach(transformer: nn.Module) -> None:
 
 
 def blocks(transformer: nn.Module) -> list[nn.Module]:
-    """The blocks of a transformer; none of another engine's."""
+    """The blocks of a transformer; empty for another engine's."""
     lists = (getattr(transformer, name, ()) for name in ("transformer_blocks", "single_transformer_blocks"))
     return [block for each in lists for block in each]
 
@@ -75,6 +75,6 @@ def take_keyword(kwargs: dict[str, Any]) -> Any:
 
 
 def drop_keyword(kwargs: dict[str, Any], nothing: dict | None) -> dict[str, Any]:
-    """The arguments without the context; `nothing`: what a stock call gives for `joint_attention_kwargs`."""
+    """The arguments without the context; `nothing`: a stock call's value of empty `joint_attention_kwargs`."""
     rest = {name: value for name, value in kwargs["joint_attention_kwargs"].items() if name != "specedit"}
     return kwargs | {"joint_attention_kwargs": rest or nothing}

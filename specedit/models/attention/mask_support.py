@@ -1,7 +1,7 @@
 """Whether the model's own attention backend takes a mask, which is how a bias per key reaches it.
 
-Some of diffusers' backends raise an error for a mask, some only take boolean ones, and older versions drop it in
-silence. Each is asked with tensors of four tokens that hold no data.
+Some of diffusers' backends raise an error for a mask, some take only boolean ones, and older versions ignore it. Each
+is called once with meta tensors of four tokens.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import nn
 from ...config import SpecEditConfig
 from .processors import MixedProcessor
 
-MAKES_BOOLEAN = ("_native_npu",)  # what is not zero is seen, so a bias would say nothing
+MAKES_BOOLEAN = ("_native_npu",)  # casts the mask to bool, so that a bias has no effect
 
 
 def check(transformer: nn.Module, config: SpecEditConfig) -> None:
-    """ValueError where `attention="stock"` would hand a mask to a backend that takes none."""
+    """ValueError where `attention="stock"` would pass a mask to a backend that takes none."""
     if config.attention != "stock" or config.key_bias == "none" or not config.is_mixed:
         return
     for name in sorted(backends(transformer)):
@@ -51,7 +51,7 @@ def takes_mask(name: str) -> bool:
 
 @cache
 def refuses_mask(function: Callable[..., Any]) -> bool:
-    """Whether a backend's first answer to a mask is an error about it; anything else has another cause."""
+    """Whether a backend raises an error about the mask; any other error has another cause."""
     states = torch.empty(1, 4, 1, 64, device="meta", dtype=torch.bfloat16)
     mask = torch.empty(1, 1, 1, 4, device="meta", dtype=torch.bfloat16)
     try:

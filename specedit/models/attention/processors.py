@@ -1,4 +1,4 @@
-"""Attention over mixed sequences: processors that hand the layout to specedit_kernels, and otherwise step aside."""
+"""Attention processors for mixed sequences, which call specedit_kernels; without a context they are the stock ones."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .contexts import Context, Rotated, Stock
 
 
 class MixedProcessor:
-    """Joint attention of text and image with a bias per key. Without a context it is the processor that it replaced.
+    """Joint attention of text and image as a context says; without one, the processor that it replaced.
 
-    A model family says which processor is its stock one, and has a `__call__` with the arguments of that one.
+    A model family sets `stock`, the class of its stock processor, and has a `__call__` with the arguments of that one.
 
     Test isinstance(rows, slice), not `is None`: Dynamo would specialise on the bounds and recompile for every edit.
     """
@@ -70,7 +70,7 @@ class MixedProcessor:
 
 
 class FluxMixedProcessor(MixedProcessor):
-    """Of FLUX's double and single blocks."""
+    """FLUX's double and single blocks."""
 
     stock = FluxAttnProcessor
 
@@ -90,7 +90,7 @@ class FluxMixedProcessor(MixedProcessor):
 
 
 class QwenMixedProcessor(MixedProcessor):
-    """Of Qwen-Image's double-stream blocks."""
+    """Qwen-Image's double-stream blocks."""
 
     stock = QwenDoubleStreamAttnProcessor2_0
 
@@ -140,8 +140,8 @@ class Stream(NamedTuple):
 def _streams(attn: nn.Module, head_dim: int, image: Tensor, text: Tensor | None, rows: slice | None) -> list[Stream]:
     """Image and text, projected; with `rows`, queries of these image rows and none of the text's.
 
-    In the order of the stock processors, which is not that of the sequence: offloading by leaves fetches each before it
-    is called, as the first call went. A call for the target's tokens alone has no text.
+    Modules are called in the order of the stock processors, since leaf-level offloading prefetches in the order of the
+    first call. A call for the target's tokens alone has no text.
     """
     length = 0 if text is None else text.shape[1]
     queries = rows if isinstance(rows, slice) else slice(None)
@@ -160,7 +160,7 @@ def _projected(
 ) -> list[Tensor | None]:
     """Queries (of some rows, or None of none), keys and values of states (b, n, C), by heads."""
     *each, fused = names
-    if getattr(attn, "fused_projections", False):  # one product gives all three, of rows that are no queries too
+    if getattr(attn, "fused_projections", False):  # one product gives all three, for all rows
         q, k, v = getattr(attn, fused)(states).chunk(3, dim=-1)
         q = q[:, rows] if isinstance(rows, slice) else None
     else:
@@ -207,15 +207,15 @@ def _output(attn: nn.Module, image: Tensor) -> Tensor:
 
 
 def _norm_and_rotate(x: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor, backend: str | None) -> Tensor:
-    """Normed and rotated x (b, n, H, D). The kernel does pairs; its second half is dropped."""
+    """Normed and rotated x (b, n, H, D). The kernel takes a pair; its second result is dropped."""
     if _weight_is_resident(norm, x):
         return qk_norm_rope(x, x, norm.weight, norm.weight, cos, sin, eps=norm.eps, backend=backend)[0]
     return _rotate(norm(x), cos, sin)
 
 
 def _weight_is_resident(norm: nn.Module, x: Tensor) -> bool:
-    """Whether the weights of `norm` are beside x. Of one that is offloaded by itself they come when it is called, and
-    where they are on their way already, as under diffusers' streams, only its hook waits for them."""
+    """Whether the weights of `norm` are on x's device. A hooked norm has to be called: its hook brings the weights, or
+    waits for a copy that diffusers' streams have begun."""
     hooked = hasattr(norm, "_diffusers_hook") or hasattr(norm, "_hf_hook")
     return not hooked and norm.weight.device == x.device
 
@@ -232,9 +232,9 @@ def half_table(table: Tensor) -> Tensor:
 
 
 def why_unsupported_processor(transformer: nn.Module, attention_class: type, backend: str | None) -> str | None:
-    """Why a transformer runs stock, such as a quantised engine with kernels of its own, or one with processors that
-    somebody else wrote; None of the model's own. `backend`: None where attention="stock" would not run those either,
-    nor diffusers' own that have weights.
+    """Why a transformer runs stock: another engine without processors, or processors that are not diffusers' own.
+
+    backend: `attention` of the configuration; None for families whose attention="stock" runs our processors too.
     """
     modules = [module for module in transformer.modules() if isinstance(module, attention_class)]
     if not modules:
@@ -257,8 +257,8 @@ def _of_diffusers(processor: Any) -> bool:
 def attach(transformer: nn.Module, attention_class: type, processor_class: type) -> None:
     """Wrap the processor of every attention module.
 
-    One that is wrapped already is left alone; one with weights (an IP-Adapter's), which belongs to the model; and one
-    that somebody else wrote: diffusers hands a processor the keyword arguments that its own signature names.
+    Left alone are wrapped ones, those with weights (an IP-Adapter's), and those of other libraries, because diffusers
+    passes a processor the keyword arguments in its own signature.
     """
     for module in transformer.modules():
         if not isinstance(module, attention_class):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Movable:
-    """A frozen dataclass of tensors that `to` brings to a device: what accelerate's hooks ask of every argument."""
+    """A frozen dataclass of tensors with `to`, which accelerate's hooks call on every argument."""
 
     def to(self, device: torch.device | str | int, **how: Any) -> Self:
         """A copy with every tensor moved, or itself where all are there already; caches are not copied."""
@@ -29,7 +29,7 @@ def _moved(value: Any, device: torch.device | str | int, how: dict[str, Any]) ->
 
 @dataclass(frozen=True, eq=False)
 class Segments(Movable):
-    """Two query segments over two copies of the keys: `order` lists fine queries, then coarse; cu_seqlens of both."""
+    """Two query segments over two copies of the keys: `order` lists the fine queries, then the coarse ones."""
 
     fine: Tensor
     coarse: Tensor
@@ -130,7 +130,7 @@ def mark_all_dynamic(value: Any, dims: int = 2) -> None:
 
 
 def mark_dynamic(value: Any, dims: int) -> None:
-    """Have Dynamo compile the first `dims` dimensions of a tensor as dynamic at once, not after a second size."""
-    # Without Dynamo imported nothing is compiled, and importing it takes seconds.
+    """Have Dynamo treat the first `dims` dimensions as dynamic from the first graph on, not from a second size."""
+    # If Dynamo is not imported, nothing is compiled; importing it takes seconds.
     if isinstance(value, Tensor) and "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
         torch._dynamo.maybe_mark_dynamic(value, list(range(min(dims, value.ndim))))

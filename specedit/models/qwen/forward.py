@@ -45,9 +45,14 @@ class Sequences:
         tables = tuple(table[text : text + len(index)] for table in self.context.rotary)
         query_rows = QueryRows(index, cu_seqlens=ends)
         partial = contexts.Partial(
-            whole=self.context, entries={}, rows=self.context.packing.image[None, : len(index)], rotary=tables,
-            index=index, query_rows=query_rows, output_rows=self.context.output_rows and query_rows,
-        )  # fmt: skip
+            whole=self.context,
+            entries={},  # each step brings its branch's own
+            rows=self.context.packing.image[None, : len(index)],
+            rotary=tables,
+            index=index,
+            query_rows=query_rows,
+            output_rows=None if self.context.output_rows is None else query_rows,
+        )
         placed = ImgShapesWithFreqs(len(index), 0, 1, tables)
         return dataclasses.replace(self, placed=placed, context=partial, texts=tuple(t[:0] for t in self.texts))
 
@@ -143,7 +148,7 @@ class QwenForward:
             aligned = contexts.PhaseAligned(tables(0.5), segments(is_coarse, whole))
             asked = segments(area[: count * n] > 1, [n] * count, whole)
         output_rows = None
-        if self.run.state.last_block:
+        if self.run.state.trims_last_block:
             output_rows = QueryRows(packing.image[: count * n], asked, cumulative([n] * count, device))
         rotary = tables(1.0)
         context = contexts.Packed(
@@ -170,7 +175,7 @@ class QwenForward:
             context = contexts.Masked(rotary=tables, index=torch.arange(bias.shape[1], device=device), key_bias=bias)
         else:
             frequencies = phases(angle[length:]), phases(angle[:length])
-            if self.run.state.last_block:
+            if self.run.state.trims_last_block:
                 context = contexts.Stock(rotary=tables, output_rows=QueryRows(torch.arange(n, device=device)))
         placed, rows = ImgShapesWithFreqs(n, r, b, frequencies), rows_index(self.group.rows, device)
         return DenseInputs(placed, context, rows, mask)

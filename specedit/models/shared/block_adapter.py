@@ -94,7 +94,7 @@ class BlockAdapter(Adapter):
             pixels_per_token=pixels_per_token(pipe),
             backend={"auto": None, "stock": "torch"}.get(config.attention, config.attention),
             prompts=count_prompts(call),
-            last_block=self.trims_last_block(pipe, config),
+            trims_last_block=self.trims_last_block(pipe, config),
             conditioning=conditioning,
             **more,
         )

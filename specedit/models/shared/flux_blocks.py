@@ -113,7 +113,7 @@ class FluxBlocks(BlockAdapter):
         text = torch.zeros(state.text_tokens, device=area.device)
         bias = torch.cat([text, area.log()]) if mixed and config.key_bias == "area" else None
         own = mixed or stores or config.attention != "auto"
-        needed = bias is not None if config.attention == "stock" else own or state.last_block
+        needed = bias is not None if config.attention == "stock" else own or state.trims_last_block
         if not needed:
             return None
         index = torch.arange(len(text) + len(area), device=area.device)
@@ -129,7 +129,7 @@ class FluxBlocks(BlockAdapter):
             aligned = contexts.PhaseAligned(self._rotary(run, self.position_ids(state, layout, beside, 0.5)), segments)
         return contexts.Mixed(
             rotary=tables, index=index, key_bias=bias, aligned=aligned, backend=state.backend,
-            output_rows=sequences.QueryRows(index[:target], asked) if state.last_block else None,
+            output_rows=sequences.QueryRows(index[:target], asked) if state.trims_last_block else None,
         )  # fmt: skip
 
     @staticmethod

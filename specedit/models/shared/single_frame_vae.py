@@ -1,4 +1,4 @@
-"""An autoencoder of videos at work on single pictures, without convolving the frames that are not there."""
+"""Runs Qwen's video VAE on single images without convolving zero-padded frames."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from torch.overrides import TorchFunctionMode
 
 
 class SingleFrameConv(TorchFunctionMode):
-    """Inside, causal convolutions of a single frame are convolutions of a picture, to within rounding.
+    """Inside, causal convolutions of a single frame are 2D convolutions, to within rounding.
 
     With taps W[0..T-1] in time and zeros for the frames before the first, frame 0 of the output is
 
         sum_t W[t] * x[t - (T - 1)] = W[T - 1] * x[0],
 
-    so that of three taps two need not be computed. It is torch's own calls in this thread that change and no module:
-    hooks that bring weights to the device go on working, and who shares the autoencoder notices nothing.
+    so two of three taps are skipped. Only torch's calls in this thread change, and no module: offloading hooks keep
+    working, and other users of the autoencoder are not affected.
     """
 
     def __torch_function__(
@@ -34,10 +34,10 @@ class SingleFrameConv(TorchFunctionMode):
 
 @contextlib.contextmanager
 def single_frame(vae: nn.Module) -> Iterator[None]:
-    """`SingleFrameConv` around calls of an autoencoder that it is known to hold for; nothing around others.
+    """`SingleFrameConv` for Qwen's autoencoder, unless it is compiled; no change for any other.
 
-    A compiled one has been compiled as it is, and would have to be again. Calls of one autoencoder from several threads
-    take turns, because autoencoders of videos keep the features of the last frames on themselves.
+    A compiled one would recompile. Calls from several threads take turns, because video autoencoders cache the features
+    of earlier frames on themselves.
     """
     known = isinstance(vae, AutoencoderKLQwenImage) and not _compiled(vae)
     with _turn(vae), SingleFrameConv() if known else contextlib.nullcontext():
@@ -56,13 +56,13 @@ def _turn(vae: Any) -> contextlib.AbstractContextManager:
 
 
 def _compiled(vae: nn.Module) -> bool:
-    if {"encode", "decode"} & vars(vae).keys():  # methods of this very instance: replaced, most often by compiled ones
+    if {"encode", "decode"} & vars(vae).keys():  # replaced on the instance, most often by compiled methods
         return True
     return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in vae.modules())
 
 
 def _pad(x: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:
-    """Without the frames of zeros before the only one; `_conv3d` knows that they are missing."""
+    """Pads without zero frames before a single frame; `_conv3d` expects them to be missing."""
     if x.ndim == 5 and x.shape[2] == 1 and len(pad) == 6 and pad[5] == 0 and mode == "constant" and not value:
         pad = pad[:4]
     return F.pad(x, pad, mode, value)
@@ -73,7 +73,7 @@ def _conv3d(x: Tensor, weight: Tensor, bias=None, stride=1, padding=0, dilation=
     padded = padding if isinstance(padding, (int, str)) else padding[0]
     if x.ndim != 5 or x.shape[2] != 1 or padded:
         return F.conv3d(x, weight, bias, stride, padding, dilation, groups)
-    if type(weight) not in (Tensor, nn.Parameter):  # a quantised weight may not be cut
+    if type(weight) not in (Tensor, nn.Parameter):  # a quantised weight cannot be sliced
         x = F.pad(x, (0, 0, 0, 0, weight.shape[2] - 1, 0))
         return F.conv3d(x, weight, bias, stride, padding, dilation, groups)
     stride, padding, dilation = (v if isinstance(v, int) else v[-2:] for v in (stride, padding, dilation))

@@ -34,7 +34,7 @@ def test_the_draft_may_see_a_smaller_picture(edit, picture):
     def vision_tokens(pipe):
         sizes = []
         encode = pipe.encode_prompt
-        pipe.encode_prompt = lambda **kwargs: sizes.append(kwargs["image"].size) or encode(**kwargs)
+        pipe.encode_prompt = lambda **kwargs: sizes.extend(x.size for x in kwargs["image"]) or encode(**kwargs)
         return sizes
 
     texts = []

@@ -80,6 +80,7 @@ def given(pipe, run, tokens):
     return logits.softmax(-1)[:, HEADS, :n, tokens]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed, bound", [(0, 0.5), (1, 0.35), (2, 0.5)])
 def test_attention_to_template_tokens_is_that_to_landmarks(monkeypatch, seed, bound):
     """With the packaged editors, at the size that is fitted for; smaller here, to be quick. The packaged Qwen editor

@@ -124,6 +124,7 @@ def test_other_heads_are_unchanged():
     assert not attn.to_add_out.weight[:, touched].any()  # text tokens do not read them
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [False, True])
 def test_training_adds_landmarks(start, tmp_path, monkeypatch):
     known = []

@@ -9,6 +9,7 @@ from training.micro import build, families, loop, train_text
 from training.micro.probes import PROMPT_CLASSES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kontext", "qwen"])
 def test_text_encoders_learn_what_prompts_say(name):
     torch.manual_seed(0)

@@ -1,0 +1,71 @@
+"""Measures how long the tests take on this machine, which should have nothing else to do.
+
+    .venv/bin/python scripts/test_times.py [--out FILE]
+
+Runs the quick tests and then every check, and writes benchmarks/results/test-times.json.
+"""
+
+import argparse
+import os
+import re
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT / "benchmarks" / "results" / "test-times.json"
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """(as the guide writes it, as it is run) of each command."""
+    venv = str(Path(sys.prefix))
+    return [
+        ('pytest -m "not slow"', [sys.executable, "-m", "pytest", "-q", "-m", "not slow"]),
+        ("scripts/test.sh", ["scripts/test.sh", venv]),
+    ]
+
+
+def measure(name: str, command: list[str], cwd: Path = ROOT) -> dict[str, object]:
+    """Run a command that ends with pytest's summary in its output; RuntimeError if it fails."""
+    before, start = _cpu(), time.perf_counter()
+    done = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        raise RuntimeError(f"{shlex.join(command)}: expected exit code 0, got {done.returncode}\n{done.stdout[-4000:]}")
+    cpu = _cpu() - before
+    return {"command": name, "seconds": seconds, "cpu_seconds": cpu, "tests": count(done.stdout)}
+
+
+def count(output: str) -> int:
+    """Tests that passed, by the last summary line of pytest in `output`."""
+    found = re.findall(r"\b(\d+) passed\b.* in [\d.]+s", output)
+    if not found:
+        raise RuntimeError(f"expected pytest's summary, got {output[-200:]!r}")
+    return int(found[-1])
+
+
+def _cpu() -> float:
+    """CPU seconds of all processes that were waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args(arguments)
+    rows = []
+    for name, command in commands():
+        rows.append(measure(name, command))
+        print("{command}: {seconds:.0f} s, {cpu_seconds:.0f} CPU seconds, {tests} tests".format(**rows[-1]), flush=True)
+    from specedit.evaluation import results
+
+    results.write(options.out, "scripts/test_times.py", rows, cores=os.cpu_count())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,34 @@
+"""What scripts/test_times.py takes from a run."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "test_times.py"
+
+
+@pytest.fixture(scope="module")
+def times():
+    spec = importlib.util.spec_from_file_location("test_times", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_last_summary_counts(times):
+    assert times.count("1 passed in 0.12s\n== all\n3800 passed, 12 skipped in 301.20s (0:05:01)\n== demo\n") == 3800
+    with pytest.raises(RuntimeError, match="expected pytest's summary, got 'no tests"):
+        times.count("no tests ran")
+
+
+def test_a_run_is_one_row(times, tmp_path):
+    row = times.measure("it", [sys.executable, "-c", "print('2 passed in 0.1s')"], tmp_path)
+    assert row.keys() == {"command", "seconds", "cpu_seconds", "tests"}
+    assert row["command"] == "it" and row["tests"] == 2 and 0 < row["cpu_seconds"] < 10 and row["seconds"] > 0
+
+
+def test_a_failed_run_is_no_row(times, tmp_path):
+    with pytest.raises(RuntimeError, match=r"expected exit code 0, got 3\nboom"):
+        times.measure("it", [sys.executable, "-c", "print('boom'); raise SystemExit(3)"], tmp_path)
