@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 _lock = threading.Lock()
@@ -24,4 +26,13 @@ def warn_once(pipe: Any, text: str, cause: str | None = None, warn: Callable[[st
         known = (cause or text) in given
         given.add(cause or text)
     if not known:
-        warnings.warn(text, stacklevel=3) if warn is None else warn(text)
+        warn_caller(text) if warn is None else warn(text)
+
+
+def warn_caller(text: str) -> None:
+    """Warn with `text` at the line outside this package that led here, however deep inside it is said."""
+    frame: FrameType | None = sys._getframe()
+    level = 1
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from ..method.callback import StepCallback
 from ..method.trace import Trace
 from ..models.attention import mask_support
 from ..models.shared.images import check_decoder
-from ..once import warn_once
+from ..once import warn_caller, warn_once
 from ..registry import selectors
 from . import inputs, sharing
 from .installation import CallRecord, Installation
@@ -40,7 +39,7 @@ def call(
     if installation.switch.off:
         record.stock_reason = "SpecEdit was disabled"
         if edit_mask is not None:
-            warnings.warn("SpecEdit is disabled here; edit_mask not applied, so any pixel may change", stacklevel=3)
+            warn_caller("SpecEdit is disabled here; edit_mask not applied, so any pixel may change")
         return stock(pipe, *args, **kwargs)
     if pipe.transformer is None:
         raise ValueError(f"expected a {installation.stock_class.__name__} with a transformer, got one without")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 
 from ..method.adapter import Adapter
+from ..once import warn_caller
 from . import accelerated
 from .installation import Installation
 
@@ -32,7 +32,7 @@ def warn_of_stock(installation: Installation, reason: str, edit_mask: Any) -> No
         return
     installation.warned.add(reason)
     more = f"; {' and '.join(lost)} not applied, so any pixel may change" if lost else ""
-    warnings.warn(f"SpecEdit runs the stock pipeline: {reason}{more}", stacklevel=4)
+    warn_caller(f"SpecEdit runs the stock pipeline: {reason}{more}")
 
 
 def _conflicting_feature(pipe: Any) -> str | None:

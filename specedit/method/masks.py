@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..once import warn_caller
 from ..placement import picture_cells
 from .adapter import EditState
 
@@ -44,10 +44,9 @@ def read(mask: Any, batch: int = 1) -> list[Tensor]:
     spans = [span for _, span in read_each if span is not None]
     if spans:
         low, high = min(low for low, _ in spans), max(high for _, high in spans)
-        warnings.warn(
+        warn_caller(
             f"edit_mask: no value is zero, so every pixel is edited; values go from {low:g} to {high:g}. Zero keeps, "
-            "anything above zero edits; of a soft mask pass mask > 0.5",
-            stacklevel=3,
+            "anything above zero edits; of a soft mask pass mask > 0.5"
         )
     return [pixels for each, _ in read_each for pixels in each]
 

@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from specedit.config import SpecEditConfig, presets
 from specedit.cost.flops import MODELS, expanded_cells, plan, transformer_flops
+from specedit.cost.forward import flops_of
 from specedit.method.trace import ForwardCall
 from specedit.models.attention import last_block
 from specedit.models.attention import processors as attention
@@ -313,3 +315,72 @@ def test_what_the_switches_promise_for_qwen():
     kept = plan(dataclasses.replace(config, reference_refresh=4), "qwen-image-edit", 1024, 1024, 0.2)["flops_ratio"]
     both = dataclasses.replace(config, reference_refresh=4, guidance_range=(0.3, 1.0))
     assert exact < kept < plan(both, "qwen-image-edit", 1024, 1024, 0.2)["flops_ratio"]
+
+
+# --------------------------------------------------------------------------------------------------- LongCat-Image-Edit
+
+
+def test_longcat_has_the_released_transformer_and_default_steps():
+    pytest.importorskip("diffusers.pipelines.longcat_image")
+    from diffusers import LongCatImageEditPipeline, LongCatImageTransformer2DModel
+
+    cost = MODELS["longcat-image-edit"]
+    defaults = inspect.signature(LongCatImageTransformer2DModel.__init__).parameters
+    assert dict(cost.config) == {name: defaults[name].default for name in cost.config}
+    call = inspect.signature(LongCatImageEditPipeline.__call__).parameters
+    assert cost.default_steps == call["num_inference_steps"].default
+    assert cost.passes == 2 and call["guidance_scale"].default > 1
+
+
+def test_plan_of_longcat():
+    predicted = plan("balanced", "longcat-image-edit", 1024, 1024, 0.2)
+    assert {row["name"]: row["tokens"] for row in predicted["stages"]}["full"] == 838 + 8192
+    assert predicted["flops_stock"] == 100 * transformer_flops(FLUX, 838 + 8192)
+    assert 4.5 < predicted["flops_ratio"] == predicted["flops_ratio_50"] < 6
+
+
+# ------------------------------------------------------------------------------------------------ cells that were found
+
+
+def test_cells_decide_the_mixed_stage():
+    cells = torch.zeros(2, 32, 32, dtype=torch.bool)
+    cells[0, :4, :5] = True
+    row = plan("balanced", "flux-kontext", 1024, 1024, cells=cells)["stages"][2]
+    assert [(call.tokens, call.samples, call.count) for call in row["calls"]] == [
+        (512 + 2 * (1024 + 60), 1, 6), (512 + 2 * 1024, 1, 6),
+    ]  # fmt: skip
+    assert row["tokens"] == 512 + 2 * 1024 + 60
+    one = plan("balanced", "flux-kontext", 1024, 1024, cells=cells[0])
+    assert one["flops_stock"] == plan("balanced", "flux-kontext", 1024, 1024, 0.2)["flops_stock"]
+    assert [row["name"] for row in one["stages"]] == ["draft", "coarse", "mixed", "full"]
+    given = plan("balanced", "flux-kontext", 1024, 1024, cells=cells[0], drafts=False)
+    assert given["stages"] == one["stages"][1:]
+
+
+@pytest.mark.parametrize(
+    ("cells", "error", "message"),
+    [
+        ([[True]], TypeError, "cells: expected a bool tensor, got list"),
+        (torch.zeros(32, 32), ValueError, r"cells: expected bool \(32, 32\) or \(B, 32, 32\), got torch.float32"),
+        (torch.zeros(32, 31, dtype=torch.bool), ValueError, r"got torch.bool \(32, 31\)"),
+        (torch.zeros(0, 32, 32, dtype=torch.bool), ValueError, r"got torch.bool \(0, 32, 32\)"),
+    ],
+)
+def test_wrong_cells(cells, error, message):
+    with pytest.raises(error, match=message):
+        plan("balanced", "flux-kontext", 1024, 1024, cells=cells)
+
+
+def test_cells_and_a_share_exclude_each_other():
+    cells = torch.ones(32, 32, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"edit_fraction: expected None beside cells, got 0\.2"):
+        plan("balanced", "flux-kontext", 1024, 1024, 0.2, cells=cells)
+    with pytest.raises(ValueError, match="edit_fraction: expected a number from 0 to 1, got None"):
+        plan("balanced", "flux-kontext", 1024, 1024)
+
+
+@given(st.lists(st.tuples(st.integers(1, 900), st.floats(0, 50), st.integers(1, 3), st.integers(1, 9)), min_size=1))
+def test_how_calls_are_grouped_does_not_matter(calls):
+    listed = [ForwardCall("a", tokens + text, text, samples=n, count=m) for tokens, text, n, m in calls]
+    apart = [ForwardCall("b", c.tokens, c.text) for c in listed for _ in range(c.samples * c.count)]
+    assert flops_of(listed, FLUX) == flops_of(apart[::-1], FLUX)
