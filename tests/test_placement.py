@@ -171,9 +171,9 @@ def test_several_references_each_at_its_own_place():
     expanded[0, 1] = True
     layout = MixedLayout(output, expanded)
     several = layouts_beside(layout, places)
-    assert isinstance(several, LayoutSet) and several.parts[0] is layout
-    assert [part.expanded.int().tolist() for part in several.parts[1:]] == [[[0]], [[0, 0], [1, 0], [0, 0]]]
-    assert several.tokens == sum(part.tokens for part in several.parts)
+    assert isinstance(several, LayoutSet) and several.layouts[0] is layout
+    assert [part.expanded.int().tolist() for part in several.layouts[1:]] == [[[0]], [[0, 0], [1, 0], [0, 0]]]
+    assert several.tokens == sum(part.tokens for part in several.layouts)
     assert several.is_mixed and not several.is_fine
     for whole in (MixedLayout.all_fine, MixedLayout.all_coarse):
         same = layouts_beside(whole(output), places)

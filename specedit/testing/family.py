@@ -191,5 +191,5 @@ def rotations(pipe, run):
 
 def at_one_place(layout, beside):
     """Index pairs (k, 2) of tokens of the output and of the references, one after the other, at one position."""
-    positions = torch.cat([part.positions for part in beside.parts])
+    positions = torch.cat([part.positions for part in beside.layouts])
     return (layout.positions[:, None] == positions).all(-1).nonzero()
