@@ -1,4 +1,4 @@
-"""What the tests of adapters share: a model family under test, and how its parts are looked at."""
+"""What the tests of adapters share: a model family under test, and views of its tokens and calls."""
 
 import inspect
 from collections import Counter
@@ -95,7 +95,7 @@ class Shuffled:
         self.positions = layout.positions[order] if move else layout.positions
 
     @property
-    def parts(self):
+    def layouts(self):
         return (self,)
 
 
