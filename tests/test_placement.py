@@ -205,6 +205,6 @@ def test_cells_that_the_picture_covers_in_part_are_uncovered():
     assert make_state(grid, TokenGrid(8, 8), placements=(larger,)).uncovered_cells is None
 
 
-def test_a_state_whose_grids_differ_is_told_where_the_reference_lies():
+def test_a_state_with_different_grids_needs_placements():
     with pytest.raises(ValueError, match=r"placements: expected where each reference lies, .* got none"):
         make_state(TokenGrid(4, 4), TokenGrid(4, 5))

@@ -173,7 +173,7 @@ def test_verification_costs_what_it_decodes():
     assert verify(selector="edges") == pixels * 605_618_176 + 4 * 512 * pixels**2
 
 
-def test_a_second_look_costs_what_verification_does():
+def test_verifying_the_coarse_stage_costs_what_verifying_the_draft_does():
     config = resolve("turbo", restore="reference")
     stages = predict_roofline(config, "flux-kontext", 1024, 1024, 0.2, "H100")["stages"]
     names = ["encode", "draft", "verify", "coarse", "second look", "mixed", "decode"]

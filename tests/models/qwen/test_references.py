@@ -63,7 +63,7 @@ def test_the_aligned_reference_has_the_outputs_shape():
     assert nearest_shapes([(512, 1024)], square) == [0]
 
 
-def test_of_pictures_of_one_shape_the_last_is_edited_and_that_is_said(plus, picture, monkeypatch):
+def test_among_pictures_of_equal_shape_the_last_is_edited_with_a_warning(plus, picture, monkeypatch):
     said = []
     monkeypatch.setattr(qwen.logger, "warning", said.append)
     first, last = picture(128, 128, seed=3), picture(128, 128)
