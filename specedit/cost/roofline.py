@@ -1,4 +1,4 @@
-"""What a run would take on a GPU that is not at hand: operations, bytes and roofline seconds of every stage.
+"""Predicts a run on a GPU, without the GPU: operations, bytes and roofline seconds of every stage.
 
 Nothing is run and nothing is measured. An operator (a matrix product, attention, a norm, ...) takes at least
 max(operations / peak, bytes / bandwidth), where it reads its inputs and weights once and writes its output once

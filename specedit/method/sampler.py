@@ -2,7 +2,7 @@
 
 draft (3.3.1) -> verify (3.3.2) -> coarse -> expand (3.4.1, 3.4.2) -> mixed (3.4.3) -> restore
 
-Beyond the paper: where cells are kept for good, what the coarse stage is about to change is verified too.
+Beyond the paper: where unedited cells are given back, the end of the coarse stage is verified too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The planner, against cases worked out by hand and against torch's own counting of the released autoencoders."""
+"""The roofline, against worked cases and torch's own counts of the released autoencoders."""
 
 import dataclasses
 
