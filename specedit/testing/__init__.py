@@ -14,9 +14,10 @@ try:
 except ImportError as error:
     raise ImportError("specedit.testing: expected pytest, which is not installed; pip install pytest") from error
 
-_pytest.register_assert_rewrite(f"{__name__}.conformance", f"{__name__}.family")
+_pytest.register_assert_rewrite(*(f"{__name__}.{name}" for name in ("cases", "conformance", "family", "stages")))
 
-from .conformance import QUICK, Conformance  # noqa: E402
+from .cases import QUICK  # noqa: E402
+from .conformance import Conformance  # noqa: E402
 from .family import Family, make_picture  # noqa: E402
 
 __all__ = ["QUICK", "Conformance", "Family", "make_picture"]
