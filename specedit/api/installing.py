@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, Unpack
 
-from ..config import SpecEditConfig, resolve
+from ..config import DEFAULT_THRESHOLDS, SpecEditConfig, resolve
+from ..method.selectors import reads_threshold
 from ..models import adapter_of, adapters
+from ..once import warn_caller
 from ..overrides import Overrides
 from ..run_report import RunReport
 from ..versions import check_diffusers
@@ -39,7 +41,10 @@ def install(pipe: P, config: str | SpecEditConfig | None = None, **overrides: Un
         ImportError: a diffusers that is too old.
     """
     check_diffusers()
-    _install(pipe, resolve(config, **overrides))
+    resolved = resolve(config, **overrides)
+    _install(pipe, resolved)
+    if not reads_threshold(resolved.selector) and resolved.threshold != DEFAULT_THRESHOLDS[resolved.verify_at]:
+        warn_caller(f"threshold: {resolved.threshold:g} has no effect with selector={resolved.selector!r}")
     return pipe
 
 

@@ -108,3 +108,15 @@ def test_what_is_no_selector_is_not_registered():
     with pytest.raises(ValueError, match="selector: expected a new name, got 'edges'"):
         selectors["edges"]
         specedit.register_selector(type("Other", (Corner,), {"name": "edges"}))
+
+
+@pytest.mark.parametrize("selector", ["edges", "variance", "uniform"])
+def test_a_threshold_without_effect_warns(toy, recwarn, selector):
+    with pytest.warns(UserWarning, match=f"threshold: 0.5 has no effect with selector='{selector}'") as warned:
+        specedit.install(toy, selector=selector, threshold=0.5)
+    assert warned[0].filename == __file__
+    recwarn.clear()
+    specedit.install(toy, "paper", selector=selector)
+    for name in ("semantic", "corner"):  # they choose cells themselves
+        specedit.install(toy, selector=name, threshold=0.5)
+    assert not recwarn.list

@@ -22,6 +22,7 @@ import torch
 from . import landmarks, neighbour_block
 from .cpu import fast
 from .families import family_named
+from .family import Family
 from .family_kontext import KONTEXT
 from .inherit import SAME_LATENTS, inherit_transformer, latent_distance
 from .inherit_places import inherit_landmarks, prepend_tokens
@@ -42,24 +43,7 @@ def train(settings: Settings):
             `like` that does not fit.
     """
     family = family_named(settings.model)
-    shares(settings.practise)  # raises before anything is built
-    if not 0 <= settings.enter <= 1:
-        raise ValueError(f"--enter: expected 0 to 1, got {settings.enter}")
-    if settings.follow and (settings.start is None or settings.like is None):
-        raise ValueError(
-            "--follow: expected --start, an editor that inherited from another, and --like, that other one"
-        )
-    if settings.like is not None and settings.model != "qwen":
-        raise ValueError(f"--like: expected --model qwen, got {settings.model}")
-    for option, folder, kind in (
-        ("--out", settings.out / "editor", family),
-        ("--start", settings.start, family),
-        ("--like", settings.like, KONTEXT),
-    ):
-        if folder is not None and (index := Path(folder) / "model_index.json").exists():
-            held = json.loads(index.read_text())["_class_name"]
-            if held != kind.editor.pipeline.__name__:
-                raise ValueError(f"{option}: expected a {kind.editor.pipeline.__name__} in {folder}, got a {held}")
+    check(settings, family)
     settings.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
     log = Log(settings.out / "log.json")
@@ -104,6 +88,28 @@ def train(settings: Settings):
         train_editor(pipe, probes, settings, log)
     family.save(pipe, settings.out / "editor")
     return pipe
+
+
+def check(settings: Settings, family: Family) -> None:
+    """Raise before anything is built: the errors that `train` lists, but for weights that do not fit."""
+    shares(settings.practise)
+    if not 0 <= settings.enter <= 1:
+        raise ValueError(f"--enter: expected 0 to 1, got {settings.enter}")
+    if settings.follow and (settings.start is None or settings.like is None):
+        raise ValueError(
+            "--follow: expected --start, an editor that inherited from another, and --like, that other one"
+        )
+    if settings.like is not None and settings.model != "qwen":
+        raise ValueError(f"--like: expected --model qwen, got {settings.model}")
+    for option, folder, kind in (
+        ("--out", settings.out / "editor", family),
+        ("--start", settings.start, family),
+        ("--like", settings.like, KONTEXT),
+    ):
+        if folder is not None and (index := Path(folder) / "model_index.json").exists():
+            held = json.loads(index.read_text())["_class_name"]
+            if held != kind.editor.pipeline.__name__:
+                raise ValueError(f"{option}: expected a {kind.editor.pipeline.__name__} in {folder}, got a {held}")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -73,6 +73,11 @@ def register_selector(selector: Found) -> Found:
     return selector
 
 
+def reads_threshold(name: str) -> bool:
+    """Whether the selector may choose cells by `config.threshold`, rather than by rank or not at all."""
+    return selectors[name].cells is not Selector.cells
+
+
 def to_cells(score: Tensor) -> Tensor:
     """Largest score of each cell's tokens: (B, h, w) to (B, cells_h, cells_w)."""
     return F.max_pool2d(score[:, None], 2, ceil_mode=True)[:, 0]
