@@ -75,7 +75,7 @@ class SpecEditConfig:
             registered name; or a method's options, as `specedit.forecast.Taylor(interval=3, order=1)`. Steps and NFE
             count cached evaluations too; the report says how many there were.
         forecast_interval: one evaluation in this many is full (None: 4). The first steps of a stage always are. This
-            and the next two fill the options of a forecast given by name; beside options they are an error.
+            and the next two fill the options of a forecast given by name; with options they are an error.
         forecast_order: order of taylor, hermite, freqca and lesa (None: 2).
         forecast_weights: file of `python -m training.lesa`, for "lesa" on a model without packaged
             weights.
@@ -214,7 +214,7 @@ class SpecEditConfig:
 
     @property
     def forecast_options(self) -> ForecastOptions | None:
-        """The options of `forecast`, given or made from its name and the fields beside it; None without a forecast."""
+        """The options of `forecast`, given or made from its name and the other fields; None without a forecast."""
         return self._options  # type: ignore[attr-defined, no-any-return]
 
     @classmethod

@@ -141,7 +141,7 @@ def options_of(
     """Options from `SpecEditConfig.forecast` (a name, options, or a mapping as `dataclasses.asdict` makes of them).
 
     Args:
-        given: fields that the configuration sets beside a name, without those that are None.
+        given: fields that the configuration sets with a name, without those that are None.
         named: the configuration's name of such a field, for messages.
     """
     if isinstance(forecast, dict):

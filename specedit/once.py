@@ -30,7 +30,7 @@ def warn_once(pipe: Any, text: str, cause: str | None = None, warn: Callable[[st
 
 
 def warn_caller(text: str) -> None:
-    """Warn with `text` at the line outside this package that led here, however deep inside it is said."""
+    """Warn with `text` at the line outside this package that led here, whatever the depth."""
     frame: FrameType | None = sys._getframe()
     level = 1
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:

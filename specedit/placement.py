@@ -100,7 +100,7 @@ class Placement:
         return mask if self.is_same else self._gather(mask) & self.covered.to(mask.device)
 
     def layout(self, target: MixedLayout) -> MixedLayout:
-        """The reference's layout beside the target's.
+        """The reference's layout for a target's.
 
         A cell of the reference is its part within a cell of the output, and is split if that cell is. Beyond the
         output, cells stay coarse in a mixed sequence.
@@ -130,7 +130,7 @@ class Placement:
 
 
 def layouts_beside(target: MixedLayout, placements: tuple[Placement, ...]) -> MixedLayout | LayoutSet:
-    """The layout of one reference, or of several, beside the target's."""
+    """The layout of one reference, or of several, for a target's."""
     each = tuple(placement.layout(target) for placement in placements)
     return each[0] if len(each) == 1 else LayoutSet(each)
 

@@ -89,7 +89,7 @@ class Registry(Generic[T]):
             raise self.unknown(name)
 
     def unknown(self, name: object, also: str = "") -> ValueError:
-        """The error of an unknown name. also: what is accepted beside the names ("None or ")."""
+        """The error of an unknown name. also: what is accepted besides the names ("None or ")."""
         close = difflib.get_close_matches(str(name), list(self), n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         return ValueError(f"{self.kind}: expected {also}one of {', '.join(map(repr, self))}, got {name!r}{hint}")

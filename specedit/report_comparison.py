@@ -1,4 +1,4 @@
-"""Pictures of an edit beside its input and the edited cells."""
+"""Pictures of an edit next to its input and the edited cells."""
 
 from __future__ import annotations
 

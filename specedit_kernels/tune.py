@@ -2,8 +2,8 @@
 
     python -m specedit_kernels.tune [--out FILE] [--quick] [--warp-specialize]
 
-Each kernel is timed at a few shapes from life over a small set of candidates (device time, median of repeats, L2
-flushed between them); a candidate that does not compile or whose result differs from the plain PyTorch one is out.
+Each kernel is timed at a few real shapes over a small set of candidates (device time, median of repeats, L2
+flushed between them); a candidate that does not compile or whose result differs from the plain PyTorch one is dropped.
 The default place of the file is the package's own `gpu/configs/`, named after the GPU.
 """
 
@@ -165,7 +165,7 @@ def best(
 def tune(capability: tuple[int, int], device: str, timer: Timer, quick: bool, warp_specialize: bool = False) -> Tables:
     """Tables of measured entries, in the format of `gpu/configs/`.
 
-    With `warp_specialize` an `attention_ws` entry stands beside every `attention_tma` entry of head dim 64 and 128,
+    With `warp_specialize` an `attention_ws` entry accompanies every `attention_tma` entry of head dim 64 and 128,
     null where it is not the faster of the two.
     """
     tables: Tables = {}

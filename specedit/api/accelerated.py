@@ -91,7 +91,7 @@ def _own_function(stock: type, call: Callable[..., Any]) -> Callable[..., Any]:
         with installation.calls.record() as record:
             output = call(self, installation, record, args, kwargs, edit_mask)
         if isinstance(output, BaseOutput):
-            output.report = record.report  # beside the output's items; None of a stock call
+            output.report = record.report  # in addition to the output's items; None of a stock call
         return output
 
     __call__.__dict__["__signature__"] = _with_mask(inspect.signature(stock.__call__))

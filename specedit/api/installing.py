@@ -66,7 +66,7 @@ def _install(pipe: Any, config: SpecEditConfig) -> None:
     stock = type(pipe)
     installation = Installation(config, adapter, stock)
     if (reason := why_stock(pipe, adapter)) is not None:
-        installation.warned.add(reason)  # said now, not again at the call
+        installation.warned.add(reason)  # warned now, not again at the call
         warnings.warn(f"SpecEdit will run the stock pipeline: {reason}", stacklevel=3)
     try:
         setattr(pipe, ATTRIBUTE, installation)
@@ -109,7 +109,7 @@ def _set_state(self: Any, state: dict[str, Any]) -> None:
     vars(self).update(state)
     installation = installation_of(self)
     if installation is not None and self.transformer is not None:
-        sharing.attach(self, installation)  # the copy counts beside the original, on the same transformer or its own
+        sharing.attach(self, installation)  # the copy is another user, on the same transformer or its own
 
 
 def uninstall(pipe: P) -> P:

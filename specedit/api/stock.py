@@ -55,7 +55,7 @@ def _caches(module: torch.nn.Module) -> bool:
 
 
 def _overridden_call(stock: type, adapter: Adapter) -> str | None:
-    """Why a class whose call is not the library's runs stock: what it does beside or instead would be left out."""
+    """Why a class whose call is not the library's runs stock: what it adds or replaces would be left out."""
     own = [base for base in stock.__mro__ if "__call__" in vars(base) and not accelerated.is_ours(base)]
     # A library that undoes its patch of a class leaves there what the class had inherited.
     owner = [base for base in own if vars(base)["__call__"] is vars(own[0])["__call__"]][-1]

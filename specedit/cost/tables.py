@@ -50,7 +50,7 @@ class ModelCost:
         return (self.text_tokens, negative)[: self.passes]
 
     def stock(self, image_tokens: int, steps: int = 1, samples: int = 1) -> float:
-        """Operations of stock steps over so many image tokens beside the whole text."""
+        """Operations of stock steps over so many image tokens with the whole text."""
         calls = [ForwardCall("stock", text + image_tokens, text, samples=samples, count=steps) for text in self.texts]
         return flops_of(calls, self.config)
 

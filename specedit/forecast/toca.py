@@ -14,7 +14,7 @@ from .base import Forecaster
 from .kv_cache import KVCache, PartialForward
 
 FRESH_RATIO = 0.1  # public FLUX code
-STALENESS_WEIGHT = 0.25  # of the cache-frequency score beside the importance
+STALENESS_WEIGHT = 0.25  # of the cache-frequency score relative to the importance
 
 __all__ = ["FRESH_RATIO", "STALENESS_WEIGHT", "KVCache", "PartialForward", "ToCa", "ToCaForecaster", "fresh_tokens"]
 
@@ -89,7 +89,7 @@ class ToCa(ForecastOptions):
 
     Args:
         fresh_ratio: share of the target's tokens that a step between full ones computes, above 0, at most 1.
-        staleness_weight: of a token's age beside its importance, at least 0. Without effect where all are computed.
+        staleness_weight: of a token's age relative to its importance, at least 0. Without effect where all are computed.
     """
 
     fresh_ratio: float = FRESH_RATIO

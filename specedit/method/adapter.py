@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Conditioning:
-    """What a call conditions the model on, besides the reference. Every family has a dataclass of its own.
+    """What a call conditions the model on, besides the reference. Every family has its own dataclass.
 
     dtype: of the embeddings, in which callbacks see latents. source: the pictures being edited, (B, 3, H, W) float32 in
     0..1, where they lie on the output, or None. prompt_embeds: of the prompt's branch; a callback may replace them.
@@ -101,7 +101,7 @@ class EditState:
         return F.max_pool2d((~self.covered)[None, None].float(), 2, ceil_mode=True)[0, 0] > 0
 
     def beside(self, layout: MixedLayout, scale: int = 1) -> MixedLayout | LayoutSet:
-        """The references' layout beside the target's. scale: of a draft, whose tokens are cells of so many a side."""
+        """The references' layout for a target's. scale: of a draft, whose tokens are cells of so many a side."""
         return layouts_beside(layout, tuple(p.cells(scale) if scale > 1 else p for p in self.placements))
 
     @property

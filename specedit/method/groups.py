@@ -65,9 +65,9 @@ def stage_layouts(stage: Stage, state: EditState, cells: CellMasks) -> list[Mixe
 
 def alike(layouts: list[MixedLayout], same: list[bool]) -> list[list[int]]:
     """Samples that run together: they share a layout and come from the same noise level."""
-    groups: dict[tuple[int, bool], list[int]] = {}
+    groups: dict[tuple[MixedLayout, bool], list[int]] = {}
     for row, layout in enumerate(layouts):
-        groups.setdefault((id(layout), same[row]), []).append(row)
+        groups.setdefault((layout, same[row]), []).append(row)
     return list(groups.values())
 
 

@@ -14,7 +14,7 @@ from ..placement import picture_cells
 from .adapter import EditState
 
 SHAPES = "(H, W), (B, H, W), (B, 1, H, W), or with 1 to 4 channels (H, W, C) or (B, H, W, C)"
-NUMBERS = ("1", "L", "I", "F")  # modes whose pixels are numbers, beside the 16-bit ones
+NUMBERS = ("1", "L", "I", "F")  # modes whose pixels are numbers, besides the 16-bit ones
 BRUSHES = ("LA", "RGBA")
 
 

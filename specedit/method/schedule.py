@@ -65,7 +65,7 @@ def stages(config: SpecEditConfig) -> list[Stage]:
 def stage_start(stage: Stage, ended: float, *, same_layout: bool) -> float:
     """The sigma at which a stage starts, whose samples ended the stage before at `ended`.
 
-    A layout that did not change goes on where it was, unless the stage ends above that: then it is renoised.
+    An unchanged layout continues at its noise level, unless the stage ends above that: then it is renoised.
     """
     return ended if same_layout and ended > stage.end + SAME_SIGMA else stage.start
 

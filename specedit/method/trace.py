@@ -46,7 +46,7 @@ def step_calls(
         texts: text tokens of every branch.
         target, beside: tokens of target and references.
         trims: whether the last block computes the target's rows alone.
-        fresh: target tokens that are computed beside the text, where not all are.
+        fresh: target tokens that are computed with the text, where not all are.
         alone: whether only the target's tokens are computed, without text and references.
     """
     calls = []
@@ -64,7 +64,7 @@ def step_calls(
 
 @dataclass
 class StageTrace:
-    """A stage under way. groups: the samples it runs, beside so many text tokens. steps: how many are done."""
+    """A stage under way. groups: the samples it runs, with so many text tokens. steps: how many are done."""
 
     name: str
     groups: Sequence[LayoutGroup] = ()

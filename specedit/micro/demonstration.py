@@ -38,7 +38,7 @@ class Result:
     model: str = "kontext"
 
     def rows(self) -> list[tuple[str, str, str, str]]:
-        """The table: a heading, then one line per quantity, stock beside SpecEdit."""
+        """The table: a heading, then one line per quantity, stock next to SpecEdit."""
         a, b = score(self.stock, self.case), score(self.edit, self.case)
         same = [self._untouched(image) for image in (self.stock, self.edit)]
         gain = f"{self.stock_seconds / self.run.seconds:.1f}x"

@@ -27,7 +27,7 @@ def make_picture(height=128, width=128, seed=0):
 
 @dataclass
 class Family:
-    """A model family under test. What a family does not have is said here, and its tests are skipped.
+    """A model family under test. Options that name what a family lacks skip the tests of it.
 
     Args:
         adapter: its class.
@@ -157,7 +157,7 @@ def step_of(family, adapter, pipe, state, layout, config, sigma=0.5):
 
 
 def group_of(state, layout, tokens, rows=None, reference=None, beside=None):
-    """A group of all samples, or of some `rows`, with the references that a run has beside the layout."""
+    """A group of all samples, or of some `rows`, with the references that a run has for the layout."""
     rows = list(range(state.batch)) if rows is None else rows
     beside = beside or state.beside(layout)
     reference = reference_on_layout(state.reference, beside)[rows] if reference is None else reference

@@ -25,16 +25,15 @@ TOP_SHARE = 0.3  # of the cells: RALU's up_ratio for its 4x setting
 
 
 class Selector(ABC):
-    """Finds the coarse cells that an edit changes. A new one is made for every look; it keeps nothing.
+    """Finds the coarse cells that an edit changes. An instance serves one verification and keeps nothing.
 
     Attributes:
         name: `SpecEditConfig(selector=name)`.
-        needs_draft: whether it looks at a draft. One that does not takes no cells, and no draft is made for it.
+        needs_draft: whether it reads a draft. If not, none is made, and it selects no cells.
         needs_decoder: what it reads from the VAE's decoder: None, "features" (of draft and reference), or "picture"
             (the decoded draft). Errors and predictions of seconds depend on it.
         verifies: whether what it leaves out is known to be unchanged. Otherwise it only ranks cells, and those it
-            leaves out are denoised without the reference's detail. One that verifies looks at the coarse stage's end
-            too.
+            leaves out are denoised without the reference's detail. One that verifies also verifies the coarse stage.
     """
 
     name: ClassVar[str] = ""

@@ -5,7 +5,7 @@ Masked   the model's own attention backend, with the bias as its mask
 Mixed    dense sequences [text | target | reference] through specedit_kernels
 Packed   sequences of different length, back to back, through specedit_kernels
 Storing  a Mixed or Packed call that leaves keys and values behind
-Partial  some rows of such a sequence, beside the stored keys and values of all others
+Partial  some rows of such a sequence, with the stored keys and values of all others
 
 A context travels in `joint_attention_kwargs` and serves every block of every step of a stage. Rotary tables are cos and
 sin (S, D/2) float32, as the kernel takes them, the text stream's rows before the image stream's.

@@ -37,7 +37,7 @@ LATENT_CHANNELS = 16  # a constant of the stock pipeline
 
 
 class LongCatMixedProcessor(FluxMixedProcessor):
-    """FLUX's attention, with the context that travels beside the rotary tables."""
+    """FLUX's attention, with the context that travels with the rotary tables."""
 
     stock = LongCatImageAttnProcessor
 
@@ -55,7 +55,7 @@ class LongCatMixedProcessor(FluxMixedProcessor):
 
 
 class LongCatLastBlock(FluxLastBlock):
-    """FLUX's last block, with the context that travels beside the rotary tables."""
+    """FLUX's last block, with the context that travels with the rotary tables."""
 
     def context(self, kwargs: dict[str, Any] | None, rotary: tuple | None) -> Context | None:
         return positions.split(rotary)[1]
@@ -63,7 +63,7 @@ class LongCatLastBlock(FluxLastBlock):
 
 @dataclass(kw_only=True)
 class LongCatConditioning(PromptConditioning[FluxPrompt]):
-    """Nothing beside the prompts: the transformer takes no guidance and no pooled embedding."""
+    """Nothing but the prompts: the transformer takes no guidance and no pooled embedding."""
 
 
 @register_adapter
@@ -153,7 +153,7 @@ def picture_size(images: list[Image.Image]) -> tuple[int, int]:
 
 
 def encode(pipe: Any, call: dict[str, Any], condition: list[Image.Image]) -> tuple[FluxPrompt, FluxPrompt | None]:
-    """The prompt beside the picture, and under guidance the negative one."""
+    """The prompt with the picture, and under guidance the negative one."""
 
     def one(prompt: Any, given: Tensor | None = None) -> FluxPrompt:
         images = call["num_images_per_prompt"]

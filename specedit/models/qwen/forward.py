@@ -38,7 +38,7 @@ class Sequences:
 
     @cached_property
     def target_alone(self) -> Sequences:
-        """Inputs of a call for the target's tokens alone, beside the stored keys and values of all others."""
+        """Inputs of a call for the target's tokens alone, with the stored keys and values of all others."""
         text, device = len(self.context.packing.text), self.context.packing.text.device
         index = torch.arange(self.count * self.target, device=device)
         ends = self.target * torch.arange(self.count + 1, dtype=torch.int32, device=device)

@@ -73,8 +73,8 @@ def all_positions(layout: MixedLayout, reference: MixedLayout | LayoutSet, scale
 def text_offset(layout: MixedLayout, reference: MixedLayout | LayoutSet, scale_rope: bool) -> int:
     """Where the text begins on all three axes: beyond the largest position of any image.
 
-    Around images that are all coarse it stands as close as around small ones. Left where the full ones have it, it
-    would stand where no image of that size has it.
+    Around all-coarse images it starts as close as around small ones: at the offset of full-size images, the text would
+    have a position that no image of that size gives it.
     """
     sides = [side for part in (layout, *reference.layouts) for side in _position_grid(part).shape]
     return max(side // 2 if scale_rope else side for side in sides)

@@ -1,4 +1,4 @@
-"""Prompts beside pictures, as Qwen-Image's transformer takes them."""
+"""Prompts with pictures, as Qwen-Image's transformer takes them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def warn_if_guidance_inactive(pipe: Any, call: dict[str, Any]) -> None:
 def encode(
     pipe: Any, call: dict[str, Any], condition: list[Image.Image], device: torch.device
 ) -> tuple[QwenPrompt, QwenPrompt | None]:
-    """Both prompts beside the pictures, as the stock pipelines encode them.
+    """Both prompts with the pictures, as the stock pipelines encode them.
 
     The images of a prompt stand together. `encode_prompt` itself repeats embeddings so, but masks one prompt after the
     other, and would give a prompt another one's.
