@@ -89,7 +89,7 @@ class ToCa(ForecastOptions):
 
     Args:
         fresh_ratio: share of the target's tokens that a step between full ones computes, above 0, at most 1.
-        staleness_weight: of a token's age relative to its importance, at least 0. Without effect where all are computed.
+        staleness_weight: of a token's age relative to its importance, at least 0. No effect where all are computed.
     """
 
     fresh_ratio: float = FRESH_RATIO

@@ -159,7 +159,7 @@ class FluxBlocks(BlockAdapter):
 
 
 def partial_inputs(inputs: FluxForward, call: PartialForward, text: int, target: int) -> FluxForward:
-    """Arguments of a call that stores keys and values, or computes some tokens with the stored keys and values of the others."""
+    """Arguments of a call that stores keys and values, or computes some tokens with those of the others stored."""
     call.store.text_tokens = text
     whole, entries, batch = inputs.context, call.store.entries, len(inputs.states)
     if not call.partial:

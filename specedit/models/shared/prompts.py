@@ -14,7 +14,7 @@ def count_prompts(call: dict[str, Any], prefix: str = "") -> int:
 
 
 def broadcast_negative_prompt(call: dict[str, Any]) -> dict[str, Any]:
-    """The call with its only negative prompt repeated for each of several prompts, as the stock pipelines broadcast it."""
+    """The call with its one negative prompt repeated for every prompt, as the stock pipelines broadcast it."""
     prompts = count_prompts(call)
     if prompts == 1 or count_prompts(call, "negative_") != 1:
         return call
