@@ -88,7 +88,7 @@ def found(share: float, shape: str) -> Iterator[None]:
 
     Every sample of a batch has its own mask.
     """
-    find, look, ready = verify.verify_draft, verify.second_look, {}
+    find, find_again, ready = verify.verify_draft, verify.verify_coarse, {}
 
     def verify_draft(*args: Any) -> tuple:
         score, edited = find(*args)
@@ -97,10 +97,10 @@ def found(share: float, shape: str) -> Iterator[None]:
             ready[edited.shape] = torch.stack(masks).to(edited.device)
         return score, ready[edited.shape]
 
-    def second_look(*args: Any) -> torch.Tensor:
-        return torch.zeros_like(look(*args))  # it takes its time, and finds nothing more
+    def verify_coarse(*args: Any) -> torch.Tensor:
+        return torch.zeros_like(find_again(*args))  # it takes its time, and finds nothing more
 
-    with patch.object(verify, "verify_draft", verify_draft), patch.object(verify, "second_look", second_look):
+    with patch.object(verify, "verify_draft", verify_draft), patch.object(verify, "verify_coarse", verify_coarse):
         yield
 
 

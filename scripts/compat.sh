@@ -30,7 +30,7 @@ for version in "${versions[@]}"; do
   read -r -a tied <<< "$(transformers "$version")"
   "$venv/bin/python" -m pip install --quiet -c "$venv/constraints.txt" "diffusers==$version" "${tied[@]}" \
     torch triton accelerate einops numpy safetensors pillow matplotlib pytest hypothesis
-  "$venv/bin/python" -m pytest -q -p no:cacheprovider tests/models tests/install tests/sampler \
+  "$venv/bin/python" -m pytest -q -p no:cacheprovider tests/models tests/api tests/sampler \
     tests/micro/test_pipelines.py tests/micro/test_evaluation.py \
     tests/kernels/test_diffusers_backend.py \
     || failed+=("$version")

@@ -78,15 +78,14 @@ def share_of_draft(preset: str) -> float:
 
 def roofline(name: str) -> str:
     from specedit.config import CHOICES, resolve
-    from specedit.cost.roofline import GPUS
-    from specedit.cost.roofline import plan as predict
+    from specedit.cost.roofline import GPUS, predict_roofline
 
     rows = []
     for model, paper in PAPERS.items():
         for preset in paper:
             for restore in CHOICES["restore"]:
                 config = resolve(preset, restore=restore)
-                plans = [predict(config, model, 1024, 1024, 0.2, gpu) for gpu in GPUS]
+                plans = [predict_roofline(config, model, 1024, 1024, 0.2, gpu) for gpu in GPUS]
                 ratios = [f"{p['clock_ratio_50']:.2f} ({p['quotient']:.2f})" for p in plans]
                 both = [f"{plans[0][name]:.2f}" for name in ("flops_ratio_50", "flops_ratio")]
                 rows.append([model, preset, restore, *both, *ratios])
@@ -115,13 +114,13 @@ def forecast_plan(name: str) -> str:
         both = predict(resolve("balanced", forecast_interval=3, **fields), "flux-kontext", 1024, 1024, 0.2)
         rows.append([f"`{method}`", *(f"{p['flops_ratio_50']:.2f}" for p in alone), f"{both['flops_ratio_50']:.2f}"])
     header = ["`forecast`", "alone, N=4", "N=6", "N=9", "`balanced`, N=3"]
-    said = (
+    explanation = (
         "FLOPs ratios to 50 stock steps, 1024 px, 20 % edited, predicted by `specedit.flops.plan`, not measured. With "
         "`balanced` the order is 1, lesa's 2, that of its weights; alone all are of order 2. Plain `balanced` has "
         f"{to_default('flux-kontext', plain)} to the {default_steps('flux-kontext')} steps that are the pipeline's own "
         "default, and every other ratio is less by the same factor."
     )
-    return f"{table(header, rows)}\n\n{said}"
+    return f"{table(header, rows)}\n\n{explanation}"
 
 
 def forecast_paper(name: str) -> str:
@@ -132,7 +131,7 @@ def forecast_paper(name: str) -> str:
 def switches(name: str) -> str:
     """The effect of every exact and approximate switch on the presets of the goals."""
     from specedit.config import resolve
-    from specedit.cost.roofline import plan as predict
+    from specedit.cost.roofline import predict_roofline
 
     every = {
         'every row of the last block (`attention="stock"`)': dict(attention="stock"),
@@ -158,7 +157,7 @@ def switches(name: str) -> str:
                 cells += ["-", "-"]
                 continue
             config = resolve("turbo", restore="reference", **change)
-            run = predict(config, model, 1024, 1024, share, "H100")
+            run = predict_roofline(config, model, 1024, 1024, share, "H100")
             cells += [f"{run['flops_ratio_50']:.2f}", f"{run['clock_ratio_50']:.2f}"]
         rows.append([label, *cells])
     header = ['`turbo`, `restore="reference"`']

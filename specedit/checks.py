@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
 
@@ -30,3 +32,18 @@ def share(name: str, value: Any) -> float:
     if not 0 < checked <= 1:
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
     return checked
+
+
+def sequence(name: str, value: Any, length: int, expected: str) -> tuple[Any, ...]:
+    """A tuple or list of `length` values as a tuple. TypeError or ValueError as above."""
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name}: expected {expected}, got {value!r} ({type(value).__name__})")
+    if len(value) != length:
+        raise ValueError(f"{name}: expected {expected}, got {len(value)} values: {value!r}")
+    return tuple(value)
+
+
+def suggest(word: object, known: Iterable[str]) -> str:
+    """The hint "; did you mean ...?" with the closest of the known words, or nothing."""
+    close = difflib.get_close_matches(str(word), list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

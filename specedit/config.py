@@ -1,17 +1,14 @@
-"""What a run is asked to do: `SpecEditConfig`, its presets, and how overrides are applied to them."""
+"""Settings of a run: `SpecEditConfig`, its presets, and how overrides are applied to them."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from . import registry
-from .checks import integer as _integer
-from .checks import number as _number
+from . import field_checks, registry
+from .checks import integer, suggest
+from .field_checks import scaled_steps
 from .forecast_options import FIRST_FULL, INTERVAL, ForecastOptions, options_of
 
 # Threshold of the verification score (0..4) per `verify_at`. "full" is the paper's tau; the score at the draft's own
@@ -20,7 +17,6 @@ DEFAULT_THRESHOLDS = {"full": 0.75, "draft": 0.2}
 FULL_EDIT_SHARE = 0.9  # beyond this share of edited cells nothing is saved by locking the rest
 STOCK_STEPS = 50  # of the stock run that the paper compares with
 MOST_NAMED = 4  # fields that differ from a preset whose name is kept
-MAX_SCORE = 4.0  # squared distance of two unit vectors
 
 VerifyAt = Literal["full", "draft"]
 Restore = Literal["full", "reference"]
@@ -46,19 +42,6 @@ FORMER_FIELDS = {
 }
 
 FORECAST_FIELDS = ("forecast_interval", "forecast_order", "forecast_weights")  # fill the options of a named forecast
-
-
-def _suggest(word: object, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(word), list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _sequence(name: str, value: Any, length: int, expected: str) -> tuple[Any, ...]:
-    if not isinstance(value, (tuple, list)):
-        raise TypeError(f"{name}: expected {expected}, got {value!r} ({type(value).__name__})")
-    if len(value) != length:
-        raise ValueError(f"{name}: expected {expected}, got {len(value)} values: {value!r}")
-    return tuple(value)
 
 
 @dataclass(frozen=True)
@@ -145,7 +128,7 @@ class SpecEditConfig:
             value = getattr(self, name)
             if not isinstance(value, str) or value not in choices:
                 listed = ", ".join(map(repr, choices))
-                raise ValueError(f"{name}: expected one of {listed}, got {value!r}{_suggest(value, choices)}")
+                raise ValueError(f"{name}: expected one of {listed}, got {value!r}{suggest(value, choices)}")
         registry.selectors.check(self.selector)
         if self.rope == "phase_aligned" and self.attention == "stock":
             raise ValueError(
@@ -154,47 +137,22 @@ class SpecEditConfig:
         for name in ("keep_pixels", "verify_coarse"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
-        self._set("steps", self._checked_steps())
-        self._set("boundaries", self._checked_boundaries())
-        self._set("draft_steps", _integer("draft_steps", self.draft_steps, 1))
-        self._set("draft_scale", _integer("draft_scale", self.draft_scale, 1, "2 or 4"))
+        self._set("steps", field_checks.steps(self.steps))
+        self._set("boundaries", field_checks.boundaries(self.boundaries))
+        self._set("draft_steps", integer("draft_steps", self.draft_steps, 1))
+        self._set("draft_scale", integer("draft_scale", self.draft_scale, 1, "2 or 4"))
         if self.draft_scale not in (2, 4):
             raise ValueError(f"draft_scale: expected 2 or 4, got {self.draft_scale}")
-        self._set("threshold", self._checked_threshold())
-        self._set("dilation", _integer("dilation", self.dilation, 0))
+        self._set("threshold", field_checks.threshold(self.threshold, DEFAULT_THRESHOLDS[self.verify_at]))
+        self._set("dilation", integer("dilation", self.dilation, 0))
         stride = 0 if self.uniform_stride is None else self.uniform_stride
-        self._set("uniform_stride", _integer("uniform_stride", stride, 0, "an integer of at least 1, or 0 or None"))
+        self._set("uniform_stride", integer("uniform_stride", stride, 0, "an integer of at least 1, or 0 or None"))
         self._check_forecast()
         self._check_reference_refresh()
-        self._set("guidance_range", self._checked_guidance_range())
+        self._set("guidance_range", field_checks.guidance_range(self.guidance_range, self.forecast))
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen; only used while it is being made
-
-    def _checked_steps(self) -> tuple[int, int, int]:
-        expected = "three integers (coarse, mixed, full) of at least 0"
-        steps = _sequence("steps", self.steps, 3, expected)
-        steps = tuple(_integer("steps", n, 0, expected) for n in steps)
-        if sum(steps) == 0:
-            raise ValueError(f"steps: expected at least one step in all, got {steps}")
-        return steps
-
-    def _checked_boundaries(self) -> tuple[float, float]:
-        expected = "two sigmas (s1, s2) with 0 < s1 < 1 and 0 < s2 < 2*s1/(1+s1)"
-        bounds = _sequence("boundaries", self.boundaries, 2, expected)
-        s1, s2 = (_number("boundaries", s, expected) for s in bounds)
-        if not (0 < s1 < 1 and 0 < s2 < 2 * s1 / (1 + s1)):
-            raise ValueError(f"boundaries: expected {expected}, got {self.boundaries!r}")
-        return s1, s2
-
-    def _checked_threshold(self) -> float:
-        expected = f"a number from 0 to {MAX_SCORE:g}, or None for the default of verify_at"
-        if self.threshold is None:
-            return DEFAULT_THRESHOLDS[self.verify_at]
-        threshold = _number("threshold", self.threshold, expected)
-        if not (math.isfinite(threshold) and 0 <= threshold <= MAX_SCORE):
-            raise ValueError(f"threshold: expected {expected}, got {self.threshold!r}")
-        return threshold
 
     def _check_forecast(self) -> None:
         given = {name.removeprefix("forecast_"): getattr(self, name) for name in FORECAST_FIELDS}
@@ -242,7 +200,7 @@ class SpecEditConfig:
     def _check_reference_refresh(self) -> None:
         if self.reference_refresh is None:
             return
-        self._set("reference_refresh", _integer("reference_refresh", self.reference_refresh, 1))
+        self._set("reference_refresh", integer("reference_refresh", self.reference_refresh, 1))
         if self.forecast_options is not None and self.forecast_options.token_wise:
             raise ValueError(
                 f"reference_refresh: expected None with forecast={self.forecast!r}, which keeps the reference's keys "
@@ -254,21 +212,6 @@ class SpecEditConfig:
                 f"None with attention={self.attention!r} and rope={self.rope!r}, got {self.reference_refresh}"
             )
 
-    def _checked_guidance_range(self) -> tuple[float, float] | None:
-        if self.guidance_range is None:
-            return None
-        expected = "two sigmas (low, high) with 0 <= low < high <= 1, or None"
-        low, high = _sequence("guidance_range", self.guidance_range, 2, expected)
-        low, high = (_number("guidance_range", sigma, expected) for sigma in (low, high))
-        if not 0 <= low < high <= 1:
-            raise ValueError(f"guidance_range: expected {expected}, got {self.guidance_range!r}")
-        if self.forecast is not None:
-            raise ValueError(
-                f"guidance_range: expected None with forecast={self.forecast!r}, whose histories need every guidance "
-                f"branch in every step, got {self.guidance_range!r}"
-            )
-        return low, high
-
     @property
     def forecast_options(self) -> ForecastOptions | None:
         """The options of `forecast`, given or made from its name and the fields beside it; None without a forecast."""
@@ -278,7 +221,7 @@ class SpecEditConfig:
     def preset(cls, name: str) -> SpecEditConfig:
         """The preset called `name`. ValueError lists the known ones."""
         if not isinstance(name, str) or name not in presets:
-            raise ValueError(f"preset: expected one of {', '.join(presets)}, got {name!r}{_suggest(name, presets)}")
+            raise ValueError(f"preset: expected one of {', '.join(presets)}, got {name!r}{suggest(name, presets)}")
         return presets[name]
 
     @property
@@ -355,20 +298,8 @@ class SpecEditConfig:
         Raises:
             TypeError, ValueError: `n` is not an integer of at least 1.
         """
-        n = _integer("num_inference_steps", n, 1)
-        active = [i for i, count in enumerate(self.steps) if count]
-        kept = active[-n:]
-        steps = [0, 0, 0]
-        total = sum(self.steps[i] for i in kept)
-        shares = {i: n * self.steps[i] / total for i in kept}
-        for i in kept:
-            steps[i] = max(1, math.floor(shares[i]))
-        # Raising a stage to its one step can overshoot; then the stage furthest above its share gives one back.
-        while sum(steps) > n:
-            steps[max((i for i in kept if steps[i] > 1), key=lambda i: steps[i] - shares[i])] -= 1
-        while sum(steps) < n:
-            steps[max(kept, key=lambda i: shares[i] - steps[i])] += 1
-        changes: dict[str, Any] = {"steps": tuple(steps)}
+        n = integer("num_inference_steps", n, 1)
+        changes: dict[str, Any] = {"steps": scaled_steps(self.steps, n)}
         if self.forecast is not None and not self._can_forecast(changes["steps"]):
             changes |= dict.fromkeys(("forecast", *FORECAST_FIELDS))
         elif self.forecast_options is not None:
@@ -451,7 +382,7 @@ def resolve(value: str | SpecEditConfig | None = None, **overrides: Any) -> Spec
         if name in FORMER_FIELDS:
             raise TypeError(f"config: {FORMER_FIELDS[name]}")
         if name not in fields:
-            hint = _suggest(name, fields) or f"; the fields are {', '.join(fields)}"
+            hint = suggest(name, fields) or f"; the fields are {', '.join(fields)}"
             raise TypeError(f"config: {name!r} is not a field{hint}")
     if "verify_at" in overrides and value.threshold == DEFAULT_THRESHOLDS[value.verify_at]:
         overrides.setdefault("threshold", None)

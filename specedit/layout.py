@@ -256,7 +256,7 @@ class MixedLayout:
         return torch.cat([mean_pixels(tokens, self.grid)[:, self.locked_cells], fine], 1)
 
     @property
-    def parts(self) -> tuple[MixedLayout, ...]:
+    def layouts(self) -> tuple[MixedLayout, ...]:
         return (self,)
 
 
@@ -264,19 +264,19 @@ class MixedLayout:
 class LayoutSet:
     """The layouts of several pictures, whose tokens are listed one picture after the other."""
 
-    parts: tuple[MixedLayout, ...]
+    layouts: tuple[MixedLayout, ...]
 
     @property
     def tokens(self) -> int:
-        return sum(part.tokens for part in self.parts)
+        return sum(layout.tokens for layout in self.layouts)
 
     @property
     def is_fine(self) -> bool:
-        return all(part.is_fine for part in self.parts)
+        return all(layout.is_fine for layout in self.layouts)
 
     @property
     def is_mixed(self) -> bool:
-        return any(part.is_mixed for part in self.parts)
+        return any(layout.is_mixed for layout in self.layouts)
 
 
 def cells_touched(mask: Tensor, grid: TokenGrid) -> Tensor:

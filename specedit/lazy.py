@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 class LazyPackage(ModuleType):
     """A package that imports a name's module when the name is first asked for (PEP 562, as a class)."""
 
-    _modules: ClassVar[Mapping[str, str]] = {}  # public name -> submodule; the submodule itself where both are equal
+    _modules: ClassVar[Mapping[str, str]] = {}  # public name -> submodule that defines it
 
     def __getattr__(self, name: str) -> Any:
         source = self._modules.get(name)
@@ -26,11 +26,6 @@ class LazyPackage(ModuleType):
         value = module if source is None else getattr(module, name)
         self.__dict__[name] = value
         return value
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # Importing a submodule binds it in its package. A function of the same name takes precedence.
-        if not (isinstance(value, ModuleType) and name in self._modules):
-            super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *self.__dict__.get("__all__", ())})

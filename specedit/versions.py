@@ -35,11 +35,11 @@ def suppress_torchvision_warning() -> Iterator[None]:
     """transformers warns of every picture processor that it runs without torchvision, which none here needs."""
     logger = logging.getLogger("transformers.utils.import_utils")
 
-    def something_else(record: logging.LogRecord) -> bool:
+    def keep(record: logging.LogRecord) -> bool:
         return "torchvision" not in record.getMessage()
 
-    logger.addFilter(something_else)
+    logger.addFilter(keep)
     try:
         yield
     finally:
-        logger.removeFilter(something_else)
+        logger.removeFilter(keep)

@@ -171,9 +171,9 @@ def test_several_references_each_at_its_own_place():
     expanded[0, 1] = True
     layout = MixedLayout(output, expanded)
     several = layouts_beside(layout, places)
-    assert isinstance(several, LayoutSet) and several.parts[0] is layout
-    assert [part.expanded.int().tolist() for part in several.parts[1:]] == [[[0]], [[0, 0], [1, 0], [0, 0]]]
-    assert several.tokens == sum(part.tokens for part in several.parts)
+    assert isinstance(several, LayoutSet) and several.layouts[0] is layout
+    assert [part.expanded.int().tolist() for part in several.layouts[1:]] == [[[0]], [[0, 0], [1, 0], [0, 0]]]
+    assert several.tokens == sum(part.tokens for part in several.layouts)
     assert several.is_mixed and not several.is_fine
     for whole in (MixedLayout.all_fine, MixedLayout.all_coarse):
         same = layouts_beside(whole(output), places)
@@ -205,6 +205,6 @@ def test_cells_that_the_picture_covers_in_part_are_uncovered():
     assert make_state(grid, TokenGrid(8, 8), placements=(larger,)).uncovered_cells is None
 
 
-def test_a_state_whose_grids_differ_is_told_where_the_reference_lies():
+def test_a_state_with_different_grids_needs_placements():
     with pytest.raises(ValueError, match=r"placements: expected where each reference lies, .* got none"):
         make_state(TokenGrid(4, 4), TokenGrid(4, 5))

@@ -148,13 +148,13 @@ def test_a_file_may_be_imported_while_another_thread_discovers(folder):
     assert not thread.is_alive()
 
 
-def test_a_file_may_look_names_up_while_it_is_imported(folder):
+def test_a_module_may_look_up_names_while_being_imported(folder):
     things = folder(a="assert list(things) == []\nthings.register('a', 1)")
     assert list(things) == ["a"]
 
 
 @pytest.mark.parametrize("names", [registry.selectors, registry.forecasts], ids=["selectors", "forecasts"])
-def test_every_built_in_is_registered_by_the_file_of_its_name(names):
+def test_every_built_in_is_registered_by_the_module_of_its_name(names):
     for name in names:
         assert names[name].name == name and names[name].__module__ == f"{names.package}.{name}"
 

@@ -1,4 +1,4 @@
-"""What hangs on an installed pipeline: its configuration, the last call of every thread, and who asked for stock."""
+"""State of an installed pipeline: its configuration, the last call of every thread, and the threads that run stock."""
 
 from __future__ import annotations
 

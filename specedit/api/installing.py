@@ -88,7 +88,7 @@ def _accelerated_class(stock: type) -> type:
 
 
 def _reduce(self: Any, protocol: int) -> tuple[Any, ...]:
-    """For copy and pickle: nobody can import the class of an installed instance, so its copy gets one of its own."""
+    """For copy and pickle: the class of an installed instance cannot be imported, so a copy makes its own."""
     state, old, stock = dict(vars(self)), installation_of(self), accelerated.stock_of(type(self))
     if old is None:  # uninstalled, but another library's patch keeps the class
         return vars(copyreg)["__newobj__"], (stock,), state

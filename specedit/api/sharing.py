@@ -25,7 +25,7 @@ class Users:
         self.pipes: weakref.WeakSet[Any] = weakref.WeakSet()
         self.runs: weakref.WeakSet[Token] = weakref.WeakSet()
 
-    def __reduce__(self) -> tuple[Any, ...]:  # nobody uses a copy of a transformer yet
+    def __reduce__(self) -> tuple[Any, ...]:  # a copied transformer has no users yet
         return Users, ()
 
     def __bool__(self) -> bool:
@@ -46,7 +46,7 @@ def attach(pipe: Any, installation: Installation) -> Users:
 
 @contextmanager
 def running(pipe: Any, installation: Installation) -> Iterator[None]:
-    """The hooks stay in place inside this block, whoever uninstalls meanwhile."""
+    """The hooks stay in place inside this block, even if a pipeline is uninstalled meanwhile."""
     run, model = Token(), _inner(pipe.transformer)
     try:
         with LOCK:
@@ -60,10 +60,10 @@ def running(pipe: Any, installation: Installation) -> Iterator[None]:
 
 
 def leave(pipe: Any, installation: Installation | None, adapter: Adapter | None) -> None:
-    """Take `pipe` off the transformers that were hooked for it, and the hooks off those that nobody else uses."""
+    """Take `pipe` off the transformers that were hooked for it, and remove hooks that have no other user."""
     models = set(installation.transformers) if installation is not None else set()
     current = _inner(getattr(pipe, "transformer", None))
-    if isinstance(current, nn.Module):  # whoever frees memory takes it away first
+    if isinstance(current, nn.Module):  # it may already be removed, to free memory
         models.add(current)
     for model in models:
         if (users := _users(model)) is not None:

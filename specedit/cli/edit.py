@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..config import CHOICES, DEFAULT_PRESET, MAX_SCORE, presets, resolve
+from ..config import CHOICES, DEFAULT_PRESET, presets, resolve
+from ..field_checks import MAX_SCORE
 from ..io.files import replacing
 from ..micro import words
 from . import loading, pipelines

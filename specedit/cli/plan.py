@@ -41,7 +41,7 @@ def run(args) -> int:
         check_writable("--json", args.json)
     silence_libraries()
     from ..config import resolve
-    from ..cost import roofline as plan
+    from ..cost import roofline
 
     config = resolve(
         args.preset, restore=args.restore, reference_refresh=args.reference_refresh, guidance_range=args.guidance_range
@@ -50,13 +50,13 @@ def run(args) -> int:
     if not 0 <= args.edited <= 100:
         raise CLIError(f"--edited: expected percent, from 0 to 100, got {args.edited:g}")
     files = [_measured(path) for path in args.measured]
-    predicted = plan.plan(config, *asked)
-    row = plan.measured_row(files, config, *asked)
+    predicted = roofline.predict_roofline(config, *asked)
+    row = roofline.measured_row(files, config, *asked)
     seconds = {} if row is None else {stage["name"]: stage["seconds"] for stage in row["stages"]}
     print(
         f"{args.model}, {args.preset}, restore={args.restore}, {args.height} x {args.width}, {args.edited:g} % edited"
     )
-    print(f"predicted for {args.gpu} ({plan.GPUS[args.gpu].source}): roofline, a bound from below\n")
+    print(f"predicted for {args.gpu} ({roofline.GPUS[args.gpu].source}): roofline, a bound from below\n")
     print(f"{'stage':10}{'steps':>6}{'tokens':>8}{'TFLOPs':>10}{'GB':>9}{'seconds':>10}{'measured':>10}")
     for s in predicted["stages"]:
         tokens = f"{s['tokens']:,}" if s["steps"] else ""

@@ -1,4 +1,4 @@
-"""What a run would take on a GPU that is not at hand: operations, bytes and roofline seconds of every stage.
+"""Predicts a run on a GPU, without the GPU: operations, bytes and roofline seconds of every stage.
 
 Nothing is run and nothing is measured. An operator (a matrix product, attention, a norm, ...) takes at least
 max(operations / peak, bytes / bandwidth), where it reads its inputs and weights once and writes its output once
@@ -17,7 +17,7 @@ from typing import Any
 from ..config import STOCK_STEPS, SpecEditConfig, resolve
 from ..method.trace import ForwardCall
 from ..registry import selectors
-from .flops import plan as plan_flops
+from .flops import plan
 from .forward import transformer_flops
 from .tables import MODELS, TOKEN_PIXELS
 
@@ -110,8 +110,10 @@ def transformer_ops(
     words, every = batch * spoken, batch * tokens
     beside = tokens if keys is None else keys
 
-    def attention(asking: float, count: float) -> Op:
-        return Op("attention", batch * 4 * asking * beside * d, BYTES * batch * 2 * (asking + beside) * d, count)
+    def attention(query_rows: float, count: float) -> Op:
+        return Op(
+            "attention", batch * 4 * query_rows * beside * d, BYTES * batch * 2 * (query_rows + beside) * d, count
+        )
 
     ops = [op for rows in (words, every - words) if rows for op in _stream_ops(rows, rows, d, double)]
     ops += [*_single_ops(every, every, d, single), attention(tokens, double + single)]
@@ -198,7 +200,7 @@ def verification_ops(config: SpecEditConfig, model: str, latent_pixels: int, dra
     return autoencoder_ops(model, "features", compared, count=2)
 
 
-def plan(
+def predict_roofline(
     config: SpecEditConfig | str,
     model: str,
     height: int,
@@ -224,7 +226,7 @@ def plan(
     if gpu not in GPUS:
         raise ValueError(f"gpu: expected one of {', '.join(GPUS)}, got {gpu!r}")
     config = resolve(config)
-    predicted = plan_flops(config, model, height, width, edit_fraction)
+    predicted = plan(config, model, height, width, edit_fraction)
     hardware = GPUS[gpu]
     latent = 4 * (height // TOKEN_PIXELS) * (width // TOKEN_PIXELS)  # latent pixels: a token is 2 x 2
 

@@ -1,4 +1,4 @@
-"""What the cost model knows of the released models."""
+"""Sizes of the released models, for the cost model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ QWEN_SCHEDULER = dict(
 
 @dataclass(frozen=True)
 class ModelCost:
-    """What the cost model knows of a model.
+    """Sizes of a model, for the cost model.
 
     config: the fields of the transformer's configuration that `transformer_flops` reads. text_tokens: length of the
     text stream, and vision_tokens those of them that stand for a condition image which `draft_condition` makes smaller.

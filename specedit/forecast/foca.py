@@ -44,7 +44,7 @@ class FoCaForecaster(Forecaster):
 
     def _predict(self, step, sigma) -> Tensor:
         (at, _), *_ = self.values
-        for k in range(at + 1, step + 1):  # one step, unless somebody skipped some
+        for k in range(at + 1, step + 1):  # one step, unless some were skipped
             (now, value), (before, previous) = self.values
             slope = (value - previous) / (now - before)
             # 4/3 F_k - 1/3 F_{k-1} where F_{k-1} lies one step back

@@ -235,7 +235,7 @@ class Adapter(ABC):
         """Size arguments of the call that give the output the grid of the picture being edited; see `size_for`."""
 
     def draft_state(self, run: Run) -> EditState:
-        """The state that the draft runs with: the run's own, or one with what a small image of its own changes."""
+        """The draft's state: the run's, or a copy with what a smaller image changes."""
         return run.state
 
     def sigmas(self, pipe: Any, tokens: int, start: float, end: float, steps: int) -> Tensor:
@@ -283,4 +283,4 @@ class Adapter(ABC):
 
     @abstractmethod
     def detach(self, pipe: Any) -> None:
-        """Put back exactly what `attach` replaced. Of `pipe` only `transformer` is read, which other ones may share."""
+        """Put back exactly what `attach` replaced. Only `pipe.transformer` is read; other pipelines may share it."""

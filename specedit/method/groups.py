@@ -92,8 +92,8 @@ def reference_on_layout(reference: Tensor, layout: MixedLayout | LayoutSet) -> T
     if layout.is_fine:
         return reference
     if isinstance(layout, LayoutSet):
-        each = reference.split([one.picture.tokens for one in layout.parts], 1)
-        return torch.cat([reference_on_layout(*pair) for pair in zip(each, layout.parts, strict=True)], 1)
+        each = reference.split([one.picture.tokens for one in layout.layouts], 1)
+        return torch.cat([reference_on_layout(*pair) for pair in zip(each, layout.layouts, strict=True)], 1)
     reference = Placement(layout.grid, layout.picture, *layout.lead).place(reference)
     coarse = mean_pixels(reference, layout.grid)[:, layout.locked_cells]
     return torch.cat([coarse, reference[:, layout.fine_tokens]], 1)

@@ -2,7 +2,7 @@
 
 draft (3.3.1) -> verify (3.3.2) -> coarse -> expand (3.4.1, 3.4.2) -> mixed (3.4.3) -> restore
 
-Beyond the paper: where cells are kept for good, what the coarse stage is about to change is verified too.
+Beyond the paper: where unedited cells are given back, the end of the coarse stage is verified too.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def edit(run: Run, edit_mask: Any = None) -> Outcome:
     for number, stage in enumerate(stages(config)):
         if trace.interrupted and groups:
             break
-        looks = stage.name == "coarse" and drafted and config.verifies_coarse
+        verifies = stage.name == "coarse" and drafted and config.verifies_coarse
         with trace.running(stage.name) as running:
             groups = start_stage(run, groups, stage, cells)  # 3.4.1, eq. 8
             running.start(run, groups)
@@ -73,11 +73,11 @@ def edit(run: Run, edit_mask: Any = None) -> Outcome:
                 if trace.interrupted:
                     break
                 for group in groups:
-                    euler_step(run, group, i, keep_clean=looks)  # 3.4.3, eq. 11
+                    euler_step(run, group, i, keep_clean=verifies)  # 3.4.3, eq. 11
                 trace.after_step(run, groups, i)
-        drop_caches(groups)  # before the second look needs the memory
-        if looks and not trace.interrupted:
-            detected = detected | verify.second_look(run, groups)
+        drop_caches(groups)  # before `verify_coarse` needs the memory
+        if verifies and not trace.interrupted:
+            detected = detected | verify.verify_coarse(run, groups)
             cells = CellMasks.from_detected(run, detected, verified=True)
 
     tokens = gather(groups, state)

@@ -76,7 +76,7 @@ class StageTrace:
         self.groups, self.text_tokens = groups, run.state.text_tokens
 
     def report(self, seconds: float) -> StageReport:
-        """Its row; operations are filled in by whoever knows their cost."""
+        """Its row; `cost` fills in the operations."""
         first = self.groups[0]
         tokens = sum(
             len(g.rows) * (g.layout.tokens + g.reference_layout.tokens + self.text_tokens) for g in self.groups

@@ -1,7 +1,7 @@
 """Verification (paper, section 3.3.2): which cells does a clean prediction of the edit change?
 
-The draft is looked at before the main run. Where cells are kept for good, what the coarse stage is about to change is
-looked at in the same way: a draft may have chosen another object.
+The draft is verified before the main run. Where unedited cells are given back, the end of the coarse stage is verified
+in the same way: the draft may have edited another object.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def verify_draft(run: Run, draft: LayoutGroup) -> tuple[Tensor | None, Tensor]:
         return _select(run, draft.tokens, draft.layout.grid)
 
 
-def second_look(run: Run, groups: list[LayoutGroup]) -> Tensor:
+def verify_coarse(run: Run, groups: list[LayoutGroup]) -> Tensor:
     """Cells (B, cells_h, cells_w) that the coarse stage's clean prediction changes, verified as a draft is."""
     state = run.state
     with run.trace.timed("second look"):

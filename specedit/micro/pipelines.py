@@ -90,23 +90,23 @@ class PictureProcessor(Qwen2VLProcessor):
 
         Each `<|image_pad|>` is repeated for every token of its picture. Only "pt" tensors are supported.
         """
-        seen = {} if images is None else self.look(images if isinstance(images, list) else [images])
-        return self.join([text] if isinstance(text, str) else text, seen, padding)
+        vision = {} if images is None else self.encode_images(images if isinstance(images, list) else [images])
+        return self.join([text] if isinstance(text, str) else text, vision, padding)
 
-    def look(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
+    def encode_images(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
         """`pixel_values` (all patches of all pictures) and `image_grid_thw` (n, 3)."""
         return dict(self.image_processor(images=images, return_tensors="pt"))
 
-    def join(self, texts: list[str], seen: dict[str, torch.Tensor], padding: bool = True) -> BatchFeature:
-        """Texts with the output of `look` for their pictures; a single picture serves every text."""
-        if seen:
+    def join(self, texts: list[str], vision: dict[str, torch.Tensor], padding: bool = True) -> BatchFeature:
+        """Texts with the output of `encode_images` for their pictures; a single picture serves every text."""
+        if vision:
             places = sum(text.count(self.image_token) for text in texts)
-            if len(seen["image_grid_thw"]) == 1 < places:
-                seen = {name: value.repeat(places, 1) for name, value in seen.items()}
-            counts = iter((seen["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2).tolist())
+            if len(vision["image_grid_thw"]) == 1 < places:
+                vision = {name: value.repeat(places, 1) for name, value in vision.items()}
+            counts = iter((vision["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2).tolist())
             pad = re.escape(self.image_token)
             texts = [re.sub(pad, lambda _: self.image_token * next(counts), one) for one in texts]
-        return BatchFeature({**self.tokenizer(texts, padding=padding, return_tensors="pt"), **seen})
+        return BatchFeature({**self.tokenizer(texts, padding=padding, return_tensors="pt"), **vision})
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         self.image_processor.save_pretrained(save_directory)

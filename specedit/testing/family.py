@@ -1,4 +1,4 @@
-"""What the tests of adapters share: a model family under test, and how its parts are looked at."""
+"""What the tests of adapters share: a model family under test, and views of its tokens and calls."""
 
 import inspect
 from collections import Counter
@@ -95,7 +95,7 @@ class Shuffled:
         self.positions = layout.positions[order] if move else layout.positions
 
     @property
-    def parts(self):
+    def layouts(self):
         return (self,)
 
 
@@ -191,5 +191,5 @@ def rotations(pipe, run):
 
 def at_one_place(layout, beside):
     """Index pairs (k, 2) of tokens of the output and of the references, one after the other, at one position."""
-    positions = torch.cat([part.positions for part in beside.parts])
+    positions = torch.cat([part.positions for part in beside.layouts])
     return (layout.positions[:, None] == positions).all(-1).nonzero()

@@ -217,7 +217,7 @@ def test_a_compiled_transformer_shares_with_the_plain_one(pipe):
     assert clean(pipe.transformer)
 
 
-def test_a_deep_copy_of_the_transformer_has_users_of_its_own(pipe, edit):
+def test_a_deep_copy_of_the_transformer_has_separate_users(pipe, edit):
     stock = edit(pipe, num_inference_steps=2)
     specedit.install(pipe, **QUICK)
     expected = edit(pipe)

@@ -49,7 +49,7 @@ def test_the_docstring_is_stocks_and_a_paragraph(pipe):
     assert pipe.__call__.__name__ == "__call__" and pipe.__call__.__qualname__ == "FluxKontextPipeline.__call__"
 
 
-def test_each_class_has_a_function_of_its_own(make_pipe):
+def test_each_class_has_a_separate_function(make_pipe):
     class Described(FluxKontextPipeline):
         def __call__(self, image, prompt, *, strength=0.5, **kwargs):
             """Mine."""
@@ -112,7 +112,7 @@ def test_what_it_makes_is_a_stock_pipeline(pipe, edit, tmp_path, way):
     assert torch.equal(edit(pipe), expected)
 
 
-def test_another_pipeline_of_its_parts(pipe):
+def test_its_components_make_other_pipelines(pipe):
     specedit.install(pipe)
     assert type(FluxKontextInpaintPipeline(**pipe.components)) is FluxKontextInpaintPipeline
     with pytest.raises(ValueError) as ours:
@@ -122,7 +122,7 @@ def test_another_pipeline_of_its_parts(pipe):
     assert str(ours.value) == str(stock.value)
 
 
-def test_a_subclass_of_its_class_is_a_pipeline_too(pipe, edit):
+def test_its_class_can_be_subclassed(pipe, edit):
     stock = edit(pipe, num_inference_steps=2)
     specedit.install(pipe, **QUICK)
     expected = edit(pipe)
@@ -144,7 +144,7 @@ def test_a_subclass_of_its_class_is_a_pipeline_too(pipe, edit):
     assert type(pipe) is Mine and not is_active(pipe) and torch.equal(edit(pipe, num_inference_steps=2), stock)
 
 
-def test_copies_count_beside_the_original(pipe, edit):
+def test_copies_are_counted_as_users(pipe, edit):
     stock = edit(pipe, num_inference_steps=2)
     specedit.install(pipe, **QUICK)
     expected = edit(pipe)

@@ -54,7 +54,7 @@ def test_text_to_image(pipe, edit):
         ({"keep_pixels": True}, {"edit_mask": CORNER}, "edit_mask and keep_pixels"),
     ],
 )
-def test_what_would_have_protected_pixels_is_missed_aloud(pipe, edit, changes, given, lost):
+def test_stock_fallback_warns_when_edit_mask_is_lost(pipe, edit, changes, given, lost):
     specedit.install(pipe, **changes)
     for _ in range(2):
         with pytest.warns(UserWarning, match=f"sigmas were given.*; {lost} not applied, so any pixel may change"):
@@ -70,7 +70,7 @@ class Silent:
         )
 
 
-def test_a_processor_of_somebody_else(make_pipe, edit):
+def test_third_party_processors_run_stock(make_pipe, edit):
     pipe = make_pipe()
     kept = pipe.transformer.attn_processors
     pipe.transformer.set_attn_processor(Silent())
@@ -138,7 +138,7 @@ def test_a_scheduler_swapped_after_install(pipe, edit):
     assert "invert_sigmas" in stock_path(pipe, lambda p: edit(p, num_inference_steps=2))
 
 
-def test_heun_runs_what_the_stock_pipeline_makes_of_it(make_pipe, edit):
+def test_heun_runs_stock(make_pipe, edit):
     pipe = make_pipe(scheduler=FlowMatchHeunDiscreteScheduler())
     with pytest.raises(Exception) as stock:  # this pipeline passes sigmas, which Heun does not take
         edit(pipe, num_inference_steps=2)
@@ -304,7 +304,7 @@ class Inherits(Wraps):
 
 
 @pytest.mark.parametrize("kind", [Passes, Names, Wraps, Inherits])
-def test_a_subclass_with_a_call_of_its_own(make_pipe, edit, kind):
+def test_an_overridden_call_runs_stock(make_pipe, edit, kind):
     """It may check or watermark what comes out, which SpecEdit's loop would not."""
     pipe = specedit.install(make_pipe(kind), **QUICK)
     warned = stock_path(pipe, lambda p: edit(p, num_inference_steps=2))

@@ -217,7 +217,7 @@ def test_bench_plan_takes_the_switches(tmp_path):
     assert ratios == sorted(set(ratios))
 
 
-def test_bench_plan_shows_measured_beside_predicted(tmp_path, capsys):
+def test_bench_plan_shows_measured_and_predicted_seconds(tmp_path, capsys):
     path = tmp_path / "end_to_end-real.json"
     row = dict(
         model="flux-kontext", preset="turbo", restore="full", height=1024, width=1024, batch=1, edit_fraction=0.2,

@@ -286,7 +286,7 @@ def test_plan_of_a_kept_reference():
     assert every == plan(dataclasses.replace(config, reference_refresh=None), "flux-kontext", 1024, 1024, 0.2)
 
 
-def test_plan_of_a_kept_reference_beside_a_forecast():
+def test_plan_with_reference_refresh_and_a_forecast():
     config = SpecEditConfig(steps=(0, 0, 12), forecast="reuse", forecast_interval=2, reference_refresh=4)
     (stage,) = plan(config, "flux-kontext", 1024, 1024, 0.2)["stages"]
     # Computed: 0, 1, 2, 4, 6, 8, 10; refreshed: 0, 4, 8.

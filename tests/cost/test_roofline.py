@@ -1,4 +1,4 @@
-"""The planner, against cases worked out by hand and against torch's own counting of the released autoencoders."""
+"""The roofline, against worked cases and torch's own counts of the released autoencoders."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ from specedit.cost.roofline import (
     Op,
     autoencoder_ops,
     measured_row,
-    plan,
+    predict_roofline,
     roofline,
     transformer_ops,
 )
@@ -115,7 +115,7 @@ def test_autoencoders_against_counted_layers(model, half):
 
 
 def test_stages_of_a_plan_add_up():
-    done = plan("turbo", "flux-kontext", 1024, 1024, 0.2, "H200")
+    done = predict_roofline("turbo", "flux-kontext", 1024, 1024, 0.2, "H200")
     assert [s["name"] for s in done["stages"]] == ["encode", "draft", "verify", "coarse", "mixed", "full", "decode"]
     assert done["seconds"] == pytest.approx(sum(s["seconds"] for s in done["stages"]))
     assert done["quotient"] == pytest.approx(done["clock_ratio_50"] / done["flops_ratio_50"])
@@ -132,7 +132,7 @@ def test_stages_of_a_plan_add_up():
 
 
 def test_qwen_pays_for_both_guidance_passes():
-    done = plan("turbo", "qwen-image-edit", 1024, 1024, 0.2, "H200")
+    done = predict_roofline("turbo", "qwen-image-edit", 1024, 1024, 0.2, "H200")
     tokens = 1400 + 2 * 4096
     full = next(s for s in done["stages"] if s["name"] == "full")
     ops = transformer_ops("qwen-image-edit", tokens, read=4096)
@@ -146,7 +146,7 @@ def test_stages_of_a_plan_have_the_cost_models_operations(model):
     changes = dict(restore="reference", draft_condition="small", reference_refresh=2, guidance_range=(0.3, 0.9))
     for config in ("turbo", resolve("turbo", **changes), resolve("balanced", forecast="toca", forecast_interval=2)):
         rows = {row["name"]: row for row in flops.plan(config, model, 768, 1024, 0.1)["stages"]}
-        for stage in plan(config, model, 768, 1024, 0.1, "H100")["stages"]:
+        for stage in predict_roofline(config, model, 768, 1024, 0.1, "H100")["stages"]:
             if stage["name"] in rows:
                 assert stage["flops"] == pytest.approx(rows[stage["name"]]["flops"])
                 assert stage["bytes"] > 0
@@ -162,7 +162,7 @@ def test_a_step_over_the_target_alone_reads_no_weights_of_the_text():
 def test_verification_costs_what_it_decodes():
     def verify(**change):
         config = resolve("turbo", **change)
-        stages = plan(config, "flux-kontext", 1024, 1024, 0.2, "H100")["stages"]
+        stages = predict_roofline(config, "flux-kontext", 1024, 1024, 0.2, "H100")["stages"]
         return next(s["flops"] for s in stages if s["name"] == "verify")
 
     pixels = 128 * 128
@@ -173,19 +173,19 @@ def test_verification_costs_what_it_decodes():
     assert verify(selector="edges") == pixels * 605_618_176 + 4 * 512 * pixels**2
 
 
-def test_a_second_look_costs_what_verification_does():
+def test_verifying_the_coarse_stage_costs_what_verifying_the_draft_does():
     config = resolve("turbo", restore="reference")
-    stages = plan(config, "flux-kontext", 1024, 1024, 0.2, "H100")["stages"]
+    stages = predict_roofline(config, "flux-kontext", 1024, 1024, 0.2, "H100")["stages"]
     names = ["encode", "draft", "verify", "coarse", "second look", "mixed", "decode"]
     assert [s["name"] for s in stages] == names
     assert stages[2] | {"name": "second look"} == stages[4]
-    once = plan(resolve(config, verify_coarse=False), "flux-kontext", 1024, 1024, 0.2, "H100")["stages"]
+    once = predict_roofline(resolve(config, verify_coarse=False), "flux-kontext", 1024, 1024, 0.2, "H100")["stages"]
     assert [s["name"] for s in once] == [name for name in names if name != "second look"]
 
 
 def test_without_a_draft_nothing_is_verified():
     config = SpecEditConfig(steps=(0, 0, 50), attention="stock")
-    done = plan(config, "flux-kontext", 512, 512, 0.2, "A100")
+    done = predict_roofline(config, "flux-kontext", 512, 512, 0.2, "A100")
     assert [s["name"] for s in done["stages"]] == ["encode", "full", "decode"]
     assert done["clock_ratio_50"] == pytest.approx(1) and done["flops_ratio_50"] == 1
 
@@ -193,9 +193,9 @@ def test_without_a_draft_nothing_is_verified():
 @pytest.mark.parametrize("size", [(1024, 1024), (720, 1440), (768, 768), (16, 16), (48, 80)])
 @pytest.mark.parametrize("gpu", GPUS)
 def test_faster_gpus_and_smaller_edits_take_less(gpu, size):
-    shares = [plan("turbo", "flux-kontext", *size, f, gpu)["seconds"] for f in (0.05, 0.2, 0.4, 1.0)]
+    shares = [predict_roofline("turbo", "flux-kontext", *size, f, gpu)["seconds"] for f in (0.05, 0.2, 0.4, 1.0)]
     assert shares == sorted(shares) and shares[0] > 0
-    assert plan("turbo", "flux-kontext", *size, 0.2, "A100")["seconds"] >= shares[1]
+    assert predict_roofline("turbo", "flux-kontext", *size, 0.2, "A100")["seconds"] >= shares[1]
 
 
 def test_few_tokens_cannot_use_the_peak():
@@ -233,4 +233,4 @@ def test_a_measured_run_is_found_by_everything_that_matters():
 )
 def test_wrong_arguments(arguments, says):
     with pytest.raises(ValueError, match=says):
-        plan(*arguments)
+        predict_roofline(*arguments)

@@ -131,7 +131,7 @@ def test_gedit_without_rows_is_rejected(gedit_rows, tmp_path):
         tasks.gedit(tmp_path)
 
 
-def test_without_pyarrow_the_error_says_what_to_install(monkeypatch, tmp_path):
+def test_without_pyarrow_the_error_names_the_package(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(ImportError, match="pip install pyarrow") as error:

@@ -47,7 +47,7 @@ def test_it_runs_by_its_name(toy):
     assert report.score[0, :, 0].all() and not report.score[0, :, 1:].any()
 
 
-def test_what_only_ranks_looks_once_and_what_verifies_looks_twice(toy, monkeypatch):
+def test_only_a_verifying_selector_verifies_the_coarse_stage(toy, monkeypatch):
     config = SpecEditConfig(selector="corner", restore="reference")
     assert not config.verifies_coarse
     monkeypatch.setattr(Corner, "verifies", True)

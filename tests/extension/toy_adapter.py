@@ -54,7 +54,7 @@ class ToyAdapter(Adapter):
 
     def predict(self, run, group, sigma, partial=None):
         ids = run.state.conditioning.ids
-        sides = (*group.layout.parts, *group.reference_layout.parts)
+        sides = (*group.layout.layouts, *group.reference_layout.layouts)
         if not group.inputs:  # what every step of the stage takes alike
             group.inputs["places"] = torch.cat([places_of(side.positions, i > 0) for i, side in enumerate(sides)])
             areas = torch.cat([torch.ones(ids.shape[1], device=ids.device), *(side.area for side in sides)])

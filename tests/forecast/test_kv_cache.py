@@ -48,7 +48,7 @@ def test_a_branch_that_joins_brings_a_refresh():
     assert calls[3][0].store is not calls[3][1].store and calls[4][0].store is calls[3][0].store
 
 
-def test_a_store_forgets_what_lies_beyond():
+def test_a_store_drops_positions_beyond_its_length():
     store = KVCache({1: (torch.arange(6.0).view(1, 6, 1, 1), torch.ones(1, 6, 1, 2))})
     store.keep(6)
     assert store.memory == 4 * 18
@@ -95,7 +95,7 @@ def test_flops_and_memory_are_counted(pipe, edit):
     assert specedit.report(pipe).flops == 2 * (3 * whole + 2 * alone)
 
 
-def test_beside_a_forecast(pipe, edit):
+def test_reference_refresh_with_a_forecast(pipe, edit):
     specedit.install(pipe, steps=(0, 0, 12), forecast="reuse", forecast_interval=2, reference_refresh=4)
     seen = rows_of(pipe)
     edit(pipe)

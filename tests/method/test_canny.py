@@ -40,7 +40,7 @@ def test_colour_counts_as_luma():
     assert not canny(blue).any() and canny(green).any()
 
 
-def test_weak_edges_survive_only_beside_strong_ones():
+def test_weak_edges_survive_only_next_to_strong_ones():
     # The luma steps along row 8; by how much grows from column to column, past the strong threshold at 200 / 1020.
     step = torch.linspace(0.12, 0.5, 48)
     picture = torch.zeros(1, 3, 16, 48)

@@ -107,7 +107,7 @@ PIPE = SimpleNamespace(interrupt=False, scheduler=FlowMatchEulerDiscreteSchedule
 
 
 @pytest.mark.parametrize("scale", [2, 4])
-def test_the_draft_is_a_small_image_of_its_own(scale):
+def test_the_draft_is_a_separate_small_image(scale):
     state, adapter, heard = make_state(), Recorder(0.5), []
     config = SpecEditConfig(draft_steps=5, draft_scale=scale)
     draft, trace = generate(adapter, state, config, lambda: heard.append(1))

@@ -55,7 +55,7 @@ MODES = (
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_picture_of_any_mode_counts_as_what_it_looks_like(mode):
+def test_a_picture_of_any_mode_is_read_as_displayed(mode):
     assert drawn(mode).mode == mode
     (found,) = masks.read(drawn(mode))
     assert found.dtype == torch.bool and torch.equal(found, torch.from_numpy(LEFT > 0))

@@ -129,7 +129,7 @@ def test_kinds_of_mask(mask):
     assert cells.tolist() == [[[True, False]] * 2] * 2
 
 
-def test_masks_of_pictures_are_tiled_as_these_are_and_those_of_prompts_stand_together():
+def test_masks_follow_the_order_of_pictures_and_prompts():
     left, right = HALF, HALF[:, ::-1]
     tiled = [[[True, False]] * 2, [[False, True]] * 2] * 2
     together = [tiled[0], tiled[0], tiled[1], tiled[1]]
@@ -241,6 +241,6 @@ def test_edges_are_those_of_the_decoded_draft(drafted):
     assert edited[0, :, 3].all() and int(edited.sum()) == round(0.3 * 64)
 
 
-def test_uniform_takes_no_cells_of_its_own(drafted):
+def test_uniform_detects_no_cells(drafted):
     score, edited = select(*drafted(4, 3.0), SpecEditConfig(selector="uniform"))
     assert score is None and not edited.any()

@@ -145,7 +145,7 @@ def test_variance_ranks_tokens_by_what_they_hold(geometry):
 
 
 @both
-def test_a_draft_stands_in_where_there_is_no_reference(geometry):
+def test_without_a_reference_the_draft_is_used_instead(geometry):
     grid = TokenGrid(8, 8, geometry)
     place = Placement(grid, TokenGrid(5, 8, geometry))
     reference, draft = normal(1, 40, CHANNELS), normal(1, 16, CHANNELS, seed=1)

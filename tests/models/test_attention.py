@@ -219,7 +219,7 @@ def test_a_processor_with_weights_is_left_alone():
     assert "0.processor" in dict(model.named_modules())
 
 
-def test_a_processor_of_somebody_else_keeps_its_arguments():
+def test_third_party_processors_keep_their_arguments():
     class Mine(FluxAttnProcessor):
         def __call__(self, attn, states, text=None, attention_mask=None, image_rotary_emb=None, strength=1.0):
             return strength * states
@@ -230,7 +230,7 @@ def test_a_processor_of_somebody_else_keeps_its_arguments():
     assert (attn(torch.ones(1, 2, HEADS * DIM), strength=0.5) == 0.5).all()
 
 
-def test_processors_with_weights_run_stock_where_nobody_stands_in_for_them():
+def test_processors_with_weights_run_stock_without_a_replacement():
     model = torch.nn.ModuleList([make_attention(False)])
     model[0].set_processor(type("Weighty", (torch.nn.Module,), {"__module__": "diffusers.models"})())
     assert why_unsupported_processor(model, FluxAttention, None).startswith(
@@ -380,7 +380,7 @@ def test_some_rows_of_packed_sequences():
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_some_rows_beside_stored_keys_are_those_rows_of_all(attn, fused):
+def test_partial_rows_with_stored_keys_equal_those_rows_of_the_full_pass(attn, fused):
     states, ids = random_states(2, 11), some_ids(11)
     attn = mixed(attn)
     if fused:

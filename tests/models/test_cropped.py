@@ -197,7 +197,7 @@ def test_small_references_keep_their_place(qwens):  # noqa: F811
     assert torch.equal(small.positions, TokenGrid(3, 2).positions())
 
 
-def test_a_crop_is_said_once_for_each_pair_of_sizes(kontext):  # noqa: F811
+def test_a_crop_warns_once_for_each_pair_of_sizes(kontext):  # noqa: F811
     pipe = specedit.install(kontext.make(), **QUICK)
     call = dict(height=128, width=112, max_area=128 * 112, _auto_resize=False)
     said = (

@@ -194,7 +194,7 @@ def test_attach_and_detach(pipe):
     assert not last_block.attached(block)
 
 
-def test_a_copy_has_a_hook_of_its_own(pipe):
+def test_a_copy_has_a_separate_hook(pipe):
     last_block.attach(last(pipe), FluxSingleTransformerBlock, FluxLastBlock)
     block = copy.deepcopy(last(pipe))
     assert last_block.attached(block) and block.forward.block is block and block.forward.stock.__self__ is block

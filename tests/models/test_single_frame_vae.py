@@ -1,7 +1,9 @@
 """Causal convolutions of a single frame, as those of a picture."""
 
 import copy
+import pickle
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from diffusers import AutoencoderKL, AutoencoderKLQwenImage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specedit.models.shared.single_frame_vae import SingleFrameConv, single_frame
+from specedit.models.shared.single_frame_vae import SingleFrameConv, _turn, single_frame
 from tests.models.qwen.common import Taps
 
 
@@ -196,3 +198,12 @@ def test_compiled_and_other_autoencoders_are_left_alone(vae):
     two_dimensional = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
     for other in (part, method, whole, inside, two_dimensional):
         assert taps(other) == [3]
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_a_copied_autoencoder_takes_separate_turns(duplicate):
+    vae = torch.nn.Conv2d(1, 1, 1)
+    with single_frame(vae), ThreadPoolExecutor(1) as other:
+        again = duplicate(vae)
+        assert other.submit(_turn(again).acquire, blocking=False).result()
+        assert not other.submit(_turn(vae).acquire, blocking=False).result()

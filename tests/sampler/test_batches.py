@@ -25,7 +25,7 @@ def test_a_batch_of_two_masks_is_two_single_runs(pipe, edit, picture, restore):
         close(both[i], one[0])
 
 
-def test_a_batch_with_drafts_of_its_own_is_two_single_runs(pipe, edit, picture):
+def test_a_batch_equals_two_single_runs(pipe, edit, picture):
     specedit.install(pipe, **QUICK, selector="variance", dilation=0)
     pictures, prompts = [picture(seed=1), picture(seed=2)], ["make it red", "add a boat"]
     both = edit(pipe, image=pictures, prompt=prompts, generator=generators(3, 4))

@@ -63,7 +63,7 @@ def test_reference_restore_never_runs_at_full_resolution(pipe, edit):
     assert calls == {2 * 16: 2, 2 * (12 + 16): 7}
 
 
-def test_uniform_coverage_is_expanded_beside_the_edit(pipe, edit):
+def test_uniform_coverage_is_expanded_in_addition_to_the_edit(pipe, edit):
     specedit.install(pipe, steps=(0, 1, 0), uniform_stride=3)
     calls = count_calls(pipe)
     edit(pipe, edit_mask=CORNER)  # cells 00, 01, 10, 11 and uniformly 00, 03, 30, 33

@@ -81,7 +81,7 @@ def test_only_the_sample_that_overflows_is_edited_as_a_whole(pipe, edit, hooked)
     assert report.edit_mask.flatten(1).all(1).tolist() == [True, False]
 
 
-def test_longcat_has_a_default_of_its_own():
+def test_longcats_default_steps():
     if LongCatImageEdit is None:
         pytest.skip("this diffusers has no LongCatImageEditPipeline")
     from diffusers import LongCatImageEditPipeline

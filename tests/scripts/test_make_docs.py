@@ -56,7 +56,7 @@ def test_the_faster_baseline_counts(docs, tmp_path):
     assert "Some GPU" in text and "`the command`" in text
 
 
-def test_every_file_has_its_table_and_the_papers_rows_only_where_they_belong(docs, tmp_path):
+def test_every_file_has_its_table_and_only_its_papers_rows(docs, tmp_path):
     write(tmp_path, [row(restore="reference"), row(batch=4)])
     write(tmp_path, [row(model="qwen-image-edit", peak_memory=98)], "end_to_end-real-h200.json")
     lines = [

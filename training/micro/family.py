@@ -1,4 +1,4 @@
-"""What the trainer needs to know of a kind of editor."""
+"""What the trainer needs of each kind of editor."""
 
 from __future__ import annotations
 

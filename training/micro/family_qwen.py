@@ -63,7 +63,7 @@ def set_statistics(vae: nn.Module, latent: Tensor) -> None:
 def encode_image(pipe: Any, images: Tensor) -> dict[str, Tensor]:
     """`pixel_values` and `image_grid_thw` of images (B, 3, H, W) in 0..1, resized as in the pipeline."""
     pictures = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return pipe.processor.look([Image.fromarray(picture) for picture in pictures])
+    return pipe.processor.encode_images([Image.fromarray(picture) for picture in pictures])
 
 
 def text(pipe: Any, prompts: list[str], vision: dict[str, Tensor] | None, device: str) -> tuple[Tensor, Tensor]:

@@ -98,7 +98,7 @@ def select(
 ) -> tuple[Tensor | None, Tensor]:
     """Score on the token grid (None without a draft) and edited cells (B, cells_h, cells_w) bool.
 
-    A sample whose score is not finite is edited as a whole, with a warning: nobody knows what its edit changes.
+    A sample whose score is not finite is edited as a whole, with a warning: what its edit changes is unknown.
     """
     selector, cells = selectors[config.selector](), state.grid.coarse().shape
     if not selector.needs_draft:

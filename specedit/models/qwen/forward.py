@@ -189,7 +189,7 @@ class QwenForward:
     @cached_property
     def _area(self) -> list[Tensor]:
         layout, references = self.layouts
-        area = [layout.area, torch.cat([part.area for part in references.parts])]
+        area = [layout.area, torch.cat([part.area for part in references.layouts])]
         return [each.to(self.group.tokens.device) for each in area]
 
     @property

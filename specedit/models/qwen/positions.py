@@ -66,7 +66,7 @@ def image_positions(layout: MixedLayout, frame: int, scale_rope: bool, within: M
 
 def all_positions(layout: MixedLayout, reference: MixedLayout | LayoutSet, scale_rope: bool) -> tuple[Tensor, Tensor]:
     """Positions of the target's tokens (frame 0), and of every reference's (frames 1, 2, ...)."""
-    others = [image_positions(part, 1 + i, scale_rope, layout) for i, part in enumerate(reference.parts)]
+    others = [image_positions(part, 1 + i, scale_rope, layout) for i, part in enumerate(reference.layouts)]
     return image_positions(layout, 0, scale_rope), torch.cat(others)
 
 
@@ -76,7 +76,7 @@ def text_offset(layout: MixedLayout, reference: MixedLayout | LayoutSet, scale_r
     Around images that are all coarse it stands as close as around small ones. Left where the full ones have it, it
     would stand where no image of that size has it.
     """
-    sides = [side for part in (layout, *reference.parts) for side in _position_grid(part).shape]
+    sides = [side for part in (layout, *reference.layouts) for side in _position_grid(part).shape]
     return max(side // 2 if scale_rope else side for side in sides)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -44,15 +43,20 @@ def single_frame(vae: nn.Module) -> Iterator[None]:
         yield
 
 
-_TURNS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
-_NEW_TURN = threading.Lock()
+class _Turn:
+    """The lock of one autoencoder, which holds it in its own `__dict__`; a copy of the autoencoder gets a new one."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Turn, ()
 
 
 def _turn(vae: Any) -> contextlib.AbstractContextManager:
     if not isinstance(vae, nn.Module):
         return contextlib.nullcontext()
-    with _NEW_TURN:
-        return _TURNS.setdefault(vae, threading.RLock())
+    return vars(vae).setdefault("_specedit_turn", _Turn()).lock  # setdefault is atomic
 
 
 def _compiled(vae: nn.Module) -> bool:

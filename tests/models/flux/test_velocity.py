@@ -109,7 +109,7 @@ def test_key_bias_and_rope_change_a_mixed_sequence_only(prepare):
         assert ((area - aligned).abs().max() > 1e-4) == differ
 
 
-def test_the_transformer_is_told_where_tokens_lie(prepare, monkeypatch):
+def test_the_transformer_receives_token_positions(prepare, monkeypatch):
     adapter, pipe, state = prepare(height=144, width=112, max_area=144 * 112)
     seen = {}
     forward = pipe.transformer.forward

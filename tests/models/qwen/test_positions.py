@@ -54,7 +54,7 @@ def test_a_coarse_layout_is_a_small_image():
 
 
 @pytest.mark.parametrize("scale_rope", [True, False])
-def test_text_stands_beyond_the_largest_picture(scale_rope):
+def test_text_positions_start_beyond_the_largest_picture(scale_rope):
     coarse, fine = MixedLayout.all_coarse(TokenGrid(7, 10)), MixedLayout.all_fine(TokenGrid(6, 4))
     mixed = MixedLayout(TokenGrid(6, 4), torch.tensor([[True, False]] * 3))
     for layout, side in ((coarse, 5), (fine, 6), (mixed, 6)):
@@ -65,7 +65,7 @@ def test_text_stands_beyond_the_largest_picture(scale_rope):
     assert positions.text_offset(coarse, larger, scale_rope) == (6 if scale_rope else 12)
 
 
-def test_a_locked_cell_stands_in_the_middle_of_its_tokens():
+def test_a_locked_cell_is_positioned_at_the_centre_of_its_tokens():
     grid = TokenGrid(6, 4)
     expanded = torch.zeros(3, 2, dtype=torch.bool)
     expanded[0, 0] = True

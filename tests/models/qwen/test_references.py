@@ -20,12 +20,12 @@ def test_several_references_each_on_its_own_grid(plus, monkeypatch):
     assert torch.equal(state.aligned, state.reference[:, grids[0].tokens :])
     layout = mixed_layout(state.grid)
     beside = state.beside(layout)
-    assert isinstance(beside, LayoutSet) and [part.picture for part in beside.parts] == list(grids)
+    assert isinstance(beside, LayoutSet) and [one.picture for one in beside.layouts] == list(grids)
     seen = []
     forward = pipe.transformer.forward
     monkeypatch.setattr(pipe.transformer, "forward", lambda **kwargs: seen.append(kwargs) or forward(**kwargs))
     velocity(adapter, pipe, state, layout, SpecEditConfig())
-    assert seen[0]["hidden_states"].shape[1] == layout.tokens + sum(part.tokens for part in beside.parts)
+    assert seen[0]["hidden_states"].shape[1] == layout.tokens + sum(one.tokens for one in beside.layouts)
     coarse = MixedLayout.all_coarse(state.grid)
     velocity(adapter, pipe, state, coarse, SpecEditConfig())
     # 6 x 12 tokens, one row below the output's first: their cells are the output's, 4 rows of them.
@@ -63,7 +63,7 @@ def test_the_aligned_reference_has_the_outputs_shape():
     assert nearest_shapes([(512, 1024)], square) == [0]
 
 
-def test_of_pictures_of_one_shape_the_last_is_edited_and_that_is_said(plus, picture, monkeypatch):
+def test_among_pictures_of_equal_shape_the_last_is_edited_with_a_warning(plus, picture, monkeypatch):
     said = []
     monkeypatch.setattr(qwen.logger, "warning", said.append)
     first, last = picture(128, 128, seed=3), picture(128, 128)

@@ -10,7 +10,7 @@ from specedit.method.adapter import Run
 from tests.models.qwen.common import GUIDED, QUICK
 
 
-def test_text_stands_as_close_as_around_a_picture_of_the_stages_size(edit):
+def test_text_positions_match_those_of_a_picture_of_the_stages_size(edit):
     pipe = edit.make()
     offsets = []
     forward = pipe.transformer.forward

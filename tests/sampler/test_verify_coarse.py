@@ -75,7 +75,7 @@ def test_draft_and_coarse_detection_are_equivalent(pipe, edit, say):
     assert torch.equal(together, by_draft) and (together - less).abs().max() > 1e-2
 
 
-def test_a_change_that_only_the_second_look_sees_saves_the_rest(pipe, edit, say):
+def test_an_edit_found_in_the_coarse_stage_alone_preserves_the_rest(pipe, edit, say):
     say([], [(1, 1)], [], [])
     specedit.install(pipe, **QUICK, restore="reference")
     edit(pipe, num_images_per_prompt=2)
@@ -94,21 +94,21 @@ def test_a_change_that_only_the_second_look_sees_saves_the_rest(pipe, edit, say)
         {"restore": "reference", "selector": "variance"},
     ],
 )
-def test_where_nobody_looks_twice(pipe, edit, say, changes):
+def test_runs_that_do_not_verify_the_coarse_stage(pipe, edit, say, changes):
     shown = say([(0, 0)])
     specedit.install(pipe, **QUICK | changes)
     edit(pipe)
     assert len(shown) == 1 and "second look" not in [stage.name for stage in specedit.report(pipe).stages]
 
 
-def test_caches_are_gone_when_it_looks(pipe, edit, say, monkeypatch):
-    held, look = [], verify.second_look
+def test_caches_are_dropped_before_verification(pipe, edit, say, monkeypatch):
+    held, look = [], verify.verify_coarse
 
     def looking(run, groups):
         held.extend((group.kv, group.forecast) for group in groups)
         return look(run, groups)
 
-    monkeypatch.setattr(verify, "second_look", looking)
+    monkeypatch.setattr(verify, "verify_coarse", looking)
     say([(0, 0)], [])
     specedit.install(pipe, **QUICK, restore="reference", reference_refresh=2)
     edit(pipe)
@@ -159,8 +159,8 @@ def test_a_prediction_of_the_reference_itself_changes_nothing(pipe, edit, monkey
         return (group.tokens - wanted) / sigma
 
     looked = []
-    look = verify.second_look
-    monkeypatch.setattr(verify, "second_look", lambda *args: looked.append(look(*args)) or looked[-1])
+    look = verify.verify_coarse
+    monkeypatch.setattr(verify, "verify_coarse", lambda *args: looked.append(look(*args)) or looked[-1])
     stages = sampler.stages
     monkeypatch.setattr(sampler, "stages", lambda config: stages(config)[:1])
     monkeypatch.setattr(FluxKontext, "velocity", velocity)
@@ -169,7 +169,7 @@ def test_a_prediction_of_the_reference_itself_changes_nothing(pipe, edit, monkey
     assert len(looked) == 1 and not looked[0].any()
 
 
-def test_a_run_interrupted_in_its_coarse_stage_does_not_look(pipe, edit, say):
+def test_a_run_interrupted_in_its_coarse_stage_does_not_verify_it(pipe, edit, say):
     shown = say([(0, 0)])
     specedit.install(pipe, **QUICK, restore="reference")
 
