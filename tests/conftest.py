@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-pytest_plugins = ["tests.cpu_times"]
+pytest_plugins = ["tests.cpu_times", "tests.tiny_qwen"]
 
 # The same examples on every run; machines that are busy need no deadline.
 hypothesis.settings.register_profile("specedit", derandomize=True, deadline=None)
@@ -274,6 +274,8 @@ def small_qwen(make_small_qwen):
 def pytest_cmdline_main(config):
     """A run of all tests uses up to four cores, each test on one thread; `-n 0` for one process."""
     option = config.option
+    if "PYTEST_XDIST_WORKER" in os.environ:  # a worker starts none of its own
+        return
     if config.args_source is pytest.Config.ArgsSource.TESTPATHS and getattr(option, "numprocesses", 0) is None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         option.numprocesses, option.dist = min(4, os.cpu_count() or 1), "worksteal"

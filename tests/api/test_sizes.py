@@ -150,7 +150,7 @@ def test_fewer_layers_do_not_make_an_embedded_editor(pipe):
 def test_the_command_line_does_not_zoom_into_small_pictures(qwens, monkeypatch, size):
     for family in qwens:
         pipe = family.make()
-        monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda model, torch_dtype, pipe=pipe: pipe)
+        monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda model, pipe=pipe, **_: pipe)
         image, given = pipelines.load("some/editor")[1](Image.new("RGB", size, "red"))
         assert family.prepare(pipe, image=image, **given)[1].placement.is_same
 
