@@ -9,6 +9,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from .hold import Hold
+
 _lock = threading.Lock()
 
 
@@ -22,7 +24,7 @@ def warn_once(pipe: Any, text: str, cause: str | None = None, warn: Callable[[st
         warn: takes the message, such as a logger's `warning`; `warnings.warn` at the caller's line if None.
     """
     given: set[str] = getattr(getattr(pipe, "_specedit", None), "warned", set())
-    with _lock:  # one pipeline may serve several threads
+    with Hold(_lock):  # one pipeline may serve several threads
         known = (cause or text) in given
         given.add(cause or text)
     if not known:

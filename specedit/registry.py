@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import pkgutil
+import sys
 import warnings
 from collections.abc import Iterator
 from threading import Lock, RLock
@@ -69,7 +70,7 @@ class Registry(Generic[T]):
         if not isinstance(name, str):
             return False
         if name not in self._items and name in self._modules():
-            importlib.import_module(f"{self.package}.{name}")
+            self._import(name)
         if name not in self._items:
             self._discover()
         return name in self._items
@@ -107,12 +108,22 @@ class Registry(Generic[T]):
             self._discovering = True
             try:
                 for module in self._modules():
-                    importlib.import_module(f"{self.package}.{module}")
+                    self._import(module)
                 for entry in importlib.metadata.entry_points(group=self.group):
                     self._load(entry)
                 self._complete = True
             finally:
                 self._discovering = False
+
+    def _import(self, module: str) -> None:
+        """Import a module of the package. One that fails or is interrupted leaves nothing registered."""
+        try:
+            importlib.import_module(f"{self.package}.{module}")
+        except BaseException:
+            for name, item in list(self._items.items()):
+                if getattr(item, "__module__", "builtins") not in sys.modules:
+                    self.unregister(name)
+            raise
 
     def _load(self, entry: importlib.metadata.EntryPoint) -> None:
         try:

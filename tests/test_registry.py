@@ -1,5 +1,6 @@
 """Registries: what is found without being named anywhere, and what is wrong with a name."""
 
+import builtins
 import importlib.metadata
 import subprocess
 import sys
@@ -119,6 +120,20 @@ def test_a_broken_file_is_an_error_every_time(folder):
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
             list(things)
+
+
+def test_a_file_that_is_interrupted_registers_nothing(folder):
+    code = "import builtins\nclass Cup: pass\nthings.register('cup', Cup)\n"
+    code += "if hasattr(builtins, 'interrupt'): raise KeyboardInterrupt"
+    things = folder(cup=code)
+    builtins.interrupt = True
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            things["cup"]
+    finally:
+        del builtins.interrupt
+    assert things["cup"].__module__ == f"{things.package}.cup"
+    assert things["cup"] is sys.modules[f"{things.package}.cup"].Cup
 
 
 def test_every_thread_sees_everything(folder):

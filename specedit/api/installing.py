@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar, Unpack
 
 from ..config import DEFAULT_THRESHOLDS, SpecEditConfig, resolve
+from ..hold import Hold
 from ..method.selectors import reads_threshold
 from ..models import adapter_of, adapters
 from ..once import warn_caller
@@ -118,7 +119,7 @@ def uninstall(pipe: P) -> P:
     On a transformer that other installed pipelines share, the processors stay until the last of them is uninstalled;
     while a call is running, until it ends. They act as the stock ones in stock calls.
     """
-    with sharing.LOCK:
+    with Hold(sharing.LOCK):
         installation = installation_of(pipe)
         accelerated.restore_class(pipe)  # first: from here on every call is the stock one
         sharing.leave(pipe, installation, adapter_of(pipe) if installation is None else installation.adapter)

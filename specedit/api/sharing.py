@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from ..hold import Hold
 from ..method.adapter import Adapter
 from .installation import Installation, Token, installation_of
 
@@ -35,7 +36,7 @@ class Users:
 def attach(pipe: Any, installation: Installation) -> Users:
     """Put the hooks in place for `pipe`; idempotent."""
     model = _inner(pipe.transformer)
-    with LOCK:
+    with Hold(LOCK):
         users: Users = vars(model).setdefault(_USERS, Users())
         if installation_of(pipe) is installation:  # or it was uninstalled between its call and here
             users.pipes.add(pipe)
@@ -49,11 +50,11 @@ def running(pipe: Any, installation: Installation) -> Iterator[None]:
     """The hooks stay in place inside this block, even if a pipeline is uninstalled meanwhile."""
     run, model = Token(), _inner(pipe.transformer)
     try:
-        with LOCK:
+        with Hold(LOCK):
             attach(pipe, installation).runs.add(run)
         yield
     finally:
-        with LOCK:
+        with Hold(LOCK):
             if (users := _users(model)) is not None:
                 users.runs.discard(run)
             detach_unused(model, installation.adapter)

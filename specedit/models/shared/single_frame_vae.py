@@ -12,6 +12,8 @@ from diffusers import AutoencoderKLQwenImage
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ...hold import Hold
+
 
 class SingleFrameConv(TorchFunctionMode):
     """Inside, causal convolutions of a single frame are 2D convolutions, to within rounding.
@@ -56,7 +58,8 @@ class _Turn:
 def _turn(vae: Any) -> contextlib.AbstractContextManager:
     if not isinstance(vae, nn.Module):
         return contextlib.nullcontext()
-    return vars(vae).setdefault("_specedit_turn", _Turn()).lock  # setdefault is atomic
+    turn: _Turn = vars(vae).setdefault("_specedit_turn", _Turn())  # setdefault is atomic
+    return Hold(turn.lock)
 
 
 def _compiled(vae: nn.Module) -> bool:
