@@ -22,6 +22,6 @@ class Hold:
 
     def __exit__(self, *_: object) -> None:
         # One line: an interrupt between its parts would leave the lock locked, or release it twice.
-        self._held, _ = False, self._held and self._lock.release()
+        self._held = bool(self._held and self._lock.release())  # release returns None
 
     __del__ = __exit__
