@@ -185,7 +185,7 @@ def test_stock_runs_fifty_steps_and_a_preset_its_own(imgedit_folder, tmp_path, m
 
 
 def test_a_preset_that_runs_stock_is_counted(imgedit_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("specedit.api.stock.supported", lambda scheduler: "a scheduler of another kind")
+    monkeypatch.setattr("specedit.method.adapter.supported", lambda scheduler: "a scheduler of another kind")
     out, path = tmp_path / "out", tmp_path / "x.json"
     with pytest.warns(UserWarning, match="a scheduler of another kind"):
         assert imgedit(imgedit_folder, out, *QUICK, "--cases", "2", "--json", str(path)) == 0

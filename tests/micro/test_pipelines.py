@@ -142,5 +142,5 @@ def test_a_saved_editor_is_read_again(small_qwen, tmp_path):
     again = qwen.read(tmp_path)
     again.set_progress_bar_config(disable=True)
     assert type(again) is OwnSizeQwenImageEditPipeline
-    assert torch.equal(edit(again), edit(small_qwen))
+    torch.testing.assert_close(edit(again), edit(small_qwen), rtol=0, atol=1e-5)  # read weights lie elsewhere in memory
     assert QwenImageEditPipeline.load_config(tmp_path)["_class_name"] == "QwenImageEditPipeline"
