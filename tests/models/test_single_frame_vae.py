@@ -205,5 +205,5 @@ def test_a_copied_autoencoder_takes_separate_turns(duplicate):
     vae = torch.nn.Conv2d(1, 1, 1)
     with single_frame(vae), ThreadPoolExecutor(1) as other:
         again = duplicate(vae)
-        assert other.submit(_turn(again).acquire, blocking=False).result()
-        assert not other.submit(_turn(vae).acquire, blocking=False).result()
+        assert other.submit(_turn(again)._lock.acquire, blocking=False).result()
+        assert not other.submit(_turn(vae)._lock.acquire, blocking=False).result()

@@ -8,7 +8,7 @@ from .family import Family
 from .family_kontext import KONTEXT
 from .family_qwen import QWEN
 
-FAMILIES = {family.editor: family for family in (KONTEXT, QWEN)}
+FAMILIES = {family.editor.name: family for family in (KONTEXT, QWEN)}
 
 
 def family_named(name: str) -> Family:
@@ -17,7 +17,7 @@ def family_named(name: str) -> Family:
     Raises:
         ValueError: another name.
     """
-    return FAMILIES[editor_named(name)]
+    return FAMILIES[editor_named(name).name]
 
 
 def family_of(pipe: Any) -> Family:
@@ -26,4 +26,4 @@ def family_of(pipe: Any) -> Family:
     Raises:
         TypeError: it is of neither.
     """
-    return FAMILIES[editor_of(pipe)]
+    return FAMILIES[editor_of(pipe).name]

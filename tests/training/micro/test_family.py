@@ -28,4 +28,4 @@ def test_unknown_names_are_refused():
 def test_every_editor_can_be_trained():
     from specedit.micro.editors import EDITORS
 
-    assert set(FAMILIES) == set(EDITORS)
+    assert set(FAMILIES) == {editor.name for editor in EDITORS}
