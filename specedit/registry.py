@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -12,6 +11,8 @@ import warnings
 from collections.abc import Iterator
 from threading import Lock, RLock
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from .checks import suggest
 
 if TYPE_CHECKING:
     from .forecast_options import ForecastOptions
@@ -91,9 +92,8 @@ class Registry(Generic[T]):
 
     def unknown(self, name: object, also: str = "") -> ValueError:
         """The error of an unknown name. also: what is accepted besides the names ("None or ")."""
-        close = difflib.get_close_matches(str(name), list(self), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        return ValueError(f"{self.kind}: expected {also}one of {', '.join(map(repr, self))}, got {name!r}{hint}")
+        listed = ", ".join(map(repr, self))
+        return ValueError(f"{self.kind}: expected {also}one of {listed}, got {name!r}{suggest(name, self)}")
 
     def _modules(self) -> list[str]:
         spec = importlib.util.find_spec(self.package)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import secrets
-import shutil
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
+from .files import replacing
 from .pixels import off_white, on_white, to_srgb
 
 ALPHA_FORMATS = ("PNG", "WEBP", "TIFF", "TGA", "JPEG2000", "AVIF", "HEIF", "DDS")
@@ -122,27 +121,20 @@ def write(image: Image.Image, path: str | os.PathLike[str], *, alpha: Image.Imag
         PictureError: as `check_target`, or writing fails.
     """
     check_target(path)
-    place, form = Path(os.path.realpath(path)), _check_format(Path(path))
+    form = _check_format(Path(path))
     notes: tuple[str, ...] = ()
     if alpha is not None and form not in ALPHA_FORMATS:
         notes = (f"{path}: {form} holds no transparency, so the picture lies on white",)
     elif alpha is not None:
         image = off_white(image, alpha if alpha.size == image.size else alpha.resize(image.size))
         notes = (f"{path}: transparent where the input is, so an edit there does not show",)
-    part = place.with_name(f".specedit-{secrets.token_hex(6)}.part")
+    image = image.copy()
+    image.info = {}  # otherwise Pillow would write its profile
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        image = image.copy()
-        image.info = {}  # otherwise Pillow would write its profile
-        with part.open("xb") as file:
+        with replacing(path) as part, part.open("xb") as file:
             image.save(file, format=form)
-        if place.exists():
-            shutil.copymode(place, part)
-        os.replace(part, place)
     except (OSError, ValueError) as error:
         raise PictureError(f"{path}: cannot be written: {_line(error)}") from error
-    finally:
-        part.unlink(missing_ok=True)
     return notes
 
 
