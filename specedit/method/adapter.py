@@ -16,6 +16,7 @@ from ..config import SpecEditConfig
 from ..geometry import PACKED, TokenGeometry
 from ..layout import GridSet, LayoutSet, MixedLayout, TokenGrid
 from ..placement import Placement, layouts_beside
+from .expand import cell_detail
 from .schedule import stage_sigmas, supported
 from .trace import Trace
 
@@ -87,6 +88,16 @@ class EditState:
     def aligned(self) -> Tensor:
         """(B, grid.tokens, C): the picture being edited on the output's grid, its border repeated beyond it."""
         return self.placement.place(self.references[self.edited])
+
+    @cached_property
+    def reference_detail(self) -> Tensor:
+        """(B, cells, pixels, channels, 3): Haar detail of the aligned reference, arranged as in `cell_detail`."""
+        return cell_detail(self.aligned, self.grid)
+
+    @cached_property
+    def split_noise(self) -> Tensor:
+        """Likewise of the call's own noise: what the coarse stage's start leaves out."""
+        return cell_detail(self.noise, self.grid, mode="circular")
 
     @cached_property
     def covered(self) -> Tensor | None:

@@ -11,7 +11,7 @@ from ..layout import LayoutSet, MixedLayout, mean_pixels
 from ..placement import Placement
 from .adapter import EditState, LayoutGroup, Run
 from .cells import CellMasks
-from .expand import cell_detail, coarsen_noise, refine_layout, renoise
+from .expand import coarsen_noise, refine_layout, renoise
 from .schedule import Stage, stage_start
 
 
@@ -29,8 +29,8 @@ def start_stage(run: Run, before: list[LayoutGroup], stage: Stage, cells: CellMa
         ]
     state = run.state
     fresh = state.draw(state.grid.tokens)
-    split_noise = cell_detail(state.noise, state.grid, mode="circular")
-    known = cell_detail(state.aligned, state.grid) * cells.known_unchanged.flatten(1)[:, :, None, None, None]
+    split_noise = state.split_noise
+    known = state.reference_detail * cells.known_unchanged.flatten(1)[:, :, None, None, None]
     held = {row: (group, k) for group in before for k, row in enumerate(group.rows)}
     same = [torch.equal(held[row][0].layout.expanded, layout.expanded) for row, layout in enumerate(layouts)]
     groups = []
