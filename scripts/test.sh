@@ -48,10 +48,6 @@ compile_with_the_oldest_triton() {
 
 check_types() { (cd "$checkout" && "$venv/bin/mypy"); }
 
-build_documentation() {
-    (cd "$checkout" && NO_MKDOCS_2_WARNING=1 "$venv/bin/mkdocs" build --strict --quiet --site-dir "$scratch/site")
-}
-
 step "install"
 checkout=$PWD
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
@@ -65,7 +61,6 @@ beside "formatting" "$venv/bin/ruff" format --check "$PWD"
 beside "kernels compile without a GPU" "$venv/bin/python" -m specedit_kernels.compile_check --jobs $(((cores + 1) / 2))
 beside "kernels compile with Triton $oldest_triton, the oldest supported" compile_with_the_oldest_triton
 beside "types" check_types
-beside "documentation" build_documentation
 beside "demo, small" "$venv/bin/specedit" demo --size 256 --out demo
 
 step "tests (kernels on a CPU run in Triton's interpreter)"
