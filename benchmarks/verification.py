@@ -19,8 +19,8 @@ from specedit.config import SpecEditConfig
 from specedit.evaluation import results
 from specedit.layout import TokenGrid
 from specedit.method import selectors as select
-from specedit.method.adapter import EditState
-from specedit.method.selectors.semantic import semantic_score
+from specedit.method.adapter import EditState, Run
+from specedit.method.selectors.semantic import Semantic
 from specedit.micro import scenes
 from specedit.micro.loading import identity
 from specedit.models import adapter_of
@@ -42,8 +42,8 @@ def scores(pipe, scene, size: int, verify_at: str) -> torch.Tensor:
         grid=grid, noise=source, reference=source, reference_grid=grid, generator=None, text_tokens=0,
         branches=1, pixels_per_token=16,
     )  # fmt: skip
-    config = SpecEditConfig(verify_at=verify_at)
-    score = semantic_score(adapter_of(pipe), pipe, state, draft, grid.coarse(4), config)
+    run = Run(adapter_of(pipe), pipe, SpecEditConfig(verify_at=verify_at), state)
+    score = Semantic().score(run, draft, grid.coarse(4))
     return select.to_cells(score)[0]
 
 

@@ -33,4 +33,4 @@ def verify_coarse(run: Run, groups: list[LayoutGroup]) -> Tensor:
 
 
 def _select(run: Run, tokens: Tensor, grid: TokenGrid) -> tuple[Tensor | None, Tensor]:
-    return selectors.select(run.adapter, run.pipe, run.state, tokens, grid, run.config)
+    return selectors.select(run, tokens, grid)

@@ -8,6 +8,7 @@ from PIL import Image
 from specedit import SpecEditConfig
 from specedit.layout import TokenGrid
 from specedit.method import draft as drafts
+from specedit.method.adapter import Run
 from specedit.method.masks import cells_of_mask
 from specedit.method.selectors import dilate, select, to_cells, top_cells, uniform_cells
 from specedit.method.selectors.semantic import discrepancy
@@ -176,7 +177,7 @@ def test_wrong_masks(mask, error, message):
 
 @pytest.fixture
 def drafted(pipe, picture):
-    """A state whose draft is the reference, changed in one corner; and that draft."""
+    """A run of a configuration whose draft is the reference, changed in one corner; and that draft."""
     grid = TokenGrid(16, 16)
     adapter = FluxKontext()
     image = torch.from_numpy(np.array(picture(256, 256))).permute(2, 0, 1)[None].float() / 127.5 - 1
@@ -185,11 +186,11 @@ def drafted(pipe, picture):
     aligned = pipe._pack_latents(latents, 1, 4, 32, 32)
     state = SimpleNamespace(grid=grid, batch=1, device=aligned.device, aligned=aligned, covered=None)
 
-    def make(scale, change):
+    def make(scale, change, config):
         small, draft_grid = drafts.shrink(aligned, grid, scale)
         small = small.clone().view(1, *draft_grid.shape, -1)
         small[:, : draft_grid.height // 4, : draft_grid.width // 4] += change
-        return adapter, pipe, state, small.flatten(1, 2), draft_grid
+        return Run(adapter, pipe, config, state), small.flatten(1, 2), draft_grid
 
     return make
 
@@ -198,7 +199,7 @@ def drafted(pipe, picture):
 def test_an_unchanged_draft_edits_nothing(drafted, scale):
     config = SpecEditConfig(verify_at="draft", draft_scale=scale, threshold=0.001)
     with torch.no_grad():
-        score, edited = select(*drafted(scale, 0.0), config)
+        score, edited = select(*drafted(scale, 0.0, config))
     assert score.shape == (1, 16, 16) and edited.shape == (1, 8, 8)
     assert score.abs().max() < 1e-4 and not edited.any()
 
@@ -208,39 +209,38 @@ def test_an_unchanged_draft_edits_nothing(drafted, scale):
 def test_the_changed_corner_scores_highest(drafted, verify_at, scale):
     config = SpecEditConfig(verify_at=verify_at, draft_scale=scale)
     with torch.no_grad():
-        plain, _ = select(*drafted(scale, 0.0), config)
-        score, _ = select(*drafted(scale, torch.linspace(-3, 3, 16)), config)
+        plain, _ = select(*drafted(scale, 0.0, config))
+        score, _ = select(*drafted(scale, torch.linspace(-3, 3, 16), config))
     assert plain.min() >= 0 and score.max() <= 4
     raised = (score - plain)[0]
     assert raised[:4, :4].mean() > 3 * raised[8:, 8:].abs().mean() and raised[:4, :4].mean() > 0.02
 
 
 def test_threshold_and_dilation_are_applied_to_the_score(drafted):
-    arguments = drafted(4, 3.0)
     with torch.no_grad():
-        score, edited = select(*arguments, SpecEditConfig(threshold=1.0, dilation=0))
-        _, grown = select(*arguments, SpecEditConfig(threshold=1.0, dilation=1))
+        score, edited = select(*drafted(4, 3.0, SpecEditConfig(threshold=1.0, dilation=0)))
+        _, grown = select(*drafted(4, 3.0, SpecEditConfig(threshold=1.0, dilation=1)))
     assert torch.equal(edited, to_cells(score) > 1.0) and edited.any() and not edited.all()
     assert torch.equal(grown, dilate(edited, 1))
 
 
 def test_variance_ranks_tokens_by_their_channels(drafted):
     with torch.no_grad():
-        score, edited = select(*drafted(4, torch.linspace(-9, 9, 16)), SpecEditConfig(selector="variance", dilation=0))
+        score, edited = select(*drafted(4, torch.linspace(-9, 9, 16), SpecEditConfig(selector="variance", dilation=0)))
     assert score.flatten().argmax() in [r * 16 + c for r in range(4) for c in range(4)]
     assert int(edited.sum()) == round(0.3 * 64)
 
 
 def test_edges_are_those_of_the_decoded_draft(drafted):
-    adapter, pipe, state, draft, draft_grid = drafted(4, 0.0)
+    run, draft, draft_grid = drafted(4, 0.0, SpecEditConfig(selector="edges", dilation=0))
     half = np.zeros((1, 3, 256, 256), dtype=np.float32)
     half[..., 100:] = 1.0
-    adapter.decode = lambda *_: torch.from_numpy(half)
-    score, edited = select(adapter, pipe, state, draft, draft_grid, SpecEditConfig(selector="edges", dilation=0))
+    run.adapter.decode = lambda *_: torch.from_numpy(half)
+    score, edited = select(run, draft, draft_grid)
     assert score[0].sum(0).nonzero().flatten().tolist() == [6]  # column 100 lies in the seventh token
     assert edited[0, :, 3].all() and int(edited.sum()) == round(0.3 * 64)
 
 
 def test_uniform_detects_no_cells(drafted):
-    score, edited = select(*drafted(4, 3.0), SpecEditConfig(selector="uniform"))
+    score, edited = select(*drafted(4, 3.0, SpecEditConfig(selector="uniform")))
     assert score is None and not edited.any()

@@ -130,7 +130,7 @@ def test_a_draft_finds_what_the_model_changes(shape, geometry, verify_at):
     outcome = edit(run)
     assert (outcome.score.flatten(1)[:, edited] > 2).all()
     cells = F.max_pool2d(torch.from_numpy(mask)[None].float(), 2, ceil_mode=True) > 0
-    found = select(run.adapter, PIPE, run.state, *shrink(run.adapter.target, run.state.grid, 2), run.config)[1]
+    found = select(run, *shrink(run.adapter.target, run.state.grid, 2))[1]
     assert (found & cells).sum() == 2 * cells.sum() and not found.all()
 
 
@@ -140,7 +140,7 @@ def test_variance_ranks_tokens_by_what_they_hold(geometry):
     drawn = torch.zeros_like(run.state.noise)
     _, edited = centre(run.state.grid)
     drawn[:, edited] = torch.linspace(-4, 4, CHANNELS)
-    score, _ = select(run.adapter, PIPE, run.state, *shrink(drawn, run.state.grid, 2), run.config)
+    score, _ = select(run, *shrink(drawn, run.state.grid, 2))
     assert edited[score.flatten(1).argmax(1)].all()
 
 

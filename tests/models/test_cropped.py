@@ -12,6 +12,7 @@ from specedit import SpecEditConfig
 from specedit.layout import MixedLayout, TokenGrid
 from specedit.method import draft as drafts
 from specedit.method import selectors as select
+from specedit.method.adapter import Run
 from specedit.method.restore import feather
 from specedit.models import flux
 from specedit.models.qwen.positions import reference_offset
@@ -146,7 +147,9 @@ def test_a_wider_picture_is_compared_as_its_crop_is(kontext):  # noqa: F811
     for verify_at in ("draft", "full"):
         config = SpecEditConfig(verify_at=verify_at)
         with torch.no_grad():
-            results = [select.select(adapter, pipe, each, draft, TokenGrid(4, 4), config) for each in (state, crop)]
+            results = [
+                select.select(Run(adapter, pipe, config, each), draft, TokenGrid(4, 4)) for each in (state, crop)
+            ]
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -176,10 +179,10 @@ def test_a_draft_that_is_the_picture_scores_nothing_where_there_is_one(kontext, 
     draft[:, -4:] = torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(1))  # rows 96 to 128
     config = SpecEditConfig(verify_at=verify_at, draft_scale=2)
     with torch.no_grad():
-        score, _ = select.select(adapter, pipe, state, draft, TokenGrid(4, 4), config)
+        score, _ = select.select(Run(adapter, pipe, config, state), draft, TokenGrid(4, 4))
         changed = draft.clone()
         changed[:, :2] *= -1
-        more, _ = select.select(adapter, pipe, state, changed, TokenGrid(4, 4), config)
+        more, _ = select.select(Run(adapter, pipe, config, state), changed, TokenGrid(4, 4))
     assert score.isfinite().all() and (more - score)[0, :2, :4].mean() > 0.01
     if verify_at == "draft" and side == 96:  # exact: nothing is blurred, and no cell is covered in part
         assert score.abs().max() < 1e-5

@@ -22,12 +22,12 @@ def say(monkeypatch):
     def choose(*answers):
         shown, answers = [], iter(answers)
 
-        def find(adapter, pipe, state, tokens, grid, config):
+        def find(run, tokens, grid):
             shown.append((tokens, grid))
-            cells = torch.zeros(state.batch, 4, 4, dtype=torch.bool)
+            cells = torch.zeros(run.state.batch, 4, 4, dtype=torch.bool)
             for row, column in next(answers):
                 cells[:, row, column] = True
-            return torch.zeros(state.batch, 8, 8), cells
+            return torch.zeros(run.state.batch, 8, 8), cells
 
         monkeypatch.setattr(select, "select", find)
         return shown

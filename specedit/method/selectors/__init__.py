@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch import Tensor
 from ...config import SpecEditConfig
 from ...layout import TokenGrid
 from ...registry import selectors
-from ..adapter import Adapter, EditState, Run
+from ..adapter import Run
 
 TOP_SHARE = 0.3  # of the cells: RALU's up_ratio for its 4x setting
 
@@ -97,25 +97,23 @@ def top_cells(score: Tensor, share: float = TOP_SHARE) -> Tensor:
     return chosen.scatter_(1, cells.flatten(1).topk(count, 1).indices, True).view_as(cells)
 
 
-def select(
-    adapter: Adapter, pipe: Any, state: EditState, draft: Tensor, draft_grid: TokenGrid, config: SpecEditConfig
-) -> tuple[Tensor | None, Tensor]:
+def select(run: Run, draft: Tensor, draft_grid: TokenGrid) -> tuple[Tensor | None, Tensor]:
     """Score on the token grid (None without a draft) and edited cells (B, cells_h, cells_w) bool.
 
     A sample whose score is not finite is edited as a whole, with a warning: what its edit changes is unknown.
     """
+    config, state = run.config, run.state
     selector, cells = selectors[config.selector](), state.grid.coarse().shape
     if not selector.needs_draft:
         return None, torch.zeros((state.batch, *cells), dtype=torch.bool, device=state.device)
-    score = selector.score(Run(adapter, pipe, config, state), draft, draft_grid)
+    score = selector.score(run, draft, draft_grid)
     _expect(f"selector {config.selector!r}: score", score, (state.batch, *state.grid.shape), torch.float32)
     chosen = selector.cells(score, config)
     _expect(f"selector {config.selector!r}: cells", chosen, (state.batch, *cells), torch.bool)
     lost = not_finite(score)
     if bool(lost.any()):
         warnings.warn(
-            f"the verification score is not finite (overflow in {_overflow(pipe, state, draft)}); editing the whole "
-            "picture",
+            f"the verification score is not finite (overflow in {_overflow(run, draft)}); editing the whole picture",
             stacklevel=2,
         )
     return score, dilate(chosen, config.dilation) | lost[:, None, None]
@@ -131,11 +129,11 @@ def not_finite(values: Tensor) -> Tensor:
     return ~values.flatten(1).isfinite().all(1)
 
 
-def _overflow(pipe: Any, state: EditState, draft: Tensor) -> str:
+def _overflow(run: Run, draft: Tensor) -> str:
     """Which part of the model left the range of its dtype."""
-    if bool(state.aligned.isfinite().all()) and not bool(draft.isfinite().all()):
-        return f"the transformer, {state.conditioning.dtype}"
-    return f"the autoencoder, {pipe.vae.dtype}"
+    if bool(run.state.aligned.isfinite().all()) and not bool(draft.isfinite().all()):
+        return f"the transformer, {run.state.conditioning.dtype}"
+    return f"the autoencoder, {run.pipe.vae.dtype}"
 
 
 def uniform_cells(grid: TokenGrid, stride: int, device: torch.device | str = "cpu") -> Tensor:

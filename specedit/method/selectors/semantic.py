@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,7 +9,7 @@ from torch import Tensor
 from ...config import SpecEditConfig
 from ...layout import TokenGrid
 from .. import draft as drafts
-from ..adapter import Adapter, EditState, Run
+from ..adapter import EditState, Run
 from . import Selector, register_selector, to_cells
 
 
@@ -24,7 +22,17 @@ class Semantic(Selector):
     verifies = True
 
     def score(self, run: Run, draft: Tensor, draft_grid: TokenGrid) -> Tensor:
-        return semantic_score(run.adapter, run.pipe, run.state, draft, draft_grid, run.config)
+        """Discrepancy between draft and reference, at the size that `verify_at` names."""
+        adapter, pipe, state = run.adapter, run.pipe, run.state
+        scale, grid = run.config.draft_scale, state.grid
+        if run.config.verify_at == "full":
+            large = drafts.upsample(draft, draft_grid, scale, grid)
+            first, second = (adapter.features(pipe, tokens, grid) for tokens in (large, beside(large, state)))
+            return discrepancy(first, second, grid.shape)
+        reference = beside(draft, state, scale)
+        first, second = (adapter.features(pipe, tokens, draft_grid) for tokens in (draft, reference))
+        covered = (draft_grid.height * scale, draft_grid.width * scale)  # a draft may reach beyond an odd grid
+        return discrepancy(first, second, covered)[:, : grid.height, : grid.width]
 
     def cells(self, score: Tensor, config: SpecEditConfig) -> Tensor:
         assert config.threshold is not None  # a configuration fills it in
@@ -42,21 +50,6 @@ def discrepancy(first: list[Tensor], second: list[Tensor], size: tuple[int, int]
         resized = F.interpolate(distance, size=size, mode="bilinear", antialias=True, align_corners=False)
         total = total.to(resized) + resized[:, 0]
     return total / len(first)
-
-
-def semantic_score(
-    adapter: Adapter, pipe: Any, state: EditState, draft: Tensor, draft_grid: TokenGrid, config: SpecEditConfig
-) -> Tensor:
-    """Token-wise discrepancy between draft and reference, (B, h, w) on the fine token grid."""
-    scale, grid = config.draft_scale, state.grid
-    if config.verify_at == "full":
-        large = drafts.upsample(draft, draft_grid, scale, grid)
-        first, second = (adapter.features(pipe, tokens, grid) for tokens in (large, beside(large, state)))
-        return discrepancy(first, second, grid.shape)
-    reference = beside(draft, state, scale)
-    first, second = (adapter.features(pipe, tokens, draft_grid) for tokens in (draft, reference))
-    covered = (draft_grid.height * scale, draft_grid.width * scale)  # a draft may reach beyond an odd grid
-    return discrepancy(first, second, covered)[:, : grid.height, : grid.width]
 
 
 def beside(draft: Tensor, state: EditState, scale: int = 1) -> Tensor:
