@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copyreg
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, Unpack
@@ -57,7 +56,7 @@ def _install(pipe: Any, config: SpecEditConfig) -> None:
     adapter = adapter_of(pipe)
     if adapter is None and "Inpaint" in type(pipe).__name__:
         # Inpainting has its own idea of what stays; the user loses nothing but the speed.
-        warnings.warn(f"SpecEdit leaves {type(pipe).__name__} as it is: inpainting runs the stock path", stacklevel=3)
+        warn_caller(f"SpecEdit leaves {type(pipe).__name__} as it is: inpainting runs the stock path")
         return
     if adapter is None:
         raise TypeError(_not_supported(pipe))
@@ -68,7 +67,7 @@ def _install(pipe: Any, config: SpecEditConfig) -> None:
     installation = Installation(config, adapter, stock)
     if (reason := why_stock(pipe, adapter)) is not None:
         installation.warned.add(reason)  # warned now, not again at the call
-        warnings.warn(f"SpecEdit will run the stock pipeline: {reason}", stacklevel=3)
+        warn_caller(f"SpecEdit will run the stock pipeline: {reason}")
     try:
         setattr(pipe, ATTRIBUTE, installation)
         sharing.attach(pipe, installation)

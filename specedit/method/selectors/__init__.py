@@ -8,7 +8,6 @@ Fresco's channel variance); they rank cells and take a fixed share. "uniform" ta
 from __future__ import annotations
 
 import inspect
-import warnings
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal, TypeVar
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from ...config import SpecEditConfig
 from ...layout import TokenGrid
+from ...once import warn_caller
 from ...registry import selectors
 from ..adapter import Run
 
@@ -112,9 +112,8 @@ def select(run: Run, draft: Tensor, draft_grid: TokenGrid) -> tuple[Tensor | Non
     _expect(f"selector {config.selector!r}: cells", chosen, (state.batch, *cells), torch.bool)
     lost = not_finite(score)
     if bool(lost.any()):
-        warnings.warn(
-            f"the verification score is not finite (overflow in {_overflow(run, draft)}); editing the whole picture",
-            stacklevel=2,
+        warn_caller(
+            f"the verification score is not finite (overflow in {_overflow(run, draft)}); editing the whole picture"
         )
     return score, dilate(chosen, config.dilation) | lost[:, None, None]
 
