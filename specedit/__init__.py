@@ -18,13 +18,14 @@ if _TYPE_CHECKING:
     from .cost import flops
     from .forecast_options import register_forecast
     from .method.selectors import register_selector
+    from .method_options import register_method
     from .models.registry import register_adapter
     from .run_report import RunReport, StageReport
 
 __version__ = _package_version()
 __all__ = [
     "RunReport", "SpecEditConfig", "StageReport", "disabled", "flops", "install", "micro", "presets",
-    "register_adapter", "register_forecast", "register_selector", "report", "size_for", "uninstall",
+    "register_adapter", "register_forecast", "register_method", "register_selector", "report", "size_for", "uninstall",
 ]  # fmt: skip
 
 _lazy(
@@ -38,6 +39,7 @@ _lazy(
     presets="config",
     register_adapter="models.registry",
     register_forecast="forecast_options",
+    register_method="method_options",
     register_selector="method.selectors",
     report="api.installing",
     size_for="api.sizes",

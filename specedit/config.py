@@ -10,6 +10,7 @@ from . import field_checks, registry
 from .checks import integer, suggest
 from .field_checks import scaled_steps
 from .forecast_options import FIRST_FULL, INTERVAL, ForecastOptions, options_of
+from .method_options import OWN, Method, method_of
 
 # Threshold of the verification score (0..4) per `verify_at`. "full" is the paper's tau; the score at the draft's own
 # size has another scale (no blur from upsampling the draft), so it has its own: benchmarks/results/verification.json.
@@ -41,6 +42,7 @@ FORMER_FIELDS = {
     "cfg": "cfg was removed: it had no measured effect; both guidance branches run in one packed pass",
 }
 
+READ_BY_ALL = frozenset(("method", "attention", "keep_pixels"))  # fields that no method ignores
 FORECAST_FIELDS = ("forecast_interval", "forecast_order", "forecast_weights")  # fill the options of a named forecast
 
 
@@ -88,6 +90,9 @@ class SpecEditConfig:
         guidance_range: None, or (low, high): true classifier-free guidance only runs at sigmas low <= sigma <= high,
             elsewhere the prompt's branch alone (arXiv 2404.07724). An approximation; without true guidance it changes
             nothing.
+        method: "specedit", or another way to sample the edit: "steps", "ralu" or any other registered name, or a
+            method's options, as `specedit.methods.Steps(count=10)`. It reads `attention`, `keep_pixels` and the fields
+            that it names; others must have their defaults.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
@@ -115,6 +120,7 @@ class SpecEditConfig:
     draft_condition: DraftCondition = "full"
     reference_refresh: int | None = None
     guidance_range: tuple[float, float] | None = None
+    method: str | Method = OWN
 
     def __new__(cls, *args: Any, **fields: Any) -> SpecEditConfig:
         for name in fields:
@@ -150,6 +156,7 @@ class SpecEditConfig:
         self._check_forecast()
         self._check_reference_refresh()
         self._set("guidance_range", field_checks.guidance_range(self.guidance_range, self.forecast))
+        self._check_method()
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen; only used while it is being made
@@ -212,6 +219,27 @@ class SpecEditConfig:
                 f"None with attention={self.attention!r} and rope={self.rope!r}, got {self.reference_refresh}"
             )
 
+    def _check_method(self) -> None:
+        method = method_of(self.method)
+        self._set("_method", method)
+        if method is None:
+            return
+        if not isinstance(self.method, str):
+            self._set("method", method)
+        default = SpecEditConfig()
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name not in method.uses | READ_BY_ALL and value != getattr(default, field.name):
+                raise ValueError(
+                    f"{field.name}: expected the default, {getattr(default, field.name)!r}, with method="
+                    f"{method.name!r}, which does not read it, got {value!r}"
+                )
+
+    @property
+    def method_options(self) -> Method | None:
+        """The options of `method`, given or made from its name; None for SpecEdit itself."""
+        return self._method  # type: ignore[attr-defined, no-any-return]
+
     @property
     def forecast_options(self) -> ForecastOptions | None:
         """The options of `forecast`, given or made from its name and the other fields; None without a forecast."""
@@ -235,6 +263,8 @@ class SpecEditConfig:
 
         The preset is the one that `resolve` was given, else the nearest. "custom" where more than four fields differ.
         """
+        if self.method_options is not None:
+            return self.method_options.label
         if (equal := self.preset_name) is not None:
             return equal
         base = getattr(self, "_base", None) or min(presets, key=self._distance)
@@ -264,12 +294,24 @@ class SpecEditConfig:
     @property
     def nfe(self) -> int:
         """Model evaluations of the main run; the draft is not counted."""
-        return sum(self.steps)
+        return sum(self.steps) if self.method_options is None else self.method_options.nfe
 
     @property
     def uses_draft(self) -> bool:
         """Whether a run without a caller's edit_mask needs the draft: its mask decides something."""
+        if self.method_options is not None:
+            return False
         return registry.selectors[self.selector].needs_draft and (self.is_mixed or self.keep_pixels)
+
+    def needs_decoder(self, *, drafts: bool) -> str | None:
+        """What the run reads from the VAE's decoder before its end: None, "features" or "picture".
+
+        drafts: whether it makes a draft.
+        """
+        if self.method_options is not None:
+            return self.method_options.needs_decoder
+        needed: str | None = registry.selectors[self.selector].needs_decoder if drafts else None
+        return needed
 
     @property
     def is_mixed(self) -> bool:
@@ -299,6 +341,8 @@ class SpecEditConfig:
             TypeError, ValueError: `n` is not an integer of at least 1.
         """
         n = integer("num_inference_steps", n, 1)
+        if self.method_options is not None:
+            return self._replaced(None, method=self.method_options.with_steps(n))
         changes: dict[str, Any] = {"steps": scaled_steps(self.steps, n)}
         if self.forecast is not None and not self._can_forecast(changes["steps"]):
             changes |= dict.fromkeys(("forecast", *FORECAST_FIELDS))

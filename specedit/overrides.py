@@ -6,6 +6,7 @@ from typing import TypedDict
 
 from .config import Attention, DraftCondition, KeyBias, Restore, Rope, VerifyAt
 from .forecast_options import ForecastOptions
+from .method_options import Method
 
 
 class Overrides(TypedDict, total=False):
@@ -33,3 +34,4 @@ class Overrides(TypedDict, total=False):
     draft_condition: DraftCondition
     reference_refresh: int | None
     guidance_range: tuple[float, float] | None
+    method: str | Method

@@ -1,4 +1,4 @@
-"""Named things that others may add to: adapters, selectors, forecasts. Built-ins come in through the same door."""
+"""Named things that others may add to: adapters, selectors, forecasts, methods. Built-ins use the same door."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .checks import suggest
 
 if TYPE_CHECKING:
     from .forecast_options import ForecastOptions
+    from .method_options import Method
 
 T = TypeVar("T")
 
@@ -138,5 +139,6 @@ class Registry(Generic[T]):
             )
 
 
+methods: Registry[type[Method]] = Registry("method", "specedit.methods", "specedit.methods")
 forecasts: Registry[type[ForecastOptions]] = Registry("forecast", "specedit.forecast", "specedit.forecasts")
 selectors: Registry[Any] = Registry("selector", "specedit.method.selectors", "specedit.selectors")

@@ -14,7 +14,6 @@ from ..method.trace import Trace
 from ..models.attention import mask_support
 from ..models.shared.images import check_decoder
 from ..once import warn_caller, warn_once
-from ..registry import selectors
 from . import inputs, sharing
 from .installation import CallRecord, Installation
 from .reporting import report_of
@@ -67,9 +66,9 @@ def accelerated_call(
     began = trace.clock()
     try:
         with trace.timed("encode"):
-            edit_mask = inputs.check(arguments, edit_mask)
+            edit_mask = inputs.check(arguments, edit_mask, config)
             needs_draft = config.uses_draft and edit_mask is None
-            if needs_draft and selectors[config.selector].needs_decoder == "features":
+            if config.needs_decoder(drafts=needs_draft) == "features":
                 check_decoder(pipe.vae)
             mask_support.check(pipe.transformer, config)
             state = adapter.prepare(pipe, arguments, config)
@@ -80,7 +79,8 @@ def accelerated_call(
         run = Run(adapter, pipe, config, state, trace)
         pipe._num_timesteps = config.nfe
         with pipe.progress_bar(total=config.nfe + (config.draft_steps if needs_draft else 0)) as trace.bar:
-            outcome = sampler.edit(run, edit_mask)
+            method = config.method_options
+            outcome = (sampler if method is None else method).edit(run, edit_mask)
         with trace.timed("decode"):
             images = decoded(run, outcome, arguments["output_type"])
         record.report = report_of(run, outcome, images, arguments, trace.clock() - began)

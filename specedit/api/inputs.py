@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..config import SpecEditConfig
 from ..method import masks
 from ..models.shared.prompts import count_prompts
 
 
-def check(call: dict[str, Any], edit_mask: Any) -> list[Tensor] | None:
+def check(call: dict[str, Any], edit_mask: Any, config: SpecEditConfig) -> list[Tensor] | None:
     """Check a call's arguments, and read its mask (`masks.read`).
 
     Numbers, arrays and tensors have to be finite, whatever the argument and however deep in lists and dicts: NaN in
@@ -25,7 +26,15 @@ def check(call: dict[str, Any], edit_mask: Any) -> list[Tensor] | None:
     """
     for name, value in call.items():
         _check_finite(name, value)
-    return None if edit_mask is None else _read_mask(edit_mask, call)
+    if edit_mask is None:
+        return None
+    method = config.method_options
+    if method is not None and not (method.takes_mask or config.keep_pixels):
+        raise ValueError(
+            f"edit_mask: expected none with method={method.name!r}, which edits the whole picture, unless keep_pixels "
+            f"gives back what lies outside it; got {type(edit_mask).__name__}"
+        )
+    return _read_mask(edit_mask, call)
 
 
 def _read_mask(mask: Any, call: dict[str, Any]) -> list[Tensor]:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, Unpack
 
 from ..config import DEFAULT_THRESHOLDS, SpecEditConfig, resolve
 from ..hold import Hold
+from ..method.adapter import Adapter
 from ..method.selectors import reads_threshold
 from ..models import adapter_of, adapters
 from ..once import warn_caller
@@ -49,7 +50,9 @@ def install(pipe: P, config: str | SpecEditConfig | None = None, **overrides: Un
 
 
 def _install(pipe: Any, config: SpecEditConfig) -> None:
-    if (old := installation_of(pipe)) is not None and _in_place(pipe):
+    old = installation_of(pipe)
+    if old is not None and _in_place(pipe):
+        check_method(config, old.adapter, pipe)
         old.calls = Calls()  # the reports were another configuration's
         old.config = config
         return
@@ -60,6 +63,7 @@ def _install(pipe: Any, config: SpecEditConfig) -> None:
         return
     if adapter is None:
         raise TypeError(_not_supported(pipe))
+    check_method(config, adapter, pipe)
     if pipe.transformer is None:
         raise ValueError(f"install: expected a {type(pipe).__name__} with a transformer, got one without")
     uninstall(pipe)  # what an installation that was interrupted left
@@ -75,6 +79,13 @@ def _install(pipe: Any, config: SpecEditConfig) -> None:
     except BaseException:
         uninstall(pipe)
         raise
+
+
+def check_method(config: SpecEditConfig, adapter: Adapter, pipe: Any) -> None:
+    """ValueError where the configuration's method does not fit the model family."""
+    method = config.method_options
+    if method is not None and (reason := method.refusal(adapter)) is not None:
+        raise ValueError(f"method: expected another one for {type(pipe).__name__}, {reason}, got {method.name!r}")
 
 
 def _not_supported(pipe: Any) -> str:

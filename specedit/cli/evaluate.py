@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 from ..config import CHOICES, DEFAULT_PRESET, presets
 from ..io.files import check_folder, check_writable
-from . import loading, pipelines
+from . import loading, methods, pipelines
 from .bounds import CASES, LARGEST_EMBEDDED, SCALE, STEPS, check_numbers, check_size, seed_number
 from .errors import CLIError
 from .pipelines import EDITORS
@@ -36,7 +37,9 @@ def add(commands) -> None:
         add_offload(public)
         add_guidance(public)
         public.add_argument(
-            "--out", type=Path, help=f"folder, by default specedit-{name}/PRESET; an unfinished run in it is resumed"
+            "--out",
+            type=Path,
+            help=f"folder, by default specedit-{name}/PRESET or METHOD; an unfinished run in it is resumed",
         )
         public.add_argument("--cases", type=int, help="only the first N tasks")
         public.add_argument("--seed", type=seed_number, default=0, help="seed of every task's noise")
@@ -50,18 +53,19 @@ def add(commands) -> None:
     for each in kinds.choices.values():
         each.add_argument("--preset", default=DEFAULT_PRESET, choices=[*presets, "stock"])
         each.add_argument("--restore", choices=CHOICES["restore"], help="instead of the preset's; not with stock")
+        methods.add_method(each)
         each.add_argument("--steps", type=int, help="model evaluations, instead of the preset's (stock: 50)")
         each.add_argument("--json", type=Path, help="also write means and rows to this file")
 
 
-def _check(args) -> dict[str, str]:
+def _check(args) -> dict[str, Any]:
     """Check the options that need no data; returns the preset's overrides."""
     check_numbers(args, cases=CASES, steps=STEPS)
     if args.preset == "stock" and args.restore is not None:
         raise CLIError(f"--restore: expected none with --preset stock, which restores nothing, got {args.restore}")
     if args.json is not None:
         check_writable("--json", args.json)
-    return {} if args.restore is None else {"restore": args.restore}
+    return methods.overrides(args) | ({} if args.restore is None else {"restore": args.restore})
 
 
 def _micro(args) -> int:
@@ -79,7 +83,7 @@ def _micro(args) -> int:
     if args.preset != "stock":
         install(pipe, args.preset, **overrides, **attention_here())
     cases = (micro.scenes.sample(seed, args.size) for seed in range(args.cases))
-    result = micro.evaluate(pipe, tqdm(cases, total=args.cases, desc=args.preset), args.steps)
+    result = micro.evaluate(pipe, tqdm(cases, total=args.cases, desc=methods.named(args)), args.steps)
     print(f"{'':12}{'tasks':>6}{'success':>9}{'edit dB':>9}{'keep dB':>9}{'TFLOPs':>9}{'seconds':>9}")
     for name, row in [*result["kinds"].items(), ("all", result["mean"])]:
         print(
@@ -95,7 +99,7 @@ def _micro(args) -> int:
 def _public(args) -> int:
     overrides = _check(args)
     check_numbers(args, true_cfg_scale=SCALE)
-    out = args.out or Path(f"specedit-{args.what}") / args.preset
+    out = args.out or Path(f"specedit-{args.what}") / methods.named(args)
     check_folder("--out", out)
     silence_libraries()
     if args.model not in EDITORS:
@@ -116,12 +120,13 @@ def _public(args) -> int:
         "benchmark": args.what,
         "model": args.model,
         "preset": args.preset,
-        "restore": None if stock else resolve(args.preset, **overrides).restore,
+        "restore": None if stock or "method" in overrides else resolve(args.preset, **overrides).restore,
         "steps": STOCK_STEPS if stock and args.steps is None else args.steps,
         "seed": args.seed,
         "negative_prompt": args.negative_prompt,
         # Omitted if unset, so that runs from before this option can be resumed.
         **({} if args.true_cfg_scale is None else {"true_cfg_scale": args.true_cfg_scale}),
+        **({} if "method" not in overrides else {"method": methods.named(args)}),
     }
     against = None if args.against is None else evaluation.check_against(todo, args.against)
     evaluation.begin(out, settings)
@@ -131,7 +136,14 @@ def _public(args) -> int:
     if not stock:
         install(pipe, args.preset, **overrides, **attention_here())
     rows = evaluation.run(
-        pipe, prepare, tqdm(todo, desc=args.preset), out, steps=args.steps, seed=args.seed, against=args.against, **call
+        pipe,
+        prepare,
+        tqdm(todo, desc=methods.named(args)),
+        out,
+        steps=args.steps,
+        seed=args.seed,
+        against=args.against,
+        **call,
     )
     mean, kinds = evaluation.means(rows)
     print(evaluation.table(mean, kinds))

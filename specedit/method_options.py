@@ -1,0 +1,137 @@
+"""What `SpecEditConfig.method` takes: options of another way to sample an edit. The methods are in `specedit.methods`.
+
+SpecEdit itself is not among them: its options are the fields of `SpecEditConfig`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, TypeVar
+
+from .checks import suggest
+from .registry import methods
+
+OWN = "specedit"  # the method of specedit.method, which needs no options of its own
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """Options of one method, and the method itself; a frozen dataclass derives from it.
+
+    Attributes:
+        name: `SpecEditConfig(method=name)`.
+        uses: fields of SpecEditConfig that it reads, besides `attention` and `keep_pixels`. Any other that is set is an
+            error.
+        takes_mask: whether a caller's `edit_mask` decides what it computes. If not, a mask without keep_pixels is an
+            error.
+        needs_decoder: what it reads from the VAE's decoder: None, "features" or "picture".
+        published: the settings that its source reports, as options by the setting's name.
+
+    Raises:
+        TypeError, ValueError: naming the field, what was expected and what came.
+    """
+
+    name: str = field(default="", init=False, repr=False)  # a subclass sets it in its body
+
+    uses: ClassVar[frozenset[str]] = frozenset()
+    takes_mask: ClassVar[bool] = False
+    needs_decoder: ClassVar[Literal["features", "picture"] | None] = None
+    published: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def set(self, name: str, value: Any) -> None:
+        """Put a checked value in its field, while the options are being made."""
+        object.__setattr__(self, name, value)
+
+    def validate(self) -> None:  # noqa: B027
+        """Check the method's own fields: TypeError or ValueError, "field: expected ..., got ..."."""
+
+    @classmethod
+    def at(cls: type[Found], setting: str) -> Found:
+        """The options of a published setting. ValueError lists them."""
+        if setting not in cls.published:
+            known = ", ".join(map(repr, cls.published)) or "none"
+            raise ValueError(
+                f"setting: expected a published one of {cls.name!r} ({known}), got {setting!r}"
+                f"{suggest(setting, cls.published)}"
+            )
+        return cls(**cls.published[setting])
+
+    @property
+    def label(self) -> str:
+        """The name, followed by the options that differ from the defaults, as "ralu, setting='7x'"."""
+        fields = [f for f in dataclasses.fields(self) if f.init and getattr(self, f.name) != f.default]
+        return ", ".join([self.name, *(f"{f.name}={getattr(self, f.name)!r}" for f in fields)])
+
+    @property
+    @abstractmethod
+    def nfe(self) -> int:
+        """Model evaluations of a run, those that caches answer included."""
+
+    @abstractmethod
+    def with_steps(self, n: int) -> Method:
+        """The same method with `n` model evaluations: what a call's num_inference_steps asks for. n: at least 1.
+
+        Raises:
+            ValueError: the method cannot run so few.
+        """
+
+    def refusal(self, adapter: Any) -> str | None:
+        """Why the method cannot run on this model family (one phrase), or None. adapter: a `method.adapter.Adapter`."""
+        return None
+
+    @abstractmethod
+    def edit(self, run: Any, edit_mask: Any = None) -> Any:
+        """Edit one batch: a `method.adapter.Run` to a `method.sampler.Outcome`.
+
+        edit_mask: the caller's, as `specedit.method.masks.read` returns it, or None.
+        """
+
+
+Found = TypeVar("Found", bound=Method)
+Options = TypeVar("Options", bound=type[Method])
+
+
+def register_method(method: Options) -> Options:
+    """Make a method known by its name: `specedit.install(pipe, method="name")`. Use it as a decorator.
+
+    Args:
+        method: a frozen dataclass that derives from `Method` and has a `name`.
+
+    Raises:
+        TypeError: it is not such a class.
+        ValueError: another method has its name.
+    """
+    if not (isinstance(method, type) and issubclass(method, Method)):
+        raise TypeError(f"method: expected a class that derives from Method, got {method!r}")
+    if "__dataclass_fields__" not in vars(method) or not vars(method)["__dataclass_params__"].frozen:
+        raise TypeError(f"method: expected a class with @dataclass(frozen=True) below the decorator, got {method!r}")
+    if method.name == OWN:
+        raise ValueError(f"method: expected a new name, got {OWN!r}, which SpecEdit has")
+    return methods.register(method.name, method)  # type: ignore[return-value]
+
+
+def method_of(value: object) -> Method | None:
+    """Options from `SpecEditConfig.method`: a name, options, or a mapping as `dataclasses.asdict` makes of them.
+
+    None for SpecEdit itself. TypeError or ValueError names what was expected and what came.
+    """
+    if value == OWN:
+        return None
+    if isinstance(value, Method):
+        return value
+    fields = dict(value) if isinstance(value, Mapping) else {"name": value}
+    name = fields.pop("name", None)
+    if not isinstance(name, str) or name not in methods:
+        raise methods.unknown(name, f"{OWN!r} or ")
+    made = methods[name]
+    known = [f.name for f in dataclasses.fields(made) if f.init]
+    for option in fields:
+        if option not in known:
+            raise TypeError(f"method: expected fields of {made.__name__} ({', '.join(known)}), got {option!r}")
+    return made(**fields)

@@ -1,0 +1,57 @@
+"""What several methods need: a stage of plain Euler steps, and the outcome of a run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layout import MixedLayout
+from ..method import groups as grouping
+from ..method.adapter import LayoutGroup, Run
+from ..method.cells import CellMasks
+from ..method.denoise import euler_step
+from ..method.masks import cells_of_mask
+from ..method.sampler import Outcome
+from ..method.schedule import Stage
+
+
+def start_fine(run: Run, stage: Stage) -> list[LayoutGroup]:
+    """All samples in one group at full resolution, with the call's own noise and the model's own schedule."""
+    state = run.state
+    layout = MixedLayout.all_fine(state.grid, state.device)
+    return [grouping.new_group(run, list(range(state.batch)), layout, state.noise, stage, stage.start)]
+
+
+def run_stage(run: Run, name: str, groups: list[LayoutGroup]) -> None:
+    """Take every step of the groups' `sigmas`, or stop where the caller interrupts."""
+    with run.trace.running(name) as running:
+        running.start(run, groups)
+        for i in range(len(groups[0].sigmas) - 1):
+            if run.trace.interrupted:
+                break
+            for group in groups:
+                euler_step(run, group, i)
+            run.trace.after_step(run, groups, i)
+
+
+def outcome_of(
+    run: Run, groups: list[LayoutGroup], edit_mask: Any = None, *, detected: Tensor | None = None,
+    score: Tensor | None = None,
+) -> Outcome:  # fmt: skip
+    """The outcome of a run that ends in `groups`.
+
+    edit_mask: the caller's. detected: cells (B, cells_h, cells_w) bool that the method itself found to be edited; the
+    caller's mask comes first. Without either, everything counts as edited. score: see `Outcome`.
+    """
+    state = run.state
+    known = edit_mask is not None or detected is not None
+    if edit_mask is not None:
+        detected = cells_of_mask(edit_mask, state)
+    elif detected is None:
+        detected = torch.ones((state.batch, *state.grid.coarse().shape), dtype=torch.bool, device=state.device)
+    cells = CellMasks.from_detected(run, detected, verified=known)
+    cells = replace(cells, refined=cells.edited)  # no uniform coverage
+    return Outcome(grouping.gather(groups, state), score, cells, known)
