@@ -7,9 +7,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from specedit import SpecEditConfig
 from specedit.geometry import PACKED
-from specedit.layout import MixedLayout, TokenGrid
+from specedit.layout import TokenGrid
 from specedit.method.adapter import Adapter, EditState, Run
-from specedit.method.groups import start_tokens
 
 CHANNELS = 8
 PIPE = SimpleNamespace(interrupt=False, scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
@@ -63,8 +62,3 @@ def make_run(method, shape=(8, 12), geometry=PACKED, target=None, samples=2):
 def edit(run):
     with torch.no_grad():
         return run.config.method_options.edit(run)
-
-
-def noise_on(run, layout: MixedLayout, row=0):
-    """The call's own noise of one sample on a layout."""
-    return start_tokens(run.state.noise[row : row + 1], layout)
