@@ -7,11 +7,11 @@ import torch
 import specedit
 from specedit.geometry import PACKED, UNPACKED
 from specedit.layout import MixedLayout, TokenGrid
-from specedit.methods import Bottleneck, Fresco, Ralu
+from specedit.methods import Bottleneck, Fresco, Ralu, Speed
 from specedit.methods.resolution import repeated, top_share
 from tests.methods import oracle
 
-SHORT = {"ralu": Ralu((1, 1, 1)), "fresco": Fresco((1, 1, 1)), "bottleneck": Bottleneck((1, 1, 1))}
+SHORT = {"ralu": Ralu((1, 1, 1)), "fresco": Fresco((1, 1, 1)), "bottleneck": Bottleneck((1, 1, 1)), "speed": Speed(4)}
 each = pytest.mark.parametrize("method", SHORT.values(), ids=SHORT)
 geometries = pytest.mark.parametrize("geometry", [PACKED, UNPACKED], ids=["packed", "unpacked"])
 
