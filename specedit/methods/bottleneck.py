@@ -72,11 +72,11 @@ class Bottleneck(Method):
         return sum(self.steps)
 
     def with_steps(self, n: int) -> Bottleneck:
-        return replace(self, steps=resolution.scale_stage_steps(self.steps, n, self.name))
+        return replace(self, steps=resolution.scale_stage_steps(self, self.steps, n))
 
     def edit(self, run: Run, edit_mask: Any = None) -> Outcome:
         state = run.state
-        resolution.check_size(state, self.name)
+        resolution.check_size(self, state)
         fine, coarse = (make(state.grid, state.device) for make in (MixedLayout.all_fine, MixedLayout.all_coarse))
         groups: list[LayoutGroup] = []
         for i, layout in enumerate((fine, coarse, fine)):

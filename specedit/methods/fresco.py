@@ -77,7 +77,7 @@ class Fresco(Method):
         return sum(self.steps)
 
     def with_steps(self, n: int) -> Fresco:
-        return replace(self, steps=resolution.scale_stage_steps(self.steps, n, self.name))
+        return replace(self, steps=resolution.scale_stage_steps(self, self.steps, n))
 
     @property
     def stages(self) -> list[Stage]:
@@ -92,7 +92,7 @@ class Fresco(Method):
 
     def edit(self, run: Run, edit_mask: Any = None) -> Outcome:
         state = run.state
-        resolution.check_size(state, self.name)
+        resolution.check_size(self, state)
         inner, layout = resolution.without_key_bias(run), MixedLayout.all_coarse(state.grid, state.device)
         coarse, mixed, full = self.stages
         tokens = start_tokens(state.noise, layout)

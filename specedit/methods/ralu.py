@@ -86,7 +86,7 @@ class Ralu(Method):
         return sum(self.steps)
 
     def with_steps(self, n: int) -> Ralu:
-        return replace(self, steps=resolution.scale_stage_steps(self.steps, n, self.name))
+        return replace(self, steps=resolution.scale_stage_steps(self, self.steps, n))
 
     def sigmas(self, stage: int) -> list[float]:
         """Noise levels of a stage, 0 to 2, from its start to its end."""
@@ -97,7 +97,7 @@ class Ralu(Method):
 
     def edit(self, run: Run, edit_mask: Any = None) -> Outcome:
         state = run.state
-        resolution.check_size(state, self.name)
+        resolution.check_size(self, state)
         inner, layout = resolution.without_key_bias(run), MixedLayout.all_coarse(state.grid, state.device)
         groups = [group_at(inner, list(range(state.batch)), layout, start_tokens(state.noise, layout), self.sigmas(0))]
         run_stage(inner, "coarse", groups, keep_clean=True)

@@ -14,6 +14,7 @@ from ..field_checks import scaled_steps
 from ..layout import MixedLayout
 from ..method.adapter import EditState, LayoutGroup, Run
 from ..method.groups import alike, group_at
+from ..method_options import Method
 
 LEAST_SIDE = 4  # tokens: a picture that can be halved twice
 
@@ -27,13 +28,15 @@ def check_stage_steps(name: str, value: Any) -> tuple[int, int, int]:
     return first, second, third
 
 
-def scale_stage_steps(steps: tuple[int, int, int], n: int, method: str) -> tuple[int, ...]:
+def scale_stage_steps(method: Method, steps: tuple[int, int, int], n: int) -> tuple[int, int, int]:
     """`n` model evaluations in the proportions of `steps`. ValueError where a stage would have none."""
     if n < len(steps):
         raise ValueError(
-            f"num_inference_steps: expected at least {len(steps)} with method={method!r}, one for each stage, got {n}"
+            f"num_inference_steps: expected at least {len(steps)} with method={method.name!r}, one for each stage, "
+            f"got {n}"
         )
-    return scaled_steps(steps, n)
+    first, second, third = scaled_steps(steps, n)
+    return first, second, third
 
 
 def without_key_bias(run: Run) -> Run:
@@ -41,14 +44,14 @@ def without_key_bias(run: Run) -> Run:
     return dataclasses.replace(run, config=dataclasses.replace(run.config, method="specedit", key_bias="none"))
 
 
-def check_size(state: EditState, method: str) -> None:
+def check_size(method: Method, state: EditState) -> None:
     """ValueError where the output is too small to be halved twice."""
     if min(state.grid.shape) < LEAST_SIDE:
         side = state.pixels_per_token
         height, width = (n * side for n in state.grid.shape)
         raise ValueError(
-            f"height, width: expected at least {LEAST_SIDE * side} px a side with method={method!r}, which works at "
-            f"half the resolution, got {height} x {width}"
+            f"height, width: expected at least {LEAST_SIDE * side} px a side with method={method.name!r}, which works "
+            f"at half the resolution, got {height} x {width}"
         )
 
 

@@ -88,7 +88,7 @@ class Speed(Method):
 
     def edit(self, run: Run, edit_mask: Any = None) -> Outcome:
         state, grid = run.state, run.state.grid
-        resolution.check_size(state, self.name)
+        resolution.check_size(self, state)
         rows, device = list(range(state.batch)), state.device
         fine, coarse = (make(grid, device) for make in (MixedLayout.all_fine, MixedLayout.all_coarse))
         sigmas: list[float] = run.adapter.sigmas(run.pipe, grid.tokens, 1.0, 0.0, self.count).tolist()
