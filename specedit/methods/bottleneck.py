@@ -38,9 +38,9 @@ class Bottleneck(Method):
 
     The order of resolutions, the noise and the shifts are the paper's; the constants come from papers that compare with
     it. The settings "5x" and "7x" have the steps that the authors of RALU gave it on FLUX.1 (arXiv 2507.08422, appendix
-    B.2.1: 4, 12, 5 and 3, 8, 4). Their table 1 counts fewer operations than so many steps take: those of 10 and 6 of
-    the coarse ones, and of the last 2. The others are taken to be skipped, by restarts at 10/12, 6/8, 2/5 and 2/4. The
-    setting "3x" costs what SpecEdit's table reports for 30 evaluations of FLUX.1-Kontext (arXiv 2605.02152). The
+    B.2.1: 4, 12, 5 and 3, 8, 4). Their table 1 counts fewer operations than so many steps take; those of 10 and 6
+    coarse ones, and of the last 2, fit it. The others are taken to be skipped, by restarts at 10/12, 6/8, 2/5 and 2/4.
+    The setting "3x" costs what SpecEdit's table reports for 30 evaluations of FLUX.1-Kontext (arXiv 2605.02152). The
     reference has the target's layout.
 
     Args:

@@ -35,8 +35,9 @@ class Ralu(Method):
     """Three stages: all tokens coarse, the cells with most edges split, all tokens fine.
 
     From `set_params` of the code's pipeline_flux_RALU.py: the defaults (its level 4) and the setting "7x" (level 7).
-    `shifts` and `z` minimise the Jensen-Shannon divergence that its RALU_NTDM.py defines, for a model of shift 3; steps
-    enter it by their proportions alone, so scaled steps keep them.
+    The setting "5x" is from table S1 of the paper's CVPR 2026 version, which names c in place of z and has a share of
+    0.2. `shifts` and `z` minimise the Jensen-Shannon divergence that the code's RALU_NTDM.py defines, for a model of
+    shift 3; steps enter it by their proportions alone, so scaled steps keep them.
 
     Followed is the paper: latent pixels are repeated (the code repeats packed tokens), tokens that keep their
     resolution are renoised by I - cI (the code adds noise of full variance), and edges are those of the whole range of
@@ -61,6 +62,7 @@ class Ralu(Method):
     needs_decoder = "picture"
     published: ClassVar = {
         "4x": {},
+        "5x": dict(steps=(4, 5, 6), shifts=(5.12, 2.64, 2.25), z=0.0177**-0.5, early=0.2),
         "7x": dict(steps=(2, 3, 5), ends=(0.2, 0.3), shifts=(8.141, 2.856, 2.193), z=6.261, early=0.1),
     }
 

@@ -1,6 +1,7 @@
 """RALU: its constants, its transition and its selection against the published formulas."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ from specedit.layout import MixedLayout, TokenGrid
 from specedit.methods import Ralu
 from specedit.methods.ralu import decorrelating, raised, transition
 
-SETTINGS = ("4x", "7x")
+SETTINGS = ("4x", "5x", "7x")
 
 
 def test_the_published_settings():
     assert Ralu.at("4x") == Ralu()
     assert Ralu() == Ralu((5, 6, 7), (0.3, 0.45), (5.019, 2.589, 2.226), 6.317, 0.3) and Ralu().nfe == 18
+    assert Ralu.at("5x") == Ralu((4, 5, 6), (0.3, 0.45), (5.12, 2.64, 2.25), 1 / math.sqrt(0.0177), 0.2)
     assert Ralu.at("7x") == Ralu((2, 3, 5), (0.2, 0.3), (8.141, 2.856, 2.193), 6.261, 0.1) and Ralu.at("7x").nfe == 10
 
 

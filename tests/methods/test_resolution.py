@@ -160,7 +160,7 @@ def test_a_picture_that_cannot_be_halved_twice_runs_stock(method, pipe, edit, si
 
 @each
 @pytest.mark.parametrize("shape", [(3, 8), (8, 2)], ids=str)
-def test_a_family_that_accepts_such_a_picture_is_told(method, shape):
+def test_such_a_picture_is_an_error_where_the_family_accepts_it(method, shape):
     run = oracle.make_run(method, shape)
     height, width = (16 * side for side in shape)
     message = f"^height, width: expected at least 64 px a side with method='{method.name}', .* got {height} x {width}"
