@@ -113,8 +113,9 @@ class MixedLayout:
     grid: the fine grid. expanded: (cells_h, cells_w) bool, True where a cell is split.
 
     The rest is for references, which use the output's cells. lead: how many leading rows and columns, 0 or 1 each, hold
-    no tokens. origin: where the grid lies on the output's, in fine tokens. counted: fine tokens per step of
-    `positions`, 1 or 2; None: 2 if all is coarse.
+    no tokens. origin: where the grid lies on the output's, in fine tokens.
+
+    counted: fine tokens per step of `positions`, 1 or 2; None: 2 if all is coarse.
     """
 
     grid: TokenGrid
@@ -222,13 +223,20 @@ class MixedLayout:
         """(N, 2) float32 row and column of every token on the output's grid.
 
         An all-coarse grid has whole numbers of its own, as a small image does. A mixed grid uses fine units, with a
-        locked cell at the centre of its tokens.
+        locked cell at the centre of its tokens; with `counted=2` it stays a small image, whose split cells (i, j) hold
+        tokens at (i, j) + {0, 1/2}.
         """
         device = self.expanded.device
-        own = self.grid.coarse().positions(device) if self.unit == 2 else self._fine_positions(device)
+        own = self._coarse_positions(device) if self.unit == 2 else self._fine_positions(device)
         if self.origin == (0, 0):
             return own
         return own + torch.tensor(self.origin, dtype=own.dtype, device=device) / self.unit
+
+    def _coarse_positions(self, device: torch.device) -> Tensor:
+        cells = self.grid.coarse().positions(device)
+        if self.is_coarse:
+            return cells
+        return torch.cat([cells[self.locked_cells], self.grid.positions(device)[self.fine_tokens] / 2])
 
     def _fine_positions(self, device: torch.device) -> Tensor:
         fine = self.grid.positions(device)[self.fine_tokens]

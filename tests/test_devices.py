@@ -15,6 +15,7 @@ import torch
 
 import specedit
 from specedit import micro
+from specedit.methods import Bottleneck, Fresco, Ralu, Speed
 from specedit.micro.loading import WEIGHTS
 from specedit.micro.scenes import sample
 from training.micro import train, train_editor, train_vae
@@ -62,7 +63,7 @@ def pipes():
 
 def edit(pipe, name, settings, *, images=1, **more):
     """Latents of one call with SpecEdit, on the host, and the report."""
-    specedit.install(pipe, **QUICK | settings)
+    specedit.install(pipe, **settings if "method" in settings else QUICK | settings)
     tasks = [sample(seed, SIZE) for seed in range(images)]
     call = micro.arguments(tasks[0].source, name) | {"output_type": "latent"} | more
     with pretend.device():
@@ -120,6 +121,28 @@ def test_an_edit_is_the_hosts(pipes, name, settings, call):
     torch.testing.assert_close(other[0], host[0], rtol=1e-4, atol=1e-4)
     assert torch.equal(other[1].edit_mask, host[1].edit_mask)
     assert other[1].flops == host[1].flops
+
+
+@inside
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("method", [Ralu((1, 2, 1)), Fresco((2, 1, 1)), Bottleneck((1, 2, 1)), Speed(4)], ids=str)
+def test_another_methods_edit_is_the_hosts(pipes, name, method):
+    host, other = (edit(pipe, name, {"method": method}) for pipe in pipes[name])
+    torch.testing.assert_close(other[0], host[0], rtol=1e-4, atol=1e-4)
+    assert (other[1].flops, other[1].expand_fraction) == (host[1].flops, host[1].expand_fraction)
+
+
+@inside
+@pytest.mark.parametrize("method", [Ralu, Fresco, Bottleneck])
+def test_no_step_of_another_method_waits_for_the_host(pipes, method, monkeypatch):
+    # Canny's loop ends when the picture's edges do, which differs from picture to picture.
+    monkeypatch.setattr("specedit.methods.ralu.canny", lambda image: image[:, 0] > 0.5)
+    counts = []
+    for steps in ((3, 3, 3), (6, 6, 6)):
+        pretend.waits.clear()
+        edit(pipes["kontext"][1], "kontext", {"method": method(steps)}, callback_on_step_end=lambda *_: {})
+        counts.append(dict(pretend.waits))
+    assert counts[0] and counts[0] == counts[1]
 
 
 @inside

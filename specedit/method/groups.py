@@ -74,11 +74,15 @@ def alike(layouts: list[MixedLayout], same: list[bool]) -> list[list[int]]:
 def new_group(
     run: Run, rows: list[int], layout: MixedLayout, tokens: Tensor, stage: Stage, start: float
 ) -> LayoutGroup:
-    """A group at the beginning of a stage, with the references at its layout's resolutions."""
-    beside = run.state.beside(layout)
-    reference = reference_on_layout(run.state.reference[rows], beside)
+    """A group at the beginning of a stage, on the model's own schedule."""
     sigmas = run.adapter.sigmas(run.pipe, layout.tokens, start, stage.end, stage.steps).tolist()
-    return LayoutGroup(rows, layout, reference, beside, tokens, sigmas)
+    return group_at(run, rows, layout, tokens, sigmas)
+
+
+def group_at(run: Run, rows: list[int], layout: MixedLayout, tokens: Tensor, sigmas: list[float]) -> LayoutGroup:
+    """A group that will run through `sigmas`, with the references at its layout's resolutions."""
+    beside = run.state.beside(layout)
+    return LayoutGroup(rows, layout, reference_on_layout(run.state.reference[rows], beside), beside, tokens, sigmas)
 
 
 def start_tokens(noise: Tensor, layout: MixedLayout) -> Tensor:

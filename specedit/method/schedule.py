@@ -136,13 +136,17 @@ def stage_sigmas(
     if not a > 0:
         raise ValueError(f"scheduler: expected a positive time shift, got {a!r} for {tokens} tokens")
 
-    first, last = (sigma / (a + (1 - a) * sigma) for sigma in (start, end))
-    t = torch.linspace(first, last, steps + 1, dtype=torch.float64)
-    sigmas = a * t / (1 + (a - 1) * t)
-
+    sigmas = shifted_sigmas(a, start, end, steps)
     terminal = scheduler.config.get("shift_terminal")
     if terminal and end == 0 and steps > 1 and start > terminal:
         scale = (start - terminal) / (start - sigmas[-2])
         sigmas = start - (start - sigmas) * scale
     sigmas[0], sigmas[-1] = start, end  # rounding in the two maps must not move the ends
     return sigmas.float()
+
+
+def shifted_sigmas(a: float, start: float, end: float, steps: int) -> torch.Tensor:
+    """(steps + 1,) float64: uniform times of the shift sigma = a*t / (1 + (a-1)*t), from `start` down to `end`."""
+    first, last = (sigma / (a + (1 - a) * sigma) for sigma in (start, end))
+    t = torch.linspace(first, last, steps + 1, dtype=torch.float64)
+    return a * t / (1 + (a - 1) * t)

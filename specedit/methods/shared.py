@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -25,26 +26,34 @@ def start_fine(run: Run, stage: Stage) -> list[LayoutGroup]:
     return [grouping.new_group(run, list(range(state.batch)), layout, state.noise, stage, stage.start)]
 
 
-def run_stage(run: Run, name: str, groups: list[LayoutGroup]) -> None:
-    """Take every step of the groups' `sigmas`, or stop where the caller interrupts."""
+def run_stage(
+    run: Run, name: str, groups: list[LayoutGroup], *, keep_clean: bool = False, watch: Callable[[], None] | None = None
+) -> None:
+    """Take every step of the groups' `sigmas`, or stop where the caller interrupts.
+
+    keep_clean: the groups' clean predictions too, in `LayoutGroup.clean`. watch: called after every step.
+    """
     with run.trace.running(name) as running:
         running.start(run, groups)
         for i in range(len(groups[0].sigmas) - 1):
             if run.trace.interrupted:
                 break
             for group in groups:
-                euler_step(run, group, i)
+                euler_step(run, group, i, keep_clean=keep_clean)
             run.trace.after_step(run, groups, i)
+            if watch is not None:
+                watch()
 
 
 def outcome_of(
     run: Run, groups: list[LayoutGroup], edit_mask: Any = None, *, detected: Tensor | None = None,
-    score: Tensor | None = None,
+    score: Tensor | None = None, refined: Tensor | None = None,
 ) -> Outcome:  # fmt: skip
     """The outcome of a run that ends in `groups`.
 
     edit_mask: the caller's. detected: cells (B, cells_h, cells_w) bool that the method itself found to be edited; the
-    caller's mask comes first. Without either, everything counts as edited. score: see `Outcome`.
+    caller's mask comes first. Without either, everything counts as edited. score: see `Outcome`. refined:
+    cells (B, cells_h, cells_w) that were computed at full resolution before the others; None: what is edited.
     """
     state = run.state
     known = edit_mask is not None or detected is not None
@@ -53,5 +62,5 @@ def outcome_of(
     elif detected is None:
         detected = torch.ones((state.batch, *state.grid.coarse().shape), dtype=torch.bool, device=state.device)
     cells = CellMasks.from_detected(run, detected, verified=known)
-    cells = replace(cells, refined=cells.edited)  # no uniform coverage
+    cells = replace(cells, refined=cells.edited if refined is None else refined)  # no uniform coverage
     return Outcome(grouping.gather(groups, state), score, cells, known)

@@ -4,6 +4,7 @@ import pytest
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry, attention_backend
 
 import specedit
+from specedit import SpecEditConfig
 from specedit.models.attention import mask_support
 
 STOCK = dict(attention="stock", steps=(2, 1, 1), draft_steps=2)
@@ -68,3 +69,10 @@ def test_a_run_that_needs_no_mask_takes_any_backend(pipe, edit, changes):
     specedit.install(pipe, **STOCK | changes)
     edit(pipe)
     assert specedit.report(pipe).nfe == 4
+
+
+def test_a_method_that_adds_no_bias_needs_no_mask(pipe):
+    config = SpecEditConfig(method="ralu", attention="stock")
+    pipe.transformer.set_attention_backend("_native_flash")
+    specedit.install(pipe, config)
+    mask_support.check(pipe.transformer, config)

@@ -24,6 +24,8 @@ def check(transformer: nn.Module, config: SpecEditConfig) -> None:
     """ValueError where `attention="stock"` would pass a mask to a backend that takes none."""
     if config.attention != "stock" or config.key_bias == "none" or not config.is_mixed:
         return
+    if config.method_options is not None and "key_bias" not in config.method_options.uses:
+        return
     for name in sorted(backends(transformer)):
         if not takes_mask(name):
             raise ValueError(

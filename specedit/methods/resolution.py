@@ -1,0 +1,109 @@
+"""What the methods that change resolution share: their options, layouts, and the way from one layout to the next."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import integer, sequence
+from ..field_checks import scaled_steps
+from ..layout import MixedLayout
+from ..method.adapter import EditState, LayoutGroup, Run
+from ..method.groups import alike, group_at
+from ..method_options import Method
+
+LEAST_SIDE = 4  # tokens: a picture that can be halved twice
+
+Move = Callable[[int, Tensor, MixedLayout, MixedLayout], Tensor]
+
+
+def check_stage_steps(name: str, value: Any) -> tuple[int, int, int]:
+    """Model evaluations of three stages, each at least 1. TypeError or ValueError names the field."""
+    expected = "three integers of at least 1, one for each stage"
+    first, second, third = (integer(name, n, 1, expected) for n in sequence(name, value, 3, expected))
+    return first, second, third
+
+
+def scale_stage_steps(method: Method, steps: tuple[int, int, int], n: int) -> tuple[int, int, int]:
+    """`n` model evaluations in the proportions of `steps`. ValueError where a stage would have none."""
+    if n < len(steps):
+        raise ValueError(
+            f"num_inference_steps: expected at least {len(steps)} with method={method.name!r}, one for each stage, "
+            f"got {n}"
+        )
+    first, second, third = scaled_steps(steps, n)
+    return first, second, third
+
+
+def without_key_bias(run: Run) -> Run:
+    """The run as a method wants it that does not weight coarse keys."""
+    return dataclasses.replace(run, config=dataclasses.replace(run.config, method="specedit", key_bias="none"))
+
+
+def check_size(method: Method, state: EditState) -> None:
+    """ValueError where the output is too small to be halved twice."""
+    if min(state.grid.shape) < LEAST_SIDE:
+        side = state.pixels_per_token
+        height, width = (n * side for n in state.grid.shape)
+        raise ValueError(
+            f"height, width: expected at least {LEAST_SIDE * side} px a side with method={method.name!r}, which works "
+            f"at half the resolution, got {height} x {width}"
+        )
+
+
+def split_layouts(state: EditState, split: Tensor, counted: int | None = None) -> list[MixedLayout]:
+    """A layout for each sample of cells to split (B, cells_h, cells_w) bool. Equal masks share one object."""
+    seen: dict[bytes, MixedLayout] = {}
+    keys = [mask.cpu().numpy().tobytes() for mask in split]
+    return [
+        seen.setdefault(key, MixedLayout(state.grid, mask, counted=counted))
+        for key, mask in zip(keys, split, strict=True)
+    ]
+
+
+def regroup(
+    run: Run,
+    before: Sequence[LayoutGroup],
+    layouts: list[MixedLayout],
+    sigmas: Callable[[MixedLayout], list[float]],
+    move: Move,
+) -> list[LayoutGroup]:
+    """Every sample on its new layout.
+
+    layouts: one for each sample. sigmas: of a stage on a layout. move(row, tokens, old, new): one sample's tokens
+    (1, old.tokens, C) as (1, new.tokens, C), at the first of these sigmas.
+    """
+    held = {row: (group, k) for group in before for k, row in enumerate(group.rows)}
+    groups = []
+    for rows in alike(layouts, [False] * len(layouts)):
+        layout, moved = layouts[rows[0]], []
+        for row in rows:
+            group, k = held[row]
+            moved.append(move(row, group.tokens[k : k + 1], group.layout, layout))
+        groups.append(group_at(run, rows, layout, torch.cat(moved), sigmas(layout)))
+    return groups
+
+
+def repeated(tokens: Tensor, old: MixedLayout, new: MixedLayout) -> Tensor:
+    """Tokens (B, old.tokens, C) on a layout that splits more cells (B, new.tokens, C): their pixels are repeated."""
+    cells = tokens.new_zeros(tokens.shape[0], old.grid.coarse().tokens, tokens.shape[2])
+    cells[:, old.locked_cells] = tokens[:, : len(old.locked_cells)]
+    # Locked cells are not taken from the full grid: it lacks the pixels that lie beyond an odd side.
+    return torch.cat([cells[:, new.locked_cells], old.full_grid(tokens)[:, new.fine_tokens]], 1)
+
+
+def top_share(score: Tensor, share: float) -> Tensor:
+    """(B, cells_h, cells_w) bool: the `share` of every sample's cells with the largest score, at least one."""
+    count = max(1, int(share * score[0].numel()))
+    chosen = torch.zeros_like(score, dtype=torch.bool).flatten(1)
+    return chosen.scatter_(1, score.flatten(1).topk(count, 1).indices, True).view_as(score)
+
+
+def on_tokens(cells: Tensor, state: EditState) -> Tensor:
+    """Scores (B, cells_h, cells_w) of cells as those of their tokens (B, h, w)."""
+    height, width = state.grid.shape
+    return cells.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, :height, :width]
