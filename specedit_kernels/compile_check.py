@@ -65,6 +65,9 @@ def _attention(table: dict[str, Any]) -> Iterator[Variant]:
     everything = {"PACKED": True, "PLANNED": True, "HAS_BIAS": True, "SCALE_FIRST": True, "HAS_LSE": True}
     nothing = dict.fromkeys(everything, False) | dict.fromkeys(("bias", "cu_q", "cu_k", "plan"))
     lengths = {"cu_q": "i32", "cu_k": "i32", "plan": "i32"}
+    unlisted = {"LISTED": False, "QUERY_BLOCK": 0, "KEY_BLOCK": 0} | dict.fromkeys(
+        ("block_offsets", "blocks", "list_rows", "listed", "list_sample", "list_head")
+    )
     entries = [(True, entry) for entry in table.get("attention_tma", [])]
     for with_descriptors, entry in entries + [(False, entry) for entry in table["attention"]]:
         config, width = entry["config"], entry["shape"]["head_dim"]
@@ -83,7 +86,7 @@ def _attention(table: dict[str, Any]) -> Iterator[Variant]:
                 f"{name}_desc": f"tensordesc<{element}[1, 1, {rows}, {padded}]>"
                 for name, rows in (("q", config["block_m"]), ("k", config["block_n"]), ("v", config["block_n"]))
             }
-            fixed = blocks | {"DIM": dim, "DIM_P2": padded, "DESCRIPTORS": with_descriptors}
+            fixed = blocks | unlisted | {"DIM": dim, "DIM_P2": padded, "DESCRIPTORS": with_descriptors}
             if with_descriptors:
                 pointers |= descriptors
             else:
@@ -95,8 +98,36 @@ def _attention(table: dict[str, Any]) -> Iterator[Variant]:
                 yield Variant(f"{label} dense", attend, pointers, fixed | nothing, options, ("scale_log2",), half)
                 yield Variant(f"{label} packed bias lse gqa", attend, pointers | lengths, fixed | everything, options,
                               ("scale_log2",), half, grouped=True)  # fmt: skip
+                yield from _listed(label, attend, pointers, fixed, options, (lengths, everything), nothing)
         blocks = {"BLOCK_M": config["block_m"], "BLOCK_B": 128, "BLOCK_T": 128}
         yield Variant(f"plan_tiles {config['block_m']}", plan_tiles, lengths, blocks, {"num_warps": 4})
+
+
+def _listed(
+    label: str, attend: Any, pointers: dict[str, str], fixed: Mapping[str, Any], options: dict[str, int],
+    packed: tuple[dict[str, str], Mapping[str, object]], dense: Mapping[str, object],
+) -> Iterator[Variant]:  # fmt: skip
+    """A configuration with lists of key blocks, once for every tile that their sizes lead to."""
+    from .gpu.attention_blocks import tile_of
+
+    lengths, everything = packed
+    named = ("block_offsets", "blocks", "list_rows", "listed", "list_sample", "list_head")
+    given = {name: value for name, value in fixed.items() if name not in named}
+    lists = {"block_offsets": "i32", "blocks": "i32"}
+    seen = set()
+    for sizes in ((128, 128), (128, 64), (64, 64)):
+        m, n = tile_of(sizes, fixed["BLOCK_M"], fixed["BLOCK_N"])
+        if (m, n) in seen:
+            continue
+        seen.add((m, n))
+        constants = given | {"BLOCK_M": m, "BLOCK_N": n, "LISTED": True, "QUERY_BLOCK": sizes[0], "KEY_BLOCK": sizes[1]}
+        resized = {name: re.sub(r"1, 1, \d+", f"1, 1, {m if name == 'q_desc' else n}", kind)
+                   for name, kind in pointers.items()} | lists  # fmt: skip
+        half = fixed["PRECISION"] == "tf32"
+        listed = f"{label} lists {m}x{n}"
+        yield Variant(f"{listed} packed bias lse", attend, resized | lengths, constants | everything, options,
+                      ("scale_log2",), half)  # fmt: skip
+        yield Variant(f"{listed} dense", attend, resized, constants | dense, options, ("scale_log2",), half)
 
 
 def _attention_ws(table: dict[str, Any]) -> Iterator[Variant]:
