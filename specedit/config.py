@@ -236,7 +236,7 @@ class SpecEditConfig:
                 )
         if method.own_attention and self.attention == "stock":
             raise ValueError(
-                f"attention: expected 'auto', 'triton', 'merged' or 'torch' with method={method.name!r}, which needs "
+                f"attention: expected 'auto', 'triton' or 'torch' with method={method.name!r}, which needs "
                 "SpecEdit's own attention, got 'stock'"
             )
 

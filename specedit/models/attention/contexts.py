@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from specedit_kernels import mixed_attention
 
+from ...method.sparse_blocks import BlockPredictor
 from .sequences import Movable, Packing, QueryRows, Segments, mark_all_dynamic
 
 Tables = tuple[Tensor, Tensor]
@@ -123,7 +124,8 @@ class ByKernels(Context):
     """Attention by specedit_kernels.
 
     key_bias: (S,) or (B, S) float32, log of the area of every key, or None for no bias. aligned: phase-aligned RoPE,
-    or None for one scale. backend: of specedit_kernels, None for automatic.
+    or None for one scale. backend: of specedit_kernels, None for automatic. blocks: which blocks of keys are read, or
+    None for all.
     """
 
     rotary: Tables
@@ -131,6 +133,7 @@ class ByKernels(Context):
     aligned: PhaseAligned | None = None
     backend: str | None = None
     output_rows: QueryRows | None = None
+    blocks: BlockPredictor | None = None
 
     @property
     def kernels(self) -> str | None:
@@ -161,7 +164,8 @@ class Mixed(ByKernels):
     index: Tensor
 
     def launch(self, scale: Rotated, v: Tensor, bias: Tensor | None, query_rows: QueryRows | Packing | None) -> Tensor:
-        return mixed_attention(*scale, v, key_bias=bias, backend=self.backend)
+        keep = None if self.blocks is None else self.blocks.dense(*scale)
+        return mixed_attention(*scale, v, key_bias=bias, block_keep=keep, backend=self.backend)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -181,9 +185,12 @@ class Packed(ByKernels):
 
     def launch(self, scale: Rotated, v: Tensor, bias: Tensor | None, query_rows: QueryRows | Packing | None) -> Tensor:
         queries = self.packing if query_rows is None else query_rows
+        keep = None
+        if self.blocks is not None:
+            keep = self.blocks.packed(scale.q[0], scale.k[0], queries.cu_seqlens, self.packing.cu_seqlens)
         return mixed_attention(
             scale.q[0], scale.k[0], v[0], cu_seqlens_q=queries.cu_seqlens, cu_seqlens_k=self.packing.cu_seqlens,
-            max_seqlen_q=queries.longest, key_bias=None if bias is None else bias[0].contiguous(),
+            max_seqlen_q=queries.longest, key_bias=None if bias is None else bias[0].contiguous(), block_keep=keep,
             backend=self.backend,
         )[None]  # fmt: skip
 

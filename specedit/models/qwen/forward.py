@@ -195,7 +195,7 @@ class QwenForward:
         rotary = tables(1.0)
         context = contexts.Packed(
             rotary=rotary, key_bias=bias, aligned=aligned, backend=self.run.state.backend, output_rows=output_rows,
-            packing=packing,
+            blocks=self.group.blocks, packing=packing,
         )  # fmt: skip
         placed = ImgShapesWithFreqs(count * n, count * r, 1, rotary)
         return Sequences(placed, context, tuple(texts), tuple(lengths), count, target=n, length=sum(whole))

@@ -56,6 +56,7 @@ class FluxBlocks(BlockAdapter):
 
     token_wise = True
     keeps_reference = True
+    skips_blocks = True
     skips_tokens = True
     blocks = "single_transformer_blocks"
 
@@ -113,7 +114,7 @@ class FluxBlocks(BlockAdapter):
         target, mixed = len(layout.area), layout.is_mixed or beside.is_mixed
         text = torch.zeros(state.text_tokens, device=area.device)
         bias = torch.cat([text, area.log()]) if mixed and config.key_bias == "area" else None
-        own = mixed or stores or config.attention != "auto"
+        own = mixed or stores or config.attention != "auto" or group.blocks is not None
         needed = bias is not None if config.attention == "stock" else own or state.trims_last_block
         if not needed:
             return None
@@ -129,7 +130,7 @@ class FluxBlocks(BlockAdapter):
             asked = sequences.segments(area[:target] > 1, [target], [len(index)])
             aligned = contexts.PhaseAligned(self._rotary(run, self.position_ids(state, layout, beside, 0.5)), segments)
         return contexts.Mixed(
-            rotary=tables, index=index, key_bias=bias, aligned=aligned, backend=state.backend,
+            rotary=tables, index=index, key_bias=bias, aligned=aligned, backend=state.backend, blocks=group.blocks,
             output_rows=sequences.QueryRows(index[:target], asked) if state.trims_last_block else None,
         )  # fmt: skip
 
