@@ -27,12 +27,12 @@ class BlockPredictor:
     pairs: list[tuple[Tensor, float]] = field(default_factory=list)
     known: dict[int, tuple[Tensor, list[int]]] = field(default_factory=dict)
 
-    @torch.compiler.disable  # what it counts is state
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # what it counts is state
     def dense(self, q: Tensor, k: Tensor) -> BlockKeep:
         """For queries (B, N_q, H, D) and keys (B, N_k, H, D)."""
         return BlockKeep.from_mask(self._mask(q, k), query_block=QUERY_BLOCK, key_block=KEY_BLOCK)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def packed(self, q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> BlockKeep:
         """For queries (T_q, H, D) and keys (T_k, H, D) of packed sequences."""
         each = zip(q.split(self._lengths(cu_seqlens_q)), k.split(self._lengths(cu_seqlens_k)), strict=True)
@@ -56,7 +56,8 @@ class BlockPredictor:
         """() float64: kept pairs over all pairs of queries and keys since the last time."""
         kept, total = zip(*self.pairs, strict=True)
         self.pairs = []
-        return torch.stack(kept).sum() / sum(total)
+        share: Tensor = torch.stack(kept).sum() / sum(total)
+        return share
 
 
 def kept_blocks(
@@ -94,7 +95,7 @@ def representatives(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
     lengths = block_lengths(x.shape[1], size, x.device).float()[:, None]
 
     def means(rows: Tensor) -> Tensor:
-        padded = F.pad(rows, (0, 0, 0, -rows.shape[2] % size)).unflatten(2, (-1, size))
+        padded: Tensor = F.pad(rows, (0, 0, 0, -rows.shape[2] % size)).unflatten(2, (-1, size))
         return padded.sum(3) / lengths
 
     rows = x.float().transpose(1, 2)

@@ -118,22 +118,22 @@ class RegionE(Method):
                     raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
     def _checked_refresh(self) -> tuple[int, ...]:
-        filled = self._with_stages()
-        first, last = filled.warmup + 2, self.count - filled.smooth - 1
+        warmup, smooth = self._stages()
+        first, last = warmup + 2, self.count - smooth - 1
         expected = f"ascending integers from {first} to {last}, no two of them adjacent"
         if not isinstance(self.refresh, (tuple, list)):
             raise TypeError(f"refresh: expected {expected}, got {self.refresh!r} ({type(self.refresh).__name__})")
         steps = tuple(integer("refresh", step, 1, expected) for step in self.refresh)
-        if steps != _allowed(steps, filled.warmup, filled.smooth, self.count):
+        if steps != _allowed(steps, warmup, smooth, self.count):
             raise ValueError(f"refresh: expected {expected}, got {self.refresh!r}")
         return steps
 
-    def _with_stages(self) -> RegionE:
-        """With the source's lengths of the stages where none were given."""
+    def _stages(self) -> tuple[int, int]:
+        """Steps of the stabilisation and of the smooth stage: the source's where none were given."""
         n = self.count
         smooth = min(n - 1, _length(SMOOTH, n, COUNT)) if self.smooth is None else self.smooth
         warmup = min(n - smooth, _length(WARMUP, n, COUNT)) if self.warmup is None else self.warmup
-        return replace(self, warmup=warmup, smooth=min(smooth, n - warmup), refresh=None)
+        return warmup, min(smooth, n - warmup)
 
     @property
     def nfe(self) -> int:
@@ -149,22 +149,20 @@ class RegionE(Method):
         moved = replace(self, refresh=None, **changes)
         if self.refresh is None:
             return moved
-        stages = moved._with_stages()
         steps = tuple(round(step * n / self.count) for step in self.refresh)
-        return replace(moved, refresh=_allowed(steps, stages.warmup, stages.smooth, n))
+        return replace(moved, refresh=_allowed(steps, *moved._stages(), n))
 
     def refusal(self, adapter: Adapter) -> str | None:
         return refusal(adapter)
 
     def for_model(self, adapter: Adapter) -> RegionE:
         """With the source's settings for a model and the number of steps where none were given."""
-        settings, stages = QWEN if adapter.name.startswith("qwen") else FLUX, self._with_stages()
-        refresh = self.refresh
-        if refresh is None:
-            moved = tuple(round(step * self.count / COUNT) for step in REFRESH)
-            refresh = _allowed(moved, stages.warmup, stages.smooth, self.count)
-        more = {name: value for name, value in settings.items() if getattr(self, name) is None}
-        return replace(stages, refresh=refresh, **more)
+        warmup, smooth = self._stages()
+        moved = tuple(round(step * self.count / COUNT) for step in REFRESH)
+        settings = dict(QWEN if adapter.name.startswith("qwen") else FLUX)
+        settings |= dict(warmup=warmup, smooth=smooth, refresh=_allowed(moved, warmup, smooth, self.count))
+        given = {name: value for name in settings if (value := getattr(self, name)) is not None}
+        return replace(self, **settings | given | dict(smooth=smooth))
 
     def full_steps(self) -> tuple[int, ...]:
         """The steps, from 0, that compute every token. Of options `for_model`."""
@@ -250,14 +248,14 @@ class Region:
 
     def of_edited(self, i: int) -> Tensor | None:
         """Velocity (b, m, C) of the edited tokens at step `i`: cached (eq. 9) or computed. None if none are edited."""
-        assert self.options.decay_threshold is not None and self.velocity is not None
-        sigmas, heard = self.group.sigmas, hears_prompt(self.run, self.group)
-        factor = self.gamma[i - 1] * (1 + sigmas[i] - sigmas[i - 1])
+        sigmas, warmup, most = self.group.sigmas, self.options.warmup, self.options.decay_threshold
+        assert warmup is not None and most is not None and self.velocity is not None
+        heard, factor = hears_prompt(self.run, self.group), self.gamma[i - 1] * (1 + sigmas[i] - sigmas[i - 1])
         self.decay *= factor
         if not self.index.shape[1]:
             self.group.cached += 1
             return None
-        if heard and i > self.options.warmup and factor < 1 and 1 - self.decay <= self.options.decay_threshold:
+        if heard and i > warmup and factor < 1 and 1 - self.decay <= most:
             self.group.cached += 1
             return self.velocity * self.decay
         self.velocity, self.decay = some_velocity(self.run, self.group, i, self.index), 1.0
@@ -310,9 +308,8 @@ def _length(steps: int, n: int, count: int) -> int:
     return max(min(steps, 1), round(steps * n / count))
 
 
-def _allowed(steps: tuple[int, ...], warmup: int | None, smooth: int | None, count: int) -> tuple[int, ...]:
+def _allowed(steps: tuple[int, ...], warmup: int, smooth: int, count: int) -> tuple[int, ...]:
     """Those of `steps` that may be forced, ascending and not adjacent."""
-    assert warmup is not None and smooth is not None
     chosen: list[int] = []
     for step in sorted(set(steps)):
         if warmup + 1 < step <= count - smooth - 1 and not (chosen and step == chosen[-1] + 1):
