@@ -36,7 +36,7 @@ from ..method.adapter import Adapter, LayoutGroup, Run
 from ..method.masks import cells_of_mask
 from ..method.sampler import Outcome
 from ..method.schedule import Stage
-from ..method.selectors import dilate
+from ..method.selectors import dilate, not_finite
 from ..method.selectors.semantic import beside, discrepancy
 from ..method.token_steps import (
     cells_of_tokens,
@@ -164,7 +164,8 @@ class SpotEdit(Method):
             region.group.tokens_kv = None
         scores = [region.score for region in regions if region.score is not None]  # of one sample each, in their order
         score = torch.cat(scores) if len(scores) == state.batch else None
-        return outcome_of(run, groups, edit_mask, detected=detected, score=score)
+        lost = 0 if score is None else int(not_finite(score).sum())
+        return replace(outcome_of(run, groups, edit_mask, detected=detected, score=score), overflowed=lost)
 
 
 class Region:

@@ -185,6 +185,19 @@ class StageConformance(Cases):
                         for a, b in zip(pair, kept[id(store)][module], strict=True):
                             self.close(a, b)
 
+    @pytest.mark.parametrize("name", ["spotedit", "regione", "sparge"])
+    def test_methods_that_skip_run_or_are_refused(self, family, name):
+        adapter = family.adapter
+        pipe = family.make()
+        if not (adapter.skips_blocks if name == "sparge" else adapter.skips_tokens):
+            with pytest.raises(ValueError, match=f"^method: expected another one .* {adapter.name} "):
+                specedit.install(pipe, method=name)
+            return
+        specedit.install(pipe, method=name)
+        for guide in self.guides(family):
+            assert family.run(pipe, num_inference_steps=5, **guide).isfinite().all()
+            assert specedit.report(pipe).nfe == 5
+
     def test_what_is_kept_outlives_a_branch_that_leaves(self, family):
         if family.guided is None or not family.adapter.keeps_reference:
             pytest.skip("there are no two branches that keep anything")

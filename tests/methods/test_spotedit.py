@@ -14,7 +14,7 @@ from specedit.layout import MixedLayout, TokenGrid
 from specedit.method.adapter import Run
 from specedit.method.token_steps import reference_tokens
 from specedit.method.trace import step_calls
-from specedit.methods import SpotEdit, Steps
+from specedit.methods import SpotEdit, Steps, spotedit
 from specedit.methods.spotedit import fusion_weight, token_score
 from specedit.models.flux import FluxKontext
 from specedit.models.qwen.edit import QwenImageEdit, QwenImageEditPlus
@@ -230,8 +230,6 @@ def test_a_region_grows_by_the_dilation(pipe, edit):
 
 
 def test_selection_once_after_each_full_step(pipe, edit, monkeypatch):
-    from specedit.methods import spotedit
-
     calls = []
     monkeypatch.setattr(spotedit, "token_score", lambda *a: calls.append(1) or token_score(*a))
     for reselect, expected in ((True, 4), (False, 2)):
@@ -246,6 +244,25 @@ def test_keep_pixels_with_a_mask(pipe, edit, picture):
     image = edit(pipe, edit_mask=mask_of((0, 0)), output_type="pt")[0]
     source = torch.tensor(np.asarray(picture(128, 128))).permute(2, 0, 1) / 255
     assert torch.equal(image[:, 64:, 64:], source[:, 64:, 64:])
+
+
+def test_keep_pixels_gives_back_what_it_skipped(pipe, edit, picture):
+    specedit.install(pipe, method=SpotEdit(count=4, initial=2, resets=(), threshold=0))
+    edit(pipe)
+    threshold = float(specedit.report(pipe).score.quantile(0.9))
+    specedit.install(pipe, method=SpotEdit(count=4, initial=2, resets=(), threshold=threshold), keep_pixels=True)
+    image = edit(pipe, output_type="pt")[0]
+    source = torch.tensor(np.asarray(picture(128, 128))).permute(2, 0, 1) / 255
+    edited = specedit.report(pipe).edit_mask[0].repeat_interleave(32, 0).repeat_interleave(32, 1)
+    assert edited.any() and not edited.all()
+    assert torch.equal(image[:, ~edited], source[:, ~edited]) and not torch.equal(image[:, edited], source[:, edited])
+
+
+def test_scores_that_overflow_leave_the_picture_as_stock(pipe, edit, monkeypatch):
+    monkeypatch.setattr(spotedit, "token_score", lambda first, second, grid: torch.full((1, *grid.shape), torch.nan))
+    specedit.install(pipe, method=SpotEdit(count=4, initial=2, resets=()))
+    edit(pipe)
+    assert (specedit.report(pipe).overflowed, specedit.report(pipe).cached_steps) == (1, 0)
 
 
 def test_callbacks_see_every_step_and_may_interrupt(pipe, edit):
@@ -298,3 +315,13 @@ def test_what_it_cannot_run_on_is_refused_before_any_work(pipe, monkeypatch):
     with pytest.raises(ValueError, match=r"^method: expected another one .* flux-kontext computes all tokens or none"):
         specedit.install(pipe, method="spotedit")
     assert not hasattr(pipe, "_specedit")
+
+
+@pytest.mark.slow
+def test_under_torch_compile(pipe, edit):
+    specedit.install(pipe, method=SpotEdit(count=4, initial=2, resets=()))
+    expected = edit(pipe, edit_mask=mask_of((0, 0)))
+    torch._dynamo.reset()
+    pipe.transformer.compile(backend="eager", dynamic=True)
+    torch.testing.assert_close(edit(pipe, edit_mask=mask_of((0, 0))), expected, rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
