@@ -1,6 +1,8 @@
 """mixed_attention over lists of key blocks, against softmax attention with the mask written out in float64."""
 
+import importlib.util
 import itertools
+import json
 import math
 
 import pytest
@@ -302,3 +304,47 @@ def test_kernels_refuse_to_lose_a_derivative(device):
     keep = BlockKeep.from_mask(torch.ones(1, 1, dtype=torch.bool, device=device))
     with pytest.raises(RuntimeError, match=r"expected torch.no_grad\(\), got a tensor that requires a gradient"):
         mixed_attention(q, q, q, block_keep=keep, backend="triton")
+
+
+def entries():
+    """Launch parameters of every attention kernel that lists can reach, by file."""
+    if importlib.util.find_spec("triton") is None:
+        return
+    from specedit_kernels.gpu import launch
+
+    for path in sorted(launch.CONFIG_FOLDER.glob("*.json")):
+        table = json.loads(path.read_text())
+        for kernel in ("attention_tma", "attention"):
+            for entry in table.get(kernel, []):
+                yield pytest.param(kernel, entry, id=f"{path.stem}-{kernel}-{entry['shape']}")
+
+
+@pytest.mark.skipif("triton" not in available_backends(), reason="needs a GPU or Triton's interpreter")
+@pytest.mark.parametrize("kernel,entry", list(entries()))
+def test_every_attention_configuration(device, rng, as_good, kernel, entry):
+    """Packed lists through each shipped tile, by descriptors and by pointers; with everything kept, bit for bit."""
+    from specedit_kernels import gpu
+
+    if device.type == "cuda" and kernel == "attention_tma" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs TMA")
+    dim, dtype = entry["shape"]["head_dim"], torch.float16 if entry["shape"]["bits"] == 16 else torch.float32
+    lengths = ([3, 20], [10, 140]) if dtype == torch.float32 else ([10, 140], [60, 270])
+    cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).to(device, torch.int32) for n in lengths)
+    q, k, v = (randn(rng, device, dtype, sum(n), 1, dim) for n in (lengths[0], *[lengths[1]] * 2))
+    bias = torch.randn(k.shape[0], generator=rng).to(device)
+    arguments = (q, k, v, cu_q, cu_k, None, bias, dim**-0.5, True)
+    for size in (64, 128):
+        masks = [random_mask(rng, ceil_div(n, size), ceil_div(m, size)) for n, m in zip(*lengths)]
+        keep = BlockKeep.from_masks([mask.to(device) for mask in masks], query_block=size, key_block=size)
+        given_lists = (keep.offsets, keep.blocks, size, size)
+        out, lse = gpu.run("mixed_attention", (*arguments, *given_lists), {kernel: entry["config"]})
+        host = [x.cpu() for x in (q.double(), k.double(), v.double(), cu_q, cu_k, bias)]
+        lists = BlockKeep.from_masks(masks, query_block=size, key_block=size)
+        exact, exact_lse = mixed_attention(*host[:3], cu_seqlens_q=host[3], cu_seqlens_k=host[4], key_bias=host[5],
+                                           block_keep=lists, return_lse=True)  # fmt: skip
+        as_good(lse.cpu(), exact_lse, exact_lse.float())
+        assert (out.cpu().double() - exact).abs().max().item() < 16 * torch.finfo(dtype).eps
+    every = BlockKeep.from_masks([torch.ones_like(mask, device=device) for mask in masks])
+    kept = gpu.run("mixed_attention", (*arguments, every.offsets, every.blocks, 128, 128), {kernel: entry["config"]})
+    plain = gpu.run("mixed_attention", arguments, {kernel: entry["config"]})
+    assert torch.equal(kept[0], plain[0]) and torch.equal(kept[1], plain[1])

@@ -285,14 +285,13 @@ def test_lists_keep_the_loads_ahead(capability, path):
     """The compiled loop has as many buffers as without lists, its matrix instructions, and no spills."""
     from specedit_kernels import compile_check
 
-    found = {
-        v.name: (f, v) for f, v in compile_check.shipped(capability) if v.name.startswith(f"attend bf16 D64 {path}")
-    }
+    shipped, label = compile_check.shipped(capability), f"attend bf16 D64 {path}"
+    found = {variant.name: (file, variant) for file, variant in shipped if variant.name.startswith(label)}
     names = [name for name in found if "lists" in name]
-    assert {name.split("lists ")[1].split(" ", 1)[1] for name in names} == {"packed bias lse", "dense"}
+    assert {name.removeprefix(label).split(" lists")[0] for name in names} == {" packed bias lse", " dense"}
     file, plain = found[f"{label} dense"]
     tile = "{BLOCK_M}x{BLOCK_N}".format(**plain.constants)
     want = compile_check.check(plain, capability, file)
-    got = compile_check.check(found[f"{label} lists {tile} dense"][1], capability, file)
+    got = compile_check.check(found[f"{label} dense lists {tile}"][1], capability, file)
     assert got.problems == want.problems == [] and got.matrix_instructions == want.matrix_instructions
     assert want.shared <= got.shared < want.shared + 1024
