@@ -31,3 +31,5 @@ PAPERS = {
     "flux-kontext": PAPER,
     "qwen-image-edit": {preset: (clock, QWEN_STOCK / tera) for preset, (clock, tera) in PAPER_QWEN.items()},
 }
+# What the papers of other methods report for their own models, by the name of the method here.
+REPORTED: dict[str, str] = {}

@@ -12,6 +12,7 @@ import sys
 
 import docs_figures as figures
 import docs_measured as measured
+import docs_methods
 import docs_predicted as predicted
 import docs_readme as readme
 import kernel_pages
@@ -26,6 +27,7 @@ MAKERS = {
     "forecast-plan": predicted.forecast_plan,
     "forecast-paper": predicted.forecast_paper,
     "quality": measured.quality,
+    "methods": docs_methods.methods,
     "kinds": measured.kinds,
     "small": measured.small_edits,
     "sweep": measured.sweep,
@@ -74,6 +76,8 @@ def main() -> int:
         return 1 if stale else 0
     for file in sorted(RESULTS.glob("quality-*.json")):
         figures.pareto(file.name, ROOT / "docs" / "images" / f"{file.stem}.png")
+    for file in sorted(RESULTS.glob("methods-*.json")):
+        docs_methods.pareto(file.name, ROOT / "docs" / "images" / f"{file.stem}.png")
     for file in sorted(RESULTS.glob("sweep-*.json")):
         figures.sweep_curves(file.name, ROOT / "docs" / "images" / f"{file.stem}.png")
     for file in sorted(RESULTS.glob("kernels*.json")):

@@ -27,7 +27,7 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
         CLIError: the plugin cannot be imported, no such method or setting, or one beside a preset or restore.
     """
     if args.plugin is not None:
-        _import(args.plugin)
+        import_plugin(args.plugin)
     if args.method in (None, "specedit"):
         if args.setting is not None:
             raise CLIError(f"--setting: expected none without another --method, got {args.setting}")
@@ -50,7 +50,8 @@ def named(args: argparse.Namespace) -> str:
     return args.method if args.setting is None else f"{args.method}-{args.setting}"
 
 
-def _import(path: Path) -> None:
+def import_plugin(path: Path) -> None:
+    """Import a user's file, which registers what it defines. CLIError where that fails."""
     if not path.is_file():
         raise CLIError(f"--plugin: expected a Python file, got {path}")
     spec = importlib.util.spec_from_file_location(PLUGIN, path)

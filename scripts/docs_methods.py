@@ -1,0 +1,93 @@
+"""The table and figure of all methods."""
+
+from pathlib import Path
+
+from docs_paper import REPORTED
+from docs_results import default_steps, edited_by, load, number, source, table
+from matplotlib.figure import Figure
+
+from specedit.config import STOCK_STEPS
+
+SMALL = 0.15  # share of the picture; the figure is about edits up to this size
+GROUPS = {"stock": "s", "method": "o", "cache": "v", "specedit": "^", "idea": "*"}
+
+
+def cases_of(row: dict, *, texture: bool, largest: float = 1.0) -> list[dict]:
+    """The row's tasks of the old kinds, or of the texture kind, that change at most a share of the picture."""
+    return [
+        case for case in row["cases"] if (case["kind"] == "texture") == texture and case.get("mask_share", 0) <= largest
+    ]
+
+
+def average(cases: list[dict], key: str) -> float | None:
+    """Mean over the tasks that have `key`."""
+    values = [case[key] for case in cases if case.get(key) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def methods(name: str) -> str:
+    """One row a variant: both metrics, what it costs, and what is left beside stock with as many steps."""
+    result = load(name)
+    if result is None:
+        return "*not measured yet*"
+    steps = default_steps(edited_by(result))
+    stock = {row["variant"]: row for row in result["rows"]}
+    most = max(len(row["cases"]) for row in result["rows"])
+    rows = [_row(row, stock, steps) for row in _ordered(result["rows"]) if len(row["cases"]) == most]
+    header = ["variant", "success", "edit dB", "keep dB", "texture distance", "material", "TFLOPs"]
+    header += [f"FLOPs ratio to {n}" for n in dict.fromkeys((STOCK_STEPS, steps))]
+    header += [f"clock ratio to {steps}", "FLOPs ratio to stock with as many steps", "its paper"]
+    return f"{most} tasks.\n\n" + table(header, rows) + source(result, name)
+
+
+def _ordered(rows: list[dict]) -> list[dict]:
+    groups = list(GROUPS)
+    return sorted(rows, key=lambda row: (groups.index(row["group"]), -row["mean"]["flops"]))
+
+
+def _row(row: dict, stock: dict[str, dict], steps: int) -> list[str]:
+    m, fifty, default = row["mean"], stock.get(f"stock-{STOCK_STEPS}"), stock.get(f"stock-{steps}")
+    plain, texture = cases_of(row, texture=False), cases_of(row, texture=True)
+    whole = fifty and fifty["mean"]["flops"]
+    ratios = [whole and whole * n / STOCK_STEPS / m["flops"] for n in dict.fromkeys((STOCK_STEPS, steps))]
+    clock = default and default["mean"]["seconds"] / m["seconds"]
+    nfe = row.get("nfe")
+    alike = whole and nfe and whole * nfe / STOCK_STEPS / m["flops"]
+    return [
+        row["variant"], number(average(plain, "success"), ".0%"), number(average(plain, "edit_psnr"), ".1f"),
+        number(average(plain + texture, "keep_psnr"), ".1f"), number(average(texture, "texture_distance"), ".2f"),
+        number(average(texture, "material"), ".0%"), f"{m['flops'] / 1e12:.2f}",
+        *(number(ratio, ".2f") for ratio in ratios), number(clock, ".2f"), number(alike, ".2f"),
+        REPORTED.get(row["variant"].split()[0].split("-")[0], "-"),
+    ]  # fmt: skip
+
+
+def pareto(name: str, path: Path) -> None:
+    """Success and texture distance of small edits, over FLOPs and over seconds."""
+    result = load(name)
+    if result is None:
+        return
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    axes = figure.subplots(2, 2)
+    for line, (cost, label, scale) in enumerate((("flops", "TFLOPs an edit", 1e12), ("seconds", "seconds an edit", 1))):
+        for column, (key, title, texture) in enumerate(
+            (("success", "success", False), ("texture_distance", "texture distance", True))
+        ):
+            axis = axes[line][column]
+            for group, marker in GROUPS.items():
+                points = []
+                for row in result["rows"]:
+                    cases = cases_of(row, texture=texture, largest=1.0 if texture else SMALL)
+                    if row["group"] == group and (value := average(cases, key)) is not None:
+                        points.append((average(cases, cost) / scale, value, row["variant"]))
+                points.sort()
+                if points:
+                    x, y, names = zip(*points, strict=True)
+                    axis.plot(x, y, marker=marker, linestyle="-" if group == "stock" else "", label=group)
+                    for at in zip(x, y, names, strict=True):
+                        axis.annotate(at[2], at[:2], fontsize=6)
+            axis.set_xscale("log")
+            axis.set_xlabel(label)
+            axis.set_ylabel(title)
+            axis.legend(fontsize=7)
+    figure.savefig(path, dpi=90)

@@ -1,0 +1,44 @@
+"""The table of all methods: what stands in it, and that a run of it can be continued and extended."""
+
+import json
+
+import pytest
+
+from benchmarks import methods
+from specedit.registry import forecasts
+from specedit.registry import methods as registered
+
+
+def test_every_method_and_cache_has_its_rows():
+    every = methods.variants()
+    groups = {name: settings["group"] for name, settings in every.items()}
+    assert [name for name, group in groups.items() if group == "stock"][:2] == ["stock-50", "stock-28"]
+    for name in set(registered) - {"steps"}:
+        rows = [row for row in every if row.split()[0] == name]
+        assert len(rows) == max(1, len(registered[name].published)) and {groups[row] for row in rows} == {"method"}
+    assert {row.split()[0] for row, group in groups.items() if group == "cache"} == set(forecasts)
+
+
+def test_a_run_scores_both_sides_and_a_users_method(tmp_path):
+    out, plugin = tmp_path / "m.json", tmp_path / "mine.py"
+    plugin.write_text(
+        "from dataclasses import dataclass\n"
+        "from specedit.methods import Steps, register_method\n\n\n"
+        "@register_method\n@dataclass(frozen=True)\nclass Mine(Steps):\n    name = 'mine'\n    published = {}\n"
+    )
+    given = ["--size", "64", "--cases", "1", "--out", str(out), "--plugin", str(plugin)]
+    try:
+        methods.main([*given, "--only", "stock-1", "mine default", "turbo-reference"])
+    finally:
+        registered.unregister("mine")
+    rows = {row["variant"]: row for row in json.loads(out.read_text())["rows"]}
+    assert list(rows) == ["stock-1", "mine default", "turbo-reference"]
+    assert rows["mine default"]["nfe"] == 28 and rows["mine default"]["fields"] == {"method": "Mine(count=28)"}
+    # The last block computes the target's rows alone.
+    assert 20 < rows["mine default"]["mean"]["flops"] / rows["stock-1"]["mean"]["flops"] < 28
+    assert rows["turbo-reference"]["preset"] == "turbo"
+
+
+def test_an_unknown_row_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match=r"^--only: expected some of stock-50"):
+        methods.main(["--only", "stock-51", "--out", str(tmp_path / "m.json")])

@@ -1,0 +1,54 @@
+"""The table and figure of all methods, made from a result file that holds known figures."""
+
+import importlib
+import json
+
+import pytest
+from PIL import Image
+
+from tests.scripts.test_make_docs import docs  # noqa: F401
+
+
+def case(seed, kind, **scores):
+    return dict(seed=seed, kind=kind, mask_share=0.1, keep_psnr=30.0, seconds=1.0, flops=1e12) | scores
+
+
+def row(variant, group, flops, seconds, **more):
+    cases = [
+        case(0, "add", success=True, edit_psnr=20.0, flops=flops, seconds=seconds),
+        case(1, "add", success=False, edit_psnr=10.0, flops=flops, seconds=seconds),
+        case(2, "texture", texture_distance=1.25, material=True, flops=flops, seconds=seconds),
+    ]
+    return dict(variant=variant, group=group, mean=dict(flops=flops, seconds=seconds), kinds={}, cases=cases, **more)
+
+
+@pytest.fixture
+def result(docs, tmp_path):  # noqa: F811
+    """The module, and a file with three rows, one of which has not run every task."""
+    rows = [
+        row("steps", "specedit", 2e12, 2.0, nfe=4), row("stock-50", "stock", 50e12, 50.0, steps=50),
+        row("stock-28", "stock", 28e12, 28.0, steps=28), row("half", "method", 1e12, 1.0, nfe=5),
+    ]  # fmt: skip
+    rows[-1]["cases"].pop()
+    machine = dict(gpu=None, cpu="Some CPU", threads=2, torch="2", diffusers="0", date="today")
+    (tmp_path / "methods-64.json").write_text(json.dumps(dict(machine=machine, command="the command", rows=rows)))
+    return importlib.import_module("docs_methods")
+
+
+def test_the_table_has_both_metrics_and_what_the_method_itself_brings(result):
+    lines = [line for line in result.methods("methods-64.json").splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [line[0] for line in cells] == ["variant", "stock-50", "stock-28", "steps"]
+    own = dict(zip(cells[0], cells[-1], strict=True))
+    assert (own["success"], own["edit dB"], own["texture distance"], own["material"]) == ("50%", "15.0", "1.25", "100%")
+    assert (own["FLOPs ratio to 50"], own["FLOPs ratio to 28"], own["clock ratio to 28"]) == ("25.00", "14.00", "14.00")
+    assert own["FLOPs ratio to stock with as many steps"] == "2.00"  # 4 stock steps take 4e12, this run 2e12
+
+
+def test_without_a_file_nothing_is_claimed(result):
+    assert result.methods("methods-none.json") == "*not measured yet*"
+
+
+def test_the_figure_is_drawn(result, tmp_path):
+    result.pareto("methods-64.json", tmp_path / "figure.png")
+    assert min(Image.open(tmp_path / "figure.png").size) > 500
