@@ -93,7 +93,7 @@ class RegionE(Method):
     name = "regione"
     takes_mask = True
     own_attention = True
-    published: ClassVar = {"default": {}, "flux": FLUX, "qwen": QWEN}
+    published: ClassVar = {"default": {}}  # the rest depends on the model
 
     def validate(self) -> None:
         self.set("count", integer("count", self.count, 1))

@@ -86,7 +86,7 @@ class SpotEdit(Method):
     takes_mask = True
     needs_decoder = "features"
     own_attention = True
-    published: ClassVar = {"default": {}, "flux": FLUX, "qwen": QWEN}
+    published: ClassVar = {"default": {}}  # the rest depends on the model
 
     def validate(self) -> None:
         self.set("count", integer("count", self.count, 1))

@@ -55,7 +55,7 @@ def test_full_steps_are_the_published_ones(pipe):
     assert (options.threshold, options.dilation, options.reselect) == (0.2, 0, True)
     qwen = SpotEdit().for_model(QwenImageEdit())
     assert (qwen.threshold, qwen.dilation, qwen.reselect) == (0.15, 1, False)
-    assert SpotEdit.at("qwen") == SpotEdit(threshold=0.15, dilation=1, reselect=False)
+    assert SpotEdit.at("default") == SpotEdit()
 
 
 @pytest.mark.parametrize(("n", "full"), [(100, [*range(8), 26, 44, 62]), (10, [0, 3, 4, 6]), (1, [0]), (2, [0, 1])])
