@@ -62,7 +62,7 @@ run_tests() {
 
 run_kernels() {
   at_most 500 python3 -m pytest -q -p no:cacheprovider benchmarks/test_attention.py benchmarks/test_tokens.py \
-    benchmarks/test_weighted_sum.py --benchmark-disable-gc --results "$out/kernels.json"
+    benchmarks/test_block_attention.py benchmarks/test_weighted_sum.py --benchmark-disable-gc --results "$out/kernels.json"
 }
 
 run_micro() {

@@ -65,10 +65,16 @@ def goals(result: dict) -> Table:
         row = providers[OURS]
         return row["of_roofline"] if row["gbps"] * row["ms"] * 1e6 >= LARGE else None
 
+    def quarter(providers: dict) -> float | None:
+        """Speedup over every key where a quarter of the blocks is kept."""
+        dense = providers.get("specedit_kernels, every key")
+        return dense["ms"] / providers[OURS]["ms"] if dense and providers[OURS]["share"] == 0.25 else None
+
     wanted = [
         ("mixed_attention", "times FlexAttention with the same bias", faster("FlexAttention with bias"), 1.3),
         ("mixed_attention", "times cuDNN without a bias", faster("SDPA cuDNN without bias"), 0.85),
         ("mixed_attention", "times two passes merged", faster("flash, two passes merged by lse"), 1.0),
+        ("mixed_attention_blocks", "times every key, a quarter kept", quarter, 1 / 0.35),
         ("gather_tokens", "of copy bandwidth, from 25 MB", share, 0.9),
         ("gather_tokens", "times PyTorch's fastest", faster(), 1.0),
         ("scatter_tokens", "of copy bandwidth, from 25 MB", share, 0.9),

@@ -234,6 +234,11 @@ class SpecEditConfig:
                     f"{field.name}: expected the default, {getattr(default, field.name)!r}, with method="
                     f"{method.name!r}, which does not read it, got {value!r}"
                 )
+        if method.own_attention and self.attention == "stock":
+            raise ValueError(
+                f"attention: expected 'auto', 'triton' or 'torch' with method={method.name!r}, which needs "
+                "SpecEdit's own attention, got 'stock'"
+            )
 
     @property
     def method_options(self) -> Method | None:

@@ -28,6 +28,7 @@ class Method(ABC):
         takes_mask: whether a caller's `edit_mask` decides what it computes. If not, a mask without keep_pixels is an
             error.
         needs_decoder: what it reads from the VAE's decoder: None, "features" or "picture".
+        own_attention: whether it needs SpecEdit's own attention, so that attention="stock" is an error.
         published: the settings that its source reports, as options by the setting's name.
 
     Raises:
@@ -39,6 +40,7 @@ class Method(ABC):
     uses: ClassVar[frozenset[str]] = frozenset()
     takes_mask: ClassVar[bool] = False
     needs_decoder: ClassVar[Literal["features", "picture"] | None] = None
+    own_attention: ClassVar[bool] = False
     published: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     def __post_init__(self) -> None:

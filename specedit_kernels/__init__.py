@@ -14,9 +14,11 @@ from .api import (
     scatter_tokens,
     weighted_sum,
 )
+from .block_keep import BlockKeep
 from .diffusers_backend import register_diffusers_backend
 
 __all__ = [
+    "BlockKeep",
     "__version__",
     "available_backends",
     "contract_tokens",

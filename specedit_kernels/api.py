@@ -21,6 +21,7 @@ from typing import Any, Literal, overload
 import torch
 
 from . import checks, derivatives, ops, reference
+from .block_keep import BlockKeep, check_fits
 
 
 def available_backends() -> tuple[str, ...]:
@@ -206,6 +207,7 @@ def mixed_attention(
     cu_seqlens_k: torch.Tensor | None = None,
     max_seqlen_q: int | None = None,
     key_bias: torch.Tensor | None = None,
+    block_keep: BlockKeep | None = None,
     scale: float | None = None,
     return_lse: Literal[False] = False,
     backend: str | None = None,
@@ -222,6 +224,7 @@ def mixed_attention(
     cu_seqlens_k: torch.Tensor | None = None,
     max_seqlen_q: int | None = None,
     key_bias: torch.Tensor | None = None,
+    block_keep: BlockKeep | None = None,
     scale: float | None = None,
     return_lse: Literal[True],
     backend: str | None = None,
@@ -238,6 +241,7 @@ def mixed_attention(
     cu_seqlens_k: torch.Tensor | None = None,
     max_seqlen_q: int | None = None,
     key_bias: torch.Tensor | None = None,
+    block_keep: BlockKeep | None = None,
     scale: float | None = None,
     return_lse: bool,
     backend: str | None = None,
@@ -253,6 +257,7 @@ def mixed_attention(
     cu_seqlens_k: torch.Tensor | None = None,
     max_seqlen_q: int | None = None,
     key_bias: torch.Tensor | None = None,
+    block_keep: BlockKeep | None = None,
     scale: float | None = None,
     return_lse: bool = False,
     backend: str | None = None,
@@ -272,6 +277,8 @@ def mixed_attention(
             are many and short.
         key_bias: float32 (T_k,) or (B, N_k), added to the logits of that key after scaling; -inf hides the key (on
             CUDA everything below -2.3e38 does).
+        block_keep: the blocks of keys that each block of queries reads; see `BlockKeep`. Other keys cost nothing. None
+            reads every key. Lists that keep every block give the same, bit for bit (docs/kernels.md says when on CUDA).
         scale: factor of the logits; D ** -0.5 when None.
         return_lse: also return the natural logarithm of the softmax denominators.
         backend: "triton", "torch" or None (by device).
@@ -285,15 +292,20 @@ def mixed_attention(
         TypeError: dtypes or types that do not fit.
         ValueError: shapes or devices that do not fit, packed tensors without cu_seqlens, only one cu_seqlens,
             cu_seqlens that do not start at 0, go backwards or do not end at T, query heads that are not a multiple of
-            the key heads, an unknown backend.
+            the key heads, a `block_keep` for other sizes or whose lists name blocks that the sequence lacks, an unknown
+            backend.
 
     Source: FlashAttention-2 (arXiv 2307.08691), Algorithm 1, with the bias added to the scores; proportional attention
     (arXiv 2210.09461) is `key_bias = log(area)`.
     """
     _check_backend(backend)
     checks.check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias, scale)
+    kept: tuple[Any, ...] = ()
+    if block_keep is not None:
+        check_fits(block_keep, q, k, packed=cu_seqlens_q is not None)
+        kept = (block_keep.offsets, block_keep.blocks, block_keep.query_block, block_keep.key_block)
     scale = ops.default_scale(q.shape[-1]) if scale is None else float(scale)
-    args = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias, scale, return_lse)
+    args = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias, scale, return_lse, *kept)
     out, lse = _call(backend, "mixed_attention", q, args)
     return (out, lse) if return_lse else out
 

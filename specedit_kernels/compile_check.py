@@ -20,7 +20,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 # Shared memory one block may use, in bytes (CUDA programming guide, compute capabilities).
@@ -28,6 +28,7 @@ _SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 10
 # The matrix instruction, as cuobjdump prints it; sm_100's tcgen05.mma is UTC*MMA.
 _MATRIX = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: r"UTC\w*MMA", 103: r"UTC\w*MMA", 120: "HMMA"}
 _STRIDES = ("_sample", "_token", "_row", "_head", "_child")
+_LISTS = ("block_offsets", "blocks", "list_rows", "listed", "list_sample", "list_head")  # of key blocks, when there are
 _LAST_STRIDES = ("_dim", "_channel", "bias_key")
 
 
@@ -38,7 +39,7 @@ class Variant:
     name: str
     kernel: Any  # a function under triton.jit
     pointers: dict[str, str]  # argument -> element type, or a descriptor's type
-    constants: Mapping[str, object]
+    constants: Mapping[str, Any]
     options: dict[str, int]
     floats: tuple[str, ...] = ()
     matrix: bool = False
@@ -65,6 +66,7 @@ def _attention(table: dict[str, Any]) -> Iterator[Variant]:
     everything = {"PACKED": True, "PLANNED": True, "HAS_BIAS": True, "SCALE_FIRST": True, "HAS_LSE": True}
     nothing = dict.fromkeys(everything, False) | dict.fromkeys(("bias", "cu_q", "cu_k", "plan"))
     lengths = {"cu_q": "i32", "cu_k": "i32", "plan": "i32"}
+    unlisted = {"LISTED": False, "QUERY_BLOCK": 0, "KEY_BLOCK": 0} | dict.fromkeys(_LISTS)
     entries = [(True, entry) for entry in table.get("attention_tma", [])]
     for with_descriptors, entry in entries + [(False, entry) for entry in table["attention"]]:
         config, width = entry["config"], entry["shape"]["head_dim"]
@@ -83,20 +85,41 @@ def _attention(table: dict[str, Any]) -> Iterator[Variant]:
                 f"{name}_desc": f"tensordesc<{element}[1, 1, {rows}, {padded}]>"
                 for name, rows in (("q", config["block_m"]), ("k", config["block_n"]), ("v", config["block_n"]))
             }
-            fixed = blocks | {"DIM": dim, "DIM_P2": padded, "DESCRIPTORS": with_descriptors}
+            fixed = blocks | unlisted | {"DIM": dim, "DIM_P2": padded, "DESCRIPTORS": with_descriptors}
             if with_descriptors:
                 pointers |= descriptors
             else:
                 fixed |= dict.fromkeys(descriptors)
             label = f"attend {element} D{dim} {'tma' if with_descriptors else 'ptr'}"
-            yield Variant(f"{label} packed bias lse", attend, pointers | lengths, fixed | everything, options,
-                          ("scale_log2",), half)  # fmt: skip
+            packed = Variant(f"{label} packed bias lse", attend, pointers | lengths, fixed | everything, options,
+                             ("scale_log2",), half)  # fmt: skip
+            yield packed
             if dim == width and element != "fp16":
-                yield Variant(f"{label} dense", attend, pointers, fixed | nothing, options, ("scale_log2",), half)
+                dense = Variant(f"{label} dense", attend, pointers, fixed | nothing, options, ("scale_log2",), half)
+                yield dense
+                yield from (*_listed(packed), *_listed(dense))
                 yield Variant(f"{label} packed bias lse gqa", attend, pointers | lengths, fixed | everything, options,
                               ("scale_log2",), half, grouped=True)  # fmt: skip
         blocks = {"BLOCK_M": config["block_m"], "BLOCK_B": 128, "BLOCK_T": 128}
         yield Variant(f"plan_tiles {config['block_m']}", plan_tiles, lengths, blocks, {"num_warps": 4})
+
+
+def _listed(variant: Variant) -> Iterator[Variant]:
+    """A configuration with lists of key blocks, once for every tile that their sizes lead to."""
+    from .gpu.attention_blocks import tile_of
+
+    seen = set()
+    for sizes in ((128, 128), (128, 64), (64, 64)):
+        m, n = tile_of(sizes, variant.constants["BLOCK_M"], variant.constants["BLOCK_N"])
+        if (m, n) in seen:
+            continue
+        seen.add((m, n))
+        constants = {name: value for name, value in variant.constants.items() if name not in _LISTS}
+        constants |= {"BLOCK_M": m, "BLOCK_N": n, "LISTED": True, "QUERY_BLOCK": sizes[0], "KEY_BLOCK": sizes[1]}
+        pointers = {name: re.sub(r"1, 1, \d+", f"1, 1, {m if name == 'q_desc' else n}", kind)
+                    for name, kind in variant.pointers.items()}  # fmt: skip
+        pointers |= {"block_offsets": "i32", "blocks": "i32"}
+        yield replace(variant, name=f"{variant.name} lists {m}x{n}", pointers=pointers, constants=constants)
 
 
 def _attention_ws(table: dict[str, Any]) -> Iterator[Variant]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import checks, derivatives, reference
+from . import block_keep, checks, derivatives, reference, reference_blocks
 
 # Named after the package, so that copies under other names, as the Hub's loader makes, do not collide.
 NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")
@@ -31,7 +31,8 @@ _SCHEMAS = {
     "contract_tokens": "(Tensor fine, Scalar sigma_fine, int patch=2) -> Tensor",
     "mixed_attention": (
         "(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q,"
-        " Tensor? key_bias, Scalar scale, bool return_lse) -> (Tensor, Tensor)"
+        " Tensor? key_bias, Scalar scale, bool return_lse, Tensor? block_offsets=None, Tensor? blocks=None,"
+        " int query_block=0, int key_block=0) -> (Tensor, Tensor)"
     ),
     "qk_norm_rope": (
         "(Tensor q, Tensor k, Tensor? v, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps,"
@@ -76,8 +77,17 @@ def _mixed_attention_torch(
     key_bias: torch.Tensor | None,
     scale: float,
     return_lse: bool,
+    block_offsets: torch.Tensor | None = None,
+    blocks: torch.Tensor | None = None,
+    query_block: int = 0,
+    key_block: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    result = reference.mixed_attention(
+    attend = reference.mixed_attention
+    if block_offsets is not None and blocks is not None:
+        attend = functools.partial(
+            reference_blocks.mixed_attention, offsets=block_offsets, blocks=blocks, sizes=(query_block, key_block)
+        )
+    result = attend(
         q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, key_bias=key_bias, scale=scale,
         return_lse=return_lse,
     )  # fmt: skip
@@ -146,6 +156,10 @@ def _mixed_attention_fake(
     key_bias: torch.Tensor | None,
     scale: float,
     return_lse: bool,
+    block_offsets: torch.Tensor | None = None,
+    blocks: torch.Tensor | None = None,
+    query_block: int = 0,
+    key_block: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (*q.shape[:-3], q.shape[-2], q.shape[-3]) if return_lse else (0,)
     dtype = torch.float64 if return_lse and q.dtype == torch.float64 else torch.float32
@@ -182,10 +196,13 @@ def _check_values(backend: str, name: str, args: tuple[Any, ...]) -> None:
         src, index, out = args
         checks.check_index_values("index", index, out.shape[-2], unique=True)
         checks.expect_writable("out", out, {"src": src, "index": index})
-    elif name == "mixed_attention" and args[3] is not None:
+    elif name == "mixed_attention":
         read = backend == "torch"  # it reads them anyway
-        checks.check_cu_seqlens_values("cu_seqlens_q", args[3], args[0].shape[0], args[5], read=read)
-        checks.check_cu_seqlens_values("cu_seqlens_k", args[4], args[1].shape[0], read=read)
+        if args[3] is not None:
+            checks.check_cu_seqlens_values("cu_seqlens_q", args[3], args[0].shape[0], args[5], read=read)
+            checks.check_cu_seqlens_values("cu_seqlens_k", args[4], args[1].shape[0], read=read)
+        if len(args) > 9 and args[9] is not None:
+            block_keep.check_values(args, read=read)
     elif name == "qk_norm_rope":
         if args[8] is not None:
             checks.check_index_values("out_index", args[8], args[9].shape[-3], unique=True)

@@ -49,7 +49,8 @@ def transformer_flops(model_config: Any, tokens: float, keys: float | None = Non
         model_config: a diffusers transformer config, mapping or object: num_layers, num_attention_heads,
             attention_head_dim, and num_single_layers where the model has single blocks.
         tokens: length of the whole sequence (text + target + reference). A mean over samples may be fractional.
-        keys: tokens attended to, where that is more than `tokens`: keys and values of the others come from a cache.
+        keys: tokens attended to, where that is more than `tokens`, because keys and values of the others come from a
+            cache, or less, as a mean over queries, because attention skips some.
         read: tokens whose output is read, where the last block computes no others: of the rest only keys and values
             (4 d^2). None: that block computes all of them.
 

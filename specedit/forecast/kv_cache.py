@@ -1,4 +1,4 @@
-"""Keys and values of text and reference, kept between steps: they change little while the target is denoised."""
+"""Keys and values kept between steps: of text and reference, or of all tokens that a step leaves out."""
 
 from __future__ import annotations
 
@@ -28,16 +28,30 @@ class KVCache:
 
 
 @dataclass(frozen=True, eq=False)
+class Fusion:
+    """Kept keys and values of some target tokens, moved towards those of reference tokens before they are attended to:
+    weight * kept + (1 - weight) * reference. They are rotated to the target token's position first.
+
+    target, reference: (b, f) int64, tokens of the target, and for each one of the references' (all of them in a row).
+    """
+
+    target: Tensor
+    reference: Tensor
+    weight: float
+
+
+@dataclass(frozen=True, eq=False)
 class PartialForward:
     """How one branch of a step is computed; the store is filled, or the rows of what is computed replaced in it.
 
     All tokens (index None), the text and the target tokens `index` (b, m), or all target tokens without the text
-    (`target`).
+    (`target`). fusion: with an index, what becomes of kept target tokens.
     """
 
     store: KVCache
     index: Tensor | None = None
     target: bool = False
+    fusion: Fusion | None = None
 
     @property
     def partial(self) -> bool:
@@ -80,3 +94,32 @@ class ReferenceKVCache(PromptBoundCache):
             self.stores, self.last = [KVCache() for _ in range(branches)], step
         self.stores = self.stores[:branches]
         return [PartialForward(store, target=not fresh) for store in self.stores]
+
+
+class TokenKVCache(PromptBoundCache):
+    """Keys and values of all tokens of one part of a batch, for steps that compute some of the target's.
+
+    A whole step fills it. A step over some tokens replaces theirs, and those of the text, and attends to all. Where a
+    callback has replaced the prompt, what is kept is `stale`.
+    """
+
+    def __init__(self) -> None:
+        self.stores: list[KVCache] = []
+        self.stale = True
+
+    def reset(self) -> None:
+        self.stale = True
+
+    @property
+    def memory(self) -> int:
+        """Bytes held by all branches."""
+        return sum(store.memory for store in self.stores)
+
+    def whole(self, branches: int) -> list[PartialForward]:
+        """A step over all tokens that fills the cache, under so many guidance branches."""
+        self.stores, self.stale = [KVCache() for _ in range(branches)], False
+        return [PartialForward(store) for store in self.stores]
+
+    def some(self, index: Tensor, fusion: Fusion | None = None) -> list[PartialForward]:
+        """A step over the text and the target tokens `index` (b, m)."""
+        return [PartialForward(store, index, fusion=fusion) for store in self.stores]

@@ -18,10 +18,11 @@ from ..layout import GridSet, LayoutSet, MixedLayout, TokenGrid
 from ..placement import Placement, layouts_beside
 from .expand import cell_detail
 from .schedule import stage_sigmas, supported
+from .sparse_blocks import BlockPredictor
 from .trace import Trace
 
 if TYPE_CHECKING:
-    from ..forecast import ForecastRunner, PartialForward, ReferenceKVCache
+    from ..forecast import ForecastRunner, PartialForward, ReferenceKVCache, TokenKVCache
 
 
 class Conditioning:
@@ -141,8 +142,9 @@ class LayoutGroup:
     """Samples of the batch that share a layout, and their state.
 
     rows: which samples, b of them. tokens (b, layout.tokens, C) at the noise level `sigmas[i]` before step i. forecast,
-    kv: caches of this stage, which end with it. clean: what the last step predicted, x0 = x - s v, where the coarse
-    stage is verified. inputs: what an adapter makes once for this group and stage, by its own keys.
+    kv, tokens_kv: caches of this stage, which end with it. blocks: which blocks of keys attention reads; None: all.
+    clean: what the last step predicted, x0 = x - s v, where the coarse stage is verified. inputs: what an adapter makes
+    once for this group and stage, by its own keys.
     """
 
     rows: list[int]
@@ -153,6 +155,8 @@ class LayoutGroup:
     sigmas: list[float]
     forecast: ForecastRunner | None = None
     kv: ReferenceKVCache | None = None
+    tokens_kv: TokenKVCache | None = None
+    blocks: BlockPredictor | None = None
     clean: Tensor | None = None
     inputs: dict[Any, Any] = field(default_factory=dict)
     cached: int = 0  # steps that were not computed fully
@@ -161,7 +165,8 @@ class LayoutGroup:
     @property
     def cache_bytes(self) -> int:
         """Memory that the caches hold."""
-        return sum(cache.memory for cache in (self.forecast, self.kv) if cache is not None)
+        caches = (self.forecast, self.kv, self.tokens_kv)
+        return sum(cache.memory for cache in caches if cache is not None)
 
 
 @dataclass
@@ -221,6 +226,8 @@ class Adapter(ABC):
     pipelines: ClassVar[str]  # the classes it serves, for messages
     token_wise: ClassVar[bool] = False  # whether `predict` computes single tokens
     keeps_reference: ClassVar[bool] = False  # whether it computes the target's tokens alone
+    skips_blocks: ClassVar[bool] = False  # whether its attention follows a group's `blocks`
+    skips_tokens: ClassVar[bool] = False  # whether it leaves tokens out, the same ones in every guidance branch
     geometry: ClassVar[TokenGeometry] = PACKED  # what its tokens hold; `prepare` gives it to every grid
     calls: ClassVar[tuple[type, ...]] = ()  # classes outside diffusers whose `__call__` it runs as they do
 
@@ -264,8 +271,8 @@ class Adapter(ABC):
         """Outputs (b, N, C) float32 of the transformer for every active guidance branch, the prompt's first.
 
         partial: None, or for each branch what has the attention modules keep keys and values, and may ask for the
-        outputs (b, m, C) of some target tokens alone (where the adapter is `token_wise`), or for a forward pass over
-        the target's tokens alone (`keeps_reference`).
+        outputs (b, m, C) of some target tokens alone (`token_wise`; `skips_tokens` where every branch has the same
+        index), or for a forward pass over the target's tokens alone (`keeps_reference`).
         """
 
     @abstractmethod

@@ -21,9 +21,10 @@ class ForwardCall:
     """Equal forward passes of the transformer, or forecasts that stand in for them. Pure data, without a cost.
 
     stage: its name. tokens: length of each sequence that is computed (text + target + reference), `text` of which are
-    text; fractional where samples differ. keys: tokens attended to, where that is more: the others' keys and values
-    come from a cache. read: tokens whose output the last block computes; None: all of them. samples: sequences of a
-    pass. count: how many passes. forecast: operations of forecasting one sequence, which computes no tokens.
+    text; fractional where samples differ. keys: tokens attended to, where that is more, because the others' keys and
+    values come from a cache, or less, on average, because attention skips some. read: tokens whose output the last
+    block computes; None: all of them. samples: sequences of a pass. count: how many passes. forecast: operations of
+    forecasting one sequence, which computes no tokens.
     """
 
     stage: str

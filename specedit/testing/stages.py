@@ -8,6 +8,7 @@ import torch
 import specedit
 from specedit import SpecEditConfig
 from specedit.forecast.toca import KVCache, PartialForward
+from specedit.layout import MixedLayout
 from specedit.method.adapter import Run
 from specedit.method.groups import reference_on_layout
 from specedit.models.attention import processors as attention_module
@@ -160,6 +161,42 @@ class StageConformance(Cases):
                     for a, b, c in zip(plain, filled, alone, strict=True):
                         self.close(b, a)
                         self.close(c, a)
+
+    # Keys and values of this very step: then some tokens give what all tokens give.
+    def test_some_tokens_with_cached_keys(self, family):
+        for guide in self.guides(family):
+            pipe = family.make()
+            adapter, state = family.prepare(pipe, (144, 112), **guide)
+            if not adapter.skips_tokens:
+                pytest.skip("this adapter computes all tokens or none")
+            index = torch.tensor([[3, 4, 11, 40, 62]]).expand(state.batch, -1)
+            for last_block in {state.trims_last_block, False}:
+                state = dataclasses.replace(state, trims_last_block=last_block)
+                layout = MixedLayout.all_fine(state.grid)
+                run = step_of(family, adapter, pipe, state, layout, SpecEditConfig())
+                stores = [KVCache() for _ in range(state.branches)]
+                filled = run([PartialForward(store) for store in stores])
+                kept = {id(store): dict(store.entries) for store in stores}
+                some = run([PartialForward(store, index) for store in stores])
+                for a, b in zip(filled, some, strict=True):
+                    self.close(b, a[:, index[0]])
+                for store in stores:  # the same tokens' keys took the place of their own
+                    for module, pair in store.entries.items():
+                        for a, b in zip(pair, kept[id(store)][module], strict=True):
+                            self.close(a, b)
+
+    @pytest.mark.parametrize("name", ["spotedit", "regione", "sparge"])
+    def test_methods_that_skip_run_or_are_refused(self, family, name):
+        adapter = family.adapter
+        pipe = family.make()
+        if not (adapter.skips_blocks if name == "sparge" else adapter.skips_tokens):
+            with pytest.raises(ValueError, match=f"^method: expected another one .* {adapter.name} "):
+                specedit.install(pipe, method=name)
+            return
+        specedit.install(pipe, method=name)
+        for guide in self.guides(family):
+            assert family.run(pipe, num_inference_steps=5, **guide).isfinite().all()
+            assert specedit.report(pipe).nfe == 5
 
     def test_what_is_kept_outlives_a_branch_that_leaves(self, family):
         if family.guided is None or not family.adapter.keeps_reference:

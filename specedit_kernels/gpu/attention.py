@@ -10,6 +10,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch
+from .attention_blocks import BlockLists, _kept_tiles, _tile_start, tile_of
 from .attention_parts import LOG2_E, _attend_block, _store_rows
 from .attention_ws import SPECIALIZED_DIMS, attend_specialized, bias_descriptor
 
@@ -82,21 +83,34 @@ def _span(cu_seqlens, b, total):
     return start, tl.maximum(stop, start)
 
 
-@triton.jit(do_not_specialize=["tiles", "queries", "keys", "scale_log2", "bias_sample"])
+@triton.jit
+def _rows_before(cu_q, sequence, queries, QUERY_BLOCK: tl.constexpr):
+    """Number of query blocks of the sequences before this one, whose lists come first."""
+    rows = 0
+    for start in range(0, sequence, 128):
+        other = start + tl.arange(0, 128)
+        rows += tl.sum(tl.cdiv(_length(cu_q, other, other < sequence, queries), QUERY_BLOCK))
+    return rows
+
+
+@triton.jit(do_not_specialize=["tiles", "queries", "keys", "scale_log2", "bias_sample", "list_rows", "listed",
+                               "list_sample", "list_head"])  # fmt: skip
 def attend(
     q, k, v, q_desc, k_desc, v_desc, bias, out, lse, cu_q, cu_k, plan, tiles, heads, group, queries, keys, scale_log2,
     q_sample, q_row, q_head, q_dim, k_sample, k_row, k_head, k_dim, v_sample, v_row, v_head, v_dim,
-    bias_sample, bias_key,
+    bias_sample, bias_key, block_offsets, blocks, list_rows, listed, list_sample, list_head,
     DIM: tl.constexpr, DIM_P2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PACKED: tl.constexpr, PLANNED: tl.constexpr, DESCRIPTORS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SCALE_FIRST: tl.constexpr, HAS_LSE: tl.constexpr, PRECISION: tl.constexpr,
+    SCALE_FIRST: tl.constexpr, HAS_LSE: tl.constexpr, PRECISION: tl.constexpr, LISTED: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out_i = sum_j p_ij v_j / sum_j p_ij,  p_ij = exp(scale * q_i . k_j + bias_j),  lse_i = log sum_j p_ij
 
     One program computes one query block of one head over all keys of its sequence. Each `group` of consecutive query
     heads reads the same key head. The last, partial block of keys is handled after the main loop, which needs no mask
     then. Its loads are masked, so rows past the sequence, another sample's, are never read. With DESCRIPTORS, full
-    blocks are loaded through TMA.
+    blocks are loaded through TMA. With LISTED, only the key blocks in the query block's list are read, by tiles that
+    divide them.
     """
     tile = tl.program_id(0) % tiles
     head = tl.program_id(0) // tiles
@@ -137,6 +151,16 @@ def attend(
 
     length = k_stop - k_start
     whole = length // BLOCK_N * BLOCK_N
+    steps = whole
+    if LISTED:
+        row = tile * BLOCK_M // QUERY_BLOCK
+        if PLANNED:
+            row += _rows_before(cu_q, sequence, queries, QUERY_BLOCK)
+        block_offsets += sample * list_sample + tl.cast(head, tl.int64) * list_head
+        entry, steps, keeps_tail = _kept_tiles(block_offsets, blocks, row, list_rows, listed, length,
+                                               BLOCK_N, KEY_BLOCK)  # fmt: skip
+        # Each tile is looked up one iteration ahead: a look-up in its own would cost a stage of the pipeline.
+        upcoming = _tile_start(blocks, entry, 0, steps, whole, BLOCK_N, KEY_BLOCK)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, DIM_P2), tl.float32)
@@ -146,12 +170,16 @@ def attend(
         # Offsets within a block fit 32 bits (`_with_batch` ensures it); the block's own offset is a 64-bit scalar.
         k_offsets = n[:, None] * k_row + d[None, :] * k_dim  # [BN, D]
         v_offsets = n[:, None] * v_row + d[None, :] * v_dim  # [BN, D]
-    for start in range(0, whole, BLOCK_N):
+    for start in range(0, steps, BLOCK_N):
+        at = start
+        if LISTED:
+            at = upcoming
+            upcoming = _tile_start(blocks, entry, start + BLOCK_N, steps, whole, BLOCK_N, KEY_BLOCK)
         if DESCRIPTORS:
-            key = k_desc.load([sample.to(tl.int32), kv_head, k_start + start, 0]).reshape(BLOCK_N, DIM_P2)
-            value = v_desc.load([sample.to(tl.int32), kv_head, k_start + start, 0]).reshape(BLOCK_N, DIM_P2)
+            key = k_desc.load([sample.to(tl.int32), kv_head, k_start + at, 0]).reshape(BLOCK_N, DIM_P2)
+            value = v_desc.load([sample.to(tl.int32), kv_head, k_start + at, 0]).reshape(BLOCK_N, DIM_P2)
         else:
-            offset = tl.cast(start, tl.int64)
+            offset = tl.cast(at, tl.int64)
             if DIM == DIM_P2:
                 key = tl.load(k + offset * k_row + k_offsets)
                 value = tl.load(v + offset * v_row + v_offsets)
@@ -159,10 +187,13 @@ def attend(
                 key = tl.load(k + offset * k_row + k_offsets, mask=in_dim, other=0)
                 value = tl.load(v + offset * v_row + v_offsets, mask=in_dim, other=0)
         if HAS_BIAS:
-            bias_row = tl.load(bias + tl.cast(start, tl.int64) * bias_key + n * bias_key) * LOG2_E
+            bias_row = tl.load(bias + tl.cast(at, tl.int64) * bias_key + n * bias_key) * LOG2_E
         peak, total, acc = _attend_block(query, key, value, bias_row, in_keys, peak, total, acc, scale_log2,
                                          HAS_BIAS, SCALE_FIRST, False, PRECISION)  # fmt: skip
-    if whole < length:
+    has_tail = whole < length
+    if LISTED:
+        has_tail = keeps_tail
+    if has_tail:
         in_keys = whole + n < length  # [BN]
         offset = tl.cast(whole, tl.int64)
         # Computed here, so that with descriptors no offsets occupy registers in the main loop.
@@ -230,6 +261,10 @@ def launch_attention(
     key_bias: torch.Tensor | None,
     scale: float,
     return_lse: bool,
+    block_offsets: torch.Tensor | None = None,
+    blocks: torch.Tensor | None = None,
+    query_block: int = 0,
+    key_block: int = 0,
     tuned: dict[str, launch.Config] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     launch.check_dtype("q", q)
@@ -247,6 +282,9 @@ def launch_attention(
     keys = k4.shape[1]
     if out.numel() == 0:
         return out, lse
+    lists = None
+    if block_offsets is not None and blocks is not None:
+        lists = BlockLists(block_offsets, blocks, query_block, key_block)
     group = heads // k4.shape[2]  # Triton specialises 1, so equal head counts cost nothing
     dim_p2 = launch.next_power_of_2(dim)
     sequences = 1 if cu_seqlens_k is None else cu_seqlens_k.shape[0] - 1
@@ -256,7 +294,7 @@ def launch_attention(
     # On Hopper and newer, half precision loads through TMA where every tensor is aligned for it.
     config = None
     if q.element_size() == 2 and all(_fits_descriptor(x) for x in (q4, k4, v4)):
-        if not packed and dim_p2 in SPECIALIZED_DIMS:
+        if not packed and lists is None and dim_p2 in SPECIALIZED_DIMS:
             config = launch.config("attention_ws", q.device, tuned, **shape)
         if config is not None:
             block_m, block_n = config["block_m"], config["block_n"]
@@ -274,6 +312,8 @@ def launch_attention(
     if config is None:
         config = launch.shipped_config("attention", q.device, tuned, **shape)
     block_m, block_n = config["block_m"], config["block_n"]
+    if lists is not None:
+        block_m, block_n = tile_of((query_block, key_block), block_m, block_n)
     tiles = launch.ceil_div(queries, block_m)
     planned = packed and sequences > 1
     table = None
@@ -293,10 +333,12 @@ def launch_attention(
         q4, k4, v4, *described, bias, out, lse, cu_seqlens_q, cu_seqlens_k, table,
         tiles, heads, group, queries, keys, scale_log2,
         *(stride for x in (q4, k4, v4) for stride in x.stride()), *((0, 0) if bias is None else bias.stride()),
+        *((None,) * 6 if lists is None else lists.arguments()),
         DIM=dim, DIM_P2=dim_p2, BLOCK_M=block_m, BLOCK_N=block_n, PACKED=packed, PLANNED=planned,
         DESCRIPTORS=descriptors, HAS_BIAS=bias is not None,
         SCALE_FIRST=bias is not None or not scale > 0, HAS_LSE=return_lse,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", LISTED=lists is not None,
+        QUERY_BLOCK=query_block, KEY_BLOCK=key_block,
         num_warps=config["num_warps"], num_stages=config["num_stages"],
     )  # fmt: skip
     return out, lse

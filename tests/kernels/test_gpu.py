@@ -33,15 +33,20 @@ def attention_inputs(g, dtype, lengths, heads, dim, hidden=0.0):
     return q, k, v, cu, bias
 
 
-def softmax_attention(q, k, v, cu_q, cu_k, bias, dtype):
-    """Attention written out head by head in `dtype`; float64 is the exact result, the inputs' dtype the yardstick."""
+def softmax_attention(q, k, v, cu_q, cu_k, bias, dtype, seen=None):
+    """Attention written out head by head in `dtype`; float64 is the exact result, the inputs' dtype the yardstick.
+
+    `seen` has a boolean (H, N, K) per sequence, at least as large, with what each query reads.
+    """
     out = torch.zeros(q.shape, dtype=dtype, device="cuda")
     lse = torch.full((q.shape[1], q.shape[0]), -math.inf, dtype=dtype, device="cuda")
-    for a, b, c, d in zip(*(x.tolist()[i:] for x in (cu_q, cu_k) for i in (0, 1))):
+    for i, (a, b, c, d) in enumerate(zip(*(x.tolist()[i:] for x in (cu_q, cu_k) for i in (0, 1)))):
         if a == b or c == d:
             continue
         for h in range(q.shape[1]):
             logits = (q[a:b, h].to(dtype) @ k[c:d, h].to(dtype).T) * q.shape[-1] ** -0.5 + bias[c:d].to(dtype)
+            if seen is not None:
+                logits = logits.masked_fill(~seen[i][h, : b - a, : d - c], -math.inf)
             row = logits.logsumexp(-1)
             weights = torch.exp(logits - row.masked_fill(row == -math.inf, 0)[:, None])
             out[a:b, h] = weights @ v[c:d, h].to(dtype)
@@ -101,6 +106,60 @@ def test_random_ragged_batches(as_good, seed, half):
     as_good(lse, exact[1], same[1])
 
 
+def random_lists(g, queries, keys, size, heads=None, share=0.3):
+    """Lists of a packed batch with as many blocks as its lengths have, on the GPU."""
+    lead = () if heads is None else (heads,)
+    masks = [torch.rand(*lead, -(-n // size), -(-m // size), generator=g, device="cuda") < share
+             for n, m in zip(queries, keys)]  # fmt: skip
+    return masks, kernels.BlockKeep.from_masks(masks, query_block=size, key_block=size)
+
+
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("half", HALVES, ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("case", ["coarse", "two halves of CFG", "batch of 8 masks"])
+def test_block_lists_at_realistic_sizes(as_good, case, half, dim, size):
+    q, k, v, cu, bias = attention_inputs(generator(), half, LIFE[case], 2, dim)
+    counts = [a + b for a, b in LIFE[case]]
+    masks, keep = random_lists(generator(1), counts, counts, size, heads=2)
+    arguments = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "key_bias": bias, "return_lse": True}
+    out, lse = kernels.mixed_attention(q, k, v, **arguments, block_keep=keep)
+    seen = [mask.repeat_interleave(size, 1).repeat_interleave(size, 2) for mask in masks]
+    exact = softmax_attention(q, k, v, cu, cu, bias, torch.float64, seen)
+    same = softmax_attention(q, k, v, cu, cu, bias, half, seen)
+    as_good(out, exact[0], same[0])
+    as_good(lse, exact[1], same[1])
+    every = [torch.ones_like(mask) for mask in masks]
+    all_kept = kernels.BlockKeep.from_masks(every)
+    got = kernels.mixed_attention(q, k, v, **arguments, block_keep=all_kept)
+    for a, b in zip(got, kernels.mixed_attention(q, k, v, **arguments)):
+        assert torch.equal(a, b)
+
+
+def test_lists_are_made_and_read_without_the_host():
+    """No sync, and a graph that replays with another mask."""
+    g = generator()
+    q = torch.randn(1, 1000, 2, 64, generator=g, device="cuda").bfloat16()
+    mask = torch.rand(1, 2, 8, 8, generator=g, device="cuda") < 0.4
+
+    def attend():
+        return kernels.mixed_attention(q, q, q, block_keep=kernels.BlockKeep.from_mask(mask))
+
+    attend()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        attend()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend()
+    for share in (0.0, 0.5, 1.0):
+        mask.copy_(torch.rand(mask.shape, generator=g, device="cuda") < share)
+        graph.replay()
+        assert torch.equal(out, attend())
+
+
 def edit_step(x, index, noise, q, weight, cos, sin, place, joint, cu, bias):
     """Every operator once, in the order of an edit: rows out, to fine, back, in; queries placed; attention."""
     picked = kernels.gather_tokens(x, index)
@@ -154,6 +213,12 @@ def test_every_kernel_once(precision):
         summed.cpu(), reference.weighted_sum(stack.cpu(), weights.cpu()), atol=tolerance, rtol=tolerance
     )
     seed = torch.tensor([7], device="cuda")
+    q = arguments[3][None]
+    lists = kernels.BlockKeep.from_mask(torch.eye(2, device="cuda").bool(), query_block=64, key_block=64)
+    host = kernels.BlockKeep(lists.offsets.cpu(), lists.blocks.cpu(), 64, 64)
+    kept = kernels.mixed_attention(q, q, q, block_keep=lists)
+    same = kernels.mixed_attention(*[q.cpu()] * 3, block_keep=host)
+    torch.testing.assert_close(kept.cpu(), same, atol=tolerance, rtol=tolerance)
     drawn = ops.run("triton", "expand_tokens", (arguments[0], 0.5, None, seed, None))
     noise = reference.philox_noise(seed, (2, 40, 4, 16, 3))
     same, _ = reference.expand_tokens(arguments[0], 0.5, noise=noise)

@@ -66,3 +66,14 @@ def test_diffusers_backend_as_on_the_page(device):
     torch.testing.assert_close(names["out"], want, atol=1e-4, rtol=1e-4)
     with torch.no_grad():
         assert torch.equal(model(**inputs).sample, want)
+
+
+def test_attention_over_the_most_similar_blocks(device, rng):
+    """With two groups of keys apart, half of the blocks gives what all of them give; with every block, exactly."""
+    names = {"torch": torch, "kernels": kernels}
+    exec(compile(blocks("Attention over some of the keys"), "docs/backend.md", "exec"), names)
+    q = torch.randn(2, 256, 2, 16, generator=rng).to(device)
+    q[:, :128, :, 0], q[:, 128:, :, 0] = 30, -30
+    want = kernels.mixed_attention(q, q, q)
+    torch.testing.assert_close(names["sparse_attention"](q, q, q, 0.5), want)
+    assert torch.equal(names["sparse_attention"](q, q, q, 1.0), want)

@@ -61,6 +61,18 @@ def test_goals_are_judged_by_the_worst_case(pages):
     assert found["expand_tokens", "times the eager chain"] == ("-", "-", "-")
 
 
+def test_the_goal_of_kept_blocks_counts_a_quarter_only(pages):
+    times = {1.0: (4.0, 4.0), 0.25: (1.25, 4.0), 0.1: (1.0, 4.0)}
+    rows = [
+        row("mixed_attention_blocks", f"{share:.0%} kept", name, ms, tflops=1.0) | {"share": share}
+        for share, both in times.items()
+        for name, ms in zip(("specedit_kernels", "specedit_kernels, every key"), both)
+    ]
+    _, _, goals = pages.goals({"rows": rows})
+    (found,) = (goal for goal in goals if goal[0] == "mixed_attention_blocks")
+    assert found[2:] == ["2.86", "3.20", "25% kept", "yes"]
+
+
 def test_a_picture_for_every_operator(pages, tmp_path):
     paths = pages.draw({"rows": ROWS}, tmp_path, "kernels-x")
     assert [path.name for path in paths] == [
@@ -74,8 +86,9 @@ def test_a_picture_for_every_operator(pages, tmp_path):
 
 def test_goals_name_providers_that_the_benchmarks_have(pages):
     """A renamed provider would silently turn its goal into a dash."""
-    text = "".join((SCRIPT.parents[1] / "benchmarks" / f"test_{n}.py").read_text() for n in ("attention", "tokens"))
+    names = ("attention", "tokens", "block_attention")
+    text = "".join((SCRIPT.parents[1] / "benchmarks" / f"test_{name}.py").read_text() for name in names)
     source = SCRIPT.read_text()
     for name in ("FlexAttention with bias", "SDPA cuDNN without bias", "flash, two passes merged by lse",
-                 "eager chain", "specedit_kernels"):  # fmt: skip
+                 "eager chain", "specedit_kernels", "specedit_kernels, every key"):  # fmt: skip
         assert f'"{name}"' in text and f'"{name}"' in source

@@ -39,7 +39,7 @@ class Semantic(Selector):
         return to_cells(score) > config.threshold
 
 
-def discrepancy(first: list[Tensor], second: list[Tensor], size: tuple[int, int]) -> Tensor:
+def discrepancy(first: list[Tensor], second: list[Tensor], size: tuple[int, int], *, antialias: bool = True) -> Tensor:
     """Eq. 6: squared distance of channel-normalised features, resized to `size` and averaged over layers.
 
     Features are (B, c, h, w); returns (B, *size) float32 in 0..4.
@@ -47,7 +47,7 @@ def discrepancy(first: list[Tensor], second: list[Tensor], size: tuple[int, int]
     total = torch.zeros(())
     for a, b in zip(first, second, strict=True):
         distance = (F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)).square().sum(1, keepdim=True)
-        resized = F.interpolate(distance, size=size, mode="bilinear", antialias=True, align_corners=False)
+        resized = F.interpolate(distance, size=size, mode="bilinear", antialias=antialias, align_corners=False)
         total = total.to(resized) + resized[:, 0]
     return total / len(first)
 

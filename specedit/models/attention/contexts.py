@@ -14,7 +14,7 @@ sin (S, D/2) float32, as the kernel takes them, the text stream's rows before th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from specedit_kernels import mixed_attention
 
+from ...method.sparse_blocks import BlockPredictor
 from .sequences import Movable, Packing, QueryRows, Segments, mark_all_dynamic
 
 Tables = tuple[Tensor, Tensor]
@@ -123,7 +124,8 @@ class ByKernels(Context):
     """Attention by specedit_kernels.
 
     key_bias: (S,) or (B, S) float32, log of the area of every key, or None for no bias. aligned: phase-aligned RoPE,
-    or None for one scale. backend: of specedit_kernels, None for automatic.
+    or None for one scale. backend: of specedit_kernels, None for automatic. blocks: which blocks of keys are read, or
+    None for all.
     """
 
     rotary: Tables
@@ -131,6 +133,7 @@ class ByKernels(Context):
     aligned: PhaseAligned | None = None
     backend: str | None = None
     output_rows: QueryRows | None = None
+    blocks: BlockPredictor | None = None
 
     @property
     def kernels(self) -> str | None:
@@ -140,14 +143,16 @@ class ByKernels(Context):
     def scales(self) -> tuple[Tables, ...]:
         return (self.rotary,) if self.aligned is None else (self.rotary, self.aligned.rotary)
 
-    def attend(self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | None, processor: Any) -> Tensor:
+    def attend(
+        self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | Packing | None, processor: Any
+    ) -> Tensor:
         bias = None if self.key_bias is None else self.key_bias.expand(len(v), -1)
         if self.aligned is None:
             return self.launch(scales[0], v, bias, query_rows)
-        segments = (self.aligned if query_rows is None else query_rows).segments
+        segments = query_rows.segments if isinstance(query_rows, QueryRows) else self.aligned.segments
         return launch_segments(*scales, v, bias, segments, self.backend)
 
-    def launch(self, scale: Rotated, v: Tensor, bias: Tensor | None, query_rows: QueryRows | None) -> Tensor:
+    def launch(self, scale: Rotated, v: Tensor, bias: Tensor | None, query_rows: QueryRows | Packing | None) -> Tensor:
         """Attention at one scale."""
         raise NotImplementedError
 
@@ -158,8 +163,9 @@ class Mixed(ByKernels):
 
     index: Tensor
 
-    def launch(self, scale: Rotated, v: Tensor, bias: Tensor | None, query_rows: QueryRows | None) -> Tensor:
-        return mixed_attention(*scale, v, key_bias=bias, backend=self.backend)
+    def launch(self, scale: Rotated, v: Tensor, bias: Tensor | None, query_rows: QueryRows | Packing | None) -> Tensor:
+        keep = None if self.blocks is None else self.blocks.dense(*scale)
+        return mixed_attention(*scale, v, key_bias=bias, block_keep=keep, backend=self.backend)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -169,20 +175,22 @@ class Packed(ByKernels):
     packing: Packing
 
     def places(self, text: int, image: int) -> tuple[Tensor, Tensor]:
-        return self.packing.image, self.packing.text
+        return self.packing.places()
 
     def join(self, image: Tensor, *text: Tensor) -> Tensor:
-        streams = super().join(image, *text)
-        return torch.empty_like(streams).index_copy_(1, torch.cat([self.packing.text, self.packing.image]), streams)
+        return self.packing.join(super().join(image, *text))
 
     def split(self, joint: Tensor, text: int) -> tuple[Tensor, Tensor]:
-        return joint[:, self.packing.image], joint[:, self.packing.text]
+        return self.packing.split(joint)
 
-    def launch(self, scale: Rotated, v: Tensor, bias: Tensor | None, query_rows: QueryRows | None) -> Tensor:
+    def launch(self, scale: Rotated, v: Tensor, bias: Tensor | None, query_rows: QueryRows | Packing | None) -> Tensor:
         queries = self.packing if query_rows is None else query_rows
+        keep = None
+        if self.blocks is not None:
+            keep = self.blocks.packed(scale.q[0], scale.k[0], queries.cu_seqlens, self.packing.cu_seqlens)
         return mixed_attention(
             scale.q[0], scale.k[0], v[0], cu_seqlens_q=queries.cu_seqlens, cu_seqlens_k=self.packing.cu_seqlens,
-            max_seqlen_q=queries.longest, key_bias=None if bias is None else bias[0].contiguous(),
+            max_seqlen_q=queries.longest, key_bias=None if bias is None else bias[0].contiguous(), block_keep=keep,
             backend=self.backend,
         )[None]  # fmt: skip
 
@@ -224,12 +232,46 @@ class Storing(Context):
         return self.whole.attend(scales, v, query_rows, processor)
 
 
+@dataclass(frozen=True, eq=False)
+class FusedRows(Movable):
+    """Rows of the stored keys and values that move towards other rows: weight * row + (1 - weight) * source.
+
+    rows, sources: (b, f) int64. turn: tables (f, D/2) or (b, f, D/2) that rotate a source's key to the row's position.
+    """
+
+    rows: Tensor
+    sources: Tensor
+    turn: Tables
+    weight: float
+
+    @classmethod
+    def between(cls, rows: Tensor, sources: Tensor, tables: Tables, of: tuple[Tensor, Tensor], weight: float) -> Self:
+        """tables: of all positions, `of` these for rows and sources. The turn is the difference of their angles."""
+        (cos, sin), (at, source) = tables, of
+        turn = (
+            cos[at] * cos[source] + sin[at] * sin[source],
+            sin[at] * cos[source] - cos[at] * sin[source],
+        )
+        return cls(rows, sources, turn, weight)
+
+    def fuse(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (b, S, H, D) with the rows fused."""
+        each = []
+        for x, turn in ((k, self.turn), (v, None)):
+            rows, sources = (i[..., None, None].expand(-1, -1, *x.shape[2:]) for i in (self.rows, self.sources))
+            kept, source = x.gather(1, rows).float(), x.gather(1, sources).float()
+            source = source if turn is None else rotate(source, *turn)
+            each.append(x.scatter(1, rows, (self.weight * kept + (1 - self.weight) * source).to(x.dtype)))
+        return each[0], each[1]
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Partial(Context):
     """Some rows (b, n) of a whole sequence: they replace their keys and values in `entries` and attend to all of it.
 
     The streams hold these rows alone, in the order of the joint sequence, with tables (n, D/2) or (b, n, D/2) of their
-    own. index: (n,) int64 from 0, or longer. query_rows: these rows, as `whole` takes them.
+    own. index: (n,) int64 from 0, or longer. query_rows: these rows, as `whole` takes them. packing: where the streams'
+    rows lie among these rows, if `whole` is Packed and each sequence has text among them. fused: other rows that move.
     """
 
     whole: ByKernels
@@ -237,22 +279,43 @@ class Partial(Context):
     rows: Tensor
     rotary: Tables
     index: Tensor
-    query_rows: QueryRows
+    query_rows: QueryRows | Packing
     output_rows: QueryRows | None
+    packing: Packing | None = None
+    fused: FusedRows | None = None
 
     @property
     def kernels(self) -> str | None:
         return self.whole.backend
 
+    def places(self, text: int, image: int) -> tuple[Tensor, Tensor]:
+        return super().places(text, image) if self.packing is None else self.packing.places()
+
+    def join(self, image: Tensor, *text: Tensor) -> Tensor:
+        streams = super().join(image, *text)
+        return streams if self.packing is None else self.packing.join(streams)
+
+    def split(self, joint: Tensor, text: int) -> tuple[Tensor, Tensor]:
+        return super().split(joint, text) if self.packing is None else self.packing.split(joint)
+
     @torch.compiler.disable  # it would compile for each module's own entry
     def update_kv_cache(self, attn: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         index = self.rows[..., None, None].expand_as(k)
         k, v = (kept.scatter(1, index, new) for kept, new in zip(self.entries[attn], (k, v), strict=True))
+        if self.fused is not None:
+            k, v = self.fused.fuse(k, v)
         self.entries[attn] = (k, v)
         return k, v
 
     def attend(self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | None, processor: Any) -> Tensor:
         return self.whole.attend(scales, v, self.query_rows if query_rows is None else query_rows, processor)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (b, n, H, D) with its pairs of even and odd numbers rotated by tables (n, D/2) or (b, n, D/2)."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    c, s = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    return torch.stack([even * c - odd * s, odd * c + even * s], -1).flatten(-2).to(x.dtype)
 
 
 def dispatched(scale: Rotated, v: Tensor, mask: Tensor | None, processor: Any) -> Tensor:

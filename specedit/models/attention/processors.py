@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from specedit_kernels import qk_norm_rope
 
-from .contexts import Context, Rotated, Stock
+from .contexts import Context, Rotated, Stock, rotate
 
 
 class MixedProcessor:
@@ -120,7 +120,7 @@ def _norm_rope_scatter(q, k, v, norm_q, norm_k, cos, sin, out, rows: Tensor, bac
         qk_norm_rope(q, k, *weights, cos, sin, eps=norm_q.eps, v=v, out_index=rows, out=out, backend=backend)
         return
     for x, norm, target in ((q, norm_q, out[0]), (k, norm_k, out[1])):
-        target[:, rows] = _rotate(norm(x), cos, sin).to(target.dtype)
+        target[:, rows] = rotate(norm(x), cos, sin).to(target.dtype)
     if v is not None:
         out[2][:, rows] = v
 
@@ -210,7 +210,7 @@ def _norm_and_rotate(x: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor, backe
     """Normed and rotated x (b, n, H, D). The kernel takes a pair; its second result is dropped."""
     if _weight_is_resident(norm, x):
         return qk_norm_rope(x, x, norm.weight, norm.weight, cos, sin, eps=norm.eps, backend=backend)[0]
-    return _rotate(norm(x), cos, sin)
+    return rotate(norm(x), cos, sin)
 
 
 def _weight_is_resident(norm: nn.Module, x: Tensor) -> bool:
@@ -218,12 +218,6 @@ def _weight_is_resident(norm: nn.Module, x: Tensor) -> bool:
     waits for a copy that diffusers' streams have begun."""
     hooked = hasattr(norm, "_diffusers_hook") or hasattr(norm, "_hf_hook")
     return not hooked and norm.weight.device == x.device
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    c, s = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    return torch.stack([even * c - odd * s, odd * c + even * s], -1).flatten(-2).to(x.dtype)
 
 
 def half_table(table: Tensor) -> Tensor:

@@ -64,6 +64,8 @@ class QwenImageEdit(BlockAdapter):
     name = "qwen-image-edit"
     pipelines = "QwenImageEditPipeline"
     keeps_reference = True
+    skips_blocks = True
+    skips_tokens = True
     attention = Attention
     processor = QwenMixedProcessor
     block = QwenImageTransformerBlock
@@ -191,7 +193,8 @@ class QwenImageEdit(BlockAdapter):
         prompts = run.state.conditioning.prompts(active_branches(run.state, run.config, sigma))
         forward, attention = QwenForward(run, group, sigma), run.config.attention
         unpadded = all(prompt.lengths is None for prompt in prompts)
-        plain = attention == "auto" and not forward.mixed and not partial and unpadded
+        own = forward.mixed or bool(partial) or group.blocks is not None
+        plain = attention == "auto" and not own and unpadded
         if attention == "stock":
             return [forward.dense(prompt) for prompt in prompts]
         if plain and len(prompts) == 1:

@@ -26,12 +26,14 @@ class Sequences:
     """Packed sequences, as the transformer is given them in every step of a stage.
 
     placed: the images' positions. texts: which of a prompt's embeddings (rows and tokens flattened) are the words of
-    the sequences, for each prompt. count: of sequences, with `target` target tokens each. length: of all of them.
+    the sequences, for each prompt. lengths: words of every sequence. count: of sequences, with `target` target tokens
+    each. length: of all of them.
     """
 
     placed: ImgShapesWithFreqs
     context: contexts.Packed | contexts.Partial
     texts: tuple[Tensor, ...]
+    lengths: tuple[int, ...]
     count: int
     target: int
     length: int
@@ -55,6 +57,42 @@ class Sequences:
         )
         placed = ImgShapesWithFreqs(len(index), 0, 1, tables)
         return dataclasses.replace(self, placed=placed, context=partial, texts=tuple(t[:0] for t in self.texts))
+
+    def some(self, call: PartialForward) -> Sequences:
+        """Inputs of a call for the texts and the target tokens that it names, with the stored keys and values of all
+        others."""
+        whole, device, m = self.context, call.index.device, call.index.shape[1]
+        text, image = whole.packing.text, self._image_rows(call.index, self.target, 0)
+        packing, at = pack(list(self.lengths), m, 0, device), whole.packing.image[image]
+        rows = packing.join(torch.cat([text, at])[None])
+        stream = torch.cat([torch.arange(len(text), device=device), len(text) + image])
+        tables = tuple(table[stream] for table in whole.rotary)
+        output_rows = None
+        if whole.output_rows is not None:
+            output_rows = QueryRows(at, cu_seqlens=cumulative([m] * self.count, device))
+        context = contexts.Partial(
+            whole=whole, entries=call.store.entries, rows=rows, rotary=tables,
+            index=torch.arange(rows.shape[1], device=device), query_rows=packing, output_rows=output_rows,
+            packing=packing, fused=self._fused(call),
+        )  # fmt: skip
+        return dataclasses.replace(self, placed=ImgShapesWithFreqs(len(image), 0, 1, tables), context=context)
+
+    def _image_rows(self, index: Tensor, each: int, first: int) -> Tensor:
+        """(count * m,) rows of the image stream: tokens `index` (b, m) of every sequence, which has `each` of the kind
+        that begins at row `first`."""
+        number = torch.arange(self.count, device=index.device)[:, None]
+        return (first + each * number + index.repeat(self.count // len(index), 1)).flatten()
+
+    def _fused(self, call: PartialForward) -> contexts.FusedRows | None:
+        """The rows of the packed sequence that a call's fusion names."""
+        if call.fusion is None:
+            return None
+        whole, targets = self.context, self.count * self.target
+        text, image = len(whole.packing.text), whole.packing.image
+        target = self._image_rows(call.fusion.target, self.target, 0)
+        source = self._image_rows(call.fusion.reference, (len(image) - targets) // self.count, targets)
+        rows, sources, at = image[target][None], image[source][None], (text + target, text + source)
+        return contexts.FusedRows.between(rows, sources, whole.rotary, at, call.fusion.weight)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +128,10 @@ class QwenForward:
             sequences, images = sequences.target_alone, images[:1]
             call.store.keep(sequences.length)
             context = dataclasses.replace(sequences.context, entries=call.store.entries)
+        elif call is not None and call.index is not None:
+            sequences, n = sequences.some(call), call.index.shape[1]
+            images = [images[0].gather(1, call.index[..., None].expand(-1, -1, images[0].shape[2]))]
+            context = sequences.context
         elif call is not None:
             context = contexts.Storing(whole=context, entries=call.store.entries)
         words = [prompt.embeds.flatten(0, 1)[at] for prompt, at in zip(prompts, sequences.texts, strict=True)]
@@ -153,10 +195,10 @@ class QwenForward:
         rotary = tables(1.0)
         context = contexts.Packed(
             rotary=rotary, key_bias=bias, aligned=aligned, backend=self.run.state.backend, output_rows=output_rows,
-            packing=packing,
+            blocks=self.group.blocks, packing=packing,
         )  # fmt: skip
         placed = ImgShapesWithFreqs(count * n, count * r, 1, rotary)
-        return Sequences(placed, context, tuple(texts), count, target=n, length=sum(whole))
+        return Sequences(placed, context, tuple(texts), tuple(lengths), count, target=n, length=sum(whole))
 
     def _dense(self, prompts: list[QwenPrompt]) -> DenseInputs:
         (prompt,) = prompts

@@ -56,6 +56,8 @@ class FluxBlocks(BlockAdapter):
 
     token_wise = True
     keeps_reference = True
+    skips_blocks = True
+    skips_tokens = True
     blocks = "single_transformer_blocks"
 
     @staticmethod
@@ -112,7 +114,7 @@ class FluxBlocks(BlockAdapter):
         target, mixed = len(layout.area), layout.is_mixed or beside.is_mixed
         text = torch.zeros(state.text_tokens, device=area.device)
         bias = torch.cat([text, area.log()]) if mixed and config.key_bias == "area" else None
-        own = mixed or stores or config.attention != "auto"
+        own = mixed or stores or config.attention != "auto" or group.blocks is not None
         needed = bias is not None if config.attention == "stock" else own or state.trims_last_block
         if not needed:
             return None
@@ -128,7 +130,7 @@ class FluxBlocks(BlockAdapter):
             asked = sequences.segments(area[:target] > 1, [target], [len(index)])
             aligned = contexts.PhaseAligned(self._rotary(run, self.position_ids(state, layout, beside, 0.5)), segments)
         return contexts.Mixed(
-            rotary=tables, index=index, key_bias=bias, aligned=aligned, backend=state.backend,
+            rotary=tables, index=index, key_bias=bias, aligned=aligned, backend=state.backend, blocks=group.blocks,
             output_rows=sequences.QueryRows(index[:target], asked) if state.trims_last_block else None,
         )  # fmt: skip
 
@@ -181,12 +183,21 @@ def partial_inputs(inputs: FluxForward, call: PartialForward, text: int, target:
         whole=whole, entries=entries, rows=rows, index=whole.index,
         rotary=tuple(table[rows] for table in whole.rotary), query_rows=sequences.QueryRows(rows[0]),
         output_rows=None if whole.output_rows is None else sequences.QueryRows(call.index[0]),
+        fused=fused_rows(call, whole, text, target),
     )  # fmt: skip
     # The processors take positions from the context, which has every sample's own; the ids only need the right length.
     index = call.index[..., None].expand(-1, -1, inputs.states.shape[2])
     return replace(
         inputs, states=inputs.states.gather(1, index), ids=inputs.ids[: call.index.shape[1]], context=context
     )
+
+
+def fused_rows(call: PartialForward, whole: contexts.Mixed, text: int, target: int) -> contexts.FusedRows | None:
+    """The rows of the joint sequence that a call's fusion names."""
+    if call.fusion is None:
+        return None
+    rows, sources = text + call.fusion.target, text + target + call.fusion.reference
+    return contexts.FusedRows.between(rows, sources, whole.rotary, (rows, sources), call.fusion.weight)
 
 
 def image_ids(positions: Tensor, image: int) -> Tensor:
