@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .vocabulary import MATERIALS as MATERIALS
+
 JITTER = 0.04  # of each channel of a palette's colours
 TABLE = 64  # cells a side until a cellular material repeats
 
@@ -24,7 +26,7 @@ PALETTES: dict[str, tuple[tuple[float, float, float], ...]] = {
     "ripples": ((0.05, 0.34, 0.40), (0.62, 0.86, 0.84)),
     "brush strokes": ((0.86, 0.36, 0.22), (0.94, 0.76, 0.33), (0.42, 0.22, 0.50)),
 }
-MATERIALS: tuple[str, ...] = tuple(PALETTES)
+assert tuple(PALETTES) == MATERIALS
 
 
 def texture(

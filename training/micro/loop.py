@@ -38,7 +38,9 @@ class Settings:
     Attributes:
         steps: at most this many steps of each part, for a quick try.
         practise: kinds of edit of half of the tasks; the other half has the usual shares.
+        without_probes: flow matching alone, for a short run from a trained editor, whose probes would first have to be fitted.
         enter: where in the curriculum of sizes, 0 to 1, a run with `start` begins.
+        leave: where in it the run ends, `enter` to 1: less for smaller pictures throughout.
     """
 
     out: Path
@@ -60,7 +62,9 @@ class Settings:
     link_minutes: float = 36.0
     probe_minutes: float = 5.0
     practise: tuple[str, ...] = ()
+    without_probes: bool = False
     enter: float = 0.5
+    leave: float = 1.0
     model: str = "kontext"
 
 
