@@ -39,8 +39,8 @@ def train(settings: Settings):
     """Train the editor in `settings.out`, or resume its training; returns the pipeline with averaged weights.
 
     Raises:
-        ValueError: an unknown model or kind of edit, `enter` or `leave` outside 0 to 1, a folder with another kind of editor, or a
-            `like` that does not fit.
+        ValueError: an unknown model or kind of edit, `enter` or `leave` outside 0 to 1, a folder with another kind of editor,
+            or a `like` that does not fit.
     """
     family = family_named(settings.model)
     check(settings, family)

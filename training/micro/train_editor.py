@@ -192,7 +192,7 @@ def mixture(progress: float) -> dict[int, float]:
 
 
 def noise_levels(count: int, tokens: int, high: float | Tensor, config, **draw) -> Tensor:
-    """Noise levels (count,): a share `high`, one or (count,), uniform above `HIGH`, others shifted as in the scheduler."""
+    """Noise levels (count,): a share `high` (one or (count,)) uniform above `HIGH`, the others shifted by the scheduler."""
     mu = calculate_shift(
         tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
     )
