@@ -55,7 +55,7 @@ class Settings:
     vae_rate: float = 6e-4  # a higher rate undoes the thumbnail initialisation
     largest: int = 512
     save_minutes: float = 4.0
-    batch_scale: int = 1
+    batch_scale: float = 1
     start: Path | None = None
     like: Path | None = None
     follow: bool = False

@@ -69,6 +69,8 @@ def test_wrong_options_are_refused_before_any_work(tmp_path):
         train.train(loop.Settings(out, practise=("shape", "paint")))
     with pytest.raises(ValueError, match=r"--enter: expected 0 to 1, got 1\.5"):
         train.train(loop.Settings(out, enter=1.5))
+    with pytest.raises(ValueError, match=r"--batch-scale: expected more than 0, got 0"):
+        train.train(loop.Settings(out, batch_scale=0))
     with pytest.raises(ValueError, match=r"--leave: expected 0, where the curriculum is entered, to 1, got 1\.5"):
         train.train(loop.Settings(out, leave=1.5))
     with pytest.raises(ValueError, match=r"--leave: expected 0\.5, .*, to 1, got 0\.4"):
@@ -315,6 +317,14 @@ def test_steps_at_512_px_are_mostly_focused(monkeypatch):
     again = next(b for i, b in enumerate(focused) if any(b.labels.prompt is c.labels.prompt for c in focused[:i]))
     parts = [b.at for b in focused if b.labels.prompt is again.labels.prompt]
     assert not torch.equal(parts[0], parts[1])  # a batch that returns has other tokens
+
+
+@pytest.mark.parametrize(("scale", "count"), [(0.5, 32), (2, 128), (0.001, 1)])
+def test_batch_scale_multiplies_the_batch(monkeypatch, scale, count):
+    monkeypatch.setattr(train_editor, "mixture", lambda _progress: {64: 1.0})
+    monkeypatch.setattr(train_editor, "encode", lambda _pipe, tasks, *_: SimpleNamespace(tasks=tasks))
+    batch = next(train_editor.batches(None, loop.Settings(Path(), batch_scale=scale), loop.Clock(1.0), 0))
+    assert len(batch.tasks) == count
 
 
 def test_continued_training_starts_in_the_middle_of_the_curriculum(monkeypatch):
