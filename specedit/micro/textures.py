@@ -66,20 +66,20 @@ def _clouds(rng: np.random.Generator, palette: Tensor, y: Tensor, x: Tensor) -> 
 
 
 def _marble(rng: np.random.Generator, palette: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    period, heading = _drawn(rng, 20, 36), rng.uniform(0, 2 * math.pi)
+    period, heading = _drawn(rng, 28, 44), rng.uniform(0, 2 * math.pi)
     along, _ = _turned(heading, y, x)
-    bend = _field(_waves(rng, 32, 32, 72, slope=0.5), y, x)
+    bend = _field(_waves(rng, 32, 44, 88, slope=0.5), y, x)
     shade = _field(_waves(rng, 32, 24, 64), y, x)
-    vein = (1 - (math.pi * along / period + 1.1 * bend).sin().abs()) ** 2.5
+    vein = (1 - (math.pi * along / period + 1.1 * bend).sin().abs()) ** 2
     return _mix(palette, (0.85 * vein + 0.1 + 0.08 * shade).clamp(0, 1))
 
 
 def _wood(rng: np.random.Generator, palette: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    period, heading = _drawn(rng, 16, 28), rng.uniform(0, 2 * math.pi)
+    period, heading = _drawn(rng, 20, 30), rng.uniform(0, 2 * math.pi)
     across, _ = _turned(heading, y, x)
-    bend = _field(_waves(rng, 24, 64, 128, heading + math.pi / 2, 0.9), y, x)
-    ring = torch.remainder(across / period + 0.4 * bend, 1.0)
-    return _mix(palette, torch.minimum(ring**1.5, (1 - ring) * period / 4))
+    bend = _field(_waves(rng, 24, 72, 144, heading + math.pi / 2, 0.9), y, x)
+    ring = torch.remainder(across / period + 0.35 * bend, 1.0)
+    return _mix(palette, torch.minimum(ring, (1 - ring) * period / 6))
 
 
 def _pebbles(rng: np.random.Generator, palette: Tensor, y: Tensor, x: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class Settings:
     Attributes:
         steps: at most this many steps of each part, for a quick try.
         practise: kinds of edit of half of the tasks; the other half has the usual shares.
-        without_probes: flow matching alone, for a short run from a trained editor, whose probes would first have to be fitted.
+        without_probes: flow matching alone, since a short run has no time to fit probes to a trained editor.
         enter: where in the curriculum of sizes, 0 to 1, a run with `start` begins.
         leave: where in it the run ends, `enter` to 1: less for smaller pictures throughout.
     """
@@ -55,7 +55,7 @@ class Settings:
     vae_rate: float = 6e-4  # a higher rate undoes the thumbnail initialisation
     largest: int = 512
     save_minutes: float = 4.0
-    batch_scale: int = 1
+    batch_scale: float = 1
     start: Path | None = None
     like: Path | None = None
     follow: bool = False

@@ -39,8 +39,8 @@ def train(settings: Settings):
     """Train the editor in `settings.out`, or resume its training; returns the pipeline with averaged weights.
 
     Raises:
-        ValueError: an unknown model or kind of edit, `enter` or `leave` outside 0 to 1, a folder with another kind of editor, or a
-            `like` that does not fit.
+        ValueError: an unknown model or kind of edit, `enter` or `leave` outside 0 to 1, a folder with another kind of
+            editor, or a `like` that does not fit.
     """
     family = family_named(settings.model)
     check(settings, family)
@@ -98,6 +98,8 @@ def check(settings: Settings, family: Family) -> None:
     entered = 0.0 if settings.start is None else settings.enter
     if not entered <= settings.leave <= 1:
         raise ValueError(f"--leave: expected {entered:g}, where the curriculum is entered, to 1, got {settings.leave}")
+    if not settings.batch_scale > 0:
+        raise ValueError(f"--batch-scale: expected more than 0, got {settings.batch_scale}")
     if settings.follow and (settings.start is None or settings.like is None):
         raise ValueError(
             "--follow: expected --start, an editor that inherited from another, and --like, that other one"
@@ -139,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--largest", type=int, default=Settings.largest, help="largest side trained at, in pixels")
     parser.add_argument("--rate", type=float, default=Settings.rate)
-    parser.add_argument("--batch-scale", type=int, default=1, help="multiplies the batch size; a GPU has room for 8")
+    parser.add_argument("--batch-scale", type=float, default=1, help="multiplies the batch size; a GPU has room for 8")
     parser.add_argument(
         "--start",
         type=Path,

@@ -156,7 +156,7 @@ def batches(pipe: Any, settings: Settings, clock: Clock, start: int) -> Iterator
     rng = random.Random(settings.seed + start)
     pools: dict[int, list[Batch]] = {}
     # Another seed gets other tasks, and so does a resumed run: it starts after all earlier steps.
-    seeds = iter(training_seeds((settings.seed << 36) + (start * settings.batch_scale << 12), 1 << 36))
+    seeds = iter(training_seeds((settings.seed << 36) + (start * math.ceil(settings.batch_scale) << 12), 1 << 36))
     while True:
         entered = 0.0 if settings.start is None else settings.enter
         progress = entered + (settings.leave - entered) * clock.progress
@@ -167,7 +167,7 @@ def batches(pipe: Any, settings: Settings, clock: Clock, start: int) -> Iterator
             square = (side, side)
             size = square if rng.random() < 0.7 else rng.choice(sizes(side))
             place = (rng.randrange(3), rng.randrange(3)) if max(size) == 512 and rng.random() < FOCUSED else None
-            count = int(BATCHES[size] / (1 if place is None else FOCUS)) * settings.batch_scale
+            count = max(1, int(BATCHES[size] / (1 if place is None else FOCUS) * settings.batch_scale))
             batch = encode(pipe, draw_tasks(seeds, count, rng, place, settings.practise), size, settings.device)
             batch.focused = place is not None
             pool.append(batch)
@@ -192,7 +192,7 @@ def mixture(progress: float) -> dict[int, float]:
 
 
 def noise_levels(count: int, tokens: int, high: float | Tensor, config, **draw) -> Tensor:
-    """Noise levels (count,): a share `high`, one or (count,), uniform above `HIGH`, others shifted as in the scheduler."""
+    """Noise levels (count,): a share `high`, one or (count,), uniform above `HIGH`, the others shifted."""
     mu = calculate_shift(
         tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
     )
