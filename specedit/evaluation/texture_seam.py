@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .regions import dilated
+
 REACH = 8  # px on each side of the border
 FEWEST = 16  # px that a distance needs to count
 FAINT = 1 / 255  # gradient that is hardly visible
@@ -32,7 +34,7 @@ def _rings(side: Tensor) -> list[Tensor]:
     """The px of one side at 1, 2, ... px from the other, as masks (h, w)."""
     rings, reached = [], ~side
     for _ in range(REACH):
-        grown = F.max_pool2d(reached[None, None].float(), 3, stride=1, padding=1)[0, 0] > 0
+        grown = dilated(reached)
         rings.append(grown & ~reached)
         reached = grown
     return rings
@@ -51,10 +53,13 @@ def _normal(region: Tensor) -> Tensor:
 def _across(pictures: Tensor, normal: Tensor) -> Tensor:
     """Magnitude (n, h, w) of the gradient along the normal, over the three channels."""
     down, right = _gradient(pictures)
-    return torch.linalg.vector_norm(down * normal[0] + right * normal[1], dim=1)
+    return (down * normal[0] + right * normal[1]).square().sum(1).sqrt()
 
 
 def _gradient(pictures: Tensor) -> Tensor:
     """Central differences (2, n, c, h, w), down and right."""
     padded = F.pad(pictures, (1, 1, 1, 1), mode="replicate")
-    return torch.stack([padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1], padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]]) / 2
+    return (
+        torch.stack([padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1], padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]])
+        / 2
+    )

@@ -12,8 +12,9 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from .regions import eroded
 
 PATCHES = (5, 13)  # px a side
 FEWEST = 24  # patches of a size that a region must have room for
@@ -38,7 +39,7 @@ def describe(pictures: Tensor, region: Tensor) -> Statistics:
     Patches of a size that hardly fits into the region are left out.
 
     Raises:
-        ValueError: a region without room for 64 patches of 5 px.
+        ValueError: a region without room for 24 patches of 5 px.
     """
     if not bool(region.any()):
         raise ValueError("region: expected pixels of the texture, got none")
@@ -68,18 +69,11 @@ def has_room(region: Tensor) -> bool:
 
 def centres(region: Tensor, side: int) -> Tensor:
     """Row and column (k, 2) of every px of the region around which a patch lies within it."""
-    return _eroded(region, side // 2).nonzero()
-
-
-def _eroded(region: Tensor, by: int) -> Tensor:
-    """The px whose surroundings of `by` px lie within the region; outside the picture nothing does."""
-    outside = F.pad(1 - region[None, None].float(), (by,) * 4, value=1.0)
-    across = F.max_pool2d(outside, (1, 2 * by + 1), stride=1)  # a square's maximum is that of its rows' maxima
-    return F.max_pool2d(across, (2 * by + 1, 1), stride=1)[0, 0] == 0
+    return eroded(region, side // 2).nonzero()
 
 
 def spectrum(grey: Tensor, region: Tensor) -> Tensor:
-    """Decibels / 10 of the power per frequency, averaged over angles; (n, bands) without those the region cannot hold.
+    """log10 of the power per frequency, averaged over angles; (n, bands), without bands that the region cannot hold.
 
     The window is one inside the region and falls to zero at its border, so that the border's shape adds little.
     """
@@ -91,10 +85,7 @@ def spectrum(grey: Tensor, region: Tensor) -> Tensor:
 
 
 def _window(region: Tensor) -> Tensor:
-    inside = F.pad(region[None, None].float(), (TAPER,) * 4)
-    for _ in range(TAPER):  # linear within TAPER px of the border: the erosions' mean
-        inside = torch.cat([inside, -F.max_pool2d(-inside[:, -1:], 3, stride=1, padding=1)], 1)
-    inside = inside[:, 1:, TAPER:-TAPER, TAPER:-TAPER].mean(1)[0]
+    inside = torch.stack([eroded(region, by) for by in range(1, TAPER + 1)]).float().mean(0)
     return torch.sin(inside * (math.pi / 2)).square()
 
 
@@ -111,7 +102,7 @@ def _bands(height: int, width: int) -> Tensor:
 
 def gradients(grey: Tensor, region: Tensor) -> Statistics:
     """Histograms of gradients: of magnitudes, cumulative; of orientations relative to the dominant one, by strength."""
-    inside = _eroded(region, 1)[1:-1, 1:-1]
+    inside = eroded(region, 1)[1:-1, 1:-1]
     dy = (grey[:, 2:, 1:-1] - grey[:, :-2, 1:-1])[:, inside] / 2
     dx = (grey[:, 1:-1, 2:] - grey[:, 1:-1, :-2])[:, inside] / 2
     steep = torch.hypot(dx, dy)

@@ -6,6 +6,7 @@ answers it is 1.0, which is perfect; a single one lies around that, so compare m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,14 @@ class Reference:
         parts = {n: (_away(found[n], a[n]) + _away(found[n], b[n])) / 2 / self.unit[n] for n in self.unit}
         return {"distance": sum(parts.values()) / len(parts), **parts}
 
+    def surprise(self, found: Statistics) -> float:
+        """Mean negative log-likelihood of one picture's statistics, their distances exponentially distributed.
+
+        Unlike the distance it does not favour a material whose answers differ much from each other.
+        """
+        parts = self.distance(found)
+        return sum(parts[name] + math.log(unit) for name, unit in self.unit.items()) / len(self.unit)
+
 
 def _away(found: Tensor, centre: Tensor) -> float:
     return float((found - centre).abs().mean())
@@ -80,9 +89,7 @@ def texture_distance(
     return reference(picture, inside, fresh_a, fresh_b, through).distance(found)
 
 
-def reference(
-    like: Tensor, region: Tensor, fresh_a: Any, fresh_b: Any, through: Through | None = None
-) -> Reference:
+def reference(like: Tensor, region: Tensor, fresh_a: Any, fresh_b: Any, through: Through | None = None) -> Reference:
     """What `texture_distance` compares with, to be used for several pictures; `like`: a picture of their size."""
     sets = [as_pictures(name, fresh, like) for name, fresh in (("fresh_a", fresh_a), ("fresh_b", fresh_b))]
     return Reference.of(*(describe(passed(fresh, through), region) for fresh in sets))
@@ -91,7 +98,7 @@ def reference(
 def material(generated: Any, region: Any, fresh: Mapping[str, tuple[Any, Any]]) -> str:
     """The name in `fresh`, from a material's name to two sets of its renders, that is nearest to `generated`.
 
-    Nearest is the smallest `texture_distance`; arguments and errors are as there.
+    That is the one under which the statistics are likeliest. Arguments and errors are as of `texture_distance`.
     """
     picture = as_picture("generated", generated)
     inside = as_region(region, picture)
@@ -99,10 +106,10 @@ def material(generated: Any, region: Any, fresh: Mapping[str, tuple[Any, Any]]) 
 
 
 def nearest(found: Statistics, references: Mapping[str, Reference]) -> str:
-    """The name of the reference that the statistics of one picture are nearest to."""
+    """The name of the reference under which the statistics of one picture are likeliest."""
     if not references:
         raise ValueError("fresh: expected at least one material, got none")
-    return min(references, key=lambda name: references[name].distance(found)["distance"])
+    return min(references, key=lambda name: references[name].surprise(found))
 
 
 def seam(generated: Any, region: Any, fresh_a: Any, fresh_b: Any, through: Through | None = None) -> float:

@@ -59,12 +59,13 @@ def score(image: Image.Image, case: Case, judge: Judge | None = None) -> dict[st
     return dict(success=bool(edit > untouched and edit >= NEAR), edit_psnr=edit) | kept
 
 
-def texture_cases(count: int, size: int | tuple[int, int] = 512) -> list[Case]:
-    """The first textures of every table: the scenes of seeds from `TEXTURE_SEED`, about half of them backgrounds.
+def texture_cases(count: int, size: int | tuple[int, int] = 512, first: int = 0) -> list[Case]:
+    """Textures for a table, about half of them backgrounds: the scenes of seeds from `TEXTURE_SEED` + `first`.
 
-    No other table's tasks, and no training, use these seeds.
+    No task of another kind, and no training, uses these seeds. Tables for choosing settings have another `first` than
+    tables that report quality.
     """
-    return [sample(TEXTURE_SEED + i, size, "texture") for i in range(count)]
+    return [sample(TEXTURE_SEED + first + i, size, "texture") for i in range(count)]
 
 
 def evaluate(pipe: Any, cases: Iterable[Case], num_inference_steps: int | None = None, **call: Any) -> dict[str, Any]:
@@ -100,7 +101,9 @@ def evaluate(pipe: Any, cases: Iterable[Case], num_inference_steps: int | None =
         began = time.perf_counter()
         image = pipe(image=case.source, prompt=case.prompt, **given).images[0]
         seconds = time.perf_counter() - began
-        row = dict(seed=case.seed, kind=case.kind, mask_share=float(case.mask.mean()), **score(image, case, judge_of(pipe)))
+        row = dict(
+            seed=case.seed, kind=case.kind, mask_share=float(case.mask.mean()), **score(image, case, judge_of(pipe))
+        )
         row["seconds"] = seconds
         if active and (run := last_report(pipe)) is not None:
             row |= dict(flops=run.flops, flops_ratio=run.flops_ratio_50, edit_fraction=run.edit_fraction)
