@@ -102,9 +102,7 @@ def kinds(name: str) -> str:
     rows = [
         [row["variant"]]
         + [
-            f"{', '.join(of_kind(m))}, {number(m['keep_psnr'], '.1f')}"
-            if m
-            else "-"  # an interrupted run lacks some
+            f"{', '.join(of_kind(m))}, {number(m['keep_psnr'], '.1f')}" if m else "-"  # an interrupted run lacks some
             for m in (row["kinds"].get(kind) for kind in most)
         ]
         for row in variants

@@ -17,7 +17,8 @@ def gains(name: str) -> str:
     texture = any("texture_distance" in row["mean"] for result in results for row in result["rows"])
     rows = [row for result in results for row in _gains_of(result, texture)]
     header = [
-        "embedded editor, variant", "NFE", "success", *(["texture"] if texture else []), "keep dB", "FLOPs vs default", "clock vs default",
+        "embedded editor, variant", "NFE", "success", *(["texture"] if texture else []), "keep dB",
+        "FLOPs vs default", "clock vs default",
         "FLOPs vs as many", "as many: success", "as many: clock",
     ]  # fmt: skip
     measured = ", ".join(f"`{file.name}`" for file in files)
@@ -39,7 +40,8 @@ def _gains_of(result: dict, texture: bool) -> list[list[str]]:
     own = stock.get(steps)
     rows = []
     if own is not None:
-        rows.append([f"{NAMES[editor]}, stock, its default steps", str(steps), *_scores(own, texture), "1.00", "1.00", *"---"])
+        name = f"{NAMES[editor]}, stock, its default steps"
+        rows.append([name, str(steps), *_scores(own, texture), "1.00", "1.00", *"---"])
     for row in sorted((r for r in result["rows"] if r.get("preset") in SHOWN), key=lambda r: -r["mean"]["flops"]):
         mean, nfe = row["mean"], row["nfe"]
         near = min(stock, key=lambda count: abs(count - nfe))

@@ -13,7 +13,6 @@ from .errors import CLIError
 from .pipelines import EDITORS
 from .shared import add_guidance, add_model, add_offload, attention_here, guidance, silence_libraries
 
-
 _COLUMNS = (  # of `eval micro`: key, heading, factor, format
     ("success", "success", 1, "{:.0%}"),
     ("edit_psnr", "edit dB", 1, "{:.1f}"),

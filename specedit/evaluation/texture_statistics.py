@@ -8,6 +8,7 @@ are relative to the dominant one, and every projection of patches is read at eig
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 
 import numpy as np
@@ -96,7 +97,7 @@ def _bands(height: int, width: int) -> Tensor:
     edges = np.geomspace(1 / LONGEST, 1 / SHORTEST, BANDS + 1)
     columns = np.minimum(np.arange(width // 2 + 1), 1) + 1.0  # a half plane: all but the first column count twice
     weight = np.broadcast_to(columns, radius.shape)
-    found = [weight * ((radius >= a) & (radius < b)) for a, b in zip(edges, edges[1:])]
+    found = [weight * ((radius >= a) & (radius < b)) for a, b in itertools.pairwise(edges)]
     return torch.from_numpy(np.stack([f.ravel() / f.sum() for f in found if f.sum() >= 4], 1))
 
 

@@ -81,9 +81,9 @@ def evaluate(pipe: Any, cases: Iterable[Case], num_inference_steps: int | None =
         {"mean": {...}, "kinds": {...}, "cases": [...]}. Each case has seed, kind, mask_share, success, edit_psnr,
         keep_psnr, flops and seconds. A texture has texture_distance, material, seam and the distance's parts instead of
         success and edit_psnr; the fresh renders that it is compared with went through the pipeline's autoencoder, so
-        that 1.0 can be reached, see `judging.Judge`. With a report, also edit_fraction, missed (empty drafts) and flops_ratio, which is
-        the report's flops_ratio_50, because a stock pipe runs 50 steps here. Means are over the cases that have the
-        number, and ignore nan.
+        that 1.0 can be reached, see `judging.Judge`. With a report, also edit_fraction, missed (empty drafts) and
+        flops_ratio, which is the report's flops_ratio_50, because a stock pipe runs 50 steps here. Means are over the
+        cases that have the number, and ignore nan.
     """
     from ..api.installing import is_active, last_report
     from ..config import STOCK_STEPS
