@@ -26,9 +26,10 @@ def test_the_curve_of_steps_is_resumed_in_turns(tmp_path, monkeypatch):
         assert row["mean"]["texture_distance"] > 0 and "success" not in row["mean"]
 
 
-def test_tables_have_textures_besides(tmp_path, capsys):
+def test_tables_have_textures_besides(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(quality, "variants", lambda: {"stock-1": {"steps": 1}})
     out = tmp_path / "q.json"
-    some = ["--size", "128", "--cases", "1", "--only", "stock-10", "--out", str(out)]
+    some = ["--size", "128", "--cases", "1", "--out", str(out)]
     quality.main([*some, "--textures", "1"])
     (row,) = json.loads(out.read_text())["rows"]
     assert [case["seed"] for case in row["cases"]] == [0, TEXTURE_SEED] and row["mean"]["count"] == 2
