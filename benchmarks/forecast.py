@@ -11,7 +11,7 @@ run in the file, also with more tasks. A variant without trained weights is repo
 from pathlib import Path
 from typing import Any
 
-from benchmarks.scores import Scores, command, editor, options, some, whose
+from benchmarks.scores import Scores, command, editor, options, some, tasks, whose
 from specedit import SpecEditConfig, micro, uninstall
 from specedit.api.installing import install
 from specedit.config import STOCK_STEPS
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     student = args.student or (micro.STUDENT if micro.STUDENT.exists() else None)
     every = some(variants(args.lesa, student), args.only)
-    cases = [micro.scenes.sample(seed, args.size) for seed in range(args.cases)]
+    cases = tasks(args)
     pipe = editor(args.model)
     files = dict(student=student, lesa=args.lesa or lesa.packaged(pipe.transformer.config))
     of = whose(args) | {name: results.fingerprint(file) for name, file in files.items()}

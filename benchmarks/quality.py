@@ -2,12 +2,13 @@
 
     python -m benchmarks.quality --cases 64 --size 512 --out benchmarks/results/quality-512.json
 
-Every variant edits the same unseen tasks with the same seeds. --resume continues the run in the file, also with more
+Every variant edits the same unseen tasks with the same seeds: --cases of them with one right answer, and --textures of
+the kind with many, by default a quarter as many. --resume continues the run in the file, also with more
 tasks.
 """
 
-from benchmarks.scores import Scores, command, editor, options, some, whose
-from specedit import micro, uninstall
+from benchmarks.scores import Scores, command, editor, options, some, tasks, whose
+from specedit import uninstall
 from specedit.api.installing import install
 
 PRESETS = ("quality", "balanced", "fast", "turbo")
@@ -25,8 +26,7 @@ def variants() -> dict[str, dict]:
 def main(arguments: list[str] | None = None) -> None:
     args = options(__doc__).parse_args(arguments)
     chosen = some(variants(), args.only)
-    cases = [micro.scenes.sample(seed, args.size) for seed in range(args.cases)]
-    scores = Scores(args.out, command("quality", args), cases, whose(args), args.resume)
+    scores = Scores(args.out, command("quality", args), tasks(args), whose(args), args.resume)
     pipe = editor(args.model)
     for name, todo in scores.turns(chosen):
         settings = chosen[name]

@@ -26,11 +26,15 @@ from specedit.micro.loading import identity
 EVERY = 4  # tasks of one variant per turn
 
 
-def options(about: str | None, cases: int = 64, models: Sequence[str] = EDITORS) -> argparse.ArgumentParser:
-    """The common options; `about`: the docstring of the module that adds its own."""
+def options(
+    about: str | None, cases: int = 64, models: Sequence[str] = EDITORS, textures: bool = True
+) -> argparse.ArgumentParser:
+    """The common options; `about`: the docstring of the module that adds its own. `textures`: add --textures."""
     parser = argparse.ArgumentParser(description=(about or "").split("\n")[0])
     parser.add_argument("--model", default=models[0], choices=models, help="the embedded editor")
     parser.add_argument("--cases", type=int, default=cases)
+    if textures:
+        parser.add_argument("--textures", type=int, help="how many textures besides, default a quarter of --cases")
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="+", metavar="NAME")
@@ -40,7 +44,29 @@ def options(about: str | None, cases: int = 64, models: Sequence[str] = EDITORS)
 
 def command(module: str, args: argparse.Namespace) -> str:
     """The command for the file, without --out and --only, which the file shows."""
-    return f"python -m benchmarks.{module} --model {args.model} --cases {args.cases} --size {args.size}"
+    words = f"python -m benchmarks.{module} --model {args.model} --cases {args.cases}"
+    textures = getattr(args, "textures", None)
+    return words + ("" if textures is None else f" --textures {textures}") + f" --size {args.size}"
+
+
+def tasks(args: argparse.Namespace, first: int = 0) -> list[micro.scenes.Case]:
+    """The tasks of a table: `--cases` with one right answer, of seeds from `first`, then `--textures`.
+
+    Textures are the scenes of `micro.texture_cases` from the same `first`.
+    """
+    textures = args.cases // 4 if args.textures is None else args.textures
+    exact = [micro.scenes.sample(first + i, args.size) for i in range(args.cases)]
+    return exact + micro.texture_cases(textures, args.size, first)
+
+
+def in_words(mean: dict[str, float]) -> str:
+    """The means of a variant's scores on one line, without those that it has no tasks for."""
+    shown = (
+        ("success", "success {:.1%}"), ("edit_psnr", "edit {:.1f} dB"), ("texture_distance", "texture {:.2f}"),
+        ("material", "material {:.1%}"), ("keep_psnr", "keep {:.1f} dB"),
+    )  # fmt: skip
+    words = [form.format(mean[name]) for name, form in shown if not math.isnan(mean.get(name, math.nan))]
+    return ", ".join([*words, f"{mean['flops'] / 1e12:.3f} TFLOPs"])
 
 
 def whose(args: argparse.Namespace) -> dict[str, Any]:
@@ -110,11 +136,7 @@ class Scores:
                         bar.update(len(todo))
         for row in self.rows:
             if lacking.get(row["variant"]):
-                mean = row["mean"]
-                print(
-                    f"{row['variant']}: success {mean['success']:.1%}, edit {mean['edit_psnr']:.1f} dB, "
-                    f"keep {mean['keep_psnr']:.1f} dB, {mean['flops'] / 1e12:.3f} TFLOPs"
-                )
+                print(f"{row['variant']}: {in_words(row['mean'])}")
 
     def score(
         self,

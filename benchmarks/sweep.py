@@ -12,7 +12,7 @@ was stopped, or that is to see more tasks than before, goes on.
 import torch
 import torch.nn.functional as F
 
-from benchmarks.scores import Scores, command, editor, options, some, whose
+from benchmarks.scores import Scores, command, editor, options, some, tasks, whose
 from specedit import micro, report, uninstall
 from specedit.api.installing import install
 
@@ -82,7 +82,7 @@ def score(scores: Scores, pipe, name: str, todo: list[micro.scenes.Case], group:
 def main(arguments: list[str] | None = None) -> None:
     args = options(__doc__, cases=24).parse_args(arguments)
     chosen = variants(some(grid(args.model), args.only))
-    cases = [micro.scenes.sample(10_000 + i, args.size) for i in range(args.cases)]  # not those of quality.py
+    cases = tasks(args, first=10_000)  # not those of quality.py
     scores = Scores(args.out, command("sweep", args), cases, whose(args), args.resume)
     pipe = editor(args.model)
     for name, todo in scores.turns(chosen):

@@ -22,12 +22,14 @@ def over_flops(axis: Axes, label: str) -> None:
 
 
 def pareto(name: str, path: Path) -> None:
-    """Success and edit PSNR over FLOPs of every variant."""
+    """Success and edit PSNR over FLOPs of every variant, and texture distance if there is one."""
     result = load(name)
     if result is None:
         return
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    for axis, key, label in zip(figure.subplots(1, 2), ("success", "edit_psnr"), ("success", "edit PSNR, dB")):
+    panels = [("success", "success"), ("edit_psnr", "edit PSNR, dB"), ("texture_distance", "texture distance")]
+    panels = [panel for panel in panels if all(panel[0] in row["mean"] for row in result["rows"])]
+    figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
+    for axis, (key, label) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels):
         for family, marker in (("stock", "s"), ("full", "o"), ("reference", "^")):
             rows = [r for r in result["rows"] if r["variant"].startswith(family) or r["variant"].endswith(family)]
             if not rows:

@@ -50,6 +50,27 @@ def by_cost(rows: list[dict]) -> list[dict]:
     return sorted(rows, key=lambda row: (not row["variant"].startswith("stock"), -row["mean"].get("flops", 0)))
 
 
+def with_textures(result: dict) -> bool:
+    """Whether any variant has edited textures; early files have none."""
+    return any("texture_distance" in row["mean"] for row in result["rows"])
+
+
+TEXTURES = ["texture", "material"]
+
+
+def textures(result: dict, mean: dict) -> list[str]:
+    """The cells under `TEXTURES`: distance, and the share of right materials. None in files without textures."""
+    if not with_textures(result):
+        return []
+    return [number(mean.get("texture_distance"), ".2f"), number(mean.get("material"), ".0%")]
+
+
+def count(row: dict) -> str:
+    """How many tasks, textures after a plus."""
+    extra = row.get("kinds", {}).get("texture", {}).get("count", 0)
+    return f"{row['mean']['count'] - extra:.0f}" + (f" + {extra:.0f}" if extra else "")
+
+
 def quality(name: str) -> str:
     result = load(name)
     if result is None:
@@ -58,17 +79,21 @@ def quality(name: str) -> str:
     for row in by_cost(result["rows"]):
         m = row["mean"]
         rows.append(
-            [row["variant"], f"{m['count']:.0f}", f"{m['success']:.1%}", f"{m['edit_psnr']:.1f}",
-             f"{m['keep_psnr']:.1f}", f"{m['flops'] / 1e12:.2f}", *against_stock(result, m),
+            [row["variant"], count(row), number(m.get("success"), ".1%"), number(m.get("edit_psnr"), ".1f"),
+             *textures(result, m), f"{m['keep_psnr']:.1f}", f"{m['flops'] / 1e12:.2f}", *against_stock(result, m),
              *against_default(result, m).values()]
         )  # fmt: skip
-    header = ["variant", "tasks", "success", "edit dB", "keep dB", "TFLOPs", *RATIOS]
+    header = ["variant", "tasks", "success", "edit dB", *(TEXTURES if with_textures(result) else [])]
+    header += ["keep dB", "TFLOPs", *RATIOS]
     header += against_default(result, result["rows"][0]["mean"])
     return table(header, rows) + source(result, name)
 
 
 def kinds(name: str) -> str:
-    """One column per kind of edit, with its number of tasks; cells are "success, edit dB, keep dB"."""
+    """One column per kind of edit, with its number of tasks; cells are "success, edit dB, keep dB".
+
+    Those of textures are "distance, right materials, keep dB".
+    """
     result = load(name)
     if result is None:
         return "*not measured yet*"
@@ -77,15 +102,20 @@ def kinds(name: str) -> str:
     rows = [
         [row["variant"]]
         + [
-            f"{m['success']:.0%}, {number(m['edit_psnr'], '.1f')}, {number(m['keep_psnr'], '.1f')}"
-            if m
-            else "-"  # an interrupted run lacks some
+            f"{', '.join(of_kind(m))}, {number(m['keep_psnr'], '.1f')}" if m else "-"  # an interrupted run lacks some
             for m in (row["kinds"].get(kind) for kind in most)
         ]
         for row in variants
     ]
     header = ["variant"] + [f"{kind} ({m['count']:.0f})" for kind, m in most.items()]
     return table(header, rows) + source(result, name)
+
+
+def of_kind(mean: dict) -> list[str]:
+    """The two measures of a kind of edit: of those with one right answer, or of textures."""
+    if "success" in mean:
+        return [f"{mean['success']:.0%}", number(mean["edit_psnr"], ".1f")]
+    return [number(mean["texture_distance"], ".2f"), number(mean["material"], ".0%")]
 
 
 def small_edits(name: str) -> str:
@@ -112,18 +142,21 @@ def small_edits(name: str) -> str:
         missed = sum(case["missed"] for case in cases) if all("missed" in case for case in cases) else None
         rows.append(
             [variant, str(len(cases)), f"{average(cases, 'edit_fraction'):.1%}" if drafted else "-",
-             number(missed, ".0f"), number(ratio, ".2f"), *own, f"{average(cases, 'success'):.1%}",
-             f"{average(cases, 'edit_psnr'):.1f}", f"{average(cases, 'keep_psnr'):.1f}"]
+             number(missed, ".0f"), number(ratio, ".2f"), *own, number(average(cases, "success"), ".1%"),
+             number(average(cases, "edit_psnr"), ".1f"),
+             *textures(result, {key: average(cases, key) for key in ("texture_distance", "material")}),
+             number(average(cases, "keep_psnr"), ".1f")]
         )  # fmt: skip
     header = ["variant", "tasks", "found", "drafts without a change", RATIOS[0]]
-    header += [*([] if whole else [f"FLOPs ratio to {steps}"]), "success", "edit dB", "keep dB"]
+    header += [*([] if whole else [f"FLOPs ratio to {steps}"]), "success", "edit dB"]
+    header += [*(TEXTURES if with_textures(result) else []), "keep dB"]
     return table(header, rows) + source(result, name)
 
 
-def average(cases: list[dict], key: str) -> float:
-    """Mean over the cases that have `key`: a task that changes everything has no keep dB."""
+def average(cases: list[dict], key: str) -> float | None:
+    """Mean over the cases that have `key`: a task that changes everything has no keep dB. None if no case has it."""
     values = [case[key] for case in cases if case.get(key) is not None]
-    return sum(values) / len(values)
+    return sum(values) / len(values) if values else None
 
 
 def sweep(name: str) -> str:
@@ -136,11 +169,12 @@ def sweep(name: str) -> str:
         m = row["mean"]
         change = row["variant"] if row["change"] else "turbo, restore=reference"
         rows.append(
-            [change, f"{m['success']:.0%}", f"{m['edit_psnr']:.1f}", number(m["keep_psnr"], ".1f"),
+            [change, number(m.get("success"), ".0%"), number(m.get("edit_psnr"), ".1f"), *textures(result, m),
+             number(m["keep_psnr"], ".1f"),
              f"{m['flops_ratio']:.2f}", *([] if whole else [to_default(model, m["flops_ratio"])]),
              f"{m['seconds']:.2f}", f"{m['recall']:.0%}", f"{m['precision']:.0%}"]
         )  # fmt: skip
-    header = ["change", "success", "edit dB", "keep dB", RATIOS[0]]
+    header = ["change", "success", "edit dB", *(TEXTURES if with_textures(result) else []), "keep dB", RATIOS[0]]
     header += [*([] if whole else [f"FLOPs ratio to {default_steps(model)}"]), "seconds", "recall", "precision"]
     return table(header, rows) + source(result, name)
 
@@ -236,6 +270,26 @@ def training(name: str) -> str:
     return text + source(result, name)
 
 
+def texture_steps(name: str) -> str:
+    """The stock pipeline on textures with few and many steps; ratios are to the most steps."""
+    result = load(name)
+    if result is None:
+        return "*not measured yet*"
+    found = sorted(result["rows"], key=lambda row: row["steps"])
+    most = found[-1]["mean"].get("texture_distance")
+    rows = []
+    for row in found:
+        m = row["mean"]
+        distance = m.get("texture_distance")
+        rows.append(
+            [str(row["steps"]), f"{m['count']:.0f}", number(distance, ".2f"),
+             number(distance and most and distance / most, ".2f"), number(m.get("material"), ".0%"),
+             number(m.get("seam"), ".2f"), number(m.get("keep_psnr"), ".1f")]
+        )  # fmt: skip
+    header = ["steps", "tasks", "texture", f"ratio to {found[-1]['steps']}", "material", "seam", "keep dB"]
+    return table(header, rows) + source(result, name)
+
+
 def forecast(name: str) -> str:
     result = load(name)
     if result is None:
@@ -246,11 +300,12 @@ def forecast(name: str) -> str:
         cached = f"{row['cached_steps']} of {row['nfe']}" if row.get("cached_steps") else "-"
         held = f"{row['cache_bytes'] / 2**20:.1f}" if row.get("cache_bytes") else "-"
         rows.append(
-            [row["variant"], f"{m['count']:.0f}", f"{m['success']:.1%}", f"{m['edit_psnr']:.1f}",
-             number(m["keep_psnr"], ".1f"), f"{m['flops'] / 1e12:.3f}", f"{m['seconds']:.1f}",
+            [row["variant"], count(row), number(m.get("success"), ".1%"), number(m.get("edit_psnr"), ".1f"),
+             *textures(result, m), number(m["keep_psnr"], ".1f"), f"{m['flops'] / 1e12:.3f}", f"{m['seconds']:.1f}",
              *against_stock(result, m), *against_default(result, m).values(), cached, held]
         )  # fmt: skip
-    header = ["variant", "tasks", "success", "edit dB", "keep dB", "TFLOPs", "seconds", *RATIOS,
+    header = ["variant", "tasks", "success", "edit dB", *(TEXTURES if with_textures(result) else []), "keep dB",
+              "TFLOPs", "seconds", *RATIOS,
               *against_default(result, result["rows"][0]["mean"]), "cached steps", "cache MiB"]  # fmt: skip
     picture = f"\n\n![Success and edit PSNR over FLOPs](images/{Path(name).stem}.png)"
     return table(header, rows) + source(result, name) + picture

@@ -1,7 +1,7 @@
 """The README's tables: what SpecEdit gives, what has been measured on a GPU, and what the two commands cost."""
 
 import docs_results
-from docs_results import default_steps, edited_by, load, table
+from docs_results import default_steps, edited_by, load, number, table
 
 NEAR = 1 / 8  # how far stock's steps may be from the NFE to count as "as many", as a share
 SHOWN = ("balanced", "fast", "turbo")  # docs/benchmarks.md has the others
@@ -13,9 +13,12 @@ def gains(name: str) -> str:
     files = sorted(docs_results.RESULTS.glob(f"{name.removesuffix('.json')}*-512.json"))
     if not files:
         return "*not measured yet*"
-    rows = [row for file in files for row in _gains_of(load(file.name))]
+    results = [load(file.name) for file in files]
+    texture = any("texture_distance" in row["mean"] for result in results for row in result["rows"])
+    rows = [row for result in results for row in _gains_of(result, texture)]
     header = [
-        "embedded editor, variant", "NFE", "success", "keep dB", "FLOPs vs default", "clock vs default",
+        "embedded editor, variant", "NFE", "success", *(["texture"] if texture else []), "keep dB",
+        "FLOPs vs default", "clock vs default",
         "FLOPs vs as many", "as many: success", "as many: clock",
     ]  # fmt: skip
     measured = ", ".join(f"`{file.name}`" for file in files)
@@ -29,14 +32,16 @@ def _machine(file) -> dict:
     return load(file.name)["machine"]
 
 
-def _gains_of(result: dict) -> list[list[str]]:
+def _gains_of(result: dict, texture: bool) -> list[list[str]]:
+    """Rows of one editor. `texture`: with a column for the texture distance, which not every file has."""
     editor = edited_by(result)
     stock = {row["steps"]: row["mean"] for row in result["rows"] if row["variant"].startswith("stock-")}
     steps = default_steps(editor)
     own = stock.get(steps)
     rows = []
     if own is not None:
-        rows.append([f"{NAMES[editor]}, stock, its default steps", str(steps), *_scores(own), "1.00", "1.00", *"---"])
+        name = f"{NAMES[editor]}, stock, its default steps"
+        rows.append([name, str(steps), *_scores(own, texture), "1.00", "1.00", *"---"])
     for row in sorted((r for r in result["rows"] if r.get("preset") in SHOWN), key=lambda r: -r["mean"]["flops"]):
         mean, nfe = row["mean"], row["nfe"]
         near = min(stock, key=lambda count: abs(count - nfe))
@@ -44,7 +49,7 @@ def _gains_of(result: dict) -> list[list[str]]:
         step = next(m["flops"] / count for count, m in stock.items())  # every stock step costs the same
         against = ["-", "-"] if own is None else [f"{own[key] / mean[key]:.2f}" for key in ("flops", "seconds")]
         rows.append(
-            [f"{NAMES[editor]}, `{row['preset']}`, {row['restore']}", str(nfe), *_scores(mean), *against,
+            [f"{NAMES[editor]}, `{row['preset']}`, {row['restore']}", str(nfe), *_scores(mean, texture), *against,
              f"{nfe * step / mean['flops']:.2f}",
              "-" if many is None else f"{many['success']:.1%} ({near} steps)",
              "-" if many is None else f"{many['seconds'] / mean['seconds']:.2f}"]
@@ -52,8 +57,9 @@ def _gains_of(result: dict) -> list[list[str]]:
     return rows
 
 
-def _scores(mean: dict) -> list[str]:
-    return [f"{mean['success']:.1%}", f"{mean['keep_psnr']:.1f}"]
+def _scores(mean: dict, texture: bool) -> list[str]:
+    distance = [number(mean.get("texture_distance"), ".2f")] if texture else []
+    return [f"{mean['success']:.1%}", *distance, f"{mean['keep_psnr']:.1f}"]
 
 
 def gpu_state(name: str) -> str:

@@ -31,6 +31,7 @@ MAKERS = {
     "kinds": measured.kinds,
     "small": measured.small_edits,
     "sweep": measured.sweep,
+    "texture-steps": measured.texture_steps,
     "bench": measured.bench,
     "plan": predicted.plan,
     "plan-qwen": predicted.plan_qwen,

@@ -14,13 +14,28 @@ from .errors import CLIError
 from .pipelines import EDITORS
 from .shared import add_guidance, add_model, add_offload, attention_here, guidance, silence_libraries
 
+_COLUMNS = (  # of `eval micro`: key, heading, factor, format
+    ("success", "success", 1, "{:.0%}"),
+    ("edit_psnr", "edit dB", 1, "{:.1f}"),
+    ("texture_distance", "texture", 1, "{:.2f}"),
+    ("material", "material", 1, "{:.0%}"),
+    ("seam", "seam", 1, "{:.2f}"),
+    ("keep_psnr", "keep dB", 1, "{:.1f}"),
+    ("flops", "TFLOPs", 1e-12, "{:.3f}"),
+    ("seconds", "seconds", 1, "{:.2f}"),
+)
+
 
 def add(commands) -> None:
     parser = commands.add_parser("eval", help="score a preset on the embedded tasks, or run it on a public benchmark")
     kinds = parser.add_subparsers(dest="what", required=True, metavar="micro|gedit|imgedit")
-    micro = kinds.add_parser("micro", help="tasks with exact results, on an embedded editor")
+    micro = kinds.add_parser("micro", help="tasks with exact results, and textures, on an embedded editor")
     add_model(micro)
     micro.add_argument("--cases", type=int, default=16, help="how many tasks, default 16")
+    micro.add_argument(
+        "--textures", type=int, help="how many textures besides, default a quarter of --cases; they are judged by the "
+        "distribution of fresh ones, of which 1.0 is the mean"
+    )  # fmt: skip
     micro.add_argument("--size", type=int, default=512, help=f"side in pixels, 64 to {LARGEST_EMBEDDED}, default 512")
     micro.set_defaults(run=_micro)
     for name, title, data in (
@@ -70,6 +85,7 @@ def _check(args) -> dict[str, Any]:
 
 def _micro(args) -> int:
     overrides = _check(args)
+    check_numbers(args, textures=(0, CASES[1]))
     check_size(args.size, 64, LARGEST_EMBEDDED)
     silence_libraries()
     from tqdm.auto import tqdm
@@ -82,14 +98,14 @@ def _micro(args) -> int:
     pipe.set_progress_bar_config(disable=True)
     if args.preset != "stock":
         install(pipe, args.preset, **overrides, **attention_here())
-    cases = (micro.scenes.sample(seed, args.size) for seed in range(args.cases))
-    result = micro.evaluate(pipe, tqdm(cases, total=args.cases, desc=methods.named(args)), args.steps)
-    print(f"{'':12}{'tasks':>6}{'success':>9}{'edit dB':>9}{'keep dB':>9}{'TFLOPs':>9}{'seconds':>9}")
+    textures = args.cases // 4 if args.textures is None else args.textures
+    cases = [micro.scenes.sample(seed, args.size) for seed in range(args.cases)]
+    cases += micro.texture_cases(textures, args.size)
+    result = micro.evaluate(pipe, tqdm(cases, desc=methods.named(args)), args.steps)
+    print(f"{'':12}{'tasks':>6}" + "".join(f"{heading:>9}" for _, heading, *_ in _COLUMNS))
     for name, row in [*result["kinds"].items(), ("all", result["mean"])]:
-        print(
-            f"{name:12}{row['count']:6.0f}{row['success']:9.0%}{row['edit_psnr']:9.1f}{row['keep_psnr']:9.1f}"
-            f"{row['flops'] / 1e12:9.3f}{row['seconds']:9.2f}"
-        )
+        cells = (form.format(row[key] * scale) if key in row else "-" for key, _, scale, form in _COLUMNS)
+        print(f"{name:12}{row['count']:6.0f}" + "".join(f"{cell:>9}" for cell in cells))
     if args.json is not None:
         results.write(args.json, _command(args), result["cases"], mean=result["mean"])
         print(f"wrote {args.json}")

@@ -17,7 +17,7 @@ def psnr(a: np.ndarray, b: np.ndarray, where: np.ndarray) -> float:
 
 
 def mean(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Mean of every number, ignoring nan; `count` is the number of rows."""
+    """Mean of every number over the rows that have it, ignoring nan; `count` is the number of rows."""
     out: dict[str, float] = {"count": len(rows)}
     for name in dict.fromkeys(name for row in rows for name in row if name not in ("seed", "kind")):
         values = [float(row[name]) for row in rows if name in row and not math.isnan(row[name])]

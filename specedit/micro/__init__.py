@@ -12,13 +12,13 @@ from ..lazy import lazy as _lazy
 if _TYPE_CHECKING:
     from ..evaluation.metrics import mean
     from . import scenes
-    from .evaluation import arguments, evaluate, summary
+    from .evaluation import arguments, evaluate, summary, texture_cases
     from .loading import STUDENT, load
     from .words import understood
 
-__all__ = ["STUDENT", "arguments", "evaluate", "load", "mean", "scenes", "summary", "understood"]
+__all__ = ["STUDENT", "arguments", "evaluate", "load", "mean", "scenes", "summary", "texture_cases", "understood"]
 
 _lazy(
     __name__, STUDENT="loading", arguments="evaluation", evaluate="evaluation", load="loading", mean="evaluation",
-    summary="evaluation", understood="words",
+    summary="evaluation", texture_cases="evaluation", understood="words",
 )  # fmt: skip

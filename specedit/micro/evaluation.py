@@ -1,4 +1,4 @@
-"""Score a pipeline on tasks with exact results."""
+"""Score a pipeline on tasks with exact results, and on textures, which have many right ones."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from PIL import Image
 
 from ..evaluation.metrics import mean, psnr
 from .editors import editor_named, editor_of
-from .scenes import Case
+from .judging import Judge, judge_of
+from .scenes import Case, sample
 
 MARGIN = 16  # px around the edit mask that keep_psnr ignores
 NEAR = 18.0  # dB to the target that an edited region must reach
+TEXTURE_SEED = 10**6  # of the first texture in tables: their seeds are not those of tasks of other kinds
 
 
 def arguments(image: Image.Image, model: str = "kontext") -> dict[str, Any]:
@@ -36,12 +38,12 @@ def grow(mask: np.ndarray, by: int) -> np.ndarray:
     return torch.nn.functional.max_pool2d(grown, 2 * by + 1, stride=1, padding=by)[0, 0].numpy() > 0
 
 
-def score(image: Image.Image, case: Case) -> dict[str, Any]:
-    """`success`, `edit_psnr`, `keep_psnr` of one result.
+def score(image: Image.Image, case: Case, judge: Judge | None = None) -> dict[str, Any]:
+    """`success`, `edit_psnr`, `keep_psnr` of one result; of a texture `keep_psnr` and what `Judge.score` gives.
 
     success: inside the edit mask, the PSNR to the target exceeds the one to the source and reaches 18 dB.
     edit_psnr: dB to the target inside the edit mask. keep_psnr: dB to the source outside it, without a margin of 16 px;
-    nan if everything was to change.
+    nan if everything was to change. A texture is judged by `judge`, or without one against fresh renders as drawn.
 
     Raises:
         ValueError: an image of another size than the case's.
@@ -50,12 +52,20 @@ def score(image: Image.Image, case: Case) -> dict[str, Any]:
         expected, got = (f"{width} x {height}" for width, height in (case.source.size, image.size))
         raise ValueError(f"image: expected {expected} as the case, got {got}; sides are whole tokens of 16 px")
     result, source, target = (np.asarray(i) for i in (image, case.source, case.target))
+    kept = dict(keep_psnr=psnr(result, source, ~grow(case.mask, MARGIN)))
+    if case.kind == "texture":
+        return kept | (judge or Judge()).score(image, case)
     edit, untouched = psnr(result, target, case.mask), psnr(result, source, case.mask)
-    return dict(
-        success=bool(edit > untouched and edit >= NEAR),
-        edit_psnr=edit,
-        keep_psnr=psnr(result, source, ~grow(case.mask, MARGIN)),
-    )
+    return dict(success=bool(edit > untouched and edit >= NEAR), edit_psnr=edit) | kept
+
+
+def texture_cases(count: int, size: int | tuple[int, int] = 512, first: int = 0) -> list[Case]:
+    """Textures for a table, about half of them backgrounds: the scenes of seeds from `TEXTURE_SEED` + `first`.
+
+    No task of another kind, and no training, uses these seeds. Tables for choosing settings have another `first` than
+    tables that report quality.
+    """
+    return [sample(TEXTURE_SEED + first + i, size, "texture") for i in range(count)]
 
 
 def evaluate(pipe: Any, cases: Iterable[Case], num_inference_steps: int | None = None, **call: Any) -> dict[str, Any]:
@@ -63,14 +73,17 @@ def evaluate(pipe: Any, cases: Iterable[Case], num_inference_steps: int | None =
 
     Args:
         pipe: stock or with SpecEdit installed. A stock pipeline runs 50 steps, an installed one its preset's number.
-        cases: from `scenes.sample`.
+        cases: from `scenes.sample` and `texture_cases`.
         num_inference_steps: overrides both.
         call: further arguments of the pipeline's call.
 
     Returns:
         {"mean": {...}, "kinds": {...}, "cases": [...]}. Each case has seed, kind, mask_share, success, edit_psnr,
-        keep_psnr, flops and seconds. With a report, also edit_fraction, missed (empty drafts) and flops_ratio, which is
-        the report's flops_ratio_50, because a stock pipe runs 50 steps here. Means ignore nan.
+        keep_psnr, flops and seconds. A texture has texture_distance, material, seam and the distance's parts instead of
+        success and edit_psnr; the fresh renders that it is compared with went through the pipeline's autoencoder, so
+        that 1.0 can be reached, see `judging.Judge`. With a report, also edit_fraction, missed (empty drafts) and
+        flops_ratio, which is the report's flops_ratio_50, because a stock pipe runs 50 steps here. Means are over the
+        cases that have the number, and ignore nan.
     """
     from ..api.installing import is_active, last_report
     from ..config import STOCK_STEPS
@@ -88,7 +101,9 @@ def evaluate(pipe: Any, cases: Iterable[Case], num_inference_steps: int | None =
         began = time.perf_counter()
         image = pipe(image=case.source, prompt=case.prompt, **given).images[0]
         seconds = time.perf_counter() - began
-        row = dict(seed=case.seed, kind=case.kind, mask_share=float(case.mask.mean()), **score(image, case))
+        row = dict(
+            seed=case.seed, kind=case.kind, mask_share=float(case.mask.mean()), **score(image, case, judge_of(pipe))
+        )
         row["seconds"] = seconds
         if active and (run := last_report(pipe)) is not None:
             row |= dict(flops=run.flops, flops_ratio=run.flops_ratio_50, edit_fraction=run.edit_fraction)

@@ -12,23 +12,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .textures import texture
 from .vocabulary import SHAPES
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: a shape of radius `r` (share of the shorter side) centred at (x, y) (shares of width, height)."""
+    """One object: a shape of radius `r` (share of the shorter side) centred at (x, y) (shares of width, height).
+
+    With a `material` of `textures.MATERIALS` it is drawn in that, from `seed`, instead of in its colour.
+    """
 
     shape: str
     colour: str
     x: float
     y: float
     r: float
+    material: str = ""
+    seed: int = 0
 
 
 @dataclass(frozen=True)
 class Backdrop:
-    """A background: `kind`, two RGB colours in 0..1, and parameters of its kind (angle, period, photo window)."""
+    """A background: `kind`, two RGB colours in 0..1, and parameters of its kind (angle, period, photo window).
+
+    Of kind "texture" it is drawn in `material`, one of `textures.MATERIALS`, from `seed`.
+    """
 
     kind: str
     first: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -38,6 +47,7 @@ class Backdrop:
     photo: int = -1
     window: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)  # left, top, width, height, shares of the photo
     seed: int = 0
+    material: str = ""
 
 
 def _polygon(sides: int, turn: float) -> Callable[[Tensor, Tensor], Tensor]:
@@ -123,6 +133,9 @@ def backdrop(
     images = []
     for i, b in enumerate(backdrops):
         x, y = xs[i], ys[i]
+        if b.kind == "texture":
+            images.append(texture(b.material, b.seed, h, w, device, int(y0[i]), int(x0[i])))
+            continue
         if b.kind == "photo":
             images.append(_photo(photos[b.photo].to(device), b.window, x, y, height, width))
             continue
@@ -179,8 +192,13 @@ def _photo(photo: Tensor, window: tuple, x: Tensor, y: Tensor, height: int, widt
 
 
 def compose(background: Tensor, layers: Sequence[Tensor], colours: Sequence[Tensor]) -> Tensor:
-    """Paint coverage layers (n, h, w) of colours (n, 3) over backgrounds (n, 3, h, w), first layer lowest."""
+    """Paint coverage layers (n, h, w) over backgrounds (n, 3, h, w), first layer lowest.
+
+    `colours`: of each layer, (n, 3), or (n, 3, h, w) for a texture.
+    """
     image = background
     for alpha, colour in zip(layers, colours, strict=True):
-        image = image + (colour[:, :, None, None] - image) * alpha[:, None]
+        if colour.ndim == 2:
+            colour = colour[:, :, None, None]
+        image = image + (colour - image) * alpha[:, None]
     return image

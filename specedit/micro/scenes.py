@@ -14,7 +14,8 @@ from torch import Tensor
 
 from . import photos
 from .render import Backdrop, Thing, backdrop, compose, coverage
-from .vocabulary import BACKGROUNDS, COLOURS, KINDS, PHRASES, PLACES, SHAPES, SIZES
+from .textures import texture
+from .vocabulary import ALL_KINDS, BACKGROUNDS, COLOURS, KINDS, MATERIALS, PHRASES, PLACES, SHAPES, SIZES
 
 TRAINING_SEED = 2**40
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
@@ -34,14 +35,25 @@ class Scene:
     @property
     def place(self) -> tuple[int, int] | None:
         """Column and row of the edited object on the 3 x 3 board; None if the whole picture is edited."""
-        if self.kind in ("background", "greyscale"):
+        if self.kind in ("background", "greyscale") or (self.kind == "texture" and self.after == self.before):
             return None
         return _cell((self.after if self.kind == "add" else self.before)[0])
+
+    @property
+    def material(self) -> str | None:
+        """The material that a texture asks for; None for other kinds."""
+        if self.kind != "texture":
+            return None
+        return self.new_background.material if self.place is None else self.after[0].material
 
 
 @dataclass(frozen=True)
 class Case:
-    """One editing task: `source` and `target` images, the instruction, `mask` (H, W) bool of the pixels that differ."""
+    """One editing task: `source` and `target` images, the instruction, `mask` (H, W) bool of the pixels that differ.
+
+    A texture's `target` is one of many right answers, see `fresh`. It has a `material`, its `mask` is all that the
+    material touches, and `region` (H, W) bool is what it fills entirely, without an object's blended edge.
+    """
 
     source: Image.Image
     target: Image.Image
@@ -49,22 +61,61 @@ class Case:
     mask: np.ndarray
     kind: str
     seed: int
+    material: str | None = None
+    region: np.ndarray | None = None
 
 
 def sample(seed: int, size: int | tuple[int, int] = 512, kind: str | None = None) -> Case:
-    """Draw one task. `size`: pixels, a side or (height, width); `kind`: one of `KINDS`, or drawn from the seed."""
+    """Draw one task. `size`: pixels, a side or (height, width).
+
+    `kind`: one of `ALL_KINDS`, or None for one of `KINDS`, drawn from the seed.
+    """
     height, width = _size(size)
-    scene = describe(seed, kind)
+    return _case(describe(seed, kind), seed, height, width)
+
+
+def fresh(case: Case, seed: int) -> Case:
+    """The same task with another right answer as its target: the same material, drawn from `seed`.
+
+    Raises:
+        ValueError: a task of another kind than "texture", or a seed below 0.
+    """
+    if case.kind != "texture":
+        raise ValueError(f"case: expected the kind texture, whose right answers are many, got {case.kind}")
+    return _case(retextured(describe(case.seed, case.kind), seed), case.seed, case.source.height, case.source.width)
+
+
+def retextured(scene: Scene, seed: int) -> Scene:
+    """A scene of kind "texture" whose material is drawn from another `seed`."""
+    if scene.place is None:
+        return replace(scene, new_background=replace(scene.new_background, seed=seed))
+    return replace(scene, after=(replace(scene.after[0], seed=seed), *scene.after[1:]))
+
+
+def _case(scene: Scene, seed: int, height: int, width: int) -> Case:
     source, target, mask = (part[0] for part in draw([scene], height, width))
-    return Case(_picture(source), _picture(target), scene.prompt, mask.numpy(), scene.kind, seed)
+    region = filled(scene, height, width).numpy() if scene.kind == "texture" else None
+    return Case(
+        _picture(source), _picture(target), scene.prompt, mask.numpy(), scene.kind, seed, scene.material, region
+    )
+
+
+def filled(
+    scene: Scene, height: int, width: int, window: Tensor | None = None, device: str | torch.device = "cpu"
+) -> Tensor:
+    """Where a texture's material is seen and nothing else, (h, w) bool. `window` (1, 4): the part, as in `draw`."""
+    alone = scene.after[:1] if scene.place is not None else scene.after
+    part = None if window is None else window.expand(len(alone), -1)
+    covered = coverage(alone, height, width, part, device)
+    return (covered >= 1).any(0) if scene.place is not None else (covered <= 0).all(0)
 
 
 def describe(seed: int, kind: str | None = None) -> Scene:
     """The scene of a seed, before it is drawn."""
     if not isinstance(seed, int | np.integer) or seed < 0:
         raise ValueError(f"seed: expected an integer >= 0, got {seed!r}")
-    if kind is not None and kind not in KINDS:
-        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    if kind is not None and kind not in ALL_KINDS:
+        raise ValueError(f"kind: expected one of {', '.join(ALL_KINDS)}, got {kind!r}")
     rng = np.random.default_rng(seed)
     drawn = str(rng.choice(KINDS, p=[0.2, 0.2, 0.2, 0.2, 0.1, 0.1]))
     kind = kind or drawn
@@ -93,6 +144,15 @@ def describe(seed: int, kind: str | None = None) -> Scene:
         fields |= {"new": " ".join(filter(None, (word, new.colour, new.shape))), "place": place}
     elif kind == "background":
         new_background, fields["background"] = _asked_background(rng, taken=[t.colour for t in things])
+    elif kind == "texture":
+        material, texture_seed = str(rng.choice(MATERIALS)), int(rng.integers(2**31))
+        fields["material"] = material
+        if rng.random() < 0.5:
+            fields["region"] = "background"
+            new_background = Backdrop("texture", material=material, seed=texture_seed)
+        else:
+            fields["region"] = fields["object"]
+            after = (replace(chosen, material=material, seed=texture_seed), *things[1:])
     phrase = str(rng.choice(PHRASES[kind]))
     return Scene(kind, phrase.format(**fields), things, after, background, new_background)
 
@@ -117,30 +177,54 @@ def draw(
     alpha = coverage(things, height, width, None if window is None else window[owner], device)
     at = {(i, thing): k for k, (i, thing) in enumerate(zip(owner, things, strict=True))}
     before = backdrop([s.background for s in scenes], height, width, catalogue, window, device)
-    source = _paint(before, [s.before for s in scenes], alpha, at)
+    source = _paint(before, [s.before for s in scenes], alpha, at, height, width, window)
     changed = [i for i, s in enumerate(scenes) if s.new_background != s.background]
     after = before
     if changed:
         after = before.clone()
         part = None if window is None else window[changed]
         after[changed] = backdrop([scenes[i].new_background for i in changed], height, width, catalogue, part, device)
-    target = _paint(after, [s.after for s in scenes], alpha, at)
+    target = _paint(after, [s.after for s in scenes], alpha, at, height, width, window)
     grey = [i for i, s in enumerate(scenes) if s.kind == "greyscale"]
     if grey:
         luma = torch.tensor(_LUMA, device=device).view(1, 3, 1, 1)
         target[grey] = (source[grey] * luma).sum(1, keepdim=True).expand(-1, 3, -1, -1)
     mask = (source - target).abs().amax(1) > 2 / 255
+    for i in (i for i, s in enumerate(scenes) if s.kind == "texture"):  # also where it happens to look the same
+        covered = alpha[[at[i, thing] for thing in scenes[i].after]]
+        mask[i] |= (covered < 1).all(0) if scenes[i].place is None else covered[0] > 0
     return source, target, mask
 
 
-def _paint(background: Tensor, lists: list[tuple[Thing, ...]], alpha: Tensor, at: dict) -> Tensor:
+def _paint(
+    background: Tensor, lists: list[tuple[Thing, ...]], alpha: Tensor, at: dict, height: int, width: int,
+    window: Tensor | None,
+) -> Tensor:  # fmt: skip
     image = background.clone()
     for slot in range(max((len(things) for things in lists), default=0)):
         rows = [i for i, things in enumerate(lists) if len(things) > slot]
         layer = alpha[[at[i, lists[i][slot]] for i in rows]]
         colour = torch.tensor([rgb(lists[i][slot].colour) for i in rows], dtype=torch.float32, device=alpha.device)
+        textured = [(k, lists[i][slot], i) for k, i in enumerate(rows) if lists[i][slot].material]
+        if textured:
+            colour = colour[:, :, None, None].repeat(1, 1, *image.shape[-2:])
+        for k, thing, i in textured:
+            top, left = (0, 0) if window is None else (int(v) for v in window[i, :2])
+            _fill(colour[k], thing, height, width, top, left)
         image[rows] = compose(image[rows], [layer], [colour])
     return image
+
+
+def _fill(colour: Tensor, thing: Thing, height: int, width: int, top: int, left: int) -> None:
+    """Draw the thing's material around it into `colour` (3, h, w), the window of the picture at (top, left)."""
+    reach = 1.5 * thing.r * min(height, width) + 2
+    (y0, y1), (x0, x1) = (
+        (min(max(int(centre - reach) - first, 0), side), min(max(int(centre + reach) - first, 0), side))
+        for centre, first, side in zip((thing.y * height, thing.x * width), (top, left), colour.shape[-2:], strict=True)
+    )
+    if y1 > y0 and x1 > x0:
+        part = texture(thing.material, thing.seed, y1 - y0, x1 - x0, colour.device, top + y0, left + x0)
+        colour[:, y0:y1, x0:x1] = part
 
 
 def _things(rng: np.random.Generator) -> tuple[Thing, ...]:

@@ -34,7 +34,10 @@ PLACES: dict[str, tuple[int, int]] = {
 # Radius as a share of the shorter side.
 SIZES: dict[str, float] = {"small": 0.10, "": 0.13, "large": 0.15}
 
+# Edits with one right answer. A seed alone draws one of these.
 KINDS: tuple[str, ...] = ("recolor", "remove", "add", "shape", "background", "greyscale")
+# All edits: a texture has many right answers.
+ALL_KINDS: tuple[str, ...] = (*KINDS, "texture")
 
 # Several phrasings each; scenes.describe fills in the fields.
 PHRASES: dict[str, tuple[str, ...]] = {
@@ -74,7 +77,16 @@ PHRASES: dict[str, tuple[str, ...]] = {
         "turn the picture black and white",
         "remove all color",
     ),
+    "texture": (
+        "fill the {region} with {material}",
+        "cover the {region} with {material}",
+        "paint the {region} with {material}",
+        "turn the {region} into {material}",
+    ),
 }
+
+# Materials of textures.py, in its order: probes and recorded tasks count on it.
+MATERIALS: tuple[str, ...] = ("clouds", "marble", "wood grain", "pebbles", "ripples", "brush strokes")
 
 # Backgrounds that an edit can name; c1 and c2 are colour names.
 BACKGROUNDS: dict[str, str] = {

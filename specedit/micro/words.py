@@ -9,7 +9,7 @@ import re
 import warnings
 from collections.abc import Iterable
 
-from .vocabulary import BACKGROUNDS, COLOURS, PHRASES, PLACES, SHAPES, SIZES
+from .vocabulary import BACKGROUNDS, COLOURS, MATERIALS, PHRASES, PLACES, SHAPES, SIZES
 
 # Synonyms of the editors' words. Longer expressions come first.
 SYNONYMS: dict[str, str] = {
@@ -36,6 +36,8 @@ _REWRITES: tuple[tuple[str, str], ...] = (
      r"turn the \1 into a \2"),
     (r"(?:change|replace|turn|make) (?:the )?background (?:(?:to|with|into|by) )?({background})",
      r"make the background \1"),
+    (r"(?:fill|cover|paint|make|turn|change|replace|draw) (?:the )?({region}) (?:(?:with|in|into|to|by) )?({material})",
+     r"fill the \1 with \2"),
 )  # fmt: skip
 
 
@@ -108,6 +110,8 @@ def help_text() -> str:
             f"  <color>: {', '.join(COLOURS)}",
             f"  <shape>: {', '.join(SHAPES)}",
             f"  <place>: {', '.join(PLACES)}",
+            "  <region>: background, <object>",
+            f"  <material>: {', '.join(MATERIALS)}",
             f"  <background>: {', '.join(b.format(c1='<color>', c2='<color>') for b in BACKGROUNDS.values())}",
         ]
     )
@@ -117,7 +121,14 @@ def help_text() -> str:
 def known_words() -> frozenset[str]:
     """Every word that a prompt can contain."""
     sentences = [*itertools.chain(*PHRASES.values()), *BACKGROUNDS.values(), *(pattern for pattern, _ in _REWRITES)]
-    texts = [*(re.sub(r"\{\w+\}|\\\d|[^\w\s]", " ", s) for s in sentences), *COLOURS, *SHAPES, *PLACES, *SIZES]
+    texts = [
+        *(re.sub(r"\{\w+\}|\\\d|[^\w\s]", " ", s) for s in sentences),
+        *COLOURS,
+        *SHAPES,
+        *PLACES,
+        *SIZES,
+        *MATERIALS,
+    ]
     return frozenset(word for text in texts for word in text.split())
 
 
@@ -133,6 +144,8 @@ def _fields() -> dict[str, str]:
         shape=shape,
         place=place,
         object=f"(?:{colour} )?{shape}",
+        region=f"(?:background|(?:{colour} )?{shape})",
+        material=_any(MATERIALS),
         new=f"(?:{_any(filter(None, SIZES))} )?{colour} {shape}",
         background=_any(b.format(c1=colour, c2=colour) for b in BACKGROUNDS.values()),
     )
@@ -165,7 +178,7 @@ def _named(unknown: list[str]) -> str:
 def _closest(words: str) -> str:
     examples = dict(
         object="red circle", colour="blue", shape="star", new="small red star", place="top left",
-        background="blue and white stripes",
+        background="blue and white stripes", region="background", material="clouds",
     )  # fmt: skip
     sentences = [phrase.format(**examples) for group in PHRASES.values() for phrase in group]
     return " or ".join(f'"{s}"' for s in difflib.get_close_matches(words, sentences, n=2, cutoff=0))

@@ -172,11 +172,16 @@ def test_edit_keeps_pixels_outside_a_mask(tmp_path, picture):
 
 def test_eval_micro(tmp_path, capsys):
     path = tmp_path / "eval.json"
-    given = ["eval", "micro", "--preset", "turbo", "--cases", "2", "--size", "128", "--json", str(path)]
-    assert cli.main(given) == 0
+    given = ["eval", "micro", "--preset", "turbo", "--cases", "1", "--textures", "1", "--size", "128"]
+    assert cli.main([*given, "--json", str(path)]) == 0
     written = json.loads(path.read_text())
-    assert len(written["rows"]) == 2 and written["machine"]["torch"] and "--cases 2" in written["command"]
-    assert "success" in capsys.readouterr().out
+    assert [row["kind"] == "texture" for row in written["rows"]] == [False, True]
+    assert written["mean"]["texture_distance"] > 0 and "--textures 1" in written["command"]
+    assert written["machine"]["torch"] and "--cases 1" in written["command"]
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split()[:5] == ["tasks", "success", "edit", "dB", "texture"]
+    (texture,) = [line for line in lines if line.startswith("texture")]
+    assert texture.split()[1:4] == ["1", "-", "-"]
 
 
 def test_bench(tmp_path, monkeypatch):
@@ -267,6 +272,7 @@ def test_a_pipeline_of_another_kind_chooses_its_own_size(tmp_path, picture, monk
             "--data: expected a folder with the basic_edit",
         ),
         (["bench", "--size", "48"], "--size: expected a multiple of 16 from 64 to 1024, got 48"),
+        (["eval", "micro", "--textures", "-1"], "--textures: expected a whole number from 0 to 1,000,000, got -1"),
         (["eval", "micro", "--cases", "0"], "--cases: expected a whole number from 1 to 1,000,000, got 0"),
         (["bench", "--repeat", "0"], "--repeat: expected a whole number from 1 to 1,000, got 0"),
     ],

@@ -253,3 +253,37 @@ def test_page_says_when_weights_have_changed(docs):
         assert results.age(dict(of=of)) == "" == results.age({})
     assert "changed since" in results.age(dict(of=dict(model="kontext", weights="0" * 12)))
     assert "changed since" in results.age(dict(of=dict(model="qwen", weights=fingerprint(folder))))
+
+
+def test_textures_have_columns_where_a_file_has_them(docs, tmp_path):
+    def with_textures(variant, flops, **of_texture):
+        row = scored(variant, flops, add=2)
+        row["mean"] |= dict(count=5, texture_distance=1.234, material=0.5)
+        row["kinds"]["texture"] = dict(count=3, texture_distance=1.234, material=0.5, keep_psnr=None) | of_texture
+        case = dict(flops=flops, keep_psnr=30.0, mask_share=0.1)
+        exact, texture = dict(seed=0, success=True, edit_psnr=20.0), dict(seed=1, texture_distance=2.0, material=False)
+        return row | dict(cases=[case | exact, case | texture])
+
+    write(tmp_path, [with_textures("stock-50", 8e12), with_textures("turbo-full", 1e12)], "quality-512.json")
+    lines = docs.measured.quality("quality-512.json").splitlines()
+    assert lines[0].startswith("| variant | tasks | success | edit dB | texture | material | keep dB | TFLOPs |")
+    assert lines[3].startswith("| turbo-full | 2 + 3 | 50.0% | 18.0 | 1.23 | 50% | 30.0 | 1.00 |")
+    lines = docs.measured.kinds("quality-512.json").splitlines()
+    assert lines[0] == "| variant | add (2) | texture (3) |"
+    assert lines[3] == "| turbo-full | 100%, 20.0, - | 1.23, 50%, - |"
+    lines = docs.measured.small_edits("quality-512.json").splitlines()
+    assert lines[3].endswith("| 100.0% | 20.0 | 2.00 | 0% | 30.0 |")
+    docs.figures.pareto("quality-512.json", tmp_path / "figure.png")
+    assert Image.open(tmp_path / "figure.png").size[0] > 1300  # three panels
+
+
+def test_the_curve_of_steps(docs, tmp_path):
+    assert docs.MAKERS["texture-steps"]("texture-steps-256.json") == "*not measured yet*"
+    rows = [
+        dict(variant=f"stock-{n}", steps=n, mean=dict(count=12, texture_distance=d, material=0.5, seam=2.0))
+        for n, d in ((28, 1.2), (1, 3.0))
+    ]
+    write(tmp_path, rows, "texture-steps-256.json")
+    lines = docs.MAKERS["texture-steps"]("texture-steps-256.json").splitlines()
+    assert lines[0] == "| steps | tasks | texture | ratio to 28 | material | seam | keep dB |"
+    assert lines[2:4] == ["| 1 | 12 | 3.00 | 2.50 | 50% | 2.00 | - |", "| 28 | 12 | 1.20 | 1.00 | 50% | 2.00 | - |"]

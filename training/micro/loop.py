@@ -38,7 +38,9 @@ class Settings:
     Attributes:
         steps: at most this many steps of each part, for a quick try.
         practise: kinds of edit of half of the tasks; the other half has the usual shares.
+        without_probes: flow matching alone, since a short run has no time to fit probes to a trained editor.
         enter: where in the curriculum of sizes, 0 to 1, a run with `start` begins.
+        leave: where in it the run ends, `enter` to 1: less for smaller pictures throughout.
     """
 
     out: Path
@@ -53,14 +55,16 @@ class Settings:
     vae_rate: float = 6e-4  # a higher rate undoes the thumbnail initialisation
     largest: int = 512
     save_minutes: float = 4.0
-    batch_scale: int = 1
+    batch_scale: float = 1
     start: Path | None = None
     like: Path | None = None
     follow: bool = False
     link_minutes: float = 36.0
     probe_minutes: float = 5.0
     practise: tuple[str, ...] = ()
+    without_probes: bool = False
     enter: float = 0.5
+    leave: float = 1.0
     model: str = "kontext"
 
 

@@ -16,37 +16,38 @@ from torch import Tensor, nn
 
 from specedit.micro.render import Thing, backdrop, coverage
 from specedit.micro.scenes import Scene, rgb
-from specedit.micro.vocabulary import BACKGROUNDS, COLOURS, KINDS, PLACES, SHAPES
+from specedit.micro.vocabulary import ALL_KINDS, BACKGROUNDS, COLOURS, MATERIALS, PLACES, SHAPES
 
 _COLOURS, _PLACES, _BACKGROUNDS = list(COLOURS), list(PLACES), list(BACKGROUNDS)
 # Classes of each label of a prompt: the kind; the object's colour and shape; its new colour and shape; its place; the
-# new background with its first and second colour, which only word order tells apart. 0: not mentioned.
+# new background with its first and second colour, which only word order tells apart; the material. 0: not mentioned.
 PROMPT_CLASSES = (
-    len(KINDS),
+    len(ALL_KINDS),
     *(n + 1 for n in (len(COLOURS), len(SHAPES), len(COLOURS), len(SHAPES), len(PLACES))),
-    *(n + 1 for n in (len(BACKGROUNDS), len(COLOURS), len(COLOURS))),
+    *(n + 1 for n in (len(BACKGROUNDS), len(COLOURS), len(COLOURS), len(MATERIALS))),
 )
 TOKEN_CLASSES = (len(COLOURS) + 1, len(SHAPES) + 1)  # colour and shape of the object in a token, 0: background
 
 
 def prompt_labels(scene: Scene) -> list[int]:
     """What the scene's prompt mentions: one class index for each entry of `PROMPT_CLASSES`."""
-    kind = KINDS.index(scene.kind)
+    kind = ALL_KINDS.index(scene.kind)
+    material = 0 if scene.material is None else 1 + MATERIALS.index(scene.material)
     thing = {"add": scene.after}.get(scene.kind, scene.before)[0]
     named = f"{thing.colour} {thing.shape}" in scene.prompt
     colour, shape = 1 + _COLOURS.index(thing.colour), 1 + SHAPES.index(thing.shape)
     if scene.kind == "background":
         new = scene.new_background
         one, two = (1 + next(i for i, c in enumerate(COLOURS) if rgb(c) == part) for part in (new.first, new.second))
-        return [kind, 0, 0, 0, 0, 0, 1 + _BACKGROUNDS.index(new.kind), one, 0 if new.kind == "plain" else two]
+        return [kind, 0, 0, 0, 0, 0, 1 + _BACKGROUNDS.index(new.kind), one, 0 if new.kind == "plain" else two, 0]
     if scene.place is None:
-        return [kind, *[0] * 8]
+        return [kind, *[0] * 8, material]
     if scene.kind == "add":
         place = next(i for i, p in enumerate(_PLACES) if PLACES[p] == scene.place)
-        return [kind, 0, 0, colour, shape, 1 + place, 0, 0, 0]
+        return [kind, 0, 0, colour, shape, 1 + place, 0, 0, 0, 0]
     new_colour = 1 + _COLOURS.index(scene.after[0].colour) if scene.kind == "recolor" else 0
     new_shape = 1 + SHAPES.index(scene.after[0].shape) if scene.kind == "shape" else 0
-    return [kind, colour if named else 0, shape, new_colour, new_shape, 0, 0, 0, 0]
+    return [kind, colour if named else 0, shape, new_colour, new_shape, 0, 0, 0, 0, material]
 
 
 def token_labels(scene: Scene, grid: tuple[int, int]) -> Tensor:
@@ -69,10 +70,10 @@ FINE = 4  # coverage is predicted for FINE x FINE parts of a token
 def coverage_labels(scene: Scene, grid: tuple[int, int]) -> Tensor:
     """Share of each part of each token (N, FINE^2) that the edited object covers in the target.
 
-    For a new background it is the share of its second colour; for other edits 0.
+    For a new background in two colours it is the share of the second; where no object is drawn 0.
     """
     height, width = (side * FINE for side in grid)
-    if scene.kind in ("remove", "greyscale"):
+    if scene.kind in ("remove", "greyscale") or (scene.kind == "texture" and scene.place is None):
         parts = torch.zeros(height, width)
     elif scene.kind == "background":
         mix = replace(scene.new_background, first=(0.0,) * 3, second=(1.0,) * 3)
@@ -210,13 +211,14 @@ class Labels:
     """The probes' targets for a batch of scenes.
 
     Attributes:
-        prompt: (B, 9) int64, `prompt_labels`.
+        prompt: (B, 10) int64, `prompt_labels`.
         token: (B, N, 2) int64, `token_labels`.
         position: (N, 2 * WAVES) float32, `position_features`.
         edited: (B, N) float32, 1 where the edit changes a token.
         coverage: (B, N, FINE^2) float32, `coverage_labels`.
         reference_offset, edit_offset: (B, N, 3) and (B, N), `centre_offsets` of the source's objects and of the edited
             one.
+        textured: (B,) bool, whether it is of kind "texture".
     """
 
     def __init__(self, scenes: Sequence[Scene], grid: tuple[int, int], edited: Tensor):
@@ -229,6 +231,7 @@ class Labels:
             for things in ([s.before for s in scenes], [edited_object(s) for s in scenes])
         )
         self.edited = edited
+        self.textured = torch.tensor([s.kind == "texture" for s in scenes], device=edited.device)
 
     def select(self, at: Tensor) -> "Labels":
         """The labels of the tokens `at` (n,) only."""

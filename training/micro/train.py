@@ -39,8 +39,8 @@ def train(settings: Settings):
     """Train the editor in `settings.out`, or resume its training; returns the pipeline with averaged weights.
 
     Raises:
-        ValueError: an unknown model or kind of edit, `enter` outside 0 to 1, a folder with another kind of editor, or a
-            `like` that does not fit.
+        ValueError: an unknown model or kind of edit, `enter` or `leave` outside 0 to 1, a folder with another kind of
+            editor, or a `like` that does not fit.
     """
     family = family_named(settings.model)
     check(settings, family)
@@ -83,9 +83,9 @@ def train(settings: Settings):
             else:
                 neighbour_block.train_neighbour_block(pipe, settings, log)
     if settings.minutes > 0:
-        if not resumed:
+        if not resumed and not settings.without_probes:
             train_probes(pipe, probes, settings, log)
-        train_editor(pipe, probes, settings, log)
+        train_editor(pipe, None if settings.without_probes else probes, settings, log)
     family.save(pipe, settings.out / "editor")
     return pipe
 
@@ -95,6 +95,11 @@ def check(settings: Settings, family: Family) -> None:
     shares(settings.practise)
     if not 0 <= settings.enter <= 1:
         raise ValueError(f"--enter: expected 0 to 1, got {settings.enter}")
+    entered = 0.0 if settings.start is None else settings.enter
+    if not entered <= settings.leave <= 1:
+        raise ValueError(f"--leave: expected {entered:g}, where the curriculum is entered, to 1, got {settings.leave}")
+    if not settings.batch_scale > 0:
+        raise ValueError(f"--batch-scale: expected more than 0, got {settings.batch_scale}")
     if settings.follow and (settings.start is None or settings.like is None):
         raise ValueError(
             "--follow: expected --start, an editor that inherited from another, and --like, that other one"
@@ -129,13 +134,14 @@ def main(arguments: list[str] | None = None) -> None:
         default=Settings.probe_minutes,
         help="first blocks by linear probes; with --start the probes are fitted first; 0: not at all",
     )
+    parser.add_argument("--without-probes", action="store_true", help="train by flow matching alone")
     parser.add_argument("--minutes", type=float, default=Settings.minutes)
     parser.add_argument("--seed", type=int, default=0, help="of tasks and noise")
     parser.add_argument("--steps", type=int, help="at most this many steps of each part")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--largest", type=int, default=Settings.largest, help="largest side trained at, in pixels")
     parser.add_argument("--rate", type=float, default=Settings.rate)
-    parser.add_argument("--batch-scale", type=int, default=1, help="multiplies the batch size; a GPU has room for 8")
+    parser.add_argument("--batch-scale", type=float, default=1, help="multiplies the batch size; a GPU has room for 8")
     parser.add_argument(
         "--start",
         type=Path,
@@ -155,6 +161,9 @@ def main(arguments: list[str] | None = None) -> None:
         type=float,
         default=Settings.enter,
         help="with --start: where in the curriculum of sizes to begin, 0 to 1",
+    )
+    parser.add_argument(
+        "--leave", type=float, default=Settings.leave, help="where in the curriculum of sizes to end, up to 1"
     )
     parser.add_argument("--link-minutes", type=float, default=Settings.link_minutes, help="distillation, with --like")
     settings = Settings(**vars(parser.parse_args(arguments)))

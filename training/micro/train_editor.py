@@ -36,13 +36,16 @@ CURRICULUM = (
 )
 REUSE = 3  # average uses of an encoded batch, each with fresh noise, since rendering and encoding are not free
 # Share of each kind of task: what has to be drawn anew takes longest to learn.
-SHARES = {"add": 0.20, "shape": 0.32, "background": 0.24, "recolor": 0.10, "remove": 0.10, "greyscale": 0.04}
+SHARES = {
+    "add": 0.16, "shape": 0.26, "background": 0.19, "recolor": 0.08, "remove": 0.08, "greyscale": 0.03, "texture": 0.20,
+}  # fmt: skip
 # Share of focused steps at 512 px: more tasks, edited in one place, on the share FOCUS of the tokens.
 FOCUSED, FOCUS = 0.75, 0.25
 EDIT_WEIGHT = 2.0
 # Above this noise level the target is hardly visible, so that the prediction depends on the instruction.
 HIGH = 0.85
 HIGH_SHARE = (0.7, 0.4)  # share of samples above it, at the start and at the end of training
+TEXTURE_HIGH = 0.15  # for textures, which are drawn at every noise level, not only where the instruction says what
 PROBE_WEIGHTS = {  # of the probes' losses, relative to the flow-matching loss
     "position": 0.4, "prompt": 0.4, "token": 0.1, "reference_offset": 0.2, "edited": 0.2, "edit_offset": 0.2,
     "coverage": 0.4,
@@ -127,7 +130,9 @@ def draw_tasks(
     out, share = [], shares(practise)
     for kind in rng.choices(list(share), list(share.values()), k=count):
         scene = scenes.describe(next(seeds), kind)
-        while place is not None and scene.place not in (None, place):
+        # A part of the tokens shows no texture that continues from one to the next: no textured background there.
+        allowed = (place,) if kind == "texture" else (None, place)
+        while place is not None and scene.place not in allowed:
             scene = scenes.describe(next(seeds), kind)
         out.append(scene)
     return out
@@ -151,10 +156,10 @@ def batches(pipe: Any, settings: Settings, clock: Clock, start: int) -> Iterator
     rng = random.Random(settings.seed + start)
     pools: dict[int, list[Batch]] = {}
     # Another seed gets other tasks, and so does a resumed run: it starts after all earlier steps.
-    seeds = iter(training_seeds((settings.seed << 36) + (start * settings.batch_scale << 12), 1 << 36))
+    seeds = iter(training_seeds((settings.seed << 36) + (start * math.ceil(settings.batch_scale) << 12), 1 << 36))
     while True:
         entered = 0.0 if settings.start is None else settings.enter
-        progress = entered + (1 - entered) * clock.progress
+        progress = entered + (settings.leave - entered) * clock.progress
         weights = {side: share for side, share in mixture(progress).items() if side <= settings.largest}
         side = rng.choices(list(weights), list(weights.values()))[0]
         pool = pools.setdefault(side, [])
@@ -162,7 +167,7 @@ def batches(pipe: Any, settings: Settings, clock: Clock, start: int) -> Iterator
             square = (side, side)
             size = square if rng.random() < 0.7 else rng.choice(sizes(side))
             place = (rng.randrange(3), rng.randrange(3)) if max(size) == 512 and rng.random() < FOCUSED else None
-            count = int(BATCHES[size] / (1 if place is None else FOCUS)) * settings.batch_scale
+            count = max(1, int(BATCHES[size] / (1 if place is None else FOCUS) * settings.batch_scale))
             batch = encode(pipe, draw_tasks(seeds, count, rng, place, settings.practise), size, settings.device)
             batch.focused = place is not None
             pool.append(batch)
@@ -186,8 +191,8 @@ def mixture(progress: float) -> dict[int, float]:
     return {side: (1 - f) * low[side] + f * high[side] for side in low}
 
 
-def noise_levels(count: int, tokens: int, high: float, config, **draw) -> Tensor:
-    """Noise levels (count,): a share `high` uniform above `HIGH`, the others shifted as the scheduler does."""
+def noise_levels(count: int, tokens: int, high: float | Tensor, config, **draw) -> Tensor:
+    """Noise levels (count,): a share `high`, one or (count,), uniform above `HIGH`, the others shifted."""
     mu = calculate_shift(
         tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
     )
@@ -228,7 +233,8 @@ def editor_loss(
     """
     n, tokens, _ = batch.target.shape
     family, draw = family_of(pipe), dict(device=device, generator=generator)
-    sigma = noise_levels(n, math.prod(batch.grid), high, pipe.scheduler.config, **draw)
+    shares = torch.full((n,), high, device=device).masked_fill(batch.labels.textured, TEXTURE_HIGH)
+    sigma = noise_levels(n, math.prod(batch.grid), shares, pipe.scheduler.config, **draw)
     x, noise = noised(batch.target, sigma, **draw)
     prompts, has_prompt = drop_prompts(batch.prompts, family, **draw)
     features = family.text(pipe, prompts, batch.vision, device)
@@ -254,15 +260,15 @@ def drop_prompts(prompts: list[str], family: Family, **draw) -> tuple[list[str],
     return [prompt if kept else " " for prompt, kept in zip(prompts, has_prompt.tolist(), strict=True)], has_prompt
 
 
-def train_editor(pipe, probes: Probes, settings: Settings, log: Log) -> None:
-    """Train for `settings.minutes`; a stopped run is resumed."""
+def train_editor(pipe, probes: Probes | None, settings: Settings, log: Log) -> None:
+    """Train for `settings.minutes`, without `probes` by flow matching alone; a stopped run is resumed."""
     device = settings.device
 
     def loss(batch: Batch, progress: float) -> dict[str, Tensor]:
         high = HIGH_SHARE[0] + (HIGH_SHARE[1] - HIGH_SHARE[0]) * progress
         return editor_loss(pipe, batch, device, high=high, probes=probes)
 
-    learn(pipe, [probes], settings, log, "editor", settings.minutes, loss)
+    learn(pipe, [] if probes is None else [probes], settings, log, "editor", settings.minutes, loss)
 
 
 def learn(

@@ -8,7 +8,7 @@ import torch
 
 from specedit.micro import scenes
 from specedit.micro.render import coverage
-from specedit.micro.vocabulary import BACKGROUNDS, COLOURS, KINDS, PLACES, SHAPES
+from specedit.micro.vocabulary import ALL_KINDS, BACKGROUNDS, COLOURS, KINDS, MATERIALS, PLACES, SHAPES
 from training.micro import build, probes
 
 
@@ -27,13 +27,27 @@ def test_prompt_labels_are_what_the_prompt_says(kind):
         local = kind in ("recolor", "remove", "shape")
         assert bool(labels[2]) == local and bool(labels[3]) == (kind in ("recolor", "add"))
         assert bool(labels[4]) == (kind in ("shape", "add")) and bool(labels[5]) == (kind == "add")
-        background, first, second = labels[6:]
+        background, first, second, material = labels[6:]
+        assert material == 0
         if kind != "background":
             assert (background, first, second) == (0, 0, 0)
             continue
         name = [*BACKGROUNDS][background - 1]
         asked = BACKGROUNDS[name].format(c1=[*COLOURS][first - 1], c2=[*COLOURS][second - 1])
         assert first and scene.prompt.endswith(asked) and bool(second) == (name != "plain")
+
+
+def test_labels_of_a_texture_are_its_object_and_its_material():
+    for seed in range(30):
+        scene = scenes.describe(seed, "texture")
+        kind, colour, shape, *between, material = probes.prompt_labels(scene)
+        assert ALL_KINDS[kind] == "texture" and scene.prompt.endswith(MATERIALS[material - 1]) and not any(between)
+        parts, edited = probes.coverage_labels(scene, (8, 8)), probes.edited_object(scene)
+        if scene.place is None:
+            assert colour == shape == 0 and not parts.any() and edited == ()
+        else:
+            assert SHAPES[shape - 1] in scene.prompt and parts.any() and edited == scene.before[:1]
+            assert colour == 0 or [*COLOURS][colour - 1] in scene.prompt
 
 
 def test_token_labels_are_the_objects_drawn_there():
@@ -84,7 +98,7 @@ def test_losses_read_the_blocks_outputs():
     covered = probes.coverage_labels(batch[0], (2, 3)).mean(1)
     guess = ((math.log1p(math.e) - covered) * weight[0]).sum() / weight[0].sum()
     assert float(losses["coverage"]) == pytest.approx(float(guess), rel=1e-5)
-    assert float(losses["prompt"]) == pytest.approx(sum(map(math.log, probes.PROMPT_CLASSES)) / 9, rel=1e-5)
+    assert float(losses["prompt"]) == pytest.approx(sum(map(math.log, probes.PROMPT_CLASSES)) / 10, rel=1e-5)
     assert float(losses["token"]) == pytest.approx(sum(map(math.log, probes.TOKEN_CLASSES)) / 2, rel=1e-5)
     assert float(losses["edited"]) == pytest.approx(math.log1p(math.exp(-2.0)), rel=1e-5)
     missed = (torch.arange(12.0) - probes.position_features((2, 3))).square().mean()

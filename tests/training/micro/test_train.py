@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from specedit.micro import kontext, load, qwen, scenes
+from specedit.micro.vocabulary import ALL_KINDS
 from training.micro import (
     build,
     build_qwen,
@@ -57,7 +58,8 @@ def test_enter_sets_the_start_in_the_curriculum(tmp_path, monkeypatch):
     batch = first(0.5, start=tmp_path, **more)
     first(1.0, start=tmp_path, **more)
     first(0.0, start=tmp_path)
-    assert seen == pytest.approx([0.5, 0.8, 1.0, 0.5])
+    first(0.5, start=tmp_path, enter=0.4, leave=0.6)
+    assert seen == pytest.approx([0.5, 0.8, 1.0, 0.5, 0.5])
     assert 0.3 < batch.kinds.count("greyscale") / len(batch.kinds) < 0.75  # a half and 0.02, of 64
 
 
@@ -67,6 +69,12 @@ def test_wrong_options_are_refused_before_any_work(tmp_path):
         train.train(loop.Settings(out, practise=("shape", "paint")))
     with pytest.raises(ValueError, match=r"--enter: expected 0 to 1, got 1\.5"):
         train.train(loop.Settings(out, enter=1.5))
+    with pytest.raises(ValueError, match=r"--batch-scale: expected more than 0, got 0"):
+        train.train(loop.Settings(out, batch_scale=0))
+    with pytest.raises(ValueError, match=r"--leave: expected 0, where the curriculum is entered, to 1, got 1\.5"):
+        train.train(loop.Settings(out, leave=1.5))
+    with pytest.raises(ValueError, match=r"--leave: expected 0\.5, .*, to 1, got 0\.4"):
+        train.train(loop.Settings(out, start=tmp_path, leave=0.4))
     assert not out.exists()
 
 
@@ -174,7 +182,11 @@ def test_train_resume_and_continue_from_weights(tmp_path, few_tasks):
     assert not torch.equal(old, new) and torch.allclose(old, new, atol=0.1)
 
     start = tmp_path / "run" / "editor"
-    pipe = train.train(loop.Settings(tmp_path / "more", start=start, steps=1, batch_scale=2, **few))
+    more = few | dict(batch_scale=2, practise=("texture",), without_probes=True)
+    pipe = train.train(loop.Settings(tmp_path / "more", start=start, steps=1, **more))
+    train.train(loop.Settings(tmp_path / "more", start=start, steps=2, **more))
+    state = torch.load(tmp_path / "more" / "editor.pt", weights_only=True)
+    assert state["step"] == 2 and len(state["modules"]) == 3  # transformer and text encoders
     kept = kontext.read(start, torch_dtype=torch.float32).vae.state_dict()
     assert all(torch.equal(kept[name], value) for name, value in pipe.vae.state_dict().items())
 
@@ -235,7 +247,7 @@ def test_muon_excludes_modulation():
 def test_focused_tasks_share_a_place_and_have_every_kind():
     rng, seeds = random.Random(0), iter(loop.seeds(0, 10**6))
     tasks = train_editor.draw_tasks(seeds, 200, rng, (2, 0))
-    assert {scene.kind for scene in tasks} == set(train_editor.SHARES) == set(scenes.KINDS)
+    assert {scene.kind for scene in tasks} == set(train_editor.SHARES) == set(ALL_KINDS)
     assert {scene.place for scene in tasks} == {(2, 0), None}
     assert len({scene.place for scene in train_editor.draw_tasks(seeds, 200, rng)}) == 10
     assert sum(train_editor.SHARES.values()) == pytest.approx(1)
@@ -305,6 +317,14 @@ def test_steps_at_512_px_are_mostly_focused(monkeypatch):
     again = next(b for i, b in enumerate(focused) if any(b.labels.prompt is c.labels.prompt for c in focused[:i]))
     parts = [b.at for b in focused if b.labels.prompt is again.labels.prompt]
     assert not torch.equal(parts[0], parts[1])  # a batch that returns has other tokens
+
+
+@pytest.mark.parametrize(("scale", "count"), [(0.5, 32), (2, 128), (0.001, 1)])
+def test_batch_scale_multiplies_the_batch(monkeypatch, scale, count):
+    monkeypatch.setattr(train_editor, "mixture", lambda _progress: {64: 1.0})
+    monkeypatch.setattr(train_editor, "encode", lambda _pipe, tasks, *_: SimpleNamespace(tasks=tasks))
+    batch = next(train_editor.batches(None, loop.Settings(Path(), batch_scale=scale), loop.Clock(1.0), 0))
+    assert len(batch.tasks) == count
 
 
 def test_continued_training_starts_in_the_middle_of_the_curriculum(monkeypatch):
