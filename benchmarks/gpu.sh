@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Runs on a GPU machine what only a GPU can show, each part well within 9 minutes.
-#   benchmarks/gpu.sh [--out FOLDER] [--part tests|kernels|micro|forecast|real|caches|steps|train]... [--dry]
-# Default: tests, kernels and micro. --dry prints the commands and runs nothing.
+#   benchmarks/gpu.sh [--out FOLDER] [--part tests|compile|kernels|micro|forecast|real|caches|steps|train]... [--dry]
+# Default: tests, compile, kernels and micro. --dry prints the commands and runs nothing.
 #
 #   tests     the kernels' tests compiled, bf16 included, and compute-sanitizer where it is installed
+#   compile   every shipped configuration of every kernel, for sm_80, sm_90 and sm_100; needs no GPU
 #   kernels   every kernel against its peers, with the machine's own ceilings
 #   micro     the embedded editor: quality of every preset on 64 tasks, and clock against FLOPs
 #   forecast  temporal caches alone and with SpecEdit on the embedded editor, 64 tasks; goes on where it was stopped
@@ -30,7 +31,7 @@ while [ $# -gt 0 ]; do
     *) echo "gpu.sh: expected --out FOLDER, --part NAME or --dry, got $1" >&2; exit 2 ;;
   esac
 done
-[ ${#parts[@]} -gt 0 ] || parts=(tests kernels micro)
+[ ${#parts[@]} -gt 0 ] || parts=(tests compile kernels micro)
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 MPLBACKEND=Agg
 [ -n "$dry" ] || mkdir -p "$out"
 
@@ -58,6 +59,10 @@ run_tests() {
       python3 -m pytest -q -p no:cacheprovider tests/kernels/test_gpu.py -k every_kernel_once || failed=1
   done
   return $failed
+}
+
+run_compile() {
+  at_most 530 python3 -m specedit_kernels.compile_check
 }
 
 run_kernels() {
@@ -117,10 +122,10 @@ failed=()
 for part in "${parts[@]}"; do
   case $part in
     # A part in a process of its own, stopped by its first failure, does not stop the parts behind it.
-    tests | kernels | micro | forecast | real | caches | steps | train) printf '\n== %s\n' "$part"
+    tests | compile | kernels | micro | forecast | real | caches | steps | train) printf '\n== %s\n' "$part"
       (set -e; "run_$part") &
       wait $! || failed+=("$part") ;;
-    *) echo "gpu.sh: expected a part named tests, kernels, micro, forecast, real, caches, steps or train, got $part" >&2; exit 2 ;;
+    *) echo "gpu.sh: expected a part named tests, compile, kernels, micro, forecast, real, caches, steps or train, got $part" >&2; exit 2 ;;
   esac
 done
 if [ ${#failed[@]} -gt 0 ]; then

@@ -1,5 +1,6 @@
 """`import specedit` is cheap, and every public name is there when it is asked for."""
 
+import json
 import pickle
 import subprocess
 import sys
@@ -24,13 +25,37 @@ def test_importing_the_package_and_the_vocabulary_imports_no_torch():
     assert python(f"import sys, specedit, specedit.cli, specedit.micro.vocabulary; print({heavy})") == "[]\n"
 
 
-def test_functions_take_precedence_over_modules_of_the_same_name():
-    code = (
-        "import specedit.api.installing, specedit.run_report, specedit.micro.loading\n"
-        "from specedit import config, install, report, micro\n"
-        "print([type(x).__name__ for x in (install, report, specedit.install, micro.load, micro.evaluate, config)])"
-    )
-    assert python(code) == str(["function"] * 5 + ["module"]) + "\n"
+FRESH = """
+import json, sys
+import specedit
+found = {"submodules": [specedit.run_report.__name__, specedit.config.__name__]}
+import specedit.api.installing, specedit.run_report, specedit.micro.loading
+from specedit import config, install, report, micro
+found["kinds"] = [type(x).__name__ for x in (install, report, specedit.install, micro.load, micro.evaluate, config)]
+import specedit.cli
+found["pytest"] = "pytest" in sys.modules
+import specedit.testing
+found["tests"] = [name for name in sys.modules if name.partition(".")[0] == "tests"]
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    """What a process of its own finds when it imports one part of the package after the other."""
+    return json.loads(python(FRESH))
+
+
+def test_functions_take_precedence_over_modules_of_the_same_name(fresh):
+    assert fresh["kinds"] == ["function"] * 5 + ["module"]
+
+
+def test_nothing_but_the_shipped_tests_imports_pytest(fresh):
+    assert fresh["pytest"] is False
+
+
+def test_shipped_tests_need_no_test_of_the_repository(fresh):
+    assert fresh["tests"] == []
 
 
 @pytest.mark.parametrize("package", [specedit, micro])
@@ -42,10 +67,8 @@ def test_every_public_name_is_listed_and_found(package):
         assert names[name] is getattr(package, name)
 
 
-def test_submodules_are_found_without_importing_them_first():
-    assert python("import specedit; print(specedit.run_report.__name__, specedit.config.__name__)") == (
-        "specedit.run_report specedit.config\n"
-    )
+def test_submodules_are_found_without_importing_them_first(fresh):
+    assert fresh["submodules"] == ["specedit.run_report", "specedit.config"]
 
 
 @pytest.mark.parametrize("name", ["instal", "_private", "__wrapped__"])

@@ -1,9 +1,9 @@
 """The operators: schemas that tell the truth, torch.compile without graph breaks, import without Triton."""
 
+import json
 import os
 import subprocess
 import sys
-import textwrap
 
 import pytest
 import torch
@@ -152,64 +152,66 @@ def test_cuda_graph_replays_with_other_lengths(rng):
         torch.testing.assert_close(out, attend())
 
 
-def run_python(code):
-    return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+FRESH = """
+import json, sys, types
+import torch, specedit_kernels as kernels
+
+found = {}
+kernels.gather_tokens(torch.zeros(3, 2), torch.tensor([1]))
+found["imported"] = "specedit_kernels.gpu" in sys.modules
+
+from specedit_kernels import ops
+
+def error_of(call):
+    try:
+        call()
+    except (ValueError, ImportError) as error:
+        return f"{type(error).__name__} {error}"
+
+sys.modules["triton"] = types.ModuleType("triton")
+sys.modules["triton"].__version__ = "3.2.0"
+found["older"] = error_of(lambda: ops.check_gpu(torch.device("cuda")))
+
+sys.modules["triton"] = None  # importing it raises ImportError
+assert kernels.available_backends() == ("torch",)
+x, index = torch.randn(5, 8), torch.tensor([3, 0])
+q, w, angles = torch.randn(5, 2, 16), torch.ones(16), torch.zeros(5, 8)
+cu = torch.tensor([0, 2, 5], dtype=torch.int32)
+assert torch.equal(kernels.scatter_tokens(kernels.gather_tokens(x, index), index, x.clone()), x)
+fine, sigma = kernels.expand_tokens(x, 0.5)
+torch.testing.assert_close(kernels.contract_tokens(fine, sigma)[0], x)
+assert kernels.mixed_attention(q, q, q, cu_seqlens_q=cu, cu_seqlens_k=cu).shape == q.shape
+assert kernels.mixed_attention(q[None], q[None], q[None], key_bias=torch.zeros(1, 5)).shape == (1, 5, 2, 16)
+assert kernels.qk_norm_rope(q, q, w, w, angles.cos(), angles.sin())[0].shape == q.shape
+assert torch.equal(kernels.weighted_sum(x[None], torch.ones(1)), x)
+found["none"] = [error_of(lambda: kernels.gather_tokens(x, index, backend="triton")),
+                 error_of(lambda: ops.run("triton", "gather_tokens", (x, index)))]
+print(json.dumps(found))
+"""
 
 
-def test_works_without_triton():
-    """Import and every function on the CPU; asking for Triton, and a CUDA tensor's call, say what is missing."""
-    result = run_python("""
-        import sys
-        sys.modules["triton"] = None  # importing it raises ImportError
-        import torch, specedit_kernels as kernels
-        from specedit_kernels import ops
-        assert kernels.available_backends() == ("torch",)
-        x, index = torch.randn(5, 8), torch.tensor([3, 0])
-        q, w, angles = torch.randn(5, 2, 16), torch.ones(16), torch.zeros(5, 8)
-        cu = torch.tensor([0, 2, 5], dtype=torch.int32)
-        assert torch.equal(kernels.scatter_tokens(kernels.gather_tokens(x, index), index, x.clone()), x)
-        fine, sigma = kernels.expand_tokens(x, 0.5)
-        torch.testing.assert_close(kernels.contract_tokens(fine, sigma)[0], x)
-        assert kernels.mixed_attention(q, q, q, cu_seqlens_q=cu, cu_seqlens_k=cu).shape == q.shape
-        assert kernels.mixed_attention(q[None], q[None], q[None], key_bias=torch.zeros(1, 5)).shape == (1, 5, 2, 16)
-        assert kernels.qk_norm_rope(q, q, w, w, angles.cos(), angles.sin())[0].shape == q.shape
-        assert torch.equal(kernels.weighted_sum(x[None], torch.ones(1)), x)
-        for call in (lambda: kernels.gather_tokens(x, index, backend="triton"),
-                     lambda: ops.run("triton", "gather_tokens", (x, index))):
-            try:
-                call()
-            except (ValueError, ImportError) as error:
-                print(type(error).__name__, error)
-    """)
+@pytest.fixture(scope="module")
+def fresh():
+    """What a process of its own finds before it imports Triton, with an older Triton, and without any."""
+    result = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines() == [
+    return json.loads(result.stdout)
+
+
+def test_works_without_triton(fresh):
+    """Import and every function on the CPU; asking for Triton, and a CUDA tensor's call, say what is missing."""
+    assert fresh["none"] == [
         'ValueError backend: expected CUDA tensors for "triton", got cpu',
         'ImportError expected Triton 3.6 or newer to run kernels, found none; use backend="torch", in specedit.install '
         'attention="torch"',
     ]
 
 
-def test_an_older_triton_is_named():
-    result = run_python("""
-        import sys, types
-        sys.modules["triton"] = types.ModuleType("triton")
-        sys.modules["triton"].__version__ = "3.2.0"
-        import torch
-        from specedit_kernels import ops
-        try:
-            ops.check_gpu(torch.device("cuda"))
-        except ImportError as error:
-            print(error)
-    """)
-    message = 'expected Triton 3.6 or newer to run kernels, found 3.2.0; use backend="torch", in specedit.install '
-    message += 'attention="torch"'
-    assert result.stdout.strip() == message, result.stderr
+def test_an_older_triton_is_named(fresh):
+    message = 'ImportError expected Triton 3.6 or newer to run kernels, found 3.2.0; use backend="torch", in '
+    message += 'specedit.install attention="torch"'
+    assert fresh["older"] == message
 
 
-def test_triton_is_imported_lazily():
-    result = run_python("""
-        import sys, torch, specedit_kernels as kernels
-        kernels.gather_tokens(torch.zeros(3, 2), torch.tensor([1]))
-        print("specedit_kernels.gpu" in sys.modules)
-    """)
-    assert result.stdout.strip() == "False", result.stderr
+def test_triton_is_imported_lazily(fresh):
+    assert fresh["imported"] is False

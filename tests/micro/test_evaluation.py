@@ -91,7 +91,7 @@ def test_load_casts_to_dtype(name):
     assert {part.dtype for part in modules(half)} == {torch.bfloat16}
 
 
-def test_saved_configs_suit_transformers_4_and_5(name, tmp_path):
+def test_saved_configs_suit_transformers_4_and_5(shallow_editors, name, tmp_path):
     """Saved files use names that both versions read; scripts/compat.sh runs these tests with both."""
     family_named(name).save(micro.load(name), tmp_path)
     for folder in (tmp_path, WEIGHTS / name):
@@ -133,12 +133,15 @@ def test_missing_weights_name_the_training_command(monkeypatch, tmp_path):
         micro.load("kontext")
 
 
+@pytest.mark.slow
 def test_autoencoder_round_trip_is_at_least_30_db(pipe, name):
     assert roundtrip(family_named(name).flat(pipe.vae), "cpu", 512, 4) >= 30
 
 
 @pytest.mark.parametrize("size", [128, (128, 192)])
-def test_stock_and_installed_are_scored(pipe, size):
+def test_stock_and_installed_are_scored(shallow_editors, name, size):
+    pipe = micro.load(name)
+    pipe.set_progress_bar_config(disable=True)
     cases = [micro.scenes.sample(seed, size) for seed in (0, 1)]
     stock = micro.evaluate(pipe, cases, num_inference_steps=4)
     assert len(stock["cases"]) == 2 and stock["mean"]["count"] == 2
@@ -155,6 +158,7 @@ def test_stock_and_installed_are_scored(pipe, size):
     assert [r["edit_psnr"] for r in again["cases"]] == [r["edit_psnr"] for r in stock["cases"]]
 
 
+@pytest.mark.slow
 def test_specedit_solves_what_stock_solves(pipe):
     """Removing and adding an object, in tasks that the stock pipeline solves in ten steps."""
     cases = [micro.scenes.sample(seed, 256) for seed in (2, 6)]

@@ -1,0 +1,47 @@
+"""The embedded editors with few blocks, for tests of what is done with an editor and not of how well it edits."""
+
+import json
+import re
+
+import pytest
+
+FEW = {"kontext": {"num_layers": 1, "num_single_layers": 1}, "qwen": {"num_layers": 1}}
+
+
+def _keep_first_blocks(source, target, layers):
+    """Write a transformer's folder with the blocks that `layers` leaves of it."""
+    from safetensors.torch import load_file, save_file
+
+    target.mkdir()
+    config = json.loads((source / "config.json").read_text()) | layers
+    (target / "config.json").write_text(json.dumps(config))
+    for file in source.glob("*.safetensors"):
+        held = load_file(file)
+        blocks = {name: re.match(r"(single_)?transformer_blocks\.(\d+)\.", name) for name in held}
+        limits = {None: layers["num_layers"], "single_": layers.get("num_single_layers")}
+        kept = {name: held[name] for name, at in blocks.items() if at is None or int(at[2]) < limits[at[1]]}
+        save_file(kept, target / file.name, {"format": "pt"})
+
+
+@pytest.fixture(scope="session")
+def shallow_weights(tmp_path_factory):
+    """A folder like the package's own, in which the transformers have one block of each kind."""
+    from specedit.micro.loading import WEIGHTS
+
+    folder = tmp_path_factory.mktemp("shallow")
+    for name, layers in FEW.items():
+        (folder / name).mkdir()
+        for part in (WEIGHTS / name).iterdir():
+            if part.name == "transformer":
+                _keep_first_blocks(part, folder / name / part.name, layers)
+            else:
+                (folder / name / part.name).symlink_to(part)
+    return folder
+
+
+@pytest.fixture
+def shallow_editors(shallow_weights, monkeypatch):
+    """The embedded editors are shallow while the test runs."""
+    from specedit import micro
+
+    monkeypatch.setitem(micro.load.__globals__, "WEIGHTS", shallow_weights)
