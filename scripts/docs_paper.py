@@ -31,5 +31,12 @@ PAPERS = {
     "flux-kontext": PAPER,
     "qwen-image-edit": {preset: (clock, QWEN_STOCK / tera) for preset, (clock, tera) in PAPER_QWEN.items()},
 }
-# What the papers of other methods report for their own models, by the name of the method here.
-REPORTED: dict[str, str] = {}
+# The largest clock ratio that other methods' papers report on their own models, against 50 (RegionE: 28) steps.
+REPORTED: dict[str, str] = {
+    "ralu": "7.0x, FLUX.1-dev",
+    "fresco": "10.27x, FLUX.1-dev",
+    "bottleneck": "3x, FLUX.1-dev",
+    "spotedit": "1.67x, FLUX.1-Kontext; 1.59x, Qwen-Image-Edit",
+    "regione": "2.41x, FLUX.1-Kontext; 2.06x, Qwen-Image-Edit",
+    "speed": "1.63x, FLUX.1-dev",
+}
