@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.scores import Scores, command, editor, options, some, whose
+from benchmarks.scores import Scores, command, editor, options, some, tasks, whose
 from specedit import micro, uninstall
 from specedit.api.installing import install
 from specedit.cli.methods import import_plugin
@@ -82,8 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.plugin is not None:
         import_plugin(args.plugin)
     chosen = some(variants(), args.only)
-    cases = [micro.scenes.sample(seed, args.size) for seed in range(args.cases)]
-    scores = Scores(args.out, command("methods", args), cases, whose(args), args.resume)
+    scores = Scores(args.out, command("methods", args), tasks(args), whose(args), args.resume)
     pipe = editor(args.model)
     for name, todo in scores.turns(chosen):
         score(scores, pipe, name, todo, chosen[name])

@@ -5,7 +5,8 @@
 The starting point is `turbo` with restore="reference" and "full"; each row changes one field (those of `guidance_range`
 run under true guidance, which the others do without). A Qwen editor runs under guidance all along, and its prompt holds
 a picture. Where the true mask of a task is known, `recall`
-is the share of its cells that were found, `precision` the share of found cells that it covers. With --resume a run that
+is the share of its cells that were found, `precision` the share of found cells that it covers. With --masks every call
+is given its task's own mask, and the groups that only change how cells are found are left out. With --resume a run that
 was stopped, or that is to see more tasks than before, goes on.
 """
 
@@ -37,6 +38,7 @@ GRID: dict[str, list[dict]] = {
         {"true_cfg_scale": 2.5} | ({"guidance_range": r} if r else {})
         for r in (None, (0.0, 0.9), (0.2, 1.0), (0.2, 0.9), (0.4, 0.8))
     ],
+    "forecast": [{"forecast": name} for name in ("reuse", "taylor", "freqca")],
     "steps": [{"steps": s} for s in ((3, 2, 4), (4, 2, 3), (0, 4, 5), (4, 0, 5), (0, 0, 9))],
 }
 
@@ -46,9 +48,16 @@ QWEN: dict[str, list[dict]] = {
 }
 
 
-def grid(model: str) -> dict[str, list[dict]]:
-    """The settings to try on the embedded editor `model`, by group."""
-    return GRID | QWEN if model == "qwen" else GRID
+FINDING = (  # groups that change nothing where the caller gives the mask
+    "verify_coarse", "threshold (full)", "threshold (draft)", "dilation", "draft_steps", "draft_scale", "selector",
+    "draft_condition",
+)  # fmt: skip
+
+
+def grid(model: str, masks: bool = False) -> dict[str, list[dict]]:
+    """The settings to try on the embedded editor `model`, by group. masks: whether the caller gives them."""
+    every = GRID | QWEN if model == "qwen" else GRID
+    return {group: changes for group, changes in every.items() if not (masks and group in FINDING)}
 
 
 def agreement(pipe, case) -> dict[str, float]:
@@ -68,25 +77,33 @@ def variants(groups: dict[str, list[dict]]) -> dict[str, dict]:
     }
 
 
-def score(scores: Scores, pipe, name: str, todo: list[micro.scenes.Case], group: str, change: dict) -> None:
-    """Score one variant on the given tasks."""
+def score(
+    scores: Scores, pipe, name: str, todo: list[micro.scenes.Case], group: str, change: dict, masks: bool = False
+) -> None:
+    """Score one variant on the given tasks. masks: whether its mask goes with every call."""
     settings = {**BASE, **change}
     scale = settings.pop("true_cfg_scale", None)
     call = {} if scale is None else {"negative_prompt": "", "true_cfg_scale": scale}
     install(pipe, settings.pop("preset"), **settings)
-    scored = [{**micro.evaluate(pipe, [case], **call)["cases"][0], **agreement(pipe, case)} for case in todo]
+    scored = []
+    for case in todo:
+        own = {"edit_mask": case.mask} if masks else {}
+        scored.append({**micro.evaluate(pipe, [case], **call, **own)["cases"][0], **agreement(pipe, case)})
     scores.add(pipe, name, scored, group=group, change={field: str(value) for field, value in change.items()})
     uninstall(pipe)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = options(__doc__, cases=24).parse_args(arguments)
-    chosen = variants(some(grid(args.model), args.only))
+    parser = options(__doc__, cases=24)
+    parser.add_argument("--masks", action="store_true", help="give every call the task's own mask")
+    args = parser.parse_args(arguments)
+    chosen = variants(some(grid(args.model, args.masks), args.only))
     cases = tasks(args, first=10_000)  # not those of quality.py
-    scores = Scores(args.out, command("sweep", args), cases, whose(args), args.resume)
+    words = command("sweep", args) + (" --masks" if args.masks else "")
+    scores = Scores(args.out, words, cases, whose(args) | ({"masks": True} if args.masks else {}), args.resume)
     pipe = editor(args.model)
     for name, todo in scores.turns(chosen):
-        score(scores, pipe, name, todo, **chosen[name])
+        score(scores, pipe, name, todo, **chosen[name], masks=args.masks)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def test_a_run_scores_both_sides_and_a_users_method(tmp_path):
         "from specedit.methods import Steps, register_method\n\n\n"
         "@register_method\n@dataclass(frozen=True)\nclass Mine(Steps):\n    name = 'mine'\n    published = {}\n"
     )
-    given = ["--size", "64", "--cases", "1", "--out", str(out), "--plugin", str(plugin)]
+    given = ["--size", "64", "--cases", "1", "--textures", "0", "--out", str(out), "--plugin", str(plugin)]
     try:
         methods.main([*given, "--only", "stock-1", "mine default", "turbo-reference"])
     finally:

@@ -49,6 +49,15 @@ def test_interrupted_sweep_is_resumed(tmp_path):
         assert [case["seed"] for case in new["cases"]] == [10_000, 10_001]
 
 
+def test_with_masks_nothing_is_drafted(tmp_path):
+    out = tmp_path / "masks.json"
+    assert not set(sweep.FINDING) & set(sweep.grid("qwen", masks=True)) and set(sweep.FINDING) < set(sweep.grid("qwen"))
+    sweep.main(["--only", "base", "--size", "64", "--cases", "1", "--textures", "0", "--masks", "--out", str(out)])
+    written = json.loads(out.read_text())
+    assert written["of"]["masks"] is True and "--masks" in written["command"]
+    assert written["rows"][0]["mean"]["recall"] == 1
+
+
 def test_a_qwen_editor_is_compared_under_its_own_guidance(tmp_path):
     out = tmp_path / "switches-64.json"
     some = ["--model", "qwen", "--only", "base", "guidance_range", "draft_condition"]
