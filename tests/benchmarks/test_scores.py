@@ -25,7 +25,7 @@ def scored(monkeypatch):
     return seeds
 
 
-def test_a_resumed_run_scores_only_what_is_missing(tmp_path, scored, monkeypatch):
+def test_a_resumed_run_scores_only_what_is_missing(shallow_editors, tmp_path, scored, monkeypatch):
     monkeypatch.setattr(scores, "EVERY", 1)
     out = tmp_path / "q.json"
     quality.main([*TWO, "--out", str(out), "--cases", "1"])
@@ -49,7 +49,7 @@ def test_a_resumed_run_scores_only_what_is_missing(tmp_path, scored, monkeypatch
     assert len(scored) == 6 and json.loads(out.read_text()) == second
 
 
-def test_missing_numbers_are_left_out_of_the_mean(tmp_path, scored):
+def test_missing_numbers_are_left_out_of_the_mean(shallow_editors, tmp_path, scored):
     """Where everything was to change there is nothing to keep: null in the file, nan in the mean of a resumed run."""
     out = tmp_path / "q.json"
     cases = [micro.scenes.sample(0, 128, "remove"), micro.scenes.sample(1, 128, "remove")]
@@ -75,7 +75,7 @@ def test_missing_numbers_are_left_out_of_the_mean(tmp_path, scored):
         (lambda content: content.pop("of"), "scores of None"),
     ],
 )
-def test_scores_of_another_editor_are_not_resumed(tmp_path, scored, change, named):
+def test_scores_of_another_editor_are_not_resumed(shallow_editors, tmp_path, scored, change, named):
     out = tmp_path / "q.json"
     quality.main(["--size", "64", "--only", "stock-10", "--cases", "1", "--out", str(out)])
     content = json.loads(out.read_text())

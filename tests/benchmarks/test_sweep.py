@@ -32,7 +32,7 @@ def test_variants_have_unique_names():
     }
 
 
-def test_interrupted_sweep_is_resumed(tmp_path):
+def test_interrupted_sweep_is_resumed(shallow_editors, tmp_path):
     out = tmp_path / "sweep-64.json"
     some = ["--only", "base", "guidance_range", "--size", "64", "--out", str(out)]
     sweep.main([*some, "--cases", "1"])
@@ -49,7 +49,7 @@ def test_interrupted_sweep_is_resumed(tmp_path):
         assert [case["seed"] for case in new["cases"]] == [10_000, 10_001]
 
 
-def test_with_masks_nothing_is_drafted(tmp_path):
+def test_with_masks_nothing_is_drafted(shallow_editors, tmp_path):
     out = tmp_path / "masks.json"
     assert not set(sweep.FINDING) & set(sweep.grid("qwen", masks=True)) and set(sweep.FINDING) < set(sweep.grid("qwen"))
     sweep.main(["--only", "base", "--size", "64", "--cases", "1", "--textures", "0", "--masks", "--out", str(out)])
@@ -58,7 +58,7 @@ def test_with_masks_nothing_is_drafted(tmp_path):
     assert written["rows"][0]["mean"]["recall"] == 1
 
 
-def test_a_qwen_editor_is_compared_under_its_own_guidance(tmp_path):
+def test_a_qwen_editor_is_compared_under_its_own_guidance(shallow_editors, tmp_path):
     out = tmp_path / "switches-64.json"
     some = ["--model", "qwen", "--only", "base", "guidance_range", "draft_condition"]
     sweep.main([*some, "--size", "64", "--cases", "1", "--out", str(out)])

@@ -26,7 +26,7 @@ def picture(tmp_path):
     return path
 
 
-def test_demo(tmp_path, capsys):
+def test_demo(shallow_editors, tmp_path, capsys):
     assert cli.main(["demo", "--size", "128", "--out", str(tmp_path / "demo")]) == 0
     for name in ("demo.png", "report.png", "input.png", "stock.png", "specedit.png"):
         assert Image.open(tmp_path / "demo" / name).size[0] >= 128
@@ -34,22 +34,8 @@ def test_demo(tmp_path, capsys):
     assert "FLOPs" in out and "seconds" in out and "demo.png" in out
 
 
-@pytest.fixture
-def qwen(monkeypatch, tmp_path):
-    """Puts an untrained Qwen editor where the package's weights would be."""
-    from specedit import micro
-    from specedit.micro import demonstration as demo
-    from training.micro import build_qwen
-
-    torch.manual_seed(0)
-    pipe = build_qwen.qwen()
-    pipe.transformer.proj_out.reset_parameters()
-    build_qwen.save(pipe, tmp_path / "weights" / "qwen")
-    monkeypatch.setitem(micro.load.__globals__, "WEIGHTS", tmp_path / "weights")
-    monkeypatch.setattr(demo, "STOCK_STEPS", 2)
-
-
-def test_the_qwen_editor_by_name(qwen, tmp_path, picture, capsys):
+def test_the_qwen_editor_by_name(shallow_editors, monkeypatch, tmp_path, picture, capsys):
+    monkeypatch.setattr("specedit.micro.demonstration.STOCK_STEPS", 2)
     out = tmp_path / "demo"
     assert cli.main(["demo", "--model", "qwen", "--size", "128", "--out", str(out)]) == 0
     assert Image.open(out / "specedit.png").size == Image.open(out / "stock.png").size == (128, 128)
@@ -136,7 +122,7 @@ def test_gpu_without_kernels_uses_pytorch(monkeypatch, capsys):
         assert capsys.readouterr().err == ("" if error is None else said)
 
 
-def test_commands_run_with_the_attention_of_this_machine(monkeypatch, tmp_path, picture):
+def test_commands_run_with_the_attention_of_this_machine(shallow_editors, monkeypatch, tmp_path, picture):
     import specedit
     from specedit.micro import timing as bench
 
@@ -170,7 +156,7 @@ def test_edit_keeps_pixels_outside_a_mask(tmp_path, picture):
     assert not np.array_equal(before[:32, :32], after[:32, :32])
 
 
-def test_eval_micro(tmp_path, capsys):
+def test_eval_micro(shallow_editors, tmp_path, capsys):
     path = tmp_path / "eval.json"
     given = ["eval", "micro", "--preset", "turbo", "--cases", "1", "--textures", "1", "--size", "128"]
     assert cli.main([*given, "--json", str(path)]) == 0
@@ -184,14 +170,14 @@ def test_eval_micro(tmp_path, capsys):
     assert texture.split()[1:4] == ["1", "-", "-"]
 
 
-def test_bench(tmp_path, monkeypatch):
+def test_bench(shallow_editors, tmp_path, monkeypatch):
     from specedit.micro import timing as bench
 
     path, installed, install = tmp_path / "bench.json", [], bench.install
     monkeypatch.setattr(
         bench, "install", lambda *args, **more: installed.append((args[1:], more)) or install(*args, **more)
     )
-    assert cli.main(["bench", "--size", "128", "--repeat", "2", "--json", str(path)]) == 0
+    assert cli.main(["bench", "--size", "64", "--repeat", "2", "--json", str(path)]) == 0
     rows = json.loads(path.read_text())["rows"]
     assert installed[: len(rows)] == installed[len(rows) :] and installed[0] != installed[1]  # they take turns
     assert {(r["preset"], r["restore"]) for r in rows} >= {("turbo", "reference"), ("quality", "full")}
@@ -377,7 +363,7 @@ def test_demo_into_a_file_is_rejected_before_any_work(tmp_path, capsys, monkeypa
 
 
 @pytest.mark.parametrize(("size", "got"), [((40, 300), (32, 288)), ((2000, 100), (512, 16)), ((5, 5), (16, 16))])
-def test_pictures_that_are_too_small_or_too_long_run_stock(tmp_path, size, got):
+def test_pictures_that_are_too_small_or_too_long_run_stock(shallow_editors, tmp_path, size, got):
     Image.new("RGB", size).save(tmp_path / "in.png")
     given = ["edit", str(tmp_path / "in.png"), "make it greyscale", "--out", str(tmp_path / "out.png")]
     with pytest.warns(UserWarning, match="runs the stock pipeline: a picture with fewer than 4 tokens a side, 64 px"):

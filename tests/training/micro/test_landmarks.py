@@ -14,7 +14,7 @@ from training.micro import build, family_kontext, landmarks, loop, train
 PROMPTS = ["make it grey", "add a small yellow hexagon at the bottom right of the picture", ""]
 
 
-@pytest.fixture(scope="module", params=[1, 30], ids=["fresh", "trained"])
+@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 30], ids=["fresh", "trained"])
 def placed(request):
     pipe = build.kontext()
     with torch.no_grad():  # the blocks of a trained encoder add more to the embeddings than fresh ones do
