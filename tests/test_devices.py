@@ -51,11 +51,13 @@ def test_another_device():
 
 
 @pytest.fixture(scope="module")
-def pipes():
-    """Of each editor one on the host and one on the device."""
+def pipes(shallow_weights):
+    """Of each editor, with one block of each kind, one on the host and one on the device."""
     made = {}
     for name in MODELS:
-        made[name] = micro.load(name), pretend.move(micro.load(name))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(micro.load.__globals__, "WEIGHTS", shallow_weights)
+            made[name] = micro.load(name), pretend.move(micro.load(name))
         for pipe in made[name]:
             pipe.set_progress_bar_config(disable=True)
     return made

@@ -48,10 +48,12 @@ def offload_groups(pipe):
 
 
 def compile_transformer(pipe):
+    torch._dynamo.reset()  # what other tests compiled counts towards the limit
     pipe.transformer = torch.compile(pipe.transformer, backend="eager")
 
 
 def compile_blocks(pipe):
+    torch._dynamo.reset()  # what other tests compiled counts towards the limit
     pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
 
 
@@ -63,19 +65,18 @@ def set_backend(pipe):
     pipe.transformer.set_attention_backend("native")
 
 
+PLAIN = [offload_models, offload_modules, offload_groups, slice_batches, set_backend]
+
+
+# What is compiled before it is installed: test_compiling_changes_nothing, test_blocks_compiled_one_by_one.
 @pytest.mark.parametrize(
-    "change",
+    ("first", "change"),
     [
-        offload_models,
-        offload_modules,
-        offload_groups,
-        pytest.param(compile_transformer, marks=pytest.mark.slow),
-        pytest.param(compile_blocks, marks=pytest.mark.slow),
-        slice_batches,
-        set_backend,
+        *((first, change) for first in ("install", "change") for change in PLAIN),
+        pytest.param("install", compile_transformer, marks=pytest.mark.slow),
+        pytest.param("install", compile_blocks, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("first", ["install", "change"])
 def test_the_same_edit_whatever_becomes_of_the_weights(make_own, edit, change, first):
     pipe = make_own()
     stock = edit(pipe, num_inference_steps=2)

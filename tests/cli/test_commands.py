@@ -174,6 +174,7 @@ def test_bench(shallow_editors, tmp_path, monkeypatch):
     from specedit.micro import timing as bench
 
     path, installed, install = tmp_path / "bench.json", [], bench.install
+    monkeypatch.setattr(bench, "STOCK_STEPS", 4)
     monkeypatch.setattr(
         bench, "install", lambda *args, **more: installed.append((args[1:], more)) or install(*args, **more)
     )

@@ -115,6 +115,7 @@ def test_a_saved_processor_reads_back(small_qwen, tmp_path):
 # ------------------------------------------------------------------------------------------------- SpecEdit on it
 
 
+@pytest.mark.slow  # the adapter is TestQwenImageEdit's
 class TestOwnSize(Conformance):
     """Every size here is the picture's own: nothing is patched as for the stock pipeline's tests."""
 

@@ -10,8 +10,16 @@ from specedit.models.longcat import LongCatImageEdit
 from specedit.models.qwen.edit import QwenImageEdit, QwenImageEditPlus
 from specedit.testing import QUICK, Conformance, Family
 
+OTHERS = [{"rope": "phase_aligned"}, {"attention": "stock"}]
+
 
 class TestFluxKontext(Conformance):
+    # The settings as they are: tests/models/test_graphs.py.
+    @pytest.mark.slow
+    @pytest.mark.parametrize("changes", OTHERS)
+    def test_other_edits_do_not_compile_again(self, family, changes):
+        super().test_other_edits_do_not_compile_again(family, changes)
+
     @pytest.fixture
     def family(self, make_pipe, picture):
         def call(height, width):
@@ -29,6 +37,12 @@ class TestFluxKontext(Conformance):
 
 class TestQwenImageEdit(Conformance):
     pipeline, adapter, sends_values, compiles_as = QwenImageEditPipeline, QwenImageEdit, False, None
+
+    # The settings as they are: tests/models/test_graphs.py.
+    @pytest.mark.slow
+    @pytest.mark.parametrize("changes", OTHERS)
+    def test_other_edits_do_not_compile_again(self, family, changes):
+        super().test_other_edits_do_not_compile_again(family, changes)
 
     @pytest.fixture
     def family(self, make_qwen, picture):
@@ -56,12 +70,19 @@ class TestQwenImageEditPlus(TestQwenImageEdit):
         return lambda n: dict(num_images_per_prompt=n)
 
 
+@pytest.mark.slow  # but for zero_cond_t it is TestQwenImageEditPlus; tests/models/qwen has quick tests of that
 class TestQwenImageEdit2511(TestQwenImageEditPlus):
     sends_values = True  # the index of zero_cond_t
     compiles_as = None
 
     def make(self, make_qwen):
         return make_qwen(self.pipeline, zero_cond_t=True)
+
+    # Attention and rotations are those of TestQwenImageEdit, which tries their settings.
+    @pytest.mark.slow
+    @pytest.mark.parametrize("changes", [{}])
+    def test_other_edits_do_not_compile_again(self, family, changes):
+        super().test_other_edits_do_not_compile_again(family, changes)
 
 
 @pytest.mark.skipif(LongCatImageEdit is None, reason="this diffusers has no LongCatImageEditPipeline")
