@@ -6,9 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from . import field_checks, registry
+from . import field_checks, registry, switch_checks
 from .checks import integer, suggest
-from .field_checks import scaled_steps
+from .field_checks import scaled_steps, taken_steps
 from .forecast_options import FIRST_FULL, INTERVAL, ForecastOptions, options_of
 
 # Threshold of the verification score (0..4) per `verify_at`. "full" is the paper's tau; the score at the draft's own
@@ -52,7 +52,8 @@ class SpecEditConfig:
         steps: model evaluations of the (coarse, mixed, full) stage. Their sum is the NFE; the draft is not counted.
         boundaries: (s1, s2), the sigma in (0, 1) at which the coarse and the mixed stage end. The mixed stage starts
             where expansion leaves it, at 2*s1/(1+s1), so s2 lies below that.
-        draft_steps: model evaluations of the draft.
+        draft_steps: model evaluations of the draft. 0: there is none, and the coarse stage verifies itself, which needs
+            a coarse step.
         draft_scale: side of the image over side of the draft, 2 or 4 (4: 16 times fewer tokens).
         threshold: verification score (0..4) above which a cell is edited. None takes the default of `verify_at`.
         verify_at: "full" decodes the draft upsampled to the image's size, "draft" compares at the draft's own size.
@@ -65,7 +66,7 @@ class SpecEditConfig:
         keep_pixels: everything outside the feathered edit mask is the input's own pixels.
         verify_coarse: verify the clean prediction at the end of the coarse stage as the draft was, and edit what it
             changes too: the main run may choose another object than the draft. Only with restore="reference" or
-            keep_pixels, and after a draft. Takes no model evaluation.
+            keep_pixels, and after a draft. Takes no model evaluation. Must be True with draft_steps=0.
         key_bias: "area" adds log 4 to the logits of coarse keys in mixed sequences.
         rope: positions in mixed sequences: "scaled" ids, or "phase_aligned" per query resolution.
         attention: implementation of attention. "auto" is Triton on CUDA and PyTorch elsewhere; "stock" leaves the
@@ -139,7 +140,7 @@ class SpecEditConfig:
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         self._set("steps", field_checks.steps(self.steps))
         self._set("boundaries", field_checks.boundaries(self.boundaries))
-        self._set("draft_steps", integer("draft_steps", self.draft_steps, 1))
+        self._set("draft_steps", integer("draft_steps", self.draft_steps, 0))
         self._set("draft_scale", integer("draft_scale", self.draft_scale, 1, "2 or 4"))
         if self.draft_scale not in (2, 4):
             raise ValueError(f"draft_scale: expected 2 or 4, got {self.draft_scale}")
@@ -150,6 +151,7 @@ class SpecEditConfig:
         self._check_forecast()
         self._check_reference_refresh()
         self._set("guidance_range", field_checks.guidance_range(self.guidance_range, self.forecast))
+        switch_checks.check(self)
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen; only used while it is being made
@@ -187,9 +189,8 @@ class SpecEditConfig:
             )
 
     def _stage_lengths(self, steps: tuple[int, int, int]) -> list[int]:
-        """The steps of every stage that has any; restore="reference" runs the last two as one."""
-        coarse, mixed, full = steps
-        return [n for n in (coarse, *((mixed + full,) if self.restore == "reference" else (mixed, full))) if n]
+        """The steps of every stage that has any."""
+        return [n for n in taken_steps(steps, self.restore) if n]
 
     def _can_forecast(self, steps: tuple[int, int, int]) -> bool:
         """Whether some stage has steps beyond those that come before its first forecast."""
@@ -267,14 +268,19 @@ class SpecEditConfig:
         return sum(self.steps)
 
     @property
+    def finds_cells(self) -> bool:
+        """Whether a run without a caller's edit_mask looks for what is edited: its mask decides something."""
+        return switch_checks.finds_cells(self, self.steps)
+
+    @property
     def uses_draft(self) -> bool:
-        """Whether a run without a caller's edit_mask needs the draft: its mask decides something."""
-        return registry.selectors[self.selector].needs_draft and (self.is_mixed or self.keep_pixels)
+        """Whether a run without a caller's edit_mask makes a draft to find it."""
+        return self.draft_steps > 0 and self.finds_cells
 
     @property
     def is_mixed(self) -> bool:
         """Whether a run has a stage of mixed resolutions."""
-        return self.steps[1] > 0 or (self.restore == "reference" and self.steps[2] > 0)
+        return taken_steps(self.steps, self.restore)[1] > 0
 
     @property
     def preserves_unedited(self) -> bool:
@@ -283,10 +289,12 @@ class SpecEditConfig:
 
     @property
     def verifies_coarse(self) -> bool:
-        """Whether a run that made a draft verifies the end of its coarse stage too."""
-        if not (self.verify_coarse and self.preserves_unedited and self.steps[0] > 0):
+        """Whether a run without a caller's edit_mask verifies the end of its coarse stage, after a draft or without."""
+        if not (self.finds_cells and self.steps[0] > 0):
             return False
-        return bool(registry.selectors[self.selector].verifies)
+        if self.draft_steps == 0:
+            return True
+        return bool(self.verify_coarse and self.preserves_unedited and registry.selectors[self.selector].verifies)
 
     def with_steps(self, n: int) -> SpecEditConfig:
         """The same configuration with NFE `n`, in the proportions of `steps` (largest remainder).
@@ -300,6 +308,7 @@ class SpecEditConfig:
         """
         n = integer("num_inference_steps", n, 1)
         changes: dict[str, Any] = {"steps": scaled_steps(self.steps, n)}
+        switch_checks.check_fewer_steps(self, changes["steps"])
         if self.forecast is not None and not self._can_forecast(changes["steps"]):
             changes |= dict.fromkeys(("forecast", *FORECAST_FIELDS))
         elif self.forecast_options is not None:

@@ -22,7 +22,13 @@ def steps(value: Any) -> tuple[int, int, int]:
     return coarse, mixed, full
 
 
-def scaled_steps(old: tuple[int, int, int], n: int) -> tuple[int, ...]:
+def taken_steps(steps: tuple[int, int, int], restore: str) -> tuple[int, int, int]:
+    """Steps as the stages take them: with restore="reference" those of the full stage run on the mixed sequence."""
+    coarse, mixed, full = steps
+    return (coarse, mixed + full, 0) if restore == "reference" else steps
+
+
+def scaled_steps(old: tuple[int, int, int], n: int) -> tuple[int, int, int]:
     """`n` steps in the proportions of `old` (largest remainder).
 
     A stage that had steps keeps at least one while `n` allows; when it does not, the last stages are kept.
@@ -36,7 +42,7 @@ def scaled_steps(old: tuple[int, int, int], n: int) -> tuple[int, ...]:
         new[max((i for i in kept if new[i] > 1), key=lambda i: new[i] - shares[i])] -= 1
     while sum(new) < n:
         new[max(kept, key=lambda i: shares[i] - new[i])] += 1
-    return tuple(new)
+    return new[0], new[1], new[2]
 
 
 def boundaries(value: Any) -> tuple[float, float]:

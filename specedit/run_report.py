@@ -76,8 +76,9 @@ class RunReport:
         preset: name for the table and figure. Taken from `config` if left out.
         config: the configuration that ran.
         cache_bytes: peak memory of temporal caches.
-        empty_drafts: samples whose draft showed no change. With restore="reference" or keep_pixels they were edited as
-            a whole, unless the coarse stage showed a change; otherwise the input would come back.
+        empty_drafts: samples whose draft showed no change, or without a draft their coarse stage. With
+            restore="reference" or keep_pixels they were edited as a whole, unless the coarse stage showed a change;
+            otherwise the input would come back.
         overflowed: samples whose verification score was not finite; they were edited as a whole.
         source, edit: PIL images of the first sample for the figure; not part of `to_dict`.
 
@@ -192,10 +193,11 @@ class RunReport:
         counts = [(self.cached_steps, "cached"), (self.reused_steps, "on the target alone")]
         apart = ", ".join(f"{count} {what}" for count, what in counts if count)
         samples = max((len(grid) for grid in (self.score, self.edit_mask) if grid is not None), default=1)
+        seen = "drafts" if self.draft_steps else "coarse stages"
         return (
             f"{name}: NFE {self.nfe}{f' ({apart})' if apart else ''} + {self.draft_steps} draft, "
             f"{self._compared()}, {self.edit_fraction:.0%} edited, {self.expand_fraction:.0%} expanded"
-            + (f"; {self.empty_drafts} of {samples} drafts showed no change" if self.empty_drafts else "")
+            + (f"; {self.empty_drafts} of {samples} {seen} showed no change" if self.empty_drafts else "")
             + (f"; {self.overflowed} of {samples} scores were not finite" if self.overflowed else "")
         )
 

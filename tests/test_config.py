@@ -109,7 +109,7 @@ def test_uniform_stride_none_is_zero():
         ("boundaries", (0.5, 2 / 3), ValueError),  # 2*s1/(1+s1) itself leaves the mixed stage no interval
         ("boundaries", (0.5, float("nan")), ValueError),
         ("boundaries", ("0.7", 0.5), TypeError),
-        ("draft_steps", 0, ValueError),
+        ("draft_steps", -1, ValueError),
         ("draft_steps", 2.0, TypeError),
         ("draft_scale", 3, ValueError),
         ("draft_scale", "4", TypeError),
@@ -312,6 +312,9 @@ def test_switches_are_off_by_default():
         (dict(reference_refresh=2, attention="stock"), "reference_refresh: .* expected None with attention='stock'"),
         (dict(reference_refresh=2, rope="phase_aligned"), "reference_refresh: .* rope='phase_aligned', got 2"),
         (dict(guidance_range=(0.2, 0.8), forecast="taylor"), "guidance_range: expected None with forecast='taylor'"),
+        (dict(draft_steps=0, steps=(0, 3, 3)), r"draft_steps: .*expected at least 1 with steps=\(0, 3, 3\).*got 0"),
+        (dict(draft_steps=0, verify_coarse=False), "draft_steps: .* at least 1 with verify_coarse=False, got 0"),
+        (dict(draft_steps=0, draft_condition="small"), "draft_condition: expected 'full' with draft_steps=0"),
     ],
 )
 def test_switches_that_do_not_go_together(fields, message):

@@ -68,8 +68,8 @@ def accelerated_call(
     try:
         with trace.timed("encode"):
             edit_mask = inputs.check(arguments, edit_mask)
-            needs_draft = config.uses_draft and edit_mask is None
-            if needs_draft and selectors[config.selector].needs_decoder == "features":
+            drafted = config.uses_draft and edit_mask is None
+            if config.finds_cells and edit_mask is None and selectors[config.selector].needs_decoder == "features":
                 check_decoder(pipe.vae)
             mask_support.check(pipe.transformer, config)
             state = adapter.prepare(pipe, arguments, config)
@@ -79,7 +79,7 @@ def accelerated_call(
             trace.callback = StepCallback(function, arguments["callback_on_step_end_tensor_inputs"])
         run = Run(adapter, pipe, config, state, trace)
         pipe._num_timesteps = config.nfe
-        with pipe.progress_bar(total=config.nfe + (config.draft_steps if needs_draft else 0)) as trace.bar:
+        with pipe.progress_bar(total=config.nfe + (config.draft_steps if drafted else 0)) as trace.bar:
             outcome = sampler.edit(run, edit_mask)
         with trace.timed("decode"):
             images = decoded(run, outcome, arguments["output_type"])

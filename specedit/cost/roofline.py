@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..config import STOCK_STEPS, SpecEditConfig, resolve
+from ..layout import TokenGrid
 from ..method.trace import ForwardCall
 from ..registry import selectors
 from .flops import plan
@@ -228,7 +229,8 @@ def predict_roofline(
     config = resolve(config)
     predicted = plan(config, model, height, width, edit_fraction)
     hardware = GPUS[gpu]
-    latent = 4 * (height // TOKEN_PIXELS) * (width // TOKEN_PIXELS)  # latent pixels: a token is 2 x 2
+    grid = TokenGrid(height // TOKEN_PIXELS, width // TOKEN_PIXELS)
+    latent, small = 4 * grid.tokens, grid.coarse(config.draft_scale).tokens  # latent pixels: a token is 2 x 2
 
     def stage(name: str, ops: Iterable[tuple[float, list[Op]]], steps: int = 0, tokens: int = 0) -> dict[str, Any]:
         """A row from groups of operators and how often each runs."""
@@ -248,13 +250,14 @@ def predict_roofline(
         calls = [(call.count, forward(call)) for call in row["calls"] if call.tokens]
         stages.append(stage(row["name"], calls, row["steps"], row["tokens"]))
         if row["name"] == "draft":
-            first = row["calls"][0]
-            verify = verification_ops(config, model, latent, (first.tokens - first.text) // 2)
+            verify = verification_ops(config, model, latent, small)
             stages.append(stage("verify", [(1, verify)]))
-        if row["name"] == "coarse" and verify is not None and config.verifies_coarse:
-            stages.append(stage("second look", [(1, verify)]))
+        if row["name"] == "coarse" and config.verifies_coarse:
+            name = "verify" if verify is None else "second look"
+            verify = verification_ops(config, model, latent, small) if verify is None else verify
+            stages.append(stage(name, [(1, verify)]))
     stages.append(decode)
-    full = MODELS[model].text_tokens + 2 * (height // TOKEN_PIXELS) * (width // TOKEN_PIXELS)
+    full = MODELS[model].text_tokens + 2 * grid.tokens
     seconds = sum(s["seconds"] for s in stages)
 
     def stock_seconds(steps: int) -> float:

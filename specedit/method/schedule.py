@@ -15,6 +15,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from ..config import SpecEditConfig
+from ..field_checks import taken_steps
 
 SAME_SIGMA = 1e-6  # a stage's last noise level is float32's, its boundary is not
 
@@ -48,9 +49,7 @@ def stages(config: SpecEditConfig) -> list[Stage]:
     restore="reference" the steps of the full stage are taken on the mixed sequence. Steps (0, 0, n) are the stock
     schedule.
     """
-    coarse, mixed, full = config.steps
-    if config.restore == "reference":
-        mixed, full = mixed + full, 0
+    coarse, mixed, full = taken_steps(config.steps, config.restore)
     plan = [("coarse", coarse, config.boundaries[0]), ("mixed", mixed, config.boundaries[1]), ("full", full, 0.0)]
     plan = [stage for stage in plan if stage[1]]
     result: list[Stage] = []

@@ -80,6 +80,7 @@ def test_presets(compare, family, restore):
     "config",
     [
         dict(restore="reference"),
+        dict(draft_steps=0, restore="reference"),
         dict(reference_refresh=2),
         dict(reference_refresh=2, restore="reference", steps=(3, 3, 2)),
         dict(forecast="taylor", forecast_order=1, forecast_interval=3),
@@ -94,7 +95,7 @@ def test_presets(compare, family, restore):
 @pytest.mark.parametrize("family", ["flux", "qwen"])
 def test_options(compare, family, config):
     compare(family, CORNER, **config)
-    if "restore" in config or "reference_refresh" in config:
+    if config.keys() & {"restore", "reference_refresh"}:
         compare(family, **config)
 
 
