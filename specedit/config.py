@@ -20,6 +20,7 @@ MOST_NAMED = 4  # fields that differ from a preset whose name is kept
 
 VerifyAt = Literal["full", "draft"]
 Restore = Literal["full", "reference"]
+Locked = Literal["coarse", "cached", "reference"]
 KeyBias = Literal["area", "none"]
 Rope = Literal["scaled", "phase_aligned"]
 Attention = Literal["auto", "triton", "torch", "stock"]
@@ -28,6 +29,7 @@ DraftCondition = Literal["full", "small"]
 CHOICES: dict[str, tuple[str, ...]] = {
     "verify_at": get_args(VerifyAt),
     "restore": get_args(Restore),
+    "locked": get_args(Locked),
     "key_bias": get_args(KeyBias),
     "rope": get_args(Rope),
     "attention": get_args(Attention),
@@ -63,10 +65,14 @@ class SpecEditConfig:
             or any other registered name.
         restore: "full" makes every token fine for the last steps; "reference" runs the mixed sequence to sigma 0 and
             takes the locked cells from the reference.
+        locked: what becomes of unedited cells in a mixed sequence. "coarse" (the paper): one token each. "cached": keys
+            and values from the stage's first step, or its latest 9th, stand for them. "reference": they are left out,
+            since the reference shows them. The last two follow the reference from noise level to noise level.
         keep_pixels: everything outside the feathered edit mask is the input's own pixels.
         verify_coarse: verify the clean prediction at the end of the coarse stage as the draft was, and edit what it
-            changes too: the main run may choose another object than the draft. Only with restore="reference" or
-            keep_pixels, and after a draft. Takes no model evaluation. Must be True with draft_steps=0.
+            changes too: the main run may choose another object than the draft. Only where unedited cells are kept
+            (restore="reference", keep_pixels, or another `locked` than "coarse"), and after a draft. Takes no model
+            evaluation. Must be True with draft_steps=0.
         key_bias: "area" adds log 4 to the logits of coarse keys in mixed sequences.
         rope: positions in mixed sequences: "scaled" ids, or "phase_aligned" per query resolution.
         attention: implementation of attention. "auto" is Triton on CUDA and PyTorch elsewhere; "stock" leaves the
@@ -104,6 +110,7 @@ class SpecEditConfig:
     uniform_stride: int | None = 3
     selector: str = "semantic"
     restore: Restore = "full"
+    locked: Locked = "coarse"
     keep_pixels: bool = False
     verify_coarse: bool = True
     key_bias: KeyBias = "area"
@@ -149,7 +156,8 @@ class SpecEditConfig:
         stride = 0 if self.uniform_stride is None else self.uniform_stride
         self._set("uniform_stride", integer("uniform_stride", stride, 0, "an integer of at least 1, or 0 or None"))
         self._check_forecast()
-        self._check_reference_refresh()
+        if self.reference_refresh is not None:
+            self._set("reference_refresh", integer("reference_refresh", self.reference_refresh, 1))
         self._set("guidance_range", field_checks.guidance_range(self.guidance_range, self.forecast))
         switch_checks.check(self)
 
@@ -197,21 +205,6 @@ class SpecEditConfig:
         options = self.forecast_options
         assert options is not None
         return any(n > options.warmup(first=i == 0) for i, n in enumerate(self._stage_lengths(steps)))
-
-    def _check_reference_refresh(self) -> None:
-        if self.reference_refresh is None:
-            return
-        self._set("reference_refresh", integer("reference_refresh", self.reference_refresh, 1))
-        if self.forecast_options is not None and self.forecast_options.token_wise:
-            raise ValueError(
-                f"reference_refresh: expected None with forecast={self.forecast!r}, which keeps the reference's keys "
-                f"and values by itself, got {self.reference_refresh}"
-            )
-        if self.attention == "stock" or self.rope == "phase_aligned":
-            raise ValueError(
-                "reference_refresh: keeps keys and values of SpecEdit's own attention with scaled positions, expected "
-                f"None with attention={self.attention!r} and rope={self.rope!r}, got {self.reference_refresh}"
-            )
 
     @property
     def forecast_options(self) -> ForecastOptions | None:
@@ -284,8 +277,8 @@ class SpecEditConfig:
 
     @property
     def preserves_unedited(self) -> bool:
-        """Whether what was not found is given back as it came."""
-        return self.restore == "reference" or self.keep_pixels
+        """Whether what was not found is given back as it came, or goes on as the reference does."""
+        return self.restore == "reference" or self.keep_pixels or self.locked != "coarse"
 
     @property
     def verifies_coarse(self) -> bool:

@@ -26,7 +26,8 @@ class StageReport:
         flops: operations of the whole stage over the whole batch, guidance passes included.
         seconds: wall-clock time of the whole stage.
         cached: steps that a temporal cache forecast, for all or most tokens.
-        reused: steps that computed the target's tokens only, with cached keys and values (`reference_refresh`).
+        reused: steps that computed some tokens only, with cached keys and values of the others (`reference_refresh`,
+            `locked="cached"`).
     """
 
     name: str
@@ -135,7 +136,7 @@ class RunReport:
 
     @property
     def reused_steps(self) -> int:
-        """Steps of the main run that computed the target's tokens only (`reference_refresh`)."""
+        """Steps of the main run that computed some tokens only, with cached keys and values of the others."""
         return sum(stage.reused for stage in self.stages if stage.name != "draft")
 
     def to_dict(self) -> dict[str, Any]:
@@ -190,7 +191,9 @@ class RunReport:
     def title(self) -> str:
         """One line: the preset, its steps, what was saved and how much was edited."""
         name = f"SpecEdit {self.preset}" if self.preset else "SpecEdit"
-        counts = [(self.cached_steps, "cached"), (self.reused_steps, "on the target alone")]
+        alone = self.config is not None and self.config.locked == "cached"
+        reused = "on fine tokens alone" if alone else "on the target alone"
+        counts = [(self.cached_steps, "cached"), (self.reused_steps, reused)]
         apart = ", ".join(f"{count} {what}" for count, what in counts if count)
         samples = max((len(grid) for grid in (self.score, self.edit_mask) if grid is not None), default=1)
         seen = "drafts" if self.draft_steps else "coarse stages"

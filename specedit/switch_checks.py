@@ -23,6 +23,10 @@ def check(config: SpecEditConfig) -> None:
     """ValueError naming the field, what was expected and what came."""
     if config.draft_steps == 0:
         _check_no_draft(config)
+    if config.reference_refresh is not None:
+        _check_reference_refresh(config)
+    if config.locked != "coarse":
+        _check_locked(config)
 
 
 def check_fewer_steps(config: SpecEditConfig, steps: Steps) -> None:
@@ -47,3 +51,35 @@ def _check_no_draft(config: SpecEditConfig) -> None:
         raise ValueError(f"{expected} steps={config.steps}, which has no coarse step, got 0")
     if not config.verify_coarse:
         raise ValueError(f"{expected} verify_coarse=False, got 0")
+
+
+def _check_reference_refresh(config: SpecEditConfig) -> None:
+    if config.forecast_options is not None and config.forecast_options.token_wise:
+        raise ValueError(
+            f"reference_refresh: expected None with forecast={config.forecast!r}, which keeps the reference's keys "
+            f"and values by itself, got {config.reference_refresh}"
+        )
+    _check_own_attention(config, "reference_refresh", "None", "keeps keys and values of")
+
+
+def _check_locked(config: SpecEditConfig) -> None:
+    if not (registry.selectors[config.selector].verifies or config.restore == "reference" or config.keep_pixels):
+        raise ValueError(
+            f"locked: expected 'coarse' with selector={config.selector!r} and restore={config.restore!r}, because "
+            f"cells that this selector leaves out may change as well, got {config.locked!r}"
+        )
+    if config.locked == "reference":
+        return
+    for name in ("forecast", "reference_refresh"):
+        if (value := getattr(config, name)) is not None:
+            raise ValueError(f"locked: expected 'coarse' or 'reference' with {name}={value!r}, got 'cached'")
+    _check_own_attention(config, "locked", "'coarse' or 'reference'", "keeps keys and values of")
+
+
+def _check_own_attention(config: SpecEditConfig, field: str, expected: str, what: str) -> None:
+    """ValueError unless attention is SpecEdit's own, with scaled positions."""
+    if config.attention == "stock" or config.rope == "phase_aligned":
+        raise ValueError(
+            f"{field}: {what} SpecEdit's own attention with scaled positions, expected {expected} with "
+            f"attention={config.attention!r} and rope={config.rope!r}, got {getattr(config, field)!r}"
+        )

@@ -8,12 +8,12 @@ from typing import Any as _Any
 from ..forecast_options import ForecastContext, ForecastOptions, SeriesOptions, register_forecast
 from ..registry import forecasts as _forecasts
 from .base import Forecaster, full_steps
-from .kv_cache import KVCache, PartialForward, ReferenceKVCache
+from .kv_cache import KVCache, LockedKVCache, PartialForward, ReferenceKVCache
 from .runner import ForecastRunner, StepKind
 
 __all__ = [
-    "ForecastContext", "ForecastOptions", "ForecastRunner", "Forecaster", "KVCache", "PartialForward",
-    "ReferenceKVCache", "SeriesOptions", "StepKind", "full_steps", "register_forecast",
+    "ForecastContext", "ForecastOptions", "ForecastRunner", "Forecaster", "KVCache", "LockedKVCache",
+    "PartialForward", "ReferenceKVCache", "SeriesOptions", "StepKind", "full_steps", "register_forecast",
 ]  # fmt: skip
 
 

@@ -1,12 +1,14 @@
-"""Keys and values of text and reference, kept between steps: they change little while the target is denoised."""
+"""Keys and values of some tokens, kept between steps: they change little while the others are denoised."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
 from .base import PromptBoundCache
+
+LOCKED_RESET = 9  # steps from one reset to the next: SpotEdit's, at steps 13, 22 and 31
 
 
 @dataclass(eq=False)
@@ -80,3 +82,21 @@ class ReferenceKVCache(PromptBoundCache):
             self.stores, self.last = [KVCache() for _ in range(branches)], step
         self.stores = self.stores[:branches]
         return [PartialForward(store, target=not fresh) for store in self.stores]
+
+
+class LockedKVCache(ReferenceKVCache):
+    """What one part of a batch keeps of its locked cells and of the reference, in one stage.
+
+    A reset runs the transformer over all tokens. The steps between run it over the text and the target tokens `index`
+    (b, m), the same in every sample, which replace their keys and values and attend to all of them.
+    """
+
+    def __init__(self, index: Tensor):
+        super().__init__(LOCKED_RESET)
+        self.index = index
+
+    def calls(self, step: int, branches: int) -> list[PartialForward]:
+        return [
+            replace(call, index=self.index, target=False) if call.target else call
+            for call in super().calls(step, branches)
+        ]

@@ -22,6 +22,7 @@ from .trace import Trace
 
 if TYPE_CHECKING:
     from ..forecast import ForecastRunner, PartialForward, ReferenceKVCache
+    from .locked import LockedCells
 
 
 class Conditioning:
@@ -142,7 +143,8 @@ class LayoutGroup:
 
     rows: which samples, b of them. tokens (b, layout.tokens, C) at the noise level `sigmas[i]` before step i. forecast,
     kv: caches of this stage, which end with it. clean: what the last step predicted, x0 = x - s v, where the coarse
-    stage is verified. inputs: what an adapter makes once for this group and stage, by its own keys.
+    stage is verified. inputs: what an adapter makes once for this group and stage, by its own keys. locked: cells that
+    left the target of a mixed sequence.
     """
 
     rows: list[int]
@@ -156,7 +158,13 @@ class LayoutGroup:
     clean: Tensor | None = None
     inputs: dict[Any, Any] = field(default_factory=dict)
     cached: int = 0  # steps that were not computed fully
-    reused: int = 0  # steps that ran over the target's tokens alone
+    reused: int = 0  # steps that ran over some tokens alone, with keys and values of the others kept
+    locked: LockedCells | None = None
+
+    @property
+    def computed(self) -> LayoutGroup:
+        """The group that the transformer computes: this one, but for cells that left the sequence."""
+        return self if self.locked is None else self.locked.computed(self)
 
     @property
     def cache_bytes(self) -> int:
@@ -221,6 +229,7 @@ class Adapter(ABC):
     pipelines: ClassVar[str]  # the classes it serves, for messages
     token_wise: ClassVar[bool] = False  # whether `predict` computes single tokens
     keeps_reference: ClassVar[bool] = False  # whether it computes the target's tokens alone
+    keeps_locked: ClassVar[bool] = False  # whether it computes the text and some target tokens, alike in all samples
     geometry: ClassVar[TokenGeometry] = PACKED  # what its tokens hold; `prepare` gives it to every grid
     calls: ClassVar[tuple[type, ...]] = ()  # classes outside diffusers whose `__call__` it runs as they do
 
@@ -264,8 +273,8 @@ class Adapter(ABC):
         """Outputs (b, N, C) float32 of the transformer for every active guidance branch, the prompt's first.
 
         partial: None, or for each branch what has the attention modules keep keys and values, and may ask for the
-        outputs (b, m, C) of some target tokens alone (where the adapter is `token_wise`), or for a forward pass over
-        the target's tokens alone (`keeps_reference`).
+        outputs (b, m, C) of some target tokens alone (where the adapter is `token_wise`, or `keeps_locked` and the
+        tokens are the same in every sample), or for a forward pass over the target's tokens alone (`keeps_reference`).
         """
 
     @abstractmethod

@@ -20,6 +20,12 @@ def euler_step(run: Run, group: LayoutGroup, i: int, *, keep_clean: bool = False
 
 def group_velocity(run: Run, group: LayoutGroup, i: int) -> Tensor:
     """Velocity (b, N, C) of step `i`, whose forward calls are added to the trace."""
+    velocity = computed_velocity(run, group.computed, i)
+    return velocity if group.locked is None else group.locked.join(group, i, velocity)
+
+
+def computed_velocity(run: Run, group: LayoutGroup, i: int) -> Tensor:
+    """The velocity of the tokens that the transformer computes in step `i`."""
     adapter, sigma = run.adapter, group.sigmas[i]
     run.set_current_timestep(sigma)
     branches, prompt = active_branches(run.state, run.config, sigma), run.state.conditioning.prompt_embeds
@@ -28,7 +34,7 @@ def group_velocity(run: Run, group: LayoutGroup, i: int) -> Tensor:
         if group.kv is not None:
             group.kv.reset_if_prompt_changed(prompt)
             partial = group.kv.calls(i, branches)
-            group.reused += partial[0].target
+            group.reused += partial[0].partial
         run.trace.calls += forward_calls(run, group, branches, partial[0] if partial else None)
         return adapter.predict(run, group, sigma, partial)
 

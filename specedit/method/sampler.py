@@ -21,6 +21,7 @@ from .caches import cache_maker, drop_caches
 from .cells import CellMasks, no_cells
 from .denoise import euler_step
 from .groups import gather, start_stage
+from .locked import leave_out_locked
 from .masks import cells_of_mask
 from .schedule import stages
 from .selectors import not_finite
@@ -68,7 +69,7 @@ def edit(run: Run, edit_mask: Any = None) -> Outcome:
             break
         looks = stage.name == "coarse" and searches and config.verifies_coarse
         with trace.running(stage.name) as running:
-            groups = start_stage(run, groups, stage, cells)  # 3.4.1, eq. 8
+            groups = leave_out_locked(run, start_stage(run, groups, stage, cells))  # 3.4.1, eq. 8
             running.start(run, groups)
             make_caches(groups, number == 0)
             for i in range(stage.steps):

@@ -77,13 +77,11 @@ class StageTrace:
 
     def report(self, seconds: float) -> StageReport:
         """Its row; `cost` fills in the operations."""
-        first = self.groups[0]
-        tokens = sum(
-            len(g.rows) * (g.layout.tokens + g.reference_layout.tokens + self.text_tokens) for g in self.groups
-        )
+        first, groups = self.groups[0].computed, [group.computed for group in self.groups]
+        tokens = sum(len(g.rows) * (g.layout.tokens + g.reference_layout.tokens + self.text_tokens) for g in groups)
         return StageReport(
             self.name, first.sigmas[0], first.sigmas[self.steps], self.steps,
-            tokens / sum(len(g.rows) for g in self.groups), 0.0, seconds, first.cached, first.reused,
+            tokens / sum(len(g.rows) for g in groups), 0.0, seconds, first.cached, first.reused,
         )  # fmt: skip
 
 
@@ -141,7 +139,7 @@ class Trace:
             self.bar.update()
         if draft:
             return
-        self.cache_bytes = max(self.cache_bytes, sum(group.cache_bytes for group in groups))
+        self.cache_bytes = max(self.cache_bytes, sum(group.computed.cache_bytes for group in groups))
         run.set_current_timestep(groups[0].sigmas[i])
         if self.callback is not None:
             self.callback(run, groups, i, self.steps)

@@ -205,15 +205,6 @@ class StageConformance(Cases):
             assert specedit.report(pipe).flops > report.flops
             assert kept.isfinite().all() and not torch.equal(kept, plain)
 
-    def test_without_a_draft_the_coarse_stage_is_verified(self, family):
-        for guide in self.guides(family):
-            pipe = specedit.install(family.make(), **QUICK | dict(draft_steps=0), restore="reference")
-            latents, report = family.run(pipe, **guide), specedit.report(pipe)
-            assert latents.isfinite().all() and torch.equal(family.run(pipe, **guide), latents)
-            names = [stage.name for stage in report.stages]
-            assert names.index("verify") == names.index("coarse") + 1 and "draft" not in names
-            assert report.score is not None and report.draft_steps == 0 and report.nfe == sum(QUICK["steps"])
-
     def test_guidance_only_within_its_range(self, family):
         if family.guided is None:
             pytest.skip("this pipeline has no true guidance")

@@ -81,6 +81,11 @@ def test_presets(compare, family, restore):
     [
         dict(restore="reference"),
         dict(draft_steps=0, restore="reference"),
+        dict(locked="reference", restore="reference"),
+        dict(locked="reference", restore="full", attention="stock"),
+        dict(locked="reference", restore="reference", reference_refresh=3, forecast="taylor", forecast_order=1),
+        dict(locked="cached", restore="reference", steps=(2, 6, 7)),
+        dict(locked="cached", restore="full", guidance_range=(0.6, 0.8)),
         dict(reference_refresh=2),
         dict(reference_refresh=2, restore="reference", steps=(3, 3, 2)),
         dict(forecast="taylor", forecast_order=1, forecast_interval=3),
@@ -103,12 +108,14 @@ def test_options(compare, family, config):
 def test_token_wise_forecasts(compare, forecast):
     compare("flux", CORNER, forecast=forecast, forecast_interval=4)
     compare("flux", forecast=forecast, forecast_interval=4)
+    compare("flux", CORNER, forecast=forecast, forecast_interval=4, locked="reference")
 
 
+@pytest.mark.parametrize("more", [{}, dict(locked="reference"), dict(locked="cached")], ids=str)
 @pytest.mark.parametrize("family", ["flux", "qwen"])
-def test_a_batch_whose_samples_have_masks_of_their_own(compare, family):
+def test_a_batch_whose_samples_have_masks_of_their_own(compare, family, more):
     masks = [CORNER, DOT]
-    report = compare(family, masks, dict(num_images_per_prompt=2), restore="reference", uniform_stride=0)
+    report = compare(family, masks, dict(num_images_per_prompt=2), restore="reference", uniform_stride=0, **more)
     assert report.expand_mask.flatten(1).sum(1).unique().numel() == 2
 
 

@@ -84,7 +84,9 @@ class Context(Movable):
         """Keys and values of the whole sequence, from those of the call's rows."""
         return k, v
 
-    def attend(self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | None, processor: Any) -> Tensor:
+    def attend(
+        self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | Packing | None, processor: Any
+    ) -> Tensor:
         """Attention output (b, n, H, D). query_rows: which rows the queries are, or None for all."""
         raise NotImplementedError
 
@@ -96,7 +98,9 @@ class Stock(Context):
     rotary: Tables
     output_rows: QueryRows
 
-    def attend(self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | None, processor: Any) -> Tensor:
+    def attend(
+        self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | Packing | None, processor: Any
+    ) -> Tensor:
         return dispatched(scales[0], v, None, processor)
 
 
@@ -113,7 +117,9 @@ class Masked(Context):
     def kernels(self) -> str:
         return "torch"
 
-    def attend(self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | None, processor: Any) -> Tensor:
+    def attend(
+        self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | Packing | None, processor: Any
+    ) -> Tensor:
         mask = self.key_bias.expand(len(v), -1)[:, None, None].to(v.dtype)
         return dispatched(scales[0], v, mask, processor)
 
@@ -140,14 +146,16 @@ class ByKernels(Context):
     def scales(self) -> tuple[Tables, ...]:
         return (self.rotary,) if self.aligned is None else (self.rotary, self.aligned.rotary)
 
-    def attend(self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | None, processor: Any) -> Tensor:
+    def attend(
+        self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | Packing | None, processor: Any
+    ) -> Tensor:
         bias = None if self.key_bias is None else self.key_bias.expand(len(v), -1)
         if self.aligned is None:
             return self.launch(scales[0], v, bias, query_rows)
         segments = (self.aligned if query_rows is None else query_rows).segments
         return launch_segments(*scales, v, bias, segments, self.backend)
 
-    def launch(self, scale: Rotated, v: Tensor, bias: Tensor | None, query_rows: QueryRows | None) -> Tensor:
+    def launch(self, scale: Rotated, v: Tensor, bias: Tensor | None, query_rows: QueryRows | Packing | None) -> Tensor:
         """Attention at one scale."""
         raise NotImplementedError
 
@@ -158,7 +166,7 @@ class Mixed(ByKernels):
 
     index: Tensor
 
-    def launch(self, scale: Rotated, v: Tensor, bias: Tensor | None, query_rows: QueryRows | None) -> Tensor:
+    def launch(self, scale: Rotated, v: Tensor, bias: Tensor | None, query_rows: QueryRows | Packing | None) -> Tensor:
         return mixed_attention(*scale, v, key_bias=bias, backend=self.backend)
 
 
@@ -169,16 +177,15 @@ class Packed(ByKernels):
     packing: Packing
 
     def places(self, text: int, image: int) -> tuple[Tensor, Tensor]:
-        return self.packing.image, self.packing.text
+        return self.packing.places
 
     def join(self, image: Tensor, *text: Tensor) -> Tensor:
-        streams = super().join(image, *text)
-        return torch.empty_like(streams).index_copy_(1, torch.cat([self.packing.text, self.packing.image]), streams)
+        return self.packing.join(super().join(image, *text))
 
     def split(self, joint: Tensor, text: int) -> tuple[Tensor, Tensor]:
-        return joint[:, self.packing.image], joint[:, self.packing.text]
+        return self.packing.split(joint)
 
-    def launch(self, scale: Rotated, v: Tensor, bias: Tensor | None, query_rows: QueryRows | None) -> Tensor:
+    def launch(self, scale: Rotated, v: Tensor, bias: Tensor | None, query_rows: QueryRows | Packing | None) -> Tensor:
         queries = self.packing if query_rows is None else query_rows
         return mixed_attention(
             scale.q[0], scale.k[0], v[0], cu_seqlens_q=queries.cu_seqlens, cu_seqlens_k=self.packing.cu_seqlens,
@@ -220,7 +227,9 @@ class Storing(Context):
         self.entries[attn] = (k, v)
         return k, v
 
-    def attend(self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | None, processor: Any) -> Tensor:
+    def attend(
+        self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | Packing | None, processor: Any
+    ) -> Tensor:
         return self.whole.attend(scales, v, query_rows, processor)
 
 
@@ -229,7 +238,8 @@ class Partial(Context):
     """Some rows (b, n) of a whole sequence: they replace their keys and values in `entries` and attend to all of it.
 
     The streams hold these rows alone, in the order of the joint sequence, with tables (n, D/2) or (b, n, D/2) of their
-    own. index: (n,) int64 from 0, or longer. query_rows: these rows, as `whole` takes them.
+    own. index: (n,) int64 from 0, or longer. query_rows: these rows, as `whole` takes them. packing: where the streams'
+    rows lie among `rows`, where those are of several sequences with text; it is their `query_rows` too.
     """
 
     whole: ByKernels
@@ -237,12 +247,23 @@ class Partial(Context):
     rows: Tensor
     rotary: Tables
     index: Tensor
-    query_rows: QueryRows
+    query_rows: QueryRows | Packing
     output_rows: QueryRows | None
+    packing: Packing | None = None
 
     @property
     def kernels(self) -> str | None:
         return self.whole.backend
+
+    def places(self, text: int, image: int) -> tuple[Tensor, Tensor]:
+        return super().places(text, image) if self.packing is None else self.packing.places
+
+    def join(self, image: Tensor, *text: Tensor) -> Tensor:
+        streams = super().join(image, *text)
+        return streams if self.packing is None else self.packing.join(streams)
+
+    def split(self, joint: Tensor, text: int) -> tuple[Tensor, Tensor]:
+        return super().split(joint, text) if self.packing is None else self.packing.split(joint)
 
     @torch.compiler.disable  # it would compile for each module's own entry
     def update_kv_cache(self, attn: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,7 +272,9 @@ class Partial(Context):
         self.entries[attn] = (k, v)
         return k, v
 
-    def attend(self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | None, processor: Any) -> Tensor:
+    def attend(
+        self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | Packing | None, processor: Any
+    ) -> Tensor:
         return self.whole.attend(scales, v, self.query_rows if query_rows is None else query_rows, processor)
 
 

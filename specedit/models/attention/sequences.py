@@ -77,6 +77,19 @@ class Packing(Movable):
         """How many rows the longest sequence has."""
         return self.of_longest.shape[0]
 
+    @property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Where the rows of the image's and the text's stream lie in the joint sequence."""
+        return self.image, self.text
+
+    def join(self, streams: Tensor) -> Tensor:
+        """The joint sequence (1, n, ...) of both streams' rows, the text's first."""
+        return torch.empty_like(streams).index_copy_(1, torch.cat([self.text, self.image]), streams)
+
+    def split(self, joint: Tensor) -> tuple[Tensor, Tensor]:
+        """The image's and the text's rows of a joint sequence."""
+        return joint[:, self.image], joint[:, self.text]
+
 
 def pack(texts: list[int], target: int, reference: int, device: torch.device) -> Packing:
     """Sequences [text | target | reference] of `texts` tokens and as many image tokens each.

@@ -64,6 +64,7 @@ class QwenImageEdit(BlockAdapter):
     name = "qwen-image-edit"
     pipelines = "QwenImageEditPipeline"
     keeps_reference = True
+    keeps_locked = True
     attention = Attention
     processor = QwenMixedProcessor
     block = QwenImageTransformerBlock

@@ -27,6 +27,7 @@ class Sequences:
 
     placed: the images' positions. texts: which of a prompt's embeddings (rows and tokens flattened) are the words of
     the sequences, for each prompt. count: of sequences, with `target` target tokens each. length: of all of them.
+    lengths: of the text of each.
     """
 
     placed: ImgShapesWithFreqs
@@ -35,6 +36,7 @@ class Sequences:
     count: int
     target: int
     length: int
+    lengths: tuple[int, ...]
 
     @cached_property
     def target_alone(self) -> Sequences:
@@ -55,6 +57,23 @@ class Sequences:
         )
         placed = ImgShapesWithFreqs(len(index), 0, 1, tables)
         return dataclasses.replace(self, placed=placed, context=partial, texts=tuple(t[:0] for t in self.texts))
+
+    def some_of_target(self, index: Tensor) -> Sequences:
+        """Inputs of a call for the texts and the target tokens `index` (m,) of every sequence, likewise."""
+        packing, count, device = self.context.packing, len(index), index.device
+        first = self.target * torch.arange(self.count, device=device)
+        image = (first[:, None] + index).flatten()  # rows of the image stream
+        small, words = pack(list(self.lengths), count, 0, device), len(packing.text)
+        rows = small.join(torch.cat([packing.text, packing.image[image]])[None])
+        tables = tuple(torch.cat([table[:words], table[words:][image]]) for table in self.context.rotary)
+        ends = count * torch.arange(self.count + 1, dtype=torch.int32, device=device)
+        partial = contexts.Partial(
+            whole=self.context, entries={}, rows=rows, rotary=tables, index=torch.arange(rows.shape[1], device=device),
+            query_rows=small, packing=small,
+            output_rows=None if self.context.output_rows is None else QueryRows(image, cu_seqlens=ends),
+        )  # fmt: skip
+        placed = ImgShapesWithFreqs(len(image), 0, 1, tables)
+        return dataclasses.replace(self, placed=placed, context=partial, target=count)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,10 +103,10 @@ class QwenForward:
         The streams are [texts of all sequences] and [targets of all | references of all]; in attention each sequence
         is [text | target | reference] by itself, and no token is padding. call: None, or how the KV cache is used.
         """
-        sequences, (b, n, _) = self._stage_inputs("packed", prompts, self._packed), self.group.tokens.shape
+        sequences, b = self._stage_inputs("packed", prompts, self._packed), len(self.group.tokens)
         images, context = [self.group.tokens, self.group.reference], sequences.context
-        if call is not None and call.target:
-            sequences, images = sequences.target_alone, images[:1]
+        if call is not None and call.partial:
+            sequences, images = self._partial(prompts, sequences, call)
             call.store.keep(sequences.length)
             context = dataclasses.replace(sequences.context, entries=call.store.entries)
         elif call is not None:
@@ -95,7 +114,18 @@ class QwenForward:
         words = [prompt.embeds.flatten(0, 1)[at] for prompt, at in zip(prompts, sequences.texts, strict=True)]
         states = torch.cat([x.repeat(len(prompts), 1, 1).flatten(0, 1) for x in images])[None]
         out = self._run(states, torch.cat(words)[None], sequences.placed, context)
+        n = sequences.target
         return list(out[0, : sequences.count * n].unflatten(0, (len(prompts), b, n)))
+
+    def _partial(
+        self, prompts: list[QwenPrompt], sequences: Sequences, call: PartialForward
+    ) -> tuple[Sequences, list[Tensor]]:
+        """What a call computes that takes the keys and values of all other tokens from its store."""
+        if call.index is None:
+            return sequences.target_alone, [self.group.tokens]
+        index = call.index[0]  # the same in every sample, and in every step of the stage
+        some = self._stage_inputs("some of the target", prompts, lambda _: sequences.some_of_target(index))
+        return some, [self.group.tokens[:, index]]
 
     def dense(self, prompt: QwenPrompt) -> Tensor:
         """Velocity (b, N, C) float32 under one prompt, by the model's own processors.
@@ -156,7 +186,7 @@ class QwenForward:
             packing=packing,
         )  # fmt: skip
         placed = ImgShapesWithFreqs(count * n, count * r, 1, rotary)
-        return Sequences(placed, context, tuple(texts), count, target=n, length=sum(whole))
+        return Sequences(placed, context, tuple(texts), count, target=n, length=sum(whole), lengths=tuple(lengths))
 
     def _dense(self, prompts: list[QwenPrompt]) -> DenseInputs:
         (prompt,) = prompts

@@ -56,6 +56,7 @@ class FluxBlocks(BlockAdapter):
 
     token_wise = True
     keeps_reference = True
+    keeps_locked = True
     blocks = "single_transformer_blocks"
 
     @staticmethod

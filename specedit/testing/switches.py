@@ -1,0 +1,96 @@
+"""Tests of the switches that change which tokens or stages there are, for every adapter."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import specedit
+from specedit import SpecEditConfig
+from specedit.forecast.toca import KVCache, PartialForward
+from specedit.method.adapter import Run
+from specedit.part_layout import PartLayout
+
+from .cases import QUICK, Cases
+from .family import group_of, mixed_layout, step_of
+
+
+class SwitchConformance(Cases):
+    """Tests of switches beyond the paper."""
+
+    def test_without_a_draft_the_coarse_stage_is_verified(self, family):
+        for guide in self.guides(family):
+            pipe = specedit.install(family.make(), **QUICK | dict(draft_steps=0), restore="reference")
+            latents, report = family.run(pipe, **guide), specedit.report(pipe)
+            assert latents.isfinite().all() and torch.equal(family.run(pipe, **guide), latents)
+            names = [stage.name for stage in report.stages]
+            assert names.index("verify") == names.index("coarse") + 1 and "draft" not in names
+            assert report.score is not None and report.draft_steps == 0 and report.nfe == sum(QUICK["steps"])
+
+    # Keys and values of this very step: then the fine tokens and the text give what all tokens give.
+    @pytest.mark.parametrize("changes", [{}, {"key_bias": "none"}])
+    def test_fine_tokens_with_cached_keys_of_locked_cells(self, family, changes):
+        self.needs(family, changes)
+        config = SpecEditConfig(locked="cached", **changes)
+        for guide in self.guides(family):
+            pipe = family.make()
+            adapter, state = family.prepare(pipe, (144, 112), **guide)
+            if not adapter.keeps_locked:
+                pytest.skip("this adapter does not keep locked cells")
+            layout = mixed_layout(state.grid)
+            index = torch.arange(len(layout.locked_cells), layout.tokens).expand(state.batch, -1)
+            for last_block in {state.trims_last_block, False}:
+                state = dataclasses.replace(state, trims_last_block=last_block)
+                run = step_of(family, adapter, pipe, state, layout, config)
+                stores = [KVCache() for _ in range(state.branches)]
+                plain, filled = run(), run([PartialForward(store) for store in stores])
+                some = run([PartialForward(store, index) for store in stores])
+                for a, b, c in zip(plain, filled, some, strict=True):
+                    self.close(b, a)
+                    self.close(c, a[:, index[0]])
+
+    @pytest.mark.parametrize("changes", [{}, {"rope": "phase_aligned"}, {"attention": "stock"}])
+    def test_a_target_without_its_locked_cells(self, family, changes):
+        """A layout's part of all its tokens is the layout; one without locked cells is another call, but a fine one."""
+        self.needs(family, changes)
+        config = SpecEditConfig(**changes)
+        for guide in self.guides(family):
+            pipe = family.make()
+            adapter, state = family.prepare(pipe, (144, 112), config.attention, **guide)
+            layout = mixed_layout(state.grid)
+            order = torch.randperm(layout.tokens, generator=torch.Generator().manual_seed(2))
+            tokens = torch.randn(
+                state.batch, layout.tokens, state.noise.shape[2], generator=torch.Generator().manual_seed(1)
+            )
+
+            def velocity(part, adapter=adapter, pipe=pipe, state=state, layout=layout, tokens=tokens):
+                group = group_of(state, part, tokens[:, part.index], beside=state.beside(layout))
+                with torch.no_grad():
+                    return adapter.velocity(Run(adapter, pipe, config, state), group, 0.5)
+
+            whole = velocity(PartLayout.of(layout, torch.arange(layout.tokens)))
+            self.close(velocity(PartLayout.of(layout, order)), whole[:, order])
+            fine = PartLayout.fine(layout)
+            alone = velocity(fine)
+            assert alone.shape[1] == fine.tokens and alone.isfinite().all()
+            assert (alone - whole[:, fine.index]).abs().max() > 1e-4
+
+    @pytest.mark.parametrize("locked", ["cached", "reference"])
+    def test_locked_cells_that_leave_the_target(self, family, locked):
+        mask, everything = torch.zeros(8, 8), torch.ones(8, 8)
+        mask[2:5, 2:5] = 1
+        steps = dict(steps=(2, 3, 1), draft_steps=2)
+        if locked == "cached" and not family.adapter.keeps_locked:
+            pipe = specedit.install(family.make(), locked=locked, **steps)
+            with pytest.raises(ValueError, match=f"locked: expected 'coarse' or 'reference' for {family.adapter.name}"):
+                family.run(pipe)
+            return
+        for guide in self.guides(family):
+            runs = {}
+            for each in ("coarse", locked):
+                pipe = specedit.install(family.make(), locked=each, restore="reference", **steps)
+                runs[each] = family.run(pipe, edit_mask=mask, **guide), specedit.report(pipe).flops
+                runs[each, "all"] = family.run(pipe, edit_mask=everything, **guide)
+            assert runs[locked][0].isfinite().all() and not torch.equal(runs[locked][0], runs["coarse"][0])
+            assert runs[locked][1] < runs["coarse"][1]
+            assert torch.equal(runs[locked, "all"], runs["coarse", "all"])
