@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 from . import field_checks, registry, switch_checks
 from .checks import integer, suggest
+from .choices import CHOICES as CHOICES
+from .choices import Attention, DraftCondition, KeyBias, Locked, Restore, Rope, VerifyAt
 from .field_checks import scaled_steps, taken_steps
 from .forecast_options import FIRST_FULL, INTERVAL, ForecastOptions, options_of
 
@@ -16,25 +18,8 @@ from .forecast_options import FIRST_FULL, INTERVAL, ForecastOptions, options_of
 DEFAULT_THRESHOLDS = {"full": 0.75, "draft": 0.2}
 FULL_EDIT_SHARE = 0.9  # beyond this share of edited cells nothing is saved by locking the rest
 STOCK_STEPS = 50  # of the stock run that the paper compares with
+PIXEL_RESTORE_SIGMA = 0.12  # MrFlow's
 MOST_NAMED = 4  # fields that differ from a preset whose name is kept
-
-VerifyAt = Literal["full", "draft"]
-Restore = Literal["full", "reference"]
-Locked = Literal["coarse", "cached", "reference"]
-KeyBias = Literal["area", "none"]
-Rope = Literal["scaled", "phase_aligned"]
-Attention = Literal["auto", "triton", "torch", "stock"]
-DraftCondition = Literal["full", "small"]
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "verify_at": get_args(VerifyAt),
-    "restore": get_args(Restore),
-    "locked": get_args(Locked),
-    "key_bias": get_args(KeyBias),
-    "rope": get_args(Rope),
-    "attention": get_args(Attention),
-    "draft_condition": get_args(DraftCondition),
-}
 
 # Fields of earlier versions, and what to say to those who still pass them.
 FORMER_FIELDS = {
@@ -64,7 +49,10 @@ class SpecEditConfig:
         selector: what finds the cells to expand: "semantic" (the paper's verification), "edges", "variance", "uniform"
             or any other registered name.
         restore: "full" makes every token fine for the last steps; "reference" runs the mixed sequence to sigma 0 and
-            takes the locked cells from the reference.
+            takes the locked cells from the reference; "pixels" runs it to sigma 0 too, upsamples the locked cells as a
+            picture, and takes one full step from `pixel_restore_sigma` (MrFlow, arXiv 2607.01642), which counts as one
+            of the full stage's.
+        pixel_restore_sigma: noise level of that step, between 0 and 1. Only with restore="pixels".
         locked: what becomes of unedited cells in a mixed sequence. "coarse" (the paper): one token each. "cached": keys
             and values from the stage's first step, or its latest 9th, stand for them. "reference": they are left out,
             since the reference shows them. The last two follow the reference from noise level to noise level.
@@ -110,6 +98,7 @@ class SpecEditConfig:
     uniform_stride: int | None = 3
     selector: str = "semantic"
     restore: Restore = "full"
+    pixel_restore_sigma: float = PIXEL_RESTORE_SIGMA
     locked: Locked = "coarse"
     keep_pixels: bool = False
     verify_coarse: bool = True
@@ -146,6 +135,8 @@ class SpecEditConfig:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         self._set("steps", field_checks.steps(self.steps))
+        self._set("pixel_restore_sigma", field_checks.pixel_restore_sigma(self.pixel_restore_sigma))
+        switch_checks.check_restore(self, PIXEL_RESTORE_SIGMA)
         self._set("boundaries", field_checks.boundaries(self.boundaries))
         self._set("draft_steps", integer("draft_steps", self.draft_steps, 0))
         self._set("draft_scale", integer("draft_scale", self.draft_scale, 1, "2 or 4"))
@@ -358,6 +349,7 @@ presets: dict[str, SpecEditConfig] = {
 }
 
 STANDARD_PRESETS = ("quality", "balanced", "fast", "turbo")  # what is timed and compared with stock
+STANDARD_RESTORES = ("full", "reference")  # likewise
 DEFAULT_PRESET = "balanced"
 
 

@@ -23,9 +23,11 @@ def steps(value: Any) -> tuple[int, int, int]:
 
 
 def taken_steps(steps: tuple[int, int, int], restore: str) -> tuple[int, int, int]:
-    """Steps as the stages take them: with restore="reference" those of the full stage run on the mixed sequence."""
+    """Steps as the stages take them: on the mixed sequence also those of the full stage with restore="reference", and
+    all but one of them with restore="pixels"."""
     coarse, mixed, full = steps
-    return (coarse, mixed + full, 0) if restore == "reference" else steps
+    last = {"reference": 0, "pixels": 1}.get(restore, full)
+    return coarse, mixed + full - last, last
 
 
 def scaled_steps(old: tuple[int, int, int], n: int) -> tuple[int, int, int]:
@@ -52,6 +54,15 @@ def boundaries(value: Any) -> tuple[float, float]:
     if not (0 < s1 < 1 and 0 < s2 < 2 * s1 / (1 + s1)):
         raise ValueError(f"boundaries: expected {expected}, got {value!r}")
     return s1, s2
+
+
+def pixel_restore_sigma(value: Any) -> float:
+    """The noise level from which pixel restore takes its step."""
+    expected = "a sigma with 0 < sigma < 1"
+    checked = number("pixel_restore_sigma", value, expected)
+    if not 0 < checked < 1:
+        raise ValueError(f"pixel_restore_sigma: expected {expected}, got {value!r}")
+    return checked
 
 
 def threshold(value: Any, default: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypedDict
 
-from .config import Attention, DraftCondition, KeyBias, Locked, Restore, Rope, VerifyAt
+from .choices import Attention, DraftCondition, KeyBias, Locked, Restore, Rope, VerifyAt
 from .forecast_options import ForecastOptions
 
 
@@ -21,6 +21,7 @@ class Overrides(TypedDict, total=False):
     uniform_stride: int | None
     selector: str
     restore: Restore
+    pixel_restore_sigma: float
     locked: Locked
     keep_pixels: bool
     verify_coarse: bool

@@ -29,8 +29,30 @@ def check(config: SpecEditConfig) -> None:
         _check_locked(config)
 
 
+def check_restore(config: SpecEditConfig, default_sigma: float) -> None:
+    """Likewise of `restore`, before anything counts the stages' steps."""
+    if config.restore != "pixels":
+        if config.pixel_restore_sigma != default_sigma:
+            raise ValueError(
+                f"pixel_restore_sigma: expected the default {default_sigma} with restore={config.restore!r}, "
+                f"got {config.pixel_restore_sigma}"
+            )
+    elif config.steps[2] == 0 or sum(config.steps) == 1:
+        raise ValueError(
+            "steps: expected at least one full step with restore='pixels', and at least one step before it, got "
+            f"{config.steps}"
+        )
+    elif config.locked != "coarse":
+        raise ValueError(
+            "locked: expected 'coarse' with restore='pixels', which upsamples what the mixed sequence makes of locked "
+            f"cells, got {config.locked!r}"
+        )
+
+
 def check_fewer_steps(config: SpecEditConfig, steps: Steps) -> None:
     """ValueError where a call leaves too few `steps` to a configuration."""
+    if config.restore == "pixels" and sum(steps) == 1:
+        raise ValueError("num_inference_steps: expected at least 2 with restore='pixels', got 1")
     if config.draft_steps == 0 and steps[0] == 0 and finds_cells(config, steps):
         least = sum(n > 0 for n in config.steps)
         raise ValueError(

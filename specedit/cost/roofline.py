@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from ..config import STOCK_STEPS, SpecEditConfig, resolve
+from ..config import STOCK_STEPS, SpecEditConfig, presets, resolve
 from ..layout import TokenGrid
 from ..method.trace import ForwardCall
 from ..registry import selectors
@@ -230,7 +230,7 @@ def predict_roofline(
     predicted = plan(config, model, height, width, edit_fraction)
     hardware = GPUS[gpu]
     grid = TokenGrid(height // TOKEN_PIXELS, width // TOKEN_PIXELS)
-    latent, small = 4 * grid.tokens, grid.coarse(config.draft_scale).tokens  # latent pixels: a token is 2 x 2
+    latent, drafted = 4 * grid.tokens, grid.coarse(config.draft_scale).tokens  # latent pixels: a token is 2 x 2
 
     def stage(name: str, ops: Iterable[tuple[float, list[Op]]], steps: int = 0, tokens: int = 0) -> dict[str, Any]:
         """A row from groups of operators and how often each runs."""
@@ -245,16 +245,21 @@ def predict_roofline(
 
     encode = stage("encode", [(1, autoencoder_ops(model, "encode", latent))])
     decode = stage("decode", [(1, autoencoder_ops(model, "decode", latent))])
-    stages, verify = [encode], None
+    stages, verify, before = [encode], None, 0
     for row in predicted["stages"]:
+        if row["name"] == "full" and config.restore == "pixels" and before < row["tokens"]:
+            small = 4 * grid.coarse().tokens
+            halves = [autoencoder_ops(model, *half) for half in (("decode", small), ("encode", latent))]
+            stages.append(stage("pixels", [(1, ops) for ops in halves]))
+        before = row["tokens"]
         calls = [(call.count, forward(call)) for call in row["calls"] if call.tokens]
         stages.append(stage(row["name"], calls, row["steps"], row["tokens"]))
         if row["name"] == "draft":
-            verify = verification_ops(config, model, latent, small)
+            verify = verification_ops(config, model, latent, drafted)
             stages.append(stage("verify", [(1, verify)]))
         if row["name"] == "coarse" and config.verifies_coarse:
             name = "verify" if verify is None else "second look"
-            verify = verification_ops(config, model, latent, small) if verify is None else verify
+            verify = verification_ops(config, model, latent, drafted) if verify is None else verify
             stages.append(stage(name, [(1, verify)]))
     stages.append(decode)
     full = MODELS[model].text_tokens + 2 * grid.tokens
@@ -307,4 +312,5 @@ def measured_row(
 
 def preset_of(config: SpecEditConfig) -> str:
     """The preset that `config` is, whatever its restore; "custom" otherwise."""
-    return resolve(config, restore="full").preset_name or "custom"
+    changes = ((name, set(config._changes(preset))) for name, preset in presets.items())
+    return next((name for name, changed in changes if changed <= {"restore"}), "custom")

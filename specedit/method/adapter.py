@@ -230,6 +230,7 @@ class Adapter(ABC):
     token_wise: ClassVar[bool] = False  # whether `predict` computes single tokens
     keeps_reference: ClassVar[bool] = False  # whether it computes the target's tokens alone
     keeps_locked: ClassVar[bool] = False  # whether it computes the text and some target tokens, alike in all samples
+    encodes_pixels: ClassVar[bool] = False  # whether it has `encode`
     geometry: ClassVar[TokenGeometry] = PACKED  # what its tokens hold; `prepare` gives it to every grid
     calls: ClassVar[tuple[type, ...]] = ()  # classes outside diffusers whose `__call__` it runs as they do
 
@@ -292,6 +293,10 @@ class Adapter(ABC):
     @abstractmethod
     def decode(self, pipe: Any, state: EditState, tokens: Tensor, output_type: str) -> Any:
         """Clean tokens (B, N, C) of the full grid to images, as the stock pipeline returns them."""
+
+    def encode(self, pipe: Any, pictures: Tensor, grid: TokenGrid) -> Tensor:
+        """Pictures (B, 3, H, W) float32 in 0..1 of a grid's size to clean tokens (B, N, C), as of a reference."""
+        raise NotImplementedError(f"{self.name} does not encode pictures; see encodes_pixels")
 
     @abstractmethod
     def output(self, images: Any) -> Any:

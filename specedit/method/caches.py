@@ -18,7 +18,6 @@ def cache_maker(run: Run) -> Callable[[list[LayoutGroup], bool], None]:
     """
     make_forecast = forecast_maker(run)
     reference_kv_cache(run)
-    _check_locked(run)
 
     def attach(groups: list[LayoutGroup], first: bool) -> None:
         for group in (group.computed for group in groups):
@@ -46,14 +45,6 @@ def reference_kv_cache(run: Run) -> ReferenceKVCache | None:
             f"got {refresh}"
         )
     return ReferenceKVCache(refresh)
-
-
-def _check_locked(run: Run) -> None:
-    if run.config.locked == "cached" and not run.adapter.keeps_locked:
-        raise ValueError(
-            f"locked: expected 'coarse' or 'reference' for {run.adapter.name}, which cannot compute some target tokens "
-            "with the keys and values of the others, got 'cached'"
-        )
 
 
 def forecast_maker(run: Run) -> Callable[..., ForecastRunner] | None:

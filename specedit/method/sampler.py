@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..registry import selectors
 from . import draft as drafts
-from . import restore, verify
+from . import offered, restore, verify
 from .adapter import LayoutGroup, Run
 from .caches import cache_maker, drop_caches
 from .cells import CellMasks, no_cells
@@ -23,6 +23,7 @@ from .denoise import euler_step
 from .groups import gather, start_stage
 from .locked import leave_out_locked
 from .masks import cells_of_mask
+from .pixels import upsample_locked
 from .schedule import stages
 from .selectors import not_finite
 
@@ -46,6 +47,7 @@ class Outcome:
 def edit(run: Run, edit_mask: Any = None) -> Outcome:
     """Edit one batch. edit_mask: the caller's, as `masks.read` takes it, in place of draft and verification."""
     config, trace, state = run.config, run.trace, run.state
+    offered.check(run)
     make_caches = cache_maker(run)
 
     # Section 3.3: draft the edit at a fraction of the tokens, and verify which cells it changes.
@@ -67,6 +69,8 @@ def edit(run: Run, edit_mask: Any = None) -> Outcome:
     for number, stage in enumerate(stages(config)):
         if trace.interrupted and groups:
             break
+        if stage.name == "full" and config.restore == "pixels":
+            groups = upsample_locked(run, groups)
         looks = stage.name == "coarse" and searches and config.verifies_coarse
         with trace.running(stage.name) as running:
             groups = leave_out_locked(run, start_stage(run, groups, stage, cells))  # 3.4.1, eq. 8

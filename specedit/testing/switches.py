@@ -94,3 +94,33 @@ class SwitchConformance(Cases):
             assert runs[locked][0].isfinite().all() and not torch.equal(runs[locked][0], runs["coarse"][0])
             assert runs[locked][1] < runs["coarse"][1]
             assert torch.equal(runs[locked, "all"], runs["coarse", "all"])
+
+    def test_locked_cells_that_are_upsampled_as_pixels(self, family):
+        """Of every size that the pipeline takes: decoded at the coarse size, upsampled, encoded, and one full step."""
+        steps = dict(steps=(2, 2, 2), draft_steps=2)
+        for size in family.sizes:
+            pipe = specedit.install(family.make(), restore="pixels", **steps)
+            if not family.adapter.encodes_pixels:
+                with pytest.raises(
+                    ValueError, match=f"restore: expected 'full' or 'reference' for {family.adapter.name}"
+                ):
+                    family.run(pipe, size)
+                return
+            latents, report = family.run(pipe, size), specedit.report(pipe)
+            assert latents.isfinite().all() and torch.equal(family.run(pipe, size), latents)
+            full = report.stages[-2]
+            assert report.nfe == 6 and full.name == "full" and full.steps == 1
+            assert abs(full.sigma_start - 0.12) < 1e-6 and full.sigma_end == 0
+
+    def test_encoding_undoes_what_decoding_does(self, family):
+        """The picture being edited, encoded again, has the latents that the pipeline gave it."""
+        pipe = family.make()
+        adapter, state = family.prepare(pipe)
+        if not adapter.encodes_pixels:
+            pytest.skip("this adapter does not encode pictures")
+        if state.conditioning.source is None:
+            pytest.skip("this adapter keeps no source picture")
+        with torch.no_grad():
+            tokens = adapter.encode(pipe, state.conditioning.source, state.grid)
+        assert tokens.dtype == torch.float32
+        self.close(tokens, state.aligned, 2e-3)

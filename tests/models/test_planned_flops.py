@@ -81,6 +81,9 @@ def test_presets(compare, family, restore):
     [
         dict(restore="reference"),
         dict(draft_steps=0, restore="reference"),
+        dict(restore="pixels"),
+        dict(restore="pixels", steps=(5, 0, 1), forecast="reuse", forecast_interval=2),
+        dict(restore="pixels", draft_steps=0, guidance_range=(0.1, 0.8)),
         dict(locked="reference", restore="reference"),
         dict(locked="reference", restore="full", attention="stock"),
         dict(locked="reference", restore="reference", reference_refresh=3, forecast="taylor", forecast_order=1),

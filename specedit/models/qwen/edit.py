@@ -65,6 +65,7 @@ class QwenImageEdit(BlockAdapter):
     pipelines = "QwenImageEditPipeline"
     keeps_reference = True
     keeps_locked = True
+    encodes_pixels = True
     attention = Attention
     processor = QwenMixedProcessor
     block = QwenImageTransformerBlock
@@ -215,6 +216,10 @@ class QwenImageEdit(BlockAdapter):
         with single_frame(pipe.vae):
             image = pipe.vae.decode(self._latents(pipe, tokens, state.grid), return_dict=False)[0][:, :, 0]
         return pipe.image_processor.postprocess(image, output_type=output_type)
+
+    def encode(self, pipe: Any, pictures: Tensor, grid: TokenGrid) -> Tensor:
+        with single_frame(pipe.vae):
+            return grid.geometry.from_image(self.encoded(pipe, pictures.unsqueeze(2))[:, :, 0])
 
     @staticmethod
     def _latents(pipe: Any, tokens: Tensor, grid: TokenGrid) -> Tensor:

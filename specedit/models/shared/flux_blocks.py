@@ -57,6 +57,7 @@ class FluxBlocks(BlockAdapter):
     token_wise = True
     keeps_reference = True
     keeps_locked = True
+    encodes_pixels = True
     blocks = "single_transformer_blocks"
 
     @staticmethod
@@ -150,6 +151,9 @@ class FluxBlocks(BlockAdapter):
             return tokens.to(state.conditioning.dtype)
         image = pipe.vae.decode(self._latents(pipe, tokens, state.grid), return_dict=False)[0]
         return pipe.image_processor.postprocess(image, output_type=output_type)
+
+    def encode(self, pipe: Any, pictures: Tensor, grid: TokenGrid) -> Tensor:
+        return grid.geometry.from_image(self.encoded(pipe, pictures))
 
     @staticmethod
     def _latents(pipe: Any, tokens: Tensor, grid: TokenGrid) -> Tensor:
