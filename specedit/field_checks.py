@@ -76,6 +76,17 @@ def threshold(value: Any, default: float) -> float:
     return checked
 
 
+def reference_keep(value: Any) -> float | None:
+    """The share of the reference's tokens that is kept."""
+    expected = "a share above 0, at most 1, or None"
+    if value is None:
+        return None
+    checked = number("reference_keep", value, expected)
+    if not 0 < checked <= 1:
+        raise ValueError(f"reference_keep: expected {expected}, got {value!r}")
+    return checked
+
+
 def guidance_range(value: Any, forecast: Any) -> tuple[float, float] | None:
     """Sigmas between which true guidance runs. forecast: the field of that name, which excludes it."""
     if value is None:

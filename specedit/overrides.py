@@ -34,4 +34,5 @@ class Overrides(TypedDict, total=False):
     forecast_weights: str | None
     draft_condition: DraftCondition
     reference_refresh: int | None
+    reference_keep: float | None
     guidance_range: tuple[float, float] | None

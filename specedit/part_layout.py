@@ -37,6 +37,10 @@ class PartLayout(MixedLayout):
     def tokens(self) -> int:
         return len(self.index)
 
+    @property
+    def cells_of_tokens(self) -> Tensor:
+        return self.whole.cells_of_tokens[self.index]
+
     @cached_property
     def area(self) -> Tensor:
         return self.whole.area[self.index]

@@ -22,7 +22,8 @@ class StageReport:
         name: "draft", "coarse", "mixed", "full", or work outside the transformer, such as "encode", "verify", "decode".
         sigma_start, sigma_end: the noise levels between which the stage ran; None outside the transformer.
         steps: model evaluations; guidance passes are not counted twice.
-        tokens: length of one sample's sequence (text + target + reference); the mean where samples differ.
+        tokens: length of one sample's sequence (text + target + reference) in the first step; the mean where samples
+            differ. With `reference_keep` the later steps have fewer.
         flops: operations of the whole stage over the whole batch, guidance passes included.
         seconds: wall-clock time of the whole stage.
         cached: steps that a temporal cache forecast, for all or most tokens.

@@ -27,6 +27,8 @@ def check(config: SpecEditConfig) -> None:
         _check_reference_refresh(config)
     if config.locked != "coarse":
         _check_locked(config)
+    if config.reference_keep is not None:
+        _check_reference_keep(config)
 
 
 def check_restore(config: SpecEditConfig, default_sigma: float) -> None:
@@ -96,6 +98,21 @@ def _check_locked(config: SpecEditConfig) -> None:
         if (value := getattr(config, name)) is not None:
             raise ValueError(f"locked: expected 'coarse' or 'reference' with {name}={value!r}, got 'cached'")
     _check_own_attention(config, "locked", "'coarse' or 'reference'", "keeps keys and values of")
+
+
+def _check_reference_keep(config: SpecEditConfig) -> None:
+    options = config.forecast_options
+    keeps = {
+        "reference_refresh": config.reference_refresh is not None, "locked": config.locked == "cached",
+        "forecast": options is not None and options.token_wise,
+    }  # fmt: skip
+    for name, conflict in keeps.items():
+        if conflict:
+            raise ValueError(
+                f"reference_keep: expected None with {name}={getattr(config, name)!r}, which keeps keys and values of "
+                f"the whole reference, got {config.reference_keep}"
+            )
+    _check_own_attention(config, "reference_keep", "None", "measures")
 
 
 def _check_own_attention(config: SpecEditConfig, field: str, expected: str, what: str) -> None:

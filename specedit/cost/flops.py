@@ -15,6 +15,7 @@ from ..config import FULL_EDIT_SHARE, STOCK_STEPS, SpecEditConfig, resolve
 from ..forecast import ReferenceKVCache, full_steps
 from ..forecast.kv_cache import LOCKED_RESET
 from ..layout import MixedLayout, TokenGrid
+from ..method.reference_selection import kept_tokens, measured_rows
 from ..method.schedule import Stage, stage_sigmas, stage_start, stages
 from ..method.trace import ForwardCall, step_calls
 from .forward import flops_of as flops_of
@@ -201,8 +202,16 @@ class _Plan:
             fresh = fine if kept and every != config.reference_refresh else None
             if not full and options is not None and options.token_wise and options.recomputes(since):
                 fresh = options.fresh_tokens(target)
-            steps.append(_Step(passes, full, kept, fresh, target, layout.tokens))
+            beside, measured = self._reference(stage, i, layout.tokens, target)
+            steps.append(_Step(passes, full, kept, fresh, target, beside, measured))
         return steps
+
+    def _reference(self, stage: Stage, i: int, tokens: int, target: int) -> tuple[int, int]:
+        """Reference tokens of step `i`, and target tokens whose attention it measures."""
+        keep = self.config.reference_keep
+        if keep is None or keep == 1 or stage.steps == 1 or stage.name == "draft":
+            return tokens, 0
+        return (tokens, measured_rows(target)) if i == 0 else (kept_tokens(keep, tokens), 0)
 
     def _passes(self, stage: Stage, own: int, start: float) -> list[int]:
         """Guidance passes of every step of a stage."""
@@ -222,13 +231,14 @@ class _Plan:
         return step_calls(
             stage.name, texts[: step.passes], step.target, step.beside, samples=samples,
             trims=self.config.attention != "stock", fresh=step.fresh, alone=step.kept and step.fresh is None,
+            measured=step.measured,
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Step:
     """One step: guidance passes, whether it is computed fully, over some tokens with those of the others kept, and over
-    the text and how many (`fresh`); tokens of the target and of the reference."""
+    the text and how many (`fresh`); tokens of the target and of the reference, and how many are measured."""
 
     passes: int
     full: bool
@@ -236,3 +246,4 @@ class _Step:
     fresh: int | None
     target: int
     beside: int
+    measured: int

@@ -180,6 +180,19 @@ def _single_ops(rows: float, asked: float, d: int, count: float) -> list[Op]:
     ]
 
 
+def measuring_ops(model: str, call: ForwardCall) -> list[Op]:
+    """Operators that compute the logits of a call's measured queries once more, and read the keys again."""
+    if not call.measured:
+        return []
+    config = MODELS[model].config
+    d, layers = (
+        config["num_attention_heads"] * config["attention_head_dim"],
+        config["num_layers"] + config.get("num_single_layers", 0),
+    )
+    pairs = call.samples * call.measured * call.tokens
+    return [Op("measure", 2 * d * pairs, BYTES * call.samples * call.tokens * d, layers)]
+
+
 def autoencoder_ops(model: str, half: str, latent_pixels: int, count: int = 1) -> list[Op]:
     """Operators of "encode", "decode" or "features" (what verification reads) on `count` pictures, one by one."""
     cost = AUTOENCODERS[model][half]
@@ -241,7 +254,8 @@ def predict_roofline(
         )  # fmt: skip
 
     def forward(call: ForwardCall) -> list[Op]:
-        return transformer_ops(model, call.tokens, call.samples, text=call.text, keys=call.keys, read=call.read)
+        ops = transformer_ops(model, call.tokens, call.samples, text=call.text, keys=call.keys, read=call.read)
+        return ops + measuring_ops(model, call)
 
     encode = stage("encode", [(1, autoencoder_ops(model, "encode", latent))])
     decode = stage("decode", [(1, autoencoder_ops(model, "decode", latent))])

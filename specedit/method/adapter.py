@@ -23,6 +23,7 @@ from .trace import Trace
 if TYPE_CHECKING:
     from ..forecast import ForecastRunner, PartialForward, ReferenceKVCache
     from .locked import LockedCells
+    from .reference_selection import ReferenceMass
 
 
 class Conditioning:
@@ -144,7 +145,8 @@ class LayoutGroup:
     rows: which samples, b of them. tokens (b, layout.tokens, C) at the noise level `sigmas[i]` before step i. forecast,
     kv: caches of this stage, which end with it. clean: what the last step predicted, x0 = x - s v, where the coarse
     stage is verified. inputs: what an adapter makes once for this group and stage, by its own keys. locked: cells that
-    left the target of a mixed sequence.
+    left the target of a mixed sequence. mass: the attention that the reference's tokens get,
+    in a step that measures it.
     """
 
     rows: list[int]
@@ -160,6 +162,7 @@ class LayoutGroup:
     cached: int = 0  # steps that were not computed fully
     reused: int = 0  # steps that ran over some tokens alone, with keys and values of the others kept
     locked: LockedCells | None = None
+    mass: ReferenceMass | None = None
 
     @property
     def computed(self) -> LayoutGroup:
@@ -230,6 +233,7 @@ class Adapter(ABC):
     token_wise: ClassVar[bool] = False  # whether `predict` computes single tokens
     keeps_reference: ClassVar[bool] = False  # whether it computes the target's tokens alone
     keeps_locked: ClassVar[bool] = False  # whether it computes the text and some target tokens, alike in all samples
+    measures_attention: ClassVar[bool] = False  # whether `predict` adds to `group.mass` where there is one
     encodes_pixels: ClassVar[bool] = False  # whether it has `encode`
     geometry: ClassVar[TokenGeometry] = PACKED  # what its tokens hold; `prepare` gives it to every grid
     calls: ClassVar[tuple[type, ...]] = ()  # classes outside diffusers whose `__call__` it runs as they do

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..forecast import PartialForward
 from .adapter import LayoutGroup, Run, active_branches
+from .reference_selection import shorten_reference
 from .trace import ForwardCall, step_calls
 
 
@@ -20,7 +21,10 @@ def euler_step(run: Run, group: LayoutGroup, i: int, *, keep_clean: bool = False
 
 def group_velocity(run: Run, group: LayoutGroup, i: int) -> Tensor:
     """Velocity (b, N, C) of step `i`, whose forward calls are added to the trace."""
-    velocity = computed_velocity(run, group.computed, i)
+    computed = group.computed
+    velocity = computed_velocity(run, computed, i)
+    if computed.mass is not None:
+        shorten_reference(computed)
     return velocity if group.locked is None else group.locked.join(group, i, velocity)
 
 
@@ -60,6 +64,7 @@ def forward_calls(
         stage_of(run), run.state.texts[:branches], group.layout.tokens, group.reference_layout.tokens,
         samples=len(group.rows), trims=run.state.trims_last_block, alone=partial is not None and partial.target,
         fresh=None if partial is None or partial.index is None else partial.index.shape[1],
+        measured=0 if group.mass is None else len(group.mass.rows),
     )  # fmt: skip
 
 

@@ -17,3 +17,8 @@ def check(run: Run) -> None:
         raise ValueError(
             f"restore: expected 'full' or 'reference' for {adapter.name}, which does not encode pictures, got 'pixels'"
         )
+    if config.reference_keep is not None and not adapter.measures_attention:
+        raise ValueError(
+            f"reference_keep: expected None for {adapter.name}, which does not measure attention, got "
+            f"{config.reference_keep}"
+        )

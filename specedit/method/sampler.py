@@ -24,6 +24,7 @@ from .groups import gather, start_stage
 from .locked import leave_out_locked
 from .masks import cells_of_mask
 from .pixels import upsample_locked
+from .reference_selection import select_reference
 from .schedule import stages
 from .selectors import not_finite
 
@@ -74,6 +75,7 @@ def edit(run: Run, edit_mask: Any = None) -> Outcome:
         looks = stage.name == "coarse" and searches and config.verifies_coarse
         with trace.running(stage.name) as running:
             groups = leave_out_locked(run, start_stage(run, groups, stage, cells))  # 3.4.1, eq. 8
+            groups = select_reference(run, groups, stage, cells)
             running.start(run, groups)
             make_caches(groups, number == 0)
             for i in range(stage.steps):

@@ -9,10 +9,11 @@ import specedit
 from specedit import SpecEditConfig
 from specedit.forecast.toca import KVCache, PartialForward
 from specedit.method.adapter import Run
+from specedit.method.reference_selection import ReferenceMass, shorten_reference
 from specedit.part_layout import PartLayout
 
 from .cases import QUICK, Cases
-from .family import group_of, mixed_layout, step_of
+from .family import group_of, layouts, mixed_layout, step_of
 
 
 class SwitchConformance(Cases):
@@ -124,3 +125,49 @@ class SwitchConformance(Cases):
             tokens = adapter.encode(pipe, state.conditioning.source, state.grid)
         assert tokens.dtype == torch.float32
         self.close(tokens, state.aligned, 2e-3)
+
+    def test_a_reference_whose_tokens_are_selected(self, family):
+        """What a part of the reference is, follows its positions; a run measures, shortens and ends."""
+        mask = torch.zeros(8, 8)
+        mask[2:5, 2:5] = 1
+        steps = dict(steps=(2, 3, 2), draft_steps=2)
+        if not family.adapter.measures_attention:
+            pipe = specedit.install(family.make(), reference_keep=0.15, **steps)
+            with pytest.raises(ValueError, match=f"reference_keep: expected None for {family.adapter.name}"):
+                family.run(pipe)
+            return
+        for guide in self.guides(family):
+            runs = {}
+            for keep in (None, 1.0, 0.15):
+                pipe = specedit.install(family.make(), reference_keep=keep, **steps)
+                runs[keep] = family.run(pipe, edit_mask=mask, **guide), specedit.report(pipe).flops
+            assert torch.equal(runs[1.0][0], runs[None][0]) and runs[1.0][1] == runs[None][1]
+            assert runs[0.15][0].isfinite().all() and not torch.equal(runs[0.15][0], runs[None][0])
+            assert runs[0.15][1] < runs[None][1]
+
+    def test_attention_is_measured_beside_what_is_computed(self, family):
+        for guide in self.guides(family):
+            pipe = family.make()
+            adapter, state = family.prepare(pipe, (144, 112), **guide)
+            if not adapter.measures_attention:
+                pytest.skip("this adapter does not measure attention")
+            for layout in layouts(state.grid):
+                outputs, totals = [], []
+                for last_block in {state.trims_last_block, False}:
+                    trimmed = dataclasses.replace(state, trims_last_block=last_block)
+                    run = step_of(family, adapter, pipe, trimmed, layout, SpecEditConfig())
+                    plain, group = run(), run.group
+                    first = torch.zeros(group.reference_layout.tokens, dtype=torch.bool)
+                    group.mass = ReferenceMass(torch.arange(0, layout.tokens, 3), first, 5)
+                    outputs.append((plain, run()))
+                    totals.append(group.mass.total)
+                    reference, layout_before = group.reference, group.reference_layout
+                    shorten_reference(group)
+                    assert group.reference.shape[1] == group.reference_layout.tokens == 5 and group.mass is None
+                    assert layout_before.tokens == reference.shape[1] > 5
+                    assert all(out.isfinite().all() for out in run())
+                for plain, measured in outputs:
+                    for a, b in zip(plain, measured, strict=True):
+                        self.close(b, a)
+                assert all(total.shape == first.shape and (total > 0).all() for total in totals)
+                self.close(totals[-1] / totals[-1].sum(), totals[0] / totals[0].sum())

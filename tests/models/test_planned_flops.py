@@ -81,6 +81,9 @@ def test_presets(compare, family, restore):
     [
         dict(restore="reference"),
         dict(draft_steps=0, restore="reference"),
+        dict(reference_keep=0.15, restore="reference"),
+        dict(reference_keep=0.3, locked="reference", steps=(1, 3, 1), forecast="reuse", forecast_interval=2),
+        dict(reference_keep=0.2, restore="pixels", guidance_range=(0.1, 0.8)),
         dict(restore="pixels"),
         dict(restore="pixels", steps=(5, 0, 1), forecast="reuse", forecast_interval=2),
         dict(restore="pixels", draft_steps=0, guidance_range=(0.1, 0.8)),
@@ -114,7 +117,9 @@ def test_token_wise_forecasts(compare, forecast):
     compare("flux", CORNER, forecast=forecast, forecast_interval=4, locked="reference")
 
 
-@pytest.mark.parametrize("more", [{}, dict(locked="reference"), dict(locked="cached")], ids=str)
+@pytest.mark.parametrize(
+    "more", [{}, dict(locked="reference"), dict(locked="cached"), dict(reference_keep=0.2)], ids=str
+)
 @pytest.mark.parametrize("family", ["flux", "qwen"])
 def test_a_batch_whose_samples_have_masks_of_their_own(compare, family, more):
     masks = [CORNER, DOT]

@@ -5,6 +5,7 @@ Masked   the model's own attention backend, with the bias as its mask
 Mixed    dense sequences [text | target | reference] through specedit_kernels
 Packed   sequences of different length, back to back, through specedit_kernels
 Storing  a Mixed or Packed call that leaves keys and values behind
+Measuring (in `measuring`)  one that says how much attention the reference's tokens get
 Partial  some rows of such a sequence, with the stored keys and values of all others
 
 A context travels in `joint_attention_kwargs` and serves every block of every step of a stage. Rotary tables are cos and
@@ -195,11 +196,10 @@ class Packed(ByKernels):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Storing(Context):
-    """A whole call, Mixed or Packed, whose keys and values every attention module leaves in `entries`."""
+class Wrapped(Context):
+    """A whole call, Mixed or Packed, to which something is added."""
 
     whole: ByKernels
-    entries: KeysAndValues
 
     @property
     def rotary(self) -> Tables:
@@ -222,15 +222,20 @@ class Storing(Context):
     def split(self, joint: Tensor, text: int) -> tuple[Tensor, Tensor]:
         return self.whole.split(joint, text)
 
+    def attend(self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | None, processor: Any) -> Tensor:
+        return self.whole.attend(scales, v, query_rows, processor)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Storing(Wrapped):
+    """A whole call whose keys and values every attention module leaves in `entries`."""
+
+    entries: KeysAndValues
+
     @torch.compiler.disable  # it would compile for each module's own entry
     def update_kv_cache(self, attn: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         self.entries[attn] = (k, v)
         return k, v
-
-    def attend(
-        self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | Packing | None, processor: Any
-    ) -> Tensor:
-        return self.whole.attend(scales, v, query_rows, processor)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -137,7 +137,8 @@ def mark_all_dynamic(value: Any, dims: int = 2) -> None:
             mark_all_dynamic(getattr(value, field.name))
     elif isinstance(value, tuple):
         for table in value:
-            mark_dynamic(table, table.ndim - 1)
+            if isinstance(table, Tensor):
+                mark_dynamic(table, table.ndim - 1)
     else:
         mark_dynamic(value, dims)
 

@@ -66,6 +66,7 @@ class QwenImageEdit(BlockAdapter):
     keeps_reference = True
     keeps_locked = True
     encodes_pixels = True
+    measures_attention = True
     attention = Attention
     processor = QwenMixedProcessor
     block = QwenImageTransformerBlock
@@ -193,7 +194,7 @@ class QwenImageEdit(BlockAdapter):
         prompts = run.state.conditioning.prompts(active_branches(run.state, run.config, sigma))
         forward, attention = QwenForward(run, group, sigma), run.config.attention
         unpadded = all(prompt.lengths is None for prompt in prompts)
-        plain = attention == "auto" and not forward.mixed and not partial and unpadded
+        plain = attention == "auto" and not forward.mixed and not partial and unpadded and group.mass is None
         if attention == "stock":
             return [forward.dense(prompt) for prompt in prompts]
         if plain and len(prompts) == 1:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...forecast.toca import PartialForward
 from ...method.adapter import LayoutGroup, Run, rows_index
 from ..attention import contexts
+from ..attention.measuring import Measuring
 from ..attention.sequences import QueryRows, cumulative, pack, segments
 from .positions import ImgShapesWithFreqs, all_positions, angles, phases, text_offset
 from .prompts import QwenPrompt
@@ -111,6 +112,9 @@ class QwenForward:
             context = dataclasses.replace(sequences.context, entries=call.store.entries)
         elif call is not None:
             context = contexts.Storing(whole=context, entries=call.store.entries)
+        elif (mass := self.group.mass) is not None:
+            sizes = dict(target=sequences.target, reference=self.group.reference.shape[1])
+            context = Measuring(whole=context, mass=mass, texts=sequences.lengths, **sizes)
         words = [prompt.embeds.flatten(0, 1)[at] for prompt, at in zip(prompts, sequences.texts, strict=True)]
         states = torch.cat([x.repeat(len(prompts), 1, 1).flatten(0, 1) for x in images])[None]
         out = self._run(states, torch.cat(words)[None], sequences.placed, context)

@@ -13,6 +13,7 @@ from ...forecast.toca import PartialForward
 from ...layout import MixedLayout, TokenGrid
 from ...method.adapter import EditState, LayoutGroup, Run, active_branches, rows_index
 from ..attention import contexts, processors, sequences
+from ..attention.measuring import Measuring
 from .block_adapter import BlockAdapter, pixels_per_token
 from .conditioning import Prompt
 from .images import decoder_features
@@ -58,6 +59,7 @@ class FluxBlocks(BlockAdapter):
     keeps_reference = True
     keeps_locked = True
     encodes_pixels = True
+    measures_attention = True
     blocks = "single_transformer_blocks"
 
     @staticmethod
@@ -78,7 +80,13 @@ class FluxBlocks(BlockAdapter):
         self, run: Run, group: LayoutGroup, sigma: float, partial: list[PartialForward] | None = None
     ) -> list[Tensor]:
         conditioning, rows = run.state.conditioning, len(group.rows)
-        stage = self._stage_inputs(run, group, stores=bool(partial))
+        stage = self._stage_inputs(run, group, stores=bool(partial) or group.mass is not None)
+        context = stage.context
+        if group.mass is not None:
+            context = Measuring(
+                whole=context, mass=group.mass, texts=(run.state.text_tokens,), target=group.tokens.shape[1],
+                reference=group.reference.shape[1],
+            )  # fmt: skip
         timestep = torch.full((rows,), sigma * 1000, device=group.tokens.device, dtype=torch.float32)
         states = torch.cat([group.tokens, group.reference], 1).to(conditioning.dtype)
         prompts = conditioning.prompts(active_branches(run.state, run.config, sigma))
@@ -86,7 +94,7 @@ class FluxBlocks(BlockAdapter):
         for prompt, call in zip(prompts, partial or [None] * len(prompts), strict=True):
             inputs = FluxForward(
                 states, stage.ids, prompt.embeds[stage.rows], prompt.text_ids,
-                timestep.to(conditioning.dtype) / 1000, stage.rows, stage.context,
+                timestep.to(conditioning.dtype) / 1000, stage.rows, context,
             )  # fmt: skip
             if call is not None:
                 inputs = partial_inputs(inputs, call, run.state.text_tokens, group.tokens.shape[1])
