@@ -84,21 +84,26 @@ def edit_cells(share: float, shape: str, rows: int, columns: int, seed: int = 0)
 
 @contextmanager
 def found(share: float, shape: str) -> Iterator[None]:
-    """Draft and verify as usual, but then take `share` of the cells as edited.
+    """Verify the draft as usual (the coarse stage without one), but then take `share` of the cells as edited.
 
     Every sample of a batch has its own mask.
     """
     find, find_again, ready = verify.verify_draft, verify.verify_coarse, {}
 
-    def verify_draft(*args: Any) -> tuple:
-        score, edited = find(*args)
+    def chosen(score: Any, edited: torch.Tensor) -> tuple:
         if edited.shape not in ready:  # made by the warm-up call, outside the timed ones
             masks = [edit_cells(share, shape, *edited.shape[1:], seed) for seed in range(len(edited))]
             ready[edited.shape] = torch.stack(masks).to(edited.device)
         return score, ready[edited.shape]
 
-    def verify_coarse(*args: Any) -> torch.Tensor:
-        return torch.zeros_like(find_again(*args))  # it takes its time, and finds nothing more
+    def verify_draft(*args: Any) -> tuple:
+        return chosen(*find(*args))
+
+    def verify_coarse(run: Any, *args: Any) -> tuple:
+        score, edited = find_again(run, *args)
+        if run.config.uses_draft:  # it takes its time, and finds nothing more
+            return score, torch.zeros_like(edited)
+        return chosen(score, edited)
 
     with patch.object(verify, "verify_draft", verify_draft), patch.object(verify, "verify_coarse", verify_coarse):
         yield

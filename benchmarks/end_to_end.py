@@ -33,7 +33,7 @@ import torch
 from benchmarks import real_models
 from benchmarks.editor_bench import Bench, Case, fields, first_line
 from benchmarks.transformer_steps import transformer_steps
-from specedit.config import CHOICES, STANDARD_PRESETS, STOCK_STEPS, presets, resolve
+from specedit.config import CHOICES, STANDARD_PRESETS, STANDARD_RESTORES, STOCK_STEPS, presets, resolve
 from specedit.evaluation import results
 
 SHAPES = ("blob", "scattered")
@@ -208,7 +208,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     several("batch", [1, 4], type=int)
     several("execution", list(EXECUTIONS), choices=EXECUTIONS)
     several("preset", timed, choices=list(presets))
-    several("restore", list(CHOICES["restore"]), choices=CHOICES["restore"])
+    several("restore", list(STANDARD_RESTORES), choices=CHOICES["restore"])
     several("share", [0.1, 0.2, 0.05, 0.4, 1.0], type=share)
     several("shape", list(SHAPES), choices=SHAPES)
     several("changes", [""], type=changes)

@@ -77,13 +77,13 @@ def share_of_draft(preset: str) -> float:
 
 
 def roofline(name: str) -> str:
-    from specedit.config import CHOICES, resolve
+    from specedit.config import STANDARD_RESTORES, resolve
     from specedit.cost.roofline import GPUS, predict_roofline
 
     rows = []
     for model, paper in PAPERS.items():
         for preset in paper:
-            for restore in CHOICES["restore"]:
+            for restore in STANDARD_RESTORES:
                 config = resolve(preset, restore=restore)
                 plans = [predict_roofline(config, model, 1024, 1024, 0.2, gpu) for gpu in GPUS]
                 ratios = [f"{p['clock_ratio_50']:.2f} ({p['quotient']:.2f})" for p in plans]

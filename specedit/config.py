@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
-from . import field_checks, registry
+from . import field_checks, registry, switch_checks
 from .checks import integer, suggest
-from .field_checks import scaled_steps
-from .forecast_options import FIRST_FULL, INTERVAL, ForecastOptions, options_of
+from .choices import CHOICES as CHOICES
+from .choices import Attention, DraftCondition, KeyBias, Locked, Restore, Rope, VerifyAt
+from .field_checks import scaled_steps, taken_steps
+from .forecast_options import ForecastOptions, options_of
 from .method_options import OWN, Method, method_of
 
 # Threshold of the verification score (0..4) per `verify_at`. "full" is the paper's tau; the score at the draft's own
@@ -17,23 +19,8 @@ from .method_options import OWN, Method, method_of
 DEFAULT_THRESHOLDS = {"full": 0.75, "draft": 0.2}
 FULL_EDIT_SHARE = 0.9  # beyond this share of edited cells nothing is saved by locking the rest
 STOCK_STEPS = 50  # of the stock run that the paper compares with
+PIXEL_RESTORE_SIGMA = 0.12  # MrFlow's
 MOST_NAMED = 4  # fields that differ from a preset whose name is kept
-
-VerifyAt = Literal["full", "draft"]
-Restore = Literal["full", "reference"]
-KeyBias = Literal["area", "none"]
-Rope = Literal["scaled", "phase_aligned"]
-Attention = Literal["auto", "triton", "torch", "stock"]
-DraftCondition = Literal["full", "small"]
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "verify_at": get_args(VerifyAt),
-    "restore": get_args(Restore),
-    "key_bias": get_args(KeyBias),
-    "rope": get_args(Rope),
-    "attention": get_args(Attention),
-    "draft_condition": get_args(DraftCondition),
-}
 
 # Fields of earlier versions, and what to say to those who still pass them.
 FORMER_FIELDS = {
@@ -42,7 +29,6 @@ FORMER_FIELDS = {
     "cfg": "cfg was removed: it had no measured effect; both guidance branches run in one packed pass",
 }
 
-READ_BY_ALL = frozenset(("method", "attention", "keep_pixels"))  # fields that no method ignores
 FORECAST_FIELDS = ("forecast_interval", "forecast_order", "forecast_weights")  # fill the options of a named forecast
 
 
@@ -54,7 +40,8 @@ class SpecEditConfig:
         steps: model evaluations of the (coarse, mixed, full) stage. Their sum is the NFE; the draft is not counted.
         boundaries: (s1, s2), the sigma in (0, 1) at which the coarse and the mixed stage end. The mixed stage starts
             where expansion leaves it, at 2*s1/(1+s1), so s2 lies below that.
-        draft_steps: model evaluations of the draft.
+        draft_steps: model evaluations of the draft. 0: there is none, and the coarse stage verifies itself, which needs
+            a coarse step.
         draft_scale: side of the image over side of the draft, 2 or 4 (4: 16 times fewer tokens).
         threshold: verification score (0..4) above which a cell is edited. None takes the default of `verify_at`.
         verify_at: "full" decodes the draft upsampled to the image's size, "draft" compares at the draft's own size.
@@ -63,11 +50,18 @@ class SpecEditConfig:
         selector: what finds the cells to expand: "semantic" (the paper's verification), "edges", "variance", "uniform"
             or any other registered name.
         restore: "full" makes every token fine for the last steps; "reference" runs the mixed sequence to sigma 0 and
-            takes the locked cells from the reference.
+            takes the locked cells from the reference; "pixels" runs it to sigma 0 too, upsamples the locked cells as a
+            picture, and takes one full step from `pixel_restore_sigma` (MrFlow, arXiv 2607.01642), which counts as one
+            of the full stage's.
+        pixel_restore_sigma: noise level of that step, between 0 and 1. Only with restore="pixels".
+        locked: what becomes of unedited cells in a mixed sequence. "coarse" (the paper): one token each. "cached": keys
+            and values from the stage's first step, or its latest 9th, stand for them. "reference": they are left out,
+            since the reference shows them. The last two follow the reference from noise level to noise level.
         keep_pixels: everything outside the feathered edit mask is the input's own pixels.
         verify_coarse: verify the clean prediction at the end of the coarse stage as the draft was, and edit what it
-            changes too: the main run may choose another object than the draft. Only with restore="reference" or
-            keep_pixels, and after a draft. Takes no model evaluation.
+            changes too: the main run may choose another object than the draft. Only where unedited cells are kept
+            (restore="reference", keep_pixels, or another `locked` than "coarse"), and after a draft. Takes no model
+            evaluation. Must be True with draft_steps=0.
         key_bias: "area" adds log 4 to the logits of coarse keys in mixed sequences.
         rope: positions in mixed sequences: "scaled" ids, or "phase_aligned" per query resolution.
         attention: implementation of attention. "auto" is Triton on CUDA and PyTorch elsewhere; "stock" leaves the
@@ -87,6 +81,9 @@ class SpecEditConfig:
         reference_refresh: None, or r >= 1: keys and values of text and reference are computed anew in the first step of
             a stage (and of the draft) and every r steps after; the steps between run the transformer over the target's
             tokens alone. An approximation but for r = 1, which changes nothing and saves nothing.
+        reference_keep: None, or a share above 0, at most 1: after the first step of a stage, this share of the
+            reference's tokens stays, those that the target attends to most (ReCAST, at about 0.15). An approximation
+            but for 1. The samples of a batch then run one by one.
         guidance_range: None, or (low, high): true classifier-free guidance only runs at sigmas low <= sigma <= high,
             elsewhere the prompt's branch alone (arXiv 2404.07724). An approximation; without true guidance it changes
             nothing.
@@ -108,6 +105,8 @@ class SpecEditConfig:
     uniform_stride: int | None = 3
     selector: str = "semantic"
     restore: Restore = "full"
+    pixel_restore_sigma: float = PIXEL_RESTORE_SIGMA
+    locked: Locked = "coarse"
     keep_pixels: bool = False
     verify_coarse: bool = True
     key_bias: KeyBias = "area"
@@ -119,6 +118,7 @@ class SpecEditConfig:
     forecast_weights: str | None = None
     draft_condition: DraftCondition = "full"
     reference_refresh: int | None = None
+    reference_keep: float | None = None
     guidance_range: tuple[float, float] | None = None
     method: str | Method = OWN
 
@@ -144,8 +144,10 @@ class SpecEditConfig:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         self._set("steps", field_checks.steps(self.steps))
+        self._set("pixel_restore_sigma", field_checks.pixel_restore_sigma(self.pixel_restore_sigma))
+        switch_checks.check_restore(self, PIXEL_RESTORE_SIGMA)
         self._set("boundaries", field_checks.boundaries(self.boundaries))
-        self._set("draft_steps", integer("draft_steps", self.draft_steps, 1))
+        self._set("draft_steps", integer("draft_steps", self.draft_steps, 0))
         self._set("draft_scale", integer("draft_scale", self.draft_scale, 1, "2 or 4"))
         if self.draft_scale not in (2, 4):
             raise ValueError(f"draft_scale: expected 2 or 4, got {self.draft_scale}")
@@ -153,15 +155,24 @@ class SpecEditConfig:
         self._set("dilation", integer("dilation", self.dilation, 0))
         stride = 0 if self.uniform_stride is None else self.uniform_stride
         self._set("uniform_stride", integer("uniform_stride", stride, 0, "an integer of at least 1, or 0 or None"))
-        self._check_forecast()
-        self._check_reference_refresh()
+        self._set_forecast()
+        self._set_method()
+        if self.reference_refresh is not None:
+            self._set("reference_refresh", integer("reference_refresh", self.reference_refresh, 1))
+        self._set("reference_keep", field_checks.reference_keep(self.reference_keep))
         self._set("guidance_range", field_checks.guidance_range(self.guidance_range, self.forecast))
-        self._check_method()
+        switch_checks.check(self)
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen; only used while it is being made
 
-    def _check_forecast(self) -> None:
+    def _set_method(self) -> None:
+        method = method_of(self.method)
+        self._set("_method", method)
+        if method is not None and not isinstance(self.method, str):
+            self._set("method", method)
+
+    def _set_forecast(self) -> None:
         given = {name.removeprefix("forecast_"): getattr(self, name) for name in FORECAST_FIELDS}
         given = {name: value for name, value in given.items() if value is not None}
         self._set("_options", None)
@@ -175,70 +186,6 @@ class SpecEditConfig:
             self._set("forecast", options)
         for name in given:  # as the options have checked and converted them
             self._set(f"forecast_{name}", getattr(options, name))
-        if options.token_wise and (self.attention == "stock" or self.rope == "phase_aligned"):
-            raise ValueError(
-                f"forecast: {options.name!r} keeps keys and values of SpecEdit's own attention with scaled positions, "
-                f"expected another forecast with attention={self.attention!r} and rope={self.rope!r}"
-            )
-        if not self._can_forecast(self.steps):
-            raise ValueError(
-                f"forecast: {options.name!r} needs {options.history} full steps before its first forecast, in "
-                f"the run's first stage at least {FIRST_FULL}, expected a stage of more steps, got steps={self.steps}; "
-                "take more steps or a lower order"
-            )
-        longest = max(self._stage_lengths(self.steps))
-        if options.interval > longest and (self.forecast_interval is not None or options.interval != INTERVAL):
-            raise ValueError(
-                f"forecast_interval: expected at most {longest}, the steps of the longest stage of steps={self.steps}, "
-                f"got {options.interval}"
-            )
-
-    def _stage_lengths(self, steps: tuple[int, int, int]) -> list[int]:
-        """The steps of every stage that has any; restore="reference" runs the last two as one."""
-        coarse, mixed, full = steps
-        return [n for n in (coarse, *((mixed + full,) if self.restore == "reference" else (mixed, full))) if n]
-
-    def _can_forecast(self, steps: tuple[int, int, int]) -> bool:
-        """Whether some stage has steps beyond those that come before its first forecast."""
-        options = self.forecast_options
-        assert options is not None
-        return any(n > options.warmup(first=i == 0) for i, n in enumerate(self._stage_lengths(steps)))
-
-    def _check_reference_refresh(self) -> None:
-        if self.reference_refresh is None:
-            return
-        self._set("reference_refresh", integer("reference_refresh", self.reference_refresh, 1))
-        if self.forecast_options is not None and self.forecast_options.token_wise:
-            raise ValueError(
-                f"reference_refresh: expected None with forecast={self.forecast!r}, which keeps the reference's keys "
-                f"and values by itself, got {self.reference_refresh}"
-            )
-        if self.attention == "stock" or self.rope == "phase_aligned":
-            raise ValueError(
-                "reference_refresh: keeps keys and values of SpecEdit's own attention with scaled positions, expected "
-                f"None with attention={self.attention!r} and rope={self.rope!r}, got {self.reference_refresh}"
-            )
-
-    def _check_method(self) -> None:
-        method = method_of(self.method)
-        self._set("_method", method)
-        if method is None:
-            return
-        if not isinstance(self.method, str):
-            self._set("method", method)
-        default = SpecEditConfig()
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name not in method.uses | READ_BY_ALL and value != getattr(default, field.name):
-                raise ValueError(
-                    f"{field.name}: expected the default, {getattr(default, field.name)!r}, with method="
-                    f"{method.name!r}, which does not read it, got {value!r}"
-                )
-        if method.own_attention and self.attention == "stock":
-            raise ValueError(
-                f"attention: expected 'auto', 'triton' or 'torch' with method={method.name!r}, which needs "
-                "SpecEdit's own attention, got 'stock'"
-            )
 
     @property
     def method_options(self) -> Method | None:
@@ -302,38 +249,43 @@ class SpecEditConfig:
         return sum(self.steps) if self.method_options is None else self.method_options.nfe
 
     @property
-    def uses_draft(self) -> bool:
-        """Whether a run without a caller's edit_mask needs the draft: its mask decides something."""
-        if self.method_options is not None:
-            return False
-        return registry.selectors[self.selector].needs_draft and (self.is_mixed or self.keep_pixels)
+    def finds_cells(self) -> bool:
+        """Whether a run without a caller's edit_mask looks for what is edited: its mask decides something."""
+        return switch_checks.finds_cells(self, self.steps)
 
-    def needs_decoder(self, *, drafts: bool) -> str | None:
+    @property
+    def uses_draft(self) -> bool:
+        """Whether a run without a caller's edit_mask makes a draft to find it."""
+        return self.draft_steps > 0 and self.finds_cells
+
+    def needs_decoder(self, *, masked: bool) -> str | None:
         """What the run reads from the VAE's decoder before its end: None, "features" or "picture".
 
-        drafts: whether it makes a draft.
+        masked: whether the caller gives an edit_mask.
         """
         if self.method_options is not None:
             return self.method_options.needs_decoder
-        needed: str | None = registry.selectors[self.selector].needs_decoder if drafts else None
-        return needed
+        needed: str | None = registry.selectors[self.selector].needs_decoder
+        return needed if self.finds_cells and not masked else None
 
     @property
     def is_mixed(self) -> bool:
         """Whether a run has a stage of mixed resolutions."""
-        return self.steps[1] > 0 or (self.restore == "reference" and self.steps[2] > 0)
+        return taken_steps(self.steps, self.restore)[1] > 0
 
     @property
     def preserves_unedited(self) -> bool:
-        """Whether what was not found is given back as it came."""
-        return self.restore == "reference" or self.keep_pixels
+        """Whether what was not found is given back as it came, or goes on as the reference does."""
+        return self.restore == "reference" or self.keep_pixels or self.locked != "coarse"
 
     @property
     def verifies_coarse(self) -> bool:
-        """Whether a run that made a draft verifies the end of its coarse stage too."""
-        if not (self.verify_coarse and self.preserves_unedited and self.steps[0] > 0):
+        """Whether a run without a caller's edit_mask verifies the end of its coarse stage, after a draft or without."""
+        if not (self.finds_cells and self.steps[0] > 0):
             return False
-        return bool(registry.selectors[self.selector].verifies)
+        if self.draft_steps == 0:
+            return True
+        return bool(self.verify_coarse and self.preserves_unedited and registry.selectors[self.selector].verifies)
 
     def with_steps(self, n: int) -> SpecEditConfig:
         """The same configuration with NFE `n`, in the proportions of `steps` (largest remainder).
@@ -349,10 +301,11 @@ class SpecEditConfig:
         if self.method_options is not None:
             return self._replaced(None, method=self.method_options.with_steps(n))
         changes: dict[str, Any] = {"steps": scaled_steps(self.steps, n)}
-        if self.forecast is not None and not self._can_forecast(changes["steps"]):
+        switch_checks.check_fewer_steps(self, changes["steps"])
+        if self.forecast is not None and not switch_checks.can_forecast(self, changes["steps"]):
             changes |= dict.fromkeys(("forecast", *FORECAST_FIELDS))
         elif self.forecast_options is not None:
-            changes |= self._shorter_interval(max(self._stage_lengths(changes["steps"])))
+            changes |= self._shorter_interval(max(switch_checks.stage_lengths(self, changes["steps"])))
         return self._replaced(self.preset_name or getattr(self, "_base", None), **changes)
 
     def _shorter_interval(self, longest: int) -> dict[str, Any]:
@@ -405,6 +358,7 @@ presets: dict[str, SpecEditConfig] = {
 }
 
 STANDARD_PRESETS = ("quality", "balanced", "fast", "turbo")  # what is timed and compared with stock
+STANDARD_RESTORES = ("full", "reference")  # likewise
 DEFAULT_PRESET = "balanced"
 
 

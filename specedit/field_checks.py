@@ -22,7 +22,15 @@ def steps(value: Any) -> tuple[int, int, int]:
     return coarse, mixed, full
 
 
-def scaled_steps(old: tuple[int, int, int], n: int) -> tuple[int, ...]:
+def taken_steps(steps: tuple[int, int, int], restore: str) -> tuple[int, int, int]:
+    """Steps as the stages take them: on the mixed sequence also those of the full stage with restore="reference", and
+    all but one of them with restore="pixels"."""
+    coarse, mixed, full = steps
+    last = {"reference": 0, "pixels": 1}.get(restore, full)
+    return coarse, mixed + full - last, last
+
+
+def scaled_steps(old: tuple[int, int, int], n: int) -> tuple[int, int, int]:
     """`n` steps in the proportions of `old` (largest remainder).
 
     A stage that had steps keeps at least one while `n` allows; when it does not, the last stages are kept.
@@ -36,7 +44,7 @@ def scaled_steps(old: tuple[int, int, int], n: int) -> tuple[int, ...]:
         new[max((i for i in kept if new[i] > 1), key=lambda i: new[i] - shares[i])] -= 1
     while sum(new) < n:
         new[max(kept, key=lambda i: shares[i] - new[i])] += 1
-    return tuple(new)
+    return new[0], new[1], new[2]
 
 
 def boundaries(value: Any) -> tuple[float, float]:
@@ -48,6 +56,15 @@ def boundaries(value: Any) -> tuple[float, float]:
     return s1, s2
 
 
+def pixel_restore_sigma(value: Any) -> float:
+    """The noise level from which pixel restore takes its step."""
+    expected = "a sigma with 0 < sigma < 1"
+    checked = number("pixel_restore_sigma", value, expected)
+    if not 0 < checked < 1:
+        raise ValueError(f"pixel_restore_sigma: expected {expected}, got {value!r}")
+    return checked
+
+
 def threshold(value: Any, default: float) -> float:
     """The score above which a cell is edited; `default` for None."""
     expected = f"a number from 0 to {MAX_SCORE:g}, or None for the default of verify_at"
@@ -56,6 +73,17 @@ def threshold(value: Any, default: float) -> float:
     checked = number("threshold", value, expected)
     if not (math.isfinite(checked) and 0 <= checked <= MAX_SCORE):
         raise ValueError(f"threshold: expected {expected}, got {value!r}")
+    return checked
+
+
+def reference_keep(value: Any) -> float | None:
+    """The share of the reference's tokens that is kept."""
+    expected = "a share above 0, at most 1, or None"
+    if value is None:
+        return None
+    checked = number("reference_keep", value, expected)
+    if not 0 < checked <= 1:
+        raise ValueError(f"reference_keep: expected {expected}, got {value!r}")
     return checked
 
 

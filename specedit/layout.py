@@ -190,6 +190,12 @@ class MixedLayout:
     def tokens(self) -> int:
         return len(self.locked_cells) + len(self.fine_tokens)
 
+    @property
+    def cells_of_tokens(self) -> Tensor:
+        """(N,) int64: the cell in which each token lies."""
+        rows, columns = self.fine_tokens // self.grid.width, self.fine_tokens % self.grid.width
+        return torch.cat([self.locked_cells, rows // 2 * self.grid.coarse().width + columns // 2])
+
     @cached_property
     def is_coarse(self) -> bool:
         return len(self.expanded_cells) == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypedDict
 
-from .config import Attention, DraftCondition, KeyBias, Restore, Rope, VerifyAt
+from .choices import Attention, DraftCondition, KeyBias, Locked, Restore, Rope, VerifyAt
 from .forecast_options import ForecastOptions
 from .method_options import Method
 
@@ -22,6 +22,8 @@ class Overrides(TypedDict, total=False):
     uniform_stride: int | None
     selector: str
     restore: Restore
+    pixel_restore_sigma: float
+    locked: Locked
     keep_pixels: bool
     verify_coarse: bool
     key_bias: KeyBias
@@ -33,5 +35,6 @@ class Overrides(TypedDict, total=False):
     forecast_weights: str | None
     draft_condition: DraftCondition
     reference_refresh: int | None
+    reference_keep: float | None
     guidance_range: tuple[float, float] | None
     method: str | Method

@@ -22,11 +22,13 @@ class StageReport:
         name: "draft", "coarse", "mixed", "full", or work outside the transformer, such as "encode", "verify", "decode".
         sigma_start, sigma_end: the noise levels between which the stage ran; None outside the transformer.
         steps: model evaluations; guidance passes are not counted twice.
-        tokens: length of one sample's sequence (text + target + reference); the mean where samples differ.
+        tokens: length of one sample's sequence (text + target + reference) in the first step; the mean where samples
+            differ. With `reference_keep` the later steps have fewer.
         flops: operations of the whole stage over the whole batch, guidance passes included.
         seconds: wall-clock time of the whole stage.
         cached: steps that a temporal cache forecast, for all or most tokens.
-        reused: steps that computed the target's tokens only, with cached keys and values (`reference_refresh`).
+        reused: steps that computed some tokens only, with cached keys and values of the others (`reference_refresh`,
+            `locked="cached"`).
     """
 
     name: str
@@ -76,8 +78,9 @@ class RunReport:
         preset: name for the table and figure. Taken from `config` if left out.
         config: the configuration that ran.
         cache_bytes: peak memory of temporal caches.
-        empty_drafts: samples whose draft showed no change. With restore="reference" or keep_pixels they were edited as
-            a whole, unless the coarse stage showed a change; otherwise the input would come back.
+        empty_drafts: samples whose draft showed no change, or without a draft their coarse stage. With
+            restore="reference" or keep_pixels they were edited as a whole, unless the coarse stage showed a change;
+            otherwise the input would come back.
         overflowed: samples whose verification score was not finite; they were edited as a whole.
         source, edit: PIL images of the first sample for the figure; not part of `to_dict`.
 
@@ -134,7 +137,7 @@ class RunReport:
 
     @property
     def reused_steps(self) -> int:
-        """Steps of the main run that computed the target's tokens only (`reference_refresh`)."""
+        """Steps of the main run that computed some tokens only, with cached keys and values of the others."""
         return sum(stage.reused for stage in self.stages if stage.name != "draft")
 
     def to_dict(self) -> dict[str, Any]:
@@ -189,13 +192,16 @@ class RunReport:
     def title(self) -> str:
         """One line: the preset, its steps, what was saved and how much was edited."""
         name = f"SpecEdit {self.preset}" if self.preset else "SpecEdit"
-        counts = [(self.cached_steps, "cached"), (self.reused_steps, "on the target alone")]
+        alone = self.config is not None and self.config.locked == "cached"
+        reused = "on fine tokens alone" if alone else "on the target alone"
+        counts = [(self.cached_steps, "cached"), (self.reused_steps, reused)]
         apart = ", ".join(f"{count} {what}" for count, what in counts if count)
         samples = max((len(grid) for grid in (self.score, self.edit_mask) if grid is not None), default=1)
+        seen = "drafts" if self.draft_steps else "coarse stages"
         return (
             f"{name}: NFE {self.nfe}{f' ({apart})' if apart else ''} + {self.draft_steps} draft, "
             f"{self._compared()}, {self.edit_fraction:.0%} edited, {self.expand_fraction:.0%} expanded"
-            + (f"; {self.empty_drafts} of {samples} drafts showed no change" if self.empty_drafts else "")
+            + (f"; {self.empty_drafts} of {samples} {seen} showed no change" if self.empty_drafts else "")
             + (f"; {self.overflowed} of {samples} scores were not finite" if self.overflowed else "")
         )
 

@@ -67,8 +67,8 @@ def accelerated_call(
     try:
         with trace.timed("encode"):
             edit_mask = inputs.check(arguments, edit_mask, config)
-            needs_draft = config.uses_draft and edit_mask is None
-            if config.needs_decoder(drafts=needs_draft) == "features":
+            drafted = config.uses_draft and edit_mask is None
+            if config.needs_decoder(masked=edit_mask is not None) == "features":
                 check_decoder(pipe.vae)
             mask_support.check(pipe.transformer, config)
             state = adapter.prepare(pipe, arguments, config)
@@ -78,7 +78,7 @@ def accelerated_call(
             trace.callback = StepCallback(function, arguments["callback_on_step_end_tensor_inputs"])
         run = Run(adapter, pipe, config, state, trace)
         pipe._num_timesteps = config.nfe
-        with pipe.progress_bar(total=config.nfe + (config.draft_steps if needs_draft else 0)) as trace.bar:
+        with pipe.progress_bar(total=config.nfe + (config.draft_steps if drafted else 0)) as trace.bar:
             method = config.method_options
             outcome = (sampler if method is None else method).edit(run, edit_mask)
         with trace.timed("decode"):

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from ..config import FULL_EDIT_SHARE, STOCK_STEPS, SpecEditConfig, resolve
 from ..forecast import ReferenceKVCache, full_steps
+from ..forecast.kv_cache import LOCKED_RESET
 from ..layout import MixedLayout, TokenGrid
+from ..method.reference_selection import kept_tokens, measured_rows
 from ..method.schedule import Stage, stage_sigmas, stage_start, stages
 from ..method.trace import ForwardCall, step_calls
 from .forward import flops_of as flops_of
@@ -93,10 +95,16 @@ def plan(
 
 @dataclass(frozen=True)
 class _Layout:
-    """How many tokens a sample has in a stage, and how many of its cells are expanded."""
+    """How many tokens a sample has in a stage, and how many of its cells are expanded and locked."""
 
     tokens: int
     expanded: int
+    locked: int
+
+    @property
+    def left_out(self) -> int:
+        """Locked cells that may leave the target of a mixed sequence."""
+        return self.locked if self.expanded else 0
 
 
 def _estimated(config: SpecEditConfig, grid: TokenGrid, edit_fraction: float | None) -> list[_Layout]:
@@ -105,7 +113,8 @@ def _estimated(config: SpecEditConfig, grid: TokenGrid, edit_fraction: float | N
         raise ValueError(f"edit_fraction: expected a number from 0 to 1, got {edit_fraction!r}")
     cells = grid.coarse()
     expanded = expanded_cells(config, *cells.shape, edit_fraction)
-    return [_Layout(cells.tokens - expanded + round(grid.tokens * expanded / cells.tokens), expanded)]
+    locked = cells.tokens - expanded
+    return [_Layout(locked + round(grid.tokens * expanded / cells.tokens), expanded, locked)]
 
 
 def _given(grid: TokenGrid, cells: Tensor, edit_fraction: float | None) -> list[_Layout]:
@@ -119,7 +128,7 @@ def _given(grid: TokenGrid, cells: Tensor, edit_fraction: float | None) -> list[
         expected = f"bool {shape} or (B, {shape[0]}, {shape[1]})"
         raise ValueError(f"cells: expected {expected}, got {cells.dtype} {tuple(cells.shape)}")
     masks = cells.reshape(-1, *shape)
-    return [_Layout(MixedLayout(grid, mask).tokens, int(mask.sum())) for mask in masks]
+    return [_Layout(MixedLayout(grid, mask).tokens, int(mask.sum()), int((~mask).sum())) for mask in masks]
 
 
 class _Plan:
@@ -129,8 +138,8 @@ class _Plan:
         self.config, self.cost, self.grid = config, cost, grid
         cells = grid.coarse().tokens
         self.layouts = {
-            "coarse": [_Layout(cells, 0)] * len(mixed), "mixed": mixed,
-            "full": [_Layout(grid.tokens, cells)] * len(mixed),
+            "coarse": [_Layout(cells, 0, cells)] * len(mixed), "mixed": mixed,
+            "full": [_Layout(grid.tokens, cells, 0)] * len(mixed),
         }  # fmt: skip
         self.ended: list[tuple[_Layout, float] | None] = [None] * len(mixed)  # of the stage before
 
@@ -142,55 +151,67 @@ class _Plan:
             texts = tuple(text - vision + -(-vision // config.draft_scale**2) for text in texts)
         tokens, samples = self.grid.coarse(config.draft_scale).tokens, len(self.ended)
         stage = Stage("draft", 1.0, 0.0, config.draft_steps)
-        steps = self._steps(stage, tokens, stage.start)
-        return self._row(stage, [(samples, tokens, texts, steps)])
+        return self._row(stage, [(samples, texts, self._steps(stage, _Layout(tokens, tokens, 0), stage.start))])
 
     def stage(self, stage: Stage, first: bool) -> dict[str, Any]:
         """The row of a stage of the main run."""
-        groups: Counter[tuple[int, float]] = Counter()
+        groups: Counter[tuple[_Layout, float]] = Counter()
         for row, layout in enumerate(self.layouts[stage.name]):
             before, start = self.ended[row], stage.start
             if before is not None:
                 start = stage_start(stage, before[1], same_layout=before[0].expanded == layout.expanded)
-            groups[layout.tokens, start] += 1
+            groups[layout, start] += 1
             self.ended[row] = layout, stage.end
         each = [
-            (samples, tokens, self.cost.texts, self._steps(stage, tokens, start, first))
-            for (tokens, start), samples in groups.items()
+            (samples, self.cost.texts, self._steps(stage, layout, start, first))
+            for (layout, start), samples in groups.items()
         ]
         return self._row(stage, each)
 
-    def _row(self, stage: Stage, groups: list[tuple[int, int, tuple[float, ...], list[_Step]]]) -> dict[str, Any]:
+    def _row(self, stage: Stage, groups: list[tuple[int, tuple[float, ...], list[_Step]]]) -> dict[str, Any]:
         calls: Counter[ForwardCall] = Counter()
-        for samples, tokens, texts, steps in groups:
+        for samples, texts, steps in groups:
             for step in steps:
-                calls.update(self._calls(stage, samples, tokens, texts, step))
+                calls.update(self._calls(stage, samples, texts, step))
         listed = [dataclasses.replace(call, count=count) for call, count in calls.items()]
-        steps = groups[0][3]
+        steps = groups[0][2]
         total = sum(samples for samples, *_ in groups)
+        lengths = [(samples, texts[0] + steps[0].target + steps[0].beside) for samples, texts, steps in groups]
         return {
             "name": stage.name, "steps": stage.steps, "cached": sum(not step.full for step in steps),
-            "reused": sum(step.alone for step in steps),
-            "tokens": sum(n * (texts[0] + 2 * tokens) for n, tokens, texts, _ in groups) / total
-            if total > 1 else groups[0][2][0] + 2 * groups[0][1],
+            "reused": sum(step.kept for step in steps),
+            "tokens": sum(n * length for n, length in lengths) / total if total > 1 else lengths[0][1],
             "flops": flops_of(listed, self.cost.config), "calls": listed,
         }  # fmt: skip
 
-    def _steps(self, stage: Stage, own: int, start: float, first: bool = False) -> list[_Step]:
-        """How every step of a stage is computed that has `own` target tokens."""
+    def _steps(self, stage: Stage, layout: _Layout, start: float, first: bool = False) -> list[_Step]:
+        """How every step of a stage is computed whose target has `layout`."""
         config = self.config
         options = None if stage.name == "draft" else config.forecast_options
         pattern = [True] * stage.steps
         if options is not None:
             pattern = full_steps(stage.steps, options.interval, options.warmup(first))
-        kept = None if config.reference_refresh is None else ReferenceKVCache(config.reference_refresh)
+        fine = layout.tokens - layout.left_out
+        target = fine if config.locked == "reference" else layout.tokens
+        every = LOCKED_RESET if config.locked == "cached" and layout.left_out else config.reference_refresh
+        store = None if every is None else ReferenceKVCache(every)
         steps, since = [], 0
-        for i, (full, passes) in enumerate(zip(pattern, self._passes(stage, own, start), strict=True)):
+        for i, (full, passes) in enumerate(zip(pattern, self._passes(stage, layout.tokens, start), strict=True)):
             since = 0 if full else since + 1
-            alone = full and kept is not None and kept.calls(i, passes)[0].target
-            recomputes = not full and options is not None and options.token_wise and options.recomputes(since)
-            steps.append(_Step(passes, full, alone, options.fresh_tokens(own) if options and recomputes else None))
+            kept = full and store is not None and store.calls(i, passes)[0].target
+            fresh = fine if kept and every != config.reference_refresh else None
+            if not full and options is not None and options.token_wise and options.recomputes(since):
+                fresh = options.fresh_tokens(target)
+            beside, measured = self._reference(stage, i, layout.tokens, target)
+            steps.append(_Step(passes, full, kept, fresh, target, beside, measured))
         return steps
+
+    def _reference(self, stage: Stage, i: int, tokens: int, target: int) -> tuple[int, int]:
+        """Reference tokens of step `i`, and target tokens whose attention it measures."""
+        keep = self.config.reference_keep
+        if keep is None or keep == 1 or stage.steps == 1 or stage.name == "draft":
+            return tokens, 0
+        return (tokens, measured_rows(target)) if i == 0 else (kept_tokens(keep, tokens), 0)
 
     def _passes(self, stage: Stage, own: int, start: float) -> list[int]:
         """Guidance passes of every step of a stage."""
@@ -201,23 +222,28 @@ class _Plan:
         sigmas = stage_sigmas(scheduler, own, start, stage.end, stage.steps).tolist()
         return [self.cost.passes if low <= sigma <= high else 1 for sigma in sigmas[:-1]]
 
-    def _calls(self, stage: Stage, samples: int, own: int, texts: tuple[float, ...], step: _Step) -> list[ForwardCall]:
+    def _calls(self, stage: Stage, samples: int, texts: tuple[float, ...], step: _Step) -> list[ForwardCall]:
         if not step.full and step.fresh is None:
             options = self.config.forecast_options
-            operations = options.operations(own * self.cost.channels) if options else 0.0
+            operations = options.operations(step.target * self.cost.channels) if options else 0.0
             forecast = ForwardCall(stage.name, 0, samples=samples, forecast=operations)
             return [forecast] * step.passes if operations else []
         return step_calls(
-            stage.name, texts[: step.passes], own, own, samples=samples, trims=self.config.attention != "stock",
-            fresh=step.fresh, alone=step.alone,
+            stage.name, texts[: step.passes], step.target, step.beside, samples=samples,
+            trims=self.config.attention != "stock", fresh=step.fresh, alone=step.kept and step.fresh is None,
+            measured=step.measured,
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Step:
-    """One step: guidance passes, whether it is computed fully, over the target alone, or for how many tokens."""
+    """One step: guidance passes, whether it is computed fully, over some tokens with those of the others kept, and over
+    the text and how many (`fresh`); tokens of the target and of the reference, and how many are measured."""
 
     passes: int
     full: bool
-    alone: bool
+    kept: bool
     fresh: int | None
+    target: int
+    beside: int
+    measured: int

@@ -21,13 +21,27 @@ def flops_of(calls: Iterable[ForwardCall], model_config: Any) -> float:
     Args:
         model_config: as for `transformer_flops`.
     """
-    counts: Counter[tuple[float, float | None, float | None, float]] = Counter()
+    counts: Counter[tuple[float, float | None, float | None, float, int]] = Counter()
     for call in calls:
-        counts[call.tokens, call.keys, call.read, call.forecast] += call.samples * call.count
+        counts[call.tokens, call.keys, call.read, call.forecast, call.measured] += call.samples * call.count
     return math.fsum(
-        count * (transformer_flops(model_config, tokens, keys, read) + forecast)
-        for (tokens, keys, read, forecast), count in counts.items()
+        count * (transformer_flops(model_config, tokens, keys, read) + forecast + _measuring(model_config, n, tokens))
+        for (tokens, keys, read, forecast, n), count in counts.items()
     )
+
+
+def _measuring(model_config: Any, queries: int, keys: float) -> float:
+    """Operations of computing the logits of so many queries once more in every block: 2 d for each pair of tokens."""
+    if not queries:
+        return 0.0
+    layers, d = _size(model_config)
+    return float(layers * 2 * d * queries * keys)
+
+
+def _size(model_config: Any) -> tuple[int, int]:
+    """Blocks, and width."""
+    layers = _field(model_config, "num_layers") + _field(model_config, "num_single_layers", 0)
+    return layers, _field(model_config, "num_attention_heads") * _field(model_config, "attention_head_dim")
 
 
 def _field(config: Any, name: str, default: int | None = None) -> int:
@@ -59,8 +73,7 @@ def transformer_flops(model_config: Any, tokens: float, keys: float | None = Non
     """
     if not tokens >= 0:
         raise ValueError(f"tokens: expected a number of at least 0, got {tokens!r}")
-    layers = _field(model_config, "num_layers") + _field(model_config, "num_single_layers", 0)
-    d = _field(model_config, "num_attention_heads") * _field(model_config, "attention_head_dim")
+    layers, d = _size(model_config)
     keys = tokens if keys is None else keys
     if read is None:
         return float(tokens * (layers * 24 * d * d + layers * 4 * d * keys))

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from ..config import STOCK_STEPS, SpecEditConfig, resolve
+from ..config import STOCK_STEPS, SpecEditConfig, presets, resolve
+from ..layout import TokenGrid
 from ..method.trace import ForwardCall
 from ..registry import selectors
 from .flops import plan
@@ -179,6 +180,19 @@ def _single_ops(rows: float, asked: float, d: int, count: float) -> list[Op]:
     ]
 
 
+def measuring_ops(model: str, call: ForwardCall) -> list[Op]:
+    """Operators that compute the logits of a call's measured queries once more, and read the keys again."""
+    if not call.measured:
+        return []
+    config = MODELS[model].config
+    d, layers = (
+        config["num_attention_heads"] * config["attention_head_dim"],
+        config["num_layers"] + config.get("num_single_layers", 0),
+    )
+    pairs = call.samples * call.measured * call.tokens
+    return [Op("measure", 2 * d * pairs, BYTES * call.samples * call.tokens * d, layers)]
+
+
 def autoencoder_ops(model: str, half: str, latent_pixels: int, count: int = 1) -> list[Op]:
     """Operators of "encode", "decode" or "features" (what verification reads) on `count` pictures, one by one."""
     cost = AUTOENCODERS[model][half]
@@ -228,7 +242,8 @@ def predict_roofline(
     config = resolve(config)
     predicted = plan(config, model, height, width, edit_fraction)
     hardware = GPUS[gpu]
-    latent = 4 * (height // TOKEN_PIXELS) * (width // TOKEN_PIXELS)  # latent pixels: a token is 2 x 2
+    grid = TokenGrid(height // TOKEN_PIXELS, width // TOKEN_PIXELS)
+    latent, drafted = 4 * grid.tokens, grid.coarse(config.draft_scale).tokens  # latent pixels: a token is 2 x 2
 
     def stage(name: str, ops: Iterable[tuple[float, list[Op]]], steps: int = 0, tokens: int = 0) -> dict[str, Any]:
         """A row from groups of operators and how often each runs."""
@@ -239,22 +254,29 @@ def predict_roofline(
         )  # fmt: skip
 
     def forward(call: ForwardCall) -> list[Op]:
-        return transformer_ops(model, call.tokens, call.samples, text=call.text, keys=call.keys, read=call.read)
+        ops = transformer_ops(model, call.tokens, call.samples, text=call.text, keys=call.keys, read=call.read)
+        return ops + measuring_ops(model, call)
 
     encode = stage("encode", [(1, autoencoder_ops(model, "encode", latent))])
     decode = stage("decode", [(1, autoencoder_ops(model, "decode", latent))])
-    stages, verify = [encode], None
+    stages, verify, before = [encode], None, 0
     for row in predicted["stages"]:
+        if row["name"] == "full" and config.restore == "pixels" and before < row["tokens"]:
+            small = 4 * grid.coarse().tokens
+            halves = [autoencoder_ops(model, *half) for half in (("decode", small), ("encode", latent))]
+            stages.append(stage("pixels", [(1, ops) for ops in halves]))
+        before = row["tokens"]
         calls = [(call.count, forward(call)) for call in row["calls"] if call.tokens]
         stages.append(stage(row["name"], calls, row["steps"], row["tokens"]))
         if row["name"] == "draft":
-            first = row["calls"][0]
-            verify = verification_ops(config, model, latent, (first.tokens - first.text) // 2)
+            verify = verification_ops(config, model, latent, drafted)
             stages.append(stage("verify", [(1, verify)]))
-        if row["name"] == "coarse" and verify is not None and config.verifies_coarse:
-            stages.append(stage("second look", [(1, verify)]))
+        if row["name"] == "coarse" and config.verifies_coarse:
+            name = "verify" if verify is None else "second look"
+            verify = verification_ops(config, model, latent, drafted) if verify is None else verify
+            stages.append(stage(name, [(1, verify)]))
     stages.append(decode)
-    full = MODELS[model].text_tokens + 2 * (height // TOKEN_PIXELS) * (width // TOKEN_PIXELS)
+    full = MODELS[model].text_tokens + 2 * grid.tokens
     seconds = sum(s["seconds"] for s in stages)
 
     def stock_seconds(steps: int) -> float:
@@ -304,4 +326,5 @@ def measured_row(
 
 def preset_of(config: SpecEditConfig) -> str:
     """The preset that `config` is, whatever its restore; "custom" otherwise."""
-    return resolve(config, restore="full").preset_name or "custom"
+    changes = ((name, set(config._changes(preset))) for name, preset in presets.items())
+    return next((name for name, changed in changes if changed <= {"restore"}), "custom")

@@ -8,12 +8,13 @@ from typing import Any as _Any
 from ..forecast_options import ForecastContext, ForecastOptions, SeriesOptions, register_forecast
 from ..registry import forecasts as _forecasts
 from .base import Forecaster, full_steps
-from .kv_cache import Fusion, KVCache, PartialForward, ReferenceKVCache, TokenKVCache
+from .kv_cache import Fusion, KVCache, LockedKVCache, PartialForward, ReferenceKVCache, TokenKVCache
 from .runner import ForecastRunner, StepKind
 
 __all__ = [
-    "ForecastContext", "ForecastOptions", "ForecastRunner", "Forecaster", "Fusion", "KVCache", "PartialForward",
-    "ReferenceKVCache", "SeriesOptions", "StepKind", "TokenKVCache", "full_steps", "register_forecast",
+    "ForecastContext", "ForecastOptions", "ForecastRunner", "Forecaster", "Fusion", "KVCache", "LockedKVCache",
+    "PartialForward", "ReferenceKVCache", "SeriesOptions", "StepKind", "TokenKVCache", "full_steps",
+    "register_forecast",
 ]  # fmt: skip
 
 

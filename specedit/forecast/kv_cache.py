@@ -1,4 +1,4 @@
-"""Keys and values kept between steps: of text and reference, or of all tokens that a step leaves out."""
+"""Keys and values of some tokens, kept between steps: they change little while the others are denoised."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from .base import PromptBoundCache
+
+LOCKED_RESET = 9  # steps from one reset to the next: SpotEdit's, at steps 13, 22 and 31
 
 
 @dataclass(eq=False)
@@ -58,44 +60,6 @@ class PartialForward:
         return self.target or self.index is not None
 
 
-class ReferenceKVCache(PromptBoundCache):
-    """What one part of a batch keeps in one stage.
-
-    A refresh runs the transformer over text, target and reference, and has every attention module keep its keys and
-    values. The steps between run it over the target's tokens alone, which replace theirs and attend to all of them.
-    Exact where text and reference do not change from step to step, as in a model that never lets them see the target
-    and modulates them alike at every sigma; an approximation in any other.
-
-    Args:
-        every: steps from one refresh to the next.
-    """
-
-    def __init__(self, every: int):
-        self.every = every
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.stores: list[KVCache] = []
-        self.last: int | None = None  # the latest refresh
-
-    @property
-    def memory(self) -> int:
-        """Bytes held by all branches."""
-        return sum(store.memory for store in self.stores)
-
-    def calls(self, step: int, branches: int) -> list[PartialForward]:
-        """How `step` of a stage is computed under so many guidance branches.
-
-        A branch that joins brings a refresh; of one that leaves nothing is kept.
-        """
-        fresh = self.last is None or step - self.last >= self.every or branches > len(self.stores)
-        if fresh:
-            self.stores, self.last = [KVCache() for _ in range(branches)], step
-        self.stores = self.stores[:branches]
-        return [PartialForward(store, target=not fresh) for store in self.stores]
-
-
 class TokenKVCache(PromptBoundCache):
     """Keys and values of all tokens of one part of a batch, for steps that compute some of the target's.
 
@@ -123,3 +87,50 @@ class TokenKVCache(PromptBoundCache):
     def some(self, index: Tensor, fusion: Fusion | None = None) -> list[PartialForward]:
         """A step over the text and the target tokens `index` (b, m)."""
         return [PartialForward(store, index, fusion=fusion) for store in self.stores]
+
+
+class ReferenceKVCache(TokenKVCache):
+    """What one part of a batch keeps in one stage, refreshed by a whole step now and then.
+
+    A refresh runs the transformer over text, target and reference, and has every attention module keep its keys and
+    values. The steps between run it over the target's tokens alone, which replace theirs and attend to all of them.
+    Exact where text and reference do not change from step to step, as in a model that never lets them see the target
+    and modulates them alike at every sigma; an approximation in any other.
+
+    Args:
+        every: steps from one refresh to the next.
+    """
+
+    def __init__(self, every: int):
+        super().__init__()
+        self.every = every
+        self.last = 0  # the latest refresh
+
+    def calls(self, step: int, branches: int) -> list[PartialForward]:
+        """How `step` of a stage is computed under so many guidance branches.
+
+        A branch that joins brings a refresh; of one that leaves nothing is kept.
+        """
+        if self.stale or step - self.last >= self.every or branches > len(self.stores):
+            self.last = step
+            return self.whole(branches)
+        self.stores = self.stores[:branches]
+        return self.between()
+
+    def between(self) -> list[PartialForward]:
+        """A step between two refreshes."""
+        return [PartialForward(store, target=True) for store in self.stores]
+
+
+class LockedKVCache(ReferenceKVCache):
+    """What one part of a batch keeps of its locked cells and of the reference, in one stage.
+
+    The steps between two refreshes compute the text and the target tokens `index` (b, m), the same in every sample.
+    """
+
+    def __init__(self, index: Tensor):
+        super().__init__(LOCKED_RESET)
+        self.index = index
+
+    def between(self) -> list[PartialForward]:
+        return self.some(self.index)

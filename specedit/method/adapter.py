@@ -23,6 +23,8 @@ from .trace import Trace
 
 if TYPE_CHECKING:
     from ..forecast import ForecastRunner, PartialForward, ReferenceKVCache, TokenKVCache
+    from .locked import LockedCells
+    from .reference_selection import ReferenceMass
 
 
 class Conditioning:
@@ -144,7 +146,8 @@ class LayoutGroup:
     rows: which samples, b of them. tokens (b, layout.tokens, C) at the noise level `sigmas[i]` before step i. forecast,
     kv, tokens_kv: caches of this stage, which end with it. blocks: which blocks of keys attention reads; None: all.
     clean: what the last step predicted, x0 = x - s v, where the coarse stage is verified. inputs: what an adapter makes
-    once for this group and stage, by its own keys.
+    once for this group and stage, by its own keys. locked: cells that left the target of a mixed sequence. mass: the
+    attention that the reference's tokens get, in a step that measures it.
     """
 
     rows: list[int]
@@ -160,7 +163,14 @@ class LayoutGroup:
     clean: Tensor | None = None
     inputs: dict[Any, Any] = field(default_factory=dict)
     cached: int = 0  # steps that were not computed fully
-    reused: int = 0  # steps that ran over the target's tokens alone
+    reused: int = 0  # steps that ran over some tokens alone, with keys and values of the others kept
+    locked: LockedCells | None = None
+    mass: ReferenceMass | None = None
+
+    @property
+    def computed(self) -> LayoutGroup:
+        """The group that the transformer computes: this one, but for cells that left the sequence."""
+        return self if self.locked is None else self.locked.computed(self)
 
     @property
     def cache_bytes(self) -> int:
@@ -228,6 +238,8 @@ class Adapter(ABC):
     keeps_reference: ClassVar[bool] = False  # whether it computes the target's tokens alone
     skips_blocks: ClassVar[bool] = False  # whether its attention follows a group's `blocks`
     skips_tokens: ClassVar[bool] = False  # whether it leaves tokens out, the same ones in every guidance branch
+    measures_attention: ClassVar[bool] = False  # whether `predict` adds to `group.mass` where there is one
+    encodes_pixels: ClassVar[bool] = False  # whether it has `encode`
     geometry: ClassVar[TokenGeometry] = PACKED  # what its tokens hold; `prepare` gives it to every grid
     calls: ClassVar[tuple[type, ...]] = ()  # classes outside diffusers whose `__call__` it runs as they do
 
@@ -290,6 +302,10 @@ class Adapter(ABC):
     @abstractmethod
     def decode(self, pipe: Any, state: EditState, tokens: Tensor, output_type: str) -> Any:
         """Clean tokens (B, N, C) of the full grid to images, as the stock pipeline returns them."""
+
+    def encode(self, pipe: Any, pictures: Tensor, grid: TokenGrid) -> Tensor:
+        """Pictures (B, 3, H, W) float32 in 0..1 of a grid's size to clean tokens (B, N, C), as of a reference."""
+        raise NotImplementedError(f"{self.name} does not encode pictures; see encodes_pixels")
 
     @abstractmethod
     def output(self, images: Any) -> Any:

@@ -1,12 +1,13 @@
-"""The caches of a group: a temporal one, and kept keys and values of text and reference. Each ends with its stage."""
+"""The caches of a group: a temporal one, and kept keys and values. Each ends with its stage."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
 
-from ..forecast import ForecastRunner, ReferenceKVCache
+from ..forecast import ForecastRunner, LockedKVCache, ReferenceKVCache
 from .adapter import LayoutGroup, Run
+from .locked import fine_index
 
 
 def cache_maker(run: Run) -> Callable[[list[LayoutGroup], bool], None]:
@@ -19,10 +20,10 @@ def cache_maker(run: Run) -> Callable[[list[LayoutGroup], bool], None]:
     reference_kv_cache(run)
 
     def attach(groups: list[LayoutGroup], first: bool) -> None:
-        for group in groups:
+        for group in (group.computed for group in groups):
             if make_forecast is not None:
                 group.forecast = make_forecast(first=first, layout=group.layout)
-            group.kv = reference_kv_cache(run)
+            group.kv = reference_kv_cache(run) if group.locked is None else LockedKVCache(fine_index(group))
 
     return attach
 
@@ -30,7 +31,7 @@ def cache_maker(run: Run) -> Callable[[list[LayoutGroup], bool], None]:
 def drop_caches(groups: list[LayoutGroup]) -> None:
     """Free the caches of a stage that has ended."""
     for group in groups:
-        group.forecast = group.kv = None
+        group.computed.forecast = group.computed.kv = None
 
 
 def reference_kv_cache(run: Run) -> ReferenceKVCache | None:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..forecast import PartialForward
 from .adapter import LayoutGroup, Run, active_branches
+from .reference_selection import shorten_reference
 from .trace import ForwardCall, step_calls
 
 
@@ -20,6 +21,15 @@ def euler_step(run: Run, group: LayoutGroup, i: int, *, keep_clean: bool = False
 
 def group_velocity(run: Run, group: LayoutGroup, i: int) -> Tensor:
     """Velocity (b, N, C) of step `i`, whose forward calls are added to the trace."""
+    computed = group.computed
+    velocity = computed_velocity(run, computed, i)
+    if computed.mass is not None:
+        shorten_reference(computed)
+    return velocity if group.locked is None else group.locked.join(group, i, velocity)
+
+
+def computed_velocity(run: Run, group: LayoutGroup, i: int) -> Tensor:
+    """The velocity of the tokens that the transformer computes in step `i`."""
     adapter, sigma = run.adapter, group.sigmas[i]
     run.set_current_timestep(sigma)
     branches, prompt = active_branches(run.state, run.config, sigma), run.state.conditioning.prompt_embeds
@@ -28,7 +38,7 @@ def group_velocity(run: Run, group: LayoutGroup, i: int) -> Tensor:
         if group.kv is not None:
             group.kv.reset_if_prompt_changed(prompt)
             partial = group.kv.calls(i, branches)
-            group.reused += partial[0].target
+            group.reused += partial[0].partial
         run.trace.calls += forward_calls(run, group, branches, partial[0] if partial else None)
         return adapter.predict(run, group, sigma, partial)
 
@@ -54,6 +64,7 @@ def forward_calls(
         stage_of(run), run.state.texts[:branches], group.layout.tokens, group.reference_layout.tokens,
         samples=len(group.rows), trims=run.state.trims_last_block, alone=partial is not None and partial.target,
         fresh=None if partial is None or partial.index is None else partial.index.shape[1],
+        measured=0 if group.mass is None else len(group.mass.rows),
     )  # fmt: skip
 
 

@@ -20,12 +20,12 @@ def start_stage(run: Run, before: list[LayoutGroup], stage: Stage, cells: CellMa
 
     before: the groups of the previous stage; none for the first one, which starts from the call's noise.
     """
-    layouts = stage_layouts(stage, run.state, cells)
+    layouts, apart = stage_layouts(stage, run.state, cells), run.config.reference_keep is not None
     if not before:
         begun = {row: start_tokens(run.state.noise[row : row + 1], layout) for row, layout in enumerate(layouts)}
         return [
             new_group(run, rows, layouts[rows[0]], torch.cat([begun[row] for row in rows]), stage, stage.start)
-            for rows in alike(layouts, [False] * len(layouts))
+            for rows in alike(layouts, [False] * len(layouts), apart)
         ]
     state = run.state
     fresh = state.draw(state.grid.tokens)
@@ -34,7 +34,7 @@ def start_stage(run: Run, before: list[LayoutGroup], stage: Stage, cells: CellMa
     held = {row: (group, k) for group in before for k, row in enumerate(group.rows)}
     same = [torch.equal(held[row][0].layout.expanded, layout.expanded) for row, layout in enumerate(layouts)]
     groups = []
-    for rows in alike(layouts, same):
+    for rows in alike(layouts, same, apart):
         layout, moved = layouts[rows[0]], []
         for row in rows:
             group, k = held[row]
@@ -63,11 +63,11 @@ def stage_layouts(stage: Stage, state: EditState, cells: CellMasks) -> list[Mixe
     return [seen.setdefault(key, MixedLayout(state.grid, mask)) for key, mask in zip(keys, cells.refined, strict=True)]
 
 
-def alike(layouts: list[MixedLayout], same: list[bool]) -> list[list[int]]:
-    """Samples that run together: they share a layout and come from the same noise level."""
-    groups: dict[tuple[MixedLayout, bool], list[int]] = {}
+def alike(layouts: list[MixedLayout], same: list[bool], apart: bool = False) -> list[list[int]]:
+    """Samples that run together: they share a layout and come from the same noise level. apart: each by itself."""
+    groups: dict[tuple[MixedLayout, bool, int], list[int]] = {}
     for row, layout in enumerate(layouts):
-        groups.setdefault((layout, same[row]), []).append(row)
+        groups.setdefault((layout, same[row], row if apart else 0), []).append(row)
     return list(groups.values())
 
 

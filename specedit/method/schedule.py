@@ -15,6 +15,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from ..config import SpecEditConfig
+from ..field_checks import taken_steps
 
 SAME_SIGMA = 1e-6  # a stage's last noise level is float32's, its boundary is not
 
@@ -45,20 +46,19 @@ def stages(config: SpecEditConfig) -> list[Stage]:
 
     coarse [1, s1], mixed [s1', s2], full [s2', 0] with s' = 2s/(1+s), because tokens are expanded between stages.
     A stage without steps leaves its interval to the next one, and the last one with steps ends at 0. With
-    restore="reference" the steps of the full stage are taken on the mixed sequence. Steps (0, 0, n) are the stock
-    schedule.
+    restore="reference" the steps of the full stage are taken on the mixed sequence. With restore="pixels" all but one
+    are, and what runs before that one ends at 0 too, as it starts from pixels. Steps (0, 0, n) are the stock schedule.
     """
-    coarse, mixed, full = config.steps
-    if config.restore == "reference":
-        mixed, full = mixed + full, 0
+    coarse, mixed, full = taken_steps(config.steps, config.restore)
     plan = [("coarse", coarse, config.boundaries[0]), ("mixed", mixed, config.boundaries[1]), ("full", full, 0.0)]
     plan = [stage for stage in plan if stage[1]]
     result: list[Stage] = []
     start = 1.0
+    clean = 2 if config.restore == "pixels" else 1  # how many of the last stages end at 0
     for i, (name, steps, boundary) in enumerate(plan):
-        end = 0.0 if i == len(plan) - 1 else boundary
+        end = 0.0 if i >= len(plan) - clean else boundary
         result.append(Stage(name, start, end, steps))
-        start = expanded_sigma(end)
+        start = expanded_sigma(end) or config.pixel_restore_sigma
     return result
 
 

@@ -23,8 +23,9 @@ class ForwardCall:
     stage: its name. tokens: length of each sequence that is computed (text + target + reference), `text` of which are
     text; fractional where samples differ. keys: tokens attended to, where that is more, because the others' keys and
     values come from a cache, or less, on average, because attention skips some. read: tokens whose output the last
-    block computes; None: all of them. samples: sequences of a pass. count: how many passes. forecast: operations of
-    forecasting one sequence, which computes no tokens.
+    block computes; None: all of them. samples: sequences of a pass. count: how many passes. measured: queries whose
+    attention is computed once more, to see where it goes. forecast: operations of forecasting one sequence, which
+    computes no tokens.
     """
 
     stage: str
@@ -35,11 +36,12 @@ class ForwardCall:
     samples: int = 1
     count: int = 1
     forecast: float = 0.0
+    measured: int = 0
 
 
 def step_calls(
     stage: str, texts: Sequence[float], target: int, beside: int, *, samples: int, trims: bool,
-    fresh: int | None = None, alone: bool = False,
+    fresh: int | None = None, alone: bool = False, measured: int = 0,
 ) -> list[ForwardCall]:  # fmt: skip
     """The forward calls of one step, one for each guidance branch.
 
@@ -49,6 +51,7 @@ def step_calls(
         trims: whether the last block computes the target's rows alone.
         fresh: target tokens that are computed with the text, where not all are.
         alone: whether only the target's tokens are computed, without text and references.
+        measured: target tokens whose attention is measured.
     """
     calls = []
     for text in texts:
@@ -58,33 +61,33 @@ def step_calls(
         elif fresh is not None:
             call = ForwardCall(stage, text + fresh, text, whole, fresh if trims else None, samples)
         else:
-            call = ForwardCall(stage, whole, text, None, target if trims else None, samples)
+            call = ForwardCall(stage, whole, text, None, target if trims else None, samples, measured=measured)
         calls.append(call)
     return calls
 
 
 @dataclass
 class StageTrace:
-    """A stage under way. groups: the samples it runs, with so many text tokens. steps: how many are done."""
+    """A stage under way. groups: the samples it runs, whose sequences have `tokens` at first, on the mean. steps: how
+    many are done."""
 
     name: str
     groups: Sequence[LayoutGroup] = ()
-    text_tokens: float = 0
+    tokens: float = 0
     steps: int = 0
 
     def start(self, run: Run, groups: Sequence[LayoutGroup]) -> None:
         """Say what the stage runs."""
-        self.groups, self.text_tokens = groups, run.state.text_tokens
+        self.groups, text, computed = groups, run.state.text_tokens, [group.computed for group in groups]
+        total = sum(len(g.rows) * (g.layout.tokens + g.reference_layout.tokens + text) for g in computed)
+        self.tokens = total / sum(len(g.rows) for g in computed)
 
     def report(self, seconds: float) -> StageReport:
         """Its row; `cost` fills in the operations."""
-        first = self.groups[0]
-        tokens = sum(
-            len(g.rows) * (g.layout.tokens + g.reference_layout.tokens + self.text_tokens) for g in self.groups
-        )
+        first = self.groups[0].computed
         return StageReport(
             self.name, first.sigmas[0], first.sigmas[self.steps], self.steps,
-            tokens / sum(len(g.rows) for g in self.groups), 0.0, seconds, first.cached, first.reused,
+            self.tokens, 0.0, seconds, first.cached, first.reused,
         )  # fmt: skip
 
 
@@ -142,7 +145,7 @@ class Trace:
             self.bar.update()
         if draft:
             return
-        self.cache_bytes = max(self.cache_bytes, sum(group.cache_bytes for group in groups))
+        self.cache_bytes = max(self.cache_bytes, sum(group.computed.cache_bytes for group in groups))
         run.set_current_timestep(groups[0].sigmas[i])
         if self.callback is not None:
             self.callback(run, groups, i, self.steps)

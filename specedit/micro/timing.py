@@ -10,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..api.installing import install, report, uninstall
-from ..config import CHOICES, STANDARD_PRESETS, STOCK_STEPS
+from ..config import STANDARD_PRESETS, STANDARD_RESTORES, STOCK_STEPS
 from ..run_report import RunReport
 from . import arguments, load, scenes
 
@@ -43,7 +43,7 @@ def presets_against_stock(
         seconds = time.perf_counter() - began
         return seconds, torch.cuda.max_memory_allocated() if device == "cuda" else 0
 
-    runs = [(preset, restore) for preset in STANDARD_PRESETS for restore in CHOICES["restore"]]
+    runs = [(preset, restore) for preset in STANDARD_PRESETS for restore in STANDARD_RESTORES]
     stock: list[tuple[float, int]] = []
     taken: dict[tuple[str, str], list[tuple[float, int, RunReport]]] = {run: [] for run in runs}
     with tqdm(total=repeat * (1 + len(runs)), desc="bench") as bar:

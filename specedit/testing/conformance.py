@@ -23,9 +23,10 @@ from .family import (
     trace,
 )
 from .stages import StageConformance
+from .switches import SwitchConformance
 
 
-class Conformance(StageConformance):
+class Conformance(StageConformance, SwitchConformance):
     """The tests. A subclass has a fixture `family`."""
 
     # Nothing locked: a run of only full steps is the stock pipeline's.

@@ -183,6 +183,32 @@ def test_verifying_the_coarse_stage_costs_what_verifying_the_draft_does():
     assert [s["name"] for s in once] == [name for name in names if name != "second look"]
 
 
+def test_without_a_draft_the_coarse_stage_costs_the_verification():
+    run = predict_roofline(resolve("turbo", restore="reference"), "flux-kontext", 1024, 1024, 0.1, "H100")
+    alone = predict_roofline(
+        resolve("turbo", restore="reference", draft_steps=0), "flux-kontext", 1024, 1024, 0.1, "H100"
+    )
+    assert [s["name"] for s in alone["stages"]] == ["encode", "coarse", "verify", "mixed", "decode"]
+    assert alone["stages"][2] == run["stages"][2] and alone["seconds"] < run["seconds"]
+
+
+def test_pixel_restore_decodes_a_quarter_and_encodes_all():
+    config = resolve("turbo", restore="pixels")
+    stages = {s["name"]: s for s in predict_roofline(config, "flux-kontext", 1024, 1024, 0.1, "H100")["stages"]}
+    assert list(stages)[-4:] == ["mixed", "pixels", "full", "decode"]
+    assert stages["full"]["steps"] == 1 and stages["mixed"]["steps"] == sum(config.steps[1:]) - 1
+    decode, encode = stages["decode"]["flops"], stages["encode"]["flops"]
+    assert encode < stages["pixels"]["flops"] < encode + decode / 4
+    whole = predict_roofline(config, "flux-kontext", 1024, 1024, 1.0, "H100")["stages"]
+    assert "pixels" not in [s["name"] for s in whole]  # nothing is locked
+
+
+@pytest.mark.parametrize("changes", [dict(restore="pixels"), dict(restore="reference", selector="edges")])
+def test_a_presets_name_does_not_depend_on_its_restore(changes):
+    assert planner.preset_of(resolve("turbo", **changes)) == ("turbo" if "selector" not in changes else "custom")
+    assert planner.preset_of(resolve("turbo", restore="pixels", pixel_restore_sigma=0.2)) == "custom"
+
+
 def test_without_a_draft_nothing_is_verified():
     config = SpecEditConfig(steps=(0, 0, 50), attention="stock")
     done = predict_roofline(config, "flux-kontext", 512, 512, 0.2, "A100")

@@ -80,6 +80,18 @@ def test_presets(compare, family, restore):
     "config",
     [
         dict(restore="reference"),
+        dict(draft_steps=0, restore="reference"),
+        dict(reference_keep=0.15, restore="reference"),
+        dict(reference_keep=0.3, locked="reference", steps=(1, 3, 1), forecast="reuse", forecast_interval=2),
+        dict(reference_keep=0.2, restore="pixels", guidance_range=(0.1, 0.8)),
+        dict(restore="pixels"),
+        dict(restore="pixels", steps=(5, 0, 1), forecast="reuse", forecast_interval=2),
+        dict(restore="pixels", draft_steps=0, guidance_range=(0.1, 0.8)),
+        dict(locked="reference", restore="reference"),
+        dict(locked="reference", restore="full", attention="stock"),
+        dict(locked="reference", restore="reference", reference_refresh=3, forecast="taylor", forecast_order=1),
+        dict(locked="cached", restore="reference", steps=(2, 6, 7)),
+        dict(locked="cached", restore="full", guidance_range=(0.6, 0.8)),
         dict(reference_refresh=2),
         dict(reference_refresh=2, restore="reference", steps=(3, 3, 2)),
         dict(forecast="taylor", forecast_order=1, forecast_interval=3),
@@ -94,7 +106,7 @@ def test_presets(compare, family, restore):
 @pytest.mark.parametrize("family", ["flux", "qwen"])
 def test_options(compare, family, config):
     compare(family, CORNER, **config)
-    if "restore" in config or "reference_refresh" in config:
+    if config.keys() & {"restore", "reference_refresh"}:
         compare(family, **config)
 
 
@@ -102,12 +114,16 @@ def test_options(compare, family, config):
 def test_token_wise_forecasts(compare, forecast):
     compare("flux", CORNER, forecast=forecast, forecast_interval=4)
     compare("flux", forecast=forecast, forecast_interval=4)
+    compare("flux", CORNER, forecast=forecast, forecast_interval=4, locked="reference")
 
 
+@pytest.mark.parametrize(
+    "more", [{}, dict(locked="reference"), dict(locked="cached"), dict(reference_keep=0.2)], ids=str
+)
 @pytest.mark.parametrize("family", ["flux", "qwen"])
-def test_a_batch_whose_samples_have_masks_of_their_own(compare, family):
+def test_a_batch_whose_samples_have_masks_of_their_own(compare, family, more):
     masks = [CORNER, DOT]
-    report = compare(family, masks, dict(num_images_per_prompt=2), restore="reference", uniform_stride=0)
+    report = compare(family, masks, dict(num_images_per_prompt=2), restore="reference", uniform_stride=0, **more)
     assert report.expand_mask.flatten(1).sum(1).unique().numel() == 2
 
 

@@ -5,6 +5,7 @@ Masked   the model's own attention backend, with the bias as its mask
 Mixed    dense sequences [text | target | reference] through specedit_kernels
 Packed   sequences of different length, back to back, through specedit_kernels
 Storing  a Mixed or Packed call that leaves keys and values behind
+Measuring (in `measuring`)  one that says how much attention the reference's tokens get
 Partial  some rows of such a sequence, with the stored keys and values of all others
 
 A context travels in `joint_attention_kwargs` and serves every block of every step of a stage. Rotary tables are cos and
@@ -85,7 +86,9 @@ class Context(Movable):
         """Keys and values of the whole sequence, from those of the call's rows."""
         return k, v
 
-    def attend(self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | None, processor: Any) -> Tensor:
+    def attend(
+        self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | Packing | None, processor: Any
+    ) -> Tensor:
         """Attention output (b, n, H, D). query_rows: which rows the queries are, or None for all."""
         raise NotImplementedError
 
@@ -97,7 +100,9 @@ class Stock(Context):
     rotary: Tables
     output_rows: QueryRows
 
-    def attend(self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | None, processor: Any) -> Tensor:
+    def attend(
+        self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | Packing | None, processor: Any
+    ) -> Tensor:
         return dispatched(scales[0], v, None, processor)
 
 
@@ -114,7 +119,9 @@ class Masked(Context):
     def kernels(self) -> str:
         return "torch"
 
-    def attend(self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | None, processor: Any) -> Tensor:
+    def attend(
+        self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | Packing | None, processor: Any
+    ) -> Tensor:
         mask = self.key_bias.expand(len(v), -1)[:, None, None].to(v.dtype)
         return dispatched(scales[0], v, mask, processor)
 
@@ -175,7 +182,7 @@ class Packed(ByKernels):
     packing: Packing
 
     def places(self, text: int, image: int) -> tuple[Tensor, Tensor]:
-        return self.packing.places()
+        return self.packing.places
 
     def join(self, image: Tensor, *text: Tensor) -> Tensor:
         return self.packing.join(super().join(image, *text))
@@ -196,11 +203,10 @@ class Packed(ByKernels):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Storing(Context):
-    """A whole call, Mixed or Packed, whose keys and values every attention module leaves in `entries`."""
+class Wrapped(Context):
+    """A whole call, Mixed or Packed, to which something is added."""
 
     whole: ByKernels
-    entries: KeysAndValues
 
     @property
     def rotary(self) -> Tables:
@@ -223,13 +229,20 @@ class Storing(Context):
     def split(self, joint: Tensor, text: int) -> tuple[Tensor, Tensor]:
         return self.whole.split(joint, text)
 
+    def attend(self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | None, processor: Any) -> Tensor:
+        return self.whole.attend(scales, v, query_rows, processor)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Storing(Wrapped):
+    """A whole call whose keys and values every attention module leaves in `entries`."""
+
+    entries: KeysAndValues
+
     @torch.compiler.disable  # it would compile for each module's own entry
     def update_kv_cache(self, attn: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         self.entries[attn] = (k, v)
         return k, v
-
-    def attend(self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | None, processor: Any) -> Tensor:
-        return self.whole.attend(scales, v, query_rows, processor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,7 +302,7 @@ class Partial(Context):
         return self.whole.backend
 
     def places(self, text: int, image: int) -> tuple[Tensor, Tensor]:
-        return super().places(text, image) if self.packing is None else self.packing.places()
+        return super().places(text, image) if self.packing is None else self.packing.places
 
     def join(self, image: Tensor, *text: Tensor) -> Tensor:
         streams = super().join(image, *text)
@@ -307,7 +320,9 @@ class Partial(Context):
         self.entries[attn] = (k, v)
         return k, v
 
-    def attend(self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | None, processor: Any) -> Tensor:
+    def attend(
+        self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | Packing | None, processor: Any
+    ) -> Tensor:
         return self.whole.attend(scales, v, self.query_rows if query_rows is None else query_rows, processor)
 
 

@@ -77,16 +77,17 @@ class Packing(Movable):
         """How many rows the longest sequence has."""
         return self.of_longest.shape[0]
 
+    @property
     def places(self) -> tuple[Tensor, Tensor]:
-        """Where the rows of the image's and the text's stream lie in the packed sequence."""
+        """Where the rows of the image's and the text's stream lie in the joint sequence."""
         return self.image, self.text
 
     def join(self, streams: Tensor) -> Tensor:
-        """The packed sequence (1, n, ...) of the streams' rows, the text's first."""
+        """The joint sequence (1, n, ...) of both streams' rows, the text's first."""
         return torch.empty_like(streams).index_copy_(1, torch.cat([self.text, self.image]), streams)
 
     def split(self, joint: Tensor) -> tuple[Tensor, Tensor]:
-        """The image's and the text's rows of a packed sequence."""
+        """The image's and the text's rows of a joint sequence."""
         return joint[:, self.image], joint[:, self.text]
 
 
@@ -136,7 +137,8 @@ def mark_all_dynamic(value: Any, dims: int = 2) -> None:
             mark_all_dynamic(getattr(value, field.name))
     elif isinstance(value, tuple):
         for table in value:
-            mark_dynamic(table, table.ndim - 1)
+            if isinstance(table, Tensor):
+                mark_dynamic(table, table.ndim - 1)
     else:
         mark_dynamic(value, dims)
 

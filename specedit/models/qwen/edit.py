@@ -66,6 +66,8 @@ class QwenImageEdit(BlockAdapter):
     keeps_reference = True
     skips_blocks = True
     skips_tokens = True
+    encodes_pixels = True
+    measures_attention = True
     attention = Attention
     processor = QwenMixedProcessor
     block = QwenImageTransformerBlock
@@ -193,7 +195,7 @@ class QwenImageEdit(BlockAdapter):
         prompts = run.state.conditioning.prompts(active_branches(run.state, run.config, sigma))
         forward, attention = QwenForward(run, group, sigma), run.config.attention
         unpadded = all(prompt.lengths is None for prompt in prompts)
-        own = forward.mixed or bool(partial) or group.blocks is not None
+        own = forward.mixed or bool(partial) or group.blocks is not None or group.mass is not None
         plain = attention == "auto" and not own and unpadded
         if attention == "stock":
             return [forward.dense(prompt) for prompt in prompts]
@@ -217,6 +219,10 @@ class QwenImageEdit(BlockAdapter):
         with single_frame(pipe.vae):
             image = pipe.vae.decode(self._latents(pipe, tokens, state.grid), return_dict=False)[0][:, :, 0]
         return pipe.image_processor.postprocess(image, output_type=output_type)
+
+    def encode(self, pipe: Any, pictures: Tensor, grid: TokenGrid) -> Tensor:
+        with single_frame(pipe.vae):
+            return grid.geometry.from_image(self.encoded(pipe, pictures.unsqueeze(2))[:, :, 0])
 
     @staticmethod
     def _latents(pipe: Any, tokens: Tensor, grid: TokenGrid) -> Tensor:

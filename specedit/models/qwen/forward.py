@@ -11,9 +11,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ...forecast.toca import PartialForward
+from ...forecast.kv_cache import Fusion, PartialForward
 from ...method.adapter import LayoutGroup, Run, rows_index
 from ..attention import contexts
+from ..attention.measuring import Measuring
 from ..attention.sequences import QueryRows, cumulative, pack, segments
 from .positions import ImgShapesWithFreqs, all_positions, angles, phases, text_offset
 from .prompts import QwenPrompt
@@ -58,11 +59,11 @@ class Sequences:
         placed = ImgShapesWithFreqs(len(index), 0, 1, tables)
         return dataclasses.replace(self, placed=placed, context=partial, texts=tuple(t[:0] for t in self.texts))
 
-    def some(self, call: PartialForward) -> Sequences:
-        """Inputs of a call for the texts and the target tokens that it names, with the stored keys and values of all
+    def some(self, index: Tensor) -> Sequences:
+        """Inputs of a call for the texts and the target tokens `index` (b, m), with the stored keys and values of all
         others."""
-        whole, device, m = self.context, call.index.device, call.index.shape[1]
-        text, image = whole.packing.text, self._image_rows(call.index, self.target, 0)
+        whole, device, m = self.context, index.device, index.shape[1]
+        text, image = whole.packing.text, self._image_rows(index, self.target, 0)
         packing, at = pack(list(self.lengths), m, 0, device), whole.packing.image[image]
         rows = packing.join(torch.cat([text, at])[None])
         stream = torch.cat([torch.arange(len(text), device=device), len(text) + image])
@@ -71,11 +72,10 @@ class Sequences:
         if whole.output_rows is not None:
             output_rows = QueryRows(at, cu_seqlens=cumulative([m] * self.count, device))
         context = contexts.Partial(
-            whole=whole, entries=call.store.entries, rows=rows, rotary=tables,
-            index=torch.arange(rows.shape[1], device=device), query_rows=packing, output_rows=output_rows,
-            packing=packing, fused=self._fused(call),
+            whole=whole, entries={}, rows=rows, rotary=tables, index=torch.arange(rows.shape[1], device=device),
+            query_rows=packing, output_rows=output_rows, packing=packing,
         )  # fmt: skip
-        return dataclasses.replace(self, placed=ImgShapesWithFreqs(len(image), 0, 1, tables), context=context)
+        return dataclasses.replace(self, placed=ImgShapesWithFreqs(len(image), 0, 1, tables), context=context, target=m)
 
     def _image_rows(self, index: Tensor, each: int, first: int) -> Tensor:
         """(count * m,) rows of the image stream: tokens `index` (b, m) of every sequence, which has `each` of the kind
@@ -83,16 +83,16 @@ class Sequences:
         number = torch.arange(self.count, device=index.device)[:, None]
         return (first + each * number + index.repeat(self.count // len(index), 1)).flatten()
 
-    def _fused(self, call: PartialForward) -> contexts.FusedRows | None:
+    def fused(self, fusion: Fusion | None) -> contexts.FusedRows | None:
         """The rows of the packed sequence that a call's fusion names."""
-        if call.fusion is None:
+        if fusion is None:
             return None
         whole, targets = self.context, self.count * self.target
         text, image = len(whole.packing.text), whole.packing.image
-        target = self._image_rows(call.fusion.target, self.target, 0)
-        source = self._image_rows(call.fusion.reference, (len(image) - targets) // self.count, targets)
+        target = self._image_rows(fusion.target, self.target, 0)
+        source = self._image_rows(fusion.reference, (len(image) - targets) // self.count, targets)
         rows, sources, at = image[target][None], image[source][None], (text + target, text + source)
-        return contexts.FusedRows.between(rows, sources, whole.rotary, at, call.fusion.weight)
+        return contexts.FusedRows.between(rows, sources, whole.rotary, at, fusion.weight)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,22 +122,34 @@ class QwenForward:
         The streams are [texts of all sequences] and [targets of all | references of all]; in attention each sequence
         is [text | target | reference] by itself, and no token is padding. call: None, or how the KV cache is used.
         """
-        sequences, (b, n, _) = self._stage_inputs("packed", prompts, self._packed), self.group.tokens.shape
+        sequences, b = self._stage_inputs("packed", prompts, self._packed), len(self.group.tokens)
         images, context = [self.group.tokens, self.group.reference], sequences.context
-        if call is not None and call.target:
-            sequences, images = sequences.target_alone, images[:1]
+        if call is not None and call.partial:
+            fused = sequences.fused(call.fusion)
+            sequences, images = self._partial(sequences, call)
             call.store.keep(sequences.length)
-            context = dataclasses.replace(sequences.context, entries=call.store.entries)
-        elif call is not None and call.index is not None:
-            sequences, n = sequences.some(call), call.index.shape[1]
-            images = [images[0].gather(1, call.index[..., None].expand(-1, -1, images[0].shape[2]))]
-            context = sequences.context
+            context = dataclasses.replace(sequences.context, entries=call.store.entries, fused=fused)
         elif call is not None:
             context = contexts.Storing(whole=context, entries=call.store.entries)
+        elif (mass := self.group.mass) is not None:
+            sizes = dict(target=sequences.target, reference=self.group.reference.shape[1])
+            context = Measuring(whole=context, mass=mass, texts=sequences.lengths, **sizes)
         words = [prompt.embeds.flatten(0, 1)[at] for prompt, at in zip(prompts, sequences.texts, strict=True)]
         states = torch.cat([x.repeat(len(prompts), 1, 1).flatten(0, 1) for x in images])[None]
         out = self._run(states, torch.cat(words)[None], sequences.placed, context)
+        n = sequences.target
         return list(out[0, : sequences.count * n].unflatten(0, (len(prompts), b, n)))
+
+    def _partial(self, sequences: Sequences, call: PartialForward) -> tuple[Sequences, list[Tensor]]:
+        """What a call computes that takes the keys and values of all other tokens from its store."""
+        tokens, index, inputs = self.group.tokens, call.index, self.group.inputs
+        if index is None:
+            return sequences.target_alone, [tokens]
+        of = (sequences, index)
+        made = inputs.get("some")
+        if made is None or any(a is not b for a, b in zip(made[0], of, strict=True)):  # other tokens than before
+            made = inputs["some"] = of, sequences.some(index)
+        return made[1], [tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[2]))]
 
     def dense(self, prompt: QwenPrompt) -> Tensor:
         """Velocity (b, N, C) float32 under one prompt, by the model's own processors.

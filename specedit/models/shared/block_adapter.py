@@ -67,6 +67,13 @@ class BlockAdapter(Adapter):
         return config.attention != "stock" and last_block.trims(self.last_block(pipe))
 
     @staticmethod
+    def encoded(pipe: Any, pictures: Tensor) -> Tensor:
+        """Latents of pictures (B, 3, H, W) in 0..1, or with a frame axis, by the pipeline's own method."""
+        device = getattr(pipe, "_execution_device", pictures.device)
+        latents: Tensor = pipe._encode_vae_image(image=(2 * pictures - 1).to(device, pipe.vae.dtype), generator=None)
+        return latents.float()
+
+    @staticmethod
     def start_call(pipe: Any, call: dict[str, Any], **attributes: Any) -> None:
         """Set what the stock call sets on its pipeline before it encodes anything."""
         pipe._guidance_scale = call["guidance_scale"]

@@ -13,6 +13,7 @@ from ...forecast.toca import PartialForward
 from ...layout import MixedLayout, TokenGrid
 from ...method.adapter import EditState, LayoutGroup, Run, active_branches, rows_index
 from ..attention import contexts, processors, sequences
+from ..attention.measuring import Measuring
 from .block_adapter import BlockAdapter, pixels_per_token
 from .conditioning import Prompt
 from .images import decoder_features
@@ -58,6 +59,8 @@ class FluxBlocks(BlockAdapter):
     keeps_reference = True
     skips_blocks = True
     skips_tokens = True
+    encodes_pixels = True
+    measures_attention = True
     blocks = "single_transformer_blocks"
 
     @staticmethod
@@ -78,7 +81,13 @@ class FluxBlocks(BlockAdapter):
         self, run: Run, group: LayoutGroup, sigma: float, partial: list[PartialForward] | None = None
     ) -> list[Tensor]:
         conditioning, rows = run.state.conditioning, len(group.rows)
-        stage = self._stage_inputs(run, group, stores=bool(partial))
+        stage = self._stage_inputs(run, group, stores=bool(partial) or group.mass is not None)
+        context = stage.context
+        if group.mass is not None:
+            context = Measuring(
+                whole=context, mass=group.mass, texts=(run.state.text_tokens,), target=group.tokens.shape[1],
+                reference=group.reference.shape[1],
+            )  # fmt: skip
         timestep = torch.full((rows,), sigma * 1000, device=group.tokens.device, dtype=torch.float32)
         states = torch.cat([group.tokens, group.reference], 1).to(conditioning.dtype)
         prompts = conditioning.prompts(active_branches(run.state, run.config, sigma))
@@ -86,7 +95,7 @@ class FluxBlocks(BlockAdapter):
         for prompt, call in zip(prompts, partial or [None] * len(prompts), strict=True):
             inputs = FluxForward(
                 states, stage.ids, prompt.embeds[stage.rows], prompt.text_ids,
-                timestep.to(conditioning.dtype) / 1000, stage.rows, stage.context,
+                timestep.to(conditioning.dtype) / 1000, stage.rows, context,
             )  # fmt: skip
             if call is not None:
                 inputs = partial_inputs(inputs, call, run.state.text_tokens, group.tokens.shape[1])
@@ -151,6 +160,9 @@ class FluxBlocks(BlockAdapter):
             return tokens.to(state.conditioning.dtype)
         image = pipe.vae.decode(self._latents(pipe, tokens, state.grid), return_dict=False)[0]
         return pipe.image_processor.postprocess(image, output_type=output_type)
+
+    def encode(self, pipe: Any, pictures: Tensor, grid: TokenGrid) -> Tensor:
+        return grid.geometry.from_image(self.encoded(pipe, pictures))
 
     @staticmethod
     def _latents(pipe: Any, tokens: Tensor, grid: TokenGrid) -> Tensor:

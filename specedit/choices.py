@@ -1,0 +1,23 @@
+"""Fields of `SpecEditConfig` that take one of a few words."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+VerifyAt = Literal["full", "draft"]
+Restore = Literal["full", "reference", "pixels"]
+Locked = Literal["coarse", "cached", "reference"]
+KeyBias = Literal["area", "none"]
+Rope = Literal["scaled", "phase_aligned"]
+Attention = Literal["auto", "triton", "torch", "stock"]
+DraftCondition = Literal["full", "small"]
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "verify_at": get_args(VerifyAt),
+    "restore": get_args(Restore),
+    "locked": get_args(Locked),
+    "key_bias": get_args(KeyBias),
+    "rope": get_args(Rope),
+    "attention": get_args(Attention),
+    "draft_condition": get_args(DraftCondition),
+}
