@@ -84,6 +84,11 @@ class Context(Movable):
         """Keys and values of the whole sequence, from those of the call's rows."""
         return k, v
 
+    def with_kept(self, owner: Any, scales: list[Rotated], v: Tensor) -> tuple[list[Rotated], Tensor]:
+        """Keys of the whole sequence at every scale, and its values. owner: what the kept ones belong to."""
+        k, v = self.update_kv_cache(owner, scales[0].k, v)
+        return [Rotated(scales[0].q, k), *scales[1:]], v
+
     def attend(self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | None, processor: Any) -> Tensor:
         """Attention output (b, n, H, D). query_rows: which rows the queries are, or None for all."""
         raise NotImplementedError
