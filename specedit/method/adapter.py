@@ -160,8 +160,9 @@ class LayoutGroup:
 
     @property
     def cache_bytes(self) -> int:
-        """Memory that the caches hold."""
-        return sum(cache.memory for cache in (self.forecast, self.kv) if cache is not None)
+        """Memory that the caches hold, and what the adapter keeps."""
+        caches = sum(cache.memory for cache in (self.forecast, self.kv) if cache is not None)
+        return caches + sum(getattr(kept, "memory", 0) for kept in self.inputs.values())
 
 
 @dataclass
@@ -221,6 +222,7 @@ class Adapter(ABC):
     pipelines: ClassVar[str]  # the classes it serves, for messages
     token_wise: ClassVar[bool] = False  # whether `predict` computes single tokens
     keeps_reference: ClassVar[bool] = False  # whether it computes the target's tokens alone
+    fixed_reference: ClassVar[bool] = False  # whether the references' keys never change: a stage's first step has them
     geometry: ClassVar[TokenGeometry] = PACKED  # what its tokens hold; `prepare` gives it to every grid
     calls: ClassVar[tuple[type, ...]] = ()  # classes outside diffusers whose `__call__` it runs as they do
 

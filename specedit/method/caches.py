@@ -31,6 +31,7 @@ def drop_caches(groups: list[LayoutGroup]) -> None:
     """Free the caches of a stage that has ended."""
     for group in groups:
         group.forecast = group.kv = None
+        group.inputs.clear()
 
 
 def reference_kv_cache(run: Run) -> ReferenceKVCache | None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import specedit
-from specedit.models.flux2 import Flux2Dev, Flux2Klein
+from specedit.models.flux2 import Flux2Dev, Flux2Klein, Flux2KleinKV
 from specedit.testing import QUICK, Conformance, Family
 from tests.tiny_flux2 import LAYERS
 
@@ -26,6 +26,7 @@ class Flux2Conformance(Conformance):
     """Prompts of one call have one length; every one of them is given all pictures."""
 
     pipeline, adapter, guided, more = "Flux2KleinPipeline", Flux2Klein, None, {}
+    rotations = staticmethod(rotations)
 
     @pytest.fixture
     def family(self, make_flux2, picture):
@@ -37,7 +38,8 @@ class Flux2Conformance(Conformance):
 
         return Family(
             self.adapter, lambda: make_flux2(self.pipeline), call, guided=self.guided,
-            batch=lambda n: dict(prompt=["red", "make it large"][:n]), rotations=rotations, runs_others=True,
+            batch=lambda n: dict(prompt=["red", "make it large"][:n]), rotations=self.rotations,
+            runs_others=self.adapter.runs_others,
         )  # fmt: skip
 
 
@@ -51,3 +53,21 @@ class TestFlux2Dev(Flux2Conformance):
     """The guidance scale is an input of the transformer."""
 
     pipeline, adapter = "Flux2Pipeline", Flux2Dev
+
+
+def rotations_behind_references(pipe, run):
+    """`rotations` with the target's rows before the references', of a last call that computes the references."""
+    counts, take = [], lambda module, args, kwargs: counts.append(kwargs["num_ref_tokens"])
+    handle = pipe.transformer.register_forward_pre_hook(take, with_kwargs=True)
+    table = rotations(pipe, run)
+    handle.remove()
+    text = 16
+    references = slice(text, text + counts[-1])
+    return torch.cat([table[:text], table[references.stop :], table[references]])
+
+
+@pytest.mark.skipif(Flux2KleinKV is None, reason="this diffusers has no Flux2KleinKVPipeline")
+class TestFlux2KleinKV(Flux2Conformance):
+    """The first step of every stage computes the references, and the others find their keys and values."""
+
+    pipeline, adapter, rotations = "Flux2KleinKVPipeline", Flux2KleinKV, staticmethod(rotations_behind_references)

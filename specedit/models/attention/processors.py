@@ -53,9 +53,11 @@ class MixedProcessor:
         text: Tensor | None,
         context: Context,
         rows: slice | None = None,
+        owner: Any = None,
     ):
         """Attention of both streams, as the stock processor returns it; with `rows`, the output of these image rows."""
-        out = self.attended(attn, streams(attn, head_dim, image, text, rows), context, rows).to(image.dtype)
+        each = streams(attn, head_dim, image, text, rows)
+        out = self.attended(attn, each, context, rows, owner).to(image.dtype)
         if text is None:
             return out
         if isinstance(rows, slice):

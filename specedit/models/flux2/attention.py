@@ -97,7 +97,11 @@ def modulation(kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     return shift, scale, gate
 
 
+WRAPPERS: dict[type, type[MixedProcessor]] = {
+    Flux2AttnProcessor: Flux2MixedProcessor, Flux2ParallelSelfAttnProcessor: Flux2SingleProcessor,
+}  # fmt: skip
+
+
 def wrap(original: Any) -> MixedProcessor:
-    """The replacement of a processor."""
-    single = isinstance(original, Flux2ParallelSelfAttnProcessor)
-    return Flux2SingleProcessor(original) if single else Flux2MixedProcessor(original)
+    """The replacement of one of diffusers' processors, by its class."""
+    return WRAPPERS[type(original)](original)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.transformers.transformer_flux2 import Flux2SingleTransformerBlock
@@ -47,9 +47,11 @@ class Flux2Blocks(FluxBlocks):
     processor = staticmethod(wrap)
     block = Flux2SingleTransformerBlock
     trimmed = Flux2LastBlock
+    runs_others: ClassVar[bool] = True  # whether attention="stock" runs whatever processors there are
 
     def refusal(self, pipe: Any, call: dict[str, Any], attention: str) -> str | None:
-        if (reason := why_unsupported_processor(pipe.transformer, ATTENTION, attention)) is not None:
+        backend = attention if self.runs_others else None
+        if (reason := why_unsupported_processor(pipe.transformer, ATTENTION, backend)) is not None:
             return reason
         if call.get("image") is None:
             return "there is no image to edit"
@@ -136,6 +138,15 @@ class Flux2Blocks(FluxBlocks):
     @staticmethod
     def output(images: Any) -> Flux2PipelineOutput:
         return Flux2PipelineOutput(images=images)
+
+
+class Flux2Unpacked(Flux2Blocks):
+    """Of pipelines that return latents as the autoencoder takes them, not as the transformer does."""
+
+    def decode(self, pipe: Any, state: EditState, tokens: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return denormalised(pipe, tokens.to(state.conditioning.dtype), state.grid)
+        return super().decode(pipe, state, tokens, output_type)
 
 
 def transformer_inputs(run: Run, inputs: FluxForward) -> dict[str, Any]:

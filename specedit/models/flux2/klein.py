@@ -6,16 +6,14 @@ from typing import Any
 
 import torch
 from diffusers import Flux2KleinPipeline
-from torch import Tensor
 
-from ...method.adapter import EditState
 from ..registry import register_adapter
 from ..shared.flux_blocks import FluxPrompt
-from .edit import Flux2Blocks, denormalised, encoded
+from .edit import Flux2Unpacked, encoded
 
 
 @register_adapter
-class Flux2Klein(Flux2Blocks):
+class Flux2Klein(Flux2Unpacked):
     """Adapter of Flux2KleinPipeline."""
 
     name = "flux2-klein"
@@ -46,11 +44,6 @@ class Flux2Klein(Flux2Blocks):
             expected = tuple(positive.embeds.shape)
             raise ValueError(f"negative_prompt_embeds: expected shape {expected}, as the prompt's, got {tuple(got)}")
         return positive, negative
-
-    def decode(self, pipe: Any, state: EditState, tokens: Tensor, output_type: str) -> Any:
-        if output_type == "latent":
-            return denormalised(pipe, tokens.to(state.conditioning.dtype), state.grid)
-        return super().decode(pipe, state, tokens, output_type)
 
 
 def is_guided(pipe: Any, call: dict[str, Any]) -> bool:

@@ -25,9 +25,7 @@ def flux2_sigmas(
     return stage_sigmas(scheduler, tokens, start, end, steps, mu)
 
 
-def whole_steps(
-    scheduler: FlowMatchEulerDiscreteScheduler, tokens: int, start: float, end: float, steps: int
-) -> float:
+def whole_steps(scheduler: FlowMatchEulerDiscreteScheduler, tokens: int, start: float, end: float, steps: int) -> float:
     """Steps from 1 to 0 of the schedule that takes `steps` of them between `start` and `end`; at most 200, or `steps`.
 
     A schedule is uniform before the shift, so of n steps it takes n * (t(start) - t(end)) there. More steps mean less
