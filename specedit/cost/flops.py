@@ -14,8 +14,10 @@ from torch import Tensor
 from ..config import FULL_EDIT_SHARE, STOCK_STEPS, SpecEditConfig, resolve
 from ..forecast import ReferenceKVCache, full_steps
 from ..layout import MixedLayout, TokenGrid
-from ..method.schedule import Stage, stage_sigmas, stage_start, stages
-from ..method.trace import ForwardCall, step_calls
+from ..method.schedule import Stage, stage_start, stages
+from ..method.trace import ForwardCall, step_calls, with_fixed_reference
+from .blocks import BlockCount as BlockCount
+from .blocks import register_block_count as register_block_count
 from .forward import flops_of as flops_of
 from .forward import transformer_flops as transformer_flops
 from .tables import MODELS, TOKEN_PIXELS, ModelCost
@@ -52,7 +54,7 @@ def plan(
 
     Args:
         config: a SpecEditConfig or a preset's name.
-        model: "flux-kontext", "qwen-image-edit" or "longcat-image-edit", or the ModelCost of another one.
+        model: a name from `MODELS`, as "flux-kontext" or "flux2-klein-9b", or the ModelCost of another one.
         height, width: output size in pixels, at least 16; rounded down to whole tokens of 16 pixels.
         edit_fraction: share of the coarse cells that are edited (0..1), dilation included. Uniform coverage comes on
             top of it.
@@ -86,7 +88,8 @@ def plan(
     stock = cost.stock(2 * grid.tokens, STOCK_STEPS, len(mixed))
     return {
         "nfe": config.nfe, "flops": flops, "flops_stock": stock, "flops_ratio_50": stock / flops,
-        "stock_steps": cost.default_steps, "flops_ratio": stock / flops * (cost.default_steps / STOCK_STEPS),
+        "stock_steps": cost.default_steps,
+        "flops_ratio": cost.stock(2 * grid.tokens, cost.default_steps, len(mixed)) / flops,
         "stages": rows,
     }  # fmt: skip
 
@@ -189,7 +192,8 @@ class _Plan:
             since = 0 if full else since + 1
             alone = full and kept is not None and kept.calls(i, passes)[0].target
             recomputes = not full and options is not None and options.token_wise and options.recomputes(since)
-            steps.append(_Step(passes, full, alone, options.fresh_tokens(own) if options and recomputes else None))
+            fresh = options.fresh_tokens(own) if options and recomputes else None
+            steps.append(_Step(passes, full, alone, fresh, first=i == 0))
         return steps
 
     def _passes(self, stage: Stage, own: int, start: float) -> list[int]:
@@ -198,7 +202,7 @@ class _Plan:
             return [self.cost.passes] * stage.steps
         low, high = self.config.guidance_range
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(self.cost.scheduler))
-        sigmas = stage_sigmas(scheduler, own, start, stage.end, stage.steps).tolist()
+        sigmas = self.cost.sigmas(scheduler, own, start, stage.end, stage.steps).tolist()
         return [self.cost.passes if low <= sigma <= high else 1 for sigma in sigmas[:-1]]
 
     def _calls(self, stage: Stage, samples: int, own: int, texts: tuple[float, ...], step: _Step) -> list[ForwardCall]:
@@ -207,17 +211,20 @@ class _Plan:
             operations = options.operations(own * self.cost.channels) if options else 0.0
             forecast = ForwardCall(stage.name, 0, samples=samples, forecast=operations)
             return [forecast] * step.passes if operations else []
-        return step_calls(
+        calls = step_calls(
             stage.name, texts[: step.passes], own, own, samples=samples, trims=self.config.attention != "stock",
             fresh=step.fresh, alone=step.alone,
         )  # fmt: skip
+        return with_fixed_reference(calls, own, step.first) if self.cost.fixed_reference else calls
 
 
 @dataclass(frozen=True)
 class _Step:
-    """One step: guidance passes, whether it is computed fully, over the target alone, or for how many tokens."""
+    """One step: guidance passes, whether it is computed fully, over the target alone, or for how many tokens, and
+    whether it is the stage's first."""
 
     passes: int
     full: bool
     alone: bool
     fresh: int | None
+    first: bool

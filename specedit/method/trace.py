@@ -65,8 +65,8 @@ def step_calls(
 def with_fixed_reference(calls: Sequence[ForwardCall], beside: int, first: bool) -> list[ForwardCall]:
     """What `step_calls` gives, of a model whose `beside` reference tokens attend to nothing but each other.
 
-    Text and target attend to all keys. The first step of a stage computes the references too; the others find their keys
-    and values.
+    Text and target attend to all keys. The first step of a stage computes the references too, and the others find their
+    keys and values.
     """
     made: list[ForwardCall] = []
     for call in calls:

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-import specedit
 from specedit.models.flux2 import Flux2Dev, Flux2Klein, Flux2KleinKV
-from specedit.testing import QUICK, Conformance, Family
+from specedit.testing import Conformance, Family
 from tests.tiny_flux2 import LAYERS
 
 

@@ -179,7 +179,7 @@ def ids_at(positions: Tensor, time: int) -> Tensor:
 
 
 def denormalised(pipe: Any, tokens: Tensor, grid: TokenGrid) -> Tensor:
-    """Latents (B, c, 2 h, 2 w) of tokens (B, h * w, 4 c): the autoencoder's own, without the batch norm's statistics."""
+    """Latents (B, c, 2 h, 2 w) of tokens (B, h * w, 4 c), with the statistics that the batch norm took away."""
     packed = tokens.unflatten(1, grid.shape).movedim(-1, 1)
     mean = pipe.vae.bn.running_mean.view(1, -1, 1, 1).to(packed)
     std = torch.sqrt(pipe.vae.bn.running_var.view(1, -1, 1, 1) + pipe.vae.config.batch_norm_eps).to(packed)

@@ -40,9 +40,9 @@ class KeptReference:
 class BesideReference(Context):
     """What both kinds of calls share.
 
-    rotary, coarse: tables of the call's rows; `coarse` at the scale of coarse queries, or None for one scale. every: how
-    text and target attend to all keys, in the order text, references, target. text: (t,), as many as the call has rows
-    of text. keeps_text: whether what is kept holds the text's keys and values too, before the references'.
+    rotary, coarse: tables of the call's rows; `coarse` at the scale of coarse queries, or None for one scale. every:
+    how text and target attend to all keys, in the order text, references, target. text: (t,), as many as the call has
+    rows of text. keeps_text: whether what is kept holds the text's keys and values too, before the references'.
     """
 
     rotary: Tables

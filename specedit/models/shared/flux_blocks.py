@@ -29,8 +29,8 @@ class FluxPrompt(Prompt):
 class StageInputs:
     """What the transformer is given alike in every step of a stage.
 
-    ids: (N, axes) float32 positions of target and reference. rows: which samples. context: of attention, None in a stock
-    call.
+    ids: (N, axes) float32 positions of target and reference. rows: which samples. context: of attention, None in a
+    stock call.
     """
 
     ids: Tensor
