@@ -31,6 +31,7 @@ MAKERS = {
     "sweep": measured.sweep,
     "bench": measured.bench,
     "plan": predicted.plan,
+    "plan-models": predicted.plan_models,
     "plan-qwen": predicted.plan_qwen,
     "switches": predicted.switches,
     "training": measured.training,

@@ -89,7 +89,7 @@ def make_flux2(flux2_components):
             vae=copy.deepcopy(flux2_components["vae"]),
             text_encoder=copy.deepcopy(flux2_components["mistral" if dev else "qwen3"]),
             tokenizer=StandInChatProcessor(tokenizer) if dev else tokenizer,
-            transformer=flux2_components["transformer"](guidance_embeds=dev), **options,
+            transformer=flux2_components["transformer"](**({} if dev else dict(guidance_embeds=False))), **options,
         )  # fmt: skip
         if dev:
             pipe.system_message = ""  # the real one is longer than the tests' prompts

@@ -18,8 +18,10 @@ class BlockCount(NamedTuple):
 
 
 def gated_blocks(config: Any) -> BlockCount:
-    """FLUX.2: an MLP of ratio r with a gate has three matrices (6 r). A single block's first matrix is one for attention
-    and MLP, so it runs for every token of the last block: q, k, v (6) and the MLP's two inner ones (4 r)."""
+    """FLUX.2: an MLP of ratio r with a gate has three matrices (6 r).
+
+    A single block has one first matrix for q, k, v (6) and MLP (4 r). It runs for every token of the last block.
+    """
     ratio = field(config, "mlp_ratio", 3.0)
     return BlockCount(8 + 6 * ratio, 6 + 4 * ratio)
 

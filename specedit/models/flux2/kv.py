@@ -17,7 +17,7 @@ from ..attention.contexts import Context, Tables
 from ..registry import register_adapter
 from ..shared.flux_blocks import FluxForward
 from .edit import Flux2Unpacked, transformer_inputs
-from .kv_attention import BesideReference, KeptReference, WithoutReference, WithReference
+from .kv_attention import BesideReference, KeptReference, WithoutReference, WithReference, plain_processor
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +53,13 @@ class Flux2KleinKV(Flux2Unpacked):
     @staticmethod
     def matches(pipe: Any) -> bool:
         return isinstance(pipe, Flux2KleinKVPipeline)
+
+    def refusal(self, pipe: Any, call: dict[str, Any], attention: str) -> str | None:
+        if (reason := super().refusal(pipe, call, attention)) is not None:
+            return reason
+        plain = (name for name in map(plain_processor, pipe.transformer.modules()) if name is not None)
+        name = next(plain, None)
+        return None if name is None else f"its attention processor {name} keeps no references"
 
     def predict(
         self, run: Run, group: LayoutGroup, sigma: float, partial: list[PartialForward] | None = None

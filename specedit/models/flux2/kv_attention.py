@@ -18,8 +18,9 @@ from diffusers.models.transformers.transformer_flux2 import (
 from torch import Tensor, nn
 
 from ..attention.contexts import Context, Rotated, Stock, Tables
+from ..attention.processors import MixedProcessor
 from ..attention.sequences import QueryRows
-from .attention import WRAPPERS, Flux2MixedProcessor, Flux2SingleProcessor
+from .attention import ATTENTION, WRAPPERS, Flux2MixedProcessor, Flux2SingleProcessor
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -173,6 +174,15 @@ def runs_stock(context: Context | None, rows: slice | None) -> bool:
     if isinstance(rows, slice):
         return False
     return context is None or isinstance(context, Stock) or (isinstance(context, BesideReference) and context.is_stock)
+
+
+def plain_processor(module: nn.Module) -> str | None:
+    """The name of an attention module's processor that keeps no references, or None."""
+    if not isinstance(module, ATTENTION):
+        return None
+    processor = module.processor
+    own = processor.original if isinstance(processor, MixedProcessor) else processor
+    return None if isinstance(own, Flux2KVAttnProcessor | Flux2KVParallelSelfAttnProcessor) else type(own).__name__
 
 
 WRAPPERS |= {Flux2KVAttnProcessor: Flux2KVMixedProcessor, Flux2KVParallelSelfAttnProcessor: Flux2KVSingleProcessor}
