@@ -39,6 +39,7 @@ class CompiledBlock:
                 mark_dynamic(kwargs.get(name), 2)
             for table in kwargs.get("image_rotary_emb") or ():
                 mark_dynamic(table, 1)
+            kwargs |= context.for_graph(kwargs)
         return self.compiled(*args, **kwargs)
 
 

@@ -68,6 +68,10 @@ class Context(Movable):
         """The tables of every scale at which queries may see the keys."""
         return (self.rotary,)
 
+    def for_graph(self, block: dict[str, Any]) -> dict[str, Any]:
+        """Of a compiled block's arguments those to replace, so that one graph serves every edit."""
+        return {}
+
     def places(self, text: int, image: int) -> tuple[Tensor, Tensor]:
         """Where the rows of the image's and the text's stream lie in the joint sequence."""
         return self.index[text : text + image], self.index[:text]

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from ..attention.contexts import Context, Rotated, Stock, Tables
 from ..attention.processors import MixedProcessor
-from ..attention.sequences import QueryRows
+from ..attention.sequences import QueryRows, mark_dynamic
 from .attention import ATTENTION, WRAPPERS, Flux2MixedProcessor, Flux2SingleProcessor
+
+COUNTS = ("num_ref_tokens", "num_txt_tokens")  # which only the stock processors read
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -62,6 +64,16 @@ class BesideReference(Context):
     def scales(self) -> tuple[Tables, ...]:
         return (self.rotary,) if self.coarse is None else (self.rotary, self.coarse)
 
+    def for_graph(self, block: dict[str, Any]) -> dict[str, Any]:
+        joint = block["joint_attention_kwargs"]
+        cache = joint["kv_cache"]
+        for rows in (block.get("temb_mod_img"), block.get("temb_mod"), cache.k_ref, cache.v_ref):
+            if rows is not None and rows.ndim > 2:  # references have a modulation of their own
+                mark_dynamic(rows, 2)
+        if self.is_stock:
+            return {}
+        return {"joint_attention_kwargs": joint | {name: 0 for name in COUNTS if name in joint}}
+
     @property
     def is_stock(self) -> bool:
         """Whether the stock processors do the same, in every block but the last."""
@@ -76,25 +88,26 @@ class WithReference(BesideReference):
     references: Tensor
 
     @property
-    def own(self) -> slice:
-        """The references' rows."""
+    def bounds(self) -> tuple[int, int]:
+        """The first of the references' rows, and the first after them."""
         text = self.text.shape[0]
-        return slice(text, text + self.references.shape[0])
+        return text, text + self.references.shape[0]  # no slice: Dynamo would specialise on its ends
 
     def with_kept(self, owner: Any, scales: list[Rotated], v: Tensor) -> tuple[list[Rotated], Tensor]:
-        kept = slice(0 if self.keeps_text else self.own.start, self.own.stop)
-        owner.store(torch.cat([scale.k[:, kept] for scale in scales], -1), v[:, kept].clone())
+        start, stop = self.bounds
+        first = 0 if self.keeps_text else start
+        owner.store(torch.cat([k[:, first:stop] for _, k in scales], -1), v[:, first:stop].clone())
         return scales, v
 
     def attend(self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | None, processor: Any) -> Tensor:
         if query_rows is not None:  # of the target
             return self.every.attend(scales, v, query_rows, processor)
-        own = self.own
-        others = [Rotated(torch.cat([q[:, : own.start], q[:, own.stop :]], 1), k) for q, k in scales]
+        start, stop = self.bounds
+        others = [Rotated(torch.cat([q[:, :start], q[:, stop:]], 1), k) for q, k in scales]
         out = self.every.attend(others, v, None, processor)
-        each = [Rotated(q[:, own].contiguous(), k[:, own].contiguous()) for q, k in scales]
-        references = self.among.attend(each, v[:, own].contiguous(), None, processor)
-        return torch.cat([out[:, : own.start], references, out[:, own.start :]], 1)
+        each = [Rotated(*(rows[:, start:stop].contiguous() for rows in scale)) for scale in scales]
+        references = self.among.attend(each, v[:, start:stop].contiguous(), None, processor)
+        return torch.cat([out[:, :start], references, out[:, start:]], 1)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
