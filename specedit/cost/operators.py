@@ -31,7 +31,7 @@ def pointwise(name: str, elements: float, count: float) -> Op:
 class GatedBlocks:
     """FLUX.2's blocks of width `d`: an MLP with a gate, and one modulation for all blocks of a kind."""
 
-    def __init__(self, d: int, ratio: float):
+    def __init__(self, d: float, ratio: float):
         self.d, self.inner = d, ratio * d
 
     def shared(self) -> list[Op]:

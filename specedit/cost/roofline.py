@@ -130,7 +130,7 @@ def transformer_ops(
     return [*ops, *less, *part, attention(read, 1)]
 
 
-def _blocks_of(config: Mapping[str, Any], d: int) -> GatedBlocks | _Blocks:
+def _blocks_of(config: Mapping[str, Any], d: float) -> GatedBlocks | _Blocks:
     """A model's blocks, of width `d`."""
     gated = field(config, "timestep_guidance_channels") is not None
     return GatedBlocks(d, config["mlp_ratio"]) if gated else _Blocks(d)
@@ -139,7 +139,7 @@ def _blocks_of(config: Mapping[str, Any], d: int) -> GatedBlocks | _Blocks:
 class _Blocks:
     """FLUX.1's and Qwen's blocks of width `d`."""
 
-    def __init__(self, d: int):
+    def __init__(self, d: float):
         self.d = d
 
     def shared(self) -> list[Op]:

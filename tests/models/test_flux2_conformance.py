@@ -25,7 +25,7 @@ class Flux2Conformance(Conformance):
     """Prompts of one call have one length; every one of them is given all pictures."""
 
     pipeline, adapter, guided, more = "Flux2KleinPipeline", Flux2Klein, None, {}
-    rotations = staticmethod(rotations)
+    rotations, compiles_as = staticmethod(rotations), None
 
     @pytest.fixture
     def family(self, make_flux2, picture):
@@ -38,7 +38,7 @@ class Flux2Conformance(Conformance):
         return Family(
             self.adapter, lambda: make_flux2(self.pipeline), call, guided=self.guided,
             batch=lambda n: dict(prompt=["red", "make it large"][:n]), rotations=self.rotations,
-            runs_others=self.adapter.runs_others,
+            runs_others=self.adapter.runs_others, compiles_as=self.compiles_as,
         )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ class TestFlux2Klein(Flux2Conformance):
 class TestFlux2Dev(Flux2Conformance):
     """The guidance scale is an input of the transformer."""
 
-    pipeline, adapter = "Flux2Pipeline", Flux2Dev
+    pipeline, adapter, compiles_as = "Flux2Pipeline", Flux2Dev, "Flux2Klein"
 
 
 def rotations_behind_references(pipe, run):
