@@ -37,6 +37,15 @@ def test_the_released_dev_is_the_default_of_its_class():
     assert dict(config) == {name: parameters[name].default for name in config}
 
 
+@needs_kv
+def test_default_steps_are_those_of_the_pipelines():
+    from inspect import signature
+
+    for model, pipeline in (("flux2-dev", "Flux2Pipeline"), ("flux2-klein-9b-kv", "Flux2KleinKVPipeline")):
+        default = signature(getattr(diffusers, pipeline).__call__).parameters["num_inference_steps"].default
+        assert MODELS[model].default_steps == default
+
+
 @pytest.fixture
 def transformer():
     return diffusers.Flux2Transformer2DModel(

@@ -138,7 +138,7 @@ def test_lora_by_the_pipelines_own_loader(family, lora):
     folder, pipe = lora(family), family.make()
     plain = family.run(pipe, num_inference_steps=2)
     specedit.install(pipe, steps=(0, 0, 2))
-    pipe.load_lora_weights(folder)
+    pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
     with specedit.disabled(pipe):
         stock, half = (
             family.run(pipe, num_inference_steps=2, attention_kwargs=kwargs) for kwargs in (None, {"scale": 0.5})
