@@ -22,6 +22,32 @@ def plan(name: str) -> str:
     )
 
 
+def plan_models(name: str) -> str:
+    """Every model's own step, `turbo` against 50 steps, and four steps against four."""
+    from specedit.config import STOCK_STEPS, resolve
+    from specedit.cost.flops import MODELS
+    from specedit.cost.flops import plan as predict
+
+    turbo = resolve("turbo", restore="reference")
+    few = resolve(turbo, steps=(1, 3, 0), draft_steps=2, uniform_stride=0)
+    rows = []
+    for model, cost in MODELS.items():
+        image = 2 * 64 * 64  # target and reference at 1024 x 1024
+        first, both = cost.stock(image) / 1e12, cost.stock(image, 2) / 1e12
+        step = f"{first:.0f}" + (f", then {both - first:.0f}" if cost.fixed_reference else "")
+        fast, four = (predict(config, model, 1024, 1024, 0.2) for config in (turbo, few))
+        parts = [f"{stage['flops'] / four['flops']:.0%}" for stage in four["stages"]]
+        own = cost.stock(image, few.nfe) / four["flops"]
+        rows.append([f"`{model}`", step, f"{fast['flops_ratio_50']:.1f}", f"{own:.2f}", *parts])
+    header = ["model", "T a stock step", f"`turbo`, to {STOCK_STEPS} steps", f"{few.nfe} steps to {few.nfe}",
+              "of these: draft", "coarse", "mixed"]  # fmt: skip
+    return table(header, rows) + (
+        '\n\nFLOPs ratios at 1024 x 1024 with one reference, 20 % edited, `restore="reference"`. The four steps are '
+        f"`steps={few.steps}, draft_steps={few.draft_steps}, uniform_stride=0`. Predicted by `specedit.flops.plan`, "
+        "not measured."
+    )
+
+
 def plan_qwen(name: str) -> str:
     from dataclasses import replace
 

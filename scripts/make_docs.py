@@ -34,6 +34,7 @@ MAKERS = {
     "texture-steps": measured.texture_steps,
     "bench": measured.bench,
     "plan": predicted.plan,
+    "plan-models": predicted.plan_models,
     "plan-qwen": predicted.plan_qwen,
     "switches": predicted.switches,
     "training": measured.training,

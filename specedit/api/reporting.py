@@ -10,7 +10,7 @@ from ..config import STOCK_STEPS
 from ..cost.forward import flops_of
 from ..method.adapter import Run
 from ..method.sampler import Outcome
-from ..method.trace import ForwardCall, step_calls
+from ..method.trace import ForwardCall, step_calls, with_fixed_reference
 from ..run_report import RunReport, StageReport
 
 
@@ -54,7 +54,10 @@ def _stock_calls(run: Run, steps: int) -> list[ForwardCall]:
     calls = step_calls(
         "stock", state.texts, state.grid.tokens, state.reference_grid.tokens, samples=state.batch, trims=False
     )
-    return [dataclasses.replace(call, count=steps) for call in calls]
+    if not run.adapter.fixed_reference:
+        return [dataclasses.replace(call, count=steps) for call in calls]
+    first, later = (with_fixed_reference(calls, state.reference_grid.tokens, first) for first in (True, False))
+    return [*first, *(dataclasses.replace(call, count=steps - 1) for call in later)]
 
 
 def stock_steps(pipe: Any, call: dict[str, Any]) -> int:

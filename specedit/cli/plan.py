@@ -17,7 +17,7 @@ SIDES = (64, 8192)  # px
 def add(commands) -> None:
     parser = commands.add_parser("plan", help="predict a run of a real editor on a GPU, without the GPU")
     parser.add_argument("--gpu", default="H100", help="A100, H100, H200 or B200")
-    parser.add_argument("--model", default="flux-kontext", help="flux-kontext, qwen-image-edit or longcat-image-edit")
+    parser.add_argument("--model", default="flux-kontext", help="a model's name, as flux-kontext or flux2-klein-9b")
     parser.add_argument("--preset", default=DEFAULT_PRESET, choices=list(presets))
     parser.add_argument("--restore", default="full", choices=CHOICES["restore"])
     parser.add_argument("--height", type=int, default=1024)

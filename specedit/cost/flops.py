@@ -16,8 +16,10 @@ from ..forecast import ReferenceKVCache, full_steps
 from ..forecast.kv_cache import LOCKED_RESET
 from ..layout import MixedLayout, TokenGrid
 from ..method.reference_selection import kept_tokens, measured_rows
-from ..method.schedule import Stage, stage_sigmas, stage_start, stages
-from ..method.trace import ForwardCall, step_calls
+from ..method.schedule import Stage, stage_start, stages
+from ..method.trace import ForwardCall, step_calls, with_fixed_reference
+from .blocks import BlockCount as BlockCount
+from .blocks import register_block_count as register_block_count
 from .forward import flops_of as flops_of
 from .forward import transformer_flops as transformer_flops
 from .tables import MODELS, TOKEN_PIXELS, ModelCost
@@ -54,7 +56,7 @@ def plan(
 
     Args:
         config: a SpecEditConfig or a preset's name.
-        model: "flux-kontext", "qwen-image-edit" or "longcat-image-edit", or the ModelCost of another one.
+        model: a name from `MODELS`, as "flux-kontext" or "flux2-klein-9b", or the ModelCost of another one.
         height, width: output size in pixels, at least 16; rounded down to whole tokens of 16 pixels.
         edit_fraction: share of the coarse cells that are edited (0..1), dilation included. Uniform coverage comes on
             top of it.
@@ -88,7 +90,8 @@ def plan(
     stock = cost.stock(2 * grid.tokens, STOCK_STEPS, len(mixed))
     return {
         "nfe": config.nfe, "flops": flops, "flops_stock": stock, "flops_ratio_50": stock / flops,
-        "stock_steps": cost.default_steps, "flops_ratio": stock / flops * (cost.default_steps / STOCK_STEPS),
+        "stock_steps": cost.default_steps,
+        "flops_ratio": cost.stock(2 * grid.tokens, cost.default_steps, len(mixed)) / flops,
         "stages": rows,
     }  # fmt: skip
 
@@ -203,7 +206,7 @@ class _Plan:
             if not full and options is not None and options.token_wise and options.recomputes(since):
                 fresh = options.fresh_tokens(target)
             beside, measured = self._reference(stage, i, layout.tokens, target)
-            steps.append(_Step(passes, full, kept, fresh, target, beside, measured))
+            steps.append(_Step(passes, full, kept, fresh, target, beside, measured, first=i == 0))
         return steps
 
     def _reference(self, stage: Stage, i: int, tokens: int, target: int) -> tuple[int, int]:
@@ -219,7 +222,7 @@ class _Plan:
             return [self.cost.passes] * stage.steps
         low, high = self.config.guidance_range
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(self.cost.scheduler))
-        sigmas = stage_sigmas(scheduler, own, start, stage.end, stage.steps).tolist()
+        sigmas = self.cost.sigmas(scheduler, own, start, stage.end, stage.steps).tolist()
         return [self.cost.passes if low <= sigma <= high else 1 for sigma in sigmas[:-1]]
 
     def _calls(self, stage: Stage, samples: int, texts: tuple[float, ...], step: _Step) -> list[ForwardCall]:
@@ -228,17 +231,19 @@ class _Plan:
             operations = options.operations(step.target * self.cost.channels) if options else 0.0
             forecast = ForwardCall(stage.name, 0, samples=samples, forecast=operations)
             return [forecast] * step.passes if operations else []
-        return step_calls(
+        calls = step_calls(
             stage.name, texts[: step.passes], step.target, step.beside, samples=samples,
             trims=self.config.attention != "stock", fresh=step.fresh, alone=step.kept and step.fresh is None,
             measured=step.measured,
         )  # fmt: skip
+        return with_fixed_reference(calls, step.beside, step.first) if self.cost.fixed_reference else calls
 
 
 @dataclass(frozen=True)
 class _Step:
     """One step: guidance passes, whether it is computed fully, over some tokens with those of the others kept, and over
-    the text and how many (`fresh`); tokens of the target and of the reference, and how many are measured."""
+    the text and how many (`fresh`); tokens of the target and of the reference, how many are measured, and whether it is
+    the stage's first."""
 
     passes: int
     full: bool
@@ -247,3 +252,4 @@ class _Step:
     target: int
     beside: int
     measured: int
+    first: bool

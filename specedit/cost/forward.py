@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from ..method.trace import ForwardCall
+from .blocks import block_count, field
 
 
 def flops_of(calls: Iterable[ForwardCall], model_config: Any) -> float:
@@ -45,7 +46,7 @@ def _size(model_config: Any) -> tuple[int, int]:
 
 
 def _field(config: Any, name: str, default: int | None = None) -> int:
-    value = config.get(name, default) if isinstance(config, Mapping) else getattr(config, name, default)
+    value = field(config, name, default)
     if value is None:
         raise ValueError(f"model_config: expected a field {name!r}, got a {type(config).__name__} without it")
     return int(value)
@@ -55,7 +56,8 @@ def transformer_flops(model_config: Any, tokens: float, keys: float | None = Non
     """Operations of one forward pass over one sequence: tokens * (L*24*d^2 + L*4*d*tokens).
 
     Per token and block: the four attention projections (8 d^2) and the MLP of ratio 4 (16 d^2); a FLUX single block
-    holds the same matrices fused (6 + 8 + 10 d^2). Attention adds Q K^T and P V, each 2*d per pair of tokens.
+    holds the same matrices fused (6 + 8 + 10 d^2). `register_block_count` has the counts of other blocks, such as
+    FLUX.2's 26 d^2. Attention adds Q K^T and P V, each 2*d per pair of tokens.
     Modulation, norms, embeddings and the output projection are below 1 % and left out. FLUX at 8704 tokens
     (1024 x 1024, reference, 512 text): 165.4 T; the paper's Table 5 has 8299.54 / 50 = 166.0 T.
 
@@ -66,7 +68,7 @@ def transformer_flops(model_config: Any, tokens: float, keys: float | None = Non
         keys: tokens attended to, where that is more than `tokens`, because keys and values of the others come from a
             cache, or less, as a mean over queries, because attention skips some.
         read: tokens whose output is read, where the last block computes no others: of the rest only keys and values
-            (4 d^2). None: that block computes all of them.
+            (4 d^2, or what a block's fused matrices give). None: that block computes all of them.
 
     Raises:
         ValueError: a field is missing, or `tokens` is negative.
@@ -74,8 +76,9 @@ def transformer_flops(model_config: Any, tokens: float, keys: float | None = Non
     if not tokens >= 0:
         raise ValueError(f"tokens: expected a number of at least 0, got {tokens!r}")
     layers, d = _size(model_config)
+    whole, unread = block_count(model_config)
     keys = tokens if keys is None else keys
     if read is None:
-        return float(tokens * (layers * 24 * d * d + layers * 4 * d * keys))
-    last = tokens * 4 * d * d + read * (20 * d * d + 4 * d * keys)
-    return float(tokens * ((layers - 1) * 24 * d * d + (layers - 1) * 4 * d * keys) + last)
+        return float(tokens * (layers * whole * d * d + layers * 4 * d * keys))
+    last = tokens * unread * d * d + read * ((whole - unread) * d * d + 4 * d * keys)
+    return float(tokens * ((layers - 1) * whole * d * d + (layers - 1) * 4 * d * keys) + last)

@@ -18,11 +18,12 @@ from ..config import STOCK_STEPS, SpecEditConfig, presets, resolve
 from ..layout import TokenGrid
 from ..method.trace import ForwardCall
 from ..registry import selectors
+from .blocks import field
 from .flops import plan
 from .forward import transformer_flops
+from .operators import BYTES, GatedBlocks, Op, pointwise, product
 from .tables import MODELS, TOKEN_PIXELS
 
-BYTES = 2  # bf16
 MATCHING = 0.03  # a measured edit counts as the planned one within this share of the cells
 
 
@@ -47,16 +48,6 @@ GPUS: Mapping[str, Gpu] = MappingProxyType(
 
 
 @dataclass(frozen=True)
-class Op:
-    """`count` equal operators; `flops` and `bytes` of each."""
-
-    name: str
-    flops: float
-    bytes: float
-    count: float = 1
-
-
-@dataclass(frozen=True)
 class HalfCost:
     """One half of an autoencoder, per latent pixel: `flops` of convolutions and projections, `elements` that its layers
     read and write, `weights` in all; `channels` of the attention in its middle, quadratic in latent pixels.
@@ -75,10 +66,16 @@ _FLUX_AUTOENCODER = {
     "features": HalfCost(68_304_896, 46_608, 27_094_016, 512),
     "decode": HalfCost(605_618_176, 837_328, 49_545_475, 512),
 }
+_FLUX2_AUTOENCODER = {
+    "encode": HalfCost(264_757_248, 459_232, 34_421_696, 512),
+    "features": HalfCost(68_452_352, 46_624, 27_167_744, 512),
+    "decode": HalfCost(605_767_680, 837_408, 49_619_203, 512),
+}
 AUTOENCODERS: Mapping[str, Mapping[str, HalfCost]] = MappingProxyType(
     {
         "flux-kontext": _FLUX_AUTOENCODER,
         "longcat-image-edit": _FLUX_AUTOENCODER,
+        **dict.fromkeys(("flux2-dev", "flux2-klein-4b", "flux2-klein-9b", "flux2-klein-9b-kv"), _FLUX2_AUTOENCODER),
         "qwen-image-edit": {
             "encode": HalfCost(426_039_296, 401_256, 53_595_872, 384),
             "features": HalfCost(86_446_080, 38_416, 42_128_064, 384),
@@ -116,68 +113,77 @@ def transformer_ops(
             "attention", batch * 4 * query_rows * beside * d, BYTES * batch * 2 * (query_rows + beside) * d, count
         )
 
-    ops = [op for rows in (words, every - words) if rows for op in _stream_ops(rows, rows, d, double)]
-    ops += [*_single_ops(every, every, d, single), attention(tokens, double + single)]
+    blocks = _blocks_of(cost.config, d)
+    ops = [op for rows in (words, every - words) if rows for op in blocks.stream(rows, rows, double)]
+    ops += [*blocks.shared(), *blocks.single(every, every, single), attention(tokens, double + single)]
     if read is None:
         return ops
     # The last block: a single one where there are any, else a double one, of whose text nothing is read.
     wanted = batch * read
     if single:
-        whole, part = _single_ops(every, every, d, 1), _single_ops(every, wanted, d, 1)
+        whole, part = blocks.single(every, every, 1), blocks.single(every, wanted, 1)
     else:
         streams = ((words, 0), (every - words, wanted))
-        whole = [op for rows, _ in streams if rows for op in _stream_ops(rows, rows, d, 1)]
-        part = [op for rows, asked in streams if rows for op in _stream_ops(rows, asked, d, 1)]
+        whole = [op for rows, _ in streams if rows for op in blocks.stream(rows, rows, 1)]
+        part = [op for rows, asked in streams if rows for op in blocks.stream(rows, asked, 1)]
     less = [replace(op, count=-op.count) for op in (*whole, attention(tokens, 1))]
     return [*ops, *less, *part, attention(read, 1)]
 
 
-def _product(name: str, rows: float, inner: int, outer: int, count: float) -> Op:
-    elements = rows * (inner + outer) + inner * outer if rows else 0
-    return Op(name, 2 * rows * inner * outer, BYTES * elements, count)
+def _blocks_of(config: Mapping[str, Any], d: float) -> GatedBlocks | _Blocks:
+    """A model's blocks, of width `d`."""
+    gated = field(config, "timestep_guidance_channels") is not None
+    return GatedBlocks(d, config["mlp_ratio"]) if gated else _Blocks(d)
 
 
-def _pointwise(name: str, elements: float, count: float) -> Op:
-    return Op(name, 0, BYTES * elements, count)
+class _Blocks:
+    """FLUX.1's and Qwen's blocks of width `d`."""
 
+    def __init__(self, d: float):
+        self.d = d
 
-def _qkv_ops(rows: float, asked: float, d: int, count: float) -> list[Op]:
-    """Projections for `rows`, queries of `asked` of them, with norm and rotary embedding."""
-    placed = _pointwise("qk norm and rotary", 2 * (rows + asked) * d, count)
-    if rows == asked:
-        return [_product("qkv", rows, d, 3 * d, count), placed]
-    return [_product("q", asked, d, d, count), _product("kv", rows, d, 2 * d, count), placed]
-
-
-def _stream_ops(rows: float, asked: float, d: int, count: float) -> list[Op]:
-    """One stream of double blocks; only `asked` of its rows go beyond their keys and values."""
-    return [
-        _pointwise("modulation", 6 * d * d, count),
-        _pointwise("norm", 2 * rows * d, count),
-        *_qkv_ops(rows, asked, d, count),
-        _product("projection", asked, d, d, count),
-        _pointwise("norm", 2 * asked * d, count),
-        _product("mlp up", asked, d, 4 * d, count),
-        _pointwise("gelu", 8 * asked * d, count),
-        _product("mlp down", asked, 4 * d, d, count),
-        _pointwise("gate and add", 3 * asked * d, 2 * count),
-    ]
-
-
-def _single_ops(rows: float, asked: float, d: int, count: float) -> list[Op]:
-    """Single blocks, as `_stream_ops`."""
-    if not count:
+    def shared(self) -> list[Op]:
+        """What a forward pass computes once for all blocks."""
         return []
-    return [
-        _pointwise("modulation", 3 * d * d, count),
-        _pointwise("norm", 2 * rows * d, count),
-        *_qkv_ops(rows, asked, d, count),
-        _product("mlp up", asked, d, 4 * d, count),
-        _pointwise("gelu", 8 * asked * d, count),
-        _pointwise("cat", 10 * asked * d, count),
-        _product("projection and mlp down", asked, 5 * d, d, count),
-        _pointwise("gate and add", 3 * asked * d, count),
-    ]
+
+    def _qkv(self, rows: float, asked: float, count: float) -> list[Op]:
+        """Projections for `rows`, queries of `asked` of them, with norm and rotary embedding."""
+        d = self.d
+        placed = pointwise("qk norm and rotary", 2 * (rows + asked) * d, count)
+        if rows == asked:
+            return [product("qkv", rows, d, 3 * d, count), placed]
+        return [product("q", asked, d, d, count), product("kv", rows, d, 2 * d, count), placed]
+
+    def stream(self, rows: float, asked: float, count: float) -> list[Op]:
+        """One stream of double blocks; only `asked` of its rows go beyond their keys and values."""
+        d = self.d
+        return [
+            pointwise("modulation", 6 * d * d, count),
+            pointwise("norm", 2 * rows * d, count),
+            *self._qkv(rows, asked, count),
+            product("projection", asked, d, d, count),
+            pointwise("norm", 2 * asked * d, count),
+            product("mlp up", asked, d, 4 * d, count),
+            pointwise("gelu", 8 * asked * d, count),
+            product("mlp down", asked, 4 * d, d, count),
+            pointwise("gate and add", 3 * asked * d, 2 * count),
+        ]
+
+    def single(self, rows: float, asked: float, count: float) -> list[Op]:
+        """Single blocks, as `stream`."""
+        d = self.d
+        if not count:
+            return []
+        return [
+            pointwise("modulation", 3 * d * d, count),
+            pointwise("norm", 2 * rows * d, count),
+            *self._qkv(rows, asked, count),
+            product("mlp up", asked, d, 4 * d, count),
+            pointwise("gelu", 8 * asked * d, count),
+            pointwise("cat", 10 * asked * d, count),
+            product("projection and mlp down", asked, 5 * d, d, count),
+            pointwise("gate and add", 3 * asked * d, count),
+        ]
 
 
 def measuring_ops(model: str, call: ForwardCall) -> list[Op]:
@@ -276,11 +282,12 @@ def predict_roofline(
             verify = verification_ops(config, model, latent, drafted) if verify is None else verify
             stages.append(stage(name, [(1, verify)]))
     stages.append(decode)
-    full = MODELS[model].text_tokens + 2 * grid.tokens
     seconds = sum(s["seconds"] for s in stages)
 
     def stock_seconds(steps: int) -> float:
-        return float(encode["seconds"] + steps * step_seconds(model, full, gpu) + decode["seconds"])
+        calls = MODELS[model].stock_calls(2 * grid.tokens, steps)
+        denoised = sum(call.count * roofline(forward(call), hardware) for call in calls)
+        return float(encode["seconds"] + denoised + decode["seconds"])
 
     seconds_stock = stock_seconds(STOCK_STEPS)
     clock = seconds_stock / seconds

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
 from ..config import STOCK_STEPS
-from ..method.trace import ForwardCall
+from ..method.schedule import stage_sigmas
+from ..method.trace import ForwardCall, with_fixed_reference
 from .forward import flops_of
 
 TOKEN_PIXELS = 16  # side of one packed token in pixels: 8x VAE, 2x2 patches
@@ -24,6 +25,14 @@ QWEN_SCHEDULER = dict(
 )  # fmt: skip
 
 
+def flux2_transformer(double: int, single: int, heads: int) -> dict[str, float]:
+    """The configuration of a FLUX.2 transformer: so many blocks of each kind, and heads of 128."""
+    return dict(
+        num_layers=double, num_single_layers=single, num_attention_heads=heads, attention_head_dim=128, mlp_ratio=3.0,
+        timestep_guidance_channels=256, in_channels=128,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class ModelCost:
     """Sizes of a model, for the cost model.
@@ -32,16 +41,19 @@ class ModelCost:
     text stream, and vision_tokens those of them that stand for a condition image which `draft_condition` makes smaller.
     passes: transformer calls a step; 2 with classifier-free guidance, whose negative prompt may have
     `negative_text_tokens`. scheduler: fields of its configuration, which say at which sigmas the steps of a stage lie.
-    default_steps: of the stock pipeline's call.
+    default_steps: of the stock pipeline's call, or those that a distilled model is made for. sigmas: the adapter's own
+    schedule, as a function of scheduler, tokens, start, end and steps. fixed_reference: as of the adapter.
     """
 
-    config: Mapping[str, int]
+    config: Mapping[str, float]
     text_tokens: float
     passes: int
     vision_tokens: int = 0
     scheduler: Mapping[str, Any] = field(default_factory=dict, compare=False)
     default_steps: int = STOCK_STEPS
     negative_text_tokens: float | None = None
+    sigmas: Callable[..., Any] = field(default=stage_sigmas, compare=False)
+    fixed_reference: bool = False
 
     @property
     def texts(self) -> tuple[float, ...]:
@@ -49,10 +61,17 @@ class ModelCost:
         negative = self.text_tokens if self.negative_text_tokens is None else self.negative_text_tokens
         return (self.text_tokens, negative)[: self.passes]
 
+    def stock_calls(self, image_tokens: int, steps: int = 1, samples: int = 1) -> list[ForwardCall]:
+        """Stock steps over so many image tokens, half of them the reference's, with the whole text."""
+        calls = [ForwardCall("stock", text + image_tokens, text, samples=samples) for text in self.texts]
+        if not self.fixed_reference:
+            return [replace(call, count=steps) for call in calls]
+        first, later = (with_fixed_reference(calls, image_tokens // 2, first) for first in (True, False))
+        return [*first, *(replace(call, count=steps - 1) for call in later)]
+
     def stock(self, image_tokens: int, steps: int = 1, samples: int = 1) -> float:
-        """Operations of stock steps over so many image tokens with the whole text."""
-        calls = [ForwardCall("stock", text + image_tokens, text, samples=samples, count=steps) for text in self.texts]
-        return flops_of(calls, self.config)
+        """Operations of `stock_calls`."""
+        return flops_of(self.stock_calls(image_tokens, steps, samples), self.config)
 
     @property
     def channels(self) -> int:
@@ -86,6 +105,14 @@ MODELS: Mapping[str, ModelCost] = MappingProxyType(
             512 + 18 * 18 + 2,
             2,
             scheduler=FLUX_SCHEDULER,
+        ),
+        # FLUX.2: 512 tokens of text. dev has distilled guidance. The klein models are distilled to 4 steps without any;
+        # their base models take twice the passes and the pipeline's default of 50 steps.
+        "flux2-dev": ModelCost(flux2_transformer(8, 48, 48), 512, 1, scheduler=FLUX_SCHEDULER),
+        "flux2-klein-4b": ModelCost(flux2_transformer(5, 20, 24), 512, 1, scheduler=FLUX_SCHEDULER, default_steps=4),
+        "flux2-klein-9b": ModelCost(flux2_transformer(8, 24, 32), 512, 1, scheduler=FLUX_SCHEDULER, default_steps=4),
+        "flux2-klein-9b-kv": ModelCost(
+            flux2_transformer(8, 24, 32), 512, 1, scheduler=FLUX_SCHEDULER, default_steps=4, fixed_reference=True
         ),
     }
 )

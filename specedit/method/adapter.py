@@ -174,9 +174,9 @@ class LayoutGroup:
 
     @property
     def cache_bytes(self) -> int:
-        """Memory that the caches hold."""
-        caches = (self.forecast, self.kv, self.tokens_kv)
-        return sum(cache.memory for cache in caches if cache is not None)
+        """Memory that the caches hold, and what the adapter keeps."""
+        caches = sum(cache.memory for cache in (self.forecast, self.kv, self.tokens_kv) if cache is not None)
+        return caches + sum(getattr(kept, "memory", 0) for kept in self.inputs.values())
 
 
 @dataclass
@@ -240,6 +240,7 @@ class Adapter(ABC):
     skips_tokens: ClassVar[bool] = False  # whether it leaves tokens out, the same ones in every guidance branch
     measures_attention: ClassVar[bool] = False  # whether `predict` adds to `group.mass` where there is one
     encodes_pixels: ClassVar[bool] = False  # whether it has `encode`
+    fixed_reference: ClassVar[bool] = False  # whether the references' keys never change: a stage's first step has them
     geometry: ClassVar[TokenGeometry] = PACKED  # what its tokens hold; `prepare` gives it to every grid
     calls: ClassVar[tuple[type, ...]] = ()  # classes outside diffusers whose `__call__` it runs as they do
 

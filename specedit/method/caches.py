@@ -32,6 +32,8 @@ def drop_caches(groups: list[LayoutGroup]) -> None:
     """Free the caches of a stage that has ended."""
     for group in groups:
         group.computed.forecast = group.computed.kv = None
+        group.computed.inputs.clear()
+        group.inputs.clear()
 
 
 def reference_kv_cache(run: Run) -> ReferenceKVCache | None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from ..forecast import PartialForward
 from .adapter import LayoutGroup, Run, active_branches
 from .reference_selection import shorten_reference
-from .trace import ForwardCall, step_calls
+from .trace import ForwardCall, step_calls, with_fixed_reference
 
 
 def euler_step(run: Run, group: LayoutGroup, i: int, *, keep_clean: bool = False) -> None:
@@ -39,11 +39,11 @@ def computed_velocity(run: Run, group: LayoutGroup, i: int) -> Tensor:
             group.kv.reset_if_prompt_changed(prompt)
             partial = group.kv.calls(i, branches)
             group.reused += partial[0].partial
-        run.trace.calls += forward_calls(run, group, branches, partial[0] if partial else None)
+        run.trace.calls += forward_calls(run, group, branches, partial[0] if partial else None, first=i == 0)
         return adapter.predict(run, group, sigma, partial)
 
     if group.forecast is None and group.kv is None:
-        run.trace.calls += forward_calls(run, group, branches)
+        run.trace.calls += forward_calls(run, group, branches, first=i == 0)
         return adapter.velocity(run, group, sigma)
     if group.forecast is None:
         return adapter.guide(run, compute(None))
@@ -57,15 +57,19 @@ def computed_velocity(run: Run, group: LayoutGroup, i: int) -> Tensor:
 
 
 def forward_calls(
-    run: Run, group: LayoutGroup, branches: int, partial: PartialForward | None = None
+    run: Run, group: LayoutGroup, branches: int, partial: PartialForward | None = None, first: bool = True
 ) -> list[ForwardCall]:
-    """The forward calls of one step over all tokens of a group, or over those that `partial` asks for."""
-    return step_calls(
+    """The forward calls of one step over all tokens of a group, or over those that `partial` asks for.
+
+    first: whether it is the stage's first.
+    """
+    calls = step_calls(
         stage_of(run), run.state.texts[:branches], group.layout.tokens, group.reference_layout.tokens,
         samples=len(group.rows), trims=run.state.trims_last_block, alone=partial is not None and partial.target,
         fresh=None if partial is None or partial.index is None else partial.index.shape[1],
         measured=0 if group.mass is None else len(group.mass.rows),
     )  # fmt: skip
+    return with_fixed_reference(calls, group.reference_layout.tokens, first) if run.adapter.fixed_reference else calls
 
 
 def stage_of(run: Run) -> str:

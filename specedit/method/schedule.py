@@ -86,25 +86,27 @@ def supported(scheduler: Any) -> str | None:
     return None
 
 
-def shift_factor(scheduler: FlowMatchEulerDiscreteScheduler, tokens: int) -> float:
+def shift_factor(scheduler: FlowMatchEulerDiscreteScheduler, tokens: int, mu: float | None = None) -> float:
     """a of sigma = a*t / (1 + (a-1)*t) for an image of `tokens` tokens.
 
     Dynamic shifting draws mu as a line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift), as
-    the pipelines' calculate_shift does; a is exp(mu) for the exponential type and mu for the linear one. Otherwise a is
-    the scheduler's static shift.
+    the pipelines' calculate_shift does, unless it is given; a is exp(mu) for the exponential type and mu for the linear
+    one. Otherwise a is the scheduler's static shift.
     """
     config = scheduler.config
     if not config.get("use_dynamic_shifting"):
         return float(scheduler.shift)
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    mu = base + (tokens - low) * (top - base) / (high - low)
+    if mu is None:
+        mu = base + (tokens - low) * (top - base) / (high - low)
     return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
 
 
 def stage_sigmas(
-    scheduler: FlowMatchEulerDiscreteScheduler, tokens: int, start: float, end: float, steps: int
-) -> torch.Tensor:
+    scheduler: FlowMatchEulerDiscreteScheduler, tokens: int, start: float, end: float, steps: int,
+    mu: float | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Sigmas of one stage: the scheduler's own time shift, restricted to [end, start].
 
     With start=1 and end=0 they equal those of `scheduler.set_timesteps(sigmas=np.linspace(1, 1/steps, steps), mu=...)`.
@@ -116,6 +118,7 @@ def stage_sigmas(
         tokens: image tokens of the stage that the shift depends on (the target's, without text and reference).
         start, end: sigmas with 0 <= end < start <= 1.
         steps: number of model evaluations, at least 1.
+        mu: of a dynamic shift that the pipeline computes by a rule of its own; None for the scheduler's own line.
 
     Returns:
         float32 CPU tensor (steps + 1,), strictly decreasing, from `start` to `end`.
@@ -132,7 +135,7 @@ def stage_sigmas(
         raise ValueError(f"steps: expected at least 1, got {steps!r}")
     if tokens < 1:
         raise ValueError(f"tokens: expected at least 1, got {tokens!r}")
-    a = shift_factor(scheduler, tokens)
+    a = shift_factor(scheduler, tokens, mu)
     if not a > 0:
         raise ValueError(f"scheduler: expected a positive time shift, got {a!r} for {tokens} tokens")
 

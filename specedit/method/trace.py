@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,6 +64,23 @@ def step_calls(
             call = ForwardCall(stage, whole, text, None, target if trims else None, samples, measured=measured)
         calls.append(call)
     return calls
+
+
+def with_fixed_reference(calls: Sequence[ForwardCall], beside: int, first: bool) -> list[ForwardCall]:
+    """What `step_calls` gives, of a model whose `beside` reference tokens attend to nothing but each other.
+
+    Text and target attend to all keys. The first step of a stage computes the references too, and the others find their
+    keys and values.
+    """
+    made: list[ForwardCall] = []
+    for call in calls:
+        if call.keys is not None:  # the target alone
+            made.append(call)
+            continue
+        made.append(replace(call, tokens=call.tokens - beside, keys=call.tokens))
+        if first:
+            made.append(replace(call, tokens=beside, text=0, read=None if call.read is None else 0))
+    return made
 
 
 @dataclass

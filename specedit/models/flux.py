@@ -15,13 +15,12 @@ from torch import Tensor
 from ..config import SpecEditConfig
 from ..layout import MixedLayout, TokenGrid
 from ..method.adapter import EditState, Run, place_references
-from .attention import contexts
 from .attention.last_block import FluxLastBlock
 from .attention.processors import FluxMixedProcessor, why_unsupported_processor
 from .registry import register_adapter
 from .shared.block_adapter import GIVEN_SIGMAS, pixels_per_token
 from .shared.conditioning import PromptConditioning
-from .shared.flux_blocks import FluxBlocks, FluxForward, FluxPrompt, image_ids
+from .shared.flux_blocks import FluxBlocks, FluxForward, FluxPrompt, attention_kwargs, image_ids
 from .shared.images import check_kind, is_latents, pictures_of, source_pictures, too_small
 from .shared.prompts import broadcast_negative_prompt, count_prompts
 from .shared.shapes import Shape, is_embedded_kontext, shapes_of, whole
@@ -178,15 +177,6 @@ class FluxKontext(FluxBlocks):
     @staticmethod
     def output(images: Any) -> FluxPipelineOutput:
         return FluxPipelineOutput(images=images)
-
-
-def attention_kwargs(context: contexts.Context | None, dtype: torch.dtype) -> dict[str, Any]:
-    """How a context reaches attention; the model's own processors take a bias as a mask."""
-    if context is None:
-        return {}
-    if isinstance(context, contexts.Masked):
-        return {"attention_mask": context.key_bias.to(dtype)[None, None, None]}
-    return {"specedit": context}
 
 
 def preferred_size(height: int, width: int, multiple: int) -> tuple[int, int]:

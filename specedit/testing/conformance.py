@@ -106,6 +106,8 @@ class Conformance(StageConformance, SwitchConformance):
     def test_one_negative_prompt_serves_every_prompt(self, family):
         if family.guided is None or "prompt" not in (family.batch or dict)(2):
             pytest.skip("one prompt a call")
+        if "negative_prompt" not in family.guided:
+            pytest.skip("the negative prompt is always empty")
         call = family.guided | family.batch(2)
         call["prompt"] = call["prompt"][1:] * 2  # of one length: stock of diffusers before 0.37 attends to padding
         each = call | {"negative_prompt": [call["negative_prompt"]] * 2}

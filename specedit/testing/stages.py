@@ -333,7 +333,11 @@ class StageConformance(Cases):
             pipe = specedit.install(family.make(), steps=(0, 0, 4), forecast="reuse")
             cached = family.run(pipe, **guide)
             assert specedit.report(pipe).cached_steps == 1
-            assert specedit.report(pipe).flops == pytest.approx(0.75 * specedit.report(whole).flops, rel=1e-3)
+            share = specedit.report(pipe).flops / specedit.report(whole).flops
+            if family.adapter.fixed_reference:  # the first step costs more than the others
+                assert 0.75 < share < 0.9
+            else:
+                assert share == pytest.approx(0.75, rel=1e-3)
             assert not torch.equal(cached, stock)
             assert torch.equal(guided[-1], guided[-2]) and not torch.equal(guided[-2], guided[-3])
 

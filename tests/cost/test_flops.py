@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from specedit.config import SpecEditConfig, presets
+from specedit.cost.blocks import block_count
 from specedit.cost.flops import MODELS, expanded_cells, plan, transformer_flops
 from specedit.cost.forward import flops_of
 from specedit.method.trace import ForwardCall
@@ -163,11 +164,15 @@ def test_the_last_block_saves_what_it_does_not_compute(model, preset):
     )
     assert ours["flops_stock"] == stock["flops_stock"]
     cost = MODELS[model]
-    layers, d = cost.config["num_layers"] + cost.config.get("num_single_layers", 0), 3072
+    layers = cost.config["num_layers"] + cost.config.get("num_single_layers", 0)
+    d = cost.config["num_attention_heads"] * cost.config["attention_head_dim"]
+    whole, unread = block_count(cost.config)
+    if cost.fixed_reference:
+        pytest.skip("its calls are others: tests/cost/test_flux2.py")
     for a, b in zip(ours["stages"], stock["stages"], strict=True):
         n = (b["tokens"] - cost.text_tokens) / 2
-        unread = b["tokens"] - n
-        saved = b["steps"] * cost.passes * unread * (20 * d * d + 4 * d * b["tokens"])
+        left = b["tokens"] - n
+        saved = b["steps"] * cost.passes * left * ((whole - unread) * d * d + 4 * d * b["tokens"])
         assert b["flops"] - a["flops"] == pytest.approx(saved)
         assert saved < b["flops"] / layers
 

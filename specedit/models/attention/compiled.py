@@ -31,7 +31,7 @@ class CompiledBlock:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         context = self.take(kwargs)
-        kwargs |= {name: unviewed(kwargs[name]) for name in STREAMS if name in kwargs}
+        kwargs |= {name: unviewed(kwargs[name]) for name in STREAMS if kwargs.get(name) is not None}
         if isinstance(context, Stock):
             kwargs = kwargs if self.drop is None else self.drop(kwargs)  # the graph is a stock call's
         elif context is not None:
@@ -39,6 +39,7 @@ class CompiledBlock:
                 mark_dynamic(kwargs.get(name), 2)
             for table in kwargs.get("image_rotary_emb") or ():
                 mark_dynamic(table, 1)
+            kwargs |= context.for_graph(kwargs)
         return self.compiled(*args, **kwargs)
 
 

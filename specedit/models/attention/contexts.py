@@ -70,6 +70,10 @@ class Context(Movable):
         """The tables of every scale at which queries may see the keys."""
         return (self.rotary,)
 
+    def for_graph(self, block: dict[str, Any]) -> dict[str, Any]:
+        """Of a compiled block's arguments those to replace, so that one graph serves every edit."""
+        return {}
+
     def places(self, text: int, image: int) -> tuple[Tensor, Tensor]:
         """Where the rows of the image's and the text's stream lie in the joint sequence."""
         return self.index[text : text + image], self.index[:text]
@@ -85,6 +89,11 @@ class Context(Movable):
     def update_kv_cache(self, attn: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the whole sequence, from those of the call's rows."""
         return k, v
+
+    def with_kept(self, owner: Any, scales: list[Rotated], v: Tensor) -> tuple[list[Rotated], Tensor]:
+        """Keys of the whole sequence at every scale, and its values. owner: what the kept ones belong to."""
+        k, v = self.update_kv_cache(owner, scales[0].k, v)
+        return [Rotated(scales[0].q, k), *scales[1:]], v
 
     def attend(
         self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | Packing | None, processor: Any

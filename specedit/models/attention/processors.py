@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -52,21 +53,35 @@ class MixedProcessor:
         text: Tensor | None,
         context: Context,
         rows: slice | None = None,
+        owner: Any = None,
     ):
         """Attention of both streams, as the stock processor returns it; with `rows`, the output of these image rows."""
-        streams = _streams(attn, head_dim, image, text, rows)
-        some = isinstance(rows, slice)
-        scales, v = _some_queries(streams, context, rows) if some else _all_queries(streams, context)
-        k, v = context.update_kv_cache(attn, scales[0].k, v)
-        scales[0] = Rotated(scales[0].q, k)
-        out = context.attend(scales, v, context.output_rows if some else None, self)
-        out = out.flatten(2, 3).to(image.dtype)
+        each = streams(attn, head_dim, image, text, rows)
+        out = self.attended(attn, each, context, rows, owner).to(image.dtype)
         if text is None:
             return out
-        if some:
-            return _output(attn, out)
-        for_image, for_text = context.split(out, text.shape[1])
-        return _output(attn, for_image), attn.to_add_out(for_text.contiguous()) if text.shape[1] else for_text
+        if isinstance(rows, slice):
+            return image_output(attn, out)
+        return self.projected(attn, *context.split(out, text.shape[1]))
+
+    def attended(
+        self, attn: nn.Module, streams: list[Stream], context: Context, rows: slice | None, owner: Any = None
+    ) -> Tensor:
+        """Attention output (b, n, H * D) of all rows of the streams, or of `rows` of the image's.
+
+        owner: what kept keys and values belong to, by default the attention module.
+        """
+        some = isinstance(rows, slice)
+        scales, v = _some_queries(streams, context, rows) if some else _all_queries(streams, context)
+        scales, v = context.with_kept(attn if owner is None else owner, scales, v)
+        out = context.attend(scales, v, context.output_rows if some else None, self)
+        return out.flatten(2, 3)
+
+    @staticmethod
+    def projected(attn: nn.Module, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Both streams' output, by the modules that the stock processor calls, in its order."""
+        image = image_output(attn, image)
+        return image, attn.to_add_out(text.contiguous()) if text.shape[1] else text
 
 
 class FluxMixedProcessor(MixedProcessor):
@@ -137,7 +152,7 @@ class Stream(NamedTuple):
     norm_k: nn.Module
 
 
-def _streams(attn: nn.Module, head_dim: int, image: Tensor, text: Tensor | None, rows: slice | None) -> list[Stream]:
+def streams(attn: nn.Module, head_dim: int, image: Tensor, text: Tensor | None, rows: slice | None) -> list[Stream]:
     """Image and text, projected; with `rows`, queries of these image rows and none of the text's.
 
     Modules are called in the order of the stock processors, since leaf-level offloading prefetches in the order of the
@@ -201,7 +216,7 @@ def _some_queries(streams: list[Stream], context: Context, rows: slice) -> tuple
     return scales, context.join(*(stream.v for stream in streams))
 
 
-def _output(attn: nn.Module, image: Tensor) -> Tensor:
+def image_output(attn: nn.Module, image: Tensor) -> Tensor:
     image = attn.to_out[0](image.contiguous())
     return attn.to_out[1](image) if len(attn.to_out) > 1 else image  # dropout
 
@@ -225,7 +240,9 @@ def half_table(table: Tensor) -> Tensor:
     return table[:, ::2].float().contiguous()
 
 
-def why_unsupported_processor(transformer: nn.Module, attention_class: type, backend: str | None) -> str | None:
+def why_unsupported_processor(
+    transformer: nn.Module, attention_class: type | tuple[type, ...], backend: str | None
+) -> str | None:
     """Why a transformer runs stock: another engine without processors, or processors that are not diffusers' own.
 
     backend: `attention` of the configuration; None for families whose attention="stock" runs our processors too.
@@ -248,8 +265,10 @@ def _of_diffusers(processor: Any) -> bool:
     return type(processor).__module__.partition(".")[0] == "diffusers"
 
 
-def attach(transformer: nn.Module, attention_class: type, processor_class: type) -> None:
-    """Wrap the processor of every attention module.
+def attach(
+    transformer: nn.Module, attention_class: type | tuple[type, ...], wrap: Callable[[Any], MixedProcessor]
+) -> None:
+    """Wrap the processor of every attention module. wrap: the processor's class, or what chooses one for a processor.
 
     Left alone are wrapped ones, those with weights (an IP-Adapter's), and those of other libraries, because diffusers
     passes a processor the keyword arguments in its own signature.
@@ -258,10 +277,10 @@ def attach(transformer: nn.Module, attention_class: type, processor_class: type)
         if not isinstance(module, attention_class):
             continue
         if _of_diffusers(module.processor) and not isinstance(module.processor, nn.Module):
-            module.processor = processor_class(module.processor)
+            module.processor = wrap(module.processor)
 
 
-def detach(transformer: nn.Module, attention_class: type) -> None:
+def detach(transformer: nn.Module, attention_class: type | tuple[type, ...]) -> None:
     """Put back what `attach` wrapped."""
     for module in transformer.modules():
         if isinstance(module, attention_class) and isinstance(module.processor, MixedProcessor):

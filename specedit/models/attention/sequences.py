@@ -113,12 +113,14 @@ class QueryRows(Movable):
     """Queries of a part of the sequence: `rows` (n,), the first n of the image stream.
 
     segments: of these rows, for phase-aligned RoPE. cu_seqlens: of these rows, for packed sequences with equally many
-    each. n is held as a tensor length, so that Dynamo keeps it dynamic.
+    each. before: (m,), as many as there are rows before them in the joint stream of single blocks. n and m are held as
+    tensor lengths, so that Dynamo keeps them dynamic.
     """
 
     rows: Tensor
     segments: Segments | None = None
     cu_seqlens: Tensor | None = None
+    before: Tensor | None = None
 
     @property
     def count(self) -> int:

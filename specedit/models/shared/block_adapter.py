@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -21,12 +22,12 @@ GIVEN_SIGMAS = "sigmas were given, and SpecEdit's stages choose their own"
 class BlockAdapter(Adapter):
     """An adapter whose family names the classes that it hooks.
 
-    attention, processor: of the transformer's attention modules, and what replaces their processors. block, trimmed: of
-    the last block in the list `blocks`, and the hook that trims it. pos_embed_hook: of positions, or None.
+    attention, processor: of the transformer's attention modules, and what makes a replacement of a processor. block,
+    trimmed: of the last block in the list `blocks`, and the hook that trims it. pos_embed_hook: of positions, or None.
     """
 
-    attention: ClassVar[type[nn.Module]]
-    processor: ClassVar[type[processors.MixedProcessor]]
+    attention: ClassVar[type[nn.Module] | tuple[type[nn.Module], ...]]
+    processor: ClassVar[Callable[[Any], processors.MixedProcessor]]
     block: ClassVar[type[nn.Module]]
     trimmed: ClassVar[type[last_block.LastBlock]]
     blocks: ClassVar[str]
@@ -76,7 +77,8 @@ class BlockAdapter(Adapter):
     @staticmethod
     def start_call(pipe: Any, call: dict[str, Any], **attributes: Any) -> None:
         """Set what the stock call sets on its pipeline before it encodes anything."""
-        pipe._guidance_scale = call["guidance_scale"]
+        if "guidance_scale" in call:
+            pipe._guidance_scale = call["guidance_scale"]
         pipe._current_timestep = None
         pipe._interrupt = False
         for name, value in attributes.items():

@@ -21,7 +21,7 @@ from .images import decoder_features
 
 @dataclass(eq=False)
 class FluxPrompt(Prompt):
-    """text_ids: (L, 3), the text's position ids."""
+    """text_ids: (L, axes), the text's position ids."""
 
     text_ids: Tensor
 
@@ -30,8 +30,8 @@ class FluxPrompt(Prompt):
 class StageInputs:
     """What the transformer is given alike in every step of a stage.
 
-    ids: (N, 3) float32 positions of target and reference. rows: which samples. context: of attention, None in a stock
-    call.
+    ids: (N, axes) float32 positions of target and reference. rows: which samples. context: of attention, None in a
+    stock call.
     """
 
     ids: Tensor
@@ -68,7 +68,7 @@ class FluxBlocks(BlockAdapter):
     def position_ids(
         state: EditState, layout: MixedLayout, reference_layout: MixedLayout, scale: float = 1.0
     ) -> Tensor:
-        """Position ids (N, 3) float32 of target and reference. scale: of rows and columns."""
+        """Position ids (N, axes) float32 of target and references. scale: of rows and columns."""
 
     def reference_offset(self, pipe: Any, output: TokenGrid, reference: TokenGrid) -> tuple[int, int]:
         return 0, 0  # rows and columns of every image count from its first token
@@ -119,7 +119,7 @@ class FluxBlocks(BlockAdapter):
     def _context(self, run: Run, group: LayoutGroup, ids: Tensor, stores: bool) -> contexts.Context | None:
         """The attention context, or None for a stock call."""
         state, config, layout, beside = run.state, run.config, group.layout, group.reference_layout
-        area = torch.cat([layout.area, beside.area]).to(state.device)
+        area = torch.cat([layout.area, *(one.area for one in beside.layouts)]).to(state.device)
         target, mixed = len(layout.area), layout.is_mixed or beside.is_mixed
         text = torch.zeros(state.text_tokens, device=area.device)
         bias = torch.cat([text, area.log()]) if mixed and config.key_bias == "area" else None
@@ -128,19 +128,20 @@ class FluxBlocks(BlockAdapter):
         if not needed:
             return None
         index = torch.arange(len(text) + len(area), device=area.device)
+        rows = sequences.QueryRows(index[:target], before=index[: len(text)])
         tables = self._rotary(run, ids)
         if config.attention == "stock":
             return contexts.Masked(rotary=tables, index=index, key_bias=bias)
         if not own:
-            return contexts.Stock(rotary=tables, output_rows=sequences.QueryRows(index[:target]))
-        aligned = asked = None
+            return contexts.Stock(rotary=tables, output_rows=rows)
+        aligned = None
         if mixed and config.rope == "phase_aligned":
             segments = sequences.segments(torch.cat([text > 0, area > 1]))
-            asked = sequences.segments(area[:target] > 1, [target], [len(index)])
+            rows = replace(rows, segments=sequences.segments(area[:target] > 1, [target], [len(index)]))
             aligned = contexts.PhaseAligned(self._rotary(run, self.position_ids(state, layout, beside, 0.5)), segments)
         return contexts.Mixed(
             rotary=tables, index=index, key_bias=bias, aligned=aligned, backend=state.backend, blocks=group.blocks,
-            output_rows=sequences.QueryRows(index[:target], asked) if state.trims_last_block else None,
+            output_rows=rows if state.trims_last_block else None,
         )  # fmt: skip
 
     @staticmethod
@@ -176,6 +177,7 @@ def partial_inputs(inputs: FluxForward, call: PartialForward, text: int, target:
     """Arguments of a call that stores keys and values, or computes some tokens with those of the others stored."""
     call.store.text_tokens = text
     whole, entries, batch = inputs.context, call.store.entries, len(inputs.states)
+    trimmed = whole.output_rows
     if not call.partial:
         return replace(inputs, context=contexts.Storing(whole=whole, entries=entries))
     if call.target:
@@ -183,7 +185,8 @@ def partial_inputs(inputs: FluxForward, call: PartialForward, text: int, target:
         context = contexts.Partial(
             whole=whole, entries=entries, rows=rows, index=whole.index,
             rotary=tuple(table[text : text + target] for table in whole.rotary),
-            query_rows=sequences.QueryRows(whole.index[:target]), output_rows=whole.output_rows,
+            query_rows=sequences.QueryRows(whole.index[:target]),
+            output_rows=None if trimmed is None else replace(trimmed, before=whole.index[:0]),
         )  # fmt: skip
         return replace(
             inputs, states=inputs.states[:, :target], ids=inputs.ids[:target], text=inputs.text[:, :0],
@@ -194,7 +197,7 @@ def partial_inputs(inputs: FluxForward, call: PartialForward, text: int, target:
     context = contexts.Partial(
         whole=whole, entries=entries, rows=rows, index=whole.index,
         rotary=tuple(table[rows] for table in whole.rotary), query_rows=sequences.QueryRows(rows[0]),
-        output_rows=None if whole.output_rows is None else sequences.QueryRows(call.index[0]),
+        output_rows=None if trimmed is None else sequences.QueryRows(call.index[0], before=whole.index[:text]),
         fused=fused_rows(call, whole, text, target),
     )  # fmt: skip
     # The processors take positions from the context, which has every sample's own; the ids only need the right length.
@@ -210,6 +213,15 @@ def fused_rows(call: PartialForward, whole: contexts.Mixed, text: int, target: i
         return None
     rows, sources = text + call.fusion.target, text + target + call.fusion.reference
     return contexts.FusedRows.between(rows, sources, whole.rotary, (rows, sources), call.fusion.weight)
+
+
+def attention_kwargs(context: contexts.Context | None, dtype: torch.dtype) -> dict[str, Any]:
+    """How a context reaches attention; the model's own processors take a bias as a mask."""
+    if context is None:
+        return {}
+    if isinstance(context, contexts.Masked):
+        return {"attention_mask": context.key_bias.to(dtype)[None, None, None]}
+    return {"specedit": context}
 
 
 def image_ids(positions: Tensor, image: int) -> Tensor:

@@ -1,0 +1,72 @@
+"""FLUX.2's adapters against the conformance tests."""
+
+import pytest
+import torch
+
+from specedit.models.flux2 import Flux2Dev, Flux2Klein, Flux2KleinKV
+from specedit.testing import Conformance, Family
+from tests.tiny_flux2 import LAYERS
+
+
+def rotations(pipe, run):
+    """(tokens, D) complex: what the transformer's last call in `run()` rotated its tokens by, without the axis that
+    tells pictures apart. It asks for the image's table first, then for the text's."""
+    seen, rope = [], pipe.transformer.pos_embed
+    hook = rope.register_forward_hook(lambda module, args, out: seen.append(torch.complex(*(x.double() for x in out))))
+    try:
+        run()
+    finally:
+        hook.remove()
+    table = torch.cat([seen[-1], seen[-2]])
+    return table[:, table.shape[1] * rope.axes_dim[0] // sum(rope.axes_dim) :]
+
+
+class Flux2Conformance(Conformance):
+    """Prompts of one call have one length; every one of them is given all pictures."""
+
+    pipeline, adapter, guided, more = "Flux2KleinPipeline", Flux2Klein, None, {}
+    rotations, compiles_as = staticmethod(rotations), None
+
+    @pytest.fixture
+    def family(self, make_flux2, picture):
+        def call(height, width):
+            return dict(
+                image=picture(height, width), prompt="make it red", height=height, width=width,
+                max_sequence_length=16, text_encoder_out_layers=LAYERS, **self.more,
+            )  # fmt: skip
+
+        return Family(
+            self.adapter, lambda: make_flux2(self.pipeline), call, guided=self.guided,
+            batch=lambda n: dict(prompt=["red", "make it large"][:n]), rotations=self.rotations,
+            runs_others=self.adapter.runs_others, compiles_as=self.compiles_as,
+        )  # fmt: skip
+
+
+@pytest.mark.skipif(Flux2Klein is None, reason="this diffusers has no Flux2KleinPipeline")
+class TestFlux2Klein(Flux2Conformance):
+    guided, more = dict(guidance_scale=2.5), dict(guidance_scale=1.0)
+
+
+@pytest.mark.skipif(Flux2Dev is None, reason="this diffusers has no Flux2Pipeline")
+class TestFlux2Dev(Flux2Conformance):
+    """The guidance scale is an input of the transformer."""
+
+    pipeline, adapter, compiles_as = "Flux2Pipeline", Flux2Dev, "Flux2Klein"
+
+
+def rotations_behind_references(pipe, run):
+    """`rotations` with the target's rows before the references', of a last call that computes the references."""
+    counts, take = [], lambda module, args, kwargs: counts.append(kwargs["num_ref_tokens"])
+    handle = pipe.transformer.register_forward_pre_hook(take, with_kwargs=True)
+    table = rotations(pipe, run)
+    handle.remove()
+    text = 16
+    references = slice(text, text + counts[-1])
+    return torch.cat([table[:text], table[references.stop :], table[references]])
+
+
+@pytest.mark.skipif(Flux2KleinKV is None, reason="this diffusers has no Flux2KleinKVPipeline")
+class TestFlux2KleinKV(Flux2Conformance):
+    """The first step of every stage computes the references, and the others find their keys and values."""
+
+    pipeline, adapter, rotations = "Flux2KleinKVPipeline", Flux2KleinKV, staticmethod(rotations_behind_references)
