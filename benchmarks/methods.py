@@ -27,6 +27,11 @@ STOCK = (50, 28, 10, 8, 4, 2, 1)
 INTERVALS = (3, 5, 7)  # of temporal caches alone: about so many times fewer FLOPs
 # One switch each, on the cheapest preset.
 IDEAS: dict[str, dict[str, Any]] = {
+    "no draft": {"draft_steps": 0},
+    "locked cached": {"locked": "cached"},
+    "locked reference": {"locked": "reference"},
+    "reference_keep": {"reference_keep": 0.15},
+    "pixel restore": {"restore": "pixels"},
     "reference_refresh 4": {"reference_refresh": 4},
 }
 

@@ -392,3 +392,31 @@ def test_a_configuration_keeps_its_presets_name():
             dataclasses.replace(presets["turbo"], dilation=2)
         )
         assert copy.deepcopy(config).name == config.name
+
+
+@pytest.mark.parametrize(
+    ("fields", "finds", "drafts", "reads"),
+    [
+        ({}, True, True, "features"),
+        ({"draft_steps": 0}, True, False, "features"),
+        ({"draft_steps": 0, "steps": (0, 0, 4)}, False, False, None),
+        ({"selector": "edges"}, True, True, "picture"),
+        ({"method": "regione"}, False, False, None),
+        ({"method": "spotedit"}, False, False, "features"),
+        ({"method": "steps", "keep_pixels": True}, False, False, None),
+    ],
+    ids=str,
+)
+def test_what_a_run_looks_for_and_reads(fields, finds, drafts, reads):
+    config = SpecEditConfig(**fields)
+    assert (config.finds_cells, config.uses_draft, config.needs_decoder(masked=False)) == (finds, drafts, reads)
+    own = "method" not in fields
+    assert config.needs_decoder(masked=True) == (None if own else reads)
+    assert config.verifies_coarse or not (finds and not drafts)
+
+
+@pytest.mark.parametrize("fields", [{"draft_steps": 0}, {"locked": "cached"}, {"reference_keep": 0.2}], ids=str)
+def test_switches_that_another_method_does_not_read(fields):
+    (name,) = fields
+    with pytest.raises(ValueError, match=f"^{name}: expected the default, .* with method='spotedit', .* got "):
+        SpecEditConfig(method="spotedit", **fields)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks import methods
+from specedit.config import resolve
 from specedit.registry import forecasts
 from specedit.registry import methods as registered
 
@@ -37,6 +38,18 @@ def test_a_run_scores_both_sides_and_a_users_method(tmp_path):
     # The last block computes the target's rows alone.
     assert 20 < rows["mine default"]["mean"]["flops"] / rows["stock-1"]["mean"]["flops"] < 28
     assert rows["turbo-reference"]["preset"] == "turbo"
+
+
+def test_every_single_switch_runs(tmp_path):
+    every, out = methods.variants(), tmp_path / "m.json"
+    ideas = [name for name, settings in every.items() if settings["group"] == "idea"]
+    for name in ideas:
+        config = resolve(every[name]["preset"], **every[name]["fields"])
+        assert methods.IDEAS[name].items() <= vars(config).items() and config != resolve("turbo")
+    methods.main(["--size", "64", "--cases", "1", "--out", str(out), "--only", *ideas])
+    rows = {row["variant"]: row for row in json.loads(out.read_text())["rows"]}
+    assert list(rows) == ideas == list(methods.IDEAS)
+    assert {row["nfe"] for row in rows.values()} == {9}
 
 
 def test_an_unknown_row_is_refused(tmp_path):
