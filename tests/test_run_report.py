@@ -164,6 +164,7 @@ def test_the_title_of_a_score_names_what_it_was_compared_with():
     assert score_title(make(config=None)) == "score"
 
 
+@pytest.mark.slow
 def test_figure_shows_the_mask_where_it_is(tmp_path):
     # With the edited cells moved, the figure changes; with another sample of the batch it changes too.
     def pixels(report, sample=0):

@@ -22,7 +22,7 @@ NAN = float("nan")
 )
 def test_what_is_not_finite_is_named(call, message):
     with pytest.raises(ValueError, match=message):
-        inputs.check(call, None)
+        inputs.check(call, None, specedit.SpecEditConfig())
 
 
 def test_everything_else_passes():
@@ -30,7 +30,7 @@ def test_everything_else_passes():
         prompt="red", height=10**400, guidance_scale=3.5, generator=torch.Generator(), latents=None, flag=True,
         latents_meta=torch.ones(2, device="meta"), ids=torch.ones(2, dtype=torch.int64), names=np.array(["a"]),
     )  # fmt: skip
-    assert inputs.check(call, None) is None
+    assert inputs.check(call, None, specedit.SpecEditConfig()) is None
 
 
 @pytest.mark.parametrize("kind", [torch.from_numpy, np.array])

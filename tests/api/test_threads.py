@@ -36,6 +36,7 @@ def in_thread(work):
         return pool.submit(work).result()
 
 
+@pytest.mark.slow
 def test_forty_requests_in_four_threads_each_get_theirs(pipe, ask):
     specedit.install(pipe, steps=(0, 0, 1))
     alone = {steps: ask(steps).images for steps in range(1, 5)}

@@ -71,6 +71,7 @@ def test_unknown_kind_is_budgeted_as_the_slowest():
     assert budget.fits("quick")
 
 
+@pytest.mark.slow
 def test_slow_cases_are_repeated_less(tmp_path):
     path = tmp_path / "slow.json"
     given = ["--json", str(path), *FLUX, "--batch", "1", "--restore", "full", "--repeat", "3"]
@@ -89,6 +90,7 @@ def test_another_machine_or_code_needs_another_file(measured, tmp_path, capsys):
     assert json.loads(path.read_text()) == content
 
 
+@pytest.mark.slow
 def test_a_pipeline_without_an_adapter_is_skipped_and_its_stock_is_measured(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("benchmarks.editor_bench.adapter_of", lambda pipe: None)
     path = tmp_path / "qwen.json"
@@ -100,6 +102,7 @@ def test_a_pipeline_without_an_adapter_is_skipped_and_its_stock_is_measured(tmp_
     assert [m["case"]["preset"] for m in content["measurements"]] == [None] and content["rows"] == []
 
 
+@pytest.mark.slow
 def test_failure_is_recorded_and_other_cases_run(tmp_path, capsys, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("out of\nmemory")
@@ -147,6 +150,7 @@ def test_cases_are_unique_and_stock_comes_first():
     assert wanted[0] == Case("flux-kontext", 1024, 1024, 1, "eager")
 
 
+@pytest.mark.slow
 def test_presets_with_other_fields_are_cases_of_their_own(tmp_path):
     path, kept = tmp_path / "kept.json", "reference_refresh=2"
     given = ["--json", str(path), *FLUX, "--batch", "1", "--restore", "reference", "--changes", "", "--changes", kept]

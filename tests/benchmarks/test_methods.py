@@ -20,6 +20,7 @@ def test_every_method_and_cache_has_its_rows():
     assert {row.split()[0] for row, group in groups.items() if group == "cache"} == set(forecasts)
 
 
+@pytest.mark.slow
 def test_a_run_scores_both_sides_and_a_users_method(tmp_path):
     out, plugin = tmp_path / "m.json", tmp_path / "mine.py"
     plugin.write_text(

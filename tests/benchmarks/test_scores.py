@@ -25,6 +25,7 @@ def scored(monkeypatch):
     return seeds
 
 
+@pytest.mark.slow
 def test_a_resumed_run_scores_only_what_is_missing(shallow_editors, tmp_path, scored, monkeypatch):
     monkeypatch.setattr(scores, "EVERY", 1)
     out = tmp_path / "q.json"
@@ -87,6 +88,7 @@ def test_scores_of_another_editor_are_not_resumed(shallow_editors, tmp_path, sco
     assert named in str(refused.value) and out.read_bytes() == before and scored == [0]
 
 
+@pytest.mark.slow
 def test_caches_and_the_student_are_scored_and_the_pipeline_is_left_plain(tmp_path, scored, monkeypatch):
     out = tmp_path / "f.json"
     pipes, load = [], micro.load

@@ -32,6 +32,7 @@ def test_variants_have_unique_names():
     }
 
 
+@pytest.mark.slow
 def test_interrupted_sweep_is_resumed(shallow_editors, tmp_path):
     out = tmp_path / "sweep-64.json"
     some = ["--only", "base", "guidance_range", "--size", "64", "--out", str(out)]
@@ -58,6 +59,7 @@ def test_with_masks_nothing_is_drafted(shallow_editors, tmp_path):
     assert written["rows"][0]["mean"]["recall"] == 1
 
 
+@pytest.mark.slow
 def test_a_qwen_editor_is_compared_under_its_own_guidance(shallow_editors, tmp_path):
     out = tmp_path / "switches-64.json"
     some = ["--model", "qwen", "--only", "base", "guidance_range", "draft_condition"]

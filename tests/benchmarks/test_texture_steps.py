@@ -2,11 +2,14 @@
 
 import json
 
+import pytest
+
 from benchmarks import quality, scores, texture_steps
 from specedit import micro
 from specedit.micro.evaluation import TEXTURE_SEED
 
 
+@pytest.mark.slow
 def test_the_curve_of_steps_is_resumed_in_turns(tmp_path, monkeypatch):
     ran, real = [], micro.evaluate
     monkeypatch.setattr(scores, "EVERY", 1)
@@ -26,6 +29,7 @@ def test_the_curve_of_steps_is_resumed_in_turns(tmp_path, monkeypatch):
         assert row["mean"]["texture_distance"] > 0 and "success" not in row["mean"]
 
 
+@pytest.mark.slow
 def test_tables_have_textures_besides(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(quality, "variants", lambda: {"stock-1": {"steps": 1}})
     out = tmp_path / "q.json"

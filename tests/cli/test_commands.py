@@ -26,6 +26,7 @@ def picture(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_demo(shallow_editors, tmp_path, capsys):
     assert cli.main(["demo", "--size", "128", "--out", str(tmp_path / "demo")]) == 0
     for name in ("demo.png", "report.png", "input.png", "stock.png", "specedit.png"):
@@ -34,6 +35,7 @@ def test_demo(shallow_editors, tmp_path, capsys):
     assert "FLOPs" in out and "seconds" in out and "demo.png" in out
 
 
+@pytest.mark.slow
 def test_the_qwen_editor_by_name(shallow_editors, monkeypatch, tmp_path, picture, capsys):
     monkeypatch.setattr("specedit.micro.demonstration.STOCK_STEPS", 2)
     out = tmp_path / "demo"
@@ -72,6 +74,7 @@ def test_missing_weights_name_the_editor_and_its_trainer(command, monkeypatch, t
     assert error.count("\n") == 1 and "python -m training.micro.train --model qwen --out runs/qwen" in error
 
 
+@pytest.mark.slow
 def test_edit_with_the_embedded_editor(tmp_path, picture, capsys):
     out = tmp_path / "out.png"
     given = ["edit", str(picture), "make it greyscale", "--preset", "turbo", "--out", str(out)]
@@ -156,6 +159,7 @@ def test_edit_keeps_pixels_outside_a_mask(tmp_path, picture):
     assert not np.array_equal(before[:32, :32], after[:32, :32])
 
 
+@pytest.mark.slow
 def test_eval_micro(shallow_editors, tmp_path, capsys):
     path = tmp_path / "eval.json"
     given = ["eval", "micro", "--preset", "turbo", "--cases", "1", "--textures", "1", "--size", "128"]
@@ -170,6 +174,7 @@ def test_eval_micro(shallow_editors, tmp_path, capsys):
     assert texture.split()[1:4] == ["1", "-", "-"]
 
 
+@pytest.mark.slow
 def test_bench(shallow_editors, tmp_path, monkeypatch):
     from specedit.micro import timing as bench
 

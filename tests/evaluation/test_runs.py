@@ -43,6 +43,7 @@ def edited(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 def test_gedit_writes_the_scorers_files(write_gedit, gedit_rows, tmp_path, picture, capsys):
     out, path = tmp_path / "out", tmp_path / "gedit.json"
     assert gedit(write_gedit(gedit_rows), out, *QUICK, "--json", str(path)) == 0
@@ -73,6 +74,7 @@ def test_imgedit_writes_the_scorers_files(imgedit_folder, tmp_path, capsys):
     assert "FLOPs" not in said and "stock pipeline" not in said  # of a stock run both would be noise
 
 
+@pytest.mark.slow
 def test_interrupted_run_is_resumed(write_gedit, gedit_rows, tmp_path, edited):
     folder, out, path = write_gedit(gedit_rows), tmp_path / "out", tmp_path / "gedit.json"
     assert gedit(folder, out, *STOCK, "--cases", "1") == 0

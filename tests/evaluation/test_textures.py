@@ -77,6 +77,7 @@ def distance(reference):
     return measure
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("region", [ground(), disc()], ids=["ground", "disc"])
 def test_fresh_answers_average_one(distance, region):
     means = [distance(m, draw(m, 0, 12), region) for m in MATERIALS]
@@ -84,6 +85,7 @@ def test_fresh_answers_average_one(distance, region):
     assert all(0.6 < mean < 1.5 for mean in means)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("material", MATERIALS)
 def test_what_is_wrong_is_farther_than_fresh_answers(distance, material):
     good, region = draw(material, 0, SEEDS), ground()
@@ -117,6 +119,7 @@ def test_turned_textures_are_as_near(distance):
         assert turned == pytest.approx(fine, rel=0.35)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("region", [ground(), disc(), disc(16)], ids=["ground", "disc", "small disc"])
 def test_nearest_material_is_the_right_one(reference, region):
     known = {m: reference(m, region) for m in MATERIALS}
@@ -141,6 +144,7 @@ def in_place(textures, region, around):
     return torch.where(region, textures, around)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("material", MATERIALS)
 def test_visible_seams_are_farther_than_fresh_borders(fresh, material):
     region, around = ground(), draw("ripples" if material == "clouds" else "clouds", 50, 1)[0]

@@ -206,6 +206,7 @@ def test_opcheck(device, listed, lse):
     assert [(x.shape, x.dtype, x.stride()) for x in operator(*args)] == [(x.shape, x.dtype, x.stride()) for x in meta]
 
 
+@pytest.mark.slow
 @compiled_only
 def test_a_compiled_call_makes_its_own_lists(device):
     """Scores, mask, lists and attention in one graph, which other lengths do not compile again."""
@@ -279,6 +280,7 @@ def test_tiles_divide_the_blocks(sizes, tile):
     assert tile_of(sizes, 16, 16) == (16, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_TRITON or INTERPRETING, reason="needs Triton, not interpreting")
 @pytest.mark.parametrize("capability,path", [(80, "ptr"), (90, "tma"), (100, "tma")])
 def test_lists_keep_the_loads_ahead(capability, path):

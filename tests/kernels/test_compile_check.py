@@ -30,6 +30,7 @@ def test_attention_uses_the_matrix_units(capability):
     assert 0 < result.registers <= 255 and 0 < result.shared <= result.shared_limit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [90, 100])
 def test_warps_are_specialised(capability):
     variant = next(compile_check._attention_ws(table([capability // 10, 0]) | {"attention_tma": []}))
@@ -57,6 +58,7 @@ def test_a_failure_to_compile_is_a_result():
     assert result.problems and result.problems[0].startswith("does not compile")
 
 
+@pytest.mark.slow
 def test_command(tmp_path, capsys, monkeypatch):
     """The whole command on the small kernels; every kernel of every configuration is CI's own step."""
     monkeypatch.setattr(compile_check, "variants", lambda table: list(compile_check._rows(table))[:2])
@@ -83,6 +85,7 @@ def test_parallel_processes_agree():
     assert together == list(compile_check.check_shipped(tasks, 1)) and not any(r.problems for r in together)
 
 
+@pytest.mark.slow
 def test_unpacked_tokens_are_listed_and_compile():
     found = {v.name: v for _, v in compile_check.shipped(90) if "unpacked" in v.name and "bf16" in v.name}
     assert sorted(found) == [

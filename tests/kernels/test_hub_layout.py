@@ -5,9 +5,12 @@ import sys
 import textwrap
 import tomllib
 
+import pytest
+
 from specedit_kernels import hub_layout
 
 
+@pytest.mark.slow
 def test_layout(tmp_path, capsys):
     folder = tmp_path / "kernel"
     assert hub_layout.main([str(folder)]) == 0

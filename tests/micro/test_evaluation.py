@@ -138,6 +138,7 @@ def test_autoencoder_round_trip_is_at_least_30_db(pipe, name):
     assert roundtrip(family_named(name).flat(pipe.vae), "cpu", 512, 4) >= 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [128, (128, 192)])
 def test_stock_and_installed_are_scored(shallow_editors, name, size):
     pipe = micro.load(name)
@@ -176,6 +177,7 @@ def test_specedit_solves_what_stock_solves(pipe):
             assert ours["flops"] < theirs["flops"] / 1.2
 
 
+@pytest.mark.slow
 def test_reference_restore_preserves_unedited_pixels(pipe, name):
     case = micro.scenes.sample(3, 128)
     call = dict(image=case.source, prompt=case.prompt, edit_mask=case.mask, **micro.arguments(case.source, name))

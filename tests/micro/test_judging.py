@@ -24,6 +24,7 @@ def task(where, size=128):
     return next(case for case in micro.texture_cases(8, size) if ("background" in case.prompt) == (where == "ground"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["ground", "object"])
 def test_a_right_answer_and_the_source_as_results(judge, where):
     case = task(where)
@@ -96,6 +97,7 @@ def test_an_editor_is_compared_through_its_own_autoencoder(pipe, small_qwen):
     assert sum(seen) == first  # what was drawn is kept
 
 
+@pytest.mark.slow
 def test_evaluate_scores_both_kinds_of_tasks(monkeypatch):
     """A perfect editor: the fresh renders go through its autoencoder, which changes nothing here."""
     pipe = micro.load("kontext")

@@ -63,6 +63,7 @@ class TestQwenImageEdit(Conformance):
         return lambda n: dict(image=[picture(seed=i) for i in range(n)], prompt=["red", "make it large"][:n])
 
 
+@pytest.mark.slow  # but for several references it is TestQwenImageEdit; tests/models/qwen has quick tests of those
 class TestQwenImageEditPlus(TestQwenImageEdit):
     pipeline, adapter, compiles_as = QwenImageEditPlusPipeline, QwenImageEditPlus, "QwenImageEdit"
 

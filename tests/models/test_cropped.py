@@ -49,6 +49,7 @@ def check_kept(pipe, family, image, edited=0, **call):
     return place
 
 
+@pytest.mark.slow
 def test_kontexts_rules_keep_every_pixel_at_its_place(kontext):  # noqa: F811
     pipe = specedit.install(kontext.make(), keep_pixels=True, **QUICK)
     differ = 0
@@ -67,6 +68,7 @@ def test_kontexts_rules_keep_every_pixel_at_its_place(kontext):  # noqa: F811
     assert differ > 100
 
 
+@pytest.mark.slow
 def test_qwens_rules_keep_every_pixel_at_its_place(qwens):  # noqa: F811
     family, odd = qwens[0], 0
     pipe = specedit.install(family.make(), keep_pixels=True, **QUICK)

@@ -48,6 +48,7 @@ class TestFlux2Klein(Flux2Conformance):
 
 
 @pytest.mark.skipif(Flux2Dev is None, reason="this diffusers has no Flux2Pipeline")
+@pytest.mark.slow  # all three share klein's code; tests/models/flux2 has quick tests of what is their own
 class TestFlux2Dev(Flux2Conformance):
     """The guidance scale is an input of the transformer."""
 
@@ -66,6 +67,7 @@ def rotations_behind_references(pipe, run):
 
 
 @pytest.mark.skipif(Flux2KleinKV is None, reason="this diffusers has no Flux2KleinKVPipeline")
+@pytest.mark.slow
 class TestFlux2KleinKV(Flux2Conformance):
     """The first step of every stage computes the references, and the others find their keys and values."""
 

@@ -27,6 +27,7 @@ def each_its_own(pipe, call):
         list(pool.map(work, range(THREADS)))
 
 
+@pytest.mark.slow
 def test_qwen(make_qwen, picture):
     def call(pipe, steps):
         return pipe(
@@ -37,6 +38,7 @@ def test_qwen(make_qwen, picture):
     each_its_own(make_qwen(), call)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(LongCatImageEdit is None, reason="this diffusers has no LongCatImageEditPipeline")
 def test_longcat(make_longcat, picture):
     """Half of the requests are guided, and the pipeline's own guidance scale is the last one's."""

@@ -67,6 +67,7 @@ def test_only_what_was_compared_is_unchanged(pipe, edit, say, monkeypatch, chang
     assert bool(made[0].known_unchanged[0, 3, 3]) == unchanged and not made[0].known_unchanged[0, 0, 0]
 
 
+@pytest.mark.slow
 def test_draft_and_coarse_detection_are_equivalent(pipe, edit, say):
     """The coarse stage does not know yet; all that comes after does."""
     say([(0, 0)], [(3, 2)], [(0, 0), (3, 2)], [], [(0, 0)], [])

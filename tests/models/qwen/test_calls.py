@@ -45,6 +45,7 @@ def test_callbacks(edit):
     assert (plain - changed).abs().max() > 1e-4
 
 
+@pytest.mark.slow
 def test_two_threads(edit, plus):
     pipes = [specedit.install(family.make(), **QUICK) for family in (edit, plus, edit)]
     families = [edit, plus, edit]

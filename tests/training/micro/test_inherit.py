@@ -114,6 +114,7 @@ def test_other_sizes_are_refused():
         assert torch.equal(target.img_in.weight, before)
 
 
+@pytest.mark.slow
 def test_autoencoder_is_distilled():
     torch.manual_seed(0)
     vae, other = build.autoencoder(), build.autoencoder()
@@ -176,6 +177,7 @@ def test_training_inherits_and_refuses_what_does_not_fit(tmp_path, few_tasks, mo
         train.train(loop.Settings(tmp_path / "new", model="qwen", **few | {"like": tmp_path / "bare"}))
 
 
+@pytest.mark.slow
 def test_trained_editor_inherits_the_transformer_only(tmp_path, monkeypatch):
     """The packaged editors have the same latents; autoencoder and words stay, and are joined to the new blocks."""
     done = []

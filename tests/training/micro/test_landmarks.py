@@ -104,6 +104,7 @@ def test_position_is_linearly_readable_from_the_attention(placed):
     assert (known[0] @ solved - places).abs().max() < 0.1
 
 
+@pytest.mark.slow
 def test_other_heads_are_unchanged():
     pipe = build.kontext()
     old = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}

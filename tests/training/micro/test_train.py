@@ -270,6 +270,7 @@ def test_focus_keeps_tokens_around_small_edits():
     assert len(whole) == len(at) and int(whole.max()) > 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kontext", "qwen"])
 def test_selected_tokens_keep_their_positions(name):
     """A permutation of all tokens permutes the velocities; without most of the tokens they differ."""
@@ -295,6 +296,7 @@ def test_selected_tokens_keep_their_positions(name):
     assert not getattr(pipe.transformer.pos_embed, "_forward_hooks", None)
 
 
+@pytest.mark.slow
 def test_steps_at_512_px_are_mostly_focused(monkeypatch):
     def encode(_pipe, tasks, size, _device):
         grid = (size[0] // 16, size[1] // 16)

@@ -83,6 +83,7 @@ def test_error_is_normalised_by_each_channels_variance():
     assert torch.allclose(train_link.normalised_mse(far, wanted, weight), got, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_loss_of_the_teacher_itself_is_zero(student, teacher, batch, monkeypatch):
     losses = []
     for _ in range(2):

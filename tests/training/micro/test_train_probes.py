@@ -59,6 +59,7 @@ def test_only_first_truncates_and_restores():
         hook.remove()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kontext", "qwen"])
 def test_only_text_encoders_and_first_blocks_change(name, tmp_path, few_tasks):
     pipe, probes = untrained(name)
