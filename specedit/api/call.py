@@ -81,6 +81,10 @@ def accelerated_call(
         with pipe.progress_bar(total=config.nfe + (config.draft_steps if drafted else 0)) as trace.bar:
             method = config.method_options
             outcome = (sampler if method is None else method).edit(run, edit_mask)
+        if config.keep_pixels and not outcome.has_edit_mask:
+            warn_caller(
+                "keep_pixels not applied, so any pixel may change: nothing found what is edited; pass edit_mask"
+            )
         with trace.timed("decode"):
             images = decoded(run, outcome, arguments["output_type"])
         record.report = report_of(run, outcome, images, arguments, trace.clock() - began)

@@ -1,6 +1,7 @@
 """Fewer stock steps as a method, and what every method goes through."""
 
 import dataclasses
+import warnings
 
 import numpy as np
 import pytest
@@ -96,3 +97,14 @@ def test_a_mask_that_nothing_reads_is_an_error_before_any_work(pipe, edit):
     pipe.transformer.forward = None
     with pytest.raises(ValueError, match=r"^edit_mask: expected none with method='steps'"):
         edit(pipe, edit_mask=torch.ones(128, 128))
+
+
+@pytest.mark.parametrize("fields", [dict(method="steps"), dict(selector="uniform", steps=(0, 1, 1))], ids=str)
+def test_pixels_that_nothing_keeps_are_warned_of(pipe, edit, fields):
+    specedit.install(pipe, keep_pixels=True, **fields)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="^keep_pixels not applied, so any pixel may change"):
+            edit(pipe, num_inference_steps=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        edit(pipe, num_inference_steps=2, edit_mask=torch.ones(128, 128))
