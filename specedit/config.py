@@ -10,7 +10,7 @@ from . import field_checks, registry, switch_checks
 from .checks import integer, suggest
 from .choices import CHOICES as CHOICES
 from .choices import Attention, DraftCondition, KeyBias, Locked, Restore, Rope, VerifyAt
-from .field_checks import scaled_steps, taken_steps
+from .field_checks import taken_steps
 from .forecast_options import ForecastOptions, options_of
 from .method_options import OWN, Method, method_of
 
@@ -300,7 +300,7 @@ class SpecEditConfig:
         n = integer("num_inference_steps", n, 1)
         if self.method_options is not None:
             return self._replaced(None, method=self.method_options.with_steps(n))
-        changes: dict[str, Any] = {"steps": scaled_steps(self.steps, n)}
+        changes: dict[str, Any] = {"steps": field_checks.scaled_stages(self.steps, self.restore, n)}
         switch_checks.check_fewer_steps(self, changes["steps"])
         if self.forecast is not None and not switch_checks.can_forecast(self, changes["steps"]):
             changes |= dict.fromkeys(("forecast", *FORECAST_FIELDS))

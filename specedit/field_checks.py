@@ -47,6 +47,15 @@ def scaled_steps(old: tuple[int, int, int], n: int) -> tuple[int, int, int]:
     return new[0], new[1], new[2]
 
 
+def scaled_stages(old: tuple[int, int, int], restore: str, n: int) -> tuple[int, int, int]:
+    """`scaled_steps` of a configuration: one without a mixed stage does not get one.
+
+    With restore="pixels" a second full step would run on the mixed sequence.
+    """
+    coarse_alone = restore == "pixels" and taken_steps(old, restore)[1] == 0
+    return (n - 1, 0, 1) if coarse_alone else scaled_steps(old, n)
+
+
 def boundaries(value: Any) -> tuple[float, float]:
     """Sigmas at which the coarse and the mixed stage end."""
     expected = "two sigmas (s1, s2) with 0 < s1 < 1 and 0 < s2 < 2*s1/(1+s1)"

@@ -176,3 +176,9 @@ def test_fewer_steps_keep_one_before_the_full_one(pipe, edit):
     specedit.install(pipe, config)
     edit(pipe, num_inference_steps=2)
     assert specedit.report(pipe).nfe == 2
+
+
+@pytest.mark.parametrize("n", [2, 3, 9])
+def test_other_numbers_of_steps_add_no_mixed_stage(n):
+    config = SpecEditConfig(restore="pixels", steps=(4, 0, 1)).with_steps(n)
+    assert config.steps == (n - 1, 0, 1) and not config.is_mixed and not config.uses_draft
