@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from .checks import integer
+from .checks import integer, options_class
 from .registry import forecasts
 
 if TYPE_CHECKING:
@@ -122,16 +122,13 @@ def register_forecast(options: Options) -> Options:
     """Make a forecast method known by its name: `SpecEditConfig(forecast="name")`. Use it as a decorator.
 
     Args:
-        options: a frozen dataclass that derives from `ForecastOptions` and has a `name`.
+        options: a frozen dataclass that derives from `ForecastOptions`, has a `name`, and gives every field a default.
 
     Raises:
         TypeError: it is not such a class.
         ValueError: another method has its name.
     """
-    if not (isinstance(options, type) and issubclass(options, ForecastOptions)):
-        raise TypeError(f"forecast: expected a class that derives from ForecastOptions, got {options!r}")
-    if "__dataclass_fields__" not in vars(options) or not vars(options)["__dataclass_params__"].frozen:
-        raise TypeError(f"forecast: expected a class with @dataclass(frozen=True) below the decorator, got {options!r}")
+    options_class("forecast", options, ForecastOptions)
     return forecasts.register(options.name, options)  # type: ignore[return-value]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
-from .checks import suggest
+from .checks import default_of, options_class, suggest
 from .registry import methods
 
 OWN = "specedit"  # the method of specedit.method, which needs no options of its own
@@ -67,8 +67,8 @@ class Method(ABC):
     @property
     def label(self) -> str:
         """The name, followed by the options that differ from the defaults, as "ralu, setting='7x'"."""
-        fields = [f for f in dataclasses.fields(self) if f.init and getattr(self, f.name) != f.default]
-        return ", ".join([self.name, *(f"{f.name}={getattr(self, f.name)!r}" for f in fields)])
+        changed = [f.name for f in dataclasses.fields(self) if f.init and getattr(self, f.name) != default_of(f)]
+        return ", ".join([self.name, *(f"{name}={getattr(self, name)!r}" for name in changed)])
 
     @property
     @abstractmethod
@@ -103,16 +103,13 @@ def register_method(method: Options) -> Options:
     """Make a method known by its name: `specedit.install(pipe, method="name")`. Use it as a decorator.
 
     Args:
-        method: a frozen dataclass that derives from `Method` and has a `name`.
+        method: a frozen dataclass that derives from `Method`, has a `name`, and gives every field a default.
 
     Raises:
         TypeError: it is not such a class.
         ValueError: another method has its name.
     """
-    if not (isinstance(method, type) and issubclass(method, Method)):
-        raise TypeError(f"method: expected a class that derives from Method, got {method!r}")
-    if "__dataclass_fields__" not in vars(method) or not vars(method)["__dataclass_params__"].frozen:
-        raise TypeError(f"method: expected a class with @dataclass(frozen=True) below the decorator, got {method!r}")
+    options_class("method", method, Method)
     if method.name == OWN:
         raise ValueError(f"method: expected a new name, got {OWN!r}, which SpecEdit has")
     return methods.register(method.name, method)  # type: ignore[return-value]
@@ -129,6 +126,10 @@ def method_of(value: object) -> Method | None:
         return value
     fields = dict(value) if isinstance(value, Mapping) else {"name": value}
     name = fields.pop("name", None)
+    if name == OWN and not fields:
+        return None
+    if isinstance(name, type) and issubclass(name, Method):
+        raise TypeError(f"method: expected a name or options, such as {name.__name__}(), got the class {name!r}")
     if not isinstance(name, str) or name not in methods:
         raise methods.unknown(name, f"{OWN!r} or ")
     made = methods[name]

@@ -73,3 +73,40 @@ def test_what_is_no_method_is_not_registered():
             specedit.register_method(wrong)
     with pytest.raises(ValueError, match=r"^method: expected a new name, got 'specedit'"):
         specedit.register_method(dataclasses.dataclass(frozen=True)(Own))
+
+
+def test_a_class_that_its_name_cannot_make_is_not_registered():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Needy(Halves):
+        share: float
+
+        name = "needy"
+
+    with pytest.raises(
+        TypeError, match=r"^method: expected defaults of all fields, got .*Needy'> without one of share"
+    ):
+        specedit.register_method(Needy)
+
+    @dataclasses.dataclass(frozen=True)
+    class Unfinished(Method):
+        name = "unfinished"
+
+    with pytest.raises(TypeError, match=r"^method: expected a class that defines edit, nfe, with_steps, got .*Unfin"):
+        specedit.register_method(Unfinished)
+    assert "needy" not in methods and "unfinished" not in methods
+
+
+def test_a_label_names_what_differs_from_the_defaults():
+    @dataclasses.dataclass(frozen=True)
+    class Listed(Halves):
+        ends: list = dataclasses.field(default_factory=lambda: [1, 2])
+
+        name = "listed"
+
+    assert Listed().label == "listed" and Listed(ends=[1]).label == "listed, ends=[1]"
+
+
+def test_specedit_itself_may_be_named_in_any_form():
+    assert SpecEditConfig(method={"name": "specedit"}).method_options is None
+    with pytest.raises(TypeError, match=r"^method: expected a name or options, such as Halves\(\), got the class"):
+        SpecEditConfig(method=Halves)
