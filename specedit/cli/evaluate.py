@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from pathlib import Path
 from typing import Any
 
-from ..config import CHOICES, DEFAULT_PRESET, presets
+from ..config import CHOICES, DEFAULT_PRESET, presets, resolve
 from ..io.files import check_folder, check_writable
 from . import loading, methods, pipelines
 from .bounds import CASES, LARGEST_EMBEDDED, SCALE, STEPS, check_numbers, check_size, seed_number
@@ -80,7 +81,12 @@ def _check(args) -> dict[str, Any]:
         raise CLIError(f"--restore: expected none with --preset stock, which restores nothing, got {args.restore}")
     if args.json is not None:
         check_writable("--json", args.json)
-    return methods.overrides(args) | ({} if args.restore is None else {"restore": args.restore})
+    overrides = methods.overrides(args) | ({} if args.restore is None else {"restore": args.restore})
+    if args.preset != "stock":
+        config = resolve(args.preset, **overrides)
+        if args.steps is not None:
+            config.with_steps(args.steps)  # rejects too few
+    return overrides
 
 
 def _micro(args) -> int:
@@ -104,12 +110,16 @@ def _micro(args) -> int:
     result = micro.evaluate(pipe, tqdm(cases, desc=methods.named(args)), args.steps)
     print(f"{'':12}{'tasks':>6}" + "".join(f"{heading:>9}" for _, heading, *_ in _COLUMNS))
     for name, row in [*result["kinds"].items(), ("all", result["mean"])]:
-        cells = (form.format(row[key] * scale) if key in row else "-" for key, _, scale, form in _COLUMNS)
+        cells = (_cell(row.get(key, math.nan) * scale, form) for key, _, scale, form in _COLUMNS)
         print(f"{name:12}{row['count']:6.0f}" + "".join(f"{cell:>9}" for cell in cells))
     if args.json is not None:
         results.write(args.json, _command(args), result["cases"], mean=result["mean"])
         print(f"wrote {args.json}")
     return 0
+
+
+def _cell(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else form.format(value)
 
 
 def _public(args) -> int:
@@ -125,7 +135,7 @@ def _public(args) -> int:
     from tqdm.auto import tqdm
 
     from ..api.installing import install
-    from ..config import STOCK_STEPS, resolve
+    from ..config import STOCK_STEPS
     from ..evaluation import results, tasks
     from ..evaluation import runs as evaluation
 

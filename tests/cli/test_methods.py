@@ -50,6 +50,8 @@ def test_a_published_setting_runs(tmp_path):
         (["--method", "steps", "--setting", "9"], "setting: expected a published one of 'steps'"),
         (["--method", "steps", "--preset", "turbo"], "--preset: expected none with --method steps, got turbo"),
         (["--method", "steps", "--restore", "full"], "--restore: expected none with --method steps, got full"),
+        (["--method", "ralu", "--steps", "2"], "num_inference_steps: expected at least 3 with method='ralu'"),
+        (["--restore", "pixels", "--steps", "1"], "num_inference_steps: expected at least 2 with restore='pixels'"),
         (["--setting", "8"], "--setting: expected none without another --method, got 8"),
         (["--plugin", "none.py"], "--plugin: expected a Python file, got none.py"),
     ],
@@ -65,3 +67,10 @@ def test_a_plugin_that_fails_says_why(refused, tmp_path):
         "eval", "micro", "--plugin", broken
     )
     assert PLUGIN not in sys.modules
+
+
+def test_what_cannot_be_judged_is_a_dash(tmp_path, capsys):
+    given = ["eval", "micro", "--cases", "1", "--textures", "1", "--size", "64", "--method", "steps", "--setting", "1"]
+    assert cli.main(given) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("texture"))
+    assert "nan" not in row and row.split()[2:7] == ["-"] * 5
