@@ -28,7 +28,7 @@ class StageReport:
         seconds: wall-clock time of the whole stage.
         cached: steps that a temporal cache forecast, for all or most tokens.
         reused: steps that computed some tokens only, with cached keys and values of the others (`reference_refresh`,
-            `locked="cached"`).
+            `locked="cached"`, and the methods "spotedit" and "regione").
     """
 
     name: str
@@ -192,9 +192,7 @@ class RunReport:
     def title(self) -> str:
         """One line: the preset, its steps, what was saved and how much was edited."""
         name = f"SpecEdit {self.preset}" if self.preset else "SpecEdit"
-        alone = self.config is not None and self.config.locked == "cached"
-        reused = "on fine tokens alone" if alone else "on the target alone"
-        counts = [(self.cached_steps, "cached"), (self.reused_steps, reused)]
+        counts = [(self.cached_steps, "cached"), (self.reused_steps, f"on {self._reusing()} alone")]
         apart = ", ".join(f"{count} {what}" for count, what in counts if count)
         samples = max((len(grid) for grid in (self.score, self.edit_mask) if grid is not None), default=1)
         seen = "drafts" if self.draft_steps else "coarse stages"
@@ -204,6 +202,12 @@ class RunReport:
             + (f"; {self.empty_drafts} of {samples} {seen} showed no change" if self.empty_drafts else "")
             + (f"; {self.overflowed} of {samples} scores were not finite" if self.overflowed else "")
         )
+
+    def _reusing(self) -> str:
+        """The tokens that `reused_steps` compute."""
+        if self.config is not None and self.config.method_options is not None:
+            return "some tokens"
+        return "fine tokens" if self.config is not None and self.config.locked == "cached" else "the target"
 
     def _compared(self) -> str:
         """The comparison with `stock_steps` stock steps, and with the paper's 50 if these differ."""

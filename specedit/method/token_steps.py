@@ -62,7 +62,7 @@ def some_velocity(run: Run, group: LayoutGroup, i: int, index: Tensor, fusion: F
     run.set_current_timestep(group.sigmas[i])
     partial = group.tokens_kv.some(index, fusion)
     run.trace.calls += forward_calls(run, group, run.state.branches, partial[0])
-    group.cached += 1
+    group.reused += 1
     return run.adapter.guide(run, run.adapter.predict(run, group, group.sigmas[i], partial))
 
 

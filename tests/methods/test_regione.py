@@ -158,7 +158,8 @@ def test_velocity_decays_by_the_published_formula(pipe, edit, monkeypatch):
         expected.append(last * product)
     assert velocities == pytest.approx(expected[1:], rel=1e-2)
     assert 0.8 < min(expected) < 0.98 and len(calls.tokens) == computed + 3
-    assert specedit.report(pipe).cached_steps == 28 - 9
+    report = specedit.report(pipe)
+    assert (report.cached_steps, report.reused_steps) == (28 - len(calls.tokens), len(calls.tokens) - 9)
 
 
 def test_straight_trajectories_arrive_exactly(pipe, edit, monkeypatch):
@@ -184,7 +185,7 @@ def test_all_edited_and_never_cached_is_stock_but_for_the_references_keys(pipe, 
     stock = edit(pipe)
     specedit.install(pipe, method=RegionE(count=6, warmup=5, smooth=0, threshold=1, decay_threshold=0))
     one = edit(pipe)  # a single step with keys of the step before
-    assert specedit.report(pipe).edit_fraction == 1 and specedit.report(pipe).cached_steps == 1
+    assert specedit.report(pipe).edit_fraction == 1 and specedit.report(pipe).reused_steps == 1
     assert (one - stock).abs().mean() < 0.05 * stock.abs().mean()
 
 
@@ -195,7 +196,8 @@ def test_flops_are_those_of_the_tokens_that_run(pipe, edit):
     calls += [step_calls("", [16], 64, 64, samples=1, trims=True, fresh=8)[0]] * 4
     report = specedit.report(pipe)
     assert report.flops == flops_of(calls, pipe.transformer.config)
-    assert report.edit_fraction == 2 / 16 and report.cache_bytes > 0 and report.cached_steps == 4
+    assert report.edit_fraction == 2 / 16 and report.cache_bytes > 0
+    assert (report.cached_steps, report.reused_steps) == (0, 4) and "NFE 8 (4 on some tokens alone)" in str(report)
     specedit.install(pipe, method=RegionE(count=8, warmup=2, smooth=1, refresh=(5,), decay_threshold=1))
     edit(pipe, edit_mask=mask_of((0, 0), (1, 2)))
     assert specedit.report(pipe).flops < report.flops
@@ -262,7 +264,7 @@ def test_qwen_with_both_guidance_branches(make_qwen, picture):
     specedit.install(pipe, method=RegionE(count=5, warmup=4, smooth=1))
     torch.testing.assert_close(run(), stock)
     specedit.install(pipe, method=RegionE(count=5, warmup=2, refresh=(), decay_threshold=0))
-    assert run(edit_mask=mask_of((1, 1))).isfinite().all() and specedit.report(pipe).cached_steps == 2
+    assert run(edit_mask=mask_of((1, 1))).isfinite().all() and specedit.report(pipe).reused_steps == 2
     assert run().isfinite().all()
 
 

@@ -125,7 +125,7 @@ def test_nothing_skipped_is_stock(pipe, edit):
     specedit.install(pipe, method=SpotEdit(count=6, initial=2, threshold=0))
     torch.testing.assert_close(edit(pipe), stock, rtol=1e-4, atol=1e-4)
     report = specedit.report(pipe)
-    assert (report.nfe, report.cached_steps, report.edit_fraction) == (6, 0, 1) and report.flops == flops
+    assert (report.nfe, report.reused_steps, report.edit_fraction) == (6, 0, 1) and report.flops == flops
     assert report.score.shape == (1, 8, 8)
     specedit.install(pipe, method=SpotEdit(count=6, initial=6))
     assert torch.equal(edit(pipe), stock)
@@ -142,7 +142,7 @@ def test_skipped_tokens_end_as_the_references(pipe, edit, picture):
     same = (latents == reference).all(-1)[0]
     assert 0.2 < same.float().mean() < 0.9 and not (whole == reference).all(-1).any()
     changed = ~same.view(4, 2, 4, 2).transpose(1, 2).flatten(2).all(-1)
-    assert torch.equal(report.edit_mask[0], changed) and report.cached_steps > 0
+    assert torch.equal(report.edit_mask[0], changed) and report.reused_steps > 0
 
 
 def test_everything_skipped_computes_nothing_more(pipe, edit):
@@ -161,7 +161,7 @@ def test_flops_are_those_of_the_tokens_that_run(pipe, edit):
     calls += [step_calls("", [16], 64, 64, samples=1, trims=True, fresh=8)[0]] * 3
     report = specedit.report(pipe)
     assert report.flops == flops_of(calls, pipe.transformer.config)
-    assert report.edit_fraction == 2 / 16 and report.cache_bytes > 0 and report.cached_steps == 3
+    assert report.edit_fraction == 2 / 16 and report.cache_bytes > 0 and report.reused_steps == 3
 
 
 @pytest.mark.parametrize("fusion", ["cosine", "none"])
@@ -212,10 +212,10 @@ def test_qwen_with_both_guidance_branches(make_qwen, picture):
     torch.testing.assert_close(run(), stock, rtol=1e-3, atol=1e-3)
     threshold = float(specedit.report(pipe).score.median())
     specedit.install(pipe, method=SpotEdit(count=5, initial=2, resets=(), threshold=threshold, dilation=0))
-    assert run().isfinite().all() and specedit.report(pipe).cached_steps == 3
+    assert run().isfinite().all() and specedit.report(pipe).reused_steps == 3
     assert 0 < specedit.report(pipe).edit_fraction < 1
     run(edit_mask=mask_of((1, 1), size=(144, 112)))
-    assert specedit.report(pipe).cached_steps == 3
+    assert specedit.report(pipe).reused_steps == 3
 
 
 def test_a_region_grows_by_the_dilation(pipe, edit):
@@ -263,7 +263,7 @@ def test_scores_that_overflow_leave_the_picture_as_stock(pipe, edit, monkeypatch
     monkeypatch.setattr(spotedit, "token_score", lambda first, second, grid: torch.full((1, *grid.shape), torch.nan))
     specedit.install(pipe, method=SpotEdit(count=4, initial=2, resets=()))
     edit(pipe)
-    assert (specedit.report(pipe).overflowed, specedit.report(pipe).cached_steps) == (1, 0)
+    assert (specedit.report(pipe).overflowed, specedit.report(pipe).reused_steps) == (1, 0)
 
 
 def test_callbacks_see_every_step_and_may_interrupt(pipe, edit):
