@@ -78,6 +78,8 @@ class Speed(Method):
         1 / (1 + sqrt(delta / (P (1 + P - delta)))), P the power at the coarse grid's highest frequency.
         """
         power = self.amplitude * (0.5 * min(height, width) / 2) ** -self.decay
+        if not power:  # less than a float can hold
+            return 0.0
         return 1 / (1 + math.sqrt(self.delta / (power * (1 + power - self.delta))))
 
     def switch_step(self, sigmas: list[float], height: int, width: int) -> int:

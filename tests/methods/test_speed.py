@@ -146,3 +146,7 @@ def test_a_power_law_is_found_again():
 def test_options_are_checked(options, error, message):
     with pytest.raises(error, match=message):
         Speed(**options)
+
+
+def test_a_spectrum_that_vanishes_leaves_one_full_step():
+    assert Speed(decay=5000.0).switch_sigma(128, 128) == 0

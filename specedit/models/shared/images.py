@@ -70,7 +70,7 @@ def too_small(sizes: Iterable[tuple[int, int]], multiple: int) -> str | None:
     """Why pictures of these heights and widths run stock, or None. `multiple`: px a token."""
     if min(min(size) for size in sizes) // multiple >= FEWEST:
         return None
-    return f"a picture with fewer than {FEWEST} tokens a side, {FEWEST * multiple} px, is too small for a draft"
+    return f"a picture with fewer than {FEWEST} tokens a side, {FEWEST * multiple} px, is too small to be halved twice"
 
 
 def pictures_of(image: Any, values: bool = False) -> list[Image.Image | np.ndarray | Tensor]:
