@@ -83,7 +83,7 @@ def accelerated_call(
             outcome = (sampler if method is None else method).edit(run, edit_mask)
         if config.keep_pixels and not outcome.has_edit_mask:
             warn_caller(
-                "keep_pixels not applied, so any pixel may change: nothing found what is edited; pass edit_mask"
+                "keep_pixels not applied, so any pixel may change: without edit_mask nothing says what is edited"
             )
         with trace.timed("decode"):
             images = decoded(run, outcome, arguments["output_type"])
