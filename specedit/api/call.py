@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..method import restore, sampler
+from ..method import offered, restore, sampler
 from ..method.adapter import Run
 from ..method.callback import StepCallback
 from ..method.trace import Trace
@@ -67,6 +67,7 @@ def accelerated_call(
     try:
         with trace.timed("encode"):
             edit_mask = inputs.check(arguments, edit_mask, config)
+            offered.check(adapter, config)
             drafted = config.uses_draft and edit_mask is None
             if config.needs_decoder(masked=edit_mask is not None) == "features":
                 check_decoder(pipe.vae)

@@ -11,13 +11,8 @@ from .locked import fine_index
 
 
 def cache_maker(run: Run) -> Callable[[list[LayoutGroup], bool], None]:
-    """A function of groups and whether their stage is the run's first, which gives them their caches.
-
-    Raises:
-        ValueError: the adapter does not offer what the configuration asks for; raised before any work.
-    """
+    """A function of groups and whether their stage is the run's first, which gives them their caches."""
     make_forecast = forecast_maker(run)
-    reference_kv_cache(run)
 
     def attach(groups: list[LayoutGroup], first: bool) -> None:
         for group in (group.computed for group in groups):
@@ -39,14 +34,7 @@ def drop_caches(groups: list[LayoutGroup]) -> None:
 def reference_kv_cache(run: Run) -> ReferenceKVCache | None:
     """What a group will keep of text and reference, or None where the configuration keeps nothing."""
     refresh = run.config.reference_refresh
-    if refresh is None:
-        return None
-    if not run.adapter.keeps_reference:
-        raise ValueError(
-            f"reference_refresh: expected None for {run.adapter.name}, which cannot compute the target's tokens alone, "
-            f"got {refresh}"
-        )
-    return ReferenceKVCache(refresh)
+    return None if refresh is None else ReferenceKVCache(refresh)
 
 
 def forecast_maker(run: Run) -> Callable[..., ForecastRunner] | None:
@@ -54,10 +42,5 @@ def forecast_maker(run: Run) -> Callable[..., ForecastRunner] | None:
     options = run.config.forecast_options
     if options is None:
         return None
-    if options.token_wise and not run.adapter.token_wise:
-        raise ValueError(
-            f"forecast: {options.name!r} computes single tokens again, which {run.adapter.name} does not offer; "
-            "expected another forecast"
-        )
     shared = options.prepare(run.pipe)
     return partial(ForecastRunner, options, branches=run.state.branches, shared=shared, backend=run.state.backend)

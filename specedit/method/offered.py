@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from .adapter import Run
+from ..config import SpecEditConfig
+from .adapter import Adapter
 
 
-def check(run: Run) -> None:
+def check(adapter: Adapter, config: SpecEditConfig) -> None:
     """ValueError where the adapter cannot do what the configuration asks for."""
-    adapter, config = run.adapter, run.config
+    options = config.forecast_options
+    if options is not None and options.token_wise and not adapter.token_wise:
+        raise ValueError(
+            f"forecast: {options.name!r} computes single tokens again, which {adapter.name} does not offer; expected "
+            "another forecast"
+        )
+    if config.reference_refresh is not None and not adapter.keeps_reference:
+        raise ValueError(
+            f"reference_refresh: expected None for {adapter.name}, which cannot compute the target's tokens alone, "
+            f"got {config.reference_refresh}"
+        )
     if config.locked == "cached" and not adapter.skips_tokens:
         raise ValueError(
             f"locked: expected 'coarse' or 'reference' for {adapter.name}, which cannot compute some target tokens "

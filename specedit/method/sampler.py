@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..registry import selectors
 from . import draft as drafts
-from . import offered, restore, verify
+from . import restore, verify
 from .adapter import LayoutGroup, Run
 from .caches import cache_maker, drop_caches
 from .cells import CellMasks, no_cells
@@ -48,7 +48,6 @@ class Outcome:
 def edit(run: Run, edit_mask: Any = None) -> Outcome:
     """Edit one batch. edit_mask: the caller's, as `masks.read` takes it, in place of draft and verification."""
     config, trace, state = run.config, run.trace, run.state
-    offered.check(run)
     make_caches = cache_maker(run)
 
     # Section 3.3: draft the edit at a fraction of the tokens, and verify which cells it changes.

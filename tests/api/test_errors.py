@@ -7,6 +7,7 @@ from diffusers import AutoencoderTiny
 from PIL import Image
 
 import specedit
+from specedit.models.flux import FluxKontext
 from tests.api.common import CORNER, QUICK
 
 
@@ -168,3 +169,21 @@ def test_a_huge_picture(pipe, edit, picture, monkeypatch):
     out = np.asarray(edit(pipe, image=image, _auto_resize=True, edit_mask=CORNER, output_type="pil")[0])
     resized = np.asarray(image.resize((128, 160), Image.Resampling.LANCZOS))[:128]  # the model takes all of it
     assert out.shape == (128, 128, 3) and np.array_equal(out[96:], resized[96:])
+
+
+@pytest.mark.parametrize(
+    ("offer", "fields"),
+    [
+        ("skips_tokens", dict(locked="cached")),
+        ("encodes_pixels", dict(restore="pixels")),
+        ("measures_attention", dict(reference_keep=0.5)),
+        ("keeps_reference", dict(reference_refresh=2)),
+        ("token_wise", dict(forecast="toca")),
+    ],
+)
+def test_what_a_model_does_not_offer_is_refused_before_its_inputs_are_encoded(pipe, edit, monkeypatch, offer, fields):
+    monkeypatch.setattr(FluxKontext, offer, False)
+    monkeypatch.setattr(FluxKontext, "prepare", lambda *_: pytest.fail("the call's inputs were encoded"))
+    specedit.install(pipe, **fields)
+    with pytest.raises(ValueError, match=f"^{next(iter(fields))}: .*flux-kontext"):
+        edit(pipe)

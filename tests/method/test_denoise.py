@@ -8,6 +8,7 @@ import torch
 
 from specedit.config import SpecEditConfig
 from specedit.layout import MixedLayout, TokenGrid
+from specedit.method import offered
 from specedit.method.adapter import EditState, LayoutGroup, Run, active_branches
 from specedit.method.caches import reference_kv_cache
 from specedit.method.denoise import euler_step, group_velocity
@@ -109,7 +110,7 @@ def test_an_adapter_that_cannot_keep_the_reference_is_named():
     run = make_run(reference_refresh=2)
     run.adapter.keeps_reference = False
     with pytest.raises(ValueError, match="reference_refresh: expected None for recorder, which cannot"):
-        reference_kv_cache(run)
+        offered.check(run.adapter, run.config)
 
 
 def test_a_stage_row_has_the_mean_tokens_of_its_samples():
