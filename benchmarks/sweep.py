@@ -20,7 +20,9 @@ from specedit.api.installing import install
 BASE = {"preset": "turbo", "restore": "reference"}
 GRID: dict[str, list[dict]] = {
     "base": [{}],
-    "restore": [{"restore": "full"}],
+    "restore": [{"restore": "full"}, {"restore": "pixels"}],
+    "locked": [{"locked": "cached"}, {"locked": "reference"}],
+    "reference_keep": [{"reference_keep": share} for share in (0.15, 0.5)],
     "boundaries": [{"boundaries": b} for b in ((0.9, 0.75), (0.8, 0.65), (0.6, 0.45), (0.5, 0.3), (0.4, 0.25))],
     "verify_coarse": [{"verify_coarse": False}],
     "threshold (full)": [{"verify_at": "full", "threshold": t} for t in (0.2, 0.35, 0.5, 0.75, 1.0)],
@@ -29,7 +31,7 @@ GRID: dict[str, list[dict]] = {
     "uniform_stride": [{"uniform_stride": k} for k in (0, 2, 4, 6)],
     "key_bias": [{"key_bias": "none"}],
     "rope": [{"rope": "phase_aligned"}],
-    "draft_steps": [{"draft_steps": n} for n in (2, 4, 6, 12)],
+    "draft_steps": [{"draft_steps": n} for n in (0, 1, 2, 4, 6, 12)],
     "draft_scale": [{"draft_scale": 2}],
     "selector": [{"selector": s} for s in ("edges", "variance", "uniform")],
     "reference_refresh": [{"reference_refresh": r} for r in (2, 4)],

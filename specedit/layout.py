@@ -292,6 +292,10 @@ class LayoutSet:
     def is_mixed(self) -> bool:
         return any(layout.is_mixed for layout in self.layouts)
 
+    @property
+    def area(self) -> Tensor:
+        return torch.cat([layout.area for layout in self.layouts])
+
 
 def cells_touched(mask: Tensor, grid: TokenGrid) -> Tensor:
     """(B, cells_h, cells_w) bool: cells that overlap a nonzero sample of `mask` (B, H, W) at any resolution."""

@@ -41,6 +41,7 @@ def test_a_run_scores_both_sides_and_a_users_method(tmp_path):
     assert rows["turbo-reference"]["preset"] == "turbo"
 
 
+@pytest.mark.slow
 def test_every_single_switch_runs(tmp_path):
     every, out = methods.variants(), tmp_path / "m.json"
     ideas = [name for name, settings in every.items() if settings["group"] == "idea"]

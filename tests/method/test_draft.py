@@ -63,6 +63,8 @@ def test_upsample_is_bilinear_in_latent_pixels(scale, shape, geometry):
 class Recorder:
     """An adapter whose velocity is a constant; it remembers what it was asked."""
 
+    fixed_reference = False
+
     def __init__(self, velocity):
         self.constant, self.calls = velocity, []
 

@@ -119,7 +119,7 @@ class FluxBlocks(BlockAdapter):
     def _context(self, run: Run, group: LayoutGroup, ids: Tensor, stores: bool) -> contexts.Context | None:
         """The attention context, or None for a stock call."""
         state, config, layout, beside = run.state, run.config, group.layout, group.reference_layout
-        area = torch.cat([layout.area, *(one.area for one in beside.layouts)]).to(state.device)
+        area = torch.cat([layout.area, beside.area]).to(state.device)
         target, mixed = len(layout.area), layout.is_mixed or beside.is_mixed
         text = torch.zeros(state.text_tokens, device=area.device)
         bias = torch.cat([text, area.log()]) if mixed and config.key_bias == "area" else None
