@@ -59,7 +59,8 @@ def options_class(kind: str, made: Any, base: type) -> None:
         raise TypeError(f"{kind}: expected a class with @dataclass(frozen=True) below the decorator, got {made!r}")
     if missing := sorted(getattr(made, "__abstractmethods__", ())):
         raise TypeError(f"{kind}: expected a class that defines {', '.join(missing)}, got {made!r} without")
-    fields = [field for field in dataclasses.fields(made) if field.init]
+    every: Any = made  # a dataclass by now
+    fields = [field for field in dataclasses.fields(every) if field.init]
     if bare := [field.name for field in fields if default_of(field) is dataclasses.MISSING]:
         raise TypeError(f"{kind}: expected defaults of all fields, got {made!r} without one of {', '.join(bare)}")
 

@@ -66,7 +66,7 @@ class Method(ABC):
 
     @property
     def label(self) -> str:
-        """The name, followed by the options that differ from the defaults, as "ralu, setting='7x'"."""
+        """The name, followed by the options that differ from the defaults, as "steps, count=10"."""
         changed = [f.name for f in dataclasses.fields(self) if f.init and getattr(self, f.name) != default_of(f)]
         return ", ".join([self.name, *(f"{name}={getattr(self, name)!r}" for name in changed)])
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..checks import integer
 from ..evaluation.metrics import mean, psnr
 from .editors import editor_named, editor_of
 from .judging import Judge, judge_of
@@ -64,7 +65,11 @@ def texture_cases(count: int, size: int | tuple[int, int] = 512, first: int = 0)
 
     No task of another kind, and no training, uses these seeds. Tables for choosing settings have another `first` than
     tables that report quality.
+
+    Raises:
+        TypeError, ValueError: `count` is not an integer of at least 0.
     """
+    count = integer("count", count, 0)
     return [sample(TEXTURE_SEED + first + i, size, "texture") for i in range(count)]
 
 

@@ -43,12 +43,14 @@ def texture(
     `top`, `left`: the window's first row and column in the texture, in pixels.
 
     Raises:
-        ValueError: another material than `MATERIALS`, or a seed below 0.
+        ValueError: another material than `MATERIALS`, a seed below 0, or no pixel.
     """
     if material not in PALETTES:
         raise ValueError(f"material: expected one of {', '.join(MATERIALS)}, got {material!r}")
     if not isinstance(seed, int | np.integer) or seed < 0:
         raise ValueError(f"seed: expected an integer >= 0, got {seed!r}")
+    if min(height, width) < 1:
+        raise ValueError(f"height, width: expected at least 1 px a side, got {height} x {width}")
     rng = np.random.default_rng([MATERIALS.index(material), int(seed)])
     colours = np.array(PALETTES[material]) + rng.uniform(-JITTER, JITTER, (len(PALETTES[material]), 3))
     palette = torch.tensor(colours, dtype=torch.float32, device=device)[..., None, None]

@@ -74,6 +74,7 @@ def test_palettes_are_those_of_the_words():
         (("sand", 0, 32, 32), r"material: expected one of clouds, .*, got 'sand'"),
         (("clouds", -1, 32, 32), r"seed: expected an integer >= 0, got -1"),
         (("clouds", 0.5, 32, 32), r"seed: expected an integer >= 0, got 0\.5"),
+        (("clouds", 0, 0, 32), r"height, width: expected at least 1 px a side, got 0 x 32"),
     ],
 )
 def test_wrong_arguments_are_named(call, says):
@@ -192,3 +193,9 @@ def test_a_new_material_is_added_at_the_end():
     assert textures.MATERIALS[:6] == ("clouds", "marble", "wood grain", "pebbles", "ripples", "brush strokes")
     means = [float(texture(m, 0, 64, 64).mean()) for m in MATERIALS[:6]]
     assert means == pytest.approx(RECORDED, abs=2e-3)
+
+
+@pytest.mark.parametrize(("count", "error"), [(-1, ValueError), (2.5, TypeError)])
+def test_the_number_of_textures_is_checked(count, error):
+    with pytest.raises(error, match=r"^count: expected an integer of at least 0, got"):
+        micro.texture_cases(count, 64)
