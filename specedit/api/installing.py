@@ -38,8 +38,8 @@ def install(pipe: P, config: str | SpecEditConfig | None = None, **overrides: Un
 
     Raises:
         TypeError: a pipeline that is not supported, or an unknown field.
-        ValueError: a preset or value that does not exist, fields that exclude each other, a method that does not fit the
-            model, or a pipeline that was loaded without its transformer. The pipeline stays as it was.
+        ValueError: a preset or value that does not exist, fields that exclude each other, a method that does not fit
+            the model, or a pipeline that was loaded without its transformer. The pipeline stays as it was.
         ImportError: a diffusers that is too old.
     """
     check_diffusers()
