@@ -107,9 +107,10 @@ def test_keep_pixels_of_another_size(pipe, edit, picture):
     assert specedit.report(pipe).edit_mask[0].int().tolist() == [[1, 1, 1, 0]] * 2 + [[0] * 4] + [[1] * 4]
 
 
-def test_keep_pixels_without_any_mask_returns_the_edit(pipe, edit, picture):
+def test_keep_pixels_without_any_mask_returns_the_edit_and_warns(pipe, edit, picture):
     specedit.install(pipe, steps=(1, 1, 1), selector="uniform", keep_pixels=True)
-    out = edit(pipe, output_type="pt")
+    with pytest.warns(UserWarning, match="^keep_pixels not applied"):
+        out = edit(pipe, output_type="pt")
     specedit.install(pipe, steps=(1, 1, 1), selector="uniform", keep_pixels=False, uniform_stride=1)
     close(edit(pipe, output_type="pt"), out)
 
