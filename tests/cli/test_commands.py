@@ -125,6 +125,7 @@ def test_gpu_without_kernels_uses_pytorch(monkeypatch, capsys):
         assert capsys.readouterr().err == ("" if error is None else said)
 
 
+@pytest.mark.slow
 def test_commands_run_with_the_attention_of_this_machine(shallow_editors, monkeypatch, tmp_path, picture):
     import specedit
     from specedit.micro import timing as bench

@@ -84,6 +84,7 @@ def test_longcat_has_the_autoencoder_of_flux():
     assert AUTOENCODERS["longcat-image-edit"] == AUTOENCODERS["flux-kontext"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["flux-kontext", "qwen-image-edit"])
 @pytest.mark.parametrize("half", ["encode", "features", "decode"])
 def test_autoencoders_against_counted_layers(model, half):

@@ -105,6 +105,7 @@ def test_what_is_wrong_is_farther_than_fresh_answers(distance, material):
         assert distance(material, pictures, region) > MARGIN * fine, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("material", MATERIALS)
 def test_a_blurred_object_is_farther_than_a_fresh_one(distance, material):
     good = draw(material, 0, SEEDS)

@@ -96,6 +96,7 @@ def test_every_method_runs_in_every_stage(pipe, edit, forecast, weights):
     assert specedit.report(pipe).cache_bytes == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forecast", ["taylor", "foca", "freqca", "toca", "duca"])
 def test_a_batch_of_two_masks_is_two_single_runs(pipe, edit, picture, forecast):
     specedit.install(pipe, **STAGES, forecast=forecast)

@@ -23,6 +23,7 @@ def first(table):
     return next(compile_check._attention(table))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_attention_uses_the_matrix_units(capability):
     result = compile_check.check(first(table([capability // 10, 0])), capability, "here")

@@ -122,6 +122,7 @@ def close(got, want):
         torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-6)
 
 
+@pytest.mark.slow
 @plain
 @pytest.mark.parametrize("chosen", BACKENDS)
 @pytest.mark.parametrize("name", CASES)
@@ -144,6 +145,7 @@ def test_forward_mode(name, chosen):
     close([torch.zeros_like(x) if t is None else t for x, t in zip(out, tangents)], want)
 
 
+@pytest.mark.slow
 @plain
 @pytest.mark.parametrize("chosen", BACKENDS)
 @pytest.mark.parametrize("name", CASES)
@@ -307,6 +309,7 @@ def test_triton_rejects_unsupported_calls(name, device):
         vmap(f)(*(x[None] for x in inputs))
 
 
+@pytest.mark.slow
 @plain
 @pytest.mark.parametrize("name", ["gather, one index", "attention, dense", "attention, packed", "qk_norm_rope"])
 def test_compiled_forward_mode_raises_instead_of_returning_zero(name):

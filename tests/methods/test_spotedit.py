@@ -164,6 +164,7 @@ def test_flops_are_those_of_the_tokens_that_run(pipe, edit):
     assert report.edit_fraction == 2 / 16 and report.cache_bytes > 0 and report.reused_steps == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fusion", ["cosine", "none"])
 @pytest.mark.parametrize("size", [(128, 128), (144, 112)])
 def test_samples_find_their_own_tokens(pipe, edit, picture, size, fusion):

@@ -39,6 +39,7 @@ def test_a_right_answer_and_the_source_as_results(judge, where):
     assert score(case.target, case, judge) == right
 
 
+@pytest.mark.slow
 def test_another_right_answer_is_right_too(judge):
     case = task("ground")
     other = score(scenes.fresh(case, 5).target, case, judge)

@@ -43,12 +43,13 @@ class Flux2Conformance(Conformance):
 
 
 @pytest.mark.skipif(Flux2Klein is None, reason="this diffusers has no Flux2KleinPipeline")
+@pytest.mark.slow  # tests/models/flux2 has quick tests
 class TestFlux2Klein(Flux2Conformance):
     guided, more = dict(guidance_scale=2.5), dict(guidance_scale=1.0)
 
 
 @pytest.mark.skipif(Flux2Dev is None, reason="this diffusers has no Flux2Pipeline")
-@pytest.mark.slow  # all three share klein's code; tests/models/flux2 has quick tests of what is their own
+@pytest.mark.slow
 class TestFlux2Dev(Flux2Conformance):
     """The guidance scale is an input of the transformer."""
 

@@ -76,6 +76,7 @@ def tells_the_truth(pipe, stock):
     return is_active(pipe) == (type(pipe) is not stock)
 
 
+@pytest.mark.slow
 def test_install(make):
     pipe = make()
     before, stock = everything(pipe), type(pipe)

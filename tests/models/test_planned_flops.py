@@ -69,6 +69,7 @@ def compare(make_family, monkeypatch):
     return check
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restore", ["full", "reference"])
 @pytest.mark.parametrize("family", ["flux", "qwen"])
 def test_presets(compare, family, restore):
@@ -76,6 +77,7 @@ def test_presets(compare, family, restore):
     assert any(0 < share < 1 for share in shares)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [

@@ -47,6 +47,7 @@ def compare():
     return check
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restore", ["full", "reference"])
 @pytest.mark.parametrize("name", ["Flux2KleinPipeline", "Flux2KleinKVPipeline"])
 def test_presets(compare, family_of, name, restore):
@@ -57,6 +58,7 @@ def test_presets(compare, family_of, name, restore):
     compare(family, pipe, config="turbo", restore=restore)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [

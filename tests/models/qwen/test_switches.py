@@ -21,6 +21,7 @@ SWITCHES = [
 GUIDED = dict(negative_prompt="blue and dark", true_cfg_scale=2.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switch", SWITCHES, ids=str)
 def test_several_references(make_qwen, picture, switch):
     pipe = specedit.install(make_qwen(QwenImageEditPlusPipeline), **STEPS | switch)
@@ -52,6 +53,7 @@ def test_several_references_compete(make_qwen, picture, monkeypatch):
         assert after.tokens == -(-3 * before.tokens // 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switch", SWITCHES, ids=str)
 def test_prompts_of_other_lengths_and_masks_of_their_own(make_qwen, picture, switch):
     """Every sample of a batch is what it is by itself."""
