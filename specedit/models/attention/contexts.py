@@ -56,6 +56,11 @@ class Context(Movable):
     index: Tensor
     output_rows: QueryRows | None
 
+    @property
+    def is_stock(self) -> bool:
+        """Whether the model's own processors do the same, in every block but the last."""
+        return False
+
     def __post_init__(self) -> None:
         # Every edit has other lengths, and the first graph should serve them all.
         mark_all_dynamic(self)
@@ -108,6 +113,10 @@ class Stock(Context):
 
     rotary: Tables
     output_rows: QueryRows
+
+    @property
+    def is_stock(self) -> bool:
+        return True
 
     def attend(
         self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | Packing | None, processor: Any

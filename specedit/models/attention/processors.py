@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from specedit_kernels import qk_norm_rope
 
-from .contexts import Context, Rotated, Stock, rotate
+from .contexts import Context, Rotated, rotate
 
 
 class MixedProcessor:
@@ -84,6 +84,11 @@ class MixedProcessor:
         return image, attn.to_add_out(text.contiguous()) if text.shape[1] else text
 
 
+def runs_stock(context: Context | None, rows: slice | None) -> bool:
+    """Whether an attention call is the stock processor's; one for some `rows` alone never is."""
+    return context is None or (context.is_stock and not isinstance(rows, slice))
+
+
 class FluxMixedProcessor(MixedProcessor):
     """FLUX's double and single blocks."""
 
@@ -99,7 +104,7 @@ class FluxMixedProcessor(MixedProcessor):
         specedit: Context | None = None,
         rows: slice | None = None,
     ):
-        if specedit is None or (isinstance(specedit, Stock) and not isinstance(rows, slice)):
+        if runs_stock(specedit, rows):
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         return self.joint(attn, attn.head_dim, hidden_states, encoder_hidden_states, specedit, rows)
 
@@ -120,7 +125,7 @@ class QwenMixedProcessor(MixedProcessor):
         specedit: Context | None = None,
         rows: slice | None = None,
     ):
-        if specedit is None or (isinstance(specedit, Stock) and not isinstance(rows, slice)):
+        if runs_stock(specedit, rows):
             return self.original(
                 attn, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, attention_mask, image_rotary_emb
             )

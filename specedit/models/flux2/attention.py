@@ -13,9 +13,9 @@ from diffusers.models.transformers.transformer_flux2 import (
 )
 from torch import Tensor, nn
 
-from ..attention.contexts import Context, Stock
+from ..attention.contexts import Context
 from ..attention.last_block import LastBlock, clipped
-from ..attention.processors import FluxMixedProcessor, MixedProcessor, Stream, image_output
+from ..attention.processors import FluxMixedProcessor, MixedProcessor, Stream, image_output, runs_stock
 
 ATTENTION = (Flux2Attention, Flux2ParallelSelfAttention)
 
@@ -45,7 +45,7 @@ class Flux2SingleProcessor(MixedProcessor):
         specedit: Context | None = None,
         rows: slice | None = None,
     ) -> Tensor:
-        if specedit is None or (isinstance(specedit, Stock) and not isinstance(rows, slice)):
+        if runs_stock(specedit, rows):
             return self.original(attn, hidden_states, attention_mask, image_rotary_emb)
         return self.parallel(attn, hidden_states, specedit, rows)
 

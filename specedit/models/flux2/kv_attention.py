@@ -17,8 +17,8 @@ from diffusers.models.transformers.transformer_flux2 import (
 )
 from torch import Tensor, nn
 
-from ..attention.contexts import Context, Rotated, Stock, Tables
-from ..attention.processors import MixedProcessor
+from ..attention.contexts import Context, Rotated, Tables
+from ..attention.processors import MixedProcessor, runs_stock
 from ..attention.sequences import QueryRows, mark_dynamic
 from .attention import ATTENTION, WRAPPERS, Flux2MixedProcessor, Flux2SingleProcessor
 
@@ -76,8 +76,7 @@ class BesideReference(Context):
 
     @property
     def is_stock(self) -> bool:
-        """Whether the stock processors do the same, in every block but the last."""
-        return isinstance(self.every, Stock) and not self.keeps_text
+        return self.every.is_stock and not self.keeps_text
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -180,13 +179,6 @@ class Flux2KVSingleProcessor(Flux2SingleProcessor):
                 num_txt_tokens=num_txt_tokens, num_ref_tokens=num_ref_tokens,
             )  # fmt: skip
         return self.parallel(attn, hidden_states, specedit, rows, kv_cache)
-
-
-def runs_stock(context: Context | None, rows: slice | None) -> bool:
-    """Whether a call is the stock processor's."""
-    if isinstance(rows, slice):
-        return False
-    return context is None or isinstance(context, Stock) or (isinstance(context, BesideReference) and context.is_stock)
 
 
 def plain_processor(module: nn.Module) -> str | None:
