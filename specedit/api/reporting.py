@@ -10,7 +10,7 @@ from ..config import STOCK_STEPS
 from ..cost.forward import flops_of
 from ..method.adapter import Run
 from ..method.sampler import Outcome
-from ..method.trace import ForwardCall, step_calls, with_fixed_reference
+from ..method.trace import ForwardCall, stock_calls
 from ..run_report import RunReport, StageReport
 
 
@@ -51,13 +51,10 @@ def _with_flops(run: Run, stage: StageReport) -> StageReport:
 def _stock_calls(run: Run, steps: int) -> list[ForwardCall]:
     """The forward calls of the stock pipeline, with so many steps."""
     state = run.state
-    calls = step_calls(
-        "stock", state.texts, state.grid.tokens, state.reference_grid.tokens, samples=state.batch, trims=False
-    )
-    if not run.adapter.fixed_reference:
-        return [dataclasses.replace(call, count=steps) for call in calls]
-    first, later = (with_fixed_reference(calls, state.reference_grid.tokens, first) for first in (True, False))
-    return [*first, *(dataclasses.replace(call, count=steps - 1) for call in later)]
+    return stock_calls(
+        state.texts, state.grid.tokens, state.reference_grid.tokens, steps, samples=state.batch,
+        fixed_reference=run.adapter.fixed_reference,
+    )  # fmt: skip
 
 
 def stock_steps(pipe: Any, call: dict[str, Any]) -> int:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 from ..config import STOCK_STEPS
 from ..method.schedule import stage_sigmas
-from ..method.trace import ForwardCall, with_fixed_reference
+from ..method.trace import ForwardCall, stock_calls
 from .forward import flops_of
 
 TOKEN_PIXELS = 16  # side of one packed token in pixels: 8x VAE, 2x2 patches
@@ -63,11 +63,10 @@ class ModelCost:
 
     def stock_calls(self, image_tokens: int, steps: int = 1, samples: int = 1) -> list[ForwardCall]:
         """Stock steps over so many image tokens, half of them the reference's, with the whole text."""
-        calls = [ForwardCall("stock", text + image_tokens, text, samples=samples) for text in self.texts]
-        if not self.fixed_reference:
-            return [replace(call, count=steps) for call in calls]
-        first, later = (with_fixed_reference(calls, image_tokens // 2, first) for first in (True, False))
-        return [*first, *(replace(call, count=steps - 1) for call in later)]
+        beside = image_tokens // 2
+        return stock_calls(
+            self.texts, image_tokens - beside, beside, steps, samples=samples, fixed_reference=self.fixed_reference
+        )
 
     def stock(self, image_tokens: int, steps: int = 1, samples: int = 1) -> float:
         """Operations of `stock_calls`."""

@@ -83,6 +83,21 @@ def with_fixed_reference(calls: Sequence[ForwardCall], beside: int, first: bool)
     return made
 
 
+def stock_calls(
+    texts: Sequence[float], target: int, beside: int, steps: int, *, samples: int, fixed_reference: bool
+) -> list[ForwardCall]:
+    """The forward calls of the stock pipeline: `steps` of them for each guidance branch, with every token.
+
+    texts, target, beside, samples: as for `step_calls`. fixed_reference: whether the model is one of those that
+    `with_fixed_reference` is for.
+    """
+    calls = step_calls("stock", texts, target, beside, samples=samples, trims=False)
+    if not fixed_reference:
+        return [replace(call, count=steps) for call in calls]
+    first, later = (with_fixed_reference(calls, beside, first) for first in (True, False))
+    return [*first, *(replace(call, count=steps - 1) for call in later)]
+
+
 @dataclass
 class StageTrace:
     """A stage under way. groups: the samples it runs, whose sequences have `tokens` at first, on the mean. steps: how
