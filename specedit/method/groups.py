@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..layout import LayoutSet, MixedLayout, mean_pixels
+from ..layout import LayoutSet, MixedLayout, TokenGrid, mean_pixels
 from ..placement import Placement
 from .adapter import EditState, LayoutGroup, Run
 from .cells import CellMasks
@@ -58,9 +58,19 @@ def stage_layouts(stage: Stage, state: EditState, cells: CellMasks) -> list[Mixe
         return [MixedLayout.all_coarse(state.grid, state.device)] * state.batch
     if stage.name == "full":
         return [MixedLayout.all_fine(state.grid, state.device)] * state.batch
+    return split_layouts(state.grid, cells.refined)
+
+
+def split_layouts(grid: TokenGrid, split: Tensor, counted: int | None = None) -> list[MixedLayout]:
+    """A layout for each sample of the cells to split (B, cells_h, cells_w) bool; equal masks share one object.
+
+    counted: as of the layouts.
+    """
     seen: dict[bytes, MixedLayout] = {}
-    keys = [mask.cpu().numpy().tobytes() for mask in cells.refined]
-    return [seen.setdefault(key, MixedLayout(state.grid, mask)) for key, mask in zip(keys, cells.refined, strict=True)]
+    keys = [mask.cpu().numpy().tobytes() for mask in split]
+    return [
+        seen.setdefault(key, MixedLayout(grid, mask, counted=counted)) for key, mask in zip(keys, split, strict=True)
+    ]
 
 
 def alike(layouts: list[MixedLayout], same: list[bool], apart: bool = False) -> list[list[int]]:

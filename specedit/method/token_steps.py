@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..forecast import Fusion, TokenKVCache
-from ..layout import MixedLayout, TokenGrid
+from ..layout import MixedLayout
 from .adapter import Adapter, LayoutGroup, Run
 from .denoise import forward_calls
 from .groups import new_group
+from .masks import cells_of_mask
 from .schedule import Stage
+from .selectors import to_cells, to_tokens
 
 
 def refusal(adapter: Adapter) -> str | None:
@@ -71,16 +75,23 @@ def index_of(mask: Tensor) -> Tensor:
     return mask.nonzero()[:, 1].view(len(mask), -1)
 
 
-def tokens_of_cells(cells: Tensor, grid: TokenGrid) -> Tensor:
-    """(B, N) bool of tokens whose cell in (B, cells_h, cells_w) is True."""
-    grown = cells.repeat_interleave(2, 1).repeat_interleave(2, 2)
-    return grown[:, : grid.height, : grid.width].flatten(1)
+def known_tokens(run: Run, edit_mask: Any) -> Tensor | None:
+    """(B, N) bool: tokens that the caller's mask says are edited, and those beyond the picture; None without a mask."""
+    if edit_mask is None:
+        return None
+    state = run.state
+    edited = to_tokens(cells_of_mask(edit_mask, state), state.grid).flatten(1)
+    return edited if state.covered is None else edited | ~state.covered.flatten()
 
 
-def cells_of_tokens(tokens: Tensor, grid: TokenGrid) -> Tensor:
-    """(B, cells_h, cells_w) bool of cells with a token in (B, N) that is True."""
-    image = tokens.unflatten(1, grid.shape)[:, None].float()
-    return F.max_pool2d(image, 2, ceil_mode=True)[:, 0] > 0
+def end_regions(run: Run, groups: Sequence[LayoutGroup], edited: Sequence[Tensor]) -> Tensor:
+    """(B, cells_h, cells_w) bool: cells with a token that is edited, by each group's (b, N) bool. Frees the caches."""
+    grid = run.state.grid
+    cells = torch.empty((run.state.batch, *grid.coarse().shape), dtype=torch.bool, device=run.state.device)
+    for group, tokens in zip(groups, edited, strict=True):
+        cells[group.rows] = to_cells(tokens.unflatten(1, grid.shape).float()) > 0
+        group.tokens_kv = None
+    return cells
 
 
 def reference_tokens(run: Run) -> Tensor:

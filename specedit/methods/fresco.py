@@ -17,9 +17,10 @@ from ..field_checks import boundaries
 from ..layout import MixedLayout
 from ..method.adapter import LayoutGroup, Run
 from ..method.expand import coarsen_noise, renoise
-from ..method.groups import new_group, start_tokens
+from ..method.groups import new_group, split_layouts, start_tokens
 from ..method.sampler import Outcome
 from ..method.schedule import Stage, expanded_sigma
+from ..method.selectors import to_tokens
 from ..method_options import Method, register_method
 from . import resolution
 from .shared import outcome_of, run_stage
@@ -104,13 +105,13 @@ class Fresco(Method):
             score = temporal_variance(states).view(state.batch, *state.grid.coarse().shape)
             order = score if self.select == "variance" else state.draw(score[0].numel())[..., 0].view_as(score)
             split = resolution.top_share(-order, self.early)
-            groups = self._enter(inner, groups, mixed, resolution.split_layouts(state, split))
+            groups = self._enter(inner, groups, mixed, split_layouts(state.grid, split))
             run_stage(inner, mixed.name, groups)
         if not run.trace.interrupted:
             fine = MixedLayout.all_fine(state.grid, state.device)
             groups = self._enter(inner, groups, full, [fine] * state.batch)
             run_stage(inner, full.name, groups)
-        score = None if score is None else resolution.on_tokens(score, state)
+        score = None if score is None else to_tokens(score, state.grid)
         return outcome_of(run, groups, edit_mask, score=score, refined=split)
 
     def _enter(

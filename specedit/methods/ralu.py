@@ -19,9 +19,10 @@ from ..layout import MixedLayout, TokenGrid
 from ..method.adapter import LayoutGroup, Run
 from ..method.canny import canny
 from ..method.expand import coarsen_noise
-from ..method.groups import group_at, start_tokens
+from ..method.groups import group_at, split_layouts, start_tokens
 from ..method.sampler import Outcome
 from ..method.schedule import shifted_sigmas
+from ..method.selectors import to_tokens
 from ..method_options import Method, register_method
 from . import resolution
 from .shared import outcome_of, run_stage
@@ -108,13 +109,13 @@ class Ralu(Method):
             counts = edge_shares(inner, groups[0])
             ties = state.draw(counts[0].numel())[..., 0].view_as(counts)
             split = resolution.top_share(counts + TIE * ties, self.early)
-            groups = self._enter(inner, groups, 1, resolution.split_layouts(state, split, counted=2))
+            groups = self._enter(inner, groups, 1, split_layouts(state.grid, split, counted=2))
             run_stage(inner, "mixed", groups)
         if not run.trace.interrupted:
             fine = MixedLayout.all_fine(state.grid, state.device)
             groups = self._enter(inner, groups, 2, [fine] * state.batch)
             run_stage(inner, "full", groups)
-        score = None if counts is None else resolution.on_tokens(counts, state)
+        score = None if counts is None else to_tokens(counts, state.grid)
         return outcome_of(run, groups, edit_mask, score=score, refined=split)
 
     def _enter(self, run: Run, groups: list[LayoutGroup], stage: int, layouts: list[MixedLayout]) -> list[LayoutGroup]:

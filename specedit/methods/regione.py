@@ -33,21 +33,20 @@ from torch import Tensor
 from ..checks import integer, number
 from ..layout import TokenGrid
 from ..method.adapter import Adapter, LayoutGroup, Run
-from ..method.masks import cells_of_mask
 from ..method.sampler import Outcome
 from ..method.schedule import Stage
 from ..method.token_steps import (
-    cells_of_tokens,
+    end_regions,
     hears_prompt,
     index_of,
+    known_tokens,
     refusal,
     some_velocity,
     start_regions,
-    tokens_of_cells,
     whole_velocity,
 )
 from ..method_options import Method, register_method
-from .shared import outcome_of
+from .shared import outcome_of, run_steps
 
 COUNT, WARMUP, SMOOTH, REFRESH = 28, 6, 2, (16,)
 FLUX: dict[str, Any] = dict(threshold=0.93, decay_threshold=0.04)
@@ -171,27 +170,17 @@ class RegionE(Method):
         return (*range(self.warmup), *(step - 1 for step in self.refresh), *range(max(end, self.warmup), self.count))
 
     def edit(self, run: Run, edit_mask: Any = None) -> Outcome:
-        options, state = self.for_model(run.adapter), run.state
-        known = None
-        if edit_mask is not None:
-            known = tokens_of_cells(cells_of_mask(edit_mask, state), state.grid)
-            if state.covered is not None:
-                known |= ~state.covered.flatten()
+        options, known = self.for_model(run.adapter), known_tokens(run, edit_mask)
         groups = start_regions(run, Stage("full", 1.0, 0.0, self.count), known)
         gamma = decay_factors(gamma_of(run.adapter), self.count)
         regions = [Region(options, run, g, gamma, None if known is None else known[g.rows]) for g in groups]
-        with run.trace.running("full") as running:
-            running.start(run, groups)
-            for i in range(self.count):
-                if run.trace.interrupted:
-                    break
-                for region in regions:
-                    region.step(i)
-                run.trace.after_step(run, groups, i)
-        detected = torch.empty((state.batch, *state.grid.coarse().shape), dtype=torch.bool, device=state.device)
-        for region in regions:
-            detected[region.group.rows] = cells_of_tokens(region.edited, state.grid)
-            region.group.tokens_kv = None
+
+        def step(i: int) -> None:
+            for region in regions:
+                region.step(i)
+
+        run_steps(run, "full", groups, step)
+        detected = end_regions(run, groups, [region.edited for region in regions])
         return outcome_of(run, groups, edit_mask, detected=detected)
 
 

@@ -14,6 +14,7 @@ from ..field_checks import scaled_steps
 from ..layout import MixedLayout
 from ..method.adapter import EditState, LayoutGroup, Run
 from ..method.groups import alike, group_at
+from ..method.selectors import highest
 from ..method_options import Method
 
 LEAST_SIDE = 4  # tokens: a picture that can be halved twice
@@ -55,16 +56,6 @@ def check_size(method: Method, state: EditState) -> None:
         )
 
 
-def split_layouts(state: EditState, split: Tensor, counted: int | None = None) -> list[MixedLayout]:
-    """A layout for each sample of cells to split (B, cells_h, cells_w) bool. Equal masks share one object."""
-    seen: dict[bytes, MixedLayout] = {}
-    keys = [mask.cpu().numpy().tobytes() for mask in split]
-    return [
-        seen.setdefault(key, MixedLayout(state.grid, mask, counted=counted))
-        for key, mask in zip(keys, split, strict=True)
-    ]
-
-
 def regroup(
     run: Run,
     before: Sequence[LayoutGroup],
@@ -98,12 +89,4 @@ def repeated(tokens: Tensor, old: MixedLayout, new: MixedLayout) -> Tensor:
 
 def top_share(score: Tensor, share: float) -> Tensor:
     """(B, cells_h, cells_w) bool: the `share` of every sample's cells with the largest score, at least one."""
-    count = max(1, int(share * score[0].numel()))
-    chosen = torch.zeros_like(score, dtype=torch.bool).flatten(1)
-    return chosen.scatter_(1, score.flatten(1).topk(count, 1).indices, True).view_as(score)
-
-
-def on_tokens(cells: Tensor, state: EditState) -> Tensor:
-    """Scores (B, cells_h, cells_w) of cells as those of their tokens (B, h, w)."""
-    height, width = state.grid.shape
-    return cells.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, :height, :width]
+    return highest(score, max(1, int(share * score[0].numel())))

@@ -33,13 +33,25 @@ def run_stage(
 
     keep_clean: the groups' clean predictions too, in `LayoutGroup.clean`. watch: called after every step.
     """
+
+    def step(i: int) -> None:
+        for group in groups:
+            euler_step(run, group, i, keep_clean=keep_clean)
+
+    run_steps(run, name, groups, step, watch)
+
+
+def run_steps(
+    run: Run, name: str, groups: list[LayoutGroup], step: Callable[[int], None], watch: Callable[[], None] | None = None
+) -> None:
+    """A stage whose steps are the method's own: call step(i) for every step of the groups' `sigmas`, or stop where the
+    caller interrupts. watch: called after every step."""
     with run.trace.running(name) as running:
         running.start(run, groups)
         for i in range(len(groups[0].sigmas) - 1):
             if run.trace.interrupted:
                 break
-            for group in groups:
-                euler_step(run, group, i, keep_clean=keep_clean)
+            step(i)
             run.trace.after_step(run, groups, i)
             if watch is not None:
                 watch()

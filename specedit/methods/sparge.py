@@ -31,7 +31,7 @@ from ..method.sampler import Outcome
 from ..method.schedule import Stage
 from ..method.sparse_blocks import BlockPredictor
 from ..method_options import Method, register_method
-from .shared import outcome_of, start_fine
+from .shared import outcome_of, run_steps, start_fine
 
 TAU = 0.98
 
@@ -84,14 +84,8 @@ class Sparge(Method):
         (group,) = groups
         group.blocks = BlockPredictor(self.theta, self.tau if self.top is None else None, self.top)
         shares: list[Tensor] = []
-        with run.trace.running("full") as running:
-            running.start(run, groups)
-            for i in range(self.count):
-                if run.trace.interrupted:
-                    break
-                shares.append(self._step(run, group, i))
-                run.trace.after_step(run, groups, i)
-            self._count(run, group, [float(kept) for kept in shares])
+        run_steps(run, "full", groups, lambda i: shares.append(self._step(run, group, i)))
+        self._count(run, group, [float(kept) for kept in shares])
         return outcome_of(run, groups, edit_mask)
 
     @staticmethod

@@ -33,24 +33,23 @@ from ..checks import integer, number, suggest
 from ..forecast import Fusion
 from ..layout import TokenGrid
 from ..method.adapter import Adapter, LayoutGroup, Run
-from ..method.masks import cells_of_mask
 from ..method.sampler import Outcome
 from ..method.schedule import Stage
 from ..method.selectors import dilate, not_finite
 from ..method.selectors.semantic import beside, discrepancy
 from ..method.token_steps import (
-    cells_of_tokens,
+    end_regions,
     hears_prompt,
     index_of,
+    known_tokens,
     reference_tokens,
     refusal,
     some_velocity,
     start_regions,
-    tokens_of_cells,
     whole_velocity,
 )
 from ..method_options import Method, register_method
-from .shared import outcome_of
+from .shared import outcome_of, run_steps
 
 COUNT, INITIAL, RESETS = 50, 4, (13, 22, 31)
 FLUX: dict[str, Any] = dict(threshold=0.2, dilation=0, reselect=True)
@@ -140,28 +139,19 @@ class SpotEdit(Method):
 
     def edit(self, run: Run, edit_mask: Any = None) -> Outcome:
         options, state = self.for_model(run.adapter), run.state
-        known = None
-        if edit_mask is not None:
-            known = ~tokens_of_cells(cells_of_mask(edit_mask, state), state.grid)
-            if state.covered is not None:
-                known &= state.covered.flatten()
-        groups = start_regions(run, Stage("full", 1.0, 0.0, self.count), known)
-        regions = [Region(options, run, group, None if known is None else known[group.rows]) for group in groups]
-        with run.trace.running("full") as running:
-            running.start(run, groups)
-            for i in range(self.count):
-                if run.trace.interrupted:
-                    break
-                for region in regions:
-                    region.step(i)
-                run.trace.after_step(run, groups, i)
+        edited = known_tokens(run, edit_mask)
+        groups = start_regions(run, Stage("full", 1.0, 0.0, self.count), edited)
+        regions = [Region(options, run, group, None if edited is None else ~edited[group.rows]) for group in groups]
+
+        def step(i: int) -> None:
+            for region in regions:
+                region.step(i)
+
+        run_steps(run, "full", groups, step)
         if run.trace.steps == self.count:  # an interrupted run has nothing clean to end with
             for region in regions:
                 region.end()
-        detected = torch.empty((state.batch, *state.grid.coarse().shape), dtype=torch.bool, device=state.device)
-        for region in regions:
-            detected[region.group.rows] = cells_of_tokens(~region.locked, state.grid)
-            region.group.tokens_kv = None
+        detected = end_regions(run, groups, [~region.locked for region in regions])
         scores = [region.score for region in regions if region.score is not None]  # of one sample each, in their order
         score = torch.cat(scores) if len(scores) == state.batch else None
         lost = 0 if score is None else int(not_finite(score).sum())

@@ -82,6 +82,11 @@ def to_cells(score: Tensor) -> Tensor:
     return F.max_pool2d(score[:, None], 2, ceil_mode=True)[:, 0]
 
 
+def to_tokens(cells: Tensor, grid: TokenGrid) -> Tensor:
+    """What each cell says, for its tokens: (B, cells_h, cells_w) to (B, h, w)."""
+    return cells.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, : grid.height, : grid.width]
+
+
 def dilate(cells: Tensor, by: int) -> Tensor:
     """Grow a bool mask (B, h, w) by `by` cells on each side."""
     if by == 0:
@@ -92,7 +97,11 @@ def dilate(cells: Tensor, by: int) -> Tensor:
 def top_cells(score: Tensor, share: float = TOP_SHARE) -> Tensor:
     """The `share` of cells with the largest score, per sample."""
     cells = to_cells(score)
-    count = max(1, round(share * cells[0].numel()))
+    return highest(cells, max(1, round(share * cells[0].numel())))
+
+
+def highest(cells: Tensor, count: int) -> Tensor:
+    """(B, cells_h, cells_w) bool: the `count` cells of every sample with the largest score."""
     chosen = torch.zeros_like(cells, dtype=torch.bool).flatten(1)
     return chosen.scatter_(1, cells.flatten(1).topk(count, 1).indices, True).view_as(cells)
 
