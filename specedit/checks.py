@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 from collections.abc import Iterable
 from numbers import Integral, Real
@@ -48,23 +47,3 @@ def suggest(word: object, known: Iterable[str]) -> str:
     """The hint "; did you mean ...?" with the closest of the known words, or nothing."""
     close = difflib.get_close_matches(str(word), list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def options_class(kind: str, made: Any, base: type) -> None:
-    """TypeError unless `made` can be registered: a frozen dataclass that derives from `base`, leaves nothing abstract,
-    and needs no argument, because its name alone has to be enough."""
-    if not (isinstance(made, type) and issubclass(made, base)):
-        raise TypeError(f"{kind}: expected a class that derives from {base.__name__}, got {made!r}")
-    if "__dataclass_fields__" not in vars(made) or not vars(made)["__dataclass_params__"].frozen:
-        raise TypeError(f"{kind}: expected a class with @dataclass(frozen=True) below the decorator, got {made!r}")
-    if missing := sorted(getattr(made, "__abstractmethods__", ())):
-        raise TypeError(f"{kind}: expected a class that defines {', '.join(missing)}, got {made!r} without")
-    every: Any = made  # a dataclass by now
-    fields = [field for field in dataclasses.fields(every) if field.init]
-    if bare := [field.name for field in fields if default_of(field) is dataclasses.MISSING]:
-        raise TypeError(f"{kind}: expected defaults of all fields, got {made!r} without one of {', '.join(bare)}")
-
-
-def default_of(field: dataclasses.Field[Any]) -> Any:
-    """The default of a dataclass's field; `dataclasses.MISSING` if it has none."""
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from .checks import integer, options_class
+from .checks import integer
+from .options import Options, check_class, from_mapping, given_fields
 from .registry import forecasts
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class ForecastContext:
 
 
 @dataclass(frozen=True)
-class ForecastOptions(ABC):
+class ForecastOptions(Options, ABC):
     """Options of one forecast method; a frozen dataclass derives from it. See `specedit.forecast.base`.
 
     Args:
@@ -47,20 +47,12 @@ class ForecastOptions(ABC):
     """
 
     interval: int = INTERVAL
-    name: str = field(default="", init=False, repr=False)  # a subclass sets it in its body
 
     token_wise: ClassVar[bool] = False  # whether steps between full ones compute some tokens
 
     def __post_init__(self) -> None:
         self.set("interval", integer("interval", self.interval, 2))
-        self.validate()
-
-    def set(self, name: str, value: Any) -> None:
-        """Put a checked value in its field, while the options are being made."""
-        object.__setattr__(self, name, value)
-
-    def validate(self) -> None:  # noqa: B027
-        """Check the method's own fields: TypeError or ValueError, "field: expected ..., got ..."."""
+        super().__post_init__()
 
     @property
     def history(self) -> int:
@@ -115,10 +107,10 @@ class SeriesOptions(ForecastOptions):
         return 2.0 * self.history * numbers  # a multiply-add for every term
 
 
-Options = TypeVar("Options", bound=type[ForecastOptions])
+ForecastClass = TypeVar("ForecastClass", bound=type[ForecastOptions])
 
 
-def register_forecast(options: Options) -> Options:
+def register_forecast(options: ForecastClass) -> ForecastClass:
     """Make a forecast method known by its name: `SpecEditConfig(forecast="name")`. Use it as a decorator.
 
     Args:
@@ -128,7 +120,7 @@ def register_forecast(options: Options) -> Options:
         TypeError: it is not such a class.
         ValueError: another method has its name.
     """
-    options_class("forecast", options, ForecastOptions)
+    check_class("forecast", options, ForecastOptions)
     return forecasts.register(options.name, options)  # type: ignore[return-value]
 
 
@@ -142,7 +134,7 @@ def options_of(
         named: the configuration's name of such a field, for messages.
     """
     if isinstance(forecast, dict):
-        forecast = _from_mapping(forecast)
+        forecast = from_mapping(forecasts, forecast)
     if isinstance(forecast, ForecastOptions):
         for name, value in given.items():
             raise ValueError(f"{named(name)}: expected None beside options, forecast={forecast!r}, got {value!r}")
@@ -150,7 +142,7 @@ def options_of(
     if not isinstance(forecast, str) or forecast not in forecasts:
         raise forecasts.unknown(forecast, "None or ")
     options = forecasts[forecast]
-    known = {f.name for f in dataclasses.fields(options) if f.init}
+    known = {f.name for f in given_fields(options)}
     for name, value in given.items():
         if name not in known:
             raise ValueError(f"{named(name)}: expected None, forecast={forecast!r} has no {name}, got {value!r}")
@@ -158,13 +150,3 @@ def options_of(
         return options(**given)
     except (TypeError, ValueError) as error:
         raise type(error)(named(str(error))) from None  # every message begins with the field
-
-
-def _from_mapping(mapping: dict[str, Any]) -> ForecastOptions:
-    fields = dict(mapping)
-    options = forecasts[fields.pop("name", None)]
-    known = [f.name for f in dataclasses.fields(options) if f.init]
-    for name in fields:
-        if name not in known:
-            raise TypeError(f"forecast: expected fields of {options.__name__} ({', '.join(known)}), got {name!r}")
-    return options(**fields)

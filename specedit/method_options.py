@@ -5,20 +5,20 @@ SpecEdit itself is not among them: its options are the fields of `SpecEditConfig
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
-from .checks import default_of, options_class, suggest
+from .checks import suggest
+from .options import Options, check_class, default_of, from_mapping, given_fields
 from .registry import methods
 
 OWN = "specedit"  # the method of specedit.method, which needs no options of its own
 
 
 @dataclass(frozen=True)
-class Method(ABC):
+class Method(Options, ABC):
     """Options of one method, and the method itself; a frozen dataclass derives from it.
 
     Attributes:
@@ -35,23 +35,11 @@ class Method(ABC):
         TypeError, ValueError: naming the field, what was expected and what came.
     """
 
-    name: str = field(default="", init=False, repr=False)  # a subclass sets it in its body
-
     uses: ClassVar[frozenset[str]] = frozenset()
     takes_mask: ClassVar[bool] = False
     needs_decoder: ClassVar[Literal["features", "picture"] | None] = None
     own_attention: ClassVar[bool] = False
     published: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-
-    def __post_init__(self) -> None:
-        self.validate()
-
-    def set(self, name: str, value: Any) -> None:
-        """Put a checked value in its field, while the options are being made."""
-        object.__setattr__(self, name, value)
-
-    def validate(self) -> None:  # noqa: B027
-        """Check the method's own fields: TypeError or ValueError, "field: expected ..., got ..."."""
 
     @classmethod
     def at(cls: type[Found], setting: str) -> Found:
@@ -67,7 +55,7 @@ class Method(ABC):
     @property
     def label(self) -> str:
         """The name, followed by the options that differ from the defaults, as "steps, count=10"."""
-        changed = [f.name for f in dataclasses.fields(self) if f.init and getattr(self, f.name) != default_of(f)]
+        changed = [f.name for f in given_fields(self) if getattr(self, f.name) != default_of(f)]
         return ", ".join([self.name, *(f"{name}={getattr(self, name)!r}" for name in changed)])
 
     @property
@@ -96,10 +84,10 @@ class Method(ABC):
 
 
 Found = TypeVar("Found", bound=Method)
-Options = TypeVar("Options", bound=type[Method])
+MethodClass = TypeVar("MethodClass", bound=type[Method])
 
 
-def register_method(method: Options) -> Options:
+def register_method(method: MethodClass) -> MethodClass:
     """Make a method known by its name: `specedit.install(pipe, method="name")`. Use it as a decorator.
 
     Args:
@@ -109,7 +97,7 @@ def register_method(method: Options) -> Options:
         TypeError: it is not such a class.
         ValueError: another method has its name.
     """
-    options_class("method", method, Method)
+    check_class("method", method, Method)
     if method.name == OWN:
         raise ValueError(f"method: expected a new name, got {OWN!r}, which SpecEdit has")
     return methods.register(method.name, method)  # type: ignore[return-value]
@@ -124,17 +112,10 @@ def method_of(value: object) -> Method | None:
         return None
     if isinstance(value, Method):
         return value
-    fields = dict(value) if isinstance(value, Mapping) else {"name": value}
-    name = fields.pop("name", None)
-    if name == OWN and not fields:
+    fields = value if isinstance(value, Mapping) else {"name": value}
+    if fields == {"name": OWN}:
         return None
+    name = fields.get("name")
     if isinstance(name, type) and issubclass(name, Method):
         raise TypeError(f"method: expected a name or options, such as {name.__name__}(), got the class {name!r}")
-    if not isinstance(name, str) or name not in methods:
-        raise methods.unknown(name, f"{OWN!r} or ")
-    made = methods[name]
-    known = [f.name for f in dataclasses.fields(made) if f.init]
-    for option in fields:
-        if option not in known:
-            raise TypeError(f"method: expected fields of {made.__name__} ({', '.join(known)}), got {option!r}")
-    return made(**fields)
+    return from_mapping(methods, fields, f"{OWN!r} or ")
