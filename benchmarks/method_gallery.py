@@ -17,11 +17,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
-from benchmarks.methods import variants
+from benchmarks.methods import set_up, variants
 from benchmarks.scores import editor
 from specedit import micro, uninstall
-from specedit.api.installing import install, last_report
+from specedit.api.installing import last_report
 from specedit.config import STOCK_STEPS
+from specedit.micro.editors import editor_of
 
 RATIO = 5.0
 SEEDS = (3, 6, 7, 9, 12, 17)  # of the usual tasks; two textures come after them
@@ -76,11 +77,9 @@ def _wrapped(text: str, width: int) -> str:
 
 def run(pipe: Any, settings: dict[str, Any], case: micro.scenes.Case) -> tuple[Image.Image, Any]:
     """The edit of one variant, and its report."""
-    call = micro.arguments(case.source) | {"generator": torch.Generator().manual_seed(case.seed)}
-    if "steps" in settings:
-        call["num_inference_steps"] = settings["steps"]
-    else:
-        install(pipe, settings.get("preset"), **settings["fields"])
+    call = editor_of(pipe).arguments(case.source) | {"generator": torch.Generator().manual_seed(case.seed)}
+    call |= {"num_inference_steps": settings["steps"]} if "steps" in settings else {}
+    set_up(pipe, settings)
     image = pipe(image=case.source, prompt=case.prompt, **call).images[0]
     report = last_report(pipe)
     uninstall(pipe)

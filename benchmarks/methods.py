@@ -62,10 +62,15 @@ def described(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name != "fields"} | {"fields": fields}
 
 
-def score(scores: Scores, pipe: Any, name: str, todo: list[micro.scenes.Case], settings: dict[str, Any]) -> None:
-    """Run one variant on some tasks."""
+def set_up(pipe: Any, settings: dict[str, Any]) -> None:
+    """Install what a variant names; stock leaves the pipeline as it is."""
     if settings["group"] != "stock":
         install(pipe, settings.get("preset"), **settings["fields"])
+
+
+def score(scores: Scores, pipe: Any, name: str, todo: list[micro.scenes.Case], settings: dict[str, Any]) -> None:
+    """Run one variant on some tasks."""
+    set_up(pipe, settings)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     scored = micro.evaluate(pipe, todo, settings.get("steps"))["cases"]

@@ -21,6 +21,7 @@ from specedit import micro
 from specedit.api.installing import last_report
 from specedit.cli.pipelines import EDITORS
 from specedit.evaluation import results
+from specedit.micro import evaluation
 from specedit.micro.loading import identity
 
 EVERY = 4  # tasks of one variant per turn
@@ -54,9 +55,7 @@ def tasks(args: argparse.Namespace, first: int = 0) -> list[micro.scenes.Case]:
 
     Textures are the scenes of `micro.texture_cases` from the same `first`.
     """
-    textures = args.cases // 4 if args.textures is None else args.textures
-    exact = [micro.scenes.sample(first + i, args.size) for i in range(args.cases)]
-    return exact + micro.texture_cases(textures, args.size, first)
+    return list(evaluation.tasks(args.cases, evaluation.textures_beside(args.cases, args.textures), args.size, first))
 
 
 def in_words(mean: dict[str, float]) -> str:

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
+from docs_measured import SMALL, average
 from docs_paper import REPORTED
 from docs_results import default_steps, edited_by, load, number, source, table
 from matplotlib.figure import Figure
 
 from specedit.config import STOCK_STEPS
 
-SMALL = 0.15  # share of the picture; the figure is about edits up to this size
 GROUPS = {"stock": "s", "method": "o", "cache": "v", "specedit": "^", "idea": "*"}
 
 
@@ -17,12 +17,6 @@ def cases_of(row: dict, *, texture: bool, largest: float = 1.0) -> list[dict]:
     return [
         case for case in row["cases"] if (case["kind"] == "texture") == texture and case.get("mask_share", 0) <= largest
     ]
-
-
-def average(cases: list[dict], key: str) -> float | None:
-    """Mean over the tasks that have `key`."""
-    values = [case[key] for case in cases if case.get(key) is not None]
-    return sum(values) / len(values) if values else None
 
 
 def methods(name: str) -> str:

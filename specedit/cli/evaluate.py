@@ -99,15 +99,15 @@ def _micro(args) -> int:
     from .. import micro
     from ..api.installing import install
     from ..evaluation import results
+    from ..micro.evaluation import tasks, textures_beside
 
     pipe, _ = pipelines.load(args.model)
     pipe.set_progress_bar_config(disable=True)
     if args.preset != "stock":
         install(pipe, args.preset, **overrides, **attention_here())
-    textures = args.cases // 4 if args.textures is None else args.textures
-    cases = [micro.scenes.sample(seed, args.size) for seed in range(args.cases)]
-    cases += micro.texture_cases(textures, args.size)
-    result = micro.evaluate(pipe, tqdm(cases, desc=methods.named(args)), args.steps)
+    textures = textures_beside(args.cases, args.textures)
+    cases = tqdm(tasks(args.cases, textures, args.size), total=args.cases + textures, desc=methods.named(args))
+    result = micro.evaluate(pipe, cases, args.steps)
     print(f"{'':12}{'tasks':>6}" + "".join(f"{heading:>9}" for _, heading, *_ in _COLUMNS))
     for name, row in [*result["kinds"].items(), ("all", result["mean"])]:
         cells = (_cell(row.get(key, math.nan) * scale, form) for key, _, scale, form in _COLUMNS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,22 @@ def texture_cases(count: int, size: int | tuple[int, int] = 512, first: int = 0)
     """
     count = integer("count", count, 0)
     return [sample(TEXTURE_SEED + first + i, size, "texture") for i in range(count)]
+
+
+def textures_beside(count: int, given: int | None = None) -> int:
+    """How many textures a table of `count` other tasks has: those given, else a quarter as many."""
+    return count // 4 if given is None else given
+
+
+def tasks(count: int, textures: int, size: int | tuple[int, int] = 512, first: int = 0) -> Iterator[Case]:
+    """The tasks of a table: `count` with one right answer, of seeds from `first`, then `textures` of `texture_cases`.
+
+    Each is drawn when it is asked for, because the pictures of a long table do not fit into memory.
+    """
+    for i in range(count):
+        yield sample(first + i, size)
+    for i in range(textures):
+        yield from texture_cases(1, size, first + i)
 
 
 def evaluate(pipe: Any, cases: Iterable[Case], num_inference_steps: int | None = None, **call: Any) -> dict[str, Any]:

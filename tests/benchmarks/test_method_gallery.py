@@ -26,7 +26,10 @@ def test_the_nearest_setting_of_every_method():
 
 
 def test_the_pictures(tmp_path, monkeypatch):
-    cheap = {"stock-10": {"steps": 1}, "turbo-full": {"preset": "turbo", "fields": {"steps": (1, 1, 1)}}}
+    cheap = {
+        "stock-10": {"group": "stock", "steps": 1},
+        "turbo-full": {"group": "specedit", "preset": "turbo", "fields": {"steps": (1, 1, 1)}},
+    }
     monkeypatch.setattr(method_gallery, "variants", lambda: cheap)
     table = tmp_path / "table.json"
     table.write_text(json.dumps(dict(of=dict(model="kontext", size=64), rows=ROWS)))
