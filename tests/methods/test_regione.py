@@ -25,17 +25,7 @@ from specedit.methods.regione import (
 from specedit.models.flux import FluxKontext
 from specedit.models.longcat import LongCatImageEdit
 from specedit.models.qwen.edit import QwenImageEdit, QwenImageEditPlus
-
-GUIDED = dict(negative_prompt="blue and dark", true_cfg_scale=2.5)
-
-
-def mask_of(*cells, size=(128, 128)):
-    """A mask whose cells of 32 px (row, column) are edited."""
-    mask = torch.zeros(size)
-    for row, column in cells:
-        mask[32 * row : 32 * row + 32, 32 * column : 32 * column + 32] = 1
-    return mask
-
+from tests.methods.common import GUIDED, mask_of
 
 # ------------------------------------------------------------------------------------------------------- unit truths
 
@@ -322,11 +312,3 @@ def test_a_new_prompt_ends_what_is_cached(pipe, edit, count_calls, monkeypatch):
 def test_options_are_checked(fields, error, message):
     with pytest.raises(error, match=message):
         RegionE(**fields)
-
-
-def test_what_it_cannot_run_on_is_refused_before_any_work(pipe, monkeypatch):
-    with pytest.raises(ValueError, match=r"^attention: expected .* with method='regione'"):
-        specedit.install(pipe, method="regione", attention="stock")
-    monkeypatch.setattr(FluxKontext, "skips_tokens", False)
-    with pytest.raises(ValueError, match=r"^method: expected another one .* flux-kontext computes all tokens or none"):
-        specedit.install(pipe, method="regione")

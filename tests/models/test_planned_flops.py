@@ -9,6 +9,7 @@ from specedit.config import presets
 from specedit.cost.flops import plan
 from specedit.cost.tables import ModelCost
 from specedit.method import sampler
+from tests.models.planned import assert_as_planned
 
 SIZE = 128, 128  # as the tiny Qwen pipeline takes its picture
 THRESHOLD = dict(flux=1.6, qwen=1.15)  # of random weights: some of the cells
@@ -56,13 +57,7 @@ def compare(make_family, monkeypatch):
         cells = cells if report.expand_mask is None else report.expand_mask
         size = [16 * side for side in state.grid.shape]
         planned = plan(report.config, cost, *size, cells=cells, drafts=mask is None)
-        made = [stage for stage in report.stages if stage.steps]
-        assert [stage.name for stage in made] == [row["name"] for row in planned["stages"]]
-        for stage, row in zip(made, planned["stages"], strict=True):
-            assert (stage.steps, stage.cached, stage.reused) == (row["steps"], row["cached"], row["reused"])
-            assert stage.tokens == pytest.approx(row["tokens"])
-            assert stage.flops == row["flops"] > 0, stage.name
-        assert report.flops == planned["flops"]
+        assert_as_planned(report, planned)
         assert report.flops_stock == pytest.approx(planned["flops_stock"] * report.stock_steps / 50, rel=1e-12)
         return report
 

@@ -7,22 +7,13 @@ import torch
 import specedit
 from specedit.layout import TokenGrid
 from specedit.method.restore import feather
-from tests.sampler.common import CENTRE, CORNER, QUICK, close, count_calls, unpacked
-
-
-def generators(*seeds):
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+from tests.sampler.common import CENTRE, CORNER, QUICK, assert_two_single_runs, close, count_calls, generators, unpacked
 
 
 @pytest.mark.parametrize("restore", ["full", "reference"])
 def test_a_batch_of_two_masks_is_two_single_runs(pipe, edit, picture, restore):
     specedit.install(pipe, **QUICK, restore=restore)
-    pictures, prompts, masks = [picture(seed=1), picture(seed=2)], ["make it red", "add a boat"], [CORNER, CENTRE]
-    both = edit(pipe, image=pictures, prompt=prompts, edit_mask=masks, generator=generators(3, 4))
-    assert specedit.report(pipe).edit_mask.shape == (2, 4, 4)
-    for i in range(2):
-        one = edit(pipe, image=pictures[i], prompt=prompts[i], edit_mask=masks[i], generator=generators(3, 4)[i])
-        close(both[i], one[0])
+    assert_two_single_runs(pipe, edit, picture, [CORNER, CENTRE])
 
 
 def test_a_batch_equals_two_single_runs(pipe, edit, picture):

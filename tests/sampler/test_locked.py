@@ -11,7 +11,7 @@ from specedit.method import sampler
 from specedit.method.restore import feather
 from specedit.models.flux import FluxKontext
 from specedit.part_layout import PartLayout
-from tests.sampler.common import CENTRE, CORNER, close, unpacked
+from tests.sampler.common import CENTRE, CORNER, assert_two_single_runs, close, unpacked
 
 QUICK = dict(steps=(2, 2, 2), draft_steps=2, threshold=1.6, dilation=0)
 MODES = ["cached", "reference"]
@@ -120,15 +120,7 @@ def test_locked_noise_is_white_with_the_states_mean(pipe, edit, groups_of):
 @pytest.mark.parametrize("locked", MODES)
 def test_a_batch_of_two_masks_is_two_single_runs(pipe, edit, picture, locked):
     specedit.install(pipe, **QUICK, restore="reference", locked=locked)
-    pictures, prompts = [picture(seed=1), picture(seed=2)], ["make it red", "add a boat"]
-
-    def generators():
-        return [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-
-    both = edit(pipe, image=pictures, prompt=prompts, edit_mask=[CORNER, CENTRE], generator=generators())
-    for i, mask in enumerate([CORNER, CENTRE]):
-        one = edit(pipe, image=pictures[i], prompt=prompts[i], edit_mask=mask, generator=generators()[i])
-        close(both[i], one[0])
+    assert_two_single_runs(pipe, edit, picture, [CORNER, CENTRE])
 
 
 def test_a_model_that_keeps_locked_cells_agrees_with_all_three(pipe, edit, start, monkeypatch):

@@ -9,7 +9,7 @@ from specedit import SpecEditConfig
 from specedit.method import pixels, sampler
 from specedit.method.schedule import stages
 from specedit.models.flux import FluxKontext
-from tests.sampler.common import CENTRE, CORNER, close, count_calls
+from tests.sampler.common import CENTRE, CORNER, assert_two_single_runs, close, count_calls
 
 QUICK = dict(restore="pixels", steps=(2, 2, 2), draft_steps=2, threshold=1.6, dilation=0)
 
@@ -124,15 +124,7 @@ def test_everything_edited_takes_no_detour(pipe, edit, upsampled, monkeypatch):
 
 def test_a_batch_of_two_masks_is_two_single_runs(pipe, edit, picture):
     specedit.install(pipe, **QUICK)
-    pictures, prompts = [picture(seed=1), picture(seed=2)], ["make it red", "add a boat"]
-
-    def generators():
-        return [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-
-    both = edit(pipe, image=pictures, prompt=prompts, edit_mask=[CORNER, CENTRE], generator=generators())
-    for i, mask in enumerate([CORNER, CENTRE]):
-        one = edit(pipe, image=pictures[i], prompt=prompts[i], edit_mask=mask, generator=generators()[i])
-        close(both[i], one[0])
+    assert_two_single_runs(pipe, edit, picture, [CORNER, CENTRE])
 
 
 def test_unedited_pixels_are_kept_beside_it(pipe, edit, picture):

@@ -15,7 +15,7 @@ from specedit.models.attention.sequences import pack
 from specedit.models.flux import FluxKontext
 from specedit.part_layout import PartLayout
 from specedit.placement import Placement
-from tests.sampler.common import CENTRE, CORNER, close, count_calls
+from tests.sampler.common import CENTRE, CORNER, assert_two_single_runs, close, count_calls
 
 QUICK = dict(steps=(2, 3, 2), draft_steps=2, threshold=1.6, dilation=0)
 
@@ -72,16 +72,8 @@ def test_a_stage_of_one_step_measures_nothing(pipe, edit):
 
 def test_a_batch_of_two_masks_is_two_single_runs(pipe, edit, picture):
     specedit.install(pipe, **QUICK, restore="reference", reference_keep=0.2)
-    pictures, prompts = [picture(seed=1), picture(seed=2)], ["make it red", "add a boat"]
-
-    def generators():
-        return [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-
     for masks in ([CORNER, CENTRE], [CORNER, CORNER]):
-        both = edit(pipe, image=pictures, prompt=prompts, edit_mask=masks, generator=generators())
-        for i, mask in enumerate(masks):
-            one = edit(pipe, image=pictures[i], prompt=prompts[i], edit_mask=mask, generator=generators()[i])
-            close(both[i], one[0])
+        assert_two_single_runs(pipe, edit, picture, masks)
 
 
 def test_what_is_kept_is_what_was_attended_to(pipe, edit, monkeypatch):

@@ -14,6 +14,7 @@ if flux2.Flux2Klein is None:
     pytest.skip("this diffusers has no FLUX.2-klein", allow_module_level=True)
 
 from specedit.models.flux2.schedule import flux2_sigmas
+from tests.models.planned import assert_as_planned
 
 CORNER = np.zeros((128, 128), dtype=bool)
 CORNER[:40, :30] = True
@@ -33,13 +34,7 @@ def compare():
         )  # fmt: skip
         cells = torch.ones(4, 4, dtype=torch.bool) if report.expand_mask is None else report.expand_mask
         planned = plan(report.config, cost, 128, 128, cells=cells, drafts=mask is None)
-        made = [stage for stage in report.stages if stage.steps]
-        assert [stage.name for stage in made] == [row["name"] for row in planned["stages"]]
-        for stage, row in zip(made, planned["stages"], strict=True):
-            assert (stage.steps, stage.cached, stage.reused) == (row["steps"], row["cached"], row["reused"])
-            assert stage.tokens == pytest.approx(row["tokens"])
-            assert stage.flops == row["flops"] > 0, stage.name
-        assert report.flops == planned["flops"]
+        assert_as_planned(report, planned)
         steps = report.stock_steps
         assert report.flops_stock == pytest.approx(cost.stock(2 * 64, steps), rel=1e-12)
         return report
