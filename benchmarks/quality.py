@@ -7,6 +7,7 @@ the kind with many, by default a quarter as many. --resume continues the run in 
 tasks.
 """
 
+from benchmarks.methods import STOCK
 from benchmarks.scores import Scores, command, editor, options, some, tasks, whose
 from specedit import uninstall
 from specedit.api.installing import install
@@ -16,7 +17,7 @@ PRESETS = ("quality", "balanced", "fast", "turbo")
 
 def variants() -> dict[str, dict]:
     """Settings by name: {"steps": n} for stock, {"preset": ..., fields} for SpecEdit."""
-    every: dict[str, dict] = {f"stock-{n}": {"steps": n} for n in (50, 28, 10)}
+    every: dict[str, dict] = {f"stock-{n}": {"steps": n} for n in STOCK}
     for preset in PRESETS:
         for restore in ("full", "reference"):
             every[f"{preset}-{restore}"] = {"preset": preset, "restore": restore}

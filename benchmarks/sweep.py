@@ -10,6 +10,8 @@ is given its task's own mask, and the groups that only change how cells are foun
 was stopped, or that is to see more tasks than before, goes on.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -63,8 +65,10 @@ def grid(model: str, masks: bool = False) -> dict[str, list[dict]]:
 
 
 def agreement(pipe, case) -> dict[str, float]:
-    """Recall and precision of the detected cells against the task's mask."""
-    found = report(pipe).edit_mask[0].float()
+    """Recall and precision of the detected cells against the task's mask; nan where the run had nothing to find."""
+    if (mask := report(pipe).edit_mask) is None:
+        return dict(recall=math.nan, precision=math.nan)
+    found = mask[0].float()
     true = F.adaptive_max_pool2d(torch.from_numpy(case.mask)[None, None].float(), found.shape)[0, 0]
     both = float((found * true).sum())
     return dict(recall=both / max(1.0, float(true.sum())), precision=both / max(1.0, float(found.sum())))

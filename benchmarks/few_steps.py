@@ -1,0 +1,72 @@
+"""Settings for 4 and 8 steps on the embedded editor: the curves behind the presets `few-4` and `few-8`.
+
+    python -m benchmarks.few_steps --cases 24 --size 512 --out benchmarks/results/few-steps-512.json
+
+Each row changes one thing of a starting point, under stock with as many steps and with as many as `STOCK` names. The
+starting point of 4 steps is one coarse and three mixed ones, that of 8 one and seven. --resume goes on with the file,
+also with more tasks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.methods import STOCK
+from benchmarks.scores import Scores, command, editor, options, some, tasks, whose
+from benchmarks.sweep import agreement
+from specedit import micro, uninstall
+from specedit.api.installing import install
+
+BASE: dict[str, Any] = {"restore": "reference", "uniform_stride": 0}
+STARTS: dict[int, dict[str, Any]] = {
+    4: {"steps": (1, 2, 1), "draft_steps": 2},
+    8: {"steps": (1, 5, 2), "draft_steps": 2},
+}
+CHANGES: list[dict[str, Any]] = [
+    {},
+    *({"draft_steps": n} for n in (0, 1, 4)),
+    *({"draft_steps": n, "reference_refresh": 8} for n in (0, 1, 2)),
+    *({"boundaries": b} for b in ((0.9, 0.6), (0.8, 0.55), (0.6, 0.45))),
+    *({"uniform_stride": n} for n in (3, 6)),
+    *({"dilation": n} for n in (0, 2)),
+    *({"locked": name} for name in ("cached", "reference")),
+    *({"restore": name} for name in ("full", "pixels")),
+]
+MORE: dict[int, list[dict[str, Any]]] = {
+    4: [{"steps": (2, 1, 1)}, {"steps": (1, 0, 1), "draft_steps": 1}, {"steps": (0, 3, 1)}],
+    8: [{"steps": (2, 4, 2)}, {"steps": (3, 3, 2)}, {"steps": (0, 6, 2)}, {"reference_refresh": 3}],
+}
+
+
+def variants() -> dict[str, dict[str, Any]]:
+    """The fields of every row by name: {"stock": n}, or those of a configuration."""
+    every: dict[str, dict[str, Any]] = {f"stock-{n}": {"stock": n} for n in STOCK}
+    for count, start in STARTS.items():
+        for change in CHANGES + MORE[count]:
+            words = ", ".join(f"{field}={value}" for field, value in change.items()) or "start"
+            every[f"{count}: {words}"] = BASE | start | change
+    return every
+
+
+def score(scores: Scores, pipe: Any, name: str, todo: list[micro.scenes.Case], fields: dict[str, Any]) -> None:
+    """Run one row on some tasks."""
+    if "stock" in fields:
+        scores.score(pipe, name, todo, fields["stock"], fields=fields)
+        return
+    install(pipe, **fields)
+    scored = [micro.evaluate(pipe, [case])["cases"][0] | agreement(pipe, case) for case in todo]
+    scores.add(pipe, name, scored, fields={field: str(value) for field, value in fields.items()})
+    uninstall(pipe)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = options(__doc__, cases=24).parse_args(arguments)
+    chosen = some(variants(), args.only)
+    scores = Scores(args.out, command("few_steps", args), tasks(args, first=10_000), whose(args), args.resume)
+    pipe = editor(args.model)
+    for name, todo in scores.turns(chosen):
+        score(scores, pipe, name, todo, chosen[name])
+
+
+if __name__ == "__main__":
+    main()
