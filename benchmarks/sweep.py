@@ -26,6 +26,7 @@ GRID: dict[str, list[dict]] = {
     "locked": [{"locked": "cached"}, {"locked": "reference"}],
     "reference_keep": [{"reference_keep": share} for share in (0.15, 0.5)],
     "boundaries": [{"boundaries": b} for b in ((0.9, 0.75), (0.8, 0.65), (0.6, 0.45), (0.5, 0.3), (0.4, 0.25))],
+    "boundaries (full)": [{"restore": "full", "boundaries": b} for b in ((0.9, 0.75), (0.8, 0.65), (0.6, 0.45))],
     "verify_coarse": [{"verify_coarse": False}],
     "threshold (full)": [{"verify_at": "full", "threshold": t} for t in (0.2, 0.35, 0.5, 0.75, 1.0)],
     "threshold (draft)": [{"threshold": t} for t in (0.1, 0.35, 0.5, 0.75, 1.0)],
@@ -34,6 +35,7 @@ GRID: dict[str, list[dict]] = {
     "key_bias": [{"key_bias": "none"}],
     "rope": [{"rope": "phase_aligned"}],
     "draft_steps": [{"draft_steps": n} for n in (0, 1, 2, 4, 6, 12)],
+    "draft_steps (full)": [{"restore": "full", "draft_steps": n} for n in (0, 1, 2, 4)],
     "draft_scale": [{"draft_scale": 2}],
     "selector": [{"selector": s} for s in ("edges", "variance", "uniform")],
     "reference_refresh": [{"reference_refresh": r} for r in (2, 4)],
@@ -44,6 +46,14 @@ GRID: dict[str, list[dict]] = {
     ],
     "forecast": [{"forecast": name} for name in ("reuse", "taylor", "freqca")],
     "steps": [{"steps": s} for s in ((3, 2, 4), (4, 2, 3), (0, 4, 5), (4, 0, 5), (0, 0, 9))],
+    "together": [
+        {"draft_steps": 0, "locked": "cached"},
+        {"draft_steps": 0, "reference_refresh": 4},
+        {"draft_steps": 0, "boundaries": (0.8, 0.65)},
+        {"locked": "cached", "boundaries": (0.8, 0.65)},
+        {"draft_steps": 0, "locked": "cached", "boundaries": (0.8, 0.65), "uniform_stride": 0},
+        {"draft_steps": 0, "threshold": 0.1},
+    ],
 }
 
 QWEN: dict[str, list[dict]] = {
@@ -53,8 +63,8 @@ QWEN: dict[str, list[dict]] = {
 
 
 FINDING = (  # groups that change nothing where the caller gives the mask
-    "verify_coarse", "threshold (full)", "threshold (draft)", "dilation", "draft_steps", "draft_scale", "selector",
-    "draft_condition",
+    "verify_coarse", "threshold (full)", "threshold (draft)", "dilation", "draft_steps", "draft_steps (full)",
+    "draft_scale", "selector", "draft_condition", "together",
 )  # fmt: skip
 
 
