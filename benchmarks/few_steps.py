@@ -31,6 +31,8 @@ CHANGES: list[dict[str, Any]] = [
     *({"dilation": n} for n in (0, 2)),
     *({"locked": name} for name in ("cached", "reference")),
     *({"restore": name} for name in ("full", "pixels")),
+    {"locked": "cached", "boundaries": (0.9, 0.6)},
+    *({"locked": "cached", "draft_steps": n} for n in (0, 1)),
 ]
 MORE: dict[int, list[dict[str, Any]]] = {
     4: [{"steps": (2, 1, 1)}, {"steps": (1, 0, 1), "draft_steps": 1}, {"steps": (0, 3, 1)}],
