@@ -32,6 +32,7 @@ GRID: dict[str, list[dict]] = {
     "threshold (draft)": [{"threshold": t} for t in (0.1, 0.35, 0.5, 0.75, 1.0)],
     "dilation": [{"dilation": d} for d in (0, 2)],
     "uniform_stride": [{"uniform_stride": k} for k in (0, 2, 4, 6)],
+    "uniform_stride (full)": [{"restore": "full", "uniform_stride": 0}],
     "key_bias": [{"key_bias": "none"}],
     "rope": [{"rope": "phase_aligned"}],
     "draft_steps": [{"draft_steps": n} for n in (0, 1, 2, 4, 6, 12)],
@@ -53,6 +54,7 @@ GRID: dict[str, list[dict]] = {
         {"locked": "cached", "boundaries": (0.8, 0.65)},
         {"draft_steps": 0, "locked": "cached", "boundaries": (0.8, 0.65), "uniform_stride": 0},
         {"draft_steps": 0, "threshold": 0.1},
+        {"restore": "full", "draft_steps": 0, "boundaries": (0.8, 0.65)},
     ],
 }
 
