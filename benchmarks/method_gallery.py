@@ -38,7 +38,7 @@ def nearest(rows: list[dict[str, Any]], ratio: float = RATIO) -> list[str]:
     best: dict[str, tuple[float, str]] = {}
     for row in rows:
         away = abs(whole / row["mean"]["flops"] - ratio)
-        kind = row["variant"].partition("-")[2] if row["group"] == "specedit" else row["variant"].split()[0]
+        kind = row["variant"].rpartition("-")[2] if row["group"] == "specedit" else row["variant"].split()[0]
         kind = "stock" if row["group"] == "stock" else kind
         if row["group"] != "idea" and (kind not in best or away < best[kind][0]):
             best[kind] = (away, row["variant"])

@@ -20,10 +20,11 @@ from benchmarks.scores import Scores, command, editor, options, some, tasks, who
 from specedit import micro, uninstall
 from specedit.api.installing import install
 from specedit.cli.methods import import_plugin
-from specedit.config import STANDARD_PRESETS, STOCK_STEPS
+from specedit.config import STANDARD_PRESETS, STOCK_STEPS, presets
 from specedit.registry import forecasts, methods
 
 STOCK = (50, 28, 10, 8, 4, 2, 1)
+OWN_RESTORE = ("ultra", "few-8", "few-4")  # presets that name one
 INTERVALS = (3, 5, 7)  # of temporal caches alone: about so many times fewer FLOPs
 # One switch each, on the cheapest preset.
 IDEAS: dict[str, dict[str, Any]] = {
@@ -51,6 +52,8 @@ def variants() -> dict[str, dict[str, Any]]:
     for preset in STANDARD_PRESETS:
         for restore in ("full", "reference"):
             every[f"{preset}-{restore}"] = {"group": "specedit", "preset": preset, "fields": {"restore": restore}}
+    for preset in OWN_RESTORE:
+        every[f"{preset}-{presets[preset].restore}"] = {"group": "specedit", "preset": preset, "fields": {}}
     for name, fields in IDEAS.items():
         every[name] = {"group": "idea", "preset": "turbo", "fields": {"restore": "reference"} | fields}
     return every

@@ -96,8 +96,8 @@ class SpecEditConfig:
     """
 
     steps: tuple[int, int, int] = (7, 6, 5)
-    boundaries: tuple[float, float] = (0.7, 0.55)
-    draft_steps: int = 8
+    boundaries: tuple[float, float] = (0.8, 0.65)
+    draft_steps: int = 4
     draft_scale: int = 4
     threshold: float | None = None
     verify_at: VerifyAt = "draft"
@@ -340,15 +340,22 @@ def _paper(steps: tuple[int, int, int]) -> SpecEditConfig:
     )
 
 
-# Verifying at the draft's size finds more of the edit with fewer false alarms than at full size (docs/method.md).
+# What keeps unedited cells as they were, and computes them once a stage.
+_CACHED = SpecEditConfig(uniform_stride=0, restore="reference", locked="cached")
+
+# docs/method.md says which curve each choice rests on.
 presets: dict[str, SpecEditConfig] = {
     "quality": SpecEditConfig(steps=(11, 11, 8)),
     "balanced": SpecEditConfig(),
     "fast": SpecEditConfig(steps=(3, 3, 5)),
     "turbo": SpecEditConfig(steps=(2, 2, 5)),
-    # For step-distilled models (FLUX.1-Kontext-Lightning and the like).
-    "lightning-8": SpecEditConfig(steps=(2, 2, 4), draft_steps=4),
-    "lightning-6": SpecEditConfig(steps=(1, 2, 3), draft_steps=4),
+    "ultra": dataclasses.replace(_CACHED, steps=(2, 2, 5), draft_steps=0),
+    # For models that need few steps: one coarse step finds what a short draft has missed, and all others refine.
+    "few-8": dataclasses.replace(_CACHED, steps=(1, 5, 2), draft_steps=2),
+    "few-4": dataclasses.replace(_CACHED, steps=(1, 2, 1), draft_steps=2),
+    # As the paper runs step-distilled models (FLUX.1-Kontext-Lightning and the like).
+    "lightning-8": SpecEditConfig(steps=(2, 2, 4), boundaries=(0.7, 0.55)),
+    "lightning-6": SpecEditConfig(steps=(1, 2, 3), boundaries=(0.7, 0.55)),
     # The FLOPs of the paper's tables add up to 5 full steps and 13, 6 or 4 cheap ones; to 8 and 22 at NFE 30.
     "paper": _paper((7, 6, 5)),
     "paper-30": _paper((11, 11, 8)),

@@ -17,8 +17,8 @@ steps = st.tuples(*[st.integers(0, 20)] * 3).filter(sum)
 
 def test_defaults():
     config = SpecEditConfig()
-    assert config.steps == (7, 6, 5) and config.boundaries == (0.7, 0.55)
-    assert (config.draft_steps, config.draft_scale) == (8, 4)
+    assert config.steps == (7, 6, 5) and config.boundaries == (0.8, 0.65)
+    assert (config.draft_steps, config.draft_scale) == (4, 4)
     assert (config.threshold, config.verify_at) == (0.2, "draft")
     assert (config.dilation, config.uniform_stride, config.selector) == (1, 3, "semantic")
     assert (config.restore, config.key_bias, config.rope, config.attention) == ("full", "area", "scaled", "auto")
@@ -32,6 +32,9 @@ def test_presets_nfe():
         "balanced": 18,
         "fast": 11,
         "turbo": 9,
+        "ultra": 9,
+        "few-8": 8,
+        "few-4": 4,
         "lightning-8": 8,
         "lightning-6": 6,
         "paper": 18,
@@ -40,6 +43,8 @@ def test_presets_nfe():
         "paper-11": 11,
         "paper-9": 9,
     }
+    assert presets["ultra"].verifies_coarse and not presets["ultra"].uses_draft
+    assert presets["few-8"].draft_steps == presets["few-4"].draft_steps == 2
     assert presets["lightning-8"].draft_steps == presets["lightning-6"].draft_steps == 4
     for name, config in presets.items():
         assert SpecEditConfig.preset(name) is config and config.name == name.removesuffix("-18")
@@ -53,6 +58,7 @@ def test_the_paper_presets_add_nothing_to_the_paper():
         assert (config.nfe, sum(config.steps[:2])) == (nfe, count)
         assert (config.verify_at, config.threshold, config.restore) == ("full", 0.75, "full")
         assert (config.draft_steps, config.draft_scale, config.uniform_stride, config.dilation) == (8, 4, 3, 0)
+        assert config.boundaries == (0.7, 0.55)
         assert (config.key_bias, config.rope, config.selector) == ("none", "scaled", "semantic")
         assert not (config.keep_pixels or config.verify_coarse or config.forecast or config.guidance_range)
     assert presets["paper"] == presets["paper-18"]
@@ -76,7 +82,7 @@ def test_former_fields_say_what_became_of_them(field, value, message):
 def test_frozen_and_hashable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         SpecEditConfig().steps = (1, 1, 1)
-    assert hash(SpecEditConfig(steps=[7, 6, 5], boundaries=[0.7, 0.55])) == hash(SpecEditConfig())
+    assert hash(SpecEditConfig(steps=[7, 6, 5], boundaries=[0.8, 0.65])) == hash(SpecEditConfig())
 
 
 def test_threshold_default_follows_verify_at():
@@ -214,7 +220,7 @@ def test_with_steps():
 
 
 def test_uses_draft():
-    assert all(config.uses_draft for config in presets.values())
+    assert {name for name, config in presets.items() if not config.uses_draft} == {"ultra"}
     assert SpecEditConfig(selector="edges").uses_draft  # its edges are those of the prediction
     assert not SpecEditConfig(selector="uniform").uses_draft
     assert not SpecEditConfig(steps=(4, 0, 5)).uses_draft

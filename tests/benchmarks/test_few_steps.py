@@ -24,5 +24,5 @@ def test_settings_stand_beside_stock(shallow_editors, tmp_path):
 
 
 def test_an_unknown_setting_is_refused(tmp_path):
-    with pytest.raises(SystemExit, match="--only: expected some of stock-50, .*, got 4: nothing"):
+    with pytest.raises(SystemExit, match=r"^--only: expected some of stock-50, .*, got 4: nothing"):
         few_steps.main(["--only", "4: nothing", "--out", str(tmp_path / "few.json")])

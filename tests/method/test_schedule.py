@@ -176,7 +176,7 @@ UP1, UP2 = 2 * S1 / (1 + S1), 2 * S2 / (1 + S2)
     ],
 )
 def test_stages(steps, restore, expected):
-    got = stages(SpecEditConfig(steps=steps, restore=restore))
+    got = stages(SpecEditConfig(steps=steps, restore=restore, boundaries=(S1, S2)))
     assert [dataclasses.astuple(stage) for stage in got] == expected
 
 
