@@ -158,4 +158,8 @@ class Scores:
         row |= micro.summary(row["cases"])
         if (last := last_report(pipe)) is not None:
             row |= dict(nfe=last.nfe, cached_steps=last.cached_steps, cache_bytes=last.cache_bytes)
+        self.write()
+
+    def write(self) -> None:
+        """Write the file, as after every turn."""
         results.write(self.path, self.command, self.rows, **self.more)

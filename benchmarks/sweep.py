@@ -1,9 +1,9 @@
 """One setting at a time on the embedded editor: the curves behind the defaults.
 
-    python -m benchmarks.sweep --cases 24 --size 512 --out benchmarks/results/sweep-512.json
+    python -m benchmarks.sweep --cases 24 --textures 12 --size 256 --out benchmarks/results/sweep-256.json
 
-The starting point is `turbo` with restore="reference" and "full"; each row changes one field (those of `guidance_range`
-run under true guidance, which the others do without). A Qwen editor runs under guidance all along, and its prompt holds
+The starting point, `BASE`, is `turbo` with restore="reference"; each row changes one field, those of "together" several
+(those of `guidance_range` run under true guidance, which the others do without). A Qwen editor runs under guidance all along, and its prompt holds
 a picture. Where the true mask of a task is known, `recall`
 is the share of its cells that were found, `precision` the share of found cells that it covers. With --masks every call
 is given its task's own mask, and the groups that only change how cells are found are left out. With --resume a run that
@@ -19,7 +19,8 @@ from benchmarks.scores import Scores, command, editor, options, some, tasks, who
 from specedit import micro, report, uninstall
 from specedit.api.installing import install
 
-BASE = {"preset": "turbo", "restore": "reference"}
+# Spelled out, so that a default that follows a curve does not move its starting point.
+BASE = {"preset": "turbo", "restore": "reference", "draft_steps": 8, "boundaries": (0.7, 0.55)}
 GRID: dict[str, list[dict]] = {
     "base": [{}],
     "restore": [{"restore": "full"}, {"restore": "pixels"}],
@@ -118,10 +119,12 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = variants(some(grid(args.model, args.masks), args.only))
     cases = tasks(args, first=10_000)  # not those of quality.py
     words = command("sweep", args) + (" --masks" if args.masks else "")
-    scores = Scores(args.out, words, cases, whose(args) | ({"masks": True} if args.masks else {}), args.resume)
+    of = whose(args) | ({"masks": True} if args.masks else {})
+    scores = Scores(args.out, words, cases, of, args.resume, base=BASE)
     pipe = editor(args.model)
     for name, todo in scores.turns(chosen):
         score(scores, pipe, name, todo, **chosen[name], masks=args.masks)
+    scores.write()  # also where a file of before lacks only the starting point's fields
 
 
 if __name__ == "__main__":

@@ -46,36 +46,48 @@ def pareto(name: str, path: Path) -> None:
 
 # Panels of the sweep: group, field on the axis, and whether the starting point is on the curve.
 CURVES = (
+    ("boundaries", "boundaries", True), ("boundaries (full)", "boundaries", False),
     ("threshold (draft)", "threshold", True), ("threshold (full)", "threshold", False), ("dilation", "dilation", True),
-    ("uniform_stride", "uniform_stride", True), ("draft_steps", "draft_steps", True),
-    ("boundaries", "boundaries", True),
+    ("draft_steps", "draft_steps", True), ("uniform_stride", "uniform_stride", True),
+    ("reference_refresh", "reference_refresh", False), ("reference_keep", "reference_keep", False),
 )  # fmt: skip
 
 
 def sweep_curves(name: str, path: Path) -> None:
-    """Edit PSNR and FLOPs ratio over one setting at a time; a dotted line marks the default."""
+    """Edit PSNR and texture distance over one setting at a time; a dotted line marks the preset's value."""
     from specedit.config import resolve
 
-    rows, start = load(name)["rows"], resolve("turbo", restore="reference")
+    result = load(name)
+    rows, preset, start = result["rows"], resolve("turbo"), resolve(**_plain(result["base"]))
     (base,) = [row for row in rows if row["group"] == "base"]
-    figure = Figure(figsize=(12, 6), layout="constrained")
-    for axis, (group, field, through) in zip(figure.subplots(2, 3).flat, CURVES):
+    curves = [curve for curve in CURVES if any(row["group"] == curve[0] for row in rows)]
+    lines = -(-len(curves) // 3)
+    figure = Figure(figsize=(12, 3 * lines), layout="constrained")
+    axes = list(figure.subplots(lines, 3, squeeze=False).flat)
+    for unused in axes[len(curves) :]:
+        unused.remove()
+    for axis, (group, field, through) in zip(axes, curves):
         points = [(_first(literal_eval(r["change"][field])), r["mean"]) for r in rows if r["group"] == group]
-        default = _first(getattr(start, field))
         if through:
-            points.append((default, base["mean"]))
-            axis.axvline(default, color="grey", linestyle=":", linewidth=1)
+            points.append((_first(getattr(start, field)), base["mean"]))
+            axis.axvline(_first(getattr(preset, field)), color="grey", linestyle=":", linewidth=1)
         points.sort(key=lambda point: point[0])
         x = [value for value, _ in points]
         axis.plot(x, [mean["edit_psnr"] for _, mean in points], marker="o", color="C0")
         axis.set_ylim(base["mean"]["edit_psnr"] - 3, base["mean"]["edit_psnr"] + 2)  # chance looks small
         axis.set_ylabel("edit PSNR, dB", color="C0")
-        axis.set_xlabel("sigma at which the coarse stage ends" if field == "boundaries" else group)
+        axis.set_xlabel(group.replace("boundaries", "sigma at which the coarse stage ends"))
         other = axis.twinx()
-        other.plot(x, [mean["flops_ratio"] for _, mean in points], marker="^", color="C1")
-        other.set_ylim(0, 2 * base["mean"]["flops_ratio"])
-        other.set_ylabel("FLOPs ratio", color="C1")
+        other.plot(x, [mean["texture_distance"] for _, mean in points], marker="^", color="C1")
+        other.set_ylim(0, 2 * base["mean"]["texture_distance"])
+        other.set_ylabel("texture distance", color="C1")
     figure.savefig(path, dpi=90)
+
+
+def _plain(base: dict) -> dict:
+    """`base` as arguments of `resolve`."""
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in base.items()}
+    return {"value": fields.pop("preset"), **fields}
 
 
 def _first(value: float | tuple) -> float:

@@ -165,18 +165,46 @@ def sweep(name: str) -> str:
         return "*not measured yet*"
     rows, model = [], edited_by(result)
     whole = default_steps(model) == STOCK_STEPS
-    for row in result["rows"]:
+    for row in sorted(result["rows"], key=lambda row: row["group"] != "base"):
         m = row["mean"]
-        change = row["variant"] if row["change"] else "turbo, restore=reference"
+        change = row["variant"] if row["change"] else "none"
         rows.append(
             [change, number(m.get("success"), ".0%"), number(m.get("edit_psnr"), ".1f"), *textures(result, m),
              number(m["keep_psnr"], ".1f"),
              f"{m['flops_ratio']:.2f}", *([] if whole else [to_default(model, m["flops_ratio"])]),
-             f"{m['seconds']:.2f}", f"{m['recall']:.0%}", f"{m['precision']:.0%}"]
+             f"{m['seconds']:.2f}", number(m["recall"], ".0%"), number(m["precision"], ".0%")]
         )  # fmt: skip
     header = ["change", "success", "edit dB", *(TEXTURES if with_textures(result) else []), "keep dB", RATIOS[0]]
     header += [*([] if whole else [f"FLOPs ratio to {default_steps(model)}"]), "seconds", "recall", "precision"]
     return table(header, rows) + source(result, name)
+
+
+def few(name: str) -> str:
+    """Settings of few steps against stock with as many, of the rows that have run every task."""
+    result = load(name)
+    if result is None:
+        return "*not measured yet*"
+    most = max(len(row["cases"]) for row in result["rows"])
+    rows = [row for row in result["rows"] if len(row["cases"]) == most]
+    stock = {row["variant"]: row for row in rows if row["variant"].startswith("stock-")}
+    written = [_few_row(row, stock) for row in rows]
+    header = ["setting", "success", "edit dB", "keep dB", "texture", "material", "recall", "FLOPs vs as many"]
+    header += ["clock vs as many", "FLOPs, small edits", "clock, small edits"]
+    small = f"{most} tasks. Small edits change at most {SMALL:.0%} of the picture."
+    return f"{small}\n\n{table(header, written)}{source(result, name)}"
+
+
+def _few_row(row: dict, stock: dict[str, dict]) -> list[str]:
+    own = stock.get(f"stock-{row['variant'].partition(':')[0]}", row)
+    small = [[case for case in r["cases"] if case["mask_share"] <= SMALL] for r in (own, row)]
+    ratios = [own["mean"][key] / row["mean"][key] for key in ("flops", "seconds")]
+    ratios += [average(small[0], key) / average(small[1], key) for key in ("flops", "seconds")]
+    m, (total, clock, few_flops, few_clock) = row["mean"], ratios
+    return [
+        row["variant"], f"{m['success']:.0%}", f"{m['edit_psnr']:.1f}", f"{m['keep_psnr']:.1f}",
+        number(m.get("texture_distance"), ".2f"), number(m.get("material"), ".0%"), number(m.get("recall"), ".0%"),
+        f"{total:.2f}", f"{clock:.2f}", f"{few_flops:.2f}", f"{few_clock:.2f}",
+    ]  # fmt: skip
 
 
 def bench(name: str) -> str:

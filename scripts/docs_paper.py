@@ -2,6 +2,8 @@
 
 # The paper's own figures (arXiv 2605.02152, Table 5, FLUX.1-Kontext-dev on an A100), for comparison only.
 PAPER = {"quality": (3.15, 3.31), "balanced": (4.10, 5.38), "fast": (6.40, 6.92), "turbo": (7.05, 7.37)}
+# The presets with the paper's exact settings for these rows.
+PAPER_PRESETS = {"quality": "paper-30", "balanced": "paper-18", "fast": "paper-11", "turbo": "paper-9"}
 # The paper's rows with temporal caches and distilled models (arXiv 2605.02152), likewise.
 PAPER_FORECASTS = [
     ["FLUX.1-Kontext", "TaylorSeer, N=6", "50", "3.60x", "5.00x"],

@@ -1,6 +1,6 @@
 """Tables of the cost model's predictions and the paper's figures."""
 
-from docs_paper import PAPER, PAPER_FORECASTS, PAPER_QWEN, PAPERS, QWEN_STOCK
+from docs_paper import PAPER, PAPER_FORECASTS, PAPER_PRESETS, PAPER_QWEN, PAPERS, QWEN_STOCK
 from docs_results import default_steps, table, to_default
 
 
@@ -13,12 +13,15 @@ def plan(name: str) -> str:
     for preset, (clock, flops) in PAPER.items():
         ours = [predict(preset, "flux-kontext", 1024, 1024, share) for share in (0.1, 0.2, 0.4)]
         both = [f"{r['flops_ratio_50']:.2f} ({r['flops_ratio']:.2f})" for r in ours]
-        rows.append([preset, *both, f"{flops:.2f}", f"{clock:.2f}"])
-    header = ["preset", "10 % edited", "20 % edited", "40 % edited", "paper, FLOPs", "paper, clock (A100)"]
+        as_paper = predict(PAPER_PRESETS[preset], "flux-kontext", 1024, 1024, 0.2)["flops_ratio_50"]
+        rows.append([preset, *both, f"{as_paper:.2f}", f"{flops:.2f}", f"{clock:.2f}"])
+    header = ["preset", "10 % edited", "20 % edited", "40 % edited", "the paper's settings, 20 %", "paper, FLOPs"]
+    header.append("paper, clock (A100)")
     return table(header, rows) + (
         f"\n\nFLOPs ratios to {STOCK_STEPS} stock steps, as the paper counts, and in brackets to "
         f"{MODELS['flux-kontext'].default_steps}, the pipeline's own default. Predicted by `specedit.flops.plan`, not "
-        "measured; the last two columns are the paper's."
+        f"measured. The paper's settings are the presets {', '.join(PAPER_PRESETS.values())}; the last two columns are "
+        "its own figures."
     )
 
 
@@ -29,22 +32,23 @@ def plan_models(name: str) -> str:
     from specedit.cost.flops import plan as predict
 
     turbo = resolve("turbo", restore="reference")
-    few = resolve(turbo, steps=(1, 3, 0), draft_steps=2, uniform_stride=0)
+    few, ultra = resolve("few-4"), resolve("ultra")
     rows = []
     for model, cost in MODELS.items():
         image = 2 * 64 * 64  # target and reference at 1024 x 1024
         first, both = cost.stock(image) / 1e12, cost.stock(image, 2) / 1e12
         step = f"{first:.0f}" + (f", then {both - first:.0f}" if cost.fixed_reference else "")
-        fast, four = (predict(config, model, 1024, 1024, 0.2) for config in (turbo, few))
+        fast, four, least = (predict(config, model, 1024, 1024, 0.2) for config in (turbo, few, ultra))
         parts = [f"{stage['flops'] / four['flops']:.0%}" for stage in four["stages"]]
         own = cost.stock(image, few.nfe) / four["flops"]
-        rows.append([f"`{model}`", step, f"{fast['flops_ratio_50']:.1f}", f"{own:.2f}", *parts])
-    header = ["model", "T a stock step", f"`turbo`, to {STOCK_STEPS} steps", f"{few.nfe} steps to {few.nfe}",
+        both = [f"{run['flops_ratio_50']:.1f} ({run['flops_ratio']:.1f})" for run in (fast, least)]
+        rows.append([f"`{model}`", step, str(cost.default_steps), *both, f"{own:.2f}", *parts])
+    header = ["model", "T a stock step", "its own steps", "`turbo`", "`ultra`", f"`few-4`, to {few.nfe} steps",
               "of these: draft", "coarse", "mixed"]  # fmt: skip
     return table(header, rows) + (
-        '\n\nFLOPs ratios at 1024 x 1024 with one reference, 20 % edited, `restore="reference"`. The four steps are '
-        f"`steps={few.steps}, draft_steps={few.draft_steps}, uniform_stride=0`. Predicted by `specedit.flops.plan`, "
-        "not measured."
+        '\n\nFLOPs ratios at 1024 x 1024 with one reference, 20 % edited, `restore="reference"`: to '
+        f"{STOCK_STEPS} steps, in brackets to the model's own, and of `few-4` to {few.nfe} stock steps. Predicted by "
+        "`specedit.flops.plan`, not measured."
     )
 
 
@@ -62,7 +66,7 @@ def plan_qwen(name: str) -> str:
     words = replace(cost, text_tokens=cost.text_tokens - cost.vision_tokens, vision_tokens=0)
 
     def ratio(preset: str, share: float = 0.2, model=cost, **change) -> float:
-        return predict(replace(presets[preset], **change), model, 1024, 1024, share)["flops_ratio_50"]
+        return predict(replace(presets[PAPER_PRESETS[preset]], **change), model, 1024, 1024, share)["flops_ratio_50"]
 
     rows = []
     for preset, (clock, tera) in PAPER_QWEN.items():
@@ -90,7 +94,8 @@ def plan_qwen(name: str) -> str:
         f'it must have taken fewer. `restore="reference"` goes below that floor too: '
         f"{ratio('turbo', 0.15, restore='reference'):.2f} at 15 % edited, "
         f"{ratio('turbo', 0.15, restore='reference', draft_condition='small'):.2f} with the small condition image.",
-        "Predicted by `specedit.flops.plan`, not measured; the last two columns are the paper's.",
+        "All with the paper's settings, the presets " + ", ".join(PAPER_PRESETS.values()) + ". Predicted by "
+        "`specedit.flops.plan`, not measured; the last two columns are the paper's.",
     ]
     return table(header, rows) + "\n\n" + paragraphs[0] + "\n\n" + "\n".join(paragraphs[1:5]) + "\n\n" + paragraphs[5]
 
@@ -98,7 +103,7 @@ def plan_qwen(name: str) -> str:
 def share_of_draft(preset: str) -> float:
     from specedit.cost.flops import plan as predict
 
-    run = predict(preset, "qwen-image-edit", 1024, 1024, 0.2)
+    run = predict(PAPER_PRESETS[preset], "qwen-image-edit", 1024, 1024, 0.2)
     return run["stages"][0]["flops"] / run["flops"]
 
 
@@ -163,15 +168,16 @@ def switches(name: str) -> str:
         'every row of the last block (`attention="stock"`)': dict(attention="stock"),
         "as installed": {},
         '`draft_condition="small"`': dict(draft_condition="small"),
-        "`draft_steps=4`": dict(draft_steps=4),
+        "`draft_steps=8`": dict(draft_steps=8),
+        "`draft_steps=0`": dict(draft_steps=0),
+        '`locked="cached"`': dict(locked="cached"),
         "`reference_refresh=2`": dict(reference_refresh=2),
         "`reference_refresh=4`": dict(reference_refresh=4),
         "`guidance_range=(0.2, 0.9)`": dict(guidance_range=(0.2, 0.9)),
         "`guidance_range=(0.2, 1)`": dict(guidance_range=(0.2, 1)),
         "`reference_refresh=4, guidance_range=(0.2, 1)`": dict(reference_refresh=4, guidance_range=(0.2, 1)),
-        'that, `draft_steps=4, draft_condition="small"`': dict(
-            draft_condition="small", draft_steps=4, reference_refresh=4, guidance_range=(0.2, 1)
-        ),
+        "that, `draft_steps=0`": dict(draft_steps=0, reference_refresh=4, guidance_range=(0.2, 1)),
+        "`ultra`": dict(draft_steps=0, locked="cached", uniform_stride=0),
     }
     asked = [("flux-kontext", 0.1), ("flux-kontext", 0.2), ("qwen-image-edit", 0.2)]
     rows = []

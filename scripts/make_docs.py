@@ -31,6 +31,7 @@ MAKERS = {
     "kinds": measured.kinds,
     "small": measured.small_edits,
     "sweep": measured.sweep,
+    "few": measured.few,
     "texture-steps": measured.texture_steps,
     "bench": measured.bench,
     "plan": predicted.plan,
