@@ -180,31 +180,31 @@ def sweep(name: str) -> str:
 
 
 def few(name: str) -> str:
-    """Settings of few steps against stock with as many, of the rows that have run every task."""
+    """Settings of few steps against stock with as many.
+
+    Rows that have run less than half of the tasks are left out; the others are averaged over the tasks that all share.
+    """
     result = load(name)
     if result is None:
         return "*not measured yet*"
     most = max(len(row["cases"]) for row in result["rows"])
-    rows = [row for row in result["rows"] if len(row["cases"]) == most]
-    stock = {row["variant"]: row for row in rows if row["variant"].startswith("stock-")}
-    written = [_few_row(row, stock) for row in rows]
+    rows = {row["variant"]: row["cases"] for row in result["rows"] if len(row["cases"]) >= most / 2}
+    shared = set.intersection(*({case["seed"] for case in cases} for cases in rows.values()))
+    rows = {name: [case for case in cases if case["seed"] in shared] for name, cases in rows.items()}
+    written = [_few_row(name, cases, rows) for name, cases in rows.items()]
     header = ["setting", "success", "edit dB", "keep dB", "texture", "material", "recall", "FLOPs vs as many"]
-    header += ["clock vs as many", "FLOPs, small edits", "clock, small edits"]
-    small = f"{most} tasks. Small edits change at most {SMALL:.0%} of the picture."
+    header.append("small edits")
+    small = f"{len(shared)} tasks. Small edits change at most {SMALL:.0%} of the picture."
     return f"{small}\n\n{table(header, written)}{source(result, name)}"
 
 
-def _few_row(row: dict, stock: dict[str, dict]) -> list[str]:
-    own = stock.get(f"stock-{row['variant'].partition(':')[0]}", row)
-    small = [[case for case in r["cases"] if case["mask_share"] <= SMALL] for r in (own, row)]
-    ratios = [own["mean"][key] / row["mean"][key] for key in ("flops", "seconds")]
-    ratios += [average(small[0], key) / average(small[1], key) for key in ("flops", "seconds")]
-    m, (total, clock, few_flops, few_clock) = row["mean"], ratios
-    return [
-        row["variant"], f"{m['success']:.0%}", f"{m['edit_psnr']:.1f}", f"{m['keep_psnr']:.1f}",
-        number(m.get("texture_distance"), ".2f"), number(m.get("material"), ".0%"), number(m.get("recall"), ".0%"),
-        f"{total:.2f}", f"{clock:.2f}", f"{few_flops:.2f}", f"{few_clock:.2f}",
-    ]  # fmt: skip
+def _few_row(name: str, cases: list[dict], rows: dict[str, list[dict]]) -> list[str]:
+    own = rows.get(f"stock-{name.partition(':')[0]}", cases)
+    small = [[case for case in some if case["mask_share"] <= SMALL] for some in (own, cases)]
+    ratios = [(average(a, "flops") or 0) / (average(b, "flops") or 1) for a, b in ((own, cases), small)]
+    scores = {"success": ".0%", "edit_psnr": ".1f", "keep_psnr": ".1f", "texture_distance": ".2f", "material": ".0%"}
+    shown = [number(average(cases, key), form) for key, form in (scores | {"recall": ".0%"}).items()]
+    return [name, *shown, *(f"{ratio:.2f}" for ratio in ratios)]
 
 
 def bench(name: str) -> str:

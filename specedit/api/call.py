@@ -66,7 +66,7 @@ def accelerated_call(
     began = trace.clock()
     try:
         with trace.timed("encode"):
-            edit_mask = inputs.check(arguments, edit_mask, config)
+            edit_mask = inputs.check(arguments, inputs.mask_of(adapter, pipe, arguments, edit_mask), config)
             offered.check(adapter, config)
             drafted = config.uses_draft and edit_mask is None
             if config.needs_decoder(masked=edit_mask is not None) == "features":

@@ -12,7 +12,24 @@ from torch import Tensor
 
 from ..config import SpecEditConfig
 from ..method import masks
+from ..method.adapter import Adapter
 from ..models.shared.prompts import count_prompts
+
+
+def mask_of(adapter: Adapter, pipe: Any, call: dict[str, Any], edit_mask: Any) -> Any:
+    """The caller's mask, or that of an inpainting pipeline's own argument.
+
+    Raises:
+        ValueError: both were given.
+    """
+    own = adapter.own_mask(pipe, call)
+    if own is None:
+        return edit_mask
+    if edit_mask is not None:
+        raise ValueError(
+            f"edit_mask: expected none beside mask_image, which says what may change, got {type(edit_mask).__name__}"
+        )
+    return own
 
 
 def check(call: dict[str, Any], edit_mask: Any, config: SpecEditConfig) -> list[Tensor] | None:

@@ -253,6 +253,10 @@ class Adapter(ABC):
     def refusal(self, pipe: Any, call: dict[str, Any], attention: str) -> str | None:
         """Why this call cannot be accelerated (one phrase), or None. `attention`: of the configuration."""
 
+    def own_mask(self, pipe: Any, call: dict[str, Any]) -> Any:
+        """The mask that a call of an inpainting pipeline brings, as `masks.read` takes it; None of all others."""
+        return None
+
     @abstractmethod
     def prepare(self, pipe: Any, call: dict[str, Any], config: SpecEditConfig) -> EditState:
         """Check and encode the call's arguments as the stock pipeline does."""

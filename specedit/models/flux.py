@@ -25,6 +25,11 @@ from .shared.images import check_kind, is_latents, pictures_of, source_pictures,
 from .shared.prompts import broadcast_negative_prompt, count_prompts
 from .shared.shapes import Shape, is_embedded_kontext, shapes_of, whole
 
+CHECKED = (  # by the pipeline's own `check_inputs`
+    "prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "prompt_embeds", "negative_prompt_embeds",
+    "pooled_prompt_embeds", "negative_pooled_prompt_embeds", "callback_on_step_end_tensor_inputs",
+    "max_sequence_length",
+)  # fmt: skip
 IP_ADAPTER = (
     "ip_adapter_image", "ip_adapter_image_embeds", "negative_ip_adapter_image", "negative_ip_adapter_image_embeds",
 )  # fmt: skip
@@ -81,15 +86,7 @@ class FluxKontext(FluxBlocks):
     def prepare(self, pipe: Any, call: dict[str, Any], config: SpecEditConfig) -> EditState:
         multiple = pixels_per_token(pipe)
         height, width = self._output_size(pipe, call, multiple)
-        pipe.check_inputs(
-            call["prompt"], call["prompt_2"], height, width,
-            negative_prompt=call["negative_prompt"], negative_prompt_2=call["negative_prompt_2"],
-            prompt_embeds=call["prompt_embeds"], negative_prompt_embeds=call["negative_prompt_embeds"],
-            pooled_prompt_embeds=call["pooled_prompt_embeds"],
-            negative_pooled_prompt_embeds=call["negative_pooled_prompt_embeds"],
-            callback_on_step_end_tensor_inputs=call["callback_on_step_end_tensor_inputs"],
-            max_sequence_length=call["max_sequence_length"],
-        )  # fmt: skip
+        pipe.check_inputs(**self.size_checks(call, height, width), **{name: call[name] for name in CHECKED})
         self.start_call(pipe, call, _joint_attention_kwargs=call["joint_attention_kwargs"])
         device = pipe._execution_device
         positive, negative = encode(pipe, call, device)
@@ -99,10 +96,7 @@ class FluxKontext(FluxBlocks):
             raise ValueError(f"image: expected one picture or as many as fit {batch} edits, got {len(image)}")
         if negative is not None:
             check_negative(positive, negative)
-        latents = pipe.prepare_latents(
-            image, batch, pipe.transformer.config.in_channels // 4, height, width, dtype, device, call["generator"],
-            call["latents"],
-        )[:2]  # fmt: skip
+        latents = self.noise_and_reference(pipe, call, image, batch, (height, width), dtype)
         side = 2 if latent_input else multiple  # ids would do, but bf16 rounds those beyond 256
         grid = TokenGrid(height // multiple, width // multiple)
         reference_grid = TokenGrid(*(n // side for n in image.shape[-2:]))
@@ -121,6 +115,22 @@ class FluxKontext(FluxBlocks):
             pipe, call, config, conditioning, latents, (grid, reference_grid), placements=placements,
             text_tokens=positive.embeds.shape[1], pictures=len(image),
         )  # fmt: skip
+
+    @staticmethod
+    def size_checks(call: dict[str, Any], height: int, width: int) -> dict[str, Any]:
+        """What the pipeline's `check_inputs` takes besides `CHECKED`."""
+        return dict(height=height, width=width)
+
+    @staticmethod
+    def noise_and_reference(
+        pipe: Any, call: dict[str, Any], image: Tensor, batch: int, size: tuple[int, int], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """The call's noise and the picture's latents, both packed (batch, n, C), by the pipeline's own method."""
+        channels, device = pipe.transformer.config.in_channels // 4, pipe._execution_device
+        latents: tuple[Tensor, Tensor] = pipe.prepare_latents(
+            image, batch, channels, *size, dtype, device, call["generator"], call["latents"]
+        )[:2]
+        return latents
 
     @staticmethod
     def _output_size(pipe: Any, call: dict[str, Any], multiple: int) -> tuple[int, int]:

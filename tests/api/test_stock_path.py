@@ -312,13 +312,13 @@ def test_an_overridden_call_runs_stock(make_pipe, edit, kind):
 
 
 def test_inpaint_pipelines_stay_stock_with_one_warning(pipe):
-    from diffusers import FluxKontextInpaintPipeline
+    from diffusers import FluxInpaintPipeline
 
-    pipe = FluxKontextInpaintPipeline(**pipe.components)
+    pipe = FluxInpaintPipeline(**pipe.components)
     before = dict(vars(pipe))
-    with pytest.warns(UserWarning, match="FluxKontextInpaintPipeline.*stock path") as caught:
+    with pytest.warns(UserWarning, match="FluxInpaintPipeline.*stock path") as caught:
         assert specedit.install(pipe, "turbo") is pipe
-    assert len(caught) == 1 and type(pipe) is FluxKontextInpaintPipeline and dict(vars(pipe)).keys() == before.keys()
+    assert len(caught) == 1 and type(pipe) is FluxInpaintPipeline and dict(vars(pipe)).keys() == before.keys()
     specedit.uninstall(pipe)
 
 
