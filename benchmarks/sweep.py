@@ -2,12 +2,12 @@
 
     python -m benchmarks.sweep --cases 24 --textures 12 --size 256 --out benchmarks/results/sweep-256.json
 
-The starting point, `BASE`, is `turbo` with restore="reference"; each row changes one field, those of "together" several
-(those of `guidance_range` run under true guidance, which the others do without). A Qwen editor runs under guidance all along, and its prompt holds
-a picture. Where the true mask of a task is known, `recall`
-is the share of its cells that were found, `precision` the share of found cells that it covers. With --masks every call
-is given its task's own mask, and the groups that only change how cells are found are left out. With --resume a run that
-was stopped, or that is to see more tasks than before, goes on.
+The starting point, `BASE`, is `turbo` with restore="reference". Each row changes one field, "together" several;
+those of `guidance_range` run under true guidance, which the others do without. A Qwen editor runs under guidance all
+along, and its prompt holds a picture. Where the true mask of a task is known, `recall` is the share of its cells that
+were found, `precision` the share of found cells that it covers. With --masks every call is given its task's own mask,
+and the groups that only change how cells are found are left out. With --resume a run that was stopped, or that is to
+see more tasks than before, goes on.
 """
 
 import math
