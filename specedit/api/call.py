@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from ..models.attention import mask_support
 from ..models.shared.images import check_decoder
 from ..once import warn_caller, warn_once
 from . import inputs, sharing
+from .encodings import Reuse
 from .installation import CallRecord, Installation
 from .reporting import report_of
 from .sizes import warn_if_cropped
@@ -54,13 +57,26 @@ def call(
         text = f"num_inference_steps={asked_steps} leaves no stage long enough for forecast={forecast!r}"
         warn_once(pipe, f"{text}; SpecEdit runs without it", f"too few steps for {forecast}")
     # Fusing projections or loading an adapter may have replaced processors since install: they come back here.
-    with torch.no_grad(), sharing.running(pipe, installation):
-        return accelerated_call(pipe, installation, record, config, arguments, edit_mask)
+    with torch.no_grad(), sharing.running(pipe, installation), reusing(pipe, installation) as reuse:
+        return accelerated_call(pipe, installation, record, config, arguments, edit_mask, reuse)
+
+
+@contextmanager
+def reusing(pipe: Any, installation: Installation) -> Iterator[Reuse | None]:
+    """A call's view of what the pipeline has kept; None where it reuses nothing."""
+    if not (installation.config.reuse_encodings or installation.encodings.wanted):
+        yield None
+        return
+    with installation.encodings.reusing(pipe) as reuse:
+        if reuse is None:
+            warn_once(pipe, "reuse_encodings has no effect: changes of weights made in inference mode cannot be seen")
+        yield reuse
 
 
 def accelerated_call(
-    pipe: Any, installation: Installation, record: CallRecord, config: Any, arguments: dict[str, Any], edit_mask: Any
-) -> Any:
+    pipe: Any, installation: Installation, record: CallRecord, config: Any, arguments: dict[str, Any], edit_mask: Any,
+    reuse: Reuse | None,
+) -> Any:  # fmt: skip
     """The edit, as the stock pipeline returns it. Its report goes into the record."""
     trace, adapter = Trace(pipe), installation.adapter
     began = trace.clock()
@@ -73,26 +89,52 @@ def accelerated_call(
                 check_decoder(pipe.vae)
             mask_support.check(pipe.transformer, config)
             state = adapter.prepare(pipe, arguments, config)
+            if reuse is not None:
+                reuse.pictures = False  # what a run encodes later depends on its seed
             trace.device = state.device
             warn_if_cropped(pipe, state.placement, state.pixels_per_token)
         if (function := arguments.get("callback_on_step_end")) is not None:  # not every pipeline has one
             trace.callback = StepCallback(function, arguments["callback_on_step_end_tensor_inputs"])
         run = Run(adapter, pipe, config, state, trace)
         pipe._num_timesteps = config.nfe
-        with pipe.progress_bar(total=config.nfe + (config.draft_steps if drafted else 0)) as trace.bar:
-            method = config.method_options
-            outcome = (sampler if method is None else method).edit(run, edit_mask)
+        with known_finding(run, reuse if drafted else None, arguments) as known:
+            drafts = drafted and not known
+            with pipe.progress_bar(total=config.nfe + (config.draft_steps if drafts else 0)) as trace.bar:
+                method = config.method_options
+                outcome = (sampler if method is None else method).edit(run, edit_mask)
         if config.keep_pixels and not outcome.has_edit_mask:
             warn_caller(
                 "keep_pixels not applied, so any pixel may change: without edit_mask nothing says what is edited"
             )
         with trace.timed("decode"):
             images = decoded(run, outcome, arguments["output_type"])
-        record.report = report_of(run, outcome, images, arguments, trace.clock() - began)
+        seconds = trace.clock() - began
+        record.report = report_of(run, outcome, images, arguments, seconds, {} if reuse is None else reuse.counts)
         pipe.maybe_free_model_hooks()
     finally:
         pipe._current_timestep = None
     return (images,) if not arguments["return_dict"] else adapter.output(images)
+
+
+@contextmanager
+def known_finding(run: Run, reuse: Reuse | None, arguments: dict[str, Any]) -> Iterator[bool]:
+    """Give a run the finding of an earlier draft, where there is one, or keep its own. Whether there is one.
+
+    A finding is kept if every sample's draft has shown a change and no score overflowed: another seed's draft may show
+    more.
+    """
+    if reuse is None:
+        yield False
+        return
+    key = reuse.finding_key(arguments, run.config, run.state.conditioning.prompt_embeds)
+    run.finding = reuse.finding(key)
+    known = run.finding is not None
+    yield known
+    if key is None or known or run.finding is None:
+        return
+    score, detected = run.finding
+    if not sampler.count_empty(detected) and (score is None or bool(score.isfinite().all())):
+        reuse.kept.put(key, run.finding)
 
 
 def decoded(run: Run, outcome: sampler.Outcome, output_type: str) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 from ..config import SpecEditConfig
 from ..method.adapter import Adapter
 from ..run_report import RunReport
+from .encodings import Encodings
 
 ATTRIBUTE = "_specedit"
 
@@ -83,8 +84,9 @@ class Installation:
     switch: Switch = field(default_factory=Switch)
     warned: set[str] = field(default_factory=set)
     transformers: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)  # those that were hooked for it
+    encodings: Encodings = field(default_factory=Encodings)
 
-    def __reduce__(self) -> tuple[Any, ...]:  # of a copy, whose calls and transformers are its own
+    def __reduce__(self) -> tuple[Any, ...]:  # of a copy, whose calls, transformers and encodings are its own
         return Installation, (self.config, self.adapter, self.stock_class)
 
 
