@@ -82,9 +82,9 @@ class RunReport:
             restore="reference" or keep_pixels they were edited as a whole, unless the coarse stage showed a change;
             otherwise the input would come back.
         overflowed: samples whose verification score was not finite; they were edited as a whole.
-        reused: with `reuse_encodings`, how many "prompts" and "pictures" (references) were not encoded again, and under
-            "findings" 1 where an earlier call's draft, of another seed or the same, said what to edit; `score` is that
-            draft's. Empty if nothing was reused.
+        reused: with `reuse_encodings`, how many "prompts" and "pictures" (references) were not encoded again, in a
+            session "renditions" (the picture, decoded unedited), and under "findings" 1 where an earlier call's draft,
+            of another seed or the same, said what to edit; `score` is that draft's. Empty if nothing was reused.
         source, edit: PIL images of the first sample for the figure; not part of `to_dict`.
 
     Raises:
@@ -211,7 +211,12 @@ class RunReport:
 
     def _reused_inputs(self) -> str:
         """What was not encoded or drafted again, as "2 prompts, 1 picture"."""
-        words = {"prompts": "prompt", "pictures": "picture", "findings": "finding of an earlier draft"}
+        words = {
+            "prompts": "prompt",
+            "pictures": "picture",
+            "renditions": "rendition",
+            "findings": "finding of an earlier draft",
+        }
         counts = [(count, words.get(name, name)) for name, count in self.reused.items()]
         return ", ".join(f"{count} {word}{'s' if count > 1 else ''}" for count, word in counts)
 

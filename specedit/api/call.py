@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..method import offered, restore, sampler
+from ..method import haze, offered, restore, sampler
 from ..method.adapter import Run
 from ..method.callback import StepCallback
 from ..method.trace import Trace
@@ -17,7 +18,7 @@ from ..models.attention import mask_support
 from ..models.shared.images import check_decoder
 from ..once import warn_caller, warn_once
 from . import inputs, sharing
-from .encodings import Reuse
+from .encodings import RENDITIONS, Reuse
 from .installation import CallRecord, Installation
 from .reporting import report_of
 from .sizes import warn_if_cropped
@@ -64,7 +65,7 @@ def call(
 @contextmanager
 def reusing(pipe: Any, installation: Installation) -> Iterator[Reuse | None]:
     """A call's view of what the pipeline has kept; None where it reuses nothing."""
-    if not (installation.config.reuse_encodings or installation.encodings.wanted):
+    if not (installation.config.reuse_encodings or installation.encodings.in_session):
         yield None
         return
     with installation.encodings.reusing(pipe) as reuse:
@@ -107,7 +108,8 @@ def accelerated_call(
                 "keep_pixels not applied, so any pixel may change: without edit_mask nothing says what is edited"
             )
         with trace.timed("decode"):
-            images = decoded(run, outcome, arguments["output_type"])
+            clears = installation.encodings.in_session and config.keep_pixels
+            images = decoded(run, outcome, arguments["output_type"], reuse, clears)
         seconds = trace.clock() - began
         record.report = report_of(run, outcome, images, arguments, seconds, {} if reuse is None else reuse.counts)
         pipe.maybe_free_model_hooks()
@@ -137,8 +139,13 @@ def known_finding(run: Run, reuse: Reuse | None, arguments: dict[str, Any]) -> I
         reuse.kept.put(key, run.finding)
 
 
-def decoded(run: Run, outcome: sampler.Outcome, output_type: str) -> Any:
-    """The images of a run. `keep_pixels` puts the source back outside the edited cells."""
+def decoded(
+    run: Run, outcome: sampler.Outcome, output_type: str, reuse: Reuse | None = None, clears: bool = False
+) -> Any:
+    """The images of a run. `keep_pixels` puts the source back outside the edited cells.
+
+    clears: and within them where nothing but the autoencoder has changed it. Only of output_type="pil".
+    """
     state, source, edited = run.state, run.state.conditioning.source, outcome.cells.detected
     keeps, tokens = run.config.keep_pixels, outcome.tokens
     if output_type == "latent":
@@ -147,5 +154,20 @@ def decoded(run: Run, outcome: sampler.Outcome, output_type: str) -> Any:
         tokens = restore.blend_latents(tokens, state.aligned, edited, state.grid)
     images = run.adapter.decode(run.pipe, state, tokens, output_type)
     if keeps and source is not None:
-        images = restore.keep_pixels(images, source, edited, 2 * state.pixels_per_token, output_type)
+        changed = haze.changed(images, rendition(run, reuse)) if clears and output_type == "pil" else None
+        images = restore.keep_pixels(images, source, edited, 2 * state.pixels_per_token, output_type, changed)
+    return images
+
+
+def rendition(run: Run, reuse: Reuse | None) -> Tensor:
+    """What the decoder makes of the picture being edited (B, 3, H, W), in 0..1."""
+    latents = run.state.aligned
+
+    def decode() -> Tensor:
+        images: Tensor = run.adapter.decode(run.pipe, run.state, latents, "pt")
+        return images
+
+    if reuse is None:
+        return decode()
+    images: Tensor = reuse.encode(RENDITIONS, decode, {"latents": latents}, run.state.device)
     return images

@@ -20,7 +20,7 @@ from .content import Unknown, digest
 from .weights import State, state_of
 
 MOST_BYTES = 256 * 2**20  # of one pipeline
-PROMPTS, PICTURES, FINDINGS = "prompts", "pictures", "findings"
+PROMPTS, PICTURES, RENDITIONS, FINDINGS = "prompts", "pictures", "renditions", "findings"
 # Arguments that do not change what a draft finds, but for its noise.
 BESIDE_FINDING = {
     "generator", "latents", "output_type", "return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs",
@@ -127,19 +127,20 @@ class Encodings:
         return getattr(self._thread, "reuse", None)
 
     @property
-    def wanted(self) -> bool:
-        """Whether calls of this thread reuse encodings whatever the configuration says."""
-        return getattr(self._thread, "wanted", False)
+    def in_session(self) -> bool:
+        """Whether this thread's calls are a session's: they reuse encodings whatever the configuration says, and
+        `keep_pixels` keeps what an edit has not changed within its mask, too."""
+        return getattr(self._thread, "in_session", False)
 
     @contextmanager
-    def always(self) -> Iterator[None]:
-        """Inside, calls of this thread reuse encodings."""
-        before = self.wanted
-        self._thread.wanted = True
+    def session(self) -> Iterator[None]:
+        """Inside, calls of this thread are a session's."""
+        before = self.in_session
+        self._thread.in_session = True
         try:
             yield
         finally:
-            self._thread.wanted = before
+            self._thread.in_session = before
 
     @contextmanager
     def reusing(self, pipe: Any) -> Iterator[Reuse | None]:

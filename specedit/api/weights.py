@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .content import digest
+
 SIMPLE = (bool, int, float, str)
 ADAPTER = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")  # of a layer with LoRA
 
@@ -35,9 +37,9 @@ class State:
 def state_of(pipe: Any) -> State | None:
     """The state of a pipeline's components; None where a change of its weights could not be seen.
 
-    Weights count by storage and version, which changes in place raise. Where offloading moves the storage, the
-    parameters count instead. A LoRA counts by its weights, scales and switches, and once fused by the pipeline's record
-    of it, because fusing raises no version.
+    Weights count by storage and version, which changes in place raise. Where offloading moves the storage, parameters
+    count by identity and buffers by content. A LoRA counts by its weights, scales and switches, and once fused by the
+    pipeline's record of it, because fusing raises no version.
     """
     state = State()
     state.facts.append(_settings(pipe))
@@ -69,18 +71,25 @@ def _add_module(state: State, part: nn.Module) -> bool:
     """False where a change of the weights could not be seen."""
     state.facts.append(_settings(part))
     modules = list(part.modules())
-    moves = any(hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") for module in modules)
+    moves = any(map(_moves, modules))
     for module in modules:
         for tensor in _tensors(module):
             if tensor.is_meta:  # its values are with the hook that brings them
                 _add_ref(state, getattr(module, "_hf_hook", module))
             elif tensor.is_inference():
                 return False
+            elif moves and not isinstance(tensor, nn.Parameter):
+                state.facts.append(digest(tensor.cpu()))  # moving replaces buffers, which are small
             else:
                 _add_tensor(state, tensor, moves)
         if "merged_adapters" in vars(module) or "_active_adapter" in vars(module):
             state.facts += [repr(vars(module).get(name)) for name in ADAPTER]
     return True
+
+
+def _moves(module: nn.Module) -> bool:
+    """Whether a hook may bring its weights to a device and back. diffusers leaves empty registries behind."""
+    return hasattr(module, "_hf_hook") or bool(getattr(getattr(module, "_diffusers_hook", None), "hooks", None))
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

@@ -269,6 +269,11 @@ class Adapter(ABC):
     def call_size(self, pipe: Any, picture: Any) -> dict[str, Any]:
         """Size arguments of the call that give the output the grid of the picture being edited; see `size_for`."""
 
+    def taken_size(self, pipe: Any, picture: Any) -> tuple[int, int]:
+        """Height and width at which the model takes a PIL image, those of its output too."""
+        size = self.call_size(pipe, picture)
+        return size.get("height", picture.height), size.get("width", picture.width)
+
     def draft_state(self, run: Run) -> EditState:
         """The draft's state: the run's, or a copy with what a smaller image changes."""
         return run.state
