@@ -39,7 +39,7 @@ def call(
         bound = inspect.signature(stock).bind(pipe, *args, **kwargs)
     except TypeError:
         return stock(pipe, *args, **kwargs)  # raises its own error
-    if installation.switch.off:
+    if installation.disabled.inside:
         record.stock_reason = "SpecEdit was disabled"
         if edit_mask is not None:
             warn_caller("SpecEdit is disabled here; edit_mask not applied, so any pixel may change")
@@ -65,12 +65,13 @@ def call(
 @contextmanager
 def reusing(pipe: Any, installation: Installation) -> Iterator[Reuse | None]:
     """A call's view of what the pipeline has kept; None where it reuses nothing."""
-    if not (installation.config.reuse_encodings or installation.encodings.in_session):
+    if not (installation.config.reuse_encodings or installation.session.inside):
         yield None
         return
     with installation.encodings.reusing(pipe) as reuse:
         if reuse is None:
-            warn_once(pipe, "reuse_encodings has no effect: changes of weights made in inference mode cannot be seen")
+            cause = "changes of some weights cannot be seen, as of those made in inference mode"
+            warn_once(pipe, f"reuse_encodings has no effect: {cause}")
         yield reuse
 
 
@@ -108,7 +109,7 @@ def accelerated_call(
                 "keep_pixels not applied, so any pixel may change: without edit_mask nothing says what is edited"
             )
         with trace.timed("decode"):
-            clears = installation.encodings.in_session and config.keep_pixels
+            clears = installation.session.inside and config.keep_pixels
             images = decoded(run, outcome, arguments["output_type"], reuse, clears)
         seconds = trace.clock() - began
         record.report = report_of(run, outcome, images, arguments, seconds, {} if reuse is None else reuse.counts)

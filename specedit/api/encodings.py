@@ -7,6 +7,7 @@ settings ends it.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -124,32 +125,18 @@ class Encodings:
     @property
     def current(self) -> Reuse | None:
         """Of the call that runs in this thread, where it reuses anything."""
-        return getattr(self._thread, "reuse", None)
-
-    @property
-    def in_session(self) -> bool:
-        """Whether this thread's calls are a session's: they reuse encodings whatever the configuration says, and
-        `keep_pixels` keeps what an edit has not changed within its mask, too."""
-        return getattr(self._thread, "in_session", False)
-
-    @contextmanager
-    def session(self) -> Iterator[None]:
-        """Inside, calls of this thread are a session's."""
-        before = self.in_session
-        self._thread.in_session = True
-        try:
-            yield
-        finally:
-            self._thread.in_session = before
+        found = getattr(self._thread, "reuse", None)
+        return None if found is None else found()
 
     @contextmanager
     def reusing(self, pipe: Any) -> Iterator[Reuse | None]:
         """A call of this thread. None where changes of the weights cannot be seen, so that nothing is kept."""
         state = state_of(pipe)
-        outer = self.current
+        reuse, outer = None if state is None else Reuse(self._kept_for(state)), getattr(self._thread, "reuse", None)
         try:
-            self._thread.reuse = None if state is None else Reuse(self._kept_for(state))
-            yield self.current
+            # Weak: it ends with the call's frames, even where Ctrl-C keeps them from taking it away.
+            self._thread.reuse = None if reuse is None else weakref.ref(reuse)
+            yield reuse
         finally:
             self._thread.reuse = outer
 

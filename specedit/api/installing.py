@@ -169,14 +169,14 @@ def disabled(pipe: P) -> Iterator[P]:
     if installation is None:
         yield pipe
         return
-    with installation.switch.turned_off():
+    with installation.disabled.entered():
         yield pipe
 
 
 def is_active(pipe: Any) -> bool:
     """Whether this thread's next call would run SpecEdit's loop (unless its arguments prevent that)."""
     installation = installation_of(pipe)
-    return installation is not None and _in_place(pipe) and not installation.switch.off
+    return installation is not None and _in_place(pipe) and not installation.disabled.inside
 
 
 def last_report(pipe: Any) -> RunReport | None:

@@ -115,7 +115,7 @@ class Session:
         installation = self._check(prompt, on, arguments)
         history, picture = self._history, self.picture if on == "last" else self.original
         sizes = size_for(self.pipe, picture)
-        with installation.encodings.session():
+        with installation.session.entered():
             output = self.pipe(image=picture, prompt=prompt, **{**sizes, **arguments})
         if getattr(self.pipe, "interrupt", False):
             return self.picture

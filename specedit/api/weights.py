@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .content import digest
+from .content import Unknown, digest
 
 SIMPLE = (bool, int, float, str)
 ADAPTER = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")  # of a layer with LoRA
@@ -79,7 +79,7 @@ def _add_module(state: State, part: nn.Module) -> bool:
             elif tensor.is_inference():
                 return False
             elif moves and not isinstance(tensor, nn.Parameter):
-                state.facts.append(digest(tensor.cpu()))  # moving replaces buffers, which are small
+                state.facts.append(_content(tensor))
             else:
                 _add_tensor(state, tensor, moves)
         if "merged_adapters" in vars(module) or "_active_adapter" in vars(module):
@@ -106,6 +106,14 @@ def _add_tensor(state: State, tensor: Tensor, moves: bool) -> None:
     storage = tensor.untyped_storage()
     state.refs.append(StorageWeakRef(storage))
     state.facts.append(storage._cdata)
+
+
+def _content(buffer: Tensor) -> object:
+    """Moving replaces buffers, which are small, by equal ones. What cannot be read counts as changed."""
+    try:
+        return digest(buffer.cpu())
+    except Unknown:
+        return object()
 
 
 def _add_ref(state: State, part: Any) -> None:

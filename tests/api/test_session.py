@@ -139,7 +139,7 @@ def test_what_fails_leaves_the_session_as_it_was(session):
     handle.remove()
     assert session.picture is first and len(session.edits) == 1
     session.redo()
-    assert len(session.edits) == 2 and not installation_of(session.pipe).encodings.in_session
+    assert len(session.edits) == 2 and not installation_of(session.pipe).session.inside
 
 
 def test_an_installed_pipeline_keeps_its_configuration(pipe, picture):
