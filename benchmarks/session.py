@@ -4,7 +4,8 @@
 
 Each scene's objects are recoloured in turn, every edit on the last result. `keep_psnr` is in dB to the scene, over the
 pixels that none of these edits was to change (all their masks, dilated by 16 px): the same pixels after the first edit
-as after the last. The variants make the same edits with the same seeds: "masked" has the object's mask as `edit_mask`
+as after the last. `success`: inside the object, the result is at least 18 dB from the colour that was asked for. The
+variants make the same edits with the same seeds: "masked" has the object's mask as `edit_mask`
 and "found" has none, both with `keep_pixels`; "all pixels" keeps none. At the end of each, the last edit is made once
 more on the same picture, with another seed: the row with `again`.
 """
@@ -16,6 +17,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,9 @@ from benchmarks.scores import editor
 from specedit.evaluation import results
 from specedit.evaluation.metrics import psnr
 from specedit.micro import scenes
-from specedit.micro.evaluation import MARGIN, arguments, grow
+from specedit.micro.evaluation import MARGIN, NEAR, arguments, grow
 from specedit.micro.loading import identity
-from specedit.micro.render import coverage
+from specedit.micro.render import Thing, coverage
 from specedit.micro.vocabulary import COLOURS
 
 FIRST = 30_000  # seeds of the scenes, beyond those of other tables
@@ -51,20 +53,25 @@ def chosen_scenes(count: int) -> Iterator[tuple[int, scenes.Scene]]:
     yield from ((seed, scenes.describe(seed, "recolor")) for seed in itertools.islice(seeds, count))
 
 
-def prompts(scene: scenes.Scene, count: int) -> list[str]:
-    """Recolourings of the scene's objects in turn, each to a colour that it has not had lately."""
-    made = []
+def recolourings(scene: scenes.Scene, count: int) -> list[Thing]:
+    """The scene's objects in turn, each with a colour that it has not had lately."""
+    made, names = [], list(COLOURS)
     for i in range(count):
         thing = scene.before[i % len(scene.before)]
-        start = list(COLOURS).index(thing.colour)
-        colour = list(COLOURS)[(start + 1 + i // len(scene.before)) % len(COLOURS)]
-        made.append(f"make the {thing.shape} {colour}")
+        colour = names[(names.index(thing.colour) + 1 + i // len(scene.before)) % len(names)]
+        made.append(replace(thing, colour=colour))
     return made
 
 
 def kept_pixels(scene: scenes.Scene, size: int) -> np.ndarray:
     """(size, size) bool: what no recolouring of an object touches, without the margin."""
     return ~grow((coverage(scene.before, size, size) > 0).any(0).numpy(), MARGIN)
+
+
+def succeeds(picture: np.ndarray, thing: Thing, mask: np.ndarray) -> bool:
+    """Whether an object has its colour."""
+    target = np.broadcast_to(np.array(COLOURS[thing.colour], dtype=np.uint8), picture.shape)
+    return psnr(picture, target, mask) >= NEAR
 
 
 class Encoders:
@@ -89,22 +96,23 @@ def run(
     session, keep = specedit.Session(pipe, case.source), kept_pixels(scene, size)
     source = np.asarray(case.source)
 
-    def row(number: int, prompt: str, again: bool) -> dict[str, Any]:
+    def row(number: int, thing: Thing, again: bool) -> dict[str, Any]:
         encoders.since()
         generator = torch.Generator().manual_seed(seed + number + 1000 * again)
-        thing = scene.before[(number - 1) % len(scene.before)]
-        mask = (coverage([thing], size, size)[0] > 0).numpy() if masks else None
+        covered, prompt = coverage([thing], size, size)[0].numpy(), f"make the {thing.shape} {thing.colour}"
+        mask = covered > 0 if masks else None
         began = time.perf_counter()
-        picture = session.edit(prompt, generator=generator, edit_mask=mask, **arguments(case.source))
+        made = session.edit(prompt, generator=generator, edit_mask=mask, **arguments(case.source))
         seconds = time.perf_counter() - began
-        report = session.report
+        report, picture = session.report, np.asarray(made)
         return dict(
-            scene=seed, edit=number, again=again, prompt=prompt, keep_psnr=psnr(np.asarray(picture), source, keep),
+            scene=seed, edit=number, again=again, prompt=prompt, keep_psnr=psnr(picture, source, keep),
+            success=succeeds(picture, thing, covered == 1),
             edit_fraction=report.edit_fraction, draft_steps=report.draft_steps, **encoders.since(), seconds=seconds,
         )  # fmt: skip
 
-    for number, prompt in enumerate(asked := prompts(scene, count), 1):
-        yield row(number, prompt, again=False)
+    for number, thing in enumerate(asked := recolourings(scene, count), 1):
+        yield row(number, thing, again=False)
     session.undo()
     yield row(count, asked[-1], again=True)
 

@@ -312,16 +312,23 @@ def session(name: str) -> str:
         encodings = sum(row["prompt_encodings"] + row["picture_encodings"] for row in again)
         seconds = [sum(row["seconds"] for row in some) / len(some) for some in (own, again)]
         lines.append(
-            [SESSIONS[variant], f"{first:.1f}", f"{final:.1f}", f"{encodings}", *(f"{mean:.1f}" for mean in seconds)]
+            [
+                SESSIONS[variant],
+                f"{sum(row['success'] for row in own) / len(own):.0%}",
+                f"{first:.1f}",
+                f"{final:.1f}",
+                f"{encodings}",
+                *(f"{mean:.1f}" for mean in seconds),
+            ]
         )
     header = [
-        "edits in a row", "keep dB after 1", f"keep dB after {last}", "encodings of another seed", "seconds an edit",
-        "seconds of another seed",
+        "edits in a row", "success", "keep dB after 1", f"keep dB after {last}", "encodings of another seed",
+        "seconds an edit", "seconds of another seed",
     ]  # fmt: skip
     scenes = len({row["scene"] for row in rows})
     return table(header, lines) + (
         f"\n\nKeep dB: to the scene ({scenes} of them, {result['of']['size']} px), at most 60, over the pixels that no "
-        "edit was to change, without a margin of 16 px."
+        "edit was to change, without a margin of 16 px. Success: the object has the colour that was asked for."
     ) + source(result, name)  # fmt: skip
 
 

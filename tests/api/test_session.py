@@ -202,3 +202,17 @@ def test_a_picture_whose_output_would_be_resized_again_is_resized_once(qwen_part
     sizes = specedit.size_for(pipe, given)
     again = Image.new("RGB", (sizes["width"], sizes["height"]))
     assert specedit.size_for(pipe, again) == sizes
+
+
+@pytest.mark.parametrize("fixture", ["small_qwen", "make_longcat"])
+def test_families_whose_prompt_holds_the_picture(request, picture, fixture):
+    """Every edit has the size of the one before; the original's encodings serve its next edit with the same words."""
+    found = request.getfixturevalue(fixture)
+    pipe, words = (found() if fixture.startswith("make_") else found), "make the red circle blue"
+    session = specedit.Session(pipe, picture(96, 160), **QUICK)
+    call = dict(edit_mask=CORNER, generator=torch.Generator().manual_seed(0))
+    sizes = {session.edit(words, **call).size for _ in range(3)}
+    assert len(sizes) == 1
+    again = session.edit(words, on="original", **call)
+    assert {again.size} == sizes
+    assert {"prompts", "pictures", "renditions"} <= session.report.reused.keys()
