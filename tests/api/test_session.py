@@ -11,6 +11,7 @@ import specedit
 from specedit.api.installation import installation_of
 from specedit.api.session import settled
 from specedit.method.haze import changed
+from specedit.models.longcat import LongCatImageEdit
 from tests.api.common import QUICK
 
 CALL = dict(max_sequence_length=16, _auto_resize=False, height=128, width=128, max_area=128 * 128)
@@ -207,6 +208,8 @@ def test_a_picture_whose_output_would_be_resized_again_is_resized_once(qwen_part
 @pytest.mark.parametrize("fixture", ["small_qwen", "make_longcat"])
 def test_families_whose_prompt_holds_the_picture(request, picture, fixture):
     """Every edit has the size of the one before; the original's encodings serve its next edit with the same words."""
+    if fixture == "make_longcat" and LongCatImageEdit is None:
+        pytest.skip("this diffusers has no LongCatImageEditPipeline")
     found = request.getfixturevalue(fixture)
     pipe, words = (found() if fixture.startswith("make_") else found), "make the red circle blue"
     session = specedit.Session(pipe, picture(96, 160), **QUICK)
