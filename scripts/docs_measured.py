@@ -310,7 +310,6 @@ def session(name: str) -> str:
         first, final = (sum(keep) / len(keep) for keep in keeps)
         again = [row for row in result["rows"] if row["again"] and row["variant"] == variant]
         encodings = sum(row["prompt_encodings"] + row["picture_encodings"] for row in again)
-        seconds = [sum(row["seconds"] for row in some) / len(some) for some in (own, again)]
         lines.append(
             [
                 SESSIONS[variant],
@@ -318,12 +317,10 @@ def session(name: str) -> str:
                 f"{first:.1f}",
                 f"{final:.1f}",
                 f"{encodings}",
-                *(f"{mean:.1f}" for mean in seconds),
             ]
         )
     header = [
         "edits in a row", "success", "keep dB after 1", f"keep dB after {last}", "encodings of another seed",
-        "seconds an edit", "seconds of another seed",
     ]  # fmt: skip
     scenes = len({row["scene"] for row in rows})
     return table(header, lines) + (
