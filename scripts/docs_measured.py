@@ -285,6 +285,13 @@ def verification(name: str) -> str:
     return table(header, rows) + source(result, name)
 
 
+SESSIONS = {
+    "masked": "`keep_pixels`, the object's mask as `edit_mask`",
+    "found": "`keep_pixels`, no mask",
+    "all pixels": "no kept pixels",
+}
+
+
 def training(name: str) -> str:
     result = load(name)
     if result is None:
@@ -316,6 +323,38 @@ def texture_steps(name: str) -> str:
         )  # fmt: skip
     header = ["steps", "tasks", "texture", f"ratio to {found[-1]['steps']}", "material", "seam", "keep dB"]
     return table(header, rows) + source(result, name)
+
+
+def session(name: str) -> str:
+    """Kept pixels after the first and the last edit of a session, and what an edit with another seed encodes."""
+    result = load(name)
+    if result is None:
+        return "*not measured yet*"
+    rows, lines = [row for row in result["rows"] if not row["again"]], []
+    last = max(row["edit"] for row in rows)
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        own = [row for row in rows if row["variant"] == variant]
+        keeps = [[row["keep_psnr"] for row in own if row["edit"] == edit] for edit in (1, last)]
+        first, final = (sum(keep) / len(keep) for keep in keeps)
+        again = [row for row in result["rows"] if row["again"] and row["variant"] == variant]
+        encodings = sum(row["prompt_encodings"] + row["picture_encodings"] for row in again)
+        lines.append(
+            [
+                SESSIONS[variant],
+                f"{sum(row['success'] for row in own) / len(own):.0%}",
+                f"{first:.1f}",
+                f"{final:.1f}",
+                f"{encodings}",
+            ]
+        )
+    header = [
+        "edits in a row", "success", "keep dB after 1", f"keep dB after {last}", "encodings of another seed",
+    ]  # fmt: skip
+    scenes = len({row["scene"] for row in rows})
+    return table(header, lines) + (
+        f"\n\nKeep dB: to the scene ({scenes} of them, {result['of']['size']} px), at most 60, over the pixels that no "
+        "edit was to change, without a margin of 16 px. Success: the object has the colour that was asked for."
+    ) + source(result, name)  # fmt: skip
 
 
 def forecast(name: str) -> str:

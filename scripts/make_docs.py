@@ -42,6 +42,7 @@ MAKERS = {
     "verification": measured.verification,
     "roofline": predicted.roofline,
     "real": measured.real,
+    "session": measured.session,
     "steps": measured.steps,
     "gains": readme.gains,
     "gpu-state": readme.gpu_state,

@@ -13,6 +13,7 @@ from .versions import package_version as _package_version
 if _TYPE_CHECKING:
     from . import micro
     from .api.installing import disabled, install, report, uninstall
+    from .api.session import Session
     from .api.sizes import size_for
     from .config import SpecEditConfig, presets
     from .cost import flops
@@ -24,13 +25,14 @@ if _TYPE_CHECKING:
 
 __version__ = _package_version()
 __all__ = [
-    "RunReport", "SpecEditConfig", "StageReport", "disabled", "flops", "install", "micro", "presets",
+    "RunReport", "Session", "SpecEditConfig", "StageReport", "disabled", "flops", "install", "micro", "presets",
     "register_adapter", "register_forecast", "register_method", "register_selector", "report", "size_for", "uninstall",
 ]  # fmt: skip
 
 _lazy(
     __name__,
     RunReport="run_report",
+    Session="api.session",
     SpecEditConfig="config",
     StageReport="run_report",
     disabled="api.installing",

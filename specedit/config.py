@@ -87,9 +87,13 @@ class SpecEditConfig:
         guidance_range: None, or (low, high): true classifier-free guidance only runs at sigmas low <= sigma <= high,
             elsewhere the prompt's branch alone (arXiv 2404.07724). An approximation; without true guidance it changes
             nothing.
+        reuse_encodings: keep prompt embeddings, vision-language features and reference latents of the last inputs, and
+            take them again where the same input comes again, until weights, LoRAs or their scales change. The result
+            has the same bits. A draft's finding is kept too: the same picture, prompt and settings with another seed
+            edit the cells that the first seed's draft found.
         method: "specedit", or another way to sample the edit: "steps", "ralu" or any other registered name, or a
-            method's options, as `specedit.methods.Steps(count=10)`. It reads `attention`, `keep_pixels` and the fields
-            that it names; others must have their defaults.
+            method's options, as `specedit.methods.Steps(count=10)`. It reads `attention`, `keep_pixels`,
+            `reuse_encodings` and the fields that it names; others must have their defaults.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
@@ -120,6 +124,7 @@ class SpecEditConfig:
     reference_refresh: int | None = None
     reference_keep: float | None = None
     guidance_range: tuple[float, float] | None = None
+    reuse_encodings: bool = False
     method: str | Method = OWN
 
     def __new__(cls, *args: Any, **fields: Any) -> SpecEditConfig:
@@ -140,7 +145,7 @@ class SpecEditConfig:
             raise ValueError(
                 "rope: expected 'scaled' with attention='stock', the model's own processors, got 'phase_aligned'"
             )
-        for name in ("keep_pixels", "verify_coarse"):
+        for name in ("keep_pixels", "verify_coarse", "reuse_encodings"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         self._set("steps", field_checks.steps(self.steps))

@@ -23,8 +23,8 @@ class Method(Options, ABC):
 
     Attributes:
         name: `SpecEditConfig(method=name)`.
-        uses: fields of SpecEditConfig that it reads, besides `attention` and `keep_pixels`. Any other that is set is an
-            error.
+        uses: fields of SpecEditConfig that it reads, besides `attention`, `keep_pixels` and `reuse_encodings`. Any
+            other that is set is an error.
         takes_mask: whether a caller's `edit_mask` decides what it computes. If not, a mask without keep_pixels is an
             error.
         needs_decoder: what it reads from the VAE's decoder: None, "features" or "picture".

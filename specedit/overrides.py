@@ -37,4 +37,5 @@ class Overrides(TypedDict, total=False):
     reference_refresh: int | None
     reference_keep: float | None
     guidance_range: tuple[float, float] | None
+    reuse_encodings: bool
     method: str | Method

@@ -82,6 +82,9 @@ class RunReport:
             restore="reference" or keep_pixels they were edited as a whole, unless the coarse stage showed a change;
             otherwise the input would come back.
         overflowed: samples whose verification score was not finite; they were edited as a whole.
+        reused: with `reuse_encodings`, how many "prompts" and "pictures" (references) were not encoded again, in a
+            session "renditions" (the picture, decoded unedited), and under "findings" 1 where an earlier call's draft,
+            of another seed or the same, said what to edit; `score` is that draft's. Empty if nothing was reused.
         source, edit: PIL images of the first sample for the figure; not part of `to_dict`.
 
     Raises:
@@ -107,6 +110,7 @@ class RunReport:
     empty_drafts: int = 0
     stock_steps: int = STOCK_STEPS
     overflowed: int = 0
+    reused: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.stages = list(self.stages)
@@ -169,6 +173,7 @@ class RunReport:
             "cache_bytes": self.cache_bytes,
             "missed": self.empty_drafts,
             "overflowed": self.overflowed,
+            "reused": dict(self.reused),
             "score": score,
             **{name: grid.tolist() if grid is not None else None for name, grid in grids.items()},
         }
@@ -201,7 +206,19 @@ class RunReport:
             f"{self._compared()}, {self.edit_fraction:.0%} edited, {self.expand_fraction:.0%} expanded"
             + (f"; {self.empty_drafts} of {samples} {seen} showed no change" if self.empty_drafts else "")
             + (f"; {self.overflowed} of {samples} scores were not finite" if self.overflowed else "")
+            + (f"; reused {self._reused_inputs()}" if self.reused else "")
         )
+
+    def _reused_inputs(self) -> str:
+        """What was not encoded or drafted again, as "2 prompts, 1 picture"."""
+        words = {
+            "prompts": "prompt",
+            "pictures": "picture",
+            "renditions": "rendition",
+            "findings": "finding of an earlier draft",
+        }
+        counts = [(count, words.get(name, name)) for name, count in self.reused.items()]
+        return ", ".join(f"{count} {word}{'s' if count > 1 else ''}" for count, word in counts)
 
     def _reusing(self) -> str:
         """The tokens that `reused_steps` compute."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .method_options import Method
 
 Steps = tuple[int, int, int]
-READ_BY_ALL = frozenset(("method", "attention", "keep_pixels"))  # fields that no method ignores
+READ_BY_ALL = frozenset(("method", "attention", "keep_pixels", "reuse_encodings"))  # fields that no method ignores
 
 
 def finds_cells(config: SpecEditConfig, steps: Steps) -> bool:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..method import offered, restore, sampler
+from ..method import haze, offered, restore, sampler
 from ..method.adapter import Run
 from ..method.callback import StepCallback
 from ..method.trace import Trace
@@ -15,6 +18,7 @@ from ..models.attention import mask_support
 from ..models.shared.images import check_decoder
 from ..once import warn_caller, warn_once
 from . import inputs, sharing
+from .encodings import RENDITIONS, Reuse
 from .installation import CallRecord, Installation
 from .reporting import report_of
 from .sizes import warn_if_cropped
@@ -35,7 +39,7 @@ def call(
         bound = inspect.signature(stock).bind(pipe, *args, **kwargs)
     except TypeError:
         return stock(pipe, *args, **kwargs)  # raises its own error
-    if installation.switch.off:
+    if installation.disabled.inside:
         record.stock_reason = "SpecEdit was disabled"
         if edit_mask is not None:
             warn_caller("SpecEdit is disabled here; edit_mask not applied, so any pixel may change")
@@ -54,13 +58,27 @@ def call(
         text = f"num_inference_steps={asked_steps} leaves no stage long enough for forecast={forecast!r}"
         warn_once(pipe, f"{text}; SpecEdit runs without it", f"too few steps for {forecast}")
     # Fusing projections or loading an adapter may have replaced processors since install: they come back here.
-    with torch.no_grad(), sharing.running(pipe, installation):
-        return accelerated_call(pipe, installation, record, config, arguments, edit_mask)
+    with torch.no_grad(), sharing.running(pipe, installation), reusing(pipe, installation) as reuse:
+        return accelerated_call(pipe, installation, record, config, arguments, edit_mask, reuse)
+
+
+@contextmanager
+def reusing(pipe: Any, installation: Installation) -> Iterator[Reuse | None]:
+    """A call's view of what the pipeline has kept; None where it reuses nothing."""
+    if not (installation.config.reuse_encodings or installation.session.inside):
+        yield None
+        return
+    with installation.encodings.reusing(pipe) as reuse:
+        if reuse is None:
+            cause = "changes of some weights cannot be seen, as of those made in inference mode"
+            warn_once(pipe, f"reuse_encodings has no effect: {cause}")
+        yield reuse
 
 
 def accelerated_call(
-    pipe: Any, installation: Installation, record: CallRecord, config: Any, arguments: dict[str, Any], edit_mask: Any
-) -> Any:
+    pipe: Any, installation: Installation, record: CallRecord, config: Any, arguments: dict[str, Any], edit_mask: Any,
+    reuse: Reuse | None,
+) -> Any:  # fmt: skip
     """The edit, as the stock pipeline returns it. Its report goes into the record."""
     trace, adapter = Trace(pipe), installation.adapter
     began = trace.clock()
@@ -73,30 +91,62 @@ def accelerated_call(
                 check_decoder(pipe.vae)
             mask_support.check(pipe.transformer, config)
             state = adapter.prepare(pipe, arguments, config)
+            if reuse is not None:
+                reuse.pictures = False  # what a run encodes later depends on its seed
             trace.device = state.device
             warn_if_cropped(pipe, state.placement, state.pixels_per_token)
         if (function := arguments.get("callback_on_step_end")) is not None:  # not every pipeline has one
             trace.callback = StepCallback(function, arguments["callback_on_step_end_tensor_inputs"])
         run = Run(adapter, pipe, config, state, trace)
         pipe._num_timesteps = config.nfe
-        with pipe.progress_bar(total=config.nfe + (config.draft_steps if drafted else 0)) as trace.bar:
-            method = config.method_options
-            outcome = (sampler if method is None else method).edit(run, edit_mask)
+        with known_finding(run, reuse if drafted else None, arguments) as known:
+            drafts = drafted and not known
+            with pipe.progress_bar(total=config.nfe + (config.draft_steps if drafts else 0)) as trace.bar:
+                method = config.method_options
+                outcome = (sampler if method is None else method).edit(run, edit_mask)
         if config.keep_pixels and not outcome.has_edit_mask:
             warn_caller(
                 "keep_pixels not applied, so any pixel may change: without edit_mask nothing says what is edited"
             )
         with trace.timed("decode"):
-            images = decoded(run, outcome, arguments["output_type"])
-        record.report = report_of(run, outcome, images, arguments, trace.clock() - began)
+            clears = installation.session.inside and config.keep_pixels
+            images = decoded(run, outcome, arguments["output_type"], reuse, clears)
+        seconds = trace.clock() - began
+        record.report = report_of(run, outcome, images, arguments, seconds, {} if reuse is None else reuse.counts)
         pipe.maybe_free_model_hooks()
     finally:
         pipe._current_timestep = None
     return (images,) if not arguments["return_dict"] else adapter.output(images)
 
 
-def decoded(run: Run, outcome: sampler.Outcome, output_type: str) -> Any:
-    """The images of a run. `keep_pixels` puts the source back outside the edited cells."""
+@contextmanager
+def known_finding(run: Run, reuse: Reuse | None, arguments: dict[str, Any]) -> Iterator[bool]:
+    """Give a run the finding of an earlier draft, where there is one, or keep its own. Whether there is one.
+
+    A finding is kept if every sample's draft has shown a change and no score overflowed: another seed's draft may show
+    more.
+    """
+    if reuse is None:
+        yield False
+        return
+    key = reuse.finding_key(arguments, run.config, run.state.conditioning.prompt_embeds)
+    run.finding = reuse.finding(key)
+    known = run.finding is not None
+    yield known
+    if key is None or known or run.finding is None:
+        return
+    score, detected = run.finding
+    if not sampler.count_empty(detected) and (score is None or bool(score.isfinite().all())):
+        reuse.kept.put(key, run.finding)
+
+
+def decoded(
+    run: Run, outcome: sampler.Outcome, output_type: str, reuse: Reuse | None = None, clears: bool = False
+) -> Any:
+    """The images of a run. `keep_pixels` puts the source back outside the edited cells.
+
+    clears: and within them where nothing but the autoencoder has changed it. Only of output_type="pil".
+    """
     state, source, edited = run.state, run.state.conditioning.source, outcome.cells.detected
     keeps, tokens = run.config.keep_pixels, outcome.tokens
     if output_type == "latent":
@@ -105,5 +155,20 @@ def decoded(run: Run, outcome: sampler.Outcome, output_type: str) -> Any:
         tokens = restore.blend_latents(tokens, state.aligned, edited, state.grid)
     images = run.adapter.decode(run.pipe, state, tokens, output_type)
     if keeps and source is not None:
-        images = restore.keep_pixels(images, source, edited, 2 * state.pixels_per_token, output_type)
+        changed = haze.changed(images, rendition(run, reuse)) if clears and output_type == "pil" else None
+        images = restore.keep_pixels(images, source, edited, 2 * state.pixels_per_token, output_type, changed)
+    return images
+
+
+def rendition(run: Run, reuse: Reuse | None) -> Tensor:
+    """What the decoder makes of the picture being edited (B, 3, H, W), in 0..1."""
+    latents = run.state.aligned
+
+    def decode() -> Tensor:
+        images: Tensor = run.adapter.decode(run.pipe, run.state, latents, "pt")
+        return images
+
+    if reuse is None:
+        return decode()
+    images: Tensor = reuse.encode(RENDITIONS, decode, {"latents": latents}, run.state.device)
     return images

@@ -12,6 +12,7 @@ from typing import Any
 from ..config import SpecEditConfig
 from ..method.adapter import Adapter
 from ..run_report import RunReport
+from .encodings import Encodings
 
 ATTRIBUTE = "_specedit"
 
@@ -51,18 +52,19 @@ class Token:
     frame from taking it out."""
 
 
-class Switch:
-    """The open `disabled` blocks of each thread."""
+class Blocks:
+    """The open blocks of one kind, of each thread."""
 
     def __init__(self) -> None:
         self._thread = threading.local()
 
     @property
-    def off(self) -> bool:
+    def inside(self) -> bool:
+        """Whether this thread is in such a block."""
         return len(getattr(self._thread, "open", ())) > 0
 
     @contextmanager
-    def turned_off(self) -> Iterator[None]:
+    def entered(self) -> Iterator[None]:
         blocks = vars(self._thread).setdefault("open", weakref.WeakSet())
         block = Token()
         try:
@@ -74,17 +76,23 @@ class Switch:
 
 @dataclass
 class Installation:
-    """What hangs on an installed pipeline."""
+    """What hangs on an installed pipeline.
+
+    disabled: blocks of `specedit.disabled`. session: calls of a `Session`, which reuse encodings whatever the
+    configuration says; with `keep_pixels` they keep what an edit has not changed within its mask, too.
+    """
 
     config: SpecEditConfig
     adapter: Adapter
     stock_class: type
     calls: Calls = field(default_factory=Calls)
-    switch: Switch = field(default_factory=Switch)
+    disabled: Blocks = field(default_factory=Blocks)
     warned: set[str] = field(default_factory=set)
     transformers: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)  # those that were hooked for it
+    encodings: Encodings = field(default_factory=Encodings)
+    session: Blocks = field(default_factory=Blocks)
 
-    def __reduce__(self) -> tuple[Any, ...]:  # of a copy, whose calls and transformers are its own
+    def __reduce__(self) -> tuple[Any, ...]:  # of a copy, whose calls, transformers and encodings are its own
         return Installation, (self.config, self.adapter, self.stock_class)
 
 

@@ -18,6 +18,7 @@ from ..run_report import RunReport
 from ..versions import check_diffusers
 from . import accelerated, sharing
 from .call import call
+from .doors import doors
 from .installation import ATTRIBUTE, CallRecord, Calls, Installation, installation_of
 from .stock import why_stock
 
@@ -57,6 +58,7 @@ def _install(pipe: Any, config: SpecEditConfig) -> None:
         check_method(config, old.adapter, pipe)
         old.calls = Calls()  # the reports were another configuration's
         old.config = config
+        old.encodings.clear()
         return
     adapter = adapter_of(pipe)
     if adapter is None and "Inpaint" in type(pipe).__name__:
@@ -102,7 +104,7 @@ def _not_supported(pipe: Any) -> str:
 
 
 def _accelerated_class(stock: type) -> type:
-    return accelerated.subclass(stock, call, __reduce_ex__=_reduce, __setstate__=_set_state)
+    return accelerated.subclass(stock, call, __reduce_ex__=_reduce, __setstate__=_set_state, **doors(stock))
 
 
 def _reduce(self: Any, protocol: int) -> tuple[Any, ...]:
@@ -168,14 +170,14 @@ def disabled(pipe: P) -> Iterator[P]:
     if installation is None:
         yield pipe
         return
-    with installation.switch.turned_off():
+    with installation.disabled.entered():
         yield pipe
 
 
 def is_active(pipe: Any) -> bool:
     """Whether this thread's next call would run SpecEdit's loop (unless its arguments prevent that)."""
     installation = installation_of(pipe)
-    return installation is not None and _in_place(pipe) and not installation.switch.off
+    return installation is not None and _in_place(pipe) and not installation.disabled.inside
 
 
 def last_report(pipe: Any) -> RunReport | None:

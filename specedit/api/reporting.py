@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from ..config import STOCK_STEPS
@@ -14,8 +15,11 @@ from ..method.trace import ForwardCall, stock_calls
 from ..run_report import RunReport, StageReport
 
 
-def report_of(run: Run, outcome: Outcome, images: Any, call: dict[str, Any], seconds: float) -> RunReport:
-    """The report of a run that has ended. images: what the call returns. call: its arguments."""
+def report_of(
+    run: Run, outcome: Outcome, images: Any, call: dict[str, Any], seconds: float, reused: Mapping[str, int]
+) -> RunReport:
+    """The report of a run that has ended. images: what the call returns. call: its arguments. reused: how many
+    inputs of each kind were not encoded again."""
     state, cells = run.state, outcome.cells
     stages = [_with_flops(run, stage) for stage in run.trace.stages]
     mixed = any(stage.name == "mixed" for stage in stages)
@@ -40,6 +44,7 @@ def report_of(run: Run, outcome: Outcome, images: Any, call: dict[str, Any], sec
         empty_drafts=outcome.empty_drafts,
         stock_steps=steps,
         overflowed=outcome.overflowed,
+        reused=dict(reused),
     )
 
 

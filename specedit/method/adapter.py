@@ -183,6 +183,9 @@ class LayoutGroup:
 class Run:
     """One edit under way: `adapter` computes it on `pipe` as `config` says, and `trace` follows it.
 
+    finding: score and edited cells that a draft has found, this run's once it has made one. Where one is given, from an
+    earlier run that differs in its noise alone, no draft is made.
+
     Raises:
         ValueError: the state's grid has another token geometry than the adapter.
     """
@@ -192,6 +195,7 @@ class Run:
     config: SpecEditConfig
     state: EditState
     trace: Trace = field(default_factory=Trace)
+    finding: tuple[Tensor | None, Tensor] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.adapter, Adapter) and self.state.grid.geometry != self.adapter.geometry:
@@ -268,6 +272,11 @@ class Adapter(ABC):
     @abstractmethod
     def call_size(self, pipe: Any, picture: Any) -> dict[str, Any]:
         """Size arguments of the call that give the output the grid of the picture being edited; see `size_for`."""
+
+    def taken_size(self, pipe: Any, picture: Any) -> tuple[int, int]:
+        """Height and width at which the model takes a PIL image, those of its output too."""
+        size = self.call_size(pipe, picture)
+        return size.get("height", picture.height), size.get("width", picture.width)
 
     def draft_state(self, run: Run) -> EditState:
         """The draft's state: the run's, or a copy with what a smaller image changes."""

@@ -45,6 +45,11 @@ def generate(run: Run) -> LayoutGroup:
     return group
 
 
+def skip(run: Run) -> None:
+    """Draw a draft's noise without making one, so that the noise drawn later is that of a run with it."""
+    run.state.draw(run.state.grid.coarse(run.config.draft_scale).tokens)
+
+
 def start(run: Run) -> LayoutGroup:
     """Noise and small references (eq. 4) of a draft."""
     state, config = run.state, run.config

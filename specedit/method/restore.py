@@ -36,13 +36,17 @@ def blend_latents(tokens: Tensor, reference: Tensor, edited: Tensor, grid: Token
     return torch.where(weight == 0, reference, weight * tokens + (1 - weight) * reference)
 
 
-def keep_pixels(images: Any, source: Tensor, edited: Tensor, cell: int, output_type: str) -> Any:
+def keep_pixels(
+    images: Any, source: Tensor, edited: Tensor, cell: int, output_type: str, changed: Tensor | None = None
+) -> Any:
     """Images with the source's own pixels outside the feathered edit mask, bit for bit.
 
     images: what the pipeline returns for `output_type`: list of PIL, array (B, H, W, 3) or tensor (B, 3, H, W) in 0..1.
-    source (B, 3, H, W) float32 in 0..1; edited (B, h, w) bool cells of `cell` px.
+    source (B, 3, H, W) float32 in 0..1; edited (B, h, w) bool cells of `cell` px. changed: (B, H, W) further weights,
+    0 where the source's pixels are kept inside the mask too.
     """
     weight = feather(edited, cell, cell // 4, (source.shape[-2], source.shape[-1]))
+    weight = weight if changed is None else weight * changed.to(weight)
     if output_type == "pt":
         own, share = source.to(images), weight[:, None].to(images)
         return torch.where(share == 0, own, share * images + (1 - share) * own)

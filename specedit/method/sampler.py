@@ -55,8 +55,7 @@ def edit(run: Run, edit_mask: Any = None) -> Outcome:
     if edit_mask is not None:
         detected = cells_of_mask(edit_mask, state)
     elif config.uses_draft:
-        draft = drafts.generate(run)  # 3.3.1, eq. 4 and 5
-        score, detected = verify.verify_draft(run, draft)  # 3.3.2, eq. 6 and 7
+        score, detected = find_cells(run)
         empty = count_empty(detected)
 
     # Other selectors rank cells: what they leave out may change as well, unless it is given back as it came.
@@ -95,6 +94,18 @@ def edit(run: Run, edit_mask: Any = None) -> Outcome:
         tokens = restore.blend_latents(tokens, state.aligned, cells.edited, state.grid)
     overflowed = 0 if score is None else int(not_finite(score).sum())
     return Outcome(tokens, score, cells, known, empty, overflowed)
+
+
+def find_cells(run: Run) -> tuple[Tensor | None, Tensor]:
+    """Score and cells (B, cells_h, cells_w) of a draft, or those that the run was given."""
+    if run.finding is not None:
+        drafts.skip(run)
+        return run.finding
+    draft = drafts.generate(run)  # 3.3.1, eq. 4 and 5
+    found = verify.verify_draft(run, draft)  # 3.3.2, eq. 6 and 7
+    if not run.trace.interrupted:
+        run.finding = found
+    return found
 
 
 def count_empty(detected: Tensor) -> int:

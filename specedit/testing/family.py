@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from specedit.api.accelerated import stock_of
 from specedit.config import SpecEditConfig
 from specedit.layout import MixedLayout
 from specedit.method.adapter import LayoutGroup, Run
@@ -193,3 +194,9 @@ def at_one_place(layout, beside):
     """Index pairs (k, 2) of tokens of the output and of the references, one after the other, at one position."""
     positions = torch.cat([part.positions for part in beside.layouts])
     return (layout.positions[:, None] == positions).all(-1).nonzero()
+
+
+def defining_module(pipe, method):
+    """The module of the class that defines a pipeline's method, installed or not; "" where there is no such method."""
+    owners = (base for base in stock_of(type(pipe)).__mro__ if method in vars(base))
+    return next((owner.__module__ for owner in owners), "")

@@ -13,7 +13,7 @@ from specedit.method.reference_selection import ReferenceMass, shorten_reference
 from specedit.part_layout import PartLayout
 
 from .cases import QUICK, Cases
-from .family import group_of, layouts, mixed_layout, step_of
+from .family import defining_module, group_of, layouts, make_picture, mixed_layout, step_of
 
 
 class SwitchConformance(Cases):
@@ -27,6 +27,24 @@ class SwitchConformance(Cases):
             names = [stage.name for stage in report.stages]
             assert names.index("verify") == names.index("coarse") + 1 and "draft" not in names
             assert report.score is not None and report.draft_steps == 0 and report.nfe == sum(QUICK["steps"])
+
+    def test_reused_encodings_change_no_bit(self, family):
+        """Of the same call again, of one with another seed and its own mask, and of one with another picture."""
+        mask = torch.zeros(8, 8)
+        mask[2:5, 2:5] = 1
+        height, width = family.sizes[0]
+        calls = [{}, {}, dict(seed=1, edit_mask=mask), dict(image=make_picture(height, width, 1))]
+        for guide in self.guides(family):
+            pipe = specedit.install(family.make(), **QUICK)
+            expected = [family.run(pipe, (height, width), **guide | call) for call in calls]
+            specedit.install(pipe, **QUICK, reuse_encodings=True)
+            reused = []
+            for call, latents in zip(calls, expected, strict=True):
+                assert torch.equal(family.run(pipe, (height, width), **guide | call), latents)
+                reused.append(specedit.report(pipe).reused)
+            assert not reused[0] and "findings" not in reused[2] | reused[3] and "pictures" not in reused[3]
+            if defining_module(pipe, "encode_prompt").startswith("diffusers."):
+                assert reused[1]["prompts"] == reused[2]["prompts"] >= 1 and reused[1]["pictures"] >= 1
 
     # Keys and values of this very step: then the fine tokens and the text give what all tokens give.
     @pytest.mark.parametrize("changes", [{}, {"key_bias": "none"}])

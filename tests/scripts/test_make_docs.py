@@ -285,3 +285,19 @@ def test_the_curve_of_steps(docs, tmp_path):
     lines = docs.MAKERS["texture-steps"]("texture-steps-256.json").splitlines()
     assert lines[0] == "| steps | tasks | texture | ratio to 28 | material | seam | keep dB |"
     assert lines[2:4] == ["| 1 | 12 | 3.00 | 2.50 | 50% | 2.00 | - |", "| 28 | 12 | 1.20 | 1.00 | 50% | 2.00 | - |"]
+
+
+def test_a_session_is_shown_by_its_first_and_last_edit(docs, tmp_path):
+    assert docs.MAKERS["session"]("session-256.json") == "*not measured yet*"
+    rows = [
+        dict(variant=variant, scene=scene, edit=edit, again=again, keep_psnr=keep, prompt_encodings=0 if again else 1,
+             picture_encodings=0 if again else 1, seconds=2.0 if again else 3.0, success=scene == 1)
+        for variant, last in (("masked", 49.0), ("all pixels", 20.0))
+        for scene in (1, 2)
+        for edit, again, keep in ((1, False, 50.0), (10, False, last + scene), (10, True, 1.0))
+    ]  # fmt: skip
+    write(tmp_path, rows, "session-256.json", of=dict(model="kontext", size=256))
+    lines = docs.MAKERS["session"]("session-256.json").splitlines()
+    assert lines[0].startswith("| edits in a row | success | keep dB after 1 | keep dB after 10 |")
+    assert lines[2] == "| `keep_pixels`, the object's mask as `edit_mask` | 50% | 50.0 | 50.5 | 0 |"
+    assert lines[3] == "| no kept pixels | 50% | 50.0 | 21.5 | 0 |" and "2 of them, 256 px" in lines[5]

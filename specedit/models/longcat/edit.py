@@ -122,6 +122,9 @@ class LongCatImageEdit(FluxBlocks):
         shapes_of(picture)  # the output always has the size at which the picture is taken
         return {}
 
+    def taken_size(self, pipe: Any, picture: Any) -> tuple[int, int]:
+        return picture_size([picture])
+
     @staticmethod
     def position_ids(
         state: EditState, layout: MixedLayout, reference_layout: MixedLayout, scale: float = 1.0
