@@ -126,7 +126,8 @@ def _check_no_draft(config: SpecEditConfig) -> None:
         raise ValueError(
             f"draft_condition: expected 'full' with draft_steps=0, which makes no draft, got {config.draft_condition!r}"
         )
-    if not finds_cells(config, config.steps):
+    # The registry last, here and below: presets are made before selectors can be imported.
+    if (config.steps[0] > 0 and config.verify_coarse) or not finds_cells(config, config.steps):
         return
     expected = "draft_steps: 0 has the coarse stage verify itself, expected at least 1 with"
     if config.steps[0] == 0:
@@ -145,7 +146,7 @@ def _check_reference_refresh(config: SpecEditConfig) -> None:
 
 
 def _check_locked(config: SpecEditConfig) -> None:
-    if not (registry.selectors[config.selector].verifies or config.restore == "reference" or config.keep_pixels):
+    if not (config.restore == "reference" or config.keep_pixels or registry.selectors[config.selector].verifies):
         raise ValueError(
             f"locked: expected 'coarse' with selector={config.selector!r} and restore={config.restore!r}, because "
             f"cells that this selector leaves out may change as well, got {config.locked!r}"
