@@ -1,4 +1,4 @@
-"""Pipelines by name, with pictures at the right size, for the command line."""
+"""Pipelines by name, with pictures at the right size."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 from . import loading
 
 EDITORS = ("kontext", "qwen")  # that specedit.micro can load
+LARGEST_EMBEDDED = 512  # px a side that the embedded editors are given
+Prepare = Callable[[Any], tuple[Any, dict[str, Any]]]  # from a picture to the picture to pass and further arguments
 
 
-def load(model: str | None, offload: bool = False) -> tuple[Any, Callable[[Any], tuple[Any, dict[str, Any]]]]:
+def load(model: str | None, offload: bool = False) -> tuple[Any, Prepare]:
     """The pipeline, and a function from a picture to the picture to pass and further arguments, such as its size.
 
     Args:
@@ -38,7 +40,7 @@ def load(model: str | None, offload: bool = False) -> tuple[Any, Callable[[Any],
         return pipe
 
     def small(image: Any, editor: str = EDITORS[0]) -> tuple[Any, dict[str, Any]]:
-        image = fit(image, 512)
+        image = fit(image, LARGEST_EMBEDDED)
         return image, micro.arguments(image, editor) | size_for(pipe, image)
 
     if model is None or model in EDITORS:
