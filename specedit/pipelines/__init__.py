@@ -9,6 +9,7 @@ from . import loading
 
 EDITORS = ("kontext", "qwen")  # that specedit.micro can load
 LARGEST_EMBEDDED = 512  # px a side that the embedded editors are given
+MEGAPIXEL = 1024 * 1024
 Prepare = Callable[[Any], tuple[Any, dict[str, Any]]]  # from a picture to the picture to pass and further arguments
 
 
@@ -62,6 +63,29 @@ def load(model: str | None, offload: bool = False) -> tuple[Any, Prepare]:
 
 def fit(image: Any, largest: int) -> Any:
     """Resize to at most `largest` px a side, in multiples of 16 px, at least 16."""
-    scale = min(1.0, largest / max(image.size))
-    size = tuple(max(round(side * scale) // 16, 1) * 16 for side in image.size)
+    size = fitted(*image.size, largest)
     return image if size == image.size else image.resize(size)
+
+
+def fitted(width: int, height: int, largest: int) -> tuple[int, int]:
+    """The width and height that `fit` gives a picture."""
+    scale = min(1.0, largest / max(width, height))
+    return _whole(width * scale), _whole(height * scale)
+
+
+def planned_size(width: int, height: int, *, embedded: bool, largest: int | None = None) -> tuple[int, int]:
+    """About the width and height at which a pipeline edits a picture, known before the pipeline is loaded.
+
+    Released models edit at a megapixel in the picture's shape, and the embedded editors at up to 512 px a side.
+    largest: px of the longer side at most, where it is chosen.
+    """
+    if embedded:
+        return fitted(*(fitted(width, height, largest) if largest else (width, height)), LARGEST_EMBEDDED)
+    if largest:
+        return fitted(width, height, largest)
+    scale = (MEGAPIXEL / (width * height)) ** 0.5
+    return _whole(width * scale), _whole(height * scale)
+
+
+def _whole(side: float) -> int:
+    return max(round(side) // 16, 1) * 16
