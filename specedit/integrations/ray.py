@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -27,7 +28,8 @@ from ..batch.worker import BrokenDevice, Worker, line
 
 LOCAL = "local"  # the address that starts Ray on this machine
 ROWS = 8  # rows of one layout that an actor takes at a time
-RETRIES = 3  # of rows whose actor died
+TRIES = 3  # of a row whose actor dies while it runs
+ATTEMPTS = ".specedit-{}.part"  # a temporary file by its name, so that a run's end removes it
 PICTURE = "edited"  # column with the edited pictures where none are written
 
 
@@ -45,7 +47,7 @@ class Editor:
 
     A batch is a mapping of columns: `image` (path, bytes of a file, or array (H, W, 3) of bytes), `prompt`, and
     optionally `mask`, `id`, `out`, `settings` (JSON) and any setting by name. Other columns are passed through. The
-    columns of `specedit.batch.results.Result` are added, and without `out` also "edited": arrays (H, W, 3) of bytes,
+    columns of `specedit.batch.results.Result` are added, and without `out` also "edited": PNG files as bytes,
     None after an error. A row that fails has status "error"; it does not stop the others.
 
     Raises:
@@ -66,8 +68,6 @@ class Editor:
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The batch with the columns of the results."""
-        import numpy as np
-
         columns = {name: list(values) for name, values in batch.items()}
         rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
         made = [self._edit(index, row) for index, row in enumerate(rows)]
@@ -75,7 +75,7 @@ class Editor:
         for name in NAMES:
             found[name] = _column([getattr(result, name) for result, _ in made])
         if self.worker.out is None:
-            found[PICTURE] = _column([None if picture is None else np.asarray(picture) for _, picture in made])
+            found[PICTURE] = _column([None if picture is None else _png(picture) for _, picture in made])
         return found
 
     def _edit(self, index: int, row: Mapping[str, Any]) -> tuple[Result, Any]:
@@ -84,12 +84,33 @@ class Editor:
             job = self.rules.job(record)
         except (TypeError, ValueError) as error:
             return Result(self.rules.identity(record), self.rules.row_hash(record), FAILED, error=line(error)), None
-        try:
-            return self.worker.edit(job)
-        except BrokenDevice as error:
-            # Ray replaces a process that dies, and not one that raises: there every later row would fail as well.
-            print(f"specedit: {line(error)}; this worker ends", file=sys.stderr, flush=True)
-            os._exit(1)
+        with _attempt(job, self.worker.out) as tries:
+            if tries > TRIES:
+                error = f"expected a picture, got {TRIES} workers that died of this row"
+                return Result(job.id, job.row, FAILED, error=error, seed=job.settings.seed), None
+            try:
+                return self.worker.edit(job)
+            except BrokenDevice as error:
+                # Ray replaces a process that dies, and not one that raises: there every later row would fail as well.
+                print(f"specedit: {line(error)}; this worker ends", file=sys.stderr, flush=True)
+                os._exit(1)
+
+
+@contextmanager
+def _attempt(job: Job, out: Path | None) -> Iterator[int]:
+    """How often the row has been begun, this time included: a file has a byte for each until the row has ended.
+
+    Ray runs a dead actor's rows again without end. The file tells which of them killed it.
+    """
+    if out is None:
+        yield 1
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / ATTEMPTS.format(job.row)
+    with file.open("ab") as begun:
+        begun.write(b".")
+    yield file.stat().st_size
+    file.unlink(missing_ok=True)
 
 
 def _values(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,6 +122,12 @@ def _values(row: Mapping[str, Any]) -> dict[str, Any]:
     }
     lists = {name: value.tolist() for name, value in arrays.items() if name in settings.NAMES}
     return without_empty(plain) | arrays | lists
+
+
+def _png(picture: Any) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, format="PNG")
+    return file.getvalue()
 
 
 def _column(values: Sequence[Any]) -> Any:
@@ -131,7 +158,7 @@ class Cluster:
         """Edits jobs on the cluster, for `specedit.batch.running.run`.
 
         Raises (when it runs):
-            ImportError: no Ray. ConnectionError: no cluster at the address.
+            ImportError: no Ray. ConnectionError: no cluster at the address. ValueError: the actors cannot start.
         """
 
         def edits(jobs: Sequence[Job]) -> Iterator[Result]:
@@ -146,11 +173,13 @@ class Cluster:
                 blocks = [_table(part) for part in parts(jobs, self.rows, actors)]
                 done = ray.data.from_arrow(blocks).map_batches(
                     Editor, fn_constructor_kwargs=given, compute=ray.data.ActorPoolStrategy(size=actors),
-                    batch_size=None, max_restarts=-1, max_task_retries=RETRIES,
-                    **({"num_gpus": 1} if gpus else {"num_cpus": self.cpus}),
+                    batch_size=None, **({"num_gpus": 1} if gpus else {"num_cpus": self.cpus}),
                 )  # fmt: skip
-                for table in done.iter_batches(batch_size=None, batch_format="pyarrow"):
-                    yield from (Result.of(values) for values in table.select(NAMES).to_pylist())
+                try:
+                    for table in done.iter_batches(batch_size=None, batch_format="pyarrow"):
+                        yield from (Result.of(values) for values in table.select(NAMES).to_pylist())
+                except ray.exceptions.RayError as error:
+                    raise ValueError(f"--ray: expected actors that load the pipeline, got {_reason(error)}") from error
 
         return edits
 
@@ -166,6 +195,8 @@ def parts(jobs: Sequence[Job], rows: int, actors: int) -> Iterator[list[Job]]:
 def import_ray() -> Any:
     """Ray with Ray Data. ImportError says how to get it."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported: nothing is reported
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "CRITICAL")  # errors are raised as well
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         import ray
         import ray.data
@@ -194,10 +225,14 @@ def connected(cluster: Cluster) -> Iterator[Any]:
         ray.shutdown()
 
 
+def _reason(error: BaseException) -> str:
+    """The last line of an error of Ray, whose text is the traceback of another process."""
+    return line(ValueError(next((text for text in reversed(str(error).splitlines()) if text.strip()), repr(error))))
+
+
 def _set_up(ray: Any) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
-    context.max_errored_blocks = -1  # rows whose actors keep dying are reported, and stop no others
 
 
 def _table(jobs: Sequence[Job]) -> Any:

@@ -54,7 +54,8 @@ def test_editor_takes_files_bytes_and_arrays_and_passes_other_columns_through(pi
     found = Editor(preset="turbo", folder=tmp_path)(batch)
     assert list(found["status"]) == ["done"] * 3 + ["error"] and "gone.png" in found["error"][3]
     assert list(found["page"]) == [0, 1, 2, 3] and list(found["seed"][:3]) == [5, 6, 7]
-    assert all((edited == (254, 253, 252)).all() for edited in found["edited"][:3]) and found["edited"][3] is None
+    edits = [Image.open(io.BytesIO(edited)) for edited in found["edited"][:3]]
+    assert all(edit.getcolors() == [(48 * 32, (254, 253, 252))] for edit in edits) and found["edited"][3] is None
     assert '"gray" is read as "grey"' in found["notes"][2] and len(set(found["id"])) == 4
 
 
@@ -86,11 +87,30 @@ def test_an_editor_that_lost_its_device_ends_its_process(pipe, monkeypatch):
         Editor()(batch)
 
 
+def test_a_row_that_kills_its_workers_is_given_up_and_its_neighbours_run(pipe, monkeypatch, tmp_path):
+    call = Inverts.__call__
+
+    def dies(self, image, **more):
+        if image.getpixel((0, 0)) == (0, 0, 0):
+            raise KeyboardInterrupt  # as a process that ends: nothing after it runs
+        return call(self, image, **more)
+
+    monkeypatch.setattr(Inverts, "__call__", dies)
+    pictures = column(np.zeros((32, 48, 3), np.uint8), np.ones((32, 48, 3), np.uint8))
+    batch = {"image": pictures, "prompt": column(GREY, GREY), "id": column("deadly", "fine")}
+    for _ in range(integration.TRIES):
+        with pytest.raises(KeyboardInterrupt):
+            Editor(out=tmp_path)(batch)
+    found = Editor(out=tmp_path)(batch)
+    assert list(found["status"]) == ["error", "done"] and "3 workers that died of this row" in found["error"][0]
+    assert [path.name for path in tmp_path.iterdir()] == ["fine.png"]
+
+
 def test_blocks_hold_one_layout_and_leave_no_actor_idle():
     sizes = [(64, 64)] * 5 + [(64, 96)] * 11
     jobs = [Job(n, str(n), "", "a.png", GREY, None, f"{n}.png", layout=size) for n, size in enumerate(sizes)]
     made = list(integration.parts(jobs, 8, actors=2))
-    assert [len(part) for part in made] == [4, 1, 4, 4, 3] and sum(made, []) == jobs
+    assert [len(part) for part in made] == [4, 1, 4, 4, 3] and [job for part in made for job in part] == jobs
     assert all(len({job.layout for job in part}) == 1 for part in made)
     assert [len(part) for part in integration.parts(jobs[:1], 8, actors=2)] == [1]
 
