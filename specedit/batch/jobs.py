@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -73,7 +74,7 @@ class Rules:
         """16 hexadecimal digits of the row's content, with the settings and the model that it runs with."""
         content = {name: value for name, value in record.values.items() if name in COLUMNS}
         content = {"prompt": self.prompt, "model": self.model, "defaults": dict(self.defaults), **content}
-        return hashlib.sha256(json.dumps(content, sort_keys=True, default=repr).encode()).hexdigest()[:16]
+        return _hash(json.dumps(content, sort_keys=True, default=_described).encode())
 
     def identity(self, record: Record) -> str:
         """The row's id: its column, else its index and the start of its hash."""
@@ -107,7 +108,9 @@ class Rules:
         return words.understood(prompt) if self.embedded else (prompt, ())
 
     def _file(self, name: str, value: Any) -> Any:
-        """The absolute path of a picture; what lies in memory as it is."""
+        """The absolute path of a picture; what lies in memory as it is, also in the form of Hugging Face's tables."""
+        if isinstance(value, dict) and {"bytes", "path"} >= value.keys():
+            value = value.get("bytes") or value.get("path")
         if isinstance(value, bytes) or hasattr(value, "__array__"):
             return value
         if not isinstance(value, str) or not value:
@@ -120,11 +123,26 @@ class Rules:
 
     def _layout(self, image: Any, size: int | None) -> tuple[int, int] | None:
         """About the size of the edit; PictureError where the picture's header cannot be read."""
-        if not isinstance(image, str):
-            return None
         from ..io import pictures
 
-        return pipelines.planned_size(*pictures.size(image), embedded=self.embedded, largest=size)
+        if isinstance(image, str):
+            width, height = pictures.size(image)
+        elif isinstance(image, bytes):
+            width, height = pictures.size(io.BytesIO(image), "image")
+        else:  # an array, which the worker checks
+            return None
+        return pipelines.planned_size(width, height, embedded=self.embedded, largest=size)
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _described(value: Any) -> str:
+    """What stands for a value that JSON has no form of: the hash of its bytes, or its text."""
+    if isinstance(value, bytes):
+        return _hash(value)
+    return _hash(value.tobytes()) if hasattr(value, "tobytes") else repr(value)
 
 
 def _target(identity: str, out: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import json
 import time
 from collections.abc import Iterable
@@ -13,8 +14,9 @@ from typing import Any
 
 from .. import pipelines
 from ..config import SpecEditConfig
-from ..cost.flops import MODELS, ModelCost, plan
+from ..cost.flops import plan
 from ..cost.roofline import GPUS, predict_roofline
+from ..cost.tables import MODELS, TOKEN_PIXELS, ModelCost
 from .jobs import Job
 from .settings import Settings
 
@@ -23,6 +25,11 @@ COSTS = {
     "FluxKontextPipeline": "flux-kontext", "QwenImageEditPipeline": "qwen-image-edit",
     "QwenImageEditPlusPipeline": "qwen-image-edit", "LongCatImageEditPipeline": "longcat-image-edit",
     "Flux2Pipeline": "flux2-dev", "Flux2KleinPipeline": "flux2-klein-9b", "Flux2KleinKVPipeline": "flux2-klein-9b-kv",
+}  # fmt: skip
+BY_NAME = {  # in hub ids, of pipelines whose index is not at hand
+    "flux.1-kontext": "FluxKontextPipeline", "qwen-image-edit": "QwenImageEditPipeline",
+    "longcat-image-edit": "LongCatImageEditPipeline", "flux.2-dev": "Flux2Pipeline",
+    "flux.2-klein": "Flux2KleinPipeline",
 }  # fmt: skip
 SMALL = "flux2-klein-4b"
 BY_PROMPT = ("flux-kontext", "qwen-image-edit")  # true guidance runs only with a negative prompt
@@ -135,14 +142,14 @@ def rate_here(seconds: float = 0.2) -> float:
     return 2 * side**3 / best
 
 
-def _share(mask: str, size: tuple[int, int]) -> float:
+def _share(mask: str | bytes, size: tuple[int, int]) -> float:
     """Share of the coarse cells that a mask edits."""
-    from ..cost.tables import TOKEN_PIXELS
     from ..io import pictures
     from ..layout import TokenGrid, cells_touched
     from ..method import masks
 
-    pixels = masks.read(pictures.read_mask(mask)[0])[0]
+    file, name = (io.BytesIO(mask), "mask") if isinstance(mask, bytes) else (mask, mask)
+    pixels = masks.read(pictures.read_mask(file, name)[0])[0]
     grid = TokenGrid(size[1] // TOKEN_PIXELS, size[0] // TOKEN_PIXELS)
     return cells_touched(pixels[None].float(), grid).float().mean().item()
 
@@ -158,23 +165,24 @@ def _folder(model: str | None) -> Path | None:
 
 
 def _hub_class(model: str) -> str | None:
-    """The class in a hub pipeline's index, None if it cannot be read."""
+    """The class in a hub pipeline's index, or if that cannot be read the one that its name says."""
     from diffusers import DiffusionPipeline
 
     try:
         return str(DiffusionPipeline.load_config(model)["_class_name"])
     except Exception:
-        return None
+        return next((kind for name, kind in BY_NAME.items() if name in model.lower()), None)
 
 
 def _cost(folder: Path, usual: ModelCost) -> ModelCost:
     """`usual` with the sizes and the schedule in a pipeline's folder."""
-    transformer = usual.config | {k: v for k, v in _read(folder / "transformer" / "config.json").items() if _sizes(v)}
+    found = _read(folder / "transformer" / "config.json").items()
+    transformer = {**usual.config, **{name: value for name, value in found if _is_number(value)}}
     scheduler = _read(folder / "scheduler" / "scheduler_config.json") or usual.scheduler
     return dataclasses.replace(usual, config=transformer, scheduler=scheduler)
 
 
-def _sizes(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

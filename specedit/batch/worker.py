@@ -40,7 +40,7 @@ class Worker:
         self.pipe, self.prepare = pipelines.load(model, offload=offload)
         if hasattr(self.pipe, "set_progress_bar_config"):
             self.pipe.set_progress_bar_config(disable=True)
-        self.here = attention_here()
+        self.here: dict[str, Any] = attention_here()
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         self.installed: SpecEditConfig | None = None
 
@@ -60,8 +60,7 @@ class Worker:
                 raise BrokenDevice(str(error)) from error
             more = {"status": FAILED, "error": line(error)}
         seconds = time.perf_counter() - start
-        common = {"seconds": seconds, "seed": job.settings.seed, "worker": self.name}
-        return Result(job.id, job.row, **common, **more), edited
+        return Result(job.id, job.row, seconds=seconds, seed=job.settings.seed, worker=self.name, **more), edited
 
     def _edit(self, job: Job) -> tuple[Any, dict[str, Any]]:
         """The edited picture, and what the result says of it."""

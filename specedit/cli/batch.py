@@ -58,7 +58,7 @@ def add(commands) -> None:
     ray.add_argument("--ray", nargs="?", const="local", metavar="ADDRESS", help='on Ray here, or on a cluster: "auto", '
                      "host:port")  # fmt: skip
     ray.add_argument("--actors", type=int, metavar="N", help="pipelines (default: one a GPU, else one a CPU share)")
-    ray.add_argument("--cpus", type=int, metavar="N", help="CPU cores of each actor without a GPU, default 1")
+    ray.add_argument("--cpus", type=int, metavar="N", help="CPU cores of each actor, default 1")
     parser.set_defaults(run=run)
 
 

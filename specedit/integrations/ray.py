@@ -86,8 +86,8 @@ class Editor:
             return Result(self.rules.identity(record), self.rules.row_hash(record), FAILED, error=line(error)), None
         with _attempt(job, self.worker.out) as tries:
             if tries > TRIES:
-                error = f"expected a picture, got {TRIES} workers that died of this row"
-                return Result(job.id, job.row, FAILED, error=error, seed=job.settings.seed), None
+                message = f"expected a picture, got {TRIES} workers that died of this row"
+                return Result(job.id, job.row, FAILED, error=message, seed=job.settings.seed), None
             try:
                 return self.worker.edit(job)
             except BrokenDevice as error:
@@ -166,14 +166,17 @@ class Cluster:
                 gpus = int(ray.cluster_resources().get("GPU", 0))
                 cores = int(ray.cluster_resources().get("CPU", 1))
                 actors = self.actors or gpus or max(cores // self.cpus, 1)
-                given = {"model": model, "out": str(out), "offload": offload}
-                if not gpus:
+                given: dict[str, Any] = {"model": model, "out": str(out), "offload": offload}
+                share: dict[str, int] = {"num_cpus": self.cpus}
+                if gpus:
+                    share["num_gpus"] = 1
+                else:
                     given["threads"] = self.cpus
                 _set_up(ray)
                 blocks = [_table(part) for part in parts(jobs, self.rows, actors)]
                 done = ray.data.from_arrow(blocks).map_batches(
                     Editor, fn_constructor_kwargs=given, compute=ray.data.ActorPoolStrategy(size=actors),
-                    batch_size=None, **({"num_gpus": 1} if gpus else {"num_cpus": self.cpus}),
+                    batch_size=None, **share,
                 )  # fmt: skip
                 try:
                     for table in done.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -236,12 +239,16 @@ def _set_up(ray: Any) -> None:
 
 
 def _table(jobs: Sequence[Job]) -> Any:
-    """A block of rows for `Editor`."""
+    """A block of rows for `Editor`; pictures in memory go along as bytes."""
     import pyarrow
 
     names = ("id", "image", "prompt", "mask", "out")
     rows = [{name: getattr(job, name) for name in names} | {"settings": json.dumps(job.asked)} for job in jobs]
-    return pyarrow.Table.from_pylist(rows, pyarrow.schema([(name, pyarrow.string()) for name in (*names, "settings")]))
+    types = dict.fromkeys((*names, "settings"), pyarrow.string())
+    for name in ("image", "mask"):
+        if any(isinstance(row[name], bytes) for row in rows):
+            types[name] = pyarrow.binary()
+    return pyarrow.Table.from_pylist(rows, pyarrow.schema([*types.items()]))
 
 
 __all__ = ["Cluster", "Editor"]

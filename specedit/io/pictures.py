@@ -88,9 +88,9 @@ def read_mask(file: str | os.PathLike[str] | BinaryIO, name: str | None = None) 
     return image if turn is None else image.transpose(turn), notes
 
 
-def size(file: str | os.PathLike[str]) -> tuple[int, int]:
-    """Width and height of the picture in a file, upright. Only its header is read. Raises as `read` does."""
-    with _stream(file, str(file)) as stream:
+def size(file: str | os.PathLike[str] | BinaryIO, name: str | None = None) -> tuple[int, int]:
+    """Width and height of the picture in a file, upright. Only its header is read. As `read` otherwise."""
+    with _stream(file, str(file) if name is None else name) as stream:
         image = _identify(stream)
         width, height = image.size
         return (height, width) if _turn(image) in SIDEWAYS else (width, height)

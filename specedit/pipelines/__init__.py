@@ -49,10 +49,10 @@ def load(model: str | None, offload: bool = False) -> tuple[Any, Prepare]:
         pipe = placed(micro.load(editor, device="cpu" if offload else device))
         return pipe, lambda image: small(image, editor)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    if (editor := loading.embedded_editor(model)) is not None:
-        read = micro.editors.editor_named(editor).load
+    if (trained := loading.embedded_editor(model)) is not None:
+        read = micro.editors.editor_named(trained).load
         pipe = placed(loading.from_pretrained(model, torch.float32, read))
-        return pipe, lambda image: small(image, editor)
+        return pipe, lambda image: small(image, trained)
     pipe = placed(loading.from_pretrained(model, dtype))
 
     def sized(image: Any) -> tuple[Any, dict[str, Any]]:
@@ -63,7 +63,7 @@ def load(model: str | None, offload: bool = False) -> tuple[Any, Prepare]:
 
 def fit(image: Any, largest: int) -> Any:
     """Resize to at most `largest` px a side, in multiples of 16 px, at least 16."""
-    size = fitted(*image.size, largest)
+    size = fitted(image.width, image.height, largest)
     return image if size == image.size else image.resize(size)
 
 
@@ -79,10 +79,12 @@ def planned_size(width: int, height: int, *, embedded: bool, largest: int | None
     Released models edit at a megapixel in the picture's shape, and the embedded editors at up to 512 px a side.
     largest: px of the longer side at most, where it is chosen.
     """
-    if embedded:
-        return fitted(*(fitted(width, height, largest) if largest else (width, height)), LARGEST_EMBEDDED)
     if largest:
-        return fitted(width, height, largest)
+        width, height = fitted(width, height, largest)
+    if embedded:
+        return fitted(width, height, LARGEST_EMBEDDED)
+    if largest:
+        return width, height
     scale = (MEGAPIXEL / (width * height)) ** 0.5
     return _whole(width * scale), _whole(height * scale)
 

@@ -1,5 +1,7 @@
 """`specedit batch`: rows in, pictures and a results file out, whatever happens in between."""
 
+import dataclasses
+import io
 import json
 import sys
 from types import SimpleNamespace
@@ -12,7 +14,10 @@ from PIL import Image
 
 import specedit
 from specedit import cli, pipelines
+from specedit.batch import jobs, prediction, sources
 from specedit.batch.results import FILE, JOURNAL, NAMES
+from specedit.cost import roofline
+from specedit.io import pictures
 
 GREY = "make it greyscale"
 
@@ -179,6 +184,28 @@ def test_folder_and_parquet(batch, rows, editor, tmp_path):
     assert [call["prompt"] for call in editor.calls[2:]] == [GREY, "remove the circle"]
 
 
+def test_pictures_inside_a_parquet_file(batch, editor, tmp_path):
+    """Bytes, and the form in which Hugging Face's data sets hold pictures."""
+    file = io.BytesIO()
+    Image.new("RGB", (64, 48), "red").save(file, "PNG")
+    held = [{"bytes": file.getvalue(), "path": None}] * 2 + [{"bytes": b"no picture", "path": None}]
+    parquet.write_table(pyarrow.table({"image": held, "prompt": [GREY] * 3, "seed": [1, 2, 1]}), tmp_path / "x.parquet")
+    code, _, found = batch(tmp_path / "x.parquet")
+    assert code == 3 and [row.status for row in found.values()] == ["done", "done", "error"]
+    assert editor.calls[0]["image"].size == (64, 48)
+
+
+def test_size_is_read_from_the_header_and_planned(tmp_path):
+    turned = Image.new("RGB", (64, 48)).getexif()
+    turned[pictures.ORIENTATION] = 6
+    Image.new("RGB", (64, 48)).save(tmp_path / "turned.jpg", exif=turned)
+    assert pictures.size(tmp_path / "turned.jpg") == (48, 64) == pictures.read(tmp_path / "turned.jpg").image.size
+    assert pipelines.planned_size(4000, 1000, embedded=True) == (512, 128)
+    assert pipelines.planned_size(4000, 1000, embedded=True, largest=320) == (320, 80)
+    assert pipelines.planned_size(4000, 1000, embedded=False) == (2048, 512)
+    assert pipelines.planned_size(4000, 1000, embedded=False, largest=1600) == (1600, 400)
+
+
 @pytest.mark.parametrize(
     ("columns", "options", "message"),
     [
@@ -261,8 +288,32 @@ def test_dry_run_predicts_and_writes_nothing(batch, rows, tmp_path, refused):
     lines = [line.split() for line in said.out.splitlines() if " x " in line]
     assert [(line[0], line[5]) for line in lines] == [("2", "50%"), ("1", "25%")]
     assert "at least" in said.out and "this machine" in said.out and "gone.png" in said.err
-    code, said, _ = batch(source.parent, "--model", "owner/FLUX.2-klein-4B", "--prompt", "x", "--dry-run")
+    code, said, _ = batch(source.parent, "--model", "owner/other", "--prompt", "x", "--dry-run")
     assert code == 2 and "--dry-run: expected a model whose cost is known" in said.err
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "guided", "passes"),
+    [
+        ("black-forest-labs/FLUX.1-Kontext-dev", "flux-kontext", {}, 1),
+        ("black-forest-labs/FLUX.2-klein-4B", "flux2-klein-4b", {}, 1),
+        ("Qwen/Qwen-Image-Edit", "qwen-image-edit", {}, 1),
+        ("Qwen/Qwen-Image-Edit", "qwen-image-edit", {"negative_prompt": " "}, 2),
+    ],
+)
+def test_dry_run_of_a_released_model(rows, monkeypatch, model, name, guided, passes):
+    """The plan and the roofline of a megapixel of the picture's shape, with the guidance that runs."""
+    monkeypatch.setattr("diffusers.DiffusionPipeline.load_config", lambda *_: 1 / 0)  # as without a network
+    source = rows({"preset": "fast", **guided}, sizes=[(300, 150)])
+    record, folder = sources.read(source)
+    (group,) = prediction.predict(
+        [jobs.Rules(model, folder=folder).job(record[0])], prediction.cost_of(model), edited=0.3, gpu="H100"
+    )
+    assert group.size == (1440, 720)
+    cost = dataclasses.replace(specedit.flops.MODELS[name], passes=passes)
+    assert group.flops == specedit.flops.plan("fast", cost, 720, 1440, 0.3)["flops"]
+    usual = roofline.predict_roofline("fast", name, 720, 1440, 0.3, "H100")["seconds"]
+    assert group.seconds == pytest.approx(usual * (passes / specedit.flops.MODELS[name].passes), rel=0.1)
 
 
 def test_dry_run_counts_what_the_run_counts(batch, rows, capsys):
