@@ -79,16 +79,19 @@ def write_rows(folder: Path, count: int, size: int) -> Path:
 
 def measure(args: argparse.Namespace, source: Path, out: Path, options: list[str], threads: int) -> dict:
     """Run the command once; its throughput and its seconds."""
-    command = [sys.executable, "-m", "specedit", "batch", str(source), "--out", str(out), "--model", args.model]
-    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    words = ["batch", str(source), "--out", str(out), "--model", args.model, "--preset", args.preset, *options]
     started = time.perf_counter()
-    subprocess.run(
-        [*command, "--preset", args.preset, *options], check=True, stdout=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": paths},
-    )  # fmt: skip
+    run_command(words, threads)
     seconds = time.perf_counter() - started
     table = parquet.read_table(out / "results.parquet").to_pylist()
     return {"rows": len(table), "threads": threads, "seconds": seconds, **throughput(table, seconds)}
+
+
+def run_command(words: list[str], threads: int) -> None:
+    """Run `specedit` in a process of its own."""
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": paths}
+    subprocess.run([sys.executable, "-m", "specedit", *words], check=True, stdout=subprocess.DEVNULL, env=env)
 
 
 def throughput(table: list[dict], seconds: float) -> dict:

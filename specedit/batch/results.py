@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -99,8 +99,11 @@ class Folder:
         for file in self.path.rglob(TEMPORARY):
             file.unlink(missing_ok=True)
 
-    def write(self, results: Iterable[Result]) -> None:
-        """Write the Parquet file, whole, and remove the journal."""
+    def write(self, results: Sequence[Result]) -> None:
+        """Write the Parquet file, whole, and remove the journal. Without results nothing of them stays."""
+        if not results:
+            (self.path / JOURNAL).unlink(missing_ok=True)
+            return
         import pyarrow
 
         types = {name: pyarrow.string() for name in NAMES}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from .jobs import Job
@@ -16,10 +15,15 @@ Edits = Callable[[Sequence[Job]], Iterator[Result]]  # results in any order, at 
 
 @dataclass(frozen=True)
 class Summary:
-    """Results of all rows in the input's order, and how many of them this run made."""
+    """Results of all rows in the input's order, and how many of them were done before."""
 
     results: list[Result]
-    made: int
+    before: int
+
+    @property
+    def edited(self) -> int:
+        """Rows that this run has done."""
+        return len(self.results) - len(self.failed) - self.before
 
     @property
     def failed(self) -> list[Result]:
@@ -37,7 +41,6 @@ def run(plan: Plan, folder: Folder, edits: Edits, show: Callable[[Result], None]
         KeyboardInterrupt, and whatever `edits` raises: the results so far are written first.
     """
     results = {result.key: result for result in (*plan.kept, *plan.failed)}
-    made = 0
     folder.sweep()
     try:
         with Journal(folder) as journal:
@@ -47,24 +50,27 @@ def run(plan: Plan, folder: Folder, edits: Edits, show: Callable[[Result], None]
                 for result in _once(plan.todo, edits):
                     journal.add(result)
                     results[result.key] = result
-                    made += 1
                     show(result)
         for job in plan.todo:
             results.setdefault((job.id, job.row), _lost(job))
     finally:
         folder.sweep()
-        folder.write(results[key] for key in plan.order if key in results)
-    return Summary([results[key] for key in plan.order], made)
+        folder.write([results[key] for key in plan.order if key in results])
+    return Summary([results[key] for key in plan.order], len(plan.kept))
 
 
 def _once(todo: Sequence[Job], edits: Edits) -> Iterator[Result]:
     """The first result of every job, under the job's own key."""
     jobs = {job.id: job for job in todo}
-    with closing(edits(todo)) as found:  # type: ignore[type-var]
+    found = edits(todo)
+    try:
         for result in found:
             job = jobs.pop(result.id, None)
             if job is not None:
                 yield replace(result, row=job.row)
+    finally:
+        if isinstance(found, Generator):  # leaves a cluster before the temporary files are removed
+            found.close()
 
 
 def _lost(job: Job) -> Result:

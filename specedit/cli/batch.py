@@ -64,13 +64,12 @@ def add(commands) -> None:
 
 def run(args) -> int:
     _check(args)
-    from ..batch import planning, sources
+    from ..batch import planning, results, sources
     from ..batch.jobs import Rules
-    from ..batch.results import Folder
 
     records, base = sources.read(args.source)
     asked = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
-    folder = Folder(args.out)
+    folder = results.Folder(args.out)
     plan = planning.plan(
         args.source, records, Rules(args.model, args.prompt, asked, base), folder, overwrite=args.overwrite
     )
@@ -82,7 +81,7 @@ def run(args) -> int:
         _predict(args, plan)
         return _ended(plan.failed, args)
     summary = _edit(args, plan, folder)
-    print(f"edited {summary.made - len(summary.failed) + len(plan.failed)}, wrote {folder.path / 'results.parquet'}")
+    print(f"edited {summary.edited}, wrote {folder.path / results.FILE}")
     return _ended(summary.failed, args)
 
 
@@ -153,11 +152,11 @@ def _predict(args, plan: Any) -> None:
         size = f"{group.size[0]} x {group.size[1]}"
         print(
             f"{group.rows:8,}{size:>13}  {group.config.name:24}{group.edited:7.0%}{group.config.nfe:5}"
-            f"{group.flops / 1e12:10.3g}{group.flops_ratio:6.2f}x{group.seconds:10.3g}"
+            f"{_number(group.flops / 1e12):>10}{group.flops_ratio:6.2f}x{_number(group.seconds):>10}"
         )
     flops, seconds = (sum(group.rows * getattr(group, name) for group in groups) for name in ("flops", "seconds"))
     where = args.gpu or f"this machine, whose matrix products run at {rate / 1e9:,.0f} GFLOP/s"
-    print(f"\nin all {flops / 1e12:,.3g} TFLOPs; at least {_duration(seconds)} on one worker, for {where}")
+    print(f"\nin all {_number(flops / 1e12)} TFLOPs; at least {_duration(seconds)} on one worker, for {where}")
     if args.actors:
         print(f"at least {_duration(seconds / args.actors)} on {args.actors} actors")
 
@@ -166,7 +165,11 @@ def _duration(seconds: float) -> str:
     for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:.3g} seconds"
+    return f"{_number(seconds)} seconds"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _ended(failed: list[Any], args) -> int:

@@ -14,7 +14,7 @@ from PIL import Image
 
 import specedit
 from specedit import cli, pipelines
-from specedit.batch import jobs, prediction, sources
+from specedit.batch import jobs, planning, prediction, results, running, sources
 from specedit.batch.results import FILE, JOURNAL, NAMES
 from specedit.cost import roofline
 from specedit.io import pictures
@@ -153,6 +153,27 @@ def test_ctrl_c_leaves_whole_files_and_the_next_run_resumes(batch, rows, editor,
     assert batch(source)[0] == 0 and len(editor.calls) == 4
     (tmp_path / "out" / "b.png").unlink()
     assert batch(source)[0] == 0 and len(editor.calls) == 5
+
+
+def test_workers_that_cannot_start_leave_nothing(rows, tmp_path):
+    """As where the actors of a cluster do not find the model."""
+    source, out = rows({"id": "a"}), tmp_path / "out"
+    records, folder = sources.read(source)
+    held = results.Folder(out)
+    plan = planning.plan(source, records, jobs.Rules(folder=folder), held)
+
+    def fail(todo):
+        raise ValueError("no model")
+        yield
+
+    with pytest.raises(ValueError, match="no model"):
+        running.run(plan, held, fail)
+    assert files(out) == []
+    summary = running.run(plan, held, lambda todo: iter(()))
+    assert [row.id for row in summary.failed] == ["a"] and "expected a result, got none" in summary.failed[0].error
+    double = results.Result("a", "")
+    summary = running.run(plan, held, lambda todo: (row for row in (double, double)))
+    assert summary.edited == 1 and summary.results[0].row == plan.order[0][1]
 
 
 def test_a_killed_run_resumes_from_its_journal(batch, rows, editor, tmp_path):
@@ -330,7 +351,7 @@ def test_dry_run_counts_what_the_run_counts(batch, rows, capsys):
 
 
 def test_a_row_gives_the_picture_that_edit_gives(batch, rows, tmp_path, capsys):
-    source = rows({"id": "a", "seed": 3}, {"id": "b", "preset": "fast"}, sizes=[(96, 64)] * 2)
+    source = rows({"id": "a", "seed": 3}, sizes=[(96, 64)])
     assert batch(source, "--preset", "turbo", "--steps", 2)[0] == 0
     one = tmp_path / "one.png"
     options = ["--preset", "turbo", "--steps", "2", "--seed", "3", "--out", str(one)]
