@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from ..io.files import check_folder, replacing
-from .sources import parquet_module
+from .sources import parquet_module, read_table
 
 FILE, JOURNAL = "results.parquet", "results.unfinished.jsonl"
 MARK = {b"specedit": b"batch"}  # metadata of the Parquet file
@@ -78,7 +78,7 @@ class Folder:
         if not file.exists():
             return []
         try:
-            table = self.parquet.read_table(file)
+            table = read_table(file)
         except (OSError, ValueError) as error:
             raise ValueError(f"--out: expected a results file in {self.path} that can be read: {error}") from error
         metadata = table.schema.metadata or {}
@@ -91,8 +91,14 @@ class Folder:
         """The journal's results; a last line that was cut off is not one."""
         if not (self.path / JOURNAL).exists():
             return []
-        lines = (self.path / JOURNAL).read_bytes().split(b"\n")[:-1]
-        return [Result.of(json.loads(line)) for line in lines]
+        journal = self.path / JOURNAL
+        lines = journal.read_bytes().split(b"\n")[:-1]
+        try:
+            return [Result.of(json.loads(line)) for line in lines]
+        except (ValueError, AttributeError) as error:
+            raise ValueError(
+                f"--out: expected a journal that can be read, got {journal}: {error}; remove it"
+            ) from error
 
     def sweep(self) -> None:
         """Remove the temporary files that killed workers left."""
@@ -100,9 +106,13 @@ class Folder:
             file.unlink(missing_ok=True)
 
     def write(self, results: Sequence[Result]) -> None:
-        """Write the Parquet file, whole, and remove the journal. Without results nothing of them stays."""
-        if not results:
-            (self.path / JOURNAL).unlink(missing_ok=True)
+        """Write the Parquet file, whole, and remove the journal.
+
+        Without results there is no file, unless pictures are there: it tells the next run that they are of this one.
+        """
+        journal = self.path / JOURNAL
+        if not results and not any(file != journal for file in self.path.iterdir()):
+            journal.unlink(missing_ok=True)
             return
         import pyarrow
 
@@ -113,7 +123,7 @@ class Folder:
         table = pyarrow.Table.from_pylist([dataclasses.asdict(result) for result in results], schema)
         with replacing(self.path / FILE) as part:
             self.parquet.write_table(table, part)
-        (self.path / JOURNAL).unlink(missing_ok=True)
+        journal.unlink(missing_ok=True)
 
 
 class Journal:

@@ -82,12 +82,17 @@ def _line(index: int, number: int, line: str) -> Record:
 
 
 def _parquet(source: Path) -> list[Record]:
-    parquet = parquet_module()
     try:
-        table = parquet.read_table(source)
+        table = read_table(source)
     except (OSError, ValueError) as error:  # pyarrow's errors are among these
         raise ValueError(f"{source}: expected a Parquet file, got one that cannot be read: {error}") from error
     return [Record(index, without_empty(values), name=f"row {index}") for index, values in enumerate(table.to_pylist())]
+
+
+def read_table(file: Path) -> Any:
+    """The table in a Parquet file alone; pyarrow's `read_table` would add columns from the names of its folders."""
+    with parquet_module().ParquetFile(file) as opened:
+        return opened.read()
 
 
 def parquet_module() -> Any:

@@ -199,7 +199,6 @@ def import_ray() -> Any:
     """Ray with Ray Data. ImportError says how to get it."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported: nothing is reported
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "CRITICAL")  # errors are raised as well
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         import ray
         import ray.data

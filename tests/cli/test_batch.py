@@ -169,6 +169,15 @@ def test_workers_that_cannot_start_leave_nothing(rows, tmp_path):
     with pytest.raises(ValueError, match="no model"):
         running.run(plan, held, fail)
     assert files(out) == []
+
+    def stop(todo):
+        (out / "a.png").write_bytes(b"an actor wrote it, and was stopped before it said so")
+        raise KeyboardInterrupt
+        yield
+
+    with pytest.raises(KeyboardInterrupt):
+        running.run(plan, held, stop)
+    assert planning.plan(source, records, jobs.Rules(folder=folder), results.Folder(out)).todo
     summary = running.run(plan, held, lambda todo: iter(()))
     assert [row.id for row in summary.failed] == ["a"] and "expected a result, got none" in summary.failed[0].error
     double = results.Result("a", "")
@@ -199,8 +208,11 @@ def test_folder_and_parquet(batch, rows, editor, tmp_path):
     code, _, found = batch(source.parent, "--prompt", GREY, out=tmp_path / "first")
     assert code == 0 and list(found) == ["0", "1"] and files(tmp_path / "first") == ["0.png", "1.png", FILE]
     table = {"picture": ["0.png", "1.png"], "prompt": [GREY, None], "seed": [None, 5.0], "id": [1, 2]}
-    parquet.write_table(pyarrow.table(table), source.parent / "rows.parquet")
-    code, _, found = batch(source.parent / "rows.parquet", "--prompt", "remove the circle", out=tmp_path / "second")
+    partition = tmp_path / "in" / "seed=9"
+    partition.mkdir()
+    table["picture"] = [str(source.parent / name) for name in table["picture"]]
+    parquet.write_table(pyarrow.table(table), partition / "rows.parquet")
+    code, _, found = batch(partition / "rows.parquet", "--prompt", "remove the circle", out=tmp_path / "second")
     assert code == 0 and [row.seed for row in found.values()] == [0, 5] and list(found) == ["1", "2"]
     assert [call["prompt"] for call in editor.calls[2:]] == [GREY, "remove the circle"]
 
@@ -272,7 +284,7 @@ def test_unreadable_sources_are_refused(refused, tmp_path, name, content, messag
     assert not (tmp_path / "out").exists()
 
 
-def test_other_results_are_not_mixed_or_overwritten(batch, rows, editor, tmp_path):
+def test_other_results_are_not_mixed_or_overwritten(batch, rows, editor, tmp_path, capsys):
     out, first = tmp_path / "out", rows({"id": "a"}, {"id": "b"})
     assert batch(first)[0] == 0
     before = (out / FILE).read_bytes()
@@ -289,8 +301,13 @@ def test_other_results_are_not_mixed_or_overwritten(batch, rows, editor, tmp_pat
     code, said, _ = batch(first, out=foreign)
     assert code == 2 and "expected a folder without other results, got" in said.err and files(foreign) == ["a.png"]
     parquet.write_table(pyarrow.table({"mine": [1]}), foreign / FILE)
-    code, said = cli.main(["batch", str(first), "--out", str(foreign)]), None
-    assert code == 2 and parquet.read_table(foreign / FILE).column_names == ["mine"]
+    assert cli.main(["batch", str(first), "--out", str(foreign), "--overwrite"]) == 2
+    assert "which no batch wrote" in capsys.readouterr().err
+    assert parquet.read_table(foreign / FILE).column_names == ["mine"]
+    (foreign / FILE).unlink()
+    (foreign / JOURNAL).write_text("no journal\n")
+    assert cli.main(["batch", str(first), "--out", str(foreign)]) == 2
+    assert "--out: expected a journal that can be read, got" in capsys.readouterr().err
 
 
 def test_pictures_are_not_overwritten_by_their_edits(refused, rows):
