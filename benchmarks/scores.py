@@ -19,10 +19,10 @@ from tqdm.auto import tqdm
 
 from specedit import micro
 from specedit.api.installing import last_report
-from specedit.cli.pipelines import EDITORS
 from specedit.evaluation import results
 from specedit.micro import evaluation
 from specedit.micro.loading import identity
+from specedit.pipelines import EDITORS
 
 EVERY = 4  # tasks of one variant per turn
 

@@ -12,7 +12,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (  # from the top; a room imports from the floors below its own, and nothing from its neighbours
-    ("specedit.cli", "specedit.app", "specedit.integrations"),
+    ("specedit.cli",),
+    ("specedit.app", "specedit.integrations"),
+    ("specedit.batch",),
+    ("specedit.pipelines",),
     ("specedit.micro",),
     ("specedit.evaluation",),
     ("specedit.api",),

@@ -15,6 +15,7 @@ import docs_measured as measured
 import docs_methods
 import docs_predicted as predicted
 import docs_readme as readme
+import docs_scale
 import kernel_pages
 from docs_results import RESULTS, ROOT, load
 
@@ -41,6 +42,9 @@ MAKERS = {
     "training": measured.training,
     "verification": measured.verification,
     "roofline": predicted.roofline,
+    "scale": docs_scale.machines,
+    "scale-count": docs_scale.count,
+    "throughput": docs_scale.throughput,
     "real": measured.real,
     "session": measured.session,
     "steps": measured.steps,

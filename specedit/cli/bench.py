@@ -6,9 +6,9 @@ from pathlib import Path
 
 from ..config import STOCK_STEPS
 from ..io.files import check_writable
+from ..pipelines import EDITORS
 from . import plan
 from .bounds import LARGEST_EMBEDDED, check_numbers, check_size
-from .pipelines import EDITORS
 from .shared import add_model, attention_here, silence_libraries
 
 REPEAT = 3  # the time of a single call is mostly noise

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import sys
 from pathlib import Path
 from typing import Any
 
+from .. import pipelines
 from ..config import CHOICES, DEFAULT_PRESET, presets, resolve
 from ..field_checks import MAX_SCORE
 from ..io.files import replacing
 from ..micro import words
-from . import loading, pipelines
+from ..pipelines import EDITORS, arguments, loading
 from .bounds import SCALE, STEPS, check_numbers, seed_number
 from .errors import CLIError
 from .outputs import check_files, check_formats
-from .pipelines import EDITORS
-from .shared import add_guidance, add_offload, attention_here, guidance, silence_libraries
+from .shared import add_guidance, add_offload, attention_here, guidance, option, silence_libraries
 
 SIDES = (64, 4096)  # px; the embedded editors take 512 at most
 
@@ -74,7 +73,7 @@ def run(args) -> int:
     pipe, prepare = pipelines.load(args.model, offload=args.offload)
     if args.model is None:
         print(f"editing with the embedded {EDITORS[0]} editor, which only knows coloured shapes; --model takes others")
-    image, given = _sized(picture.image, pipe, prepare, args)
+    image, given = arguments.sized(picture.image, pipe, prepare, args.size, option)
     given |= guidance(pipe, args) | ({} if args.steps is None else {"num_inference_steps": args.steps})
     import torch
 
@@ -115,19 +114,6 @@ def _check(args) -> tuple[str, Any]:
     if prompt != args.prompt.strip():
         print(f'the editor is asked to "{prompt}"')
     return prompt, config
-
-
-def _sized(image: Any, pipe: Any, prepare: Any, args) -> tuple[Any, dict[str, Any]]:
-    """The picture for the pipeline, at most --size large, and the arguments to pass with it."""
-    if args.size is None:
-        return prepare(image)
-    own = "_auto_resize" in inspect.signature(type(pipe).__call__).parameters  # FLUX.1-Kontext
-    if not own and not hasattr(pipe, "picture_size"):
-        raise CLIError(f"--size: expected none with {type(pipe).__name__}, which chooses its own, got {args.size}")
-    image, given = prepare(pipelines.fit(image, args.size))
-    if own:
-        given |= dict(height=image.height, width=image.width, max_area=image.height * image.width, _auto_resize=False)
-    return image, given
 
 
 def _extras(args, image: Any, result: Any, done: Any) -> None:

@@ -7,12 +7,13 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from .. import pipelines
 from ..config import CHOICES, DEFAULT_PRESET, presets, resolve
 from ..io.files import check_folder, check_writable
-from . import loading, methods, pipelines
+from ..pipelines import EDITORS, loading
+from . import methods
 from .bounds import CASES, LARGEST_EMBEDDED, SCALE, STEPS, check_numbers, check_size, seed_number
 from .errors import CLIError
-from .pipelines import EDITORS
 from .shared import add_guidance, add_model, add_offload, attention_here, guidance, silence_libraries
 
 _COLUMNS = (  # of `eval micro`: key, heading, factor, format

@@ -1,16 +1,15 @@
-"""Options that several commands share, and what the machine needs."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
 import argparse
-import inspect
-import sys
-import warnings
 from typing import Any
 
+from ..pipelines import EDITORS, arguments
+from ..pipelines.machine import attention_here as attention_here
+from ..pipelines.machine import silence_libraries as silence_libraries
 from .bounds import SCALE, check_numbers
 from .errors import CLIError
-from .pipelines import EDITORS
 
 
 def add_model(parser) -> None:
@@ -30,46 +29,15 @@ def add_guidance(parser) -> None:
     )
 
 
+def option(name: str) -> str:
+    """The option of the command line for an argument."""
+    return f"--{name.replace('_', '-')}"
+
+
 def guidance(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
     """The pipeline's arguments from the options of `add_guidance`."""
     check_numbers(args, true_cfg_scale=SCALE)
-    given = {
-        name: value for name in ("negative_prompt", "true_cfg_scale") if (value := getattr(args, name)) is not None
-    }
-    taken = inspect.signature(type(pipe).__call__).parameters
-    name = type(pipe).__name__
-    if "true_cfg_scale" not in taken:
-        if "true_cfg_scale" in given:
-            raise CLIError(f"--true-cfg-scale: expected none with {name}, got {args.true_cfg_scale:g}")
-        return given
-    scale = given.get("true_cfg_scale", taken["true_cfg_scale"].default)
-    if "negative_prompt" in given and scale <= 1:
-        whose = "" if "true_cfg_scale" in given else f", the default of {name}"
-        raise CLIError(f"--negative-prompt: expected --true-cfg-scale above 1 with it, got {scale:g}{whose}")
-    return given
-
-
-def attention_here() -> dict[str, str]:
-    """Settings that this machine needs: attention="torch" on a GPU without kernels, else none."""
-    import torch
-
-    from specedit_kernels.ops import check_gpu
-
-    if torch.cuda.is_available():
-        try:
-            check_gpu(torch.device("cuda"))
-        except (ImportError, RuntimeError) as error:
-            print(f"specedit: no Triton kernels here, PyTorch instead: {error}", file=sys.stderr)
-            return {"attention": "torch"}
-    return {}
-
-
-def silence_libraries() -> None:
-    """Hide the libraries' start-up messages; keep errors."""
-    warnings.filterwarnings("ignore", message="CUDA is not available or torch_xla")  # diffusers 0.36 without a GPU
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        return arguments.guidance(pipe, vars(args), option)
+    except ValueError as error:
+        raise CLIError(str(error)) from error

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,6 +33,7 @@ TURNS = dict(
         start=2,
     )
 )  # fmt: skip
+SIDEWAYS = tuple(TURNS[orientation] for orientation in (5, 6, 7, 8))  # swap width and height
 
 
 class PictureError(ValueError):
@@ -79,11 +81,19 @@ def read(file: str | os.PathLike[str] | BinaryIO, name: str | None = None) -> Pi
         raise PictureError(f"{name}: {_line(error)}") from error
 
 
-def read_mask(file: str | os.PathLike[str]) -> tuple[Image.Image, tuple[str, ...]]:
-    """A picture for `edit_mask`, upright and otherwise unchanged, and notes. Raises as `read` does."""
-    image, notes = _open(file, str(file))
+def read_mask(file: str | os.PathLike[str] | BinaryIO, name: str | None = None) -> tuple[Image.Image, tuple[str, ...]]:
+    """A picture for `edit_mask`, upright and otherwise unchanged, and notes. As `read` otherwise."""
+    image, notes = _open(file, str(file) if name is None else name)
     turn = _turn(image)
     return image if turn is None else image.transpose(turn), notes
+
+
+def size(file: str | os.PathLike[str] | BinaryIO, name: str | None = None) -> tuple[int, int]:
+    """Width and height of the picture in a file, upright. Only its header is read. As `read` otherwise."""
+    with _stream(file, str(file) if name is None else name) as stream:
+        image = _identify(stream)
+        width, height = image.size
+        return (height, width) if _turn(image) in SIDEWAYS else (width, height)
 
 
 def check_target(path: str | os.PathLike[str]) -> None:
@@ -152,15 +162,22 @@ def _check_format(path: Path) -> str:
 
 def _open(file: Any, name: str) -> tuple[Image.Image, tuple[str, ...]]:
     """The first frame, decoded, and notes."""
+    with _stream(file, name) as stream:
+        image = _identify(stream)
+        frames = 1 if image.format in ONE_PICTURE else getattr(image, "n_frames", 1)
+        image.load()
+        _scale_key(image, stream)
+        return image, (f"{name}: the first of {frames} frames is read",) if frames > 1 else ()
+
+
+@contextmanager
+def _stream(file: Any, name: str) -> Iterator[BinaryIO]:
+    """An open file, whose errors are raised as PictureError."""
     try:
         # Pass a stream: given a path, Pillow maps uncompressed TIFFs into memory and misreads rotated ones.
         with nullcontext(file) if hasattr(file, "read") else open(file, "rb") as stream, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about large or unusual pictures that can be read
-            image = _identify(stream)
-            frames = 1 if image.format in ONE_PICTURE else getattr(image, "n_frames", 1)
-            image.load()
-            _scale_key(image, stream)
-            return image, (f"{name}: the first of {frames} frames is read",) if frames > 1 else ()
+            yield stream
     except MemoryError:
         raise
     except FileNotFoundError as error:

@@ -11,7 +11,7 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RES
 from PIL import Image
 
 import specedit
-from specedit.cli import pipelines
+from specedit import pipelines
 from specedit.micro.pipelines import OwnSizeQwenImageEditPipeline
 from specedit.models import flux
 from specedit.models.flux import FluxKontext

@@ -6,8 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from specedit import cli
-from specedit.cli import pipelines
+from specedit import cli, pipelines
 from specedit.config import resolve
 from specedit.run_report import RunReport, StageReport
 

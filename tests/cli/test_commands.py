@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from specedit import cli, micro
-from specedit.cli import pipelines, shared
+from specedit import cli, micro, pipelines
+from specedit.cli import shared
 from specedit.evaluation.results import fingerprint
 from specedit.micro import scenes
 from specedit.micro.loading import WEIGHTS

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from specedit import cli
-from specedit.cli import pipelines
+from specedit import cli, pipelines
 from specedit.micro import vocabulary
 
 

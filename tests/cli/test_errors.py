@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from specedit import cli
-from specedit.cli import errors, pipelines
+from specedit import cli, pipelines
+from specedit.cli import errors
 from specedit.config import resolve
 
 

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from specedit import cli, micro
-from specedit.cli import loading, pipelines
+from specedit import cli, micro, pipelines
 from specedit.micro.loading import WEIGHTS
+from specedit.pipelines import loading
 
 PROMPT = "make the circle red"
 

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 import specedit
-from specedit.cli import pipelines
+from specedit import pipelines
 from specedit.micro import scenes
 
 

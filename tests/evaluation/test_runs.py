@@ -114,7 +114,7 @@ def test_other_settings_in_the_same_folder_are_rejected(imgedit_folder, tmp_path
     settings = dict(benchmark="imgedit", model="kontext", preset="stock", restore=None, steps=1, seed=0)
     settings |= dict(negative_prompt=None)
     (out / "rows.jsonl").write_text(json.dumps({"settings": settings}) + "\n" + json.dumps({"key": "1"}) + "\n")
-    monkeypatch.setattr("specedit.cli.pipelines.load", lambda *_, **__: pytest.fail("a pipeline was loaded"))
+    monkeypatch.setattr("specedit.pipelines.load", lambda *_, **__: pytest.fail("a pipeline was loaded"))
     assert imgedit(imgedit_folder, out, *STOCK, *more) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
@@ -165,7 +165,7 @@ def test_every_task_uses_the_same_seed(imgedit_folder, tmp_path):
 
 
 def test_stock_runs_fifty_steps_and_a_preset_its_own(imgedit_folder, tmp_path, monkeypatch):
-    from specedit.cli import pipelines
+    from specedit import pipelines
 
     heard, load = [], pipelines.load
 

@@ -1,0 +1,1 @@
+"""Places where SpecEdit plugs into other software, one module each."""
