@@ -4,6 +4,7 @@ The heavy imports stay inside the fixtures: the kernel tests below this folder n
 """
 
 import copy
+import gc
 import io
 import json
 import os
@@ -268,6 +269,13 @@ def make_small_qwen(qwen_parts):
 @pytest.fixture
 def small_qwen(make_small_qwen):
     return make_small_qwen()
+
+
+def pytest_collection_finish():
+    """What was imported stays: the collector need not look through it again and again, nor so often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the option

@@ -100,6 +100,12 @@ class TestLongCatImageEdit(Conformance):
             batch=lambda n: dict(num_images_per_prompt=n),
         )  # fmt: skip
 
+    # The settings as they are: tests/models/test_graphs.py. Attention and rotations are those of TestFluxKontext.
+    @pytest.mark.slow
+    @pytest.mark.parametrize("changes", [{"attention": "stock"}])
+    def test_other_edits_do_not_compile_again(self, family, changes):
+        super().test_other_edits_do_not_compile_again(family, changes)
+
     def test_a_list_of_one_picture_is_stocks(self, family, picture):
         """Stock resizes no list, so its encoder sees the picture at its own size."""
         given = dict(image=[picture(96, 160)])
