@@ -7,6 +7,7 @@ import copy
 import gc
 import io
 import json
+import logging
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,6 +17,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+# pytest listens to loggers that do not propagate, and torch would write a trace of all that it compiles.
+logging.getLogger("torch.__trace").propagate = True
 
 pytest_plugins = ["tests.cpu_times", "tests.shallow", "tests.tiny_flux2", "tests.tiny_qwen"]
 
@@ -271,11 +275,16 @@ def small_qwen(make_small_qwen):
     return make_small_qwen()
 
 
-def pytest_collection_finish():
-    """What was imported stays: the collector need not look through it again and again, nor so often."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is imported for the tests stays: the collector need not look through it now or later, nor so often."""
+    gc.disable()
+    collected = yield
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 20, 20)
+    gc.enable()
+    return collected
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the option

@@ -13,7 +13,7 @@ import specedit
 from specedit import SpecEditConfig
 from specedit.layout import MixedLayout
 
-from .cases import QUICK
+from .cases import QUICK, Cases
 from .family import (
     at_one_place,
     inside,
@@ -26,8 +26,8 @@ from .stages import StageConformance
 from .switches import SwitchConformance
 
 
-class Conformance(StageConformance, SwitchConformance):
-    """The tests. A subclass has a fixture `family`."""
+class CallConformance(Cases):
+    """Tests of whole calls: what is left of the stock pipeline, and what else acts on it."""
 
     # Nothing locked: a run of only full steps is the stock pipeline's.
     def test_nothing_locked_equals_stock(self, family):
@@ -222,3 +222,7 @@ class Conformance(StageConformance, SwitchConformance):
                 family.run(pipe, edit_mask=(torch.arange(16) < cells).view(4, 4), **self.guides(family)[-1])
                 counts.append(counter.frame_count)
         assert counts[0] and counts[2] == counts[-1], counts
+
+
+class Conformance(CallConformance, StageConformance, SwitchConformance):
+    """The tests. A subclass has a fixture `family`."""

@@ -9,6 +9,8 @@ from specedit.models.flux import FluxKontext
 from specedit.models.longcat import LongCatImageEdit
 from specedit.models.qwen.edit import QwenImageEdit, QwenImageEditPlus
 from specedit.testing import QUICK, Conformance, Family
+from specedit.testing.conformance import CallConformance
+from specedit.testing.stages import StageConformance
 
 OTHERS = [{"rope": "phase_aligned"}, {"attention": "stock"}]
 
@@ -35,14 +37,8 @@ class TestFluxKontext(Conformance):
         )  # fmt: skip
 
 
-class TestQwenImageEdit(Conformance):
+class QwenFamily:
     pipeline, adapter, sends_values, compiles_as = QwenImageEditPipeline, QwenImageEdit, False, None
-
-    # The settings as they are: tests/models/test_graphs.py.
-    @pytest.mark.slow
-    @pytest.mark.parametrize("changes", OTHERS)
-    def test_other_edits_do_not_compile_again(self, family, changes):
-        super().test_other_edits_do_not_compile_again(family, changes)
 
     @pytest.fixture
     def family(self, make_qwen, picture):
@@ -63,16 +59,31 @@ class TestQwenImageEdit(Conformance):
         return lambda n: dict(image=[picture(seed=i) for i in range(n)], prompt=["red", "make it large"][:n])
 
 
-@pytest.mark.slow  # but for several references it is TestQwenImageEdit; tests/models/qwen has quick tests of those
-class TestQwenImageEditPlus(TestQwenImageEdit):
+class TestQwenImageEdit(QwenFamily, Conformance):
+    # The settings as they are: tests/models/test_graphs.py.
+    @pytest.mark.slow
+    @pytest.mark.parametrize("changes", OTHERS)
+    def test_other_edits_do_not_compile_again(self, family, changes):
+        super().test_other_edits_do_not_compile_again(family, changes)
+
+
+class PlusFamily(QwenFamily):
     pipeline, adapter, compiles_as = QwenImageEditPlusPipeline, QwenImageEditPlus, "QwenImageEdit"
 
     def batch(self, picture):  # one prompt a call, but several images of it
         return lambda n: dict(num_images_per_prompt=n)
 
 
+# But for several references it is TestQwenImageEdit; tests/models/qwen has quick tests of those. The stages and the
+# switches of its adapter are tried by TestQwenImageEdit2511.
+@pytest.mark.slow
+class TestQwenImageEditPlus(PlusFamily, CallConformance):
+    check_batch = StageConformance.check_batch
+    test_samples_of_a_batch_are_independent = StageConformance.test_samples_of_a_batch_are_independent
+
+
 @pytest.mark.slow  # but for zero_cond_t it is TestQwenImageEditPlus; tests/models/qwen has quick tests of that
-class TestQwenImageEdit2511(TestQwenImageEditPlus):
+class TestQwenImageEdit2511(PlusFamily, Conformance):
     sends_values = True  # the index of zero_cond_t
     compiles_as = None
 
