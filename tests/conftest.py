@@ -287,6 +287,10 @@ def pytest_collection():
     return collected
 
 
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the option
 def pytest_cmdline_main(config):
     """A run of all tests uses up to four cores, each test on one thread; `-n 0` for one process."""

@@ -37,6 +37,7 @@ MODELS = ("kontext", "qwen")
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(HERE, reason="this is the process of its own")
 def test_another_device():
     pytest.importorskip("torch.utils.backend_registration")

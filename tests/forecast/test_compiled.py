@@ -29,6 +29,7 @@ def compiled(make_pipe):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_compiling_changes_nothing(compiled, pipe, edit, name):
     settings, call = CASES[name]
