@@ -4,8 +4,10 @@ The heavy imports stay inside the fixtures: the kernel tests below this folder n
 """
 
 import copy
+import gc
 import io
 import json
+import logging
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,6 +17,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+# pytest listens to loggers that do not propagate, and torch would write a trace of all that it compiles.
+logging.getLogger("torch.__trace").propagate = True
 
 pytest_plugins = ["tests.cpu_times", "tests.shallow", "tests.tiny_flux2", "tests.tiny_qwen"]
 
@@ -268,6 +273,22 @@ def make_small_qwen(qwen_parts):
 @pytest.fixture
 def small_qwen(make_small_qwen):
     return make_small_qwen()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is imported for the tests stays: the collector need not look through it now or later, nor so often."""
+    gc.disable()
+    collected = yield
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
+    gc.enable()
+    return collected
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the option

@@ -63,6 +63,7 @@ specedit.install(pipe, second_look=False)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="needs mypy")
 def test_mypy_passes_the_packages_and_follows_install(tmp_path):
     (tmp_path / "use.py").write_text(USE)

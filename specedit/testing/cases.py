@@ -32,5 +32,10 @@ class Cases:
         if any(name in changes and changes[name] not in values for name, values in offered.items()):
             pytest.skip(f"this family does not run {changes}")
 
-    def guides(self, family):
-        return [{}] if family.guided is None else [{}, family.guided]
+    def guides(self, family, guided=None):
+        """Arguments of calls without guidance and, if the family has it, with it; `guided` chooses one of the two.
+
+        Settings that guidance does not depend on are tried with one each: over all tests every pair is met.
+        """
+        every = [{}] if family.guided is None else [{}, family.guided]
+        return every if guided is None else every[-1:] if guided else every[:1]

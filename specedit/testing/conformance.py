@@ -13,7 +13,7 @@ import specedit
 from specedit import SpecEditConfig
 from specedit.layout import MixedLayout
 
-from .cases import QUICK
+from .cases import QUICK, Cases
 from .family import (
     at_one_place,
     inside,
@@ -26,13 +26,13 @@ from .stages import StageConformance
 from .switches import SwitchConformance
 
 
-class Conformance(StageConformance, SwitchConformance):
-    """The tests. A subclass has a fixture `family`."""
+class CallConformance(Cases):
+    """Tests of whole calls: what is left of the stock pipeline, and what else acts on it."""
 
     # Nothing locked: a run of only full steps is the stock pipeline's.
     def test_nothing_locked_equals_stock(self, family):
-        for size in family.sizes:
-            for guide in self.guides(family):
+        for i, size in enumerate(family.sizes):
+            for guide in self.guides(family, guided=None if i == 0 else bool(i % 2)):
                 pipe = family.make()
                 stock = family.run(pipe, size, num_inference_steps=3, **guide)
                 for attention in family.attention:
@@ -174,7 +174,7 @@ class Conformance(StageConformance, SwitchConformance):
     # Hooks that bring weights to the device send every argument there too, and rebuild what they do not know.
     @pytest.mark.parametrize("offload", ["models", "modules"])
     def test_offloading_changes_nothing(self, family, offload):
-        for guide in self.guides(family):
+        for guide in self.guides(family, guided=offload == "models" or None):
             expected = family.run(specedit.install(family.make(), **QUICK), **guide)
             pipe = family.make()
             for name, part in pipe.components.items():
@@ -222,3 +222,7 @@ class Conformance(StageConformance, SwitchConformance):
                 family.run(pipe, edit_mask=(torch.arange(16) < cells).view(4, 4), **self.guides(family)[-1])
                 counts.append(counter.frame_count)
         assert counts[0] and counts[2] == counts[-1], counts
+
+
+class Conformance(CallConformance, StageConformance, SwitchConformance):
+    """The tests. A subclass has a fixture `family`."""

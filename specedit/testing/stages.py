@@ -29,11 +29,14 @@ from .family import (
 class StageConformance(Cases):
     """Tests of what happens within a stage."""
 
-    @pytest.mark.parametrize("changes", [{}, {"key_bias": "none"}, {"rope": "phase_aligned"}, {"attention": "stock"}])
-    def test_permuting_tokens_with_their_positions_changes_nothing(self, family, changes):
+    @pytest.mark.parametrize(
+        ("changes", "guided"),
+        [({}, None), ({"key_bias": "none"}, False), ({"rope": "phase_aligned"}, True), ({"attention": "stock"}, True)],
+    )
+    def test_permuting_tokens_with_their_positions_changes_nothing(self, family, changes, guided):
         self.needs(family, changes)
         config = SpecEditConfig(**changes)
-        for guide in self.guides(family):
+        for guide in self.guides(family, guided):
             pipe = family.make()
             adapter, state = family.prepare(pipe, (144, 112), config.attention, **guide)
             layout = mixed_layout(state.grid)
@@ -57,11 +60,14 @@ class StageConformance(Cases):
             wrong = velocity(tokens[:, orders[0]], stayed, reference[:, orders[1]], moved[1])
             assert (wrong - expected).abs().max() > 1e-3  # positions matter
 
-    @pytest.mark.parametrize("changes", [{}, {"rope": "phase_aligned"}, {"reference_refresh": 2}])
-    def test_what_a_stage_shares_is_made_by_its_first_step(self, family, changes):
+    @pytest.mark.parametrize(
+        ("changes", "guided"),
+        [({}, None), ({"rope": "phase_aligned"}, False), ({"reference_refresh": 2}, True)],
+    )
+    def test_what_a_stage_shares_is_made_by_its_first_step(self, family, changes, guided):
         self.needs(family, changes)
         config = SpecEditConfig(**changes)
-        for guide in self.guides(family):
+        for guide in self.guides(family, guided):
             pipe = family.make()
             adapter, state = family.prepare(pipe, (144, 112), **guide)
             for layout in layouts(state.grid):
@@ -82,11 +88,13 @@ class StageConformance(Cases):
                 assert later.names and not later.names["nonzero"]
                 assert family.sends_values or not later.names["lift_fresh"]
 
-    @pytest.mark.parametrize("changes", [{}, {"attention": "torch"}, {"rope": "phase_aligned"}])
-    def test_the_last_block_computes_what_is_read(self, family, changes):
+    @pytest.mark.parametrize(
+        ("changes", "guided"), [({}, None), ({"attention": "torch"}, True), ({"rope": "phase_aligned"}, True)]
+    )
+    def test_the_last_block_computes_what_is_read(self, family, changes, guided):
         self.needs(family, changes)
         config = SpecEditConfig(**changes)
-        for guide in self.guides(family):
+        for guide in self.guides(family, guided):
             pipe = family.make()
             adapter, state = family.prepare(pipe, (144, 112), config.attention, **guide)
             if not state.trims_last_block:
@@ -142,11 +150,11 @@ class StageConformance(Cases):
             assert specedit.report(pipe).nfe == 4
 
     # Keys and values of this very step: then the target's tokens alone give what all tokens give.
-    @pytest.mark.parametrize("changes", [{}, {"key_bias": "none"}])
-    def test_the_target_alone_with_cached_keys(self, family, changes):
+    @pytest.mark.parametrize(("changes", "guided"), [({}, None), ({"key_bias": "none"}, True)])
+    def test_the_target_alone_with_cached_keys(self, family, changes, guided):
         self.needs(family, changes)
         config = SpecEditConfig(reference_refresh=2, **changes)
-        for guide in self.guides(family):
+        for guide in self.guides(family, guided):
             pipe = family.make()
             adapter, state = family.prepare(pipe, (144, 112), **guide)
             if not adapter.keeps_reference:
@@ -268,12 +276,12 @@ class StageConformance(Cases):
 
     def test_samples_are_independent_with_every_switch(self, family):
         more = dict(guidance_range=(0.3, 0.9)) | (dict(reference_refresh=2) if family.adapter.keeps_reference else {})
-        self.check_batch(family, **more)
+        self.check_batch(family, guided=True, **more)
 
-    def check_batch(self, family, **more):
+    def check_batch(self, family, guided=None, **more):
         if family.batch is None:
             pytest.skip("this pipeline takes one picture a call")
-        for guide in self.guides(family):
+        for guide in self.guides(family, guided):
             both = family.batch(2)
             alone = [
                 {name: value[row : row + 1] if isinstance(value, list) else 1 for name, value in both.items()}

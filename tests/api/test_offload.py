@@ -68,7 +68,7 @@ def set_backend(pipe):
 PLAIN = [offload_models, offload_modules, offload_groups, slice_batches, set_backend]
 
 
-# What is compiled before it is installed: test_compiling_changes_nothing, test_blocks_compiled_one_by_one.
+# What is compiled before it is installed: test_compiling_changes_nothing, tests/models/test_graphs.py.
 @pytest.mark.parametrize(
     ("first", "change"),
     [

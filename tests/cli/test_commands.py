@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 import warnings
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 
 from specedit import cli, micro, pipelines
 from specedit.cli import shared
+from specedit.config import STANDARD_RESTORES
 from specedit.evaluation.results import fingerprint
 from specedit.micro import scenes
 from specedit.micro.loading import WEIGHTS
@@ -181,13 +183,14 @@ def test_bench(shallow_editors, tmp_path, monkeypatch):
 
     path, installed, install = tmp_path / "bench.json", [], bench.install
     monkeypatch.setattr(bench, "STOCK_STEPS", 4)
+    monkeypatch.setattr(bench, "STANDARD_PRESETS", ("turbo", "quality"))
     monkeypatch.setattr(
         bench, "install", lambda *args, **more: installed.append((args[1:], more)) or install(*args, **more)
     )
     assert cli.main(["bench", "--size", "64", "--repeat", "2", "--json", str(path)]) == 0
     rows = json.loads(path.read_text())["rows"]
     assert installed[: len(rows)] == installed[len(rows) :] and installed[0] != installed[1]  # they take turns
-    assert {(r["preset"], r["restore"]) for r in rows} >= {("turbo", "reference"), ("quality", "full")}
+    assert [(r["preset"], r["restore"]) for r in rows] == list(product(("turbo", "quality"), STANDARD_RESTORES))
     for row in rows:
         assert row["speedup"] == pytest.approx(row["seconds_stock"] / row["seconds"], rel=1e-3)
         assert sum(stage["seconds"] for stage in row["stages"]) <= row["seconds"]  # of one and the same call

@@ -60,6 +60,7 @@ def site(tmp_path_factory):
     return {path: Page(path.read_text()) for path in folder.rglob("*.html")}, folder
 
 
+@pytest.mark.slow
 def test_every_formula_is_rendered(site):
     pages, folder = site
     assert "<math" in (folder / "kernels" / "index.html").read_text()
@@ -68,6 +69,7 @@ def test_every_formula_is_rendered(site):
         assert raw is None, f"{path}: {raw}"
 
 
+@pytest.mark.slow
 def test_internal_links_and_anchors_exist(site):
     pages, folder = site
     for path, page in pages.items():
@@ -84,6 +86,7 @@ def test_internal_links_and_anchors_exist(site):
                 assert unquote(parts.fragment) in pages[target].anchors | {"__skip"}, f"{path}: {link}"
 
 
+@pytest.mark.slow
 def test_pages_load_nothing_from_the_network(site):
     for path, page in site[0].items():
         assert not [address for address in page.loaded if urlsplit(address).netloc], path

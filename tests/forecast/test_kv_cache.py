@@ -145,16 +145,6 @@ def test_nothing_is_left_behind(pipe, edit):
     assert torch.equal(edit(pipe, num_inference_steps=2), before)
 
 
-@pytest.mark.slow
-def test_under_torch_compile(pipe, edit):
-    specedit.install(pipe, steps=(0, 2, 2), reference_refresh=2)
-    expected = edit(pipe, edit_mask=CORNER)
-    torch._dynamo.reset()
-    pipe.transformer.compile(backend="eager", dynamic=True)
-    torch.testing.assert_close(edit(pipe, edit_mask=CORNER), expected, rtol=1e-5, atol=1e-5)
-    torch._dynamo.reset()
-
-
 def test_odd_sizes_and_reference_restore(pipe, edit):
     specedit.install(pipe, steps=(4, 3, 3), restore="reference", reference_refresh=3)
     mask = np.zeros((144, 176))

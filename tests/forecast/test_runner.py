@@ -313,17 +313,6 @@ def test_a_cached_step_costs_next_to_nothing(forecast):
     assert len(made.branches) == 2 and made.memory == 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("forecast", ["taylor", "toca"])
-def test_under_torch_compile(pipe, edit, forecast):
-    specedit.install(pipe, steps=(0, 3, 3), forecast=forecast, forecast_interval=2, **ORDER.get(forecast, {}))
-    expected = edit(pipe, edit_mask=CORNER)
-    torch._dynamo.reset()
-    pipe.transformer.compile(backend="eager", dynamic=True)
-    close(edit(pipe, edit_mask=CORNER), expected)
-    assert specedit.report(pipe).cached_steps > 0
-
-
 @pytest.mark.parametrize("forecast", ["foca", "duca"])
 def test_reference_restore_and_odd_sizes(pipe, edit, forecast):
     specedit.install(pipe, steps=(4, 3, 3), restore="reference", forecast=forecast, forecast_interval=2)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from specedit_kernels import available_backends, mixed_attention, tune
+from tests.kernels.shipped import attention_entries
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
@@ -21,12 +22,6 @@ from specedit_kernels.gpu import attention, launch
 
 runs_kernels = pytest.mark.skipif("triton" not in available_backends(), reason="needs a GPU or Triton's interpreter")
 TABLES = {path.name: json.loads(path.read_text()) for path in launch.CONFIG_FOLDER.glob("*.json")}
-ENTRIES = [
-    pytest.param(kernel, entry, id=f"{name}-{kernel}-{entry['shape']}")
-    for name, table in TABLES.items()
-    for kernel in ("attention_tma", "attention")
-    for entry in table.get(kernel, [])
-]
 
 
 def test_every_architecture_has_a_default():
@@ -125,7 +120,7 @@ def test_attention_copies_only_unaligned_layouts():
 
 
 @runs_kernels
-@pytest.mark.parametrize("kernel,entry", ENTRIES)
+@pytest.mark.parametrize("kernel,entry", attention_entries())
 def test_every_attention_configuration(device, rng, as_good, kernel, entry):
     """Ragged sequences with a bias through each shipped tile, by descriptors and by pointers."""
     dim = entry["shape"]["head_dim"]
@@ -148,9 +143,14 @@ def test_every_attention_configuration(device, rng, as_good, kernel, entry):
 
 
 @runs_kernels
-@pytest.mark.parametrize("dim", [64, 96, 128])
-@pytest.mark.parametrize("batch,keys", [(1, 7), (2, 128), (2, 150)])
-@pytest.mark.parametrize("with_bias", [False, True])
+# All pairs of a head dim, a length of keys and a bias.
+@pytest.mark.parametrize(
+    "dim,batch,keys,with_bias",
+    [
+        (64, 1, 7, False), (64, 2, 128, True), (64, 2, 150, True), (96, 1, 7, True), (96, 2, 128, False),
+        (96, 2, 150, False), (128, 1, 7, True), (128, 2, 128, False), (128, 2, 150, True),
+    ],
+)  # fmt: skip
 def test_specialised_warps(device, rng, as_good, dim, batch, keys, with_bias):
     """Every tile that the tuner may choose for the warp-specialised kernel, with and without a partial last block."""
     if device.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):

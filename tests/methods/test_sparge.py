@@ -212,13 +212,3 @@ def test_what_it_cannot_run_on_is_refused_before_any_work(pipe, edit, monkeypatc
     monkeypatch.setattr(FluxKontext, "skips_blocks", False)
     with pytest.raises(ValueError, match=r"^method: expected another one .* takes no lists of attention blocks"):
         specedit.install(pipe, method="sparge")
-
-
-@pytest.mark.slow
-def test_under_torch_compile(pipe, edit):
-    specedit.install(pipe, method=Sparge(count=2, top=0.4, theta=-1))
-    expected = edit(pipe)
-    torch._dynamo.reset()
-    pipe.transformer.compile(backend="eager", dynamic=True)
-    torch.testing.assert_close(edit(pipe), expected, rtol=1e-5, atol=1e-5)
-    torch._dynamo.reset()

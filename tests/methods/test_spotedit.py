@@ -298,13 +298,3 @@ def test_a_new_prompt_brings_a_full_step(pipe, edit):
 def test_options_are_checked(fields, error, message):
     with pytest.raises(error, match=message):
         SpotEdit(**fields)
-
-
-@pytest.mark.slow
-def test_under_torch_compile(pipe, edit):
-    specedit.install(pipe, method=SpotEdit(count=4, initial=2, resets=()))
-    expected = edit(pipe, edit_mask=mask_of((0, 0)))
-    torch._dynamo.reset()
-    pipe.transformer.compile(backend="eager", dynamic=True)
-    torch.testing.assert_close(edit(pipe, edit_mask=mask_of((0, 0))), expected, rtol=1e-5, atol=1e-5)
-    torch._dynamo.reset()

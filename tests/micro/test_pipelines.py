@@ -12,7 +12,9 @@ import specedit
 from specedit.micro import qwen, scenes
 from specedit.micro.pipelines import OwnSizeQwenImageEditPipeline, PictureProcessor
 from specedit.models.qwen.edit import QwenImageEdit
-from specedit.testing import Conformance, Family
+from specedit.testing import Family
+from specedit.testing.conformance import CallConformance
+from specedit.testing.stages import StageConformance
 
 QUICK = dict(num_inference_steps=2, output_type="latent")
 
@@ -115,9 +117,12 @@ def test_a_saved_processor_reads_back(small_qwen, tmp_path):
 # ------------------------------------------------------------------------------------------------- SpecEdit on it
 
 
-@pytest.mark.slow  # the adapter is TestQwenImageEdit's
-class TestOwnSize(Conformance):
+@pytest.mark.slow  # the adapter, its stages and its switches are TestQwenImageEdit's
+class TestOwnSize(CallConformance):
     """Every size here is the picture's own: nothing is patched as for the stock pipeline's tests."""
+
+    check_batch = StageConformance.check_batch
+    test_samples_of_a_batch_are_independent = StageConformance.test_samples_of_a_batch_are_independent
 
     @pytest.fixture
     def family(self, make_small_qwen, picture):

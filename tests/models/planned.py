@@ -1,6 +1,16 @@
 """Reports beside what was planned."""
 
+import itertools
+
 import pytest
+
+from specedit.config import presets
+
+
+def presets_and_restores(first):
+    """Every preset with one of the restores, which take turns; with the other `first`, each has the other one."""
+    restores = ("full", "reference") if first == "full" else ("reference", "full")
+    return list(zip(presets, itertools.cycle(restores)))
 
 
 def assert_as_planned(report, planned):

@@ -1,14 +1,18 @@
 """Every adapter against the conformance tests."""
 
+import inspect
+
 import pytest
 import torch
-from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
+from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline, QwenImageTransformer2DModel
 
 import specedit
 from specedit.models.flux import FluxKontext
 from specedit.models.longcat import LongCatImageEdit
 from specedit.models.qwen.edit import QwenImageEdit, QwenImageEditPlus
 from specedit.testing import QUICK, Conformance, Family
+from specedit.testing.conformance import CallConformance
+from specedit.testing.stages import StageConformance
 
 OTHERS = [{"rope": "phase_aligned"}, {"attention": "stock"}]
 
@@ -35,14 +39,8 @@ class TestFluxKontext(Conformance):
         )  # fmt: skip
 
 
-class TestQwenImageEdit(Conformance):
+class QwenFamily:
     pipeline, adapter, sends_values, compiles_as = QwenImageEditPipeline, QwenImageEdit, False, None
-
-    # The settings as they are: tests/models/test_graphs.py.
-    @pytest.mark.slow
-    @pytest.mark.parametrize("changes", OTHERS)
-    def test_other_edits_do_not_compile_again(self, family, changes):
-        super().test_other_edits_do_not_compile_again(family, changes)
 
     @pytest.fixture
     def family(self, make_qwen, picture):
@@ -63,16 +61,33 @@ class TestQwenImageEdit(Conformance):
         return lambda n: dict(image=[picture(seed=i) for i in range(n)], prompt=["red", "make it large"][:n])
 
 
-@pytest.mark.slow  # but for several references it is TestQwenImageEdit; tests/models/qwen has quick tests of those
-class TestQwenImageEditPlus(TestQwenImageEdit):
+class TestQwenImageEdit(QwenFamily, Conformance):
+    # The settings as they are: tests/models/test_graphs.py.
+    @pytest.mark.slow
+    @pytest.mark.parametrize("changes", OTHERS)
+    def test_other_edits_do_not_compile_again(self, family, changes):
+        super().test_other_edits_do_not_compile_again(family, changes)
+
+
+class PlusFamily(QwenFamily):
     pipeline, adapter, compiles_as = QwenImageEditPlusPipeline, QwenImageEditPlus, "QwenImageEdit"
 
     def batch(self, picture):  # one prompt a call, but several images of it
         return lambda n: dict(num_images_per_prompt=n)
 
 
+# The stages and the switches of its adapter are tried by TestQwenImageEdit2511, which diffusers before 0.37 has not.
+TRIED = "zero_cond_t" in inspect.signature(QwenImageTransformer2DModel).parameters
+
+
+@pytest.mark.slow  # but for several references it is TestQwenImageEdit; tests/models/qwen has quick tests of those
+class TestQwenImageEditPlus(PlusFamily, CallConformance if TRIED else Conformance):
+    check_batch = StageConformance.check_batch
+    test_samples_of_a_batch_are_independent = StageConformance.test_samples_of_a_batch_are_independent
+
+
 @pytest.mark.slow  # but for zero_cond_t it is TestQwenImageEditPlus; tests/models/qwen has quick tests of that
-class TestQwenImageEdit2511(TestQwenImageEditPlus):
+class TestQwenImageEdit2511(PlusFamily, Conformance):
     sends_values = True  # the index of zero_cond_t
     compiles_as = None
 
@@ -99,6 +114,12 @@ class TestLongCatImageEdit(Conformance):
             LongCatImageEdit, make_longcat, call, guided=dict(negative_prompt="blue", guidance_scale=2.5),
             batch=lambda n: dict(num_images_per_prompt=n),
         )  # fmt: skip
+
+    # The settings as they are: tests/models/test_graphs.py. Attention and rotations are those of TestFluxKontext.
+    @pytest.mark.slow
+    @pytest.mark.parametrize("changes", [{"attention": "stock"}])
+    def test_other_edits_do_not_compile_again(self, family, changes):
+        super().test_other_edits_do_not_compile_again(family, changes)
 
     def test_a_list_of_one_picture_is_stocks(self, family, picture):
         """Stock resizes no list, so its encoder sees the picture at its own size."""

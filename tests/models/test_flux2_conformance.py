@@ -47,6 +47,11 @@ class Flux2Conformance(Conformance):
 class TestFlux2Klein(Flux2Conformance):
     guided, more = dict(guidance_scale=2.5), dict(guidance_scale=1.0)
 
+    # The tables of a rotation that is given are those of TestFlux2KleinKV.
+    @pytest.mark.parametrize("changes", [{}, {"attention": "stock"}])
+    def test_other_edits_do_not_compile_again(self, family, changes):
+        super().test_other_edits_do_not_compile_again(family, changes)
+
 
 @pytest.mark.skipif(Flux2Dev is None, reason="this diffusers has no Flux2Pipeline")
 @pytest.mark.slow

@@ -109,16 +109,21 @@ def test_sizes_batches_and_masks_share_their_graphs(family):
 @pytest.mark.slow
 @torch._dynamo.config.patch(recompile_limit=8)
 def test_stock_calls_of_compiled_blocks_are_stocks(family):
+    """Blocks of one class share their compiled code; the last one must not be taken for any of the others."""
     pipe = deeper(family.make())
     calls = [dict(num_inference_steps=2, num_images_per_prompt=batch) for batch in (1, 2)]
     expected = [family.run(pipe, **call) for call in calls]
+    eager = family.run(specedit.install(pipe, **QUICK))
+    specedit.uninstall(pipe)
     graphs = compile_blocks(pipe)
+    assert torch.equal(family.run(pipe, **calls[0]), expected[0])
     specedit.install(pipe, **QUICK)
     edited = family.run(pipe)
     with specedit.disabled(pipe):
         for call, stock in zip(calls, expected, strict=True):
             assert torch.equal(family.run(pipe, **call), stock)
     assert graphs and not torch.equal(edited, expected[0])
+    torch.testing.assert_close(edited, eager, rtol=1e-4, atol=1e-4)
     specedit.uninstall(pipe)
     assert torch.equal(family.run(pipe, **calls[0]), expected[0])
 

@@ -161,25 +161,6 @@ def test_offloaded_module_by_module(pipe, edit):
     close(edit(pipe), expected)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["flux", "qwen"])
-def test_blocks_compiled_one_by_one(calls, family):
-    """Blocks of one class share their compiled code; the last one must not be taken for any of the others."""
-    pipe, run = calls[family]
-    stock = run(pipe, num_inference_steps=2)
-    expected = run(specedit.install(pipe, **STEPS))
-    specedit.uninstall(pipe)
-    torch._dynamo.reset()
-    pipe.transformer.compile_repeated_blocks(backend="eager")
-    close(run(pipe, num_inference_steps=2), stock)
-    close(run(specedit.install(pipe, **STEPS)), expected)
-    with specedit.disabled(pipe):
-        close(run(pipe, num_inference_steps=2), stock)
-    specedit.uninstall(pipe)
-    close(run(pipe, num_inference_steps=2), stock)
-    torch._dynamo.reset()
-
-
 def test_attach_and_detach(pipe):
     block = last(pipe)
     assert "forward" not in vars(block)

@@ -2,10 +2,10 @@
 
 import pytest
 
+from tests.small_training import shrink
+
 
 @pytest.fixture
 def few_tasks(monkeypatch):
-    """Training steps at 64 px have 8 tasks."""
-    from training.micro import train_editor
-
-    monkeypatch.setitem(train_editor.BATCHES, (64, 64), 8)
+    """Training steps have 8 tasks of 64 px."""
+    shrink(monkeypatch)

@@ -24,6 +24,7 @@ from specedit.micro import scenes
 
 from . import family_kontext
 from .families import family_of
+from .first_blocks import only_first
 from .landmarks import LANDMARKS, landmark_index, ridge_fit
 from .loop import seeds
 from .train_editor import encode, noised
@@ -89,10 +90,11 @@ def _fit_rotations(pipe: Any) -> None:
     x, _ = noised(batch.target, sigma)
     features = family.text(pipe, batch.prompts, batch.vision, "cpu")
     angles = inverse_angles(features[1].shape[1], batch.grid[0], model.pos_embed.axes_dim, model.pos_embed.theta)
-    for block in model.transformer_blocks:
+    for depth, block in enumerate(model.transformer_blocks, start=1):
         attn, states = block.attn, []
         hook = attn.add_k_proj.register_forward_pre_hook(lambda _module, inputs, to=states: to.append(inputs[0]))
-        family.velocity(pipe, x, batch.source, batch.grid, sigma, features, batch.at)
+        with only_first(model, depth):
+            family.velocity(pipe, x, batch.source, batch.grid, sigma, features, batch.at)
         hook.remove()
         for linear, norm in ((attn.add_q_proj, attn.norm_added_q), (attn.add_k_proj, attn.norm_added_k)):
             now = norm(rearrange(linear(states[0]), "b n (h d) -> b n h d", h=attn.heads))

@@ -21,6 +21,7 @@ from torch import Tensor
 from specedit.micro import scenes
 
 from . import family_kontext
+from .first_blocks import only_first
 from .loop import seeds
 
 PHASES = 6  # landmarks of an axis
@@ -78,7 +79,8 @@ def _text_states(pipe: Any) -> tuple[Tensor, Tensor]:
         lambda _module, inputs: recorded.append(inputs[0].float())
     )
     noise = torch.randn(SAMPLES, 4, transformer.config.in_channels)
-    family_kontext.velocity(pipe, noise, noise, (2, 2), torch.rand(SAMPLES), features)
+    with only_first(transformer, 1):
+        family_kontext.velocity(pipe, noise, noise, (2, 2), torch.rand(SAMPLES), features)
     hook.remove()
     return recorded[0].flatten(0, 1), landmark_index(tokenizer, prompts, features[0].shape[1]).flatten()
 

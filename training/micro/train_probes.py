@@ -8,9 +8,8 @@ probes, which are not saved with it, are first fitted to the frozen editor. Then
 cannot read yet, while distillation keeps their outputs near the old ones.
 """
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from .cpu import autocast
 from .families import family_of
+from .first_blocks import only_first
 from .loop import Clock, Log, Settings, fit, parameter_groups
 from .probes import PROMPT_CLASSES, Probes
 from .train_editor import PROBE_WEIGHTS, Batch, batches, editor_loss, noised
@@ -31,27 +31,12 @@ DISTIL_WEIGHT = 0.5  # weight of the first blocks' distance from their old outpu
 TASKS = {"probes": 1 << 19, "probe_distil": 3 << 18}  # first training seed of each part
 
 
-@contextlib.contextmanager
-def only_first(model: nn.Module) -> Iterator[None]:
-    """Truncate the transformer to its first `DEPTH` blocks inside the context."""
-    names = [name for name in ("transformer_blocks", "single_transformer_blocks") if hasattr(model, name)]
-    whole = {name: getattr(model, name) for name in names}
-    model.transformer_blocks = whole["transformer_blocks"][:DEPTH]
-    if "single_transformer_blocks" in whole:
-        model.single_transformer_blocks = nn.ModuleList()
-    try:
-        yield
-    finally:
-        for name, blocks in whole.items():
-            setattr(model, name, blocks)
-
-
 def first_states(pipe: Any, batch: Batch, x: Tensor, sigma: Tensor, **draw) -> tuple[Tensor, Tensor]:
     """The first blocks' outputs for text (B, L, C) and image tokens (B, N, C)."""
     family, out = family_of(pipe), []
     hook = pipe.transformer.transformer_blocks[DEPTH - 1].register_forward_hook(lambda *call: out.append(call[-1]))
     try:
-        with only_first(pipe.transformer):
+        with only_first(pipe.transformer, DEPTH):
             features = family.text(pipe, batch.prompts, batch.vision, x.device)
             family.velocity(pipe, x, batch.source, batch.grid, sigma, features, batch.at, **draw)
     finally:

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 import specedit
-from specedit.config import presets
 from specedit.cost.flops import plan
 from specedit.cost.tables import ModelCost
 from specedit.models import flux2
@@ -14,7 +13,7 @@ if flux2.Flux2Klein is None:
     pytest.skip("this diffusers has no FLUX.2-klein", allow_module_level=True)
 
 from specedit.models.flux2.schedule import flux2_sigmas
-from tests.models.planned import assert_as_planned
+from tests.models.planned import assert_as_planned, presets_and_restores
 
 CORNER = np.zeros((128, 128), dtype=bool)
 CORNER[:40, :30] = True
@@ -43,14 +42,14 @@ def compare():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("restore", ["full", "reference"])
-@pytest.mark.parametrize("name", ["Flux2KleinPipeline", "Flux2KleinKVPipeline"])
-def test_presets(compare, family_of, name, restore):
+@pytest.mark.parametrize(("name", "first"), [("Flux2KleinPipeline", "full"), ("Flux2KleinKVPipeline", "reference")])
+def test_presets(compare, family_of, name, first):
     family = family_of(name)
     pipe = family.make()
-    for preset in presets:
+    for preset, restore in presets_and_restores(first):
         compare(family, pipe, CORNER, config=preset, restore=restore)
-    compare(family, pipe, config="turbo", restore=restore)
+    for restore in ("full", "reference"):
+        compare(family, pipe, config="turbo", restore=restore)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 
 from specedit.micro import kontext, qwen
 from specedit.micro.loading import WEIGHTS
-from training.micro import build, build_qwen, inherit, inherit_places, landmarks, loop, train, train_vae
+from training.micro import build, build_qwen, inherit, landmarks, loop, train, train_vae
 from training.micro.family_kontext import velocity_at
 from training.micro.family_qwen import latents
 from training.micro.family_qwen import velocity as qwen_velocity
@@ -140,15 +140,13 @@ def test_autoencoder_is_distilled():
 
 
 @pytest.mark.slow
-def test_training_inherits_and_refuses_what_does_not_fit(tmp_path, few_tasks, monkeypatch):
+def test_training_inherits_and_refuses_what_does_not_fit(tmp_path, few_tasks):
     teacher = build.kontext(1)
     with torch.no_grad():
         teacher.transformer.proj_out.weight.normal_()
     landmarks.add_landmarks(teacher)
     teacher.vae.register_to_config(shift_factor=0.25, scaling_factor=2.0)
     build.save(teacher, tmp_path / "kontext")
-    for name, value in (("SIDE", 64), ("SAMPLES", 16), ("WITH_IMAGE", 2), ("IMAGE_TOKENS", 8)):  # quicker
-        monkeypatch.setattr(inherit_places, name, value)
     few = dict(vae_minutes=10.0, text_minutes=10.0, minutes=10.0, largest=64, steps=1, like=tmp_path / "kontext")
     pipe = train.train(loop.Settings(tmp_path / "qwen", model="qwen", **few))
     ours, theirs = pipe.transformer, teacher.transformer

@@ -127,7 +127,7 @@ def test_other_heads_are_unchanged():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start", [False, True])
-def test_training_adds_landmarks(start, tmp_path, monkeypatch):
+def test_training_adds_landmarks(start, tmp_path, few_tasks, monkeypatch):
     known = []
     for part in ("vae", "text", "probes", "editor"):
         monkeypatch.setattr(

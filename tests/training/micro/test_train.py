@@ -364,7 +364,7 @@ def test_autoencoder_learns(name):
     pipe = families.family_named(name).build(0)
     pipe.vae.train().requires_grad_(True)
     vae = families.family_of(pipe).flat(pipe.vae)
-    images = train_vae.vae_images(0, 4, 32, "cpu")
+    images = train_vae.vae_images(0, 2, 32, "cpu")
     optimizer = torch.optim.AdamW(pipe.vae.parameters(), lr=1e-4)
     errors = []
     for _ in range(30):
