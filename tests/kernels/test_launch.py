@@ -129,7 +129,8 @@ def test_attention_copies_only_unaligned_layouts():
 def test_every_attention_configuration(device, rng, as_good, kernel, entry):
     """Ragged sequences with a bias through each shipped tile, by descriptors and by pointers."""
     dim = entry["shape"]["head_dim"]
-    dtype = torch.float16 if entry["shape"]["bits"] == 16 else torch.float32
+    half = torch.bfloat16 if kernel == "attention_tma" else torch.float16
+    dtype = half if entry["shape"]["bits"] == 16 else torch.float32
     if device.type == "cuda" and kernel == "attention_tma" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs TMA")
     q, k, v = (torch.randn(n, 1, dim, generator=rng).to(device, dtype) for n in (150, 300, 300))
@@ -149,13 +150,13 @@ def test_every_attention_configuration(device, rng, as_good, kernel, entry):
 
 @runs_kernels
 @pytest.mark.parametrize("dim", [64, 96, 128])
-@pytest.mark.parametrize("batch,keys", [(1, 7), (2, 128), (2, 150)])
+@pytest.mark.parametrize("batch,keys,half", [(1, 7, torch.float16), (2, 128, torch.float16), (2, 150, torch.bfloat16)])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_specialised_warps(device, rng, as_good, dim, batch, keys, with_bias):
+def test_specialised_warps(device, rng, as_good, dim, batch, keys, half, with_bias):
     """Every tile that the tuner may choose for the warp-specialised kernel, with and without a partial last block."""
     if device.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs TMA")
-    q, k, v = (torch.randn(batch, n, 2, dim, generator=rng).half() for n in (70, keys, keys))
+    q, k, v = (torch.randn(batch, n, 2, dim, generator=rng).to(half) for n in (70, keys, keys))
     bias = None
     if with_bias:
         bias = torch.randn(batch, keys, generator=rng)
@@ -266,7 +267,8 @@ def test_random_ragged_batches(device, as_good, seed):
     dim = 16 * int(torch.randint(1, 9, (1,), generator=g))
     lengths = torch.randint(0, 90 * scale_up, (2, batch), generator=g) * (torch.rand(2, batch, generator=g) > 0.2)
     cu = torch.nn.functional.pad(lengths.cumsum(1), (1, 0)).to(torch.int32)
-    q, k, v = (torch.randn(int(cu[i, -1]), heads, dim, generator=g).half() for i in (0, 1, 1))
+    half = (torch.float16, torch.bfloat16)[seed % 2]
+    q, k, v = (torch.randn(int(cu[i, -1]), heads, dim, generator=g).to(half) for i in (0, 1, 1))
     bias = torch.randn(k.shape[0], generator=g)
     bias[torch.rand(bias.shape, generator=g) < 0.2] = -math.inf
     arguments = {"cu_seqlens_q": cu[0], "cu_seqlens_k": cu[1], "key_bias": bias, "return_lse": True}
