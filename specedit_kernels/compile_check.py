@@ -173,7 +173,7 @@ def _expand(table: dict[str, Any]) -> Iterator[Variant]:
         for entry in table[kernel]:
             channels = entry["shape"]["channels"]
             for patch, width, label in ((2, channels, ""), (1, 4 * channels, " unpacked")):
-                constants = tiles(entry["config"], 1 << 20, width, patch)
+                constants = tiles(entry["config"], width, patch)
                 yield constants, {"num_warps": constants.pop("num_warps")}, label
 
     for element in ("bf16", "fp32"):
@@ -237,7 +237,7 @@ def _source(variant: Variant) -> Any:
         elif name in variant.pointers:
             kind = variant.pointers[name]
             signature[name] = kind if kind.startswith("tensordesc") else f"*{kind}"
-            if not kind.startswith("tensordesc"):
+            if not (kind.startswith("tensordesc") or variant.kernel.params[at].do_not_specialize_on_alignment):
                 aligned.append(at)
         elif name in variant.floats:
             signature[name] = "fp32"

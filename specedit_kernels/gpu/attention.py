@@ -15,7 +15,8 @@ from .attention_parts import LOG2_E, _attend_block, _store_rows
 from .attention_ws import SPECIALIZED_DIMS, attend_specialized, bias_descriptor
 
 
-@triton.jit(do_not_specialize=["sequences", "queries", "keys", "capacity"])
+@triton.jit(do_not_specialize=["sequences", "queries", "keys", "capacity"],
+            do_not_specialize_on_alignment=["cu_q", "cu_k", "plan"])  # fmt: skip
 def plan_tiles(
     cu_q, cu_k, plan, sequences, queries, keys, capacity,
     BLOCK_M: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -94,7 +95,8 @@ def _rows_before(cu_q, sequence, queries, QUERY_BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tiles", "queries", "keys", "scale_log2", "bias_sample", "list_rows", "listed",
-                               "list_sample", "list_head"])  # fmt: skip
+                               "list_sample", "list_head"],
+            do_not_specialize_on_alignment=["cu_q", "cu_k", "plan", "block_offsets", "blocks"])  # fmt: skip
 def attend(
     q, k, v, q_desc, k_desc, v_desc, bias, out, lse, cu_q, cu_k, plan, tiles, heads, group, queries, keys, scale_log2,
     q_sample, q_row, q_head, q_dim, k_sample, k_row, k_head, k_dim, v_sample, v_row, v_head, v_dim,

@@ -67,7 +67,7 @@ def check_compiler() -> None:
 
 
 def _interpreter_is_exact() -> bool:
-    """Whether Triton's interpreter computes with bfloat16 rather than with its bits, as it does where tests patch it."""
+    """Whether the interpreter computes with bfloat16 rather than with its bits, as it does where tests patch it."""
     from triton.runtime import interpreter
 
     return bool(getattr(interpreter.InterpreterBuilder, "exact_bfloat16", False))
@@ -108,6 +108,13 @@ def _configs_of(gpu_name: str, capability: tuple[int, int]) -> dict[str, Any]:
     return _read(fallback)
 
 
+def table_of(device: torch.device) -> dict[str, Any]:
+    """The device's file of launch parameters; sm_80's default for the interpreter."""
+    if device.type != "cuda":
+        return _read("default_sm_80.json")
+    return _configs_of(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+
+
 def nearest(entries: list[dict[str, Any]], shape: dict[str, int]) -> Config | None:
     """The `config` of the entry with the nearest shape, by absolute log ratios.
 
@@ -130,10 +137,7 @@ def config(kernel: str, device: torch.device, tuned: dict[str, Config] | None, *
     """
     if tuned is not None:
         return tuned.get(kernel)
-    if device.type == "cuda":
-        table = _configs_of(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
-    else:
-        table = _read("default_sm_80.json")
+    table = table_of(device)
     return nearest(table[kernel], shape) if kernel in table else None
 
 

@@ -51,7 +51,7 @@ def _norm_rotate(x, weight, cosines, sines, eps, weight_dim, DIM: tl.constexpr, 
     return tl.reshape(rotated, (y.shape[0], DIM_P2))
 
 
-@triton.jit(do_not_specialize=["tokens", "out_tokens", "eps"])
+@triton.jit(do_not_specialize=["tokens", "out_tokens", "eps"], do_not_specialize_on_alignment=["out_index"])
 def norm_rope(
     q, k, v, q_weight, k_weight, cos, sin, out_index, q_out, k_out, v_out, tokens, out_tokens, eps,
     q_sample, q_token, q_head, q_dim, k_sample, k_token, k_head, k_dim, v_sample, v_token, v_head, v_dim,

@@ -11,7 +11,7 @@ from . import launch
 
 @triton.jit(do_not_specialize=[
     "rows", "table_rows", "source_sample", "source_row", "index_sample", "target_sample", "target_row",
-])  # fmt: skip
+], do_not_specialize_on_alignment=["index"])  # fmt: skip
 def copy_rows(
     source, index, target, rows, table_rows,
     source_sample, source_row, source_channel, index_sample, index_row, target_sample, target_row, target_channel,
