@@ -169,7 +169,7 @@ def use(capability: tuple[int, int], *, computes: bool = False, generates: bool 
     from specedit_kernels.gpu import launch
 
     dry = DryGpu(capability)
-    table = launch._read(launch.default_file_name(capability))
+    file = launch.default_file_name(capability)
 
     def compiled(*, src: Any, **rest: Any) -> None:
         dry.compiled.append(src.name)
@@ -182,7 +182,7 @@ def use(capability: tuple[int, int], *, computes: bool = False, generates: bool 
 
     replaced = [
         (kernels, "check_device", lambda device: None),
-        (launch, "table_of", lambda device: table),
+        (launch, "file_of", lambda device: file),
         (launch, "check_compiler", lambda: None),
         (api, "_interpreting", lambda: True),  # accept backend="triton" on the CPU
         (checks, "values_are_checked", lambda tensor: checks.debug_enabled()),  # as on a GPU

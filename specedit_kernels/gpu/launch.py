@@ -99,20 +99,21 @@ def _read(file_name: str) -> dict[str, Any]:
 
 
 @functools.cache
-def _configs_of(gpu_name: str, capability: tuple[int, int]) -> dict[str, Any]:
+def _file_of(gpu_name: str, capability: tuple[int, int]) -> str:
     own = config_file_name(gpu_name)
     if (CONFIG_FOLDER / own).exists():
-        return _read(own)
+        return own
     fallback = default_file_name(capability)
     _log.info("no tuned launch parameters for %s; using %s", gpu_name, fallback)
-    return _read(fallback)
+    return fallback
 
 
-def table_of(device: torch.device) -> dict[str, Any]:
-    """The device's file of launch parameters; sm_80's default for the interpreter."""
+@functools.cache
+def file_of(device: torch.device) -> str:
+    """Name of the device's file of launch parameters; sm_80's default for the interpreter."""
     if device.type != "cuda":
-        return _read("default_sm_80.json")
-    return _configs_of(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+        return default_file_name((8, 0))
+    return _file_of(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
 
 
 def nearest(entries: list[dict[str, Any]], shape: dict[str, int]) -> Config | None:
@@ -137,8 +138,14 @@ def config(kernel: str, device: torch.device, tuned: dict[str, Config] | None, *
     """
     if tuned is not None:
         return tuned.get(kernel)
-    table = table_of(device)
-    return nearest(table[kernel], shape) if kernel in table else None
+    return _entry(file_of(device), kernel, tuple(shape.items()))
+
+
+@functools.lru_cache(4096)
+def _entry(file_name: str, kernel: str, shape: tuple[tuple[str, int], ...]) -> Config | None:
+    """The nearest entry, looked up once a shape: a call cannot afford to compare logarithms."""
+    table = _read(file_name)
+    return nearest(table[kernel], dict(shape)) if kernel in table else None
 
 
 def shipped_config(kernel: str, device: torch.device, tuned: dict[str, Config] | None, **shape: int) -> Config:

@@ -15,6 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import specedit_kernels as kernels
 from benchmarks import dry_gpu
 
+if dry_gpu.missing() is None:
+    from specedit_kernels.gpu import attention, norm_rope, rows
+
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(dry_gpu.missing()), reason=str(dry_gpu.missing()))]
 CAPABILITIES = [(8, 0), (9, 0), (10, 0)]
 BF16 = torch.bfloat16
@@ -96,13 +99,42 @@ def test_packed_attention_of_any_lengths(gpu):
         assert gpu.launches - before == 2 * launches, (queries[:4], keys[:4])
 
 
+def test_a_remembered_kernel_is_the_one_that_triton_would_choose(gpu, monkeypatch):
+    """The caller's key leaves nothing out on which Triton specialises."""
+    from specedit_kernels.gpu.variants import Variants
+
+    seen = []
+
+    def compared(self, key, grid, arguments, **options):
+        chosen = self.kernel[grid](*arguments, **options)
+        place = gpu.number, key
+        assert self.found.setdefault(place, chosen) is chosen, key
+        seen.append(key)
+
+    for variants in (attention._ATTEND, attention._PLAN_TILES, norm_rope._NORM_ROPE, rows._COPY_ROWS):
+        monkeypatch.setattr(variants, "found", {})
+    monkeypatch.setattr(Variants, "launch", compared)
+    test_dense_attention_of_any_layout(gpu)
+    test_packed_attention_of_any_lengths(gpu)
+    test_lists_of_blocks(gpu)
+    for bias in (torch.zeros(1, 200), torch.zeros(1, 201)[:, 1:], torch.zeros(200, 2)[:, :1].T):
+        q = torch.zeros(1, 200, 4, 64, dtype=BF16)
+        kernels.mixed_attention(q, q, q, key_bias=bias)
+        kernels.mixed_attention(q.half(), q.half(), q.half(), key_bias=bias, scale=-1.0)
+    gpu.clear()
+    test_tokens_of_any_layout(gpu)
+    gpu.clear()
+    test_norms_and_rotations_of_any_layout(gpu)
+    assert len(set(seen)) < len(seen)
+
+
 def test_lists_of_blocks(gpu):
     q = torch.zeros(2, 300, 2, 64, dtype=BF16)
     for size in (64, 128):
         rows = math.ceil(300 / size)
         keep = kernels.BlockKeep.from_mask(torch.ones(rows, rows, dtype=torch.bool), query_block=size, key_block=size)
         kernels.mixed_attention(q, q, q, block_keep=keep)
-    assert gpu.kernels == ["attend"] * 2
+    assert gpu.kernels[-2:] == ["attend"] * 2
 
 
 def test_tokens_of_any_layout(gpu):
@@ -113,8 +145,8 @@ def test_tokens_of_any_layout(gpu):
         x.flatten()[1:-63].view(1, -1, 64), torch.zeros(MANY, 2, 64, dtype=BF16), torch.zeros(2, 9, 3072),
     ]  # fmt: skip
     for one in inputs:
-        for rows in (index, index.int(), torch.zeros(9, dtype=torch.int64)[1:8]):
-            kernels.gather_tokens(one, rows)
+        for chosen in (index, index.int(), torch.zeros(9, dtype=torch.int64)[1:8]):
+            kernels.gather_tokens(one, chosen)
     assert gpu.launches == 3 * len(inputs)
     assert kernels.gather_tokens(x, index[:0]).shape == (2, 0, 64)
     for out in (x, x[:, :, 1:8], torch.zeros(MANY, 9, 64, dtype=BF16)):
