@@ -4,8 +4,9 @@
 
 Prints registers, spilled bytes, shared memory and matrix instructions of each, read from the cubin with the cuobjdump
 that comes with Triton. Exits with 1 if anything fails to compile, spills, needs more shared memory than the
-architecture has, or should use the tensor cores and does not. Another Triton than the installed one is checked by
-putting its folder first: `pip install --target DIR --no-deps triton==3.6.0`, then the same command with PYTHONPATH=DIR.
+architecture has, should use the tensor cores and does not, or waits for each wgmma before the next. Another Triton than
+the installed one is checked by putting its folder first: `pip install --target DIR --no-deps triton==3.6.0`, then the
+same command with PYTHONPATH=DIR. The JSON also has the instructions that each main loop issues.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import json
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+from . import sass
 
 # Shared memory one block may use, in bytes (CUDA programming guide, compute capabilities).
 _SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
@@ -45,6 +46,7 @@ class Variant:
     matrix: bool = False
     specialized: bool = False  # the compiler must have specialised the warps
     grouped: bool = False  # several query heads per key head
+    aligned: tuple[str, ...] = ()  # sizes that are multiples of 16 in this launch
 
 
 @dataclass
@@ -57,6 +59,7 @@ class Result:
     shared: int = 0
     shared_limit: int = 0
     matrix_instructions: int = 0
+    main_loop: dict[str, int] = field(default_factory=dict)  # instructions of each class, see `sass.Code.main_loop`
     problems: list[str] = field(default_factory=list)
 
 
@@ -173,7 +176,7 @@ def _expand(table: dict[str, Any]) -> Iterator[Variant]:
         for entry in table[kernel]:
             channels = entry["shape"]["channels"]
             for patch, width, label in ((2, channels, ""), (1, 4 * channels, " unpacked")):
-                constants = tiles(entry["config"], 1 << 20, width, patch)
+                constants = tiles(entry["config"], width, patch)
                 yield constants, {"num_warps": constants.pop("num_warps")}, label
 
     for element in ("bf16", "fp32"):
@@ -216,8 +219,9 @@ def _weighted_sum(table: dict[str, Any]) -> Iterator[Variant]:
             rows, config = entry["shape"]["rows"], entry["config"]
             pointers = {"stack": element, "weights": "fp32", "out": element}
             constants = {"ROWS": rows, "BLOCK": config["block"]}
-            yield Variant(f"weighted_sum {element} K{rows}", weighted_sum, pointers, constants,
-                          {"num_warps": config["num_warps"]})  # fmt: skip
+            for label, aligned in ((" any size", ()), ("", ("elements",))):  # a model's hidden size is a multiple
+                yield Variant(f"weighted_sum {element} K{rows}{label}", weighted_sum, pointers, constants,
+                              {"num_warps": config["num_warps"]}, aligned=aligned)  # fmt: skip
 
 
 def variants(table: dict[str, Any]) -> Iterator[Variant]:
@@ -237,7 +241,7 @@ def _source(variant: Variant) -> Any:
         elif name in variant.pointers:
             kind = variant.pointers[name]
             signature[name] = kind if kind.startswith("tensordesc") else f"*{kind}"
-            if not kind.startswith("tensordesc"):
+            if not (kind.startswith("tensordesc") or variant.kernel.params[at].do_not_specialize_on_alignment):
                 aligned.append(at)
         elif name in variant.floats:
             signature[name] = "fp32"
@@ -245,28 +249,11 @@ def _source(variant: Variant) -> Any:
             signature[name], constants[name] = "constexpr", 1
         else:
             signature[name] = "i32"
-            if name.endswith(_STRIDES) and not variant.kernel.params[at].do_not_specialize:
+            strides = name.endswith(_STRIDES) and not variant.kernel.params[at].do_not_specialize
+            if strides or name in variant.aligned:
                 aligned.append(at)
     attributes = {(at,): [["tt.divisibility", 16]] for at in aligned}
     return ASTSource(fn=variant.kernel, signature=signature, constexprs=constants, attrs=attributes)
-
-
-def _inspect(cubin: bytes, matrix: str) -> tuple[int, int, int]:
-    """Registers per thread, spilled bytes per thread (local loads and stores included) and matrix instructions."""
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-
-        def dump(flag: str) -> str:
-            command = [knobs.nvidia.cuobjdump.path, flag, file.name]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", dump("--dump-resource-usage")))
-        code = dump("--dump-sass")
-    local = len(re.findall(r"\b(?:LDL|STL)\b", code))
-    return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"]) + local, len(re.findall(rf"\b{matrix}", code))
 
 
 def check(variant: Variant, capability: int, config_file: str) -> Result:
@@ -283,8 +270,10 @@ def check(variant: Variant, capability: int, config_file: str) -> Result:
     except Exception as error:  # any compiler error is this variant's result
         result.problems.append(f"does not compile: {type(error).__name__}: {error}")
         return result
-    cubin = compiled.asm["cubin"]
-    result.registers, result.spills, result.matrix_instructions = _inspect(cubin, _MATRIX[capability])
+    code = sass.read(compiled.asm["cubin"])
+    result.registers, result.spills = code.registers, code.spills
+    result.matrix_instructions = code.count(_MATRIX[capability])
+    result.main_loop = dict(code.main_loop())
     result.shared = compiled.metadata.shared
     if result.spills:
         result.problems.append("spills registers")
@@ -292,6 +281,8 @@ def check(variant: Variant, capability: int, config_file: str) -> Result:
         result.problems.append(f"needs {result.shared} bytes of shared memory, limit {limit}")
     if variant.matrix and not result.matrix_instructions:
         result.problems.append(f"no {_MATRIX[capability]} instruction")
+    if code.serialized:
+        result.problems.append("wgmma instructions are serialised")
     # The compiler silently keeps a loop whole if it cannot split it.
     if variant.specialized and "setmaxnreg" not in compiled.asm["ptx"]:
         result.problems.append("warps are not specialised")
@@ -317,7 +308,7 @@ def shipped(capability: int) -> list[tuple[str, Variant]]:
 def _path(variant: Variant) -> tuple[Any, ...]:
     """What decides which code of a kernel is compiled, apart from sizes: its switches."""
     switches = {name: value for name, value in variant.constants.items() if isinstance(value, (bool, str, type(None)))}
-    return variant.kernel.arg_names, sorted(switches.items()), variant.grouped
+    return variant.kernel.arg_names, sorted(switches.items()), variant.grouped, variant.aligned
 
 
 def _last_of_each_path(capability: int) -> list[int]:

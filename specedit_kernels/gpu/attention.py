@@ -13,9 +13,11 @@ from . import launch
 from .attention_blocks import BlockLists, _kept_tiles, _tile_start, tile_of
 from .attention_parts import LOG2_E, _attend_block, _store_rows
 from .attention_ws import SPECIALIZED_DIMS, attend_specialized, bias_descriptor
+from .variants import Variants
 
 
-@triton.jit(do_not_specialize=["sequences", "queries", "keys", "capacity"])
+@triton.jit(do_not_specialize=["sequences", "queries", "keys", "capacity"],
+            do_not_specialize_on_alignment=["cu_q", "cu_k", "plan"])  # fmt: skip
 def plan_tiles(
     cu_q, cu_k, plan, sequences, queries, keys, capacity,
     BLOCK_M: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -94,7 +96,8 @@ def _rows_before(cu_q, sequence, queries, QUERY_BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tiles", "queries", "keys", "scale_log2", "bias_sample", "list_rows", "listed",
-                               "list_sample", "list_head"])  # fmt: skip
+                               "list_sample", "list_head"],
+            do_not_specialize_on_alignment=["cu_q", "cu_k", "plan", "block_offsets", "blocks"])  # fmt: skip
 def attend(
     q, k, v, q_desc, k_desc, v_desc, bias, out, lse, cu_q, cu_k, plan, tiles, heads, group, queries, keys, scale_log2,
     q_sample, q_row, q_head, q_dim, k_sample, k_row, k_head, k_dim, v_sample, v_row, v_head, v_dim,
@@ -209,6 +212,9 @@ def attend(
     _store_rows(out, lse, peak, total, acc, sample, head, first, q_stop, queries, heads, DIM, DIM_P2, BLOCK_M, HAS_LSE)
 
 
+_ATTEND, _PLAN_TILES = Variants(attend), Variants(plan_tiles)
+
+
 def _with_batch(tensor: torch.Tensor) -> torch.Tensor:
     """A packed or dense tensor as (B, N, H, D), copied only where its strides would slow the kernel down or break it.
 
@@ -216,24 +222,26 @@ def _with_batch(tensor: torch.Tensor) -> torch.Tensor:
     2^22 and above could overflow the 32-bit offsets within a block.
     """
     tensor = tensor if tensor.dim() == 4 else tensor[None]
+    sample, row, head, channel = tensor.stride()
     # Triton specialises strides that are multiples of 16 elements; TMA needs multiples of 16 bytes.
-    vectors = tensor.data_ptr() % 16 == 0 and tensor.stride(3) == 1 and all(s % 16 == 0 for s in tensor.stride()[:3])
-    if tensor.stride(1) < 1 << 22 and (vectors or _fits_descriptor(tensor)):
+    vectors = channel == 1 and (sample | row | head) % 16 == 0 and tensor.data_ptr() % 16 == 0
+    if row < 1 << 22 and (vectors or _fits_descriptor(tensor)):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _fits_descriptor(tensor: torch.Tensor) -> bool:
     """Whether TMA can read the tensor: address and strides aligned to 16 bytes, innermost stride 1."""
-    strides = [stride * tensor.element_size() for stride in tensor.stride()[:3]]
-    aligned = tensor.data_ptr() % 16 == 0 and all(stride > 0 and stride % 16 == 0 for stride in strides)
-    return aligned and tensor.stride(3) == 1 and tensor.numel() > 0
+    sample, row, head, channel = tensor.stride()
+    aligned = (sample | row | head) * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
+    return aligned and channel == 1 and sample > 0 and row > 0 and head > 0 and tensor.numel() > 0
 
 
 def _descriptor(tensor: torch.Tensor, rows: int, dim_p2: int) -> TensorDescriptor:
     """A TMA descriptor over (B, H, N, D) with blocks [1, 1, rows, dim_p2]. Leading unit axes cost nothing."""
-    view = tensor.transpose(1, 2)
-    return TensorDescriptor(view, list(view.shape), list(view.stride()), [1, 1, rows, dim_p2])
+    batch, tokens, heads, dim = tensor.shape
+    sample, row, head, channel = tensor.stride()
+    return TensorDescriptor(tensor, [batch, heads, tokens, dim], [sample, head, row, channel], [1, 1, rows, dim_p2])
 
 
 def schedule_tiles(cu_q, cu_k, queries: int, keys: int, longest: int | None, block_m: int) -> torch.Tensor:
@@ -244,9 +252,10 @@ def schedule_tiles(cu_q, cu_k, queries: int, keys: int, longest: int | None, blo
         capacity = min(capacity, sequences * launch.ceil_div(longest, block_m))
     tiles = torch.empty((capacity, 2), dtype=torch.int32, device=cu_q.device)
     if capacity:
-        plan_tiles[(sequences + 1,)](
-            cu_q, cu_k, tiles, sequences, queries, keys, capacity,
-            BLOCK_M=block_m, BLOCK_B=128, BLOCK_T=128, num_warps=4,
+        wide = (queries | keys) >> 31
+        _PLAN_TILES.launch(
+            (block_m, wide), (sequences + 1, 1, 1),
+            (cu_q, cu_k, tiles, sequences, queries, keys, capacity, block_m, 128, 128), num_warps=4,
         )  # fmt: skip
     return tiles
 
@@ -329,16 +338,23 @@ def launch_attention(
     described: list[TensorDescriptor | None] = [None, None, None]
     if descriptors:
         described = [_descriptor(x, rows, dim_p2) for x, rows in ((q4, block_m), (k4, block_n), (v4, block_n))]
-    attend[(tiles * heads * batch,)](
-        q4, k4, v4, *described, bias, out, lse, cu_seqlens_q, cu_seqlens_k, table,
-        tiles, heads, group, queries, keys, scale_log2,
-        *(stride for x in (q4, k4, v4) for stride in x.stride()), *((0, 0) if bias is None else bias.stride()),
-        *((None,) * 6 if lists is None else lists.arguments()),
-        DIM=dim, DIM_P2=dim_p2, BLOCK_M=block_m, BLOCK_N=block_n, PACKED=packed, PLANNED=planned,
-        DESCRIPTORS=descriptors, HAS_BIAS=bias is not None,
-        SCALE_FIRST=bias is not None or not scale > 0, HAS_LSE=return_lse,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", LISTED=lists is not None,
-        QUERY_BLOCK=query_block, KEY_BLOCK=key_block,
+    strides = (*q4.stride(), *k4.stride(), *v4.stride(), *((0, 0) if bias is None else bias.stride()))
+    listed = (None,) * 6 if lists is None else lists.arguments()
+    switches = (
+        dim, dim_p2, block_m, block_n, packed, planned, descriptors, bias is not None,
+        bias is not None or not scale > 0, return_lse, "ieee" if q.dtype == torch.float32 else "tf32",
+        lists is not None, query_block, key_block,
+    )  # fmt: skip
+    # Queries, keys, values and outputs are aligned; numbers from 2^31 on are 64-bit arguments.
+    wide = (queries | keys | tiles | sum(listed[2:] if lists else ())) >> 31
+    key = (
+        q.dtype, strides, heads, group, switches, config["num_warps"], config["num_stages"], wide,
+        bias is not None and bias.data_ptr() % 16,
+    )  # fmt: skip
+    _ATTEND.launch(
+        key, (tiles * heads * batch, 1, 1),
+        (q4, k4, v4, *described, bias, out, lse, cu_seqlens_q, cu_seqlens_k, table, tiles, heads, group, queries, keys,
+         scale_log2, *strides, *listed, *switches),
         num_warps=config["num_warps"], num_stages=config["num_stages"],
     )  # fmt: skip
     return out, lse

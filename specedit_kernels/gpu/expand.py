@@ -41,7 +41,8 @@ def _normals(seed, pixel, token):
     return radius * cos1, radius * sin1, other_radius * cos3
 
 
-@triton.jit(do_not_specialize=["tokens", "signal", "noise_level", "detail_level"])
+@triton.jit(do_not_specialize=["tokens", "signal", "noise_level", "detail_level"],
+            do_not_specialize_on_alignment=["seed"])  # fmt: skip
 def expand(
     coarse, fine, noise, seed, detail, tokens, signal, noise_level, detail_level,
     coarse_sample, coarse_token, coarse_channel,
@@ -147,10 +148,13 @@ def contract(
     tl.store(target, z.to(coarse.dtype.element_ty), mask=here & (flat < COARSE_PIXELS * CHANNELS)[None, :])
 
 
-def tiles(config: launch.Config, tokens: int, channels: int, patch: int = 2) -> launch.Config:
-    """Compile-time constants and warps of either kernel, for tokens of `patch` x `patch` pixels of `channels`."""
+def tiles(config: launch.Config, channels: int, patch: int = 2) -> launch.Config:
+    """Compile-time constants and warps of either kernel, for tokens of `patch` x `patch` pixels of `channels`.
+
+    They do not depend on the number of tokens, so an image of another size never compiles anything.
+    """
     padded = launch.next_power_of_2(channels)
-    block = max(1, min(config["tile_pixels"] // (patch * patch * padded), launch.next_power_of_2(tokens)))
+    block = max(1, config["tile_pixels"] // (patch * patch * padded))
     constants = {"PATCH": patch, "CHANNELS": channels, "CHANNELS_P2": padded, "BLOCK_TOKENS": block}
     return constants | {"num_warps": config["num_warps"]}
 
@@ -173,7 +177,7 @@ def launch_expand(
     sigma_fine = 2 * sigma / (1 + sigma)
     # Tuned for packed tokens of this width.
     config = launch.shipped_config("expand", coarse.device, tuned, channels=width // 4)
-    constants = tiles(config, tokens, width // (patch * patch), patch)
+    constants = tiles(config, width // (patch * patch), patch)
     grid = (z.shape[0] * launch.ceil_div(tokens, constants["BLOCK_TOKENS"]),)
     expand[grid](
         z, fine, None if noise is None else noise.contiguous(), seed, None if detail is None else detail.contiguous(),
@@ -194,7 +198,7 @@ def launch_contract(
         return coarse
     f = fine.reshape(-1, tokens, 4, width)
     config = launch.shipped_config("contract", fine.device, tuned, channels=width // 4)
-    constants = tiles(config, tokens, width // (patch * patch), patch)
+    constants = tiles(config, width // (patch * patch), patch)
     grid = (f.shape[0] * launch.ceil_div(tokens, constants["BLOCK_TOKENS"]),)
     factor = (1 + sigma_fine / (2 - sigma_fine)) / 4
     contract[grid](f, coarse, tokens, factor, *f.stride(), **constants)

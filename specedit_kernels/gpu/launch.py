@@ -66,10 +66,17 @@ def check_compiler() -> None:
         ) from error
 
 
+def _interpreter_is_exact() -> bool:
+    """Whether the interpreter computes with bfloat16 rather than with its bits, as it does where tests patch it."""
+    from triton.runtime import interpreter
+
+    return bool(getattr(interpreter.InterpreterBuilder, "exact_bfloat16", False))
+
+
 def check_dtype(name: str, tensor: torch.Tensor) -> None:
     if tensor.dtype == torch.float64:
         raise TypeError(f'{name}: expected float16, bfloat16 or float32 on a GPU, got float64; use backend="torch"')
-    if tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu":
+    if tensor.dtype == torch.bfloat16 and interpreting() and not _interpreter_is_exact():
         raise TypeError(
             f"{name}: expected float16 or float32 in Triton's interpreter, got bfloat16, which it gets wrong"
         )
@@ -92,13 +99,21 @@ def _read(file_name: str) -> dict[str, Any]:
 
 
 @functools.cache
-def _configs_of(gpu_name: str, capability: tuple[int, int]) -> dict[str, Any]:
+def _file_of(gpu_name: str, capability: tuple[int, int]) -> str:
     own = config_file_name(gpu_name)
     if (CONFIG_FOLDER / own).exists():
-        return _read(own)
+        return own
     fallback = default_file_name(capability)
     _log.info("no tuned launch parameters for %s; using %s", gpu_name, fallback)
-    return _read(fallback)
+    return fallback
+
+
+@functools.cache
+def file_of(device: torch.device) -> str:
+    """Name of the device's file of launch parameters; sm_80's default for the interpreter."""
+    if device.type != "cuda":
+        return default_file_name((8, 0))
+    return _file_of(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
 
 
 def nearest(entries: list[dict[str, Any]], shape: dict[str, int]) -> Config | None:
@@ -123,11 +138,14 @@ def config(kernel: str, device: torch.device, tuned: dict[str, Config] | None, *
     """
     if tuned is not None:
         return tuned.get(kernel)
-    if device.type == "cuda":
-        table = _configs_of(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
-    else:
-        table = _read("default_sm_80.json")
-    return nearest(table[kernel], shape) if kernel in table else None
+    return _entry(file_of(device), kernel, tuple(shape.items()))
+
+
+@functools.lru_cache(4096)
+def _entry(file_name: str, kernel: str, shape: tuple[tuple[str, int], ...]) -> Config | None:
+    """The nearest entry, looked up once a shape: a call cannot afford to compare logarithms."""
+    table = _read(file_name)
+    return nearest(table[kernel], dict(shape)) if kernel in table else None
 
 
 def shipped_config(kernel: str, device: torch.device, tuned: dict[str, Config] | None, **shape: int) -> Config:

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from . import launch
+from .variants import Variants
 
 
 @triton.jit
@@ -51,7 +52,7 @@ def _norm_rotate(x, weight, cosines, sines, eps, weight_dim, DIM: tl.constexpr, 
     return tl.reshape(rotated, (y.shape[0], DIM_P2))
 
 
-@triton.jit(do_not_specialize=["tokens", "out_tokens", "eps"])
+@triton.jit(do_not_specialize=["tokens", "out_tokens", "eps"], do_not_specialize_on_alignment=["out_index"])
 def norm_rope(
     q, k, v, q_weight, k_weight, cos, sin, out_index, q_out, k_out, v_out, tokens, out_tokens, eps,
     q_sample, q_token, q_head, q_dim, k_sample, k_token, k_head, k_dim, v_sample, v_token, v_head, v_dim,
@@ -93,6 +94,9 @@ def norm_rope(
                    ko_dim, DIM, DIM_P2, INDEXED)  # fmt: skip
 
 
+_NORM_ROPE = Variants(norm_rope)
+
+
 def launch_norm_rope(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -116,12 +120,23 @@ def launch_norm_rope(
     batch, tokens, heads, dim = rows[0].shape
     cos, sin = cos.contiguous(), sin.contiguous()
     config = launch.shipped_config("norm_rope", q.device, tuned, head_dim=dim)
-    grid = (batch * launch.ceil_div(tokens * heads, config["block_rows"]), 2 if v is None else 3)
-    norm_rope[grid](
-        rows[0], rows[1], rows[2], q_weight, k_weight, cos, sin,
-        None if out_index is None else out_index.contiguous(), rows[3], rows[4], rows[5],
-        tokens, rows[3].shape[1], eps, *(stride for x in rows for stride in x.stride()),
-        q_weight.stride(0), k_weight.stride(0), cos.stride(0) if cos.dim() == 3 else 0,
-        HEADS=heads, DIM=dim, DIM_P2=launch.next_power_of_2(dim), BLOCK_ROWS=config["block_rows"],
-        INDEXED=out_index is not None, RESCALED=eps < torch.finfo(torch.float32).tiny, num_warps=config["num_warps"],
+    tiles = launch.ceil_div(tokens * heads, config["block_rows"])
+    indexed = out_index is not None
+    if out_index is not None:
+        out_index = out_index.contiguous()
+    # Their alignment is a part of the key; that of an index does not matter.
+    pointers = (*rows[:3], q_weight, k_weight, cos, sin, out_index, *rows[3:])
+    strides = tuple(stride for x in rows for stride in x.stride())
+    strides += q_weight.stride(0), k_weight.stride(0), cos.stride(0) if cos.dim() == 3 else 0
+    switches = (
+        heads, dim, launch.next_power_of_2(dim), config["block_rows"], indexed,
+        eps < torch.finfo(torch.float32).tiny,
+    )  # fmt: skip
+    key = (
+        tuple(None if x is None else (x.dtype, x is not out_index and x.data_ptr() % 16) for x in pointers),
+        strides, switches, config["num_warps"], (tokens | rows[3].shape[1]) >> 31,
+    )  # fmt: skip
+    _NORM_ROPE.launch(
+        key, (batch * tiles, 2 if v is None else 3, 1), (*pointers, tokens, rows[3].shape[1], eps, *strides, *switches),
+        num_warps=config["num_warps"],
     )  # fmt: skip

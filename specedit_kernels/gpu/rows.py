@@ -7,11 +7,12 @@ import triton
 import triton.language as tl
 
 from . import launch
+from .variants import Variants
 
 
 @triton.jit(do_not_specialize=[
     "rows", "table_rows", "source_sample", "source_row", "index_sample", "target_sample", "target_row",
-])  # fmt: skip
+], do_not_specialize_on_alignment=["index"])  # fmt: skip
 def copy_rows(
     source, index, target, rows, table_rows,
     source_sample, source_row, source_channel, index_sample, index_row, target_sample, target_row, target_channel,
@@ -50,6 +51,9 @@ def copy_rows(
     tl.store(target + target_at[:, None] + target_channels, values, mask=writable[:, None] & in_row)
 
 
+_COPY_ROWS = Variants(copy_rows)
+
+
 def _batched(tensor: torch.Tensor, dims: int, batch: int) -> torch.Tensor:
     """A view with a leading axis of `batch`, of stride 0 if all samples share the tensor."""
     return tensor.expand(batch, *tensor.shape[-(dims - 1) :]) if tensor.dim() < dims else tensor
@@ -79,12 +83,22 @@ def _launch(
     vector = launch.vector_width(target.element_size(), [source, target], sizes) if contiguous else 1
     config = launch.shipped_config("copy_rows", target.device, tuned, row_bytes=channels * target.element_size())
     block_rows, block_channels = tile(config, channels, target.element_size())
-    grid = (batch * launch.ceil_div(rows, block_rows) * launch.ceil_div(channels, block_channels),)
-    copy_rows[grid](
-        source, index, target, rows, table.shape[1],
-        source.stride(0) // vector, source.stride(1) // vector, source.stride(2), *index.stride(),
-        target.stride(0) // vector, target.stride(1) // vector, target.stride(2),
-        CHANNELS=channels, VECTOR=vector, SCATTER=scatter, BLOCK_ROWS=block_rows, BLOCK_CHANNELS=block_channels,
+    programs = batch * launch.ceil_div(rows, block_rows) * launch.ceil_div(channels, block_channels)
+    (source_sample, source_row, source_channel), (target_sample, target_row, target_channel) = (
+        (sample // vector, row // vector, channel) for sample, row, channel in (source.stride(), target.stride())
+    )
+    index_sample, index_row = index.stride()
+    switches = (channels, vector, scatter, block_rows, block_channels)
+    # Each number whose type depends on its size, and those that Triton specialises.
+    numbers = (rows, table.shape[1], source_sample, source_row, index_sample, target_sample, target_row)
+    key = (
+        target.dtype, index.dtype, source.data_ptr() % 16, target.data_ptr() % 16, source_channel, index_row,
+        target_channel, switches, config["num_warps"], tuple(n >> 31 for n in numbers),
+    )  # fmt: skip
+    _COPY_ROWS.launch(
+        key, (programs, 1, 1),
+        (source, index, target, rows, table.shape[1], source_sample, source_row, source_channel, index_sample,
+         index_row, target_sample, target_row, target_channel, *switches),
         num_warps=config["num_warps"],
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ import triton.language as tl
 from . import launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["weights"])
 def weighted_sum(stack, weights, out, elements, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """y = sum_k w_k x_k, in float32 and rounded once. One program computes BLOCK elements from ROWS layers."""
     layer = tl.zeros((), tl.int64) + elements  # between two layers, 64-bit

@@ -1,7 +1,7 @@
 """What the kernel tests share: which backends run here, and how an error is judged.
 
 Every test runs on each backend of this machine: plain PyTorch always, Triton on a GPU or, with TRITON_INTERPRET=1 in
-the environment, in Triton's interpreter (which knows float32 and float16 only; test_interpreter.py starts that run).
+the environment, in Triton's interpreter (test_interpreter.py starts that run), which bfloat16.py teaches bfloat16.
 """
 
 import os
@@ -14,6 +14,10 @@ import specedit_kernels
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = torch.cuda.is_available() and not INTERPRETING
 DEVICE = "cuda" if ON_GPU else "cpu"
+if INTERPRETING:
+    from tests.kernels import bfloat16
+
+    bfloat16.install()
 
 
 def pytest_generate_tests(metafunc):
@@ -21,8 +25,7 @@ def pytest_generate_tests(metafunc):
         backends = ["triton"] if INTERPRETING else list(specedit_kernels.available_backends())
         metafunc.parametrize("backend", backends)
     if "dtype" in metafunc.fixturenames:
-        dtypes = [torch.float32, torch.float16] + ([] if INTERPRETING else [torch.bfloat16])
-        metafunc.parametrize("dtype", dtypes, ids=str)
+        metafunc.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 
 
 @pytest.fixture

@@ -321,7 +321,8 @@ def test_every_attention_configuration(device, rng, as_good, kernel, entry):
 
     if device.type == "cuda" and kernel == "attention_tma" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs TMA")
-    dim, dtype = entry["shape"]["head_dim"], torch.float16 if entry["shape"]["bits"] == 16 else torch.float32
+    half = torch.bfloat16 if kernel == "attention_tma" else torch.float16
+    dim, dtype = entry["shape"]["head_dim"], half if entry["shape"]["bits"] == 16 else torch.float32
     lengths = ([3, 20], [10, 140]) if dtype == torch.float32 else ([10, 140], [60, 270])
     cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).to(device, torch.int32) for n in lengths)
     q, k, v = (randn(rng, device, dtype, sum(n), 1, dim) for n in (lengths[0], *[lengths[1]] * 2))

@@ -49,6 +49,21 @@ def test_spills_are_rejected():
     assert "spills registers" in result.problems and result.spills > 0
 
 
+def test_serialised_products_are_rejected():
+    """With too few registers ptxas makes each wgmma wait for the one before, and says so in a log nobody reads."""
+    variant = first(table([9, 0]))
+    variant.options |= {"maxnreg": 64}
+    assert "wgmma instructions are serialised" in compile_check.check(variant, 90, "here").problems
+
+
+def test_main_loop_is_counted():
+    """A 128 x 64 tile of head dim 64: 4 steps of each of two products, and an exponential per element."""
+    loop = compile_check.check(first(table([9, 0])), 90, "here").main_loop
+    per_thread = 128 * 64 // 256
+    assert loop["matrix"] == 8 and loop["mufu"] == per_thread + 2 and loop["barrier"] > 0
+    assert loop["fma"] >= per_thread and loop["all"] > sum(loop.values()) - loop["all"]
+
+
 def test_too_much_shared_memory_is_rejected():
     result = compile_check.check(first(table([8, 0], num_stages=16)), 80, "here")
     assert any("shared memory" in problem for problem in result.problems)
@@ -126,6 +141,18 @@ def test_rows_move_in_16_byte_vectors(scatter):
     for access in ("ld.global", "st.global"):
         rows = [line for line in ptx.splitlines() if access in line and "b64" not in line]
         assert rows and all(".v4.b32" in line for line in rows), rows
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_sums_read_16_byte_vectors_where_layers_are_aligned(aligned):
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    defaults = {"weighted_sum": [{"shape": {"rows": 3}, "config": {"block": 1024, "num_warps": 4}}]}
+    variant = next(v for v in compile_check._weighted_sum(defaults) if bool(v.aligned) == aligned)
+    compiled = triton.compile(compile_check._source(variant), target=GPUTarget("cuda", 90, 32), options=variant.options)
+    wide = [line for line in compiled.asm["ptx"].splitlines() if "ld.global" in line and ".v4.b32" in line]
+    assert len(wide) == (3 if aligned else 0)  # a mask that ends anywhere splits vectors
 
 
 def test_every_kernel_is_listed():

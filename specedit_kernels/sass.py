@@ -1,0 +1,89 @@
+"""What the machine code of a kernel says: registers, spills, matrix instructions, and what its main loop issues.
+
+Read from a cubin with the cuobjdump that comes with Triton.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+
+# Classes of instructions in a main loop, by the start of the opcode.
+_CLASSES = {
+    "matrix": ("HGMMA", "HMMA", "QGMMA", "UTCHMMA", "UTCQMMA"),
+    "mufu": ("MUFU",),
+    "fma": ("FFMA", "FMUL", "FADD"),
+    "barrier": ("BAR", "SYNCS", "WARPGROUP", "WARPSYNC"),
+}
+_LINE = re.compile(r"^\s*/\*([0-9a-f]{4,5})\*/\s+(.*?);", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Code:
+    """A compiled kernel. `instructions` are (address, text) in order, of every function in the cubin."""
+
+    registers: int
+    spills: int  # bytes of stack and local memory per thread, and instructions that access them
+    instructions: tuple[tuple[int, str], ...]
+
+    def count(self, opcode: str) -> int:
+        """Instructions whose opcode matches the regular expression."""
+        return sum(bool(re.match(opcode, _opcode(text))) for _, text in self.instructions)
+
+    @property
+    def serialized(self) -> bool:
+        """Whether each wgmma waits for the one before.
+
+        The steps of one product share a scoreboard that the last of them sets. If ptxas serialises them ("Potential
+        Performance Loss" in its log), all set it.
+        """
+        products = [text for _, text in self.instructions if _opcode(text).startswith("HGMMA")]
+        return bool(products) and all("gsb0" in text for text in products)
+
+    def main_loop(self) -> Counter[str]:
+        """Instructions of each class ("matrix", "mufu", "fma", "barrier" and "all") in the loop with most matrix
+        instructions, of those the shortest. Empty if no loop has any."""
+        loops = [Counter(_classes(body)) for body in self._loops()]
+        return max(loops, key=lambda loop: (loop["matrix"], -loop["all"]), default=Counter())
+
+    def _loops(self) -> list[list[str]]:
+        place = {address: number for number, (address, _) in enumerate(self.instructions)}
+        found = []
+        for number, (address, text) in enumerate(self.instructions):
+            target = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", text)
+            if target and int(target[1], 16) < address and int(target[1], 16) in place:
+                found.append([body for _, body in self.instructions[place[int(target[1], 16)] : number + 1]])
+        return found
+
+
+def _opcode(text: str) -> str:
+    words = text.split()
+    return words[1] if words[0].startswith("@") and len(words) > 1 else words[0]
+
+
+def _classes(body: list[str]) -> list[str]:
+    opcodes = [_opcode(text) for text in body]
+    named = [name for opcode in opcodes for name, starts in _CLASSES.items() if opcode.split(".")[0] in starts]
+    return named + ["all"] * len(opcodes)
+
+
+def read(cubin: bytes) -> Code:
+    """Disassemble a cubin."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def dump(flag: str) -> str:
+            command = [knobs.nvidia.cuobjdump.path, flag, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", dump("--dump-resource-usage")))
+        listing = dump("--dump-sass")
+    instructions = tuple((int(address, 16), text) for address, text in _LINE.findall(listing))
+    local = sum(_opcode(text).split(".")[0] in ("LDL", "STL") for _, text in instructions)
+    return Code(int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"]) + local, instructions)
