@@ -49,6 +49,7 @@ MAKERS = {
     "session": measured.session,
     "steps": measured.steps,
     "gains": readme.gains,
+    "models": readme.models,
     "gpu-state": readme.gpu_state,
     "setup": readme.setup,
     "test-times": readme.test_times,
