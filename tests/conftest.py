@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-pytest_plugins = ["tests.cpu_times", "tests.shallow", "tests.tiny_flux2", "tests.tiny_qwen"]
+pytest_plugins = ["tests.cpu_times", "tests.shallow", "tests.tiny_flux2", "tests.tiny_qwen", "tests.tiny_qwen21"]
 
 # The same examples on every run; machines that are busy need no deadline.
 hypothesis.settings.register_profile("specedit", derandomize=True, deadline=None)

@@ -49,6 +49,8 @@ def call(
     if record.stock_reason:
         warn_of_stock(installation, record.stock_reason, edit_mask)
         return stock(pipe, *args, **kwargs)
+    if installation.config.method_options is None:  # other methods choose their own number of steps
+        asked_steps = installation.adapter.asked_steps(pipe, asked_steps)
     config = installation.config if asked_steps is None else installation.config.with_steps(asked_steps)
     if config.forecast is None and (forecast := installation.config.forecast) is not None:
         text = f"num_inference_steps={asked_steps} leaves no stage long enough for forecast={forecast!r}"
