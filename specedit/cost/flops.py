@@ -52,7 +52,8 @@ def plan(
     """Predict the cost of a run without running it, for an image whose reference has the output's size.
 
     Tokens of a sequence are text + target + reference; the reference takes the target's layout in the draft, coarse
-    and mixed stages and is full in the full stage, or always where the model computes it once a run. Per coarse cell: one token when locked, four when expanded.
+    and mixed stages and is full in the full stage, or always where the model computes it once a run. Per coarse cell:
+    one token when locked, four when expanded.
 
     Args:
         config: a SpecEditConfig or a preset's name.

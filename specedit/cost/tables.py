@@ -42,8 +42,8 @@ class ModelCost:
     passes: transformer calls a step; 2 with classifier-free guidance, whose negative prompt may have
     `negative_text_tokens`. scheduler: fields of its configuration, which say at which sigmas the steps of a stage lie.
     default_steps: of the stock pipeline's call, or those that a distilled model is made for. sigmas: the adapter's own
-    schedule, as a function of scheduler, tokens, start, end and steps. fixed_reference, fixed_prefix: as of the adapter.
-    latent_pixels: of a token.
+    schedule, as a function of scheduler, tokens, start, end and steps. fixed_reference, fixed_prefix: as of the
+    adapter. latent_pixels: of a token.
     """
 
     config: Mapping[str, float]
@@ -126,7 +126,7 @@ MODELS: Mapping[str, ModelCost] = MappingProxyType(
             default_steps=40,
             fixed_prefix=True,
             latent_pixels=1,
-        ),  # fmt: skip
+        ),
         # FLUX.2: 512 tokens of text. dev has distilled guidance. The klein models are distilled to 4 steps without any;
         # their base models take twice the passes and the pipeline's default of 50 steps.
         "flux2-dev": ModelCost(flux2_transformer(8, 48, 48), 512, 1, scheduler=FLUX_SCHEDULER),

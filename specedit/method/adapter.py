@@ -31,7 +31,8 @@ class Conditioning:
     """What a call conditions the model on, besides the reference. Every family has its own dataclass.
 
     dtype: of the embeddings, in which callbacks see latents. source: the pictures being edited, (B, 3, H, W) float32 in
-    0..1, or (B, 4, H, W) where the model's have alpha, where they lie on the output, or None. prompt_embeds: of the prompt's branch; a callback may replace them.
+    0..1, or (B, 4, H, W) where the model's have alpha, where they lie on the output, or None. prompt_embeds: of the
+    prompt's branch; a callback may replace them.
     """
 
     dtype: torch.dtype = torch.float32
@@ -286,7 +287,7 @@ class Adapter(ABC):
     def asked_steps(self, pipe: Any, asked: int | None) -> int | None:
         """Steps of a call with `num_inference_steps=asked`; None: those of the configuration.
 
-        The stock pipeline's steps, where `asked` is its default. Override it for pipelines with a schedule of their own.
+        With the stock call's default, the stock pipeline's. Override it for pipelines with a schedule of their own.
         """
         return asked
 

@@ -33,7 +33,7 @@ def rotations(pipe, run):
 @pytest.mark.skipif(QwenImage21 is None, reason="this diffusers has no QwenImage21Pipeline")
 @pytest.mark.slow  # tests/models/qwen21 has quick tests
 class TestQwenImage21(Conformance):
-    """Sides are multiples of two tokens; prompts of other lengths change the positions, so those of a batch have one."""
+    """Sides are multiples of two tokens. Padding moves the target, so the prompts of a batch have one length."""
 
     @pytest.fixture
     def family(self, make_qwen21, picture):

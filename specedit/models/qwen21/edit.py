@@ -21,7 +21,7 @@ from ..attention.processors import why_unsupported_processor
 from ..registry import register_adapter
 from ..shared.block_adapter import GIVEN_SIGMAS, BlockAdapter
 from ..shared.images import decoder_features, source_pictures, too_small
-from ..shared.prompts import count_prompts, warn_if_guidance_inactive
+from ..shared.prompts import warn_if_guidance_inactive
 from ..shared.shapes import shapes_of
 from ..shared.single_frame_vae import single_frame
 from .attention import ATTENTION, wrap

@@ -16,8 +16,8 @@ from .prefix import Prefix
 
 @dataclass(eq=False)
 class Qwen21Prompt(Prompt):
-    """mask: (B, L) bool of what is no padding, or None. slots: (n, L) bool, which embeddings stand for 2 x 2 tokens of a
-    picture, at the same places in every sample. words: how many do not."""
+    """mask: (B, L) bool of what is no padding, or None. slots: (n, L) bool, which embeddings stand for 2 x 2 tokens of
+    a picture, at the same places in every sample. words: how many do not."""
 
     mask: Tensor | None
     slots: Tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ def own_sigmas(pipe: Any) -> Sequence[float] | None:
 def why_unusable(sigmas: Sequence[float]) -> str | None:
     """Why sigmas are no schedule (one phrase), or None."""
     values = [*sigmas, 0.0]
-    falling = all(a > b for a, b in zip(values, values[1:], strict=False))
+    falling = all(a > b for a, b in itertools.pairwise(values))
     if len(sigmas) and falling and sigmas[0] <= 1:
         return None
     return "its sample_sigmas do not fall from at most 1 to above 0"
