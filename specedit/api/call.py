@@ -73,7 +73,7 @@ def accelerated_call(
             drafted = config.uses_draft and edit_mask is None
             if config.needs_decoder(masked=edit_mask is not None) == "features":
                 check_decoder(pipe.vae)
-            mask_support.check(pipe.transformer, config)
+            mask_support.check(pipe.transformer, config, coarse=adapter.fixed_prefix)
             state = adapter.prepare(pipe, arguments, config)
             trace.device = state.device
             warn_if_cropped(pipe, state.placement, state.pixels_per_token)

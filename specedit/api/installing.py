@@ -29,7 +29,7 @@ def install(pipe: P, config: str | SpecEditConfig | None = None, **overrides: Un
 
     Args:
         pipe: a diffusers FluxKontextPipeline, QwenImageEditPipeline, QwenImageEditPlusPipeline,
-            LongCatImageEditPipeline, Flux2Pipeline, Flux2KleinPipeline or Flux2KleinKVPipeline.
+            LongCatImageEditPipeline, QwenImage21Pipeline, Flux2Pipeline, Flux2KleinPipeline or Flux2KleinKVPipeline.
         config: name of a preset (`specedit.presets` has them all; "balanced" if None) or SpecEditConfig.
         overrides: any field of SpecEditConfig.
 

@@ -24,6 +24,6 @@ class Edges(Selector):
         grid = run.state.grid
         large = drafts.upsample(draft, draft_grid, run.config.draft_scale, grid)
         image = run.adapter.decode(run.pipe, run.state, large, "pt").float()
-        score = F.adaptive_avg_pool2d(canny(image[:, :3]).float()[:, None], grid.shape)[:, 0]
+        score = F.adaptive_avg_pool2d(canny(image).float()[:, None], grid.shape)[:, 0]
         # Comparing with NaN finds no edge, which would hide it.
         return torch.where(not_finite(image)[:, None, None], torch.nan, score)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -21,28 +21,31 @@ class StageInputs:
     """What the transformer is given alike in every step of a stage under one prompt.
 
     rows: which samples. placed: where the target's tokens lie. context: of attention. padding: tokens that are added in
-    front, because the model takes a multiple of four. layers: of the `prefix`, or empty where it is computed in every
-    step.
+    front, because the model takes a multiple of four. kept: the prefix, with its layers for these samples; None where
+    every step computes it.
     """
 
     rows: slice | Tensor
     placed: Placed
     context: BesidePrefix
     padding: int
-    prefix: Prefix
-    layers: tuple[PrefixLayer, ...]
+    kept: tuple[Prefix, tuple[PrefixLayer, ...]] | None = None
 
     @property
     def memory(self) -> int:
-        """Bytes of the samples' share of the prefix."""
-        kept = self.layers[0].k.shape[0] / self.prefix.layers[0][0].shape[0] if self.layers else 0
-        return round(kept * self.prefix.memory)
+        """Bytes of the samples' share of what is kept."""
+        if self.kept is None:
+            return 0
+        return sum(x.numel() * x.element_size() for layer in self.kept[1] for x in layer.get())
+
+    def layers_of(self, prefix: Prefix) -> tuple[PrefixLayer, ...]:
+        """The samples' share of a prefix, for every block."""
+        return tuple(PrefixLayer(k[self.rows], v[self.rows], self.context) for k, v in prefix.layers)
 
 
 def predicted(run: Run, group: LayoutGroup, sigma: float, branch: int, prompt: Qwen21Prompt) -> Tensor:
     """The transformer's output (b, N, C) float32 for a group's target under one prompt."""
-    stage, prefix = stage_inputs(run, group, branch, prompt)
-    layers = stage.layers or layers_of(prefix, stage)
+    stage, layers = stage_inputs(run, group, branch, prompt)
     conditioning, states = run.state.conditioning, F.pad(group.tokens, (0, 0, stage.padding, 0))
     timestep = torch.full((len(states),), sigma * 1000, device=states.device, dtype=torch.float32)
     out: Tensor = run.pipe.transformer(
@@ -59,33 +62,30 @@ def predicted(run: Run, group: LayoutGroup, sigma: float, branch: int, prompt: Q
     return out[:, stage.padding :].float()
 
 
-def stage_inputs(run: Run, group: LayoutGroup, branch: int, prompt: Qwen21Prompt) -> tuple[StageInputs, Prefix]:
-    """Made by the first step of a stage, and anew where a callback has replaced the prompt; and the prefix."""
+def stage_inputs(
+    run: Run, group: LayoutGroup, branch: int, prompt: Qwen21Prompt
+) -> tuple[StageInputs, tuple[PrefixLayer, ...]]:
+    """Made by the first step of a stage, and anew where a callback has replaced the prompt; and a step's prefix."""
     prefix, made = prefix_of(run, branch, prompt), group.inputs.get(branch)
-    if made is None or (run.state.keeps_prefix and made.prefix is not prefix):
-        made = group.inputs[branch] = _stage_inputs(run, group, prompt, prefix)
-    return made, prefix
+    if made is not None and made.kept is not None and made.kept[0] is prefix:
+        return made, made.kept[1]
+    if made is None or made.kept is not None:
+        made = _stage_inputs(run, group, prompt, prefix)
+    layers = made.layers_of(prefix)
+    group.inputs[branch] = replace(made, kept=(prefix, layers)) if run.state.keeps_prefix else made
+    return group.inputs[branch], layers
 
 
 def _stage_inputs(run: Run, group: LayoutGroup, prompt: Qwen21Prompt, prefix: Prefix) -> StageInputs:
     state, count, device = run.state, group.layout.tokens, group.tokens.device
-    padding, rows = -count % SLOT, rows_index(group.rows, state.device)
+    padding, rows, kept = -count % SLOT, rows_index(group.rows, state.device), prefix.layers[0][0]
     positions, area = (each.to(device) for each in spans(group.layout, state.grid))
     frame = frame_of(prompt.words, state.reference_grid.grids)
     placed = frequencies(run.pipe.transformer.pos_embed, frame, F.pad(positions, (0, 0, padding, 0)), state.grid)
     is_coarse = group.layout.grid != state.grid or not group.layout.is_fine
     weights = area.log() if is_coarse and run.config.key_bias == "area" else None
-    bias = key_bias(hidden_keys(prompt), rows, weights, count, padding, prefix.layers[0][0])
-    context = context_of(run, placed, bias, prefix.layers[0][0].shape[1])
-    stage = StageInputs(rows, Placed(len(placed), placed), context, padding, prefix, ())
-    if not state.keeps_prefix:
-        return stage
-    return StageInputs(rows, stage.placed, context, padding, prefix, layers_of(prefix, stage))
-
-
-def layers_of(prefix: Prefix, stage: StageInputs) -> tuple[PrefixLayer, ...]:
-    """The samples' share of a prefix, for every block."""
-    return tuple(PrefixLayer(k[stage.rows], v[stage.rows], stage.context) for k, v in prefix.layers)
+    bias = key_bias(hidden_keys(prompt), rows, weights, count, padding, kept)
+    return StageInputs(rows, Placed(len(placed), placed), context_of(run, placed, bias, kept.shape[1]), padding)
 
 
 def key_bias(

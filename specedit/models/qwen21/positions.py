@@ -59,9 +59,9 @@ def spans(layout: MixedLayout, grid: TokenGrid) -> tuple[Tensor, Tensor]:
         positions = (first + torch.minimum(last, _last(layout.grid, first))) / 2
     if scale == 1:
         return positions, layout.area
-    first = scale * positions
-    last = torch.minimum(first + scale - 1, _last(grid, first))
-    return (first + last) / 2, layout.area * (last - first + 1).prod(-1)
+    first = scale * positions.floor()  # a cell's centre lies between its tokens
+    last = torch.minimum(scale * positions.ceil() + scale - 1, _last(grid, first))
+    return (first + last) / 2, (last - first + 1).prod(-1)
 
 
 def _last(grid: TokenGrid, like: Tensor) -> Tensor:

@@ -46,4 +46,6 @@ def resampled(scheduler: Any, own: Sequence[float], tokens: int, start: float, e
     first, last = np.interp([-start, -end], -levels, numbers)  # which np.interp wants to rise
     sigmas = np.interp(np.linspace(first, last, steps + 1), numbers, levels)
     sigmas[0], sigmas[-1] = min(start, levels[0]), end
+    if end >= levels[0]:  # before the own schedule begins
+        sigmas = np.linspace(start, end, steps + 1)
     return torch.from_numpy(sigmas).float()
