@@ -37,7 +37,7 @@ def plan_models(name: str) -> str:
     for model, cost in MODELS.items():
         image = 2 * 64 * 64  # target and reference at 1024 x 1024
         first, both = cost.stock(image) / 1e12, cost.stock(image, 2) / 1e12
-        step = f"{first:.0f}" + (f", then {both - first:.0f}" if cost.fixed_reference else "")
+        step = f"{first:.0f}" + (f", then {both - first:.0f}" if cost.fixed_reference or cost.fixed_prefix else "")
         fast, four, least = (predict(config, model, 1024, 1024, 0.2) for config in (turbo, few, ultra))
         parts = [f"{stage['flops'] / four['flops']:.0%}" for stage in four["stages"]]
         own = cost.stock(image, few.nfe) / four["flops"]

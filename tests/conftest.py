@@ -21,7 +21,7 @@ from PIL import Image
 # pytest listens to loggers that do not propagate, and torch would write a trace of all that it compiles.
 logging.getLogger("torch.__trace").propagate = True
 
-pytest_plugins = ["tests.cpu_times", "tests.shallow", "tests.tiny_flux2", "tests.tiny_qwen"]
+pytest_plugins = ["tests.cpu_times", "tests.shallow", "tests.tiny_flux2", "tests.tiny_qwen", "tests.tiny_qwen21"]
 
 # The same examples on every run; machines that are busy need no deadline.
 hypothesis.settings.register_profile("specedit", derandomize=True, deadline=None)

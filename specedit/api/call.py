@@ -53,6 +53,8 @@ def call(
     if record.stock_reason:
         warn_of_stock(installation, record.stock_reason, edit_mask)
         return stock(pipe, *args, **kwargs)
+    if installation.config.method_options is None:  # other methods choose their own number of steps
+        asked_steps = installation.adapter.asked_steps(pipe, asked_steps)
     config = installation.config if asked_steps is None else installation.config.with_steps(asked_steps)
     if config.forecast is None and (forecast := installation.config.forecast) is not None:
         text = f"num_inference_steps={asked_steps} leaves no stage long enough for forecast={forecast!r}"
@@ -89,7 +91,7 @@ def accelerated_call(
             drafted = config.uses_draft and edit_mask is None
             if config.needs_decoder(masked=edit_mask is not None) == "features":
                 check_decoder(pipe.vae)
-            mask_support.check(pipe.transformer, config)
+            mask_support.check(pipe.transformer, config, coarse=adapter.fixed_prefix)
             state = adapter.prepare(pipe, arguments, config)
             if reuse is not None:
                 reuse.pictures = False  # what a run encodes later depends on its seed

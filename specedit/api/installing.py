@@ -30,8 +30,8 @@ def install(pipe: P, config: str | SpecEditConfig | None = None, **overrides: Un
 
     Args:
         pipe: a diffusers FluxKontextPipeline, FluxKontextInpaintPipeline, QwenImageEditPipeline,
-            QwenImageEditPlusPipeline, LongCatImageEditPipeline, Flux2Pipeline, Flux2KleinPipeline or
-            Flux2KleinKVPipeline.
+            QwenImageEditPlusPipeline, QwenImage21Pipeline, LongCatImageEditPipeline, Flux2Pipeline,
+            Flux2KleinPipeline or Flux2KleinKVPipeline.
         config: name of a preset (`specedit.presets` has them all; "balanced" if None) or SpecEditConfig.
         overrides: any field of SpecEditConfig.
 

@@ -23,7 +23,8 @@ def report_of(
     state, cells = run.state, outcome.cells
     stages = [_with_flops(run, stage) for stage in run.trace.stages]
     mixed = any(stage.name == "mixed" for stage in stages)
-    steps = stock_steps(run.pipe, call)
+    default = stock_steps(run.pipe, call)
+    steps = run.adapter.asked_steps(run.pipe, default) or default
     picture = None
     if (source := state.conditioning.source) is not None:
         picture = run.pipe.image_processor.numpy_to_pil(source[:1].permute(0, 2, 3, 1).cpu().numpy())[0]
@@ -56,9 +57,12 @@ def _with_flops(run: Run, stage: StageReport) -> StageReport:
 def _stock_calls(run: Run, steps: int) -> list[ForwardCall]:
     """The forward calls of the stock pipeline, with so many steps."""
     state = run.state
+    prefixes = None
+    if state.fixed_prefix:
+        prefixes = 1 if state.keeps_prefix else steps
     return stock_calls(
         state.texts, state.grid.tokens, state.reference_grid.tokens, steps, samples=state.batch,
-        fixed_reference=run.adapter.fixed_reference,
+        fixed_reference=run.adapter.fixed_reference, prefixes=prefixes,
     )  # fmt: skip
 
 

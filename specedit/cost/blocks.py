@@ -26,8 +26,15 @@ def gated_blocks(config: Any) -> BlockCount:
     return BlockCount(8 + 6 * ratio, 6 + 4 * ratio)
 
 
+def gated_stream(config: Any) -> BlockCount:
+    """Qwen-Image-2.1: an MLP with a gate as FLUX.2's, and four projections of their own."""
+    return BlockCount(8 + 6 * field(config, "mlp_ratio", 3))
+
+
 # By a field that only this family's transformer configuration has.
-_COUNTS: dict[str, Callable[[Any], BlockCount]] = {"timestep_guidance_channels": gated_blocks}
+_COUNTS: dict[str, Callable[[Any], BlockCount]] = {
+    "timestep_guidance_channels": gated_blocks, "causal_condition": gated_stream,
+}  # fmt: skip
 
 
 def register_block_count(name: str, count: Callable[[Any], BlockCount]) -> None:

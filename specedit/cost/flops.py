@@ -17,7 +17,7 @@ from ..forecast.kv_cache import LOCKED_RESET
 from ..layout import MixedLayout, TokenGrid
 from ..method.reference_selection import kept_tokens, measured_rows
 from ..method.schedule import Stage, stage_start, stages
-from ..method.trace import ForwardCall, step_calls, with_fixed_reference
+from ..method.trace import ForwardCall, prefix_call, step_calls, with_fixed_reference
 from .blocks import BlockCount as BlockCount
 from .blocks import register_block_count as register_block_count
 from .forward import flops_of as flops_of
@@ -52,7 +52,8 @@ def plan(
     """Predict the cost of a run without running it, for an image whose reference has the output's size.
 
     Tokens of a sequence are text + target + reference; the reference takes the target's layout in the draft, coarse
-    and mixed stages and is full in the full stage. Per coarse cell: one token when locked, four when expanded.
+    and mixed stages and is full in the full stage, or always where the model computes it once a run. Per coarse cell:
+    one token when locked, four when expanded.
 
     Args:
         config: a SpecEditConfig or a preset's name.
@@ -145,6 +146,7 @@ class _Plan:
             "full": [_Layout(grid.tokens, cells, 0)] * len(mixed),
         }  # fmt: skip
         self.ended: list[tuple[_Layout, float] | None] = [None] * len(mixed)  # of the stage before
+        self.prefixes = 0  # guidance passes whose text and references are computed
 
     def draft(self) -> dict[str, Any]:
         """The draft's row."""
@@ -211,6 +213,8 @@ class _Plan:
 
     def _reference(self, stage: Stage, i: int, tokens: int, target: int) -> tuple[int, int]:
         """Reference tokens of step `i`, and target tokens whose attention it measures."""
+        if self.cost.fixed_prefix:
+            return self.grid.tokens, 0
         keep = self.config.reference_keep
         if keep is None or keep == 1 or stage.steps == 1 or stage.name == "draft":
             return tokens, 0
@@ -231,12 +235,23 @@ class _Plan:
             operations = options.operations(step.target * self.cost.channels) if options else 0.0
             forecast = ForwardCall(stage.name, 0, samples=samples, forecast=operations)
             return [forecast] * step.passes if operations else []
+        if self.cost.fixed_prefix:
+            return self._target_calls(stage, samples, texts, step)
         calls = step_calls(
             stage.name, texts[: step.passes], step.target, step.beside, samples=samples,
             trims=self.config.attention != "stock", fresh=step.fresh, alone=step.kept and step.fresh is None,
             measured=step.measured,
         )  # fmt: skip
         return with_fixed_reference(calls, step.beside, step.first) if self.cost.fixed_reference else calls
+
+    def _target_calls(self, stage: Stage, samples: int, texts: tuple[float, ...], step: _Step) -> list[ForwardCall]:
+        """A step over the target's tokens, and what its passes are the first to need of text and references."""
+        calls = step_calls(
+            stage.name, texts[: step.passes], step.target, step.beside, samples=samples, trims=False, alone=True
+        )
+        new = texts[self.prefixes : step.passes]
+        self.prefixes = max(self.prefixes, step.passes)
+        return calls + [prefix_call(stage.name, text, step.beside, len(self.ended)) for text in new]
 
 
 @dataclass(frozen=True)

@@ -67,3 +67,18 @@ class GatedBlocks:
             product("projection and mlp down", asked, d + inner, d, count),
             pointwise("gate and add", 3 * asked * d, count),
         ]
+
+
+class GatedStream(GatedBlocks):
+    """Qwen-Image-2.1's blocks: one stream, q apart from k and v, and one modulation for all."""
+
+    def stream(self, rows: float, asked: float, count: float) -> list[Op]:
+        ops = super().stream(rows, asked, count)
+        if rows == asked:
+            return ops
+        d = self.d
+        each = [product("q", asked, d, d, count), product("kv", rows, d, 2 * d, count)]
+        return [*each, *(op for op in ops if op.name != "qkv")]
+
+    def shared(self) -> list[Op]:
+        return [pointwise("modulation", 4 * self.d**2, 1)]

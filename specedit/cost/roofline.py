@@ -21,7 +21,7 @@ from ..registry import selectors
 from .blocks import field
 from .flops import plan
 from .forward import transformer_flops
-from .operators import BYTES, GatedBlocks, Op, pointwise, product
+from .operators import BYTES, GatedBlocks, GatedStream, Op, pointwise, product
 from .tables import MODELS, TOKEN_PIXELS
 
 MATCHING = 0.03  # a measured edit counts as the planned one within this share of the cells
@@ -76,6 +76,11 @@ AUTOENCODERS: Mapping[str, Mapping[str, HalfCost]] = MappingProxyType(
         "flux-kontext": _FLUX_AUTOENCODER,
         "longcat-image-edit": _FLUX_AUTOENCODER,
         **dict.fromkeys(("flux2-dev", "flux2-klein-4b", "flux2-klein-9b", "flux2-klein-9b-kv"), _FLUX2_AUTOENCODER),
+        "qwen-image-2.1": {
+            "encode": HalfCost(758_546_432, 1_693_697, 78_675_680, 768),
+            "features": HalfCost(346_374_144, 127_936, 140_042_880, 1152),
+            "decode": HalfCost(4_139_245_568, 4_621_888, 259_044_052, 1152),
+        },
         "qwen-image-edit": {
             "encode": HalfCost(426_039_296, 401_256, 53_595_872, 384),
             "features": HalfCost(86_446_080, 38_416, 42_128_064, 384),
@@ -132,6 +137,8 @@ def transformer_ops(
 
 def _blocks_of(config: Mapping[str, Any], d: float) -> GatedBlocks | _Blocks:
     """A model's blocks, of width `d`."""
+    if field(config, "causal_condition") is not None:
+        return GatedStream(d, config["mlp_ratio"])
     gated = field(config, "timestep_guidance_channels") is not None
     return GatedBlocks(d, config["mlp_ratio"]) if gated else _Blocks(d)
 
@@ -215,7 +222,7 @@ def verification_ops(config: SpecEditConfig, model: str, latent_pixels: int, dra
         return []
     if reads == "picture":
         return autoencoder_ops(model, "decode", latent_pixels)
-    draft_pixels = 4 * draft_tokens
+    draft_pixels = MODELS[model].latent_pixels * draft_tokens
     compared = latent_pixels if config.verify_at == "full" else draft_pixels
     return autoencoder_ops(model, "features", compared, count=2)
 
@@ -249,7 +256,8 @@ def predict_roofline(
     predicted = plan(config, model, height, width, edit_fraction)
     hardware = GPUS[gpu]
     grid = TokenGrid(height // TOKEN_PIXELS, width // TOKEN_PIXELS)
-    latent, drafted = 4 * grid.tokens, grid.coarse(config.draft_scale).tokens  # latent pixels: a token is 2 x 2
+    pixels = MODELS[model].latent_pixels
+    latent, drafted = pixels * grid.tokens, grid.coarse(config.draft_scale).tokens
 
     def stage(name: str, ops: Iterable[tuple[float, list[Op]]], steps: int = 0, tokens: int = 0) -> dict[str, Any]:
         """A row from groups of operators and how often each runs."""
@@ -268,7 +276,7 @@ def predict_roofline(
     stages, verify, before = [encode], None, 0
     for row in predicted["stages"]:
         if row["name"] == "full" and config.restore == "pixels" and before < row["tokens"]:
-            small = 4 * grid.coarse().tokens
+            small = pixels * grid.coarse().tokens
             halves = [autoencoder_ops(model, *half) for half in (("decode", small), ("encode", latent))]
             stages.append(stage("pixels", [(1, ops) for ops in halves]))
         before = row["tokens"]

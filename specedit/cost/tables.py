@@ -12,7 +12,7 @@ from ..method.schedule import stage_sigmas
 from ..method.trace import ForwardCall, stock_calls
 from .forward import flops_of
 
-TOKEN_PIXELS = 16  # side of one packed token in pixels: 8x VAE, 2x2 patches
+TOKEN_PIXELS = 16  # side of one token in pixels: 8x VAE, 2x2 patches, or 16x VAE
 CHANNELS = 64  # of a packed token: 16 latent channels, 2x2 patches
 # The released editors' schedulers.
 FLUX_SCHEDULER = dict(
@@ -42,7 +42,8 @@ class ModelCost:
     passes: transformer calls a step; 2 with classifier-free guidance, whose negative prompt may have
     `negative_text_tokens`. scheduler: fields of its configuration, which say at which sigmas the steps of a stage lie.
     default_steps: of the stock pipeline's call, or those that a distilled model is made for. sigmas: the adapter's own
-    schedule, as a function of scheduler, tokens, start, end and steps. fixed_reference: as of the adapter.
+    schedule, as a function of scheduler, tokens, start, end and steps. fixed_reference, fixed_prefix: as of the
+    adapter. latent_pixels: of a token.
     """
 
     config: Mapping[str, float]
@@ -54,6 +55,8 @@ class ModelCost:
     negative_text_tokens: float | None = None
     sigmas: Callable[..., Any] = field(default=stage_sigmas, compare=False)
     fixed_reference: bool = False
+    fixed_prefix: bool = False
+    latent_pixels: int = 4
 
     @property
     def texts(self) -> tuple[float, ...]:
@@ -65,8 +68,9 @@ class ModelCost:
         """Stock steps over so many image tokens, half of them the reference's, with the whole text."""
         beside = image_tokens // 2
         return stock_calls(
-            self.texts, image_tokens - beside, beside, steps, samples=samples, fixed_reference=self.fixed_reference
-        )
+            self.texts, image_tokens - beside, beside, steps, samples=samples, fixed_reference=self.fixed_reference,
+            prefixes=1 if self.fixed_prefix else None,
+        )  # fmt: skip
 
     def stock(self, image_tokens: int, steps: int = 1, samples: int = 1) -> float:
         """Operations of `stock_calls`."""
@@ -104,6 +108,24 @@ MODELS: Mapping[str, ModelCost] = MappingProxyType(
             512 + 18 * 18 + 2,
             2,
             scheduler=FLUX_SCHEDULER,
+        ),
+        # Qwen-Image-2.1: 32 blocks, about 60 words and 16 tokens of the template. The vision tokens of the condition
+        # image give way to its latents, so they are none of the text. Without guidance, as its pipeline's default.
+        "qwen-image-2.1": ModelCost(
+            dict(
+                num_layers=32,
+                num_attention_heads=32,
+                attention_head_dim=128,
+                mlp_ratio=3,
+                causal_condition=True,
+                in_channels=64,
+            ),
+            60 + 16,
+            1,
+            scheduler=FLUX_SCHEDULER,
+            default_steps=40,
+            fixed_prefix=True,
+            latent_pixels=1,
         ),
         # FLUX.2: 512 tokens of text. dev has distilled guidance. The klein models are distilled to 4 steps without any;
         # their base models take twice the passes and the pipeline's default of 50 steps.

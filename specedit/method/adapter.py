@@ -31,7 +31,8 @@ class Conditioning:
     """What a call conditions the model on, besides the reference. Every family has its own dataclass.
 
     dtype: of the embeddings, in which callbacks see latents. source: the pictures being edited, (B, 3, H, W) float32 in
-    0..1, where they lie on the output, or None. prompt_embeds: of the prompt's branch; a callback may replace them.
+    0..1, or (B, 4, H, W) where the model's have alpha, where they lie on the output, or None. prompt_embeds: of the
+    prompt's branch; a callback may replace them.
     """
 
     dtype: torch.dtype = torch.float32
@@ -62,6 +63,8 @@ class EditState:
     prompts: int = 1  # whose images stand together in the batch
     pictures: int = 1  # being edited, over which the batch repeats
     trims_last_block: bool = False  # whether the transformer's last block computes the target's rows alone
+    fixed_prefix: bool = False  # as of the adapter: references stay fine, and the target is computed alone
+    keeps_prefix: bool = True  # whether the stock call computes text and references once, where it can
     conditioning: Conditioning = field(default_factory=Conditioning)  # the family's own: embeddings, guidance, ...
 
     def __post_init__(self) -> None:
@@ -114,8 +117,14 @@ class EditState:
             return None
         return F.max_pool2d((~self.covered)[None, None].float(), 2, ceil_mode=True)[0, 0] > 0
 
+    @cached_property
+    def _fine_beside(self) -> MixedLayout | LayoutSet:
+        return layouts_beside(MixedLayout.all_fine(self.grid, self.device), self.placements)
+
     def beside(self, layout: MixedLayout, scale: int = 1) -> MixedLayout | LayoutSet:
         """The references' layout for a target's. scale: of a draft, whose tokens are cells of so many a side."""
+        if self.fixed_prefix:
+            return self._fine_beside
         return layouts_beside(layout, tuple(p.cells(scale) if scale > 1 else p for p in self.placements))
 
     @property
@@ -245,6 +254,8 @@ class Adapter(ABC):
     measures_attention: ClassVar[bool] = False  # whether `predict` adds to `group.mass` where there is one
     encodes_pixels: ClassVar[bool] = False  # whether it has `encode`
     fixed_reference: ClassVar[bool] = False  # whether the references' keys never change: a stage's first step has them
+    fixed_prefix: ClassVar[bool] = False  # whether text and references never change, and are computed once a run, fine
+    aligns_phases: ClassVar[bool] = True  # whether it runs rope="phase_aligned"
     geometry: ClassVar[TokenGeometry] = PACKED  # what its tokens hold; `prepare` gives it to every grid
     calls: ClassVar[tuple[type, ...]] = ()  # classes outside diffusers whose `__call__` it runs as they do
 
@@ -285,6 +296,13 @@ class Adapter(ABC):
     def sigmas(self, pipe: Any, tokens: int, start: float, end: float, steps: int) -> Tensor:
         """Sigmas (steps + 1,) float32 of a stage of `tokens` target tokens: the model's schedule in [end, start]."""
         return stage_sigmas(pipe.scheduler, tokens, start, end, steps)
+
+    def asked_steps(self, pipe: Any, asked: int | None) -> int | None:
+        """Steps of a call with `num_inference_steps=asked`; None: those of the configuration.
+
+        With the stock call's default, the stock pipeline's. Override it for pipelines with a schedule of their own.
+        """
+        return asked
 
     def schedule_refusal(self, pipe: Any) -> str | None:
         """Why `sigmas` is not the schedule of the pipeline as it is now (one phrase), or None. Goes with `sigmas`."""

@@ -8,9 +8,12 @@ from torch import Tensor
 
 
 def canny(image: Tensor, low: float = 100.0, high: float = 200.0) -> Tensor:
-    """Edges of images (B, 3, H, W) in 0..1, as (B, H, W) bool. Thresholds are on an 0..255 scale."""
+    """Edges of images (B, 3, H, W) in 0..1, as (B, H, W) bool; alpha, a fourth channel, has no effect.
+
+    Thresholds are on an 0..255 scale.
+    """
     luma = torch.tensor([0.299, 0.587, 0.114], device=image.device, dtype=image.dtype).view(1, 3, 1, 1)
-    grey = (image * luma).sum(1, keepdim=True) * 255
+    grey = (image[:, :3] * luma).sum(1, keepdim=True) * 255
     kernel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]], device=image.device, dtype=image.dtype)
     padded = F.pad(grey, (1, 1, 1, 1), mode="replicate")
     dx, dy = F.conv2d(padded, kernel[None, None]), F.conv2d(padded, kernel.T[None, None])

@@ -65,7 +65,8 @@ def forward_calls(
     """
     calls = step_calls(
         stage_of(run), run.state.texts[:branches], group.layout.tokens, group.reference_layout.tokens,
-        samples=len(group.rows), trims=run.state.trims_last_block, alone=partial is not None and partial.target,
+        samples=len(group.rows), trims=run.state.trims_last_block,
+        alone=run.state.fixed_prefix or (partial is not None and partial.target),
         fresh=None if partial is None or partial.index is None else partial.index.shape[1],
         measured=0 if group.mass is None else len(group.mass.rows),
     )  # fmt: skip

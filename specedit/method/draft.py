@@ -21,7 +21,12 @@ def shrink(tokens: Tensor, grid: TokenGrid, scale: int) -> tuple[Tensor, TokenGr
 
 
 def small_reference(state: EditState, scale: int) -> Tensor:
-    """All references at `scale` times less a side, each averaged over the cells of the output."""
+    """All references at `scale` times less a side, each averaged over the cells of the output.
+
+    As they are where they are computed once a run.
+    """
+    if state.fixed_prefix:
+        return state.reference
     each = zip(state.references, state.placements, strict=True)
     return torch.cat([shrink(*place.with_lead(tokens, scale), scale)[0] for tokens, place in each], 1)
 

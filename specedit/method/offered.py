@@ -14,6 +14,12 @@ def check(adapter: Adapter, config: SpecEditConfig) -> None:
             f"forecast: {options.name!r} computes single tokens again, which {adapter.name} does not offer; expected "
             "another forecast"
         )
+    if adapter.fixed_prefix:
+        check_prefix(adapter, config)
+    if config.rope == "phase_aligned" and not adapter.aligns_phases:
+        raise ValueError(
+            f"rope: expected 'scaled' for {adapter.name}, which rotates keys at one scale, got 'phase_aligned'"
+        )
     if config.reference_refresh is not None and not adapter.keeps_reference:
         raise ValueError(
             f"reference_refresh: expected None for {adapter.name}, which cannot compute the target's tokens alone, "
@@ -33,3 +39,12 @@ def check(adapter: Adapter, config: SpecEditConfig) -> None:
             f"reference_keep: expected None for {adapter.name}, which does not measure attention, got "
             f"{config.reference_keep}"
         )
+
+
+def check_prefix(adapter: Adapter, config: SpecEditConfig) -> None:
+    """ValueError where a configuration changes text or references between steps, of a model that computes them once."""
+    once = f"for {adapter.name}, which computes text and references once a run"
+    if config.reference_refresh is not None:
+        raise ValueError(f"reference_refresh: expected None {once}, got {config.reference_refresh}")
+    if config.draft_condition != "full":
+        raise ValueError(f"draft_condition: expected 'full' {once}, got {config.draft_condition!r}")

@@ -83,14 +83,30 @@ def with_fixed_reference(calls: Sequence[ForwardCall], beside: int, first: bool)
     return made
 
 
+def prefix_call(stage: str, text: float, beside: int, samples: int) -> ForwardCall:
+    """The call that computes text and references of a model where each sees only what comes before it.
+
+    References see each other, and the text behind them sees them too. The few words before the first picture count as
+    words behind it, and several pictures as one.
+    """
+    tokens = text + beside
+    return ForwardCall(stage, tokens, text, (beside * beside + text * tokens) / tokens, None, samples)
+
+
 def stock_calls(
-    texts: Sequence[float], target: int, beside: int, steps: int, *, samples: int, fixed_reference: bool
-) -> list[ForwardCall]:
+    texts: Sequence[float], target: int, beside: int, steps: int, *, samples: int, fixed_reference: bool,
+    prefixes: int | None = None,
+) -> list[ForwardCall]:  # fmt: skip
     """The forward calls of the stock pipeline: `steps` of them for each guidance branch, with every token.
 
     texts, target, beside, samples: as for `step_calls`. fixed_reference: whether the model is one of those that
-    `with_fixed_reference` is for.
+    `with_fixed_reference` is for. prefixes: None, or for models that `prefix_call` is for, how many steps compute text
+    and references too.
     """
+    if prefixes is not None:
+        alone = step_calls("stock", texts, target, beside, samples=samples, trims=False, alone=True)
+        before = [replace(prefix_call("stock", text, beside, samples), count=prefixes) for text in texts]
+        return [*before, *(replace(call, count=steps) for call in alone)]
     calls = step_calls("stock", texts, target, beside, samples=samples, trims=False)
     if not fixed_reference:
         return [replace(call, count=steps) for call in calls]

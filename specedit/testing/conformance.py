@@ -90,6 +90,8 @@ class CallConformance(Cases):
             adapter, state = family.prepare(pipe, size, config.attention, image=make_picture(*other))
             for layout in layouts(state.grid):
                 beside = state.beside(layout)
+                if layout.unit != beside.layouts[0].unit:
+                    continue  # positions are counted in other units
                 found = family.rotations(pipe, step_of(family, adapter, pipe, state, layout, config))
                 target, references = found[-layout.tokens - beside.tokens :].split([layout.tokens, beside.tokens])
                 pairs = at_one_place(layout, beside)

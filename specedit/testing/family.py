@@ -48,7 +48,8 @@ class Family:
         fullgraph: whether its blocks compile without a graph break, by `compile_repeated_blocks`.
         compiles_as: the family whose compiled code this one shares; its tests of torch.compile run there.
         runs_others: whether attention="stock" runs other attention processors than diffusers'.
-        sends_values: whether the transformer itself sends values from the host to the device in every step.
+        sends_values: whether the transformer itself sends values from the host to the device in every step, or waits
+            for some.
     """
 
     adapter: type

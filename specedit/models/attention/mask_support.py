@@ -20,17 +20,29 @@ from .processors import MixedProcessor
 MAKES_BOOLEAN = ("_native_npu",)  # casts the mask to bool, so that a bias has no effect
 
 
-def check(transformer: nn.Module, config: SpecEditConfig) -> None:
-    """ValueError where `attention="stock"` would pass a mask to a backend that takes none."""
-    if config.attention != "stock" or config.key_bias == "none" or not config.is_mixed:
+def check(transformer: nn.Module, config: SpecEditConfig, coarse: bool = False) -> None:
+    """ValueError where `attention="stock"` would pass a mask to a backend that takes none.
+
+    coarse: whether a mask is needed wherever the target has fewer tokens, with a bias or without.
+    """
+    if config.attention != "stock":
+        return
+    if coarse and (sum(config.steps[:2]) or config.uses_draft):
+        _check_backends(transformer, "attention='auto' brings its own kernels")
+        return
+    if config.key_bias == "none" or not config.is_mixed:
         return
     if config.method_options is not None and "key_bias" not in config.method_options.uses:
         return
+    _check_backends(transformer, "key_bias='none' needs no mask, attention='auto' brings its own kernels")
+
+
+def _check_backends(transformer: nn.Module, cure: str) -> None:
     for name in sorted(backends(transformer)):
         if not takes_mask(name):
             raise ValueError(
                 f"attention: expected an attention backend that takes a mask with attention='stock', got {name!r}; "
-                "key_bias='none' needs no mask, attention='auto' brings its own kernels"
+                f"{cure}"
             )
 
 

@@ -27,12 +27,12 @@ from ..attention.processors import QwenMixedProcessor, why_unsupported_processor
 from ..registry import register_adapter
 from ..shared.block_adapter import GIVEN_SIGMAS, BlockAdapter, pixels_per_token
 from ..shared.images import check_pictures, decoder_features, source_pictures, too_small
-from ..shared.prompts import count_prompts
+from ..shared.prompts import count_prompts, warn_if_guidance_inactive
 from ..shared.shapes import Shape, shapes_of, whole
 from ..shared.single_frame_vae import single_frame
 from .forward import QwenForward, guided
 from .positions import FrequenciesHook, reference_offset
-from .prompts import QwenConditioning, encode, text_counts, warn_if_guidance_inactive
+from .prompts import QwenConditioning, encode, text_counts
 from .sizes import edit_size, nearest_shapes, picture_size, shrink_picture, whole_tokens
 
 logger = logging.get_logger(__name__)

@@ -6,15 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor
 
-from ...once import warn_once
 from ..shared.conditioning import Prompt, PromptConditioning
-from ..shared.prompts import broadcast_negative_prompt, count_prompts
-
-logger = logging.get_logger(__name__)
+from ..shared.prompts import broadcast_negative_prompt, count_prompts, has_negative
 
 
 @dataclass(eq=False)
@@ -32,21 +28,6 @@ class QwenConditioning(PromptConditioning[QwenPrompt]):
     call: dict[str, Any]
     condition: list[Image.Image]
     kwargs: dict[str, Any]
-
-
-def has_negative(call: dict[str, Any]) -> bool:
-    return call["negative_prompt"] is not None or call["negative_prompt_embeds"] is not None
-
-
-def warn_if_guidance_inactive(pipe: Any, call: dict[str, Any]) -> None:
-    """The stock pipelines' warnings, once each, for a call that looks as if it wanted guidance."""
-    scale = call["true_cfg_scale"]
-    if scale > 1 and not has_negative(call):
-        text = f"true_cfg_scale is {scale}, but without a negative_prompt there is no guidance"
-        warn_once(pipe, text, "guidance without a negative_prompt", logger.warning)
-    elif scale <= 1 and has_negative(call):
-        text = f"there is a negative_prompt, but true_cfg_scale is {scale}: there is no guidance"
-        warn_once(pipe, text, "a negative_prompt without guidance", logger.warning)
 
 
 def encode(

@@ -60,12 +60,18 @@ class BlockAdapter(Adapter):
         compiled.detach(transformer)
 
     def last_block(self, pipe: Any) -> nn.Module | None:
-        """The block that is trimmed; None of a transformer without any, such as another engine's."""
+        """The block that is trimmed; None of a transformer without any, such as another engine's, or of a family that
+        reads all rows."""
         return last_block.last(pipe.transformer, self.blocks)
 
     def trims_last_block(self, pipe: Any, config: SpecEditConfig) -> bool:
         """Whether the last block will compute the target's rows alone."""
         return config.attention != "stock" and last_block.trims(self.last_block(pipe))
+
+    @staticmethod
+    def pixels_per_token(pipe: Any) -> int:
+        """Pixels a side of a token."""
+        return pixels_per_token(pipe)
 
     @staticmethod
     def encoded(pipe: Any, pictures: Tensor) -> Tensor:
@@ -100,7 +106,7 @@ class BlockAdapter(Adapter):
             reference_grid=reference_grid,
             generator=call["generator"],
             branches=1 if conditioning.negative is None else 2,
-            pixels_per_token=pixels_per_token(pipe),
+            pixels_per_token=self.pixels_per_token(pipe),
             backend={"auto": None, "stock": "torch"}.get(config.attention, config.attention),
             prompts=count_prompts(call),
             trims_last_block=self.trims_last_block(pipe, config),

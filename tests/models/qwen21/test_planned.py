@@ -1,0 +1,78 @@
+"""A plan for the cells that were found counts what the report counts, to the digit, in every preset and restore."""
+
+import numpy as np
+import pytest
+import torch
+
+import specedit
+from specedit.config import presets
+from specedit.cost.flops import plan
+from specedit.cost.tables import ModelCost
+from specedit.models import qwen21
+
+if qwen21.QwenImage21 is None:
+    pytest.skip("this diffusers has no Qwen-Image-2.1", allow_module_level=True)
+
+from tests.models.planned import assert_as_planned
+
+CORNER = np.zeros((128, 128), dtype=bool)
+CORNER[:40, :30] = True
+GUIDED = dict(negative_prompt="a longer one", true_cfg_scale=2.5)
+
+
+@pytest.fixture
+def compare(family):
+    """Runs a call, and compares its report with the plan for the cells that it found."""
+    pipe = family.make()
+    _, state = family.prepare(family.make(), **GUIDED)
+
+    def check(mask=CORNER, call=None, **config):
+        specedit.install(pipe, **dict(threshold=0.9, dilation=0) | config)
+        report = pipe(**family.call(128, 128) | dict(output_type="latent", edit_mask=mask) | (call or {})).report
+        cost = ModelCost(
+            pipe.transformer.config, state.text_tokens, 2 if call else 1, scheduler=pipe.scheduler.config,
+            negative_text_tokens=state.negative_text_tokens, fixed_prefix=True, latent_pixels=1,
+        )  # fmt: skip
+        cells = report.expand_mask
+        assert_as_planned(report, plan(report.config, cost, 128, 128, cells=cells, drafts=mask is None))
+        assert report.flops_stock == pytest.approx(
+            cost.stock(2 * 64, report.stock_steps, len(report.edit_mask)), rel=1e-12
+        )
+        return report
+
+    return check
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("restore", ["full", "reference", "pixels"])
+def test_presets(compare, restore):
+    for preset in presets:
+        compare(config=preset, restore=restore)
+    compare(None, config="turbo", restore=restore)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(forecast="taylor", forecast_order=1, forecast_interval=3, steps=(0, 0, 6)),
+        dict(attention="stock", steps=(1, 2, 1)),
+        dict(locked="reference", steps=(1, 2, 1)),
+        dict(keep_pixels=True, steps=(1, 1, 1)),
+    ],
+    ids=str,
+)
+def test_options(compare, config):
+    compare(**config)
+
+
+def test_guidance_and_its_range(compare):
+    for bounds in (None, (0.4, 0.8), (0.0, 0.6)):
+        compare(call=GUIDED, guidance_range=bounds, steps=(2, 2, 2))
+    compare(None, GUIDED, steps=(1, 1, 1), draft_steps=2)
+
+
+def test_a_guided_batch(compare):
+    """Samples of several layouts share the prefix that their first group computes."""
+    masks = torch.zeros(2, 8, 8)
+    masks[0, :3, :3] = masks[1, 2:, 2:] = 1
+    compare(masks, dict(GUIDED, prompt=["make it red"] * 2, negative_prompt=["a longer one"] * 2), steps=(1, 2, 1))
