@@ -374,6 +374,18 @@ STANDARD_RESTORES = ("full", "reference")  # likewise
 DEFAULT_PRESET = "balanced"
 
 
+def fitted(config: SpecEditConfig, *, skips_tokens: bool) -> SpecEditConfig:
+    """The configuration for a model that cannot compute some target tokens beside kept keys and values of the others.
+
+    A preset with locked="cached" then leaves unedited cells out, locked="reference". Any other configuration is as it
+    was.
+    """
+    base = config.preset_name or getattr(config, "_base", None)
+    if skips_tokens or config.locked != "cached" or base is None or presets[base].locked != "cached":
+        return config
+    return config._replaced(base, locked="reference")
+
+
 def resolve(value: str | SpecEditConfig | None = None, **overrides: Any) -> SpecEditConfig:
     """A configuration from a preset's name, a SpecEditConfig, or None (the default preset), with fields overridden.
 

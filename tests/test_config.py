@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specedit.config import DEFAULT_PRESET, SpecEditConfig, presets, resolve
+from specedit.config import DEFAULT_PRESET, SpecEditConfig, fitted, presets, resolve
 from specedit.registry import forecasts
 
 steps = st.tuples(*[st.integers(0, 20)] * 3).filter(sum)
@@ -356,3 +356,14 @@ def test_a_configuration_keeps_its_presets_name():
             dataclasses.replace(presets["turbo"], dilation=2)
         )
         assert copy.deepcopy(config).name == config.name
+
+
+def test_presets_leave_cells_out_where_tokens_cannot_be_kept():
+    """A model that cannot compute some target tokens alone still runs every preset."""
+    ultra = presets["ultra"]
+    assert fitted(ultra, skips_tokens=True) is ultra
+    other = fitted(resolve("ultra", dilation=2), skips_tokens=False)
+    assert (other.locked, other.dilation, other.draft_steps) == ("reference", 2, 0)
+    assert other.name == "ultra, dilation=2, locked='reference'"
+    asked = resolve("turbo", locked="cached", restore="reference")
+    assert fitted(asked, skips_tokens=False) is asked  # which the model then refuses

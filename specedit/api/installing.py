@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, Unpack
 
-from ..config import DEFAULT_THRESHOLDS, SpecEditConfig, resolve
+from ..config import DEFAULT_THRESHOLDS, SpecEditConfig, fitted, resolve
 from ..hold import Hold
 from ..method.adapter import Adapter
 from ..method.selectors import reads_threshold
@@ -55,6 +55,7 @@ def install(pipe: P, config: str | SpecEditConfig | None = None, **overrides: Un
 def _install(pipe: Any, config: SpecEditConfig) -> None:
     old = installation_of(pipe)
     if old is not None and _in_place(pipe):
+        config = fitted(config, skips_tokens=old.adapter.skips_tokens)
         check_method(config, old.adapter, pipe)
         old.calls = Calls()  # the reports were another configuration's
         old.config = config
@@ -67,6 +68,7 @@ def _install(pipe: Any, config: SpecEditConfig) -> None:
         return
     if adapter is None:
         raise TypeError(_not_supported(pipe))
+    config = fitted(config, skips_tokens=adapter.skips_tokens)
     check_method(config, adapter, pipe)
     if pipe.transformer is None:
         raise ValueError(f"install: expected a {type(pipe).__name__} with a transformer, got one without")

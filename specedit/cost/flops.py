@@ -11,7 +11,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from ..config import FULL_EDIT_SHARE, STOCK_STEPS, SpecEditConfig, resolve
+from ..config import FULL_EDIT_SHARE, STOCK_STEPS, SpecEditConfig, fitted, resolve
 from ..forecast import ReferenceKVCache, full_steps
 from ..forecast.kv_cache import LOCKED_RESET
 from ..layout import MixedLayout, TokenGrid
@@ -82,6 +82,7 @@ def plan(
         if value < TOKEN_PIXELS:
             raise ValueError(f"{name}: expected at least {TOKEN_PIXELS} pixels, got {value!r}")
     cost = model if isinstance(model, ModelCost) else MODELS[model]
+    config = fitted(config, skips_tokens=not cost.fixed_prefix)
     grid = TokenGrid(int(height) // TOKEN_PIXELS, int(width) // TOKEN_PIXELS)
     mixed = _estimated(config, grid, edit_fraction) if cells is None else _given(grid, cells, edit_fraction)
     planned = _Plan(config, cost, grid, mixed)
