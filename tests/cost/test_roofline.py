@@ -127,8 +127,8 @@ def test_stages_of_a_plan_add_up():
     )  # encode, decode are whole
     draft = done["stages"][1]
     ops = transformer_ops("flux-kontext", 1024, read=256)
-    assert draft["seconds"] == pytest.approx(8 * roofline(ops, GPUS["H200"]))
-    assert draft["flops"] == pytest.approx(8 * transformer_flops(MODELS["flux-kontext"].config, 1024, None, 256))
+    assert draft["seconds"] == pytest.approx(4 * roofline(ops, GPUS["H200"]))
+    assert draft["flops"] == pytest.approx(4 * transformer_flops(MODELS["flux-kontext"].config, 1024, None, 256))
     assert all(s["seconds"] >= max(s["flops"] / 989e12, s["bytes"] / 4.8e12) * (1 - 1e-9) for s in done["stages"])
 
 

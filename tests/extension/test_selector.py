@@ -42,7 +42,7 @@ def run(pipe, **changes):
 def test_it_runs_by_its_name(toy):
     assert run(toy, selector="corner").isfinite().all()
     report = specedit.report(toy)
-    assert report.draft_steps == 8
+    assert report.draft_steps == 4
     assert report.edit_mask[0, :, 0].all() and not report.edit_mask[0, :, 1:].any()
     assert report.score[0, :, 0].all() and not report.score[0, :, 1:].any()
 

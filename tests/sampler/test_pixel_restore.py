@@ -30,7 +30,7 @@ def upsampled(monkeypatch):
 
 def test_stages_end_clean_and_start_again_at_the_named_sigma():
     plan = [(s.name, round(s.start, 4), s.end, s.steps) for s in stages(SpecEditConfig(**QUICK))]
-    assert plan == [("coarse", 1.0, 0.7, 2), ("mixed", 0.8235, 0.0, 3), ("full", 0.12, 0.0, 1)]
+    assert plan == [("coarse", 1.0, 0.8, 2), ("mixed", 0.8889, 0.0, 3), ("full", 0.12, 0.0, 1)]
     plan = [(s.name, s.start, s.end, s.steps) for s in stages(SpecEditConfig(restore="pixels", steps=(4, 0, 1)))]
     assert plan == [("coarse", 1.0, 0.0, 4), ("full", 0.12, 0.0, 1)]  # MrFlow itself
     other = SpecEditConfig(restore="pixels", pixel_restore_sigma=0.3)
