@@ -26,7 +26,7 @@ STATE = EditState(
 class Recorder:
     """An adapter that notes the calls it gets, and answers with the number of active branches."""
 
-    name, keeps_reference, fixed_reference = "recorder", True, False
+    name, keeps_reference, fixed_reference, fixed_prefix, aligns_phases = "recorder", True, False, False, True
 
     def __init__(self):
         self.calls = []

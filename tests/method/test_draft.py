@@ -36,7 +36,9 @@ def test_several_references_shrink_each_by_itself():
     grids = (TokenGrid(8, 12), TokenGrid(5, 4))
     tokens = torch.randn(2, sum(grid.tokens for grid in grids), 8)
     places = tuple(Placement(grids[0], grid, row, 0) for grid, row in zip(grids, (0, 3), strict=True))
-    state = SimpleNamespace(references=tokens.split([grid.tokens for grid in grids], 1), placements=places)
+    state = SimpleNamespace(
+        references=tokens.split([grid.tokens for grid in grids], 1), placements=places, fixed_prefix=False
+    )
     small = small_reference(state, 4)
     first, second = (shrink(one, grid, 4) for one, grid in zip(state.references, grids, strict=True))
     assert torch.equal(small[:, : first[1].tokens], first[0])

@@ -4,7 +4,7 @@ import pytest
 
 import specedit
 from specedit.models.qwen import edit as qwen
-from specedit.models.qwen import prompts
+from specedit.models.shared import prompts
 
 
 @pytest.mark.parametrize("call", [dict(true_cfg_scale=2.5), dict(negative_prompt="blue", true_cfg_scale=1.0)])
