@@ -93,7 +93,7 @@ def models(name: str) -> str:
         rows.append([title, classes, str(steps), *(["-", "-", *saved] if few else [*saved, "-"])])
     header = ["model", "pipeline", "its own steps", "`turbo`", "`ultra`", "`few-4`"]
     return table(header, rows) + (
-        f'\n\nFLOPs saved against the model\'s own default at 1024 x 1024 with one reference, {SHARE:.0%} edited, '
+        f"\n\nFLOPs saved against the model's own default at 1024 x 1024 with one reference, {SHARE:.0%} edited, "
         '`restore="reference"`. Predicted by `specedit.flops.plan`, not measured.'
     )
 
