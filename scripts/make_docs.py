@@ -40,6 +40,7 @@ MAKERS = {
     "training": measured.training,
     "verification": measured.verification,
     "roofline": predicted.roofline,
+    "kernel-loops": predicted.kernel_loops,
     "real": measured.real,
     "steps": measured.steps,
     "gains": readme.gains,

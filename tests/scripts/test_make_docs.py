@@ -287,3 +287,15 @@ def test_the_curve_of_steps(docs, tmp_path):
     lines = docs.MAKERS["texture-steps"]("texture-steps-256.json").splitlines()
     assert lines[0] == "| steps | tasks | texture | ratio to 28 | material | seam | keep dB |"
     assert lines[2:4] == ["| 1 | 12 | 3.00 | 2.50 | 50% | 2.00 | - |", "| 28 | 12 | 1.20 | 1.00 | 50% | 2.00 | - |"]
+
+
+def test_main_loops_are_marked_as_predicted(docs, monkeypatch):
+    docs_predicted = importlib.import_module("docs_predicted")
+    loop = {"matrix": 8, "tensor": 256, "mufu": 34, "fma": 70, "barrier": 6, "all": 512}
+    rows = [{"arch": "sm_90", "name": "attend", "main_loop": loop}, {"arch": "sm_90", "name": "none", "main_loop": {}}]
+    monkeypatch.setattr(docs_predicted, "load", lambda name: {"machine": {"triton": "3.7"}, "rows": rows})
+    text = docs_predicted.kernel_loops("kernel-loops.json")
+    assert "| sm_90 | attend | 8 | 34 | 70 | 6 | 512 | 50% |" in text and "| none | 0 | 0 | 0 | 0 | 0 |  |" in text
+    assert "Predicted, not measured" in text
+    monkeypatch.setattr(docs_predicted, "load", lambda name: None)
+    assert docs_predicted.kernel_loops("kernel-loops.json") == "*Not compiled yet.*"
