@@ -1,7 +1,7 @@
 """Tables of the cost model's predictions and the paper's figures."""
 
 from docs_paper import PAPER, PAPER_FORECASTS, PAPER_PRESETS, PAPER_QWEN, PAPERS, QWEN_STOCK
-from docs_results import default_steps, table, to_default
+from docs_results import default_steps, load, table, to_default
 
 
 def plan(name: str) -> str:
@@ -198,4 +198,24 @@ def switches(name: str) -> str:
         "\n\nPredicted, not measured: ratios to 50 stock steps at 1024 x 1024 with this share edited, of operations "
         "and of an H100's roofline seconds. The first two rows are exact; every other is an approximation whose error "
         "the sweep on the embedded editor measures."
+    )
+
+
+def kernel_loops(name: str) -> str:
+    """What each attention kernel's main loop issues, and the bound on tensor-core use that follows."""
+    from specedit_kernels import sass
+
+    result = load(name)
+    if result is None:
+        return "*Not compiled yet.*"
+    rows = []
+    for row in result["rows"]:
+        loop, bound = row["main_loop"], sass.bound(row["main_loop"])
+        counts = [str(loop.get(kind, 0)) for kind in ("matrix", "mufu", "fma", "barrier", "all")]
+        rows.append([row["arch"], row["name"], *counts, "" if bound is None else f"{bound:.0%}"])
+    header = ["", "kernel", "matrix", "MUFU", "FMA", "barrier", "all", "tensor cores at most"]
+    return table(header, rows) + (
+        f"\n\nInstructions of a warp in one iteration of the main loop, by Triton {result['machine']['triton']}. "
+        "Predicted, not measured: the last column is the bound that issue slots and the unit for exponentials set "
+        "(`specedit_kernels.sass.bound`). Memory, latency and barriers lower it."
     )

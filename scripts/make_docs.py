@@ -45,6 +45,7 @@ MAKERS = {
     "scale": docs_scale.machines,
     "scale-count": docs_scale.count,
     "throughput": docs_scale.throughput,
+    "kernel-loops": predicted.kernel_loops,
     "real": measured.real,
     "session": measured.session,
     "steps": measured.steps,

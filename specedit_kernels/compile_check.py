@@ -1,6 +1,7 @@
 """Compile every shipped kernel in every shipped configuration, without a GPU.
 
     python -m specedit_kernels.compile_check [--arch sm_80 sm_90 sm_100] [--json FILE] [--jobs N] [--each-path-once]
+                                            [--only REGEX]
 
 Prints registers, spilled bytes, shared memory and matrix instructions of each, read from the cubin with the cuobjdump
 that comes with Triton. Exits with 1 if anything fails to compile, spills, needs more shared memory than the
@@ -342,6 +343,7 @@ def main(arguments: list[str] | None = None) -> int:
                         help="processes that compile side by side (default: one per core, at most 8)")  # fmt: skip
     parser.add_argument("--each-path-once", action="store_true",
                         help="of variants that differ only in sizes and types, compile one")  # fmt: skip
+    parser.add_argument("--only", metavar="REGEX", default="", help="only variants whose name matches")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
@@ -354,7 +356,11 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{'arch':7} {'kernel':38} {'regs':>4} {'spill':>5} {'shared':>7} {'matrix':>6}")
     capabilities = [int(arch.removeprefix("sm_")) for arch in options.arch]
     chosen = {c: _last_of_each_path(c) if options.each_path_once else range(len(shipped(c))) for c in capabilities}
-    tasks = [(capability, number) for capability, numbers in chosen.items() for number in numbers]
+    names = {c: [variant.name for _, variant in shipped(c)] for c in capabilities}
+    tasks = [(c, number) for c, numbers in chosen.items() for number in numbers
+             if re.search(options.only, names[c][number])]  # fmt: skip
+    if not tasks:
+        parser.error(f"--only: expected part of a variant's name, got {options.only!r}")
     for result in check_shipped(tasks, options.jobs):
         results.append(result)
         verdict = "; ".join(result.problems)

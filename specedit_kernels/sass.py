@@ -9,6 +9,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 # Classes of instructions in a main loop, by the start of the opcode.
@@ -44,10 +45,11 @@ class Code:
         return bool(products) and all("gsb0" in text for text in products)
 
     def main_loop(self) -> Counter[str]:
-        """Instructions of each class ("matrix", "mufu", "fma", "barrier" and "all") in the loop with most matrix
-        instructions, of those the shortest. Empty if no loop has any."""
-        loops = [Counter(_classes(body)) for body in self._loops()]
-        return max(loops, key=lambda loop: (loop["matrix"], -loop["all"]), default=Counter())
+        """Instructions of each class ("matrix", "mufu", "fma", "barrier" and "all") in the shortest loop with matrix
+        instructions; a jump back from the code of the tail spans longer ones. "tensor" has the cycles that its matrix
+        instructions take. Empty if no loop has any."""
+        loops = [Counter(_classes(body)) + _tensor_cycles(body) for body in self._loops()]
+        return min((loop for loop in loops if loop["matrix"]), key=lambda loop: loop["all"], default=Counter())
 
     def _loops(self) -> list[list[str]]:
         place = {address: number for number, (address, _) in enumerate(self.instructions)}
@@ -68,6 +70,31 @@ def _classes(body: list[str]) -> list[str]:
     opcodes = [_opcode(text) for text in body]
     named = [name for opcode in opcodes for name, starts in _CLASSES.items() if opcode.split(".")[0] in starts]
     return named + ["all"] * len(opcodes)
+
+
+def _tensor_cycles(body: list[str]) -> Counter[str]:
+    """Cycles of one of an SM's four tensor cores, at its peak rate: m64nNk16 takes N / 2 on sm_90, m16n8k16 8 on sm_80.
+
+    A warp's share of a wgmma is 16 rows. Other instructions (tcgen05, float32) are not counted.
+    """
+    total = Counter[str]()
+    for text in body:
+        if wide := re.search(r"\bHGMMA\.64x(\d+)x16\b", text):
+            total["tensor"] += int(wide[1]) // 2
+        elif re.search(r"\bHMMA\.16816\b", text):
+            total["tensor"] += 8
+    return total
+
+
+def bound(loop: Mapping[str, int]) -> float | None:
+    """The largest share of the time in which the tensor cores can work, from what a main loop issues, or None.
+
+    Each sub-core issues one instruction of a warp per cycle, and a MUFU occupies its unit for 8. Memory, latency and
+    barriers take nothing here, so a real kernel stays below.
+    """
+    if not loop.get("tensor"):
+        return None
+    return loop["tensor"] / max(loop["tensor"], loop["all"], 8 * loop.get("mufu", 0))
 
 
 def read(cubin: bytes) -> Code:

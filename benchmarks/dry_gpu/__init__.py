@@ -13,6 +13,7 @@ Outputs are not written, unless `computes` lets plain PyTorch write them after e
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -58,6 +59,7 @@ def _library() -> ctypes.CDLL:
     import triton
 
     folder = tempfile.mkdtemp(prefix="dry-gpu-")
+    atexit.register(shutil.rmtree, folder)  # Triton 3.6 links each kernel's launcher with the driver
     include = Path(triton.__file__).parent / "backends/nvidia/include"
     target = f"{folder}/libcuda.so.1"
     subprocess.run(
@@ -75,7 +77,6 @@ def _library() -> ctypes.CDLL:
         from triton.backends.nvidia.driver import CudaUtils
 
         CudaUtils()
-    shutil.rmtree(folder)
     return library
 
 

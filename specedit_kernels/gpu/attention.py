@@ -346,7 +346,8 @@ def launch_attention(
         lists is not None, query_block, key_block,
     )  # fmt: skip
     # Queries, keys, values and outputs are aligned; numbers from 2^31 on are 64-bit arguments.
-    wide = (queries | keys | tiles | sum(listed[2:] if lists else ())) >> 31
+    entries = 0 if lists is None else lists.blocks.shape[0] | lists.block_offsets.numel()
+    wide = (queries | keys | tiles | entries) >> 31
     key = (
         q.dtype, strides, heads, group, switches, config["num_warps"], config["num_stages"], wide,
         bias is not None and bias.data_ptr() % 16,

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from specedit_kernels import compile_check
+from specedit_kernels import compile_check, sass
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1",
@@ -61,7 +61,18 @@ def test_main_loop_is_counted():
     loop = compile_check.check(first(table([9, 0])), 90, "here").main_loop
     per_thread = 128 * 64 // 256
     assert loop["matrix"] == 8 and loop["mufu"] == per_thread + 2 and loop["barrier"] > 0
-    assert loop["fma"] >= per_thread and loop["all"] > sum(loop.values()) - loop["all"]
+    assert loop["fma"] >= per_thread and loop["all"] > loop["matrix"] + loop["mufu"] + loop["fma"] + loop["barrier"]
+    # One of four tensor cores, 512 multiply-adds a cycle: 16 rows of a warp, 64 keys, 64 channels, two products.
+    assert loop["tensor"] == 2 * 16 * 64 * 64 // 512
+    assert sass.bound(loop) == loop["tensor"] / loop["all"] and sass.bound({"all": 9}) is None
+
+
+def test_main_loop_with_descriptors_is_not_counted_with_its_tail():
+    """The jumps back of a wait span both, and both multiply."""
+    entry = {"shape": {"head_dim": 64, "bits": 16}, "config": {"block_m": 128, "block_n": 64, "num_warps": 8,
+                                                               "num_stages": 2}}  # fmt: skip
+    result = compile_check.check(first(table([9, 0]) | {"attention_tma": [entry]}), 90, "here")
+    assert result.main_loop["matrix"] == 8 and result.matrix_instructions == 16
 
 
 def test_too_much_shared_memory_is_rejected():
@@ -87,6 +98,11 @@ def test_command(tmp_path, capsys, monkeypatch):
     bad = [first(table([8, 0], block_n=128, num_warps=4))]
     monkeypatch.setattr(compile_check, "variants", lambda table: bad)
     assert compile_check.main(["--arch", "sm_80", "--jobs", "1", "--each-path-once"]) == 1
+    with pytest.raises(SystemExit):
+        compile_check.main(["--jobs", "0"])
+    with pytest.raises(SystemExit):
+        compile_check.main(["--only", "no such kernel"])
+    assert "--only: expected part of a variant's name, got 'no such kernel'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         compile_check.main(["--jobs", "0"])
     assert "--jobs: expected at least 1, got 0" in capsys.readouterr().err

@@ -301,3 +301,15 @@ def test_a_session_is_shown_by_its_first_and_last_edit(docs, tmp_path):
     assert lines[0].startswith("| edits in a row | success | keep dB after 1 | keep dB after 10 |")
     assert lines[2] == "| `keep_pixels`, the object's mask as `edit_mask` | 50% | 50.0 | 50.5 | 0 |"
     assert lines[3] == "| no kept pixels | 50% | 50.0 | 21.5 | 0 |" and "2 of them, 256 px" in lines[5]
+
+
+def test_main_loops_are_marked_as_predicted(docs, monkeypatch):
+    docs_predicted = importlib.import_module("docs_predicted")
+    loop = {"matrix": 8, "tensor": 256, "mufu": 34, "fma": 70, "barrier": 6, "all": 512}
+    rows = [{"arch": "sm_90", "name": "attend", "main_loop": loop}, {"arch": "sm_90", "name": "none", "main_loop": {}}]
+    monkeypatch.setattr(docs_predicted, "load", lambda name: {"machine": {"triton": "3.7"}, "rows": rows})
+    text = docs_predicted.kernel_loops("kernel-loops.json")
+    assert "| sm_90 | attend | 8 | 34 | 70 | 6 | 512 | 50% |" in text and "| none | 0 | 0 | 0 | 0 | 0 |  |" in text
+    assert "Predicted, not measured" in text
+    monkeypatch.setattr(docs_predicted, "load", lambda name: None)
+    assert docs_predicted.kernel_loops("kernel-loops.json") == "*Not compiled yet.*"
