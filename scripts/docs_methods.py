@@ -1,5 +1,7 @@
 """The table and figure of all methods."""
 
+from collections.abc import Callable
+
 from pathlib import Path
 
 from docs_measured import SMALL, average
@@ -56,8 +58,17 @@ def _row(row: dict, stock: dict[str, dict], steps: int) -> list[str]:
     ]  # fmt: skip
 
 
+def front(points: list[tuple[float, float, str]], best: Callable) -> list[tuple[float, float, str]]:
+    """Of (cost, value, name), those that no cheaper one is as good as; best: min or max of two values."""
+    kept: list[tuple[float, float, str]] = []
+    for point in sorted(points):
+        if not kept or (best(point[1], kept[-1][1]) == point[1] and point[1] != kept[-1][1]):
+            kept.append(point)
+    return kept
+
+
 def pareto(name: str, path: Path) -> None:
-    """Success and texture distance of small edits, over FLOPs and over seconds."""
+    """Success of small edits and texture distance, over FLOPs and over seconds; the best at their cost are named."""
     result = load(name)
     if result is None:
         return
@@ -67,7 +78,7 @@ def pareto(name: str, path: Path) -> None:
         for column, (key, title, texture) in enumerate(
             (("success", "success", False), ("texture_distance", "texture distance", True))
         ):
-            axis = axes[line][column]
+            axis, every = axes[line][column], []
             for group, marker in GROUPS.items():
                 points = []
                 for row in result["rows"]:
@@ -78,8 +89,10 @@ def pareto(name: str, path: Path) -> None:
                 if points:
                     x, y, names = zip(*points, strict=True)
                     axis.plot(x, y, marker=marker, linestyle="-" if group == "stock" else "", label=group)
-                    for at in zip(x, y, names, strict=True):
-                        axis.annotate(at[2], at[:2], fontsize=6)
+                    every += points
+            for at in front(every, best=min if texture else max):
+                axis.annotate(at[2], at[:2], fontsize=7, xytext=(3, 3), textcoords="offset points")
+            axis.set_ylim(0, None if texture else 1)
             axis.set_xscale("log")
             axis.set_xlabel(label)
             axis.set_ylabel(title)
