@@ -1,13 +1,13 @@
 """The table and figure of all methods."""
 
 from collections.abc import Callable
-
 from pathlib import Path
 
 from docs_measured import SMALL, average
 from docs_paper import REPORTED
 from docs_results import default_steps, edited_by, load, number, source, table
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from specedit.config import STOCK_STEPS
 
@@ -94,6 +94,9 @@ def pareto(name: str, path: Path) -> None:
                 axis.annotate(at[2], at[:2], fontsize=7, xytext=(3, 3), textcoords="offset points")
             axis.set_ylim(0, None if texture else 1)
             axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_formatter(NullFormatter())
             axis.set_xlabel(label)
             axis.set_ylabel(title)
             axis.legend(fontsize=7)
