@@ -82,6 +82,8 @@ class RunReport:
             restore="reference" or keep_pixels they were edited as a whole, unless the coarse stage showed a change;
             otherwise the input would come back.
         overflowed: samples whose verification score was not finite; they were edited as a whole.
+        decoded_fraction: share of the pictures that was decoded, with what lies around it; below 1 with
+            decode="edited" where the edit is small and the autoencoder neither tiled, compiled nor offloaded by layers.
         source, edit: PIL images of the first sample for the figure; not part of `to_dict`.
 
     Raises:
@@ -107,6 +109,7 @@ class RunReport:
     empty_drafts: int = 0
     stock_steps: int = STOCK_STEPS
     overflowed: int = 0
+    decoded_fraction: float = 1.0
 
     def __post_init__(self) -> None:
         self.stages = list(self.stages)
@@ -169,6 +172,7 @@ class RunReport:
             "cache_bytes": self.cache_bytes,
             "missed": self.empty_drafts,
             "overflowed": self.overflowed,
+            "decoded_fraction": self.decoded_fraction,
             "score": score,
             **{name: grid.tolist() if grid is not None else None for name, grid in grids.items()},
         }
@@ -199,6 +203,7 @@ class RunReport:
         return (
             f"{name}: NFE {self.nfe}{f' ({apart})' if apart else ''} + {self.draft_steps} draft, "
             f"{self._compared()}, {self.edit_fraction:.0%} edited, {self.expand_fraction:.0%} expanded"
+            + (f", {self.decoded_fraction:.0%} decoded" if self.decoded_fraction < 1 else "")
             + (f"; {self.empty_drafts} of {samples} {seen} showed no change" if self.empty_drafts else "")
             + (f"; {self.overflowed} of {samples} scores were not finite" if self.overflowed else "")
         )

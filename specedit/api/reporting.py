@@ -40,6 +40,7 @@ def report_of(run: Run, outcome: Outcome, images: Any, call: dict[str, Any], sec
         empty_drafts=outcome.empty_drafts,
         stock_steps=steps,
         overflowed=outcome.overflowed,
+        decoded_fraction=run.trace.decoded,
     )
 
 
