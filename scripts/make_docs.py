@@ -39,6 +39,7 @@ MAKERS = {
     "switches": predicted.switches,
     "training": measured.training,
     "verification": measured.verification,
+    "decoding": measured.decoding,
     "roofline": predicted.roofline,
     "real": measured.real,
     "steps": measured.steps,

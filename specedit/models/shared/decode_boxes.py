@@ -51,7 +51,7 @@ class Box(NamedTuple):
 
 
 def boxes_around(cells: Tensor, gap: int) -> list[Box]:
-    """Boxes that hold every true cell of (h, w), as small as cuts along `gap` or more empty rows or columns make them."""
+    """Boxes that hold every true cell of (h, w), cut apart along `gap` or more empty rows or columns."""
     return _split(cells.cpu(), Box(0, cells.shape[0], 0, cells.shape[1]), gap)
 
 

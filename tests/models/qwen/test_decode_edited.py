@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKLQwenImage
 
 import specedit
 from specedit.method import restore
@@ -51,6 +52,20 @@ def test_boxes_are_the_whole_decodes_pixels(vae, latents, places):
     assert part.shape == whole.shape and 0 < share < decode_boxes.LARGEST
     torch.testing.assert_close(part[pixels], whole[pixels], rtol=1e-4, atol=1e-5)
     assert (part == 0).float().mean() > 0.5
+
+
+@torch.no_grad()
+def test_the_released_autoencoders_layout_needs_a_wider_halo():
+    torch.manual_seed(0)
+    vae = AutoencoderKLQwenImage(base_dim=4, z_dim=4, num_res_blocks=2, dim_mult=[1, 2, 4, 4]).eval()
+    latents = torch.randn(1, 4, 1, 24, 24)
+    found = torch.zeros(1, 6, 6, dtype=torch.bool)
+    found[0, 2, 2] = True
+    boxes, share = decode_boxes.plan(vae, found, CELL, 24, 24)
+    part, whole = decode_boxes.decode(vae, latents, boxes), vae.decode(latents).sample[:, :, 0]
+    box = boxes[0][0].times(8)
+    assert decode_boxes.halo(vae) == 6 and share == (16 / 24) ** 2
+    torch.testing.assert_close(box.of(part), box.of(whole), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -144,7 +159,7 @@ def test_pixels_outside_the_cells_do_not_show():
 
 
 def test_only_with_kept_pixels_and_an_autoencoder_that_can(make_pipe, picture):
-    with pytest.raises(ValueError, match="decode: expected 'full' without keep_pixels.*got 'edited'"):
+    with pytest.raises(ValueError, match=r"decode: expected 'full' without keep_pixels.*got 'edited'"):
         specedit.SpecEditConfig(decode="edited")
     with pytest.raises(ValueError, match="decode: expected one of 'full', 'edited', got 'crop'"):
         specedit.SpecEditConfig(decode="crop", keep_pixels=True)
