@@ -41,6 +41,7 @@ MAKERS = {
     "switches": predicted.switches,
     "training": measured.training,
     "verification": measured.verification,
+    "decoding": measured.decoding,
     "roofline": predicted.roofline,
     "scale": docs_scale.machines,
     "scale-count": docs_scale.count,

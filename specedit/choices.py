@@ -11,6 +11,7 @@ KeyBias = Literal["area", "none"]
 Rope = Literal["scaled", "phase_aligned"]
 Attention = Literal["auto", "triton", "torch", "stock"]
 DraftCondition = Literal["full", "small"]
+Decode = Literal["full", "edited"]
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "verify_at": get_args(VerifyAt),
@@ -20,4 +21,5 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rope": get_args(Rope),
     "attention": get_args(Attention),
     "draft_condition": get_args(DraftCondition),
+    "decode": get_args(Decode),
 }

@@ -9,7 +9,7 @@ from typing import Any
 from . import field_checks, registry, switch_checks
 from .checks import integer, suggest
 from .choices import CHOICES as CHOICES
-from .choices import Attention, DraftCondition, KeyBias, Locked, Restore, Rope, VerifyAt
+from .choices import Attention, Decode, DraftCondition, KeyBias, Locked, Restore, Rope, VerifyAt
 from .field_checks import taken_steps
 from .forecast_options import ForecastOptions, options_of
 from .method_options import OWN, Method, method_of
@@ -58,6 +58,8 @@ class SpecEditConfig:
             and values from the stage's first step, or its latest 9th, stand for them. "reference": they are left out,
             since the reference shows them. The last two follow the reference from noise level to noise level.
         keep_pixels: everything outside the feathered edit mask is the input's own pixels.
+        decode: "full" decodes the whole picture. "edited" decodes boxes around the edited cells, to the same pixels
+            within rounding; only with keep_pixels, which shows no others, and only with Qwen's autoencoder.
         verify_coarse: verify the clean prediction at the end of the coarse stage as the draft was, and edit what it
             changes too: the main run may choose another object than the draft. Only where unedited cells are kept
             (restore="reference", keep_pixels, or another `locked` than "coarse"), and after a draft. Takes no model
@@ -112,6 +114,7 @@ class SpecEditConfig:
     pixel_restore_sigma: float = PIXEL_RESTORE_SIGMA
     locked: Locked = "coarse"
     keep_pixels: bool = False
+    decode: Decode = "full"
     verify_coarse: bool = True
     key_bias: KeyBias = "area"
     rope: Rope = "scaled"

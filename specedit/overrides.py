@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypedDict
 
-from .choices import Attention, DraftCondition, KeyBias, Locked, Restore, Rope, VerifyAt
+from .choices import Attention, Decode, DraftCondition, KeyBias, Locked, Restore, Rope, VerifyAt
 from .forecast_options import ForecastOptions
 from .method_options import Method
 
@@ -25,6 +25,7 @@ class Overrides(TypedDict, total=False):
     pixel_restore_sigma: float
     locked: Locked
     keep_pixels: bool
+    decode: Decode
     verify_coarse: bool
     key_bias: KeyBias
     rope: Rope

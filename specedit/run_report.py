@@ -85,6 +85,8 @@ class RunReport:
         reused: with `reuse_encodings`, how many "prompts" and "pictures" (references) were not encoded again, in a
             session "renditions" (the picture, decoded unedited), and under "findings" 1 where an earlier call's draft,
             of another seed or the same, said what to edit; `score` is that draft's. Empty if nothing was reused.
+        decoded_fraction: share of the pictures that was decoded, with what lies around it; below 1 with
+            decode="edited" where the edit is small and the autoencoder neither tiled, compiled nor offloaded by layers.
         source, edit: PIL images of the first sample for the figure; not part of `to_dict`.
 
     Raises:
@@ -111,6 +113,7 @@ class RunReport:
     stock_steps: int = STOCK_STEPS
     overflowed: int = 0
     reused: dict[str, int] = dataclasses.field(default_factory=dict)
+    decoded_fraction: float = 1.0
 
     def __post_init__(self) -> None:
         self.stages = list(self.stages)
@@ -174,6 +177,7 @@ class RunReport:
             "missed": self.empty_drafts,
             "overflowed": self.overflowed,
             "reused": dict(self.reused),
+            "decoded_fraction": self.decoded_fraction,
             "score": score,
             **{name: grid.tolist() if grid is not None else None for name, grid in grids.items()},
         }
@@ -204,6 +208,7 @@ class RunReport:
         return (
             f"{name}: NFE {self.nfe}{f' ({apart})' if apart else ''} + {self.draft_steps} draft, "
             f"{self._compared()}, {self.edit_fraction:.0%} edited, {self.expand_fraction:.0%} expanded"
+            + (f", {self.decoded_fraction:.0%} decoded" if self.decoded_fraction < 1 else "")
             + (f"; {self.empty_drafts} of {samples} {seen} showed no change" if self.empty_drafts else "")
             + (f"; {self.overflowed} of {samples} scores were not finite" if self.overflowed else "")
             + (f"; reused {self._reused_inputs()}" if self.reused else "")

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from .method_options import Method
 
 Steps = tuple[int, int, int]
-READ_BY_ALL = frozenset(("method", "attention", "keep_pixels", "reuse_encodings"))  # fields that no method ignores
+# Fields that no method ignores.
+READ_BY_ALL = frozenset(("method", "attention", "keep_pixels", "reuse_encodings", "decode"))
 
 
 def finds_cells(config: SpecEditConfig, steps: Steps) -> bool:
@@ -43,6 +44,11 @@ def check(config: SpecEditConfig) -> None:
         _check_method(config, config.method_options)
     if config.forecast_options is not None:
         _check_forecast(config, config.forecast_options)
+    if config.decode == "edited" and not config.keep_pixels:
+        raise ValueError(
+            "decode: expected 'full' without keep_pixels, because pixels outside the edited cells are shown too, "
+            "got 'edited'"
+        )
     if config.draft_steps == 0:
         _check_no_draft(config)
     if config.reference_refresh is not None:

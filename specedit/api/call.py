@@ -155,7 +155,10 @@ def decoded(
         source = None
     if keeps and source is None:  # without pixels on both sides, latents are what can be kept
         tokens = restore.blend_latents(tokens, state.aligned, edited, state.grid)
-    images = run.adapter.decode(run.pipe, state, tokens, output_type)
+    if source is not None and run.config.decode == "edited":
+        images, run.trace.decoded = run.adapter.decode_edited(run.pipe, state, tokens, output_type, edited)
+    else:
+        images = run.adapter.decode(run.pipe, state, tokens, output_type)
     if keeps and source is not None:
         changed = haze.changed(images, rendition(run, reuse)) if clears and output_type == "pil" else None
         images = restore.keep_pixels(images, source, edited, 2 * state.pixels_per_token, output_type, changed)

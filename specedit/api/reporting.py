@@ -46,6 +46,7 @@ def report_of(
         stock_steps=steps,
         overflowed=outcome.overflowed,
         reused=dict(reused),
+        decoded_fraction=run.trace.decoded,
     )
 
 

@@ -253,6 +253,7 @@ class Adapter(ABC):
     skips_tokens: ClassVar[bool] = False  # whether it leaves tokens out, the same ones in every guidance branch
     measures_attention: ClassVar[bool] = False  # whether `predict` adds to `group.mass` where there is one
     encodes_pixels: ClassVar[bool] = False  # whether it has `encode`
+    decodes_boxes: ClassVar[bool] = False  # whether it has `decode_edited`
     fixed_reference: ClassVar[bool] = False  # whether the references' keys never change: a stage's first step has them
     fixed_prefix: ClassVar[bool] = False  # whether text and references never change, and are computed once a run, fine
     aligns_phases: ClassVar[bool] = True  # whether it runs rope="phase_aligned"
@@ -334,6 +335,15 @@ class Adapter(ABC):
     @abstractmethod
     def decode(self, pipe: Any, state: EditState, tokens: Tensor, output_type: str) -> Any:
         """Clean tokens (B, N, C) of the full grid to images, as the stock pipeline returns them."""
+
+    def decode_edited(
+        self, pipe: Any, state: EditState, tokens: Tensor, output_type: str, cells: Tensor
+    ) -> tuple[Any, float]:
+        """What `decode` gives, where it need only be right in some cells, and the share of the pictures decoded.
+
+        cells (B, h, w) bool, of two tokens a side. Other pixels are unspecified.
+        """
+        raise NotImplementedError(f"{self.name} decodes whole pictures; see decodes_boxes")
 
     def encode(self, pipe: Any, pictures: Tensor, grid: TokenGrid) -> Tensor:
         """Pictures (B, 3, H, W) float32 in 0..1 of a grid's size to clean tokens (B, N, C), as of a reference."""

@@ -157,6 +157,7 @@ class Trace:
     stages: list[StageReport] = field(default_factory=list)
     calls: list[ForwardCall] = field(default_factory=list)
     cache_bytes: int = 0  # most that caches held at once
+    decoded: float = 1.0  # share of the pictures that the autoencoder decoded
     steps: int = 0  # of the main run
     stage: StageTrace | None = None  # under way
 

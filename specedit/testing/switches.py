@@ -146,6 +146,21 @@ class SwitchConformance(Cases):
         assert tokens.dtype == torch.float32
         self.close(tokens, state.aligned, 2e-3)
 
+    def test_decoding_the_edited_cells_alone(self, family):
+        """Inside them, the pixels are those of the whole decode."""
+        pipe = family.make()
+        adapter, state = family.prepare(pipe)
+        if not adapter.decodes_boxes:
+            pytest.skip("this adapter decodes whole pictures")
+        cells = torch.zeros(state.batch, *state.grid.coarse().shape, dtype=torch.bool)
+        cells[:, 0, 0] = True
+        with torch.no_grad():
+            whole = adapter.decode(pipe, state, state.noise, "pt")
+            part, share = adapter.decode_edited(pipe, state, state.noise, "pt", cells)
+        side = 2 * state.pixels_per_token
+        assert part.shape == whole.shape and 0 < share < 1
+        self.close(part[..., :side, :side], whole[..., :side, :side], 1e-4)
+
     def test_a_reference_whose_tokens_are_selected(self, family):
         """What a part of the reference is, follows its positions; a run measures, shortens and ends."""
         mask = torch.zeros(8, 8)

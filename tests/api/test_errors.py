@@ -176,6 +176,7 @@ def test_a_huge_picture(pipe, edit, picture, monkeypatch):
     [
         ("skips_tokens", dict(locked="cached")),
         ("encodes_pixels", dict(restore="pixels")),
+        ("decodes_boxes", dict(decode="edited", keep_pixels=True)),
         ("measures_attention", dict(reference_keep=0.5)),
         ("keeps_reference", dict(reference_refresh=2)),
         ("token_wise", dict(forecast="toca")),

@@ -25,6 +25,7 @@ from ..attention import compiled
 from ..attention.last_block import QwenLastBlock
 from ..attention.processors import QwenMixedProcessor, why_unsupported_processor
 from ..registry import register_adapter
+from ..shared import decode_boxes
 from ..shared.block_adapter import GIVEN_SIGMAS, BlockAdapter, pixels_per_token
 from ..shared.images import check_pictures, decoder_features, source_pictures, too_small
 from ..shared.prompts import count_prompts, warn_if_guidance_inactive
@@ -67,6 +68,7 @@ class QwenImageEdit(BlockAdapter):
     skips_blocks = True
     skips_tokens = True
     encodes_pixels = True
+    decodes_boxes = True
     measures_attention = True
     attention = Attention
     processor = QwenMixedProcessor
@@ -219,6 +221,18 @@ class QwenImageEdit(BlockAdapter):
         with single_frame(pipe.vae):
             image = pipe.vae.decode(self._latents(pipe, tokens, state.grid), return_dict=False)[0][:, :, 0]
         return pipe.image_processor.postprocess(image, output_type=output_type)
+
+    def decode_edited(
+        self, pipe: Any, state: EditState, tokens: Tensor, output_type: str, cells: Tensor
+    ) -> tuple[Any, float]:
+        if decode_boxes.why_whole(pipe.vae) is None:
+            latents = self._latents(pipe, tokens, state.grid)
+            boxes, share = decode_boxes.plan(pipe.vae, cells, 2 * state.grid.geometry.patch, *latents.shape[-2:])
+            if share < decode_boxes.LARGEST:
+                with single_frame(pipe.vae):
+                    image = decode_boxes.decode(pipe.vae, latents, boxes)
+                return pipe.image_processor.postprocess(image, output_type=output_type), share
+        return self.decode(pipe, state, tokens, output_type), 1.0
 
     def encode(self, pipe: Any, pictures: Tensor, grid: TokenGrid) -> Tensor:
         with single_frame(pipe.vae):

@@ -40,7 +40,7 @@ def single_frame(vae: nn.Module) -> Iterator[None]:
     A compiled one would recompile. Calls from several threads take turns, because video autoencoders cache the features
     of earlier frames on themselves.
     """
-    known = isinstance(vae, AutoencoderKLQwenImage) and not _compiled(vae)
+    known = isinstance(vae, AutoencoderKLQwenImage) and not is_compiled(vae)
     with _turn(vae), SingleFrameConv() if known else contextlib.nullcontext():
         yield
 
@@ -62,7 +62,8 @@ def _turn(vae: Any) -> contextlib.AbstractContextManager:
     return Hold(turn.lock)
 
 
-def _compiled(vae: nn.Module) -> bool:
+def is_compiled(vae: nn.Module) -> bool:
+    """Whether encode, decode or any module is compiled."""
     if {"encode", "decode"} & vars(vae).keys():  # replaced on the instance, most often by compiled methods
         return True
     return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in vae.modules())
