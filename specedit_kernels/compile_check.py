@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -373,7 +374,10 @@ def main(arguments: list[str] | None = None) -> int:
 
         machine = {"torch": torch.__version__, "triton": triton.__version__}
         with open(options.json, "w") as file:
-            json.dump({"machine": machine, "rows": [asdict(result) for result in results]}, file, indent=1)
+            words = shlex.join(sys.argv[1:] if arguments is None else arguments)
+            command = f"python -m specedit_kernels.compile_check {words}"
+            rows = [asdict(result) for result in results]
+            json.dump({"machine": machine, "command": command, "rows": rows}, file, indent=1)
     return 1 if bad else 0
 
 
