@@ -1,5 +1,6 @@
 """What a whole edit launches and compiles, on a GPU that is not there: Triton's launcher, plain PyTorch's numbers."""
 
+import copy
 from collections import Counter
 
 import numpy as np
@@ -22,7 +23,7 @@ def corner(height, width):
 
 @pytest.fixture
 def installed(pipe):
-    pipe.to(torch.bfloat16)
+    pipe = copy.deepcopy(pipe).to(torch.bfloat16)  # its modules are everybody's
     specedit.install(pipe, steps=(1, 2, 1), draft_steps=1, attention="triton")
     return pipe
 
