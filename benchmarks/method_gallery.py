@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
             ]
             where.append((case.prompt, [case.source, *(picture for _, picture in looked)]))
             names = ["source", *(name for name, _ in looked)]
-    sheet(["source", "a right answer", *chosen], lines).save(args.out / "methods-gallery.jpg", quality=80)
+    sheet(["source", "a right answer", *chosen], lines).save(args.out / "methods-gallery.jpg", quality=50)
     sheet(names, where).save(args.out / "methods-where.jpg", quality=85)
 
 
