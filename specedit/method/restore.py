@@ -29,10 +29,20 @@ def blend_latents(tokens: Tensor, reference: Tensor, edited: Tensor, grid: Token
 
     The seam is half a token wide, in whole latent pixels: one of packed tokens, none of unpacked ones.
     """
-    geometry, patch = grid.geometry, grid.geometry.patch
+    patch = grid.geometry.patch
     h, w = grid.shape
     weight = feather(edited, 2 * patch, patch // 2, (patch * h, patch * w))  # a cell is two tokens a side
-    weight = geometry.from_image(weight[:, None]).repeat(1, 1, tokens.shape[2] // geometry.pixels)
+    return blend(tokens, reference, token_weights(weight, grid, tokens))
+
+
+def token_weights(weight: Tensor, grid: TokenGrid, like: Tensor) -> Tensor:
+    """Weights (B, h, w) of latent pixels as those of tokens (B, N, C), every channel alike."""
+    geometry = grid.geometry
+    return geometry.from_image(weight[:, None]).repeat(1, 1, like.shape[2] // geometry.pixels)
+
+
+def blend(tokens: Tensor, reference: Tensor, weight: Tensor) -> Tensor:
+    """`tokens` by their weights, and exactly `reference` where the weight is 0."""
     return torch.where(weight == 0, reference, weight * tokens + (1 - weight) * reference)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..config import SpecEditConfig
 from ..method.adapter import EditState
+from ..method.restore import blend
 from .flux import FluxConditioning, FluxKontext, reference_size
 from .registry import register_adapter
 from .shared import inpainting
@@ -64,7 +65,7 @@ class FluxKontextInpaint(FluxKontext):
     def decode(self, pipe: Any, state: EditState, tokens: Tensor, output_type: str) -> Any:
         conditioning = state.conditioning
         if isinstance(conditioning, InpaintConditioning):
-            tokens = inpainting.blended(tokens, state.aligned.to(tokens), conditioning.weights.to(tokens))
+            tokens = blend(tokens, state.aligned.to(tokens), conditioning.weights.to(tokens))
         return super().decode(pipe, state, tokens, output_type)
 
     @staticmethod

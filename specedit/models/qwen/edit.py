@@ -6,7 +6,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
@@ -26,10 +25,11 @@ from ..attention.last_block import QwenLastBlock
 from ..attention.processors import QwenMixedProcessor, why_unsupported_processor
 from ..registry import register_adapter
 from ..shared import decode_boxes
-from ..shared.block_adapter import GIVEN_SIGMAS, BlockAdapter, pixels_per_token
+from ..shared.block_adapter import GIVEN_SIGMAS, pixels_per_token
 from ..shared.images import check_pictures, decoder_features, source_pictures, too_small
 from ..shared.prompts import count_prompts, warn_if_guidance_inactive
 from ..shared.shapes import Shape, shapes_of, whole
+from ..shared.single_frame_adapter import SingleFrameAdapter
 from ..shared.single_frame_vae import single_frame
 from .forward import QwenForward, guided
 from .positions import FrequenciesHook, reference_offset
@@ -59,7 +59,7 @@ class Pictures:
 
 
 @register_adapter
-class QwenImageEdit(BlockAdapter):
+class QwenImageEdit(SingleFrameAdapter):
     """Adapter of QwenImageEditPipeline."""
 
     name = "qwen-image-edit"
@@ -67,7 +67,6 @@ class QwenImageEdit(BlockAdapter):
     keeps_reference = True
     skips_blocks = True
     skips_tokens = True
-    encodes_pixels = True
     decodes_boxes = True
     measures_attention = True
     attention = Attention
@@ -213,20 +212,13 @@ class QwenImageEdit(BlockAdapter):
     def features(self, pipe: Any, tokens: Tensor, grid: TokenGrid) -> list[Tensor]:
         # One frame needs none of the decoder's cache of earlier frames.
         with single_frame(pipe.vae):
-            return [part[:, :, 0] for part in decoder_features(pipe.vae, self._latents(pipe, tokens, grid))]
-
-    def decode(self, pipe: Any, state: EditState, tokens: Tensor, output_type: str) -> Any:
-        if output_type == "latent":
-            return tokens.to(state.conditioning.dtype)
-        with single_frame(pipe.vae):
-            image = pipe.vae.decode(self._latents(pipe, tokens, state.grid), return_dict=False)[0][:, :, 0]
-        return pipe.image_processor.postprocess(image, output_type=output_type)
+            return [part[:, :, 0] for part in decoder_features(pipe.vae, self.latents_of(pipe, tokens, grid))]
 
     def decode_edited(
         self, pipe: Any, state: EditState, tokens: Tensor, output_type: str, cells: Tensor
     ) -> tuple[Any, float]:
         if decode_boxes.why_whole(pipe.vae) is None:
-            latents = self._latents(pipe, tokens, state.grid)
+            latents = self.latents_of(pipe, tokens, state.grid)
             boxes, share = decode_boxes.plan(pipe.vae, cells, 2 * state.grid.geometry.patch, *latents.shape[-2:])
             if share < decode_boxes.LARGEST:
                 with single_frame(pipe.vae):
@@ -234,19 +226,11 @@ class QwenImageEdit(BlockAdapter):
                 return pipe.image_processor.postprocess(image, output_type=output_type), share
         return self.decode(pipe, state, tokens, output_type), 1.0
 
-    def encode(self, pipe: Any, pictures: Tensor, grid: TokenGrid) -> Tensor:
-        with single_frame(pipe.vae):
-            return grid.geometry.from_image(self.encoded(pipe, pictures.unsqueeze(2))[:, :, 0])
-
     @staticmethod
-    def _latents(pipe: Any, tokens: Tensor, grid: TokenGrid) -> Tensor:
-        side, config = pixels_per_token(pipe), pipe.vae.config
-        latents = pipe._unpack_latents(tokens, grid.height * side, grid.width * side, pipe.vae_scale_factor)
-        latents = latents.to(pipe.vae.dtype)
-        mean, std = (
-            torch.tensor(x).view(1, -1, 1, 1, 1).to(latents) for x in (config.latents_mean, config.latents_std)
-        )
-        return latents * std + mean
+    def unpacked(pipe: Any, tokens: Tensor, grid: TokenGrid) -> Tensor:
+        side = pixels_per_token(pipe)
+        latents: Tensor = pipe._unpack_latents(tokens, grid.height * side, grid.width * side, pipe.vae_scale_factor)
+        return latents
 
     @staticmethod
     def output(images: Any) -> QwenImagePipelineOutput:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..shared.conditioning import Prompt, PromptConditioning
-from ..shared.prompts import broadcast_negative_prompt, count_prompts, has_negative
+from ..shared.prompts import with_negative
 
 
 @dataclass(eq=False)
@@ -40,7 +40,7 @@ def encode(
     """
     images = call["num_images_per_prompt"]
 
-    def one(prefix: str) -> QwenPrompt:
+    def one(call: dict[str, Any], prefix: str) -> QwenPrompt:
         embeds, mask = pipe.encode_prompt(
             image=condition, prompt=call[f"{prefix}prompt"], prompt_embeds=call[f"{prefix}prompt_embeds"],
             prompt_embeds_mask=call[f"{prefix}prompt_embeds_mask"], device=device,
@@ -52,13 +52,7 @@ def encode(
         lengths = None if mask is None else mask.sum(1).tolist()
         return QwenPrompt(embeds, mask, lengths)
 
-    if not (call["true_cfg_scale"] > 1 and has_negative(call)):
-        return one(""), None
-    call = broadcast_negative_prompt(call)
-    expected, got = count_prompts(call), count_prompts(call, "negative_")
-    if expected != got:
-        raise ValueError(f"negative_prompt: expected {expected}, one for each prompt, got {got}")
-    return one(""), one("negative_")
+    return with_negative(call, one)
 
 
 def text_counts(positive: QwenPrompt, negative: QwenPrompt | None, attention: str) -> dict[str, float | None]:

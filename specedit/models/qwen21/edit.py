@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from diffusers import QwenImage21Pipeline
 from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21TransformerBlock
 from diffusers.pipelines.qwenimage.pipeline_output import QwenImagePipelineOutput
@@ -19,10 +18,11 @@ from ...method.adapter import EditState, LayoutGroup, Run, active_branches, plac
 from ..attention.last_block import LastBlock
 from ..attention.processors import why_unsupported_processor
 from ..registry import register_adapter
-from ..shared.block_adapter import GIVEN_SIGMAS, BlockAdapter
+from ..shared.block_adapter import GIVEN_SIGMAS
 from ..shared.images import decoder_features, source_pictures, too_small
 from ..shared.prompts import warn_if_guidance_inactive
 from ..shared.shapes import shapes_of
+from ..shared.single_frame_adapter import SingleFrameAdapter
 from ..shared.single_frame_vae import single_frame
 from .attention import ATTENTION, wrap
 from .forward import predicted
@@ -33,7 +33,7 @@ from .schedule import own_sigmas, resampled, why_unusable
 
 
 @register_adapter
-class QwenImage21(BlockAdapter):
+class QwenImage21(SingleFrameAdapter):
     """Adapter of QwenImage21Pipeline. The last of several references is the picture being edited.
 
     Text and references are computed once a run, at full resolution; every step computes the target's tokens alone.
@@ -44,7 +44,6 @@ class QwenImage21(BlockAdapter):
     geometry = UNPACKED
     fixed_prefix = True
     aligns_phases = False
-    encodes_pixels = True
     attention = ATTENTION
     processor = staticmethod(wrap)
     block = QwenImage21TransformerBlock
@@ -150,37 +149,16 @@ class QwenImage21(BlockAdapter):
         prompts = run.state.conditioning.prompts(active_branches(run.state, run.config, sigma))
         return [predicted(run, group, sigma, branch, prompt) for branch, prompt in enumerate(prompts)]
 
-    def guide(self, run: Run, outputs: list[Tensor]) -> Tensor:
-        velocity, *others = outputs
-        for negative in others:
-            velocity = negative + run.state.conditioning.scale * (velocity - negative)
-        return velocity
-
     # --------------------------------------------------------------------------------------- features and images
 
     def features(self, pipe: Any, tokens: Tensor, grid: TokenGrid) -> list[Tensor]:
         # Called by itself, the first up block adds frames before the only one, which stays the last.
         with single_frame(pipe.vae):
-            return [part[:, :, -1] for part in decoder_features(pipe.vae, self._latents(pipe, tokens, grid))]
-
-    def decode(self, pipe: Any, state: EditState, tokens: Tensor, output_type: str) -> Any:
-        if output_type == "latent":
-            return tokens.to(state.conditioning.dtype)
-        with single_frame(pipe.vae):
-            image = pipe.vae.decode(self._latents(pipe, tokens, state.grid), return_dict=False)[0][:, :, 0]
-        return pipe.image_processor.postprocess(image, output_type=output_type)
-
-    def encode(self, pipe: Any, pictures: Tensor, grid: TokenGrid) -> Tensor:
-        with single_frame(pipe.vae):
-            return grid.geometry.from_image(self.encoded(pipe, pictures.unsqueeze(2))[:, :, 0])
+            return [part[:, :, -1] for part in decoder_features(pipe.vae, self.latents_of(pipe, tokens, grid))]
 
     @staticmethod
-    def _latents(pipe: Any, tokens: Tensor, grid: TokenGrid) -> Tensor:
-        latents, config = grid.geometry.to_image(tokens, grid.shape).unsqueeze(2).to(pipe.vae.dtype), pipe.vae.config
-        mean, std = (
-            torch.tensor(x).view(1, -1, 1, 1, 1).to(latents) for x in (config.latents_mean, config.latents_std)
-        )
-        return latents * std + mean
+    def unpacked(pipe: Any, tokens: Tensor, grid: TokenGrid) -> Tensor:
+        return grid.geometry.to_image(tokens, grid.shape).unsqueeze(2)
 
     @staticmethod
     def output(images: Any) -> QwenImagePipelineOutput:

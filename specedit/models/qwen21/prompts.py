@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..shared.conditioning import Prompt, PromptConditioning
-from ..shared.prompts import broadcast_negative_prompt, count_prompts, has_negative
+from ..shared.prompts import with_negative
 from .prefix import Prefix
 
 
@@ -48,17 +48,11 @@ def encode(
                 f"image's, got {type(call[name]).__name__}"
             )
 
-    def one(prefix: str) -> Qwen21Prompt:
+    def one(call: dict[str, Any], prefix: str) -> Qwen21Prompt:
         embeds, mask, slots = pipe.encode_prompt(
             image=pictures, prompt=call[f"{prefix}prompt"], device=device,
             num_images_per_prompt=call["num_images_per_prompt"],
         )  # fmt: skip
         return Qwen21Prompt(embeds, None if mask is None else mask.bool(), slots, int((~slots[0]).sum()))
 
-    if not (call["true_cfg_scale"] > 1 and has_negative(call)):
-        return one(""), None
-    call = broadcast_negative_prompt(call)
-    expected, got = count_prompts(call), count_prompts(call, "negative_")
-    if expected != got:
-        raise ValueError(f"negative_prompt: expected {expected}, one for each prompt, got {got}")
-    return one(""), one("negative_")
+    return with_negative(call, one)

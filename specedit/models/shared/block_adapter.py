@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...config import SpecEditConfig
 from ...layout import GridSet, TokenGrid
-from ...method.adapter import Adapter, EditState
+from ...method.adapter import Adapter, EditState, Run
 from ..attention import compiled, last_block, processors
 from ..attention.contexts import Context
 from . import position_hook
@@ -72,6 +72,13 @@ class BlockAdapter(Adapter):
     def pixels_per_token(pipe: Any) -> int:
         """Pixels a side of a token."""
         return pixels_per_token(pipe)
+
+    def guide(self, run: Run, outputs: list[Tensor]) -> Tensor:
+        """Classifier-free guidance, where there is a negative prompt."""
+        velocity, *others = outputs
+        for negative in others:
+            velocity = negative + run.state.conditioning.scale * (velocity - negative)
+        return velocity
 
     @staticmethod
     def encoded(pipe: Any, pictures: Tensor) -> Tensor:

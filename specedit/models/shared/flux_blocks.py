@@ -102,12 +102,6 @@ class FluxBlocks(BlockAdapter):
             outputs.append(self.forward(run, prompt, inputs)[:, : group.tokens.shape[1]].float())
         return outputs
 
-    def guide(self, run: Run, outputs: list[Tensor]) -> Tensor:
-        velocity, *others = outputs
-        for negative in others:
-            velocity = negative + run.state.conditioning.scale * (velocity - negative)
-        return velocity
-
     def _stage_inputs(self, run: Run, group: LayoutGroup, stores: bool) -> StageInputs:
         """Made by the first step of a stage. stores: a cache needs our own attention, also where stock's would do."""
         if stores not in group.inputs:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...layout import TokenGrid
+from ...method.restore import token_weights
 from .prompts import count_prompts
 
 
@@ -37,13 +37,7 @@ def mask_pixels(pipe: Any, call: dict[str, Any], size: tuple[int, int]) -> Tenso
 
 def mask_tokens(mask: Tensor, grid: TokenGrid, like: Tensor) -> Tensor:
     """`mask_pixels` as weights of tokens (B, N, C), by nearest latent pixels as in the stock pipelines."""
-    geometry = grid.geometry
+    patch = grid.geometry.patch
     h, w = grid.shape
-    latent = F.interpolate(mask, size=(geometry.patch * h, geometry.patch * w))
-    weights = geometry.from_image(latent).repeat(1, 1, like.shape[2] // geometry.pixels)
-    return weights.to(like)
-
-
-def blended(tokens: Tensor, reference: Tensor, weights: Tensor) -> Tensor:
-    """Tokens where the mask is, the picture's own elsewhere."""
-    return torch.where(weights == 0, reference, weights * tokens + (1 - weights) * reference)
+    latent = F.interpolate(mask, size=(patch * h, patch * w))
+    return token_weights(latent[:, 0], grid, like).to(like)

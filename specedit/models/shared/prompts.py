@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from diffusers.utils import logging
 
 from ...once import warn_once
 
 logger = logging.get_logger(__name__)
+P = TypeVar("P")
 
 
 def count_prompts(call: dict[str, Any], prefix: str = "") -> int:
@@ -32,6 +34,23 @@ def broadcast_negative_prompt(call: dict[str, Any]) -> dict[str, Any]:
             else:  # embeddings and their masks
                 changed[name] = value.repeat(prompts, *[1] * (value.ndim - 1))
     return call | changed
+
+
+def with_negative(call: dict[str, Any], one: Callable[[dict[str, Any], str], P]) -> tuple[P, P | None]:
+    """The prompt and, under true classifier-free guidance, the negative one.
+
+    one: encodes either, from a call's arguments and their prefix, "" or "negative_".
+
+    Raises:
+        ValueError: negative prompts that are neither one nor as many as the prompts.
+    """
+    if not (call["true_cfg_scale"] > 1 and has_negative(call)):
+        return one(call, ""), None
+    call = broadcast_negative_prompt(call)
+    expected, got = count_prompts(call), count_prompts(call, "negative_")
+    if expected != got:
+        raise ValueError(f"negative_prompt: expected {expected}, one for each prompt, got {got}")
+    return one(call, ""), one(call, "negative_")
 
 
 def has_negative(call: dict[str, Any]) -> bool:

@@ -1,0 +1,44 @@
+"""What adapters share whose autoencoder is one for videos: pictures are videos of one frame."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...layout import TokenGrid
+from ...method.adapter import EditState
+from .block_adapter import BlockAdapter
+from .single_frame_vae import single_frame
+
+
+class SingleFrameAdapter(BlockAdapter):
+    """Adapters of Qwen's pipelines."""
+
+    encodes_pixels = True
+
+    @staticmethod
+    @abstractmethod
+    def unpacked(pipe: Any, tokens: Tensor, grid: TokenGrid) -> Tensor:
+        """Tokens (B, N, C) as normalised latents (B, C, 1, h, w)."""
+
+    def latents_of(self, pipe: Any, tokens: Tensor, grid: TokenGrid) -> Tensor:
+        """Tokens (B, N, C) as the decoder's latents (B, C, 1, h, w), in its dtype."""
+        latents, config = self.unpacked(pipe, tokens, grid).to(pipe.vae.dtype), pipe.vae.config
+        mean, std = (
+            torch.tensor(x).view(1, -1, 1, 1, 1).to(latents) for x in (config.latents_mean, config.latents_std)
+        )
+        return latents * std + mean
+
+    def decode(self, pipe: Any, state: EditState, tokens: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return tokens.to(state.conditioning.dtype)
+        with single_frame(pipe.vae):
+            image = pipe.vae.decode(self.latents_of(pipe, tokens, state.grid), return_dict=False)[0][:, :, 0]
+        return pipe.image_processor.postprocess(image, output_type=output_type)
+
+    def encode(self, pipe: Any, pictures: Tensor, grid: TokenGrid) -> Tensor:
+        with single_frame(pipe.vae):
+            return grid.geometry.from_image(self.encoded(pipe, pictures.unsqueeze(2))[:, :, 0])
