@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.methods import STOCK
 from benchmarks.scores import Scores, command, editor, options, some, tasks, whose
-from benchmarks.sweep import agreement
+from benchmarks.sweep import found
 from specedit import micro, uninstall
 from specedit.api.installing import install
 
@@ -56,8 +56,9 @@ def score(scores: Scores, pipe: Any, name: str, todo: list[micro.scenes.Case], f
         scores.score(pipe, name, todo, fields["stock"], fields=fields)
         return
     install(pipe, **fields)
-    scored = [micro.evaluate(pipe, [case])["cases"][0] | agreement(pipe, case) for case in todo]
-    scores.add(pipe, name, scored, fields={field: str(value) for field, value in fields.items()})
+    scores.add(
+        pipe, name, [found(pipe, case) for case in todo], fields={field: str(value) for field, value in fields.items()}
+    )
     uninstall(pipe)
 
 

@@ -20,7 +20,7 @@ from benchmarks.scores import Scores, command, editor, options, some, tasks, who
 from specedit import micro, uninstall
 from specedit.api.installing import install
 from specedit.cli.methods import import_plugin
-from specedit.config import STANDARD_PRESETS, STOCK_STEPS, presets
+from specedit.config import STANDARD_PRESETS, STANDARD_RESTORES, STOCK_STEPS, presets
 from specedit.registry import forecasts, methods
 
 STOCK = (50, 28, 10, 8, 4, 2, 1)
@@ -37,6 +37,13 @@ IDEAS: dict[str, dict[str, Any]] = {
 }
 
 
+def preset_rows() -> dict[str, tuple[str, str]]:
+    """Preset and restore of every row with SpecEdit's own settings, by name."""
+    pairs = [(preset, restore) for preset in STANDARD_PRESETS for restore in STANDARD_RESTORES]
+    pairs += [(preset, presets[preset].restore) for preset in OWN_RESTORE]
+    return {f"{preset}-{restore}": (preset, restore) for preset, restore in pairs}
+
+
 def variants() -> dict[str, dict[str, Any]]:
     """Settings by name: {"steps": n} for stock, else fields of a configuration; "group" says what kind it is."""
     every: dict[str, dict[str, Any]] = {f"stock-{n}": {"group": "stock", "steps": n} for n in STOCK}
@@ -49,11 +56,8 @@ def variants() -> dict[str, dict[str, Any]]:
         for interval in INTERVALS:
             fields = {"forecast": name, "forecast_interval": interval, "steps": (0, 0, STOCK_STEPS)}
             every[f"{name} N={interval}"] = {"group": "cache", "fields": fields}
-    for preset in STANDARD_PRESETS:
-        for restore in ("full", "reference"):
-            every[f"{preset}-{restore}"] = {"group": "specedit", "preset": preset, "fields": {"restore": restore}}
-    for preset in OWN_RESTORE:
-        every[f"{preset}-{presets[preset].restore}"] = {"group": "specedit", "preset": preset, "fields": {}}
+    for name, (preset, restore) in preset_rows().items():
+        every[name] = {"group": "specedit", "preset": preset, "fields": {"restore": restore}}
     for name, fields in IDEAS.items():
         every[name] = {"group": "idea", "preset": "turbo", "fields": {"restore": "reference"} | fields}
     return every

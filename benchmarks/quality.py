@@ -7,22 +7,17 @@ the kind with many, by default a quarter as many. --resume continues the run in 
 tasks.
 """
 
-from benchmarks.methods import OWN_RESTORE, STOCK
+from benchmarks.methods import STOCK, preset_rows
 from benchmarks.scores import Scores, command, editor, options, some, tasks, whose
 from specedit import uninstall
 from specedit.api.installing import install
-from specedit.config import STANDARD_PRESETS, presets
 
 
 def variants() -> dict[str, dict]:
     """Settings by name: {"steps": n} for stock, {"preset": ..., fields} for SpecEdit."""
     every: dict[str, dict] = {f"stock-{n}": {"steps": n} for n in STOCK}
-    for preset in STANDARD_PRESETS:
-        for restore in ("full", "reference"):
-            every[f"{preset}-{restore}"] = {"preset": preset, "restore": restore}
-    for preset in OWN_RESTORE:
-        restore = presets[preset].restore
-        every[f"{preset}-{restore}"] = {"preset": preset, "restore": restore}
+    for name, (preset, restore) in preset_rows().items():
+        every[name] = {"preset": preset, "restore": restore}
     return every
 
 

@@ -87,6 +87,11 @@ def agreement(pipe, case) -> dict[str, float]:
     return dict(recall=both / max(1.0, float(true.sum())), precision=both / max(1.0, float(found.sum())))
 
 
+def found(pipe, case, **call) -> dict[str, float]:
+    """The scores of one task, and how the cells that were found agree with its mask."""
+    return micro.evaluate(pipe, [case], **call)["cases"][0] | agreement(pipe, case)
+
+
 def variants(groups: dict[str, list[dict]]) -> dict[str, dict]:
     """Group and change by name."""
     return {
@@ -104,10 +109,7 @@ def score(
     scale = settings.pop("true_cfg_scale", None)
     call = {} if scale is None else {"negative_prompt": "", "true_cfg_scale": scale}
     install(pipe, settings.pop("preset"), **settings)
-    scored = []
-    for case in todo:
-        own = {"edit_mask": case.mask} if masks else {}
-        scored.append({**micro.evaluate(pipe, [case], **call, **own)["cases"][0], **agreement(pipe, case)})
+    scored = [found(pipe, case, **call, **({"edit_mask": case.mask} if masks else {})) for case in todo]
     scores.add(pipe, name, scored, group=group, change={field: str(value) for field, value in change.items()})
     uninstall(pipe)
 

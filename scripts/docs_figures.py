@@ -9,13 +9,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 
-def over_flops(axis: Axes, label: str) -> None:
-    """An axis of `label` over the FLOPs of an edit. Shares span 0 to 1, so that one task does not look large."""
+def over_cost(axis: Axes, label: str, cost: str = "TFLOPs an edit") -> None:
+    """An axis of `label` over a cost. Shares span 0 to 1, so that one task does not look large."""
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.set_xlabel("TFLOPs an edit")
+    axis.set_xlabel(cost)
     axis.set_ylabel(label)
     if label == "success":
         axis.set_ylim(0, 1)
@@ -39,7 +39,7 @@ def pareto(name: str, path: Path) -> None:
             axis.plot(x, [r["mean"][key] for r in rows], marker=marker, label=family)
             for r, at in zip(rows, x):
                 axis.annotate(r["variant"].split("-")[-1 if family == "stock" else 0], (at, r["mean"][key]), fontsize=8)
-        over_flops(axis, label)
+        over_cost(axis, label)
         axis.legend()
     figure.savefig(path, dpi=90)
 
@@ -114,7 +114,7 @@ def forecast_pareto(name: str, path: Path) -> None:
         edit.annotate(method, (x[-1], members[-1]["mean"]["edit_psnr"]), fontsize=7)
     # Many variants have equal success: put their names beside.
     for axis, label in ((success, "success"), (edit, "edit PSNR, dB")):
-        over_flops(axis, label)
+        over_cost(axis, label)
     success.legend(fontsize=7)
     figure.savefig(path, dpi=90)
 

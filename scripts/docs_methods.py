@@ -1,13 +1,13 @@
-"""The table and figure of all methods."""
+"""The table and figure of all methods, and the table of settings for few steps."""
 
 from collections.abc import Callable
 from pathlib import Path
 
+from docs_figures import over_cost
 from docs_measured import SMALL, average
 from docs_paper import REPORTED
 from docs_results import default_steps, edited_by, load, number, source, table
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from specedit.config import STOCK_STEPS
 
@@ -58,6 +58,34 @@ def _row(row: dict, stock: dict[str, dict], steps: int) -> list[str]:
     ]  # fmt: skip
 
 
+def few(name: str) -> str:
+    """Settings of few steps against stock with as many.
+
+    Rows that have run less than half of the tasks are left out; the others are averaged over the tasks that all share.
+    """
+    result = load(name)
+    if result is None:
+        return "*not measured yet*"
+    most = max(len(row["cases"]) for row in result["rows"])
+    rows = {row["variant"]: row["cases"] for row in result["rows"] if len(row["cases"]) >= most / 2}
+    shared = set.intersection(*({case["seed"] for case in cases} for cases in rows.values()))
+    rows = {name: [case for case in cases if case["seed"] in shared] for name, cases in rows.items()}
+    written = [_few_row(name, cases, rows) for name, cases in rows.items()]
+    header = ["setting", "success", "edit dB", "keep dB", "texture", "material", "recall", "FLOPs vs as many"]
+    header.append("small edits")
+    small = f"{len(shared)} tasks. Small edits change at most {SMALL:.0%} of the picture."
+    return f"{small}\n\n{table(header, written)}{source(result, name)}"
+
+
+def _few_row(name: str, cases: list[dict], rows: dict[str, list[dict]]) -> list[str]:
+    own = rows.get(f"stock-{name.partition(':')[0]}", cases)
+    small = [[case for case in some if case["mask_share"] <= SMALL] for some in (own, cases)]
+    ratios = [(average(a, "flops") or 0) / (average(b, "flops") or 1) for a, b in ((own, cases), small)]
+    scores = {"success": ".0%", "edit_psnr": ".1f", "keep_psnr": ".1f", "texture_distance": ".2f", "material": ".0%"}
+    shown = [number(average(cases, key), form) for key, form in (scores | {"recall": ".0%"}).items()]
+    return [name, *shown, *(f"{ratio:.2f}" for ratio in ratios)]
+
+
 def front(points: list[tuple[float, float, str]], best: Callable) -> list[tuple[float, float, str]]:
     """Of (cost, value, name), those that no cheaper one is as good as; best: min or max of two values."""
     kept: list[tuple[float, float, str]] = []
@@ -92,12 +120,7 @@ def pareto(name: str, path: Path) -> None:
                     every += points
             for at in front(every, best=min if texture else max):
                 axis.annotate(at[2], at[:2], fontsize=7, xytext=(3, 3), textcoords="offset points")
-            axis.set_ylim(0, None if texture else 1)
-            axis.set_xscale("log")
-            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.xaxis.set_major_formatter("{x:g}")
-            axis.xaxis.set_minor_formatter(NullFormatter())
-            axis.set_xlabel(label)
-            axis.set_ylabel(title)
+            axis.set_ylim(0)
+            over_cost(axis, title, label)
             axis.legend(fontsize=7)
     figure.savefig(path, dpi=90)

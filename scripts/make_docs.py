@@ -32,7 +32,7 @@ MAKERS = {
     "kinds": measured.kinds,
     "small": measured.small_edits,
     "sweep": measured.sweep,
-    "few": measured.few,
+    "few": docs_methods.few,
     "texture-steps": measured.texture_steps,
     "bench": measured.bench,
     "plan": predicted.plan,
