@@ -9,8 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from specedit.config import SpecEditConfig
 from specedit.cost.flops import MODELS, plan
-from specedit.cost.roofline import AUTOENCODERS, autoencoder_ops, transformer_ops
+from specedit.cost.roofline import transformer_ops
 from specedit.cost.tables import ModelCost
+from tests.cost.counted import assert_counted
 
 diffusers = pytest.importorskip("diffusers")
 needs_qwen21 = pytest.mark.skipif(
@@ -110,22 +111,5 @@ def test_operators_of_a_step():
 def test_the_autoencoder_against_counted_layers(half):
     with torch.device("meta"):
         vae = diffusers.AutoencoderKLQwenImage21()
-    side, decoder, elements = 64, vae.decoder, 0
-
-    def features(z):
-        return decoder.up_blocks[0](decoder.mid_block(decoder.conv_in(z)))
-
-    def count(module, inputs, output):
-        nonlocal elements
-        elements += sum(x.numel() for x in inputs if isinstance(x, torch.Tensor)) + output.numel()
-
-    hooks = [m.register_forward_hook(count) for m in vae.modules() if not list(m.children())]
-    shape = (1, 4, 1, 16 * side, 16 * side) if half == "encode" else (1, 64, 1, side, side)
-    run = dict(encode=vae.encode, features=features, decode=vae.decode)[half]
-    with torch.no_grad(), torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        run(torch.zeros(shape))
-    for hook in hooks:
-        hook.remove()
-    flops = sum(op.flops for op in autoencoder_ops(MODEL, half, side**2))
-    assert flops == pytest.approx(counter.get_total_flops(), rel=1e-3)
-    assert AUTOENCODERS[MODEL][half].elements * side**2 == pytest.approx(elements, rel=1e-3)
+    side = 64
+    assert_counted(MODEL, half, vae, ((1, 4, 1, 16 * side, 16 * side), (1, 64, 1, side, side)), side**2)

@@ -6,8 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import real_models
 from specedit.config import SpecEditConfig, presets, resolve
@@ -19,12 +17,12 @@ from specedit.cost.roofline import (
     GPUS,
     Gpu,
     Op,
-    autoencoder_ops,
     measured_row,
     predict_roofline,
     roofline,
     transformer_ops,
 )
+from tests.cost.counted import assert_counted
 
 D = 3072
 
@@ -90,29 +88,7 @@ def test_longcat_has_the_autoencoder_of_flux():
 def test_autoencoders_against_counted_layers(model, half):
     vae = real_models.MODELS[model]("meta", torch.bfloat16).vae
     side, frames = 64, (1,) if model == "qwen-image-edit" else ()
-    decoder, elements = vae.decoder, 0
-
-    def features(z):
-        return decoder.up_blocks[0](decoder.mid_block(decoder.conv_in(z)))
-
-    def count(module, inputs, output):
-        nonlocal elements
-        elements += sum(x.numel() for x in inputs if isinstance(x, torch.Tensor)) + output.numel()
-
-    hooks = [m.register_forward_hook(count) for m in vae.modules() if not list(m.children())]
-    shape = (1, 3, *frames, 8 * side, 8 * side) if half == "encode" else (1, 16, *frames, side, side)
-    run = dict(encode=vae.encode, features=features, decode=vae.decode)[half]
-    with torch.no_grad(), torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        run(torch.zeros(shape, dtype=torch.bfloat16))
-    for hook in hooks:
-        hook.remove()
-    flops = sum(op.flops for op in autoencoder_ops(model, half, side**2))
-    assert flops == pytest.approx(counter.get_total_flops(), rel=1e-3)
-    cost = AUTOENCODERS[model][half]
-    assert cost.elements * side**2 == pytest.approx(elements, rel=1e-3)
-    parts = dict(encode=[vae.encoder], decode=[decoder], features=[decoder.conv_in, decoder.mid_block])[half]
-    parts = [*parts, decoder.up_blocks[0]] if half == "features" else parts
-    assert cost.weights == pytest.approx(sum(p.numel() for part in parts for p in part.parameters()), rel=1e-3)
+    assert_counted(model, half, vae, ((1, 3, *frames, 8 * side, 8 * side), (1, 16, *frames, side, side)), side**2)
 
 
 def test_stages_of_a_plan_add_up():

@@ -11,15 +11,14 @@ import specedit
 from specedit.layout import MixedLayout
 from specedit.models import flux2
 from specedit.models.flux2.attention import WRAPPERS
-
-QUICK = dict(steps=(2, 1, 1), draft_steps=2)
-CORNER = np.zeros((128, 128), dtype=np.uint8)
-CORNER[:32, :32] = 1
-
-
-def close(a, b, tolerance=2e-4):
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-
+from tests.models.whole_calls import (
+    CORNER,
+    QUICK,
+    assert_a_lora_acts_as_in_stock,
+    assert_images_come_as_stock_gives_them,
+    close,
+    save_lora,
+)
 
 # -------------------------------------------------------------------------------------------------- several references
 
@@ -96,13 +95,7 @@ def test_pictures_of_any_mode_are_converted_as_stock_does(family_of, picture, mo
 
 
 def test_images_come_as_stock_gives_them(family):
-    for kind in ("pil", "np", "pt"):
-        stock = family.run(family.make(), num_inference_steps=1, output_type=kind)
-        ours = family.run(specedit.install(family.make(), steps=(0, 0, 1)), output_type=kind)
-        assert type(ours) is type(stock)
-        np.testing.assert_allclose(
-            np.asarray(ours[0], float), np.asarray(stock[0], float), atol=1 if kind == "pil" else 1e-3
-        )
+    assert_images_come_as_stock_gives_them(family)
 
 
 def test_given_latents_and_embeddings(family):
@@ -125,33 +118,14 @@ def lora(tmp_path_factory):
     peft = pytest.importorskip("peft")
 
     def save(family):
-        pipe, folder = family.make(), tmp_path_factory.mktemp("lora")
         names = ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "to_qkv_mlp_proj", "linear_in"]
-        pipe.transformer.add_adapter(peft.LoraConfig(r=2, lora_alpha=2, target_modules=names, init_lora_weights=False))
-        pipe.save_lora_weights(folder, transformer_lora_layers=peft.get_peft_model_state_dict(pipe.transformer))
-        return folder
+        return save_lora(peft, family, names, tmp_path_factory.mktemp("lora"))
 
     return save
 
 
 def test_lora_by_the_pipelines_own_loader(family, lora):
-    folder, pipe = lora(family), family.make()
-    plain = family.run(pipe, num_inference_steps=2)
-    specedit.install(pipe, steps=(0, 0, 2))
-    pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
-    with specedit.disabled(pipe):
-        stock, half = (
-            family.run(pipe, num_inference_steps=2, attention_kwargs=kwargs) for kwargs in (None, {"scale": 0.5})
-        )
-    assert (stock - plain).abs().max() > 1e-2 and (half - stock).abs().max() > 1e-3
-    close(family.run(pipe), stock, 1e-3)
-    close(family.run(pipe, attention_kwargs={"scale": 0.5}), half, 1e-3)
-    specedit.install(pipe, restore="reference", **QUICK)
-    with_lora = family.run(pipe)
-    pipe.unload_lora_weights()
-    assert (family.run(pipe) - with_lora).abs().max() > 1e-3
-    specedit.uninstall(pipe)
-    assert torch.equal(family.run(pipe, num_inference_steps=2), plain)
+    assert_a_lora_acts_as_in_stock(family, lora(family))
 
 
 # --------------------------------------------------------------------------------------------- callbacks, dtypes, modes

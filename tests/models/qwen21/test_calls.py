@@ -7,20 +7,21 @@ from PIL import Image
 
 import specedit
 from specedit.models import qwen21
+from tests.models.whole_calls import (
+    CORNER,
+    QUICK,
+    assert_a_lora_acts_as_in_stock,
+    assert_images_come_as_stock_gives_them,
+    close,
+    save_lora,
+)
 
 if qwen21.QwenImage21 is None:
     pytest.skip("this diffusers has no Qwen-Image-2.1", allow_module_level=True)
 
 from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21FlexAttnProcessor
 
-QUICK = dict(steps=(2, 1, 1), draft_steps=2)
-CORNER = np.zeros((128, 128), dtype=np.uint8)
-CORNER[:32, :32] = 1
 GUIDED = dict(negative_prompt="blue", true_cfg_scale=2.5)
-
-
-def close(a, b, tolerance=2e-4):
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 @pytest.fixture
@@ -162,13 +163,7 @@ def test_size_for_crops_nothing(family, size):
 
 
 def test_images_come_as_stock_gives_them(family):
-    for kind in ("pil", "np", "pt"):
-        stock = family.run(family.make(), num_inference_steps=1, output_type=kind)
-        ours = family.run(specedit.install(family.make(), steps=(0, 0, 1)), output_type=kind)
-        assert type(ours) is type(stock)
-        np.testing.assert_allclose(
-            np.asarray(ours[0], float), np.asarray(stock[0], float), atol=1 if kind == "pil" else 1e-3
-        )
+    assert_images_come_as_stock_gives_them(family)
 
 
 def test_arrays_are_pictures_too(family, picture):
@@ -190,26 +185,8 @@ def test_given_latents(family):
 
 def test_lora_by_the_pipelines_own_loader(family, tmp_path):
     peft = pytest.importorskip("peft")
-    pipe, names = family.make(), ["to_q", "to_k", "to_v", "to_out.0", "gate_layer", "img_in", "txt_in.in_layer"]
-    pipe.transformer.add_adapter(peft.LoraConfig(r=2, lora_alpha=2, target_modules=names, init_lora_weights=False))
-    pipe.save_lora_weights(tmp_path, transformer_lora_layers=peft.get_peft_model_state_dict(pipe.transformer))
-    pipe = family.make()
-    plain = family.run(pipe, num_inference_steps=2)
-    specedit.install(pipe, steps=(0, 0, 2))
-    pipe.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
-    with specedit.disabled(pipe):
-        stock, half = (
-            family.run(pipe, num_inference_steps=2, attention_kwargs=kwargs) for kwargs in (None, {"scale": 0.5})
-        )
-    assert (stock - plain).abs().max() > 1e-2 and (half - stock).abs().max() > 1e-3
-    close(family.run(pipe), stock, 1e-3)
-    close(family.run(pipe, attention_kwargs={"scale": 0.5}), half, 1e-3)
-    specedit.install(pipe, restore="reference", **QUICK)
-    with_lora = family.run(pipe)
-    pipe.unload_lora_weights()
-    assert (family.run(pipe) - with_lora).abs().max() > 1e-3
-    specedit.uninstall(pipe)
-    assert torch.equal(family.run(pipe, num_inference_steps=2), plain)
+    names = ["to_q", "to_k", "to_v", "to_out.0", "gate_layer", "img_in", "txt_in.in_layer"]
+    assert_a_lora_acts_as_in_stock(family, save_lora(peft, family, names, tmp_path))
 
 
 def test_callbacks_and_interrupts(family):
