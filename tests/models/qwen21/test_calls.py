@@ -142,6 +142,23 @@ def test_areas_weigh_coarse_keys_beside_a_fine_reference(family):
     assert (runs["area"] - runs["none"]).abs().max() > 1e-3
 
 
+def test_padding_of_a_target_reaches_nothing(family):
+    """The model takes multiples of four tokens, and a mixed sequence has any number."""
+    pipe, padded = specedit.install(family.make(), **QUICK, uniform_stride=0), []
+    expected = family.run(pipe, edit_mask=CORNER)
+
+    def disturb(module, args, kwargs):
+        states = kwargs["hidden_states"]
+        zeros = (states == 0).all(-1)
+        padded.append(int(zeros.sum()))
+        return args, kwargs | {"hidden_states": torch.where(zeros[..., None], 9.0, states)}
+
+    handle = pipe.transformer.register_forward_pre_hook(disturb, with_kwargs=True)
+    close(family.run(pipe, edit_mask=CORNER), expected)
+    handle.remove()
+    assert any(padded)
+
+
 # --------------------------------------------------------------------------------------------------------------- sizes
 
 
