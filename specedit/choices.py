@@ -9,7 +9,7 @@ Restore = Literal["full", "reference", "pixels"]
 Locked = Literal["coarse", "cached", "reference"]
 KeyBias = Literal["area", "none"]
 Rope = Literal["scaled", "phase_aligned"]
-Attention = Literal["auto", "triton", "torch", "stock"]
+Attention = Literal["auto", "triton", "merged", "torch", "stock"]
 DraftCondition = Literal["full", "small"]
 Decode = Literal["full", "edited"]
 

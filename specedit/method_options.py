@@ -29,6 +29,7 @@ class Method(Options, ABC):
             error.
         needs_decoder: what it reads from the VAE's decoder: None, "features" or "picture".
         own_attention: whether it needs SpecEdit's own attention, so that attention="stock" is an error.
+        lists_blocks: whether its attention skips blocks of keys, so that attention="merged" is an error too.
         published: the settings that its source reports, as options by the setting's name.
 
     Raises:
@@ -39,6 +40,7 @@ class Method(Options, ABC):
     takes_mask: ClassVar[bool] = False
     needs_decoder: ClassVar[Literal["features", "picture"] | None] = None
     own_attention: ClassVar[bool] = False
+    lists_blocks: ClassVar[bool] = False
     published: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     @classmethod

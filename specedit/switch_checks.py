@@ -105,6 +105,11 @@ def _check_method(config: SpecEditConfig, method: Method) -> None:
             f"attention: expected 'auto', 'triton' or 'torch' with method={method.name!r}, which needs SpecEdit's own "
             "attention, got 'stock'"
         )
+    if method.lists_blocks and config.attention == "merged":
+        raise ValueError(
+            f"attention: expected 'auto', 'triton' or 'torch' with method={method.name!r}, which skips blocks of keys, "
+            "got 'merged'"
+        )
 
 
 def _check_forecast(config: SpecEditConfig, options: ForecastOptions) -> None:

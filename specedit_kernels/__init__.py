@@ -16,9 +16,11 @@ from .api import (
 )
 from .block_keep import BlockKeep
 from .diffusers_backend import register_diffusers_backend
+from .key_groups import KeyGroups
 
 __all__ = [
     "BlockKeep",
+    "KeyGroups",
     "__version__",
     "available_backends",
     "contract_tokens",

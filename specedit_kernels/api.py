@@ -1,9 +1,10 @@
 """The public functions: check arguments, then dispatch.
 
-CUDA tensors run Triton, all others the plain PyTorch reference. `backend="triton"` or `"torch"` chooses explicitly
-and raises where the choice cannot run; nothing ever falls back silently. Plain PyTorch is differentiable in reverse and
-in forward mode and works inside `torch.func`. The Triton kernels are for inference: they have no derivatives, and raise
-RuntimeError where one would be lost.
+CUDA tensors run Triton, all others the plain PyTorch reference. `backend="triton"`, `"merged"` or `"torch"` chooses
+explicitly and raises where the choice cannot run; nothing ever falls back silently. "merged" is PyTorch too: attention
+with a bias is merged from unbiased passes of its fused attention, and every other function is that of "torch". Plain
+PyTorch is differentiable in reverse and in forward mode and works inside `torch.func`. The Triton kernels and merged
+attention are for inference: they have no derivatives, and raise RuntimeError where one would be lost.
 
 Wrong dtypes and types raise TypeError; wrong shapes, devices and values raise ValueError; both say what was expected
 and what came. Values inside CUDA tensors (indices, cu_seqlens) are not read, because that would make the host wait:
@@ -22,15 +23,16 @@ import torch
 
 from . import checks, derivatives, ops, reference
 from .block_keep import BlockKeep, check_fits
+from .key_groups import KeyGroups
 
 
 def available_backends() -> tuple[str, ...]:
-    """The backends of this machine: "torch", and "triton" if Triton is installed and there is a CUDA device, or its
-    interpreter is on (TRITON_INTERPRET=1)."""
+    """The backends of this machine: "merged" and "torch", and "triton" if Triton is installed and there is a CUDA
+    device, or its interpreter is on (TRITON_INTERPRET=1)."""
     has_triton = importlib.util.find_spec("triton") is not None
     if has_triton and (torch.cuda.is_available() or _interpreting()):
-        return ("triton", "torch")
-    return ("torch",)
+        return ("triton", "merged", "torch")
+    return ("merged", "torch")
 
 
 def _interpreting() -> bool:
@@ -43,7 +45,8 @@ def _call(backend: str | None, name: str, tensor: torch.Tensor, args: tuple[Any,
     if backend == "triton" and not on_gpu and not _interpreting():
         raise ValueError(f'backend: expected CUDA tensors for "triton", got {tensor.device}')
     native = "triton" if on_gpu else "torch"
-    chosen = backend or native
+    # Only attention differs, which `mixed_attention` calls by itself.
+    chosen = "torch" if backend == "merged" else backend or native
     if chosen == "triton":
         derivatives.refuse(name, args)
         if not on_gpu and derivatives.transforms_active():
@@ -160,7 +163,7 @@ def expand_tokens(
     sigma = checks.check_sigma("sigma", sigma)
     seed = None
     if noise is None:
-        if backend == "torch" or (coarse.device.type != "cuda" and backend is None):
+        if backend in ("merged", "torch") or (coarse.device.type != "cuda" and backend is None):
             dtype = torch.float64 if coarse.dtype == torch.float64 else torch.float32
             noise = reference.draw_noise(coarse, patch, generator, dtype=dtype)
         else:
@@ -208,6 +211,7 @@ def mixed_attention(
     max_seqlen_q: int | None = None,
     key_bias: torch.Tensor | None = None,
     block_keep: BlockKeep | None = None,
+    key_groups: KeyGroups | None = None,
     scale: float | None = None,
     return_lse: Literal[False] = False,
     backend: str | None = None,
@@ -225,6 +229,7 @@ def mixed_attention(
     max_seqlen_q: int | None = None,
     key_bias: torch.Tensor | None = None,
     block_keep: BlockKeep | None = None,
+    key_groups: KeyGroups | None = None,
     scale: float | None = None,
     return_lse: Literal[True],
     backend: str | None = None,
@@ -242,6 +247,7 @@ def mixed_attention(
     max_seqlen_q: int | None = None,
     key_bias: torch.Tensor | None = None,
     block_keep: BlockKeep | None = None,
+    key_groups: KeyGroups | None = None,
     scale: float | None = None,
     return_lse: bool,
     backend: str | None = None,
@@ -258,6 +264,7 @@ def mixed_attention(
     max_seqlen_q: int | None = None,
     key_bias: torch.Tensor | None = None,
     block_keep: BlockKeep | None = None,
+    key_groups: KeyGroups | None = None,
     scale: float | None = None,
     return_lse: bool = False,
     backend: str | None = None,
@@ -279,9 +286,13 @@ def mixed_attention(
             CUDA everything below -2.3e38 does).
         block_keep: the blocks of keys that each block of queries reads; see `BlockKeep`. Other keys cost nothing. None
             reads every key. Lists that keep every block give the same, bit for bit (docs/kernels.md says when on CUDA).
+        key_groups: what `KeyGroups.of(key_bias, cu_seqlens_k)` made, instead of `key_bias`, with backend="merged": made
+            once, it spares every call the reading of the bias, for which the host would wait on CUDA.
         scale: factor of the logits; D ** -0.5 when None.
         return_lse: also return the natural logarithm of the softmax denominators.
-        backend: "triton", "torch" or None (by device).
+        backend: "triton", "merged", "torch" or None (by device). "merged" makes one unbiased pass of PyTorch's fused
+            attention for each distinct bias, at most 8 besides -inf, and merges them exactly. It takes any head dim,
+            and no `block_keep`.
 
     Returns:
         `out`, shape and dtype of `q`, contiguous; with `return_lse` also `lse` float32 (float64 for float64 inputs),
@@ -293,7 +304,7 @@ def mixed_attention(
         ValueError: shapes or devices that do not fit, packed tensors without cu_seqlens, only one cu_seqlens,
             cu_seqlens that do not start at 0, go backwards or do not end at T, query heads that are not a multiple of
             the key heads, a `block_keep` for other sizes or whose lists name blocks that the sequence lacks, an unknown
-            backend.
+            backend; with "merged" a `block_keep`, too many biases, or `key_groups` of other keys.
 
     Source: FlashAttention-2 (arXiv 2307.08691), Algorithm 1, with the bias added to the scores; proportional attention
     (arXiv 2210.09461) is `key_bias = log(area)`.
@@ -305,9 +316,32 @@ def mixed_attention(
         check_fits(block_keep, q, k, packed=cu_seqlens_q is not None)
         kept = (block_keep.offsets, block_keep.blocks, block_keep.query_block, block_keep.key_block)
     scale = ops.default_scale(q.shape[-1]) if scale is None else float(scale)
-    args = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias, scale, return_lse, *kept)
-    out, lse = _call(backend, "mixed_attention", q, args)
+    args = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias, scale, return_lse)
+    if backend == "merged":
+        _check_merged(k, cu_seqlens_q, key_bias, block_keep, key_groups)
+        out, lse = ops.merged_attention(args, key_groups)
+    elif key_groups is not None:
+        raise ValueError(f'key_groups: expected None with backend={backend!r}, got groups, which "merged" alone reads')
+    else:
+        out, lse = _call(backend, "mixed_attention", q, (*args, *kept))
     return (out, lse) if return_lse else out
+
+
+def _check_merged(
+    k: torch.Tensor, cu_seqlens_q: torch.Tensor | None, key_bias: torch.Tensor | None,
+    block_keep: BlockKeep | None, key_groups: KeyGroups | None,
+) -> None:  # fmt: skip
+    if block_keep is not None:
+        raise ValueError(
+            'block_keep: expected None with backend="merged", got lists; "triton" and "torch" read lists of blocks'
+        )
+    if key_groups is None:
+        return
+    if not isinstance(key_groups, KeyGroups):
+        raise TypeError(f"key_groups: expected KeyGroups, got {type(key_groups).__name__}")
+    if key_bias is not None:
+        raise ValueError("key_groups: expected None with a key_bias, which they replace, got both")
+    key_groups.check_fits(k, None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1)
 
 
 def qk_norm_rope(

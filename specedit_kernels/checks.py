@@ -20,7 +20,7 @@ from . import derivatives, overlap, reference
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
-BACKENDS = ("triton", "torch")
+BACKENDS = ("triton", "merged", "torch")
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:

@@ -54,19 +54,19 @@ def needed(args: tuple[object, ...]) -> bool:
     return _has_gradient(args) or _has_tangent(args)
 
 
-def refuse(name: str, args: tuple[object, ...]) -> None:
-    """Raise if a Triton kernel would lose a derivative.
+def refuse(name: str, args: tuple[object, ...], who: str = "Triton kernels") -> None:
+    """Raise if a Triton kernel, or what else `who` names, would lose a derivative.
 
     Raises:
         RuntimeError: an argument requires a gradient or carries a tangent.
     """
     if _has_tangent(args):
         raise RuntimeError(
-            f"{name}: expected no forward-mode derivative, got a tensor with a tangent; Triton kernels are not "
+            f"{name}: expected no forward-mode derivative, got a tensor with a tangent; {who} are not "
             'differentiable in forward mode, use backend="torch"'
         )
     if _has_gradient(args):
         raise RuntimeError(
-            f"{name}: expected torch.no_grad(), got a tensor that requires a gradient, which Triton kernels do not "
+            f"{name}: expected torch.no_grad(), got a tensor that requires a gradient, which {who} do not "
             'give; backend="torch" does'
         )

@@ -1,6 +1,7 @@
 """The kernels in plain PyTorch: the tests' oracle, and the path for CPU tensors.
 
-Half-precision inputs are computed in float32 (float64 inputs in float64) and rounded once on output. Nothing here
+Half-precision inputs are computed in float32 (float64 inputs in float64) and rounded once on output. Attention is an
+exception where no log-sum-exp is asked for: it is PyTorch's own, in the precision of the call. Nothing here
 builds a queries-by-keys matrix for more than one block of queries, so memory stays linear in the sequence length
 (unless a gradient keeps those blocks). Values are trusted here; `specedit_kernels.api` checks them.
 
@@ -237,7 +238,7 @@ def _attend_rows(
     return out.transpose(1, 2).to(q.dtype), lse.squeeze(-1)
 
 
-def _attention_with_lse(
+def attention_with_lse(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_bias: torch.Tensor | None, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention over blocks of queries.
@@ -254,31 +255,57 @@ def _attention_with_lse(
     return torch.cat([out for out, _ in parts], dim=1), torch.cat([lse for _, lse in parts], dim=2)
 
 
-def _needs_written_out(q: torch.Tensor, k: torch.Tensor, key_bias: torch.Tensor | None) -> bool:
-    """Whether PyTorch's fused attention is unusable: an unsuitable mask, no keys, or missing derivatives."""
-    # SDPA accepts a float32 mask with half-precision queries only on the CPU, where a broadcast mask is free.
-    mask_fits = key_bias is None or q.device.type == "cpu" or q.dtype == torch.float32
-    return not mask_fits or k.shape[1] == 0 or derivatives.forward_mode_possible()
+def _needs_written_out(k: torch.Tensor) -> bool:
+    """Whether PyTorch's fused attention is unusable: no keys, or missing derivatives."""
+    return k.shape[1] == 0 or derivatives.forward_mode_possible()
+
+
+def fold_heads(q: torch.Tensor, key_heads: int) -> torch.Tensor:
+    """Queries (..., N, H, D) that share a key head as more rows of it (..., N * H // H_kv, H_kv, D).
+
+    So keys and values of grouped-query attention are not repeated.
+    """
+    groups = q.shape[-2] // max(1, key_heads)
+    return q if groups <= 1 else q.unflatten(-2, (-1, groups)).transpose(-3, -2).flatten(-4, -3)
+
+
+def unfold_heads(out: torch.Tensor, heads: int) -> torch.Tensor:
+    """Undo `fold_heads` of an output (..., N * groups, H_kv, D) -> (..., N, H, D)."""
+    groups = heads // max(1, out.shape[-2])
+    return out if groups <= 1 else out.unflatten(-3, (-1, groups)).transpose(-3, -2).flatten(-3, -2)
+
+
+def unfold_lse(lse: torch.Tensor, heads: int) -> torch.Tensor:
+    """Likewise of a log-sum-exp (..., H_kv, N * groups) -> (..., H, N)."""
+    groups = heads // max(1, lse.shape[-2])
+    return lse if groups <= 1 else lse.unflatten(-1, (-1, groups)).transpose(-1, -2).flatten(-3, -2)
+
+
+def zero_where_all_is_hidden(key_bias: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """The output with 0 for samples that hide every key, of which some of PyTorch's fused kernels make NaN."""
+    seen = (key_bias > -math.inf).any(-1)
+    return torch.where(seen[:, None, None, None], out, 0)
 
 
 def _attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_bias: torch.Tensor | None, scale: float, return_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Dense attention; q (B, N, H, D), k and v (B, K, H_kv, D), key_bias (B, K) or None."""
-    queries, groups = q.shape[1], q.shape[2] // max(1, k.shape[2])
-    if groups > 1:
-        # Queries that share a key head become more rows of that head, so keys and values are not repeated.
-        q = q.unflatten(2, (-1, groups)).transpose(2, 3).flatten(1, 2)  # (B, N * groups, H_kv, D)
+    heads = q.shape[2]
+    q = fold_heads(q, k.shape[2])
     lse: torch.Tensor | None
-    if return_lse or _needs_written_out(q, k, key_bias):
-        out, lse = _attention_with_lse(q, k, v, key_bias, scale)
+    if return_lse or _needs_written_out(k):
+        out, lse = attention_with_lse(q, k, v, key_bias, scale)
     else:
-        mask = None if key_bias is None else key_bias.to(_compute_dtype(q.dtype))[:, None, None, :]
+        # On a CPU a float32 mask fits all queries and costs nothing; elsewhere it has the precision of the call.
+        on_cpu = q.device.type == "cpu"
+        dtype = _compute_dtype(q.dtype) if on_cpu else q.dtype
+        mask = None if key_bias is None else key_bias.to(dtype)[:, None, None, :]
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out, lse = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2), None
-    if groups > 1:
-        out = out.unflatten(1, (queries, groups)).transpose(2, 3).flatten(2, 3)
-        lse = None if lse is None else lse.unflatten(2, (queries, groups)).transpose(2, 3).flatten(1, 2)
+        if key_bias is not None and not on_cpu:
+            out = zero_where_all_is_hidden(key_bias, out)
+    out, lse = unfold_heads(out, heads), None if lse is None else unfold_lse(lse, heads)
     return out.contiguous(), lse if lse is None else lse.contiguous()
 
 

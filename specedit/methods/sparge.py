@@ -54,7 +54,7 @@ class Sparge(Method):
     top: float | None = None
 
     name = "sparge"
-    own_attention = True
+    own_attention = lists_blocks = True
     published: ClassVar = {"default": {}, "top-0.5": dict(top=0.5, theta=-0.1)}
 
     def validate(self) -> None:

@@ -62,7 +62,7 @@ class Family:
     runs_others: bool = False
     sizes: tuple[tuple[int, int], ...] = ((128, 128), (160, 96))
     others: tuple[tuple[tuple[int, int], tuple[int, int]], ...] = OTHERS
-    attention: tuple[str, ...] = ("auto", "torch", "stock")
+    attention: tuple[str, ...] = ("auto", "merged", "torch", "stock")
     ropes: tuple[str, ...] = ("scaled", "phase_aligned")
     parts: tuple[str, ...] = ("transformer", "text_encoder")
     rotations: Callable[[Any, Callable[[], Any]], torch.Tensor] | None = field(default_factory=lambda: rotations)

@@ -205,6 +205,8 @@ def test_options_are_checked(fields, error, message):
 def test_what_it_cannot_run_on_is_refused_before_any_work(pipe, edit, monkeypatch):
     with pytest.raises(ValueError, match=r"^attention: expected .* with method='sparge'"):
         specedit.install(pipe, method="sparge", attention="stock")
+    with pytest.raises(ValueError, match=r"^attention: .* which skips blocks of keys, got 'merged'"):
+        specedit.install(pipe, method="sparge", attention="merged")
     specedit.install(pipe, method="sparge")
     with pytest.raises(ValueError, match=r"^edit_mask: expected none with method='sparge'"):
         edit(pipe, edit_mask=torch.ones(128, 128))

@@ -59,3 +59,14 @@ def test_a_context_without_an_option_moves_too():
     context = Mixed(rotary=(torch.ones(3, 2), torch.zeros(3, 2)), index=torch.arange(3))
     moved = context.to("meta")
     assert moved.index.is_meta and moved.key_bias is moved.aligned is moved.output_rows is None
+
+
+def test_merged_attention_reads_the_bias_once_a_stage():
+    tables, bias = (torch.ones(3, 2), torch.zeros(3, 2)), torch.tensor([0.0, 1.0, 0.0])
+    assert Mixed(rotary=tables, index=torch.arange(3), key_bias=bias).groups is None
+    context = Mixed(rotary=tables, index=torch.arange(3), key_bias=bias, backend="merged")
+    assert [rows.tolist() for rows in context.groups.rows] == [[0, 2], [1]]
+    moved = context.to("meta")  # nothing can be read there
+    assert [rows.device.type for rows in moved.groups.rows] == ["meta"] * 2 and moved.groups.values == (0.0, 1.0)
+    packed = Packed(rotary=tables, key_bias=bias[None], backend="merged", packing=pack([1, 0], 1, 0, "cpu"))
+    assert [ends.tolist() for ends in packed.groups.ends] == [[0, 1, 2], [0, 1, 1]]

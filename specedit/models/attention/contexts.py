@@ -21,7 +21,7 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
-from specedit_kernels import mixed_attention
+from specedit_kernels import KeyGroups, mixed_attention
 
 from ...method.sparse_blocks import BlockPredictor
 from .sequences import Movable, Packing, QueryRows, Segments, mark_all_dynamic
@@ -150,7 +150,7 @@ class ByKernels(Context):
 
     key_bias: (S,) or (B, S) float32, log of the area of every key, or None for no bias. aligned: phase-aligned RoPE,
     or None for one scale. backend: of specedit_kernels, None for automatic. blocks: which blocks of keys are read, or
-    None for all.
+    None for all. groups: of the bias, which merged attention reads; made once, not in every block.
     """
 
     rotary: Tables
@@ -159,6 +159,22 @@ class ByKernels(Context):
     backend: str | None = None
     output_rows: QueryRows | None = None
     blocks: BlockPredictor | None = None
+    groups: KeyGroups | None = None
+
+    def __post_init__(self) -> None:
+        if self.groups is None and self.key_bias is not None and self.backend == "merged":
+            object.__setattr__(self, "groups", self.grouped(self.key_bias))
+        super().__post_init__()
+
+    def grouped(self, key_bias: Tensor) -> KeyGroups:
+        """The groups of a bias, as `launch` takes them."""
+        raise NotImplementedError
+
+    def biased(self, bias: Tensor | None) -> dict[str, Any]:
+        """The bias as arguments of `mixed_attention`, and the backend that takes it."""
+        if self.groups is not None:
+            return {"key_groups": self.groups, "backend": "merged"}
+        return {"key_bias": bias, "backend": self.backend}
 
     @property
     def kernels(self) -> str | None:
@@ -188,9 +204,12 @@ class Mixed(ByKernels):
 
     index: Tensor
 
+    def grouped(self, key_bias: Tensor) -> KeyGroups:
+        return KeyGroups.of(key_bias if key_bias.ndim == 2 else key_bias[None])
+
     def launch(self, scale: Rotated, v: Tensor, bias: Tensor | None, query_rows: QueryRows | Packing | None) -> Tensor:
         keep = None if self.blocks is None else self.blocks.dense(*scale)
-        return mixed_attention(*scale, v, key_bias=bias, block_keep=keep, backend=self.backend)
+        return mixed_attention(*scale, v, block_keep=keep, **self.biased(bias))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -198,6 +217,9 @@ class Packed(ByKernels):
     """Sequences of different length in one launch, a batch of one, whose rows lie as `packing` says."""
 
     packing: Packing
+
+    def grouped(self, key_bias: Tensor) -> KeyGroups:
+        return KeyGroups.of(key_bias.flatten(), self.packing.cu_seqlens)
 
     def places(self, text: int, image: int) -> tuple[Tensor, Tensor]:
         return self.packing.places
@@ -215,8 +237,8 @@ class Packed(ByKernels):
             keep = self.blocks.packed(scale.q[0], scale.k[0], queries.cu_seqlens, self.packing.cu_seqlens)
         return mixed_attention(
             scale.q[0], scale.k[0], v[0], cu_seqlens_q=queries.cu_seqlens, cu_seqlens_k=self.packing.cu_seqlens,
-            max_seqlen_q=queries.longest, key_bias=None if bias is None else bias[0].contiguous(), block_keep=keep,
-            backend=self.backend,
+            max_seqlen_q=queries.longest, block_keep=keep,
+            **self.biased(None if bias is None else bias[0].contiguous()),
         )[None]  # fmt: skip
 
 

@@ -10,6 +10,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from specedit_kernels import KeyGroups
+
 
 class Movable:
     """A frozen dataclass of tensors with `to`, which accelerate's hooks call on every argument."""
@@ -24,7 +26,7 @@ def _moved(value: Any, device: torch.device | str | int, how: dict[str, Any]) ->
     if isinstance(value, tuple):
         each = tuple(_moved(one, device, how) for one in value)
         return value if all(a is b for a, b in zip(each, value, strict=True)) else each
-    return value.to(device, **how) if isinstance(value, Tensor | Movable) else value
+    return value.to(device, **how) if isinstance(value, Tensor | Movable | KeyGroups) else value
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +139,9 @@ def mark_all_dynamic(value: Any, dims: int = 2) -> None:
     if isinstance(value, Movable):
         for field in fields(value):
             mark_all_dynamic(getattr(value, field.name))
+    elif isinstance(value, KeyGroups):
+        for rows in value.rows:
+            mark_dynamic(rows, 1)
     elif isinstance(value, tuple):
         for table in value:
             if isinstance(table, Tensor):

@@ -29,7 +29,7 @@ def velocity(prepared, layout, config, sigma=0.6, tokens=None, reference_layout=
     return adapter.velocity(Run(adapter, pipe, config, state), group, sigma)
 
 
-@pytest.mark.parametrize("attention", ["auto", "torch", "stock"])
+@pytest.mark.parametrize("attention", ["auto", "merged", "torch", "stock"])
 @pytest.mark.parametrize("split", [True, False], ids=["fine", "coarse"])
 def test_velocity_of_one_resolution_is_the_stock_call(prepare, attention, split):
     adapter, pipe, state = prepare(attention)
