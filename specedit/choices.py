@@ -12,6 +12,7 @@ Rope = Literal["scaled", "phase_aligned"]
 Attention = Literal["auto", "triton", "merged", "torch", "stock"]
 DraftCondition = Literal["full", "small"]
 Decode = Literal["full", "edited"]
+Modulation = Literal["step", "once"]
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "verify_at": get_args(VerifyAt),
@@ -22,4 +23,5 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "attention": get_args(Attention),
     "draft_condition": get_args(DraftCondition),
     "decode": get_args(Decode),
+    "modulation": get_args(Modulation),
 }

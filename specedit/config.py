@@ -9,7 +9,7 @@ from typing import Any
 from . import field_checks, registry, switch_checks
 from .checks import integer, suggest
 from .choices import CHOICES as CHOICES
-from .choices import Attention, Decode, DraftCondition, KeyBias, Locked, Restore, Rope, VerifyAt
+from .choices import Attention, Decode, DraftCondition, KeyBias, Locked, Modulation, Restore, Rope, VerifyAt
 from .field_checks import taken_steps
 from .forecast_options import ForecastOptions, options_of
 from .method_options import OWN, Method, method_of
@@ -89,13 +89,16 @@ class SpecEditConfig:
         guidance_range: None, or (low, high): true classifier-free guidance only runs at sigmas low <= sigma <= high,
             elsewhere the prompt's branch alone (arXiv 2404.07724). An approximation; without true guidance it changes
             nothing.
+        modulation: "step": every step computes scale, shift and gate of the transformer's norms from its timestep.
+            "once": those of all timesteps known so far are computed together, in two passes over the weights or so, and
+            kept; equal within rounding. Where that cannot be, every step computes them, with one warning that says why.
         reuse_encodings: keep prompt embeddings, vision-language features and reference latents of the last inputs, and
             take them again where the same input comes again, until weights, LoRAs or their scales change. The result
             has the same bits. A draft's finding is kept too: the same picture, prompt and settings with another seed
             edit the cells that the first seed's draft found.
         method: "specedit", or another way to sample the edit: "steps", "ralu" or any other registered name, or a
             method's options, as `specedit.methods.Steps(count=10)`. It reads `attention`, `keep_pixels`,
-            `reuse_encodings` and the fields that it names; others must have their defaults.
+            `reuse_encodings`, `decode`, `modulation` and the fields that it names; others must have their defaults.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
@@ -127,6 +130,7 @@ class SpecEditConfig:
     reference_refresh: int | None = None
     reference_keep: float | None = None
     guidance_range: tuple[float, float] | None = None
+    modulation: Modulation = "step"
     reuse_encodings: bool = False
     method: str | Method = OWN
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypedDict
 
-from .choices import Attention, Decode, DraftCondition, KeyBias, Locked, Restore, Rope, VerifyAt
+from .choices import Attention, Decode, DraftCondition, KeyBias, Locked, Modulation, Restore, Rope, VerifyAt
 from .forecast_options import ForecastOptions
 from .method_options import Method
 
@@ -38,5 +38,6 @@ class Overrides(TypedDict, total=False):
     reference_refresh: int | None
     reference_keep: float | None
     guidance_range: tuple[float, float] | None
+    modulation: Modulation
     reuse_encodings: bool
     method: str | Method

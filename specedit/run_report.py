@@ -87,6 +87,8 @@ class RunReport:
             of another seed or the same, said what to edit; `score` is that draft's. Empty if nothing was reused.
         decoded_fraction: share of the pictures that was decoded, with what lies around it; below 1 with
             decode="edited" where the edit is small and the autoencoder neither tiled, compiled nor offloaded by layers.
+        modulation: with modulation="once" the "passes" over the weights that make it, and the "bytes" that were kept;
+            empty where every step computed it.
         source, edit: PIL images of the first sample for the figure; not part of `to_dict`.
 
     Raises:
@@ -114,6 +116,7 @@ class RunReport:
     overflowed: int = 0
     reused: dict[str, int] = dataclasses.field(default_factory=dict)
     decoded_fraction: float = 1.0
+    modulation: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.stages = list(self.stages)
@@ -178,6 +181,7 @@ class RunReport:
             "overflowed": self.overflowed,
             "reused": dict(self.reused),
             "decoded_fraction": self.decoded_fraction,
+            "modulation": dict(self.modulation),
             "score": score,
             **{name: grid.tolist() if grid is not None else None for name, grid in grids.items()},
         }

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Steps = tuple[int, int, int]
 # Fields that no method ignores.
-READ_BY_ALL = frozenset(("method", "attention", "keep_pixels", "reuse_encodings", "decode"))
+READ_BY_ALL = frozenset(("method", "attention", "keep_pixels", "reuse_encodings", "decode", "modulation"))
 
 
 def finds_cells(config: SpecEditConfig, steps: Steps) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..method import haze, offered, restore, sampler
 from ..method.adapter import Run
 from ..method.callback import StepCallback
+from ..method.timesteps import modulated
 from ..method.trace import Trace
 from ..models.attention import mask_support
 from ..models.shared.images import check_decoder
@@ -105,7 +106,8 @@ def accelerated_call(
             drafts = drafted and not known
             with pipe.progress_bar(total=config.nfe + (config.draft_steps if drafts else 0)) as trace.bar:
                 method = config.method_options
-                outcome = (sampler if method is None else method).edit(run, edit_mask)
+                with modulated(run, drafts):
+                    outcome = (sampler if method is None else method).edit(run, edit_mask)
         if config.keep_pixels and not outcome.has_edit_mask:
             warn_caller(
                 "keep_pixels not applied, so any pixel may change: without edit_mask nothing says what is edited"

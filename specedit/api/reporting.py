@@ -47,7 +47,14 @@ def report_of(
         overflowed=outcome.overflowed,
         reused=dict(reused),
         decoded_fraction=run.trace.decoded,
+        modulation=_modulation(run),
     )
+
+
+def _modulation(run: Run) -> dict[str, int]:
+    """Of the report."""
+    kept = run.modulation
+    return {} if kept is None else {"passes": kept.passes, "bytes": kept.memory}
 
 
 def _with_flops(run: Run, stage: StageReport) -> StageReport:

@@ -28,6 +28,9 @@ def add(commands) -> None:
         "--guidance-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="sigmas between which true guidance runs"
     )
     parser.add_argument(
+        "--modulation", default="step", choices=CHOICES["modulation"], help="when scale, shift and gate are made"
+    )
+    parser.add_argument(
         "--measured", type=Path, nargs="*", default=sorted(Path("benchmarks/results").glob("end_to_end*.json")),
         help="result files to compare with, by default those in benchmarks/results",
     )  # fmt: skip
@@ -44,8 +47,9 @@ def run(args) -> int:
     from ..cost import roofline
 
     config = resolve(
-        args.preset, restore=args.restore, reference_refresh=args.reference_refresh, guidance_range=args.guidance_range
-    )
+        args.preset, restore=args.restore, reference_refresh=args.reference_refresh, guidance_range=args.guidance_range,
+        modulation=args.modulation,
+    )  # fmt: skip
     asked = (args.model, args.height, args.width, args.edited / 100, args.gpu)
     if not 0 <= args.edited <= 100:
         raise CLIError(f"--edited: expected percent, from 0 to 100, got {args.edited:g}")
@@ -73,6 +77,12 @@ def run(args) -> int:
             f"{name:10}{r['seconds']:9.3f}{r['seconds_stock']:9.3f}{r['flops_ratio']:12.2f}x{r['clock_ratio']:12.2f}x"
             f"{r['clock_ratio'] / r['flops_ratio']:10.2f}"
         )
+    made = predicted["modulation"]
+    print(
+        f"\nmodulation: {made['weight_bytes'] / 1e9:.2f} GB of weights, read {made['reads']} times, or "
+        f"{made['reads_once']} with modulation='once', which keeps {made['kept_bytes'] / 1e6:.1f} MB: "
+        f"{made['bytes_less'] / 1e9:.1f} GB less"
+    )
     steps = predicted["stock_steps"]
     if steps != STOCK_STEPS:
         print(

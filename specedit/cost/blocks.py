@@ -11,24 +11,29 @@ class BlockCount(NamedTuple):
 
     whole: all of them. unread: those of a token of which the last block needs only keys and values. The defaults are
     FLUX.1's and Qwen's: four projections (8) and an MLP of ratio 4 (16), of which keys and values take 4.
+    modulation: weights of the whole transformer that make nothing else, in units of d^2, where they are not those of
+    FLUX.1's and Qwen's blocks.
     """
 
     whole: float = 24.0
     unread: float = 4.0
+    modulation: float | None = None
 
 
 def gated_blocks(config: Any) -> BlockCount:
     """FLUX.2: an MLP of ratio r with a gate has three matrices (6 r).
 
-    A single block has one first matrix for q, k, v (6) and MLP (4 r). It runs for every token of the last block.
+    A single block has one first matrix for q, k, v (6) and MLP (4 r). It runs for every token of the last block. All
+    blocks of a kind share their modulation: 6 for each stream of the double ones, 3 for the single ones, 2 at the end.
     """
     ratio = field(config, "mlp_ratio", 3.0)
-    return BlockCount(8 + 6 * ratio, 6 + 4 * ratio)
+    return BlockCount(8 + 6 * ratio, 6 + 4 * ratio, modulation=17)
 
 
 def gated_stream(config: Any) -> BlockCount:
-    """Qwen-Image-2.1: an MLP with a gate as FLUX.2's, and four projections of their own."""
-    return BlockCount(8 + 6 * field(config, "mlp_ratio", 3))
+    """Qwen-Image-2.1: an MLP with a gate as FLUX.2's, and four projections of their own. Modulation has no shift: 4 for
+    all blocks, and 1 at the end."""
+    return BlockCount(8 + 6 * field(config, "mlp_ratio", 3), modulation=5)
 
 
 # By a field that only this family's transformer configuration has.

@@ -22,6 +22,7 @@ from .blocks import BlockCount as BlockCount
 from .blocks import register_block_count as register_block_count
 from .forward import flops_of as flops_of
 from .forward import transformer_flops as transformer_flops
+from .modulation import planned_modulation
 from .tables import MODELS, TOKEN_PIXELS, ModelCost
 
 
@@ -68,9 +69,12 @@ def plan(
     Returns:
         `nfe`, `flops` (draft included), `flops_stock` (50 full steps), `flops_ratio_50` (these over this run),
         `stock_steps` (the model's own default) and `flops_ratio` (as many full steps over this run), and `stages`: a
-        list of {"name", "steps", "cached", "reused", "tokens", "flops", "calls"} in order, the draft first, with
-        `tokens` per sequence, `flops` of all the stage's steps and guidance passes, and of the steps how many a
-        temporal cache answers and how many run over the target's tokens alone. `calls` lists the `ForwardCall`s.
+        list of {"name", "steps", "cached", "reused", "tokens", "flops", "calls", "groups", "passes"} in order, the
+        draft first, with `tokens` per sequence, `flops` of all the stage's steps and guidance passes, and of the steps
+        how many a temporal cache answers and how many run over the target's tokens alone. `calls` lists the
+        `ForwardCall`s, and `passes` counts the forward passes of all its `groups` of samples. `modulation` has the
+        bytes of the weights that only make scale, shift and gate, and how often they are read: see
+        `planned_modulation`.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -94,7 +98,7 @@ def plan(
         "nfe": config.nfe, "flops": flops, "flops_stock": stock, "flops_ratio_50": stock / flops,
         "stock_steps": cost.default_steps,
         "flops_ratio": cost.stock(2 * grid.tokens, cost.default_steps, len(mixed)) / flops,
-        "stages": rows,
+        "stages": rows, "modulation": planned_modulation(cost, rows, len(mixed)),
     }  # fmt: skip
 
 
@@ -187,7 +191,8 @@ class _Plan:
             "name": stage.name, "steps": stage.steps, "cached": sum(not step.full for step in steps),
             "reused": sum(step.kept for step in steps),
             "tokens": sum(n * length for n, length in lengths) / total if total > 1 else lengths[0][1],
-            "flops": flops_of(listed, self.cost.config), "calls": listed,
+            "flops": flops_of(listed, self.cost.config), "calls": listed, "groups": len(groups),
+            "passes": sum(step.forward_passes(self.cost.packs) for _, _, steps in groups for step in steps),
         }  # fmt: skip
 
     def _steps(self, stage: Stage, layout: _Layout, start: float, first: bool = False) -> list[_Step]:
@@ -269,3 +274,7 @@ class _Step:
     beside: int
     measured: int
     first: bool
+
+    def forward_passes(self, packs: bool) -> int:
+        """Of the transformer. packs: whether guidance passes are one."""
+        return (1 if packs else self.passes) if self.full or self.fresh is not None else 0

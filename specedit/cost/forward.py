@@ -76,7 +76,7 @@ def transformer_flops(model_config: Any, tokens: float, keys: float | None = Non
     if not tokens >= 0:
         raise ValueError(f"tokens: expected a number of at least 0, got {tokens!r}")
     layers, d = _size(model_config)
-    whole, unread = block_count(model_config)
+    whole, unread, _ = block_count(model_config)
     keys = tokens if keys is None else keys
     if read is None:
         return float(tokens * (layers * whole * d * d + layers * 4 * d * keys))

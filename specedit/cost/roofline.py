@@ -245,7 +245,8 @@ def predict_roofline(
         `nfe`, `flops_ratio` (transformer alone, as everywhere), `clock_ratio` of the roofline seconds with encoding,
         verification and decoding, both against `stock_steps`, the model's own default; `flops_ratio_50` and
         `clock_ratio_50` against 50 stock steps, which take `seconds_stock`, and the `quotient` of these two; `seconds`,
-        `gpu`, and `stages`: a list of {"name", "steps", "tokens", "flops", "bytes", "seconds"}.
+        `gpu`, `modulation` as in `plan`, and `stages`: a list of {"name", "steps", "tokens", "flops", "bytes",
+        "seconds"}, with a row "modulation" where it is made once.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -269,11 +270,15 @@ def predict_roofline(
 
     def forward(call: ForwardCall) -> list[Op]:
         ops = transformer_ops(model, call.tokens, call.samples, text=call.text, keys=call.keys, read=call.read)
+        ops = [op for op in ops if op.name != "modulation"] if config.modulation == "once" else ops
         return ops + measuring_ops(model, call)
 
     encode = stage("encode", [(1, autoencoder_ops(model, "encode", latent))])
     decode = stage("decode", [(1, autoencoder_ops(model, "decode", latent))])
     stages, verify, before = [encode], None, 0
+    made = predicted["modulation"]
+    if config.modulation == "once":
+        stages.append(stage("modulation", [(made["reads_once"], [Op("modulation", 0, made["weight_bytes"])])]))
     for row in predicted["stages"]:
         if row["name"] == "full" and config.restore == "pixels" and before < row["tokens"]:
             small = pixels * grid.coarse().tokens
@@ -303,7 +308,7 @@ def predict_roofline(
     return dict(
         gpu=gpu, nfe=predicted["nfe"], **ratios, clock_ratio=stock_seconds(predicted["stock_steps"]) / seconds,
         clock_ratio_50=clock, quotient=clock / predicted["flops_ratio_50"], seconds=seconds,
-        seconds_stock=seconds_stock, stages=stages,
+        seconds_stock=seconds_stock, stages=stages, modulation=made,
     )  # fmt: skip
 
 

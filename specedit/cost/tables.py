@@ -43,7 +43,8 @@ class ModelCost:
     `negative_text_tokens`. scheduler: fields of its configuration, which say at which sigmas the steps of a stage lie.
     default_steps: of the stock pipeline's call, or those that a distilled model is made for. sigmas: the adapter's own
     schedule, as a function of scheduler, tokens, start, end and steps. fixed_reference, fixed_prefix: as of the
-    adapter. latent_pixels: of a token.
+    adapter. latent_pixels: of a token. packs: whether both guidance passes of a step are one forward pass. pooled:
+    whether modulation differs from sample to sample.
     """
 
     config: Mapping[str, float]
@@ -57,6 +58,8 @@ class ModelCost:
     fixed_reference: bool = False
     fixed_prefix: bool = False
     latent_pixels: int = 4
+    packs: bool = False
+    pooled: bool = False
 
     @property
     def texts(self) -> tuple[float, ...]:
@@ -91,6 +94,7 @@ MODELS: Mapping[str, ModelCost] = MappingProxyType(
             1,
             scheduler=FLUX_SCHEDULER,
             default_steps=28,
+            pooled=True,
         ),
         # Qwen-Image-Edit: 60 double-stream blocks; the text stream holds about 1,340 vision tokens of the condition
         # image (1 MP in patches of 28 px) and about 60 words; true classifier-free guidance (two passes).
@@ -100,6 +104,7 @@ MODELS: Mapping[str, ModelCost] = MappingProxyType(
             2,
             vision_tokens=1340,
             scheduler=QWEN_SCHEDULER,
+            packs=True,
         ),
         # LongCat-Image-Edit: FLUX's blocks and scheduler; the text stream holds 512 words and, between two marks, 18 x
         # 18 vision tokens of the condition image (512 px in patches of 28); classifier-free guidance (two passes).

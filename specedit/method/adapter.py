@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -193,7 +195,8 @@ class Run:
     """One edit under way: `adapter` computes it on `pipe` as `config` says, and `trace` follows it.
 
     finding: score and edited cells that a draft has found, this run's once it has made one. Where one is given, from an
-    earlier run that differs in its noise alone, no draft is made.
+    earlier run that differs in its noise alone, no draft is made. modulation: the adapter's, computed once; it counts
+    its `passes` over the weights and its `memory` in bytes. None where every step computes it.
 
     Raises:
         ValueError: the state's grid has another token geometry than the adapter.
@@ -205,6 +208,7 @@ class Run:
     state: EditState
     trace: Trace = field(default_factory=Trace)
     finding: tuple[Tensor | None, Tensor] | None = None
+    modulation: Any = None
 
     def __post_init__(self) -> None:
         if isinstance(self.adapter, Adapter) and self.state.grid.geometry != self.adapter.geometry:
@@ -323,6 +327,15 @@ class Adapter(ABC):
     @abstractmethod
     def guide(self, run: Run, outputs: list[Tensor]) -> Tensor:
         """Velocity from the branches' outputs: classifier-free guidance, or the only one as it is."""
+
+    def why_modulated_every_step(self, pipe: Any) -> str | None:
+        """Why modulation="once" has no effect on this pipeline (one phrase), or None."""
+        return f"{self.name} does not say where its transformer makes the modulation"
+
+    def modulated_once(self, run: Run, sigmas: Sequence[float]) -> AbstractContextManager[None]:
+        """Inside, `predict` takes the modulation of all timesteps from `run.modulation`. Goes with
+        `why_modulated_every_step`. sigmas: of steps to come, as far as they are known before the run."""
+        raise NotImplementedError(f"{self.name} computes its modulation in every step")
 
     def velocity(self, run: Run, group: LayoutGroup, sigma: float) -> Tensor:
         """Velocity e - x0 (b, N, C) float32 of a group."""

@@ -20,8 +20,9 @@ from .attention.processors import FluxMixedProcessor, why_unsupported_processor
 from .registry import register_adapter
 from .shared.block_adapter import GIVEN_SIGMAS, pixels_per_token
 from .shared.conditioning import PromptConditioning
-from .shared.flux_blocks import FluxBlocks, FluxForward, FluxPrompt, attention_kwargs, image_ids
+from .shared.flux_blocks import MODULATED, FluxBlocks, FluxForward, FluxPrompt, attention_kwargs, image_ids
 from .shared.images import check_kind, is_latents, pictures_of, source_pictures, too_small
+from .shared.modulation import ModulationLayers
 from .shared.prompts import broadcast_negative_prompt, count_prompts
 from .shared.shapes import Shape, is_embedded_kontext, shapes_of, whole
 
@@ -60,6 +61,7 @@ class FluxKontext(FluxBlocks):
     processor = FluxMixedProcessor
     block = FluxSingleTransformerBlock
     trimmed = FluxLastBlock
+    modulation_layers = ModulationLayers("time_text_embed", blocks=MODULATED, per_sample=True)  # by the pooled prompt
 
     @staticmethod
     def matches(pipe: Any) -> bool:

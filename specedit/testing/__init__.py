@@ -14,7 +14,7 @@ try:
 except ImportError as error:
     raise ImportError("specedit.testing: expected pytest, which is not installed; pip install pytest") from error
 
-_REWRITTEN = ("cases", "conformance", "family", "stages", "switches")
+_REWRITTEN = ("cases", "conformance", "family", "modulation", "stages", "switches")
 _pytest.register_assert_rewrite(*(f"{__name__}.{name}" for name in _REWRITTEN))
 
 from .cases import QUICK  # noqa: E402

@@ -22,6 +22,7 @@ from .family import (
     step_of,
     trace,
 )
+from .modulation import ModulationConformance
 from .stages import StageConformance
 from .switches import SwitchConformance
 
@@ -226,5 +227,5 @@ class CallConformance(Cases):
         assert counts[0] and counts[2] == counts[-1], counts
 
 
-class Conformance(CallConformance, StageConformance, SwitchConformance):
+class Conformance(CallConformance, StageConformance, SwitchConformance, ModulationConformance):
     """The tests. A subclass has a fixture `family`."""

@@ -123,13 +123,13 @@ def leaves_called(transformer):
     return calls
 
 
-def inside(pipe, run):
-    """A module with weights in the middle of those that the transformer calls in `run()`."""
+def inside(pipe, run, but=()):
+    """A module with weights in the middle of those that the transformer calls in `run()`, none of `but`."""
     calls = []
     handles = [
         module.register_forward_pre_hook(lambda module, args: calls.append(module))
         for module in pipe.transformer.modules()
-        if next(module.parameters(recurse=False), None) is not None
+        if next(module.parameters(recurse=False), None) is not None and module not in but
     ]
     try:
         run()

@@ -19,6 +19,7 @@ from ..shared.block_adapter import GIVEN_SIGMAS, pixels_per_token
 from ..shared.conditioning import PromptConditioning
 from ..shared.flux_blocks import FluxBlocks, FluxForward, FluxPrompt, attention_kwargs
 from ..shared.images import too_small
+from ..shared.modulation import ModulationLayers
 from ..shared.prompts import count_prompts
 from ..shared.shapes import shapes_of
 from . import pictures
@@ -47,6 +48,13 @@ class Flux2Blocks(FluxBlocks):
     processor = staticmethod(wrap)
     block = Flux2SingleTransformerBlock
     trimmed = Flux2LastBlock
+    modulation_layers = ModulationLayers(  # shared by all blocks of a kind
+        "time_guidance_embed",
+        (
+            "double_stream_modulation_img.linear", "double_stream_modulation_txt.linear",
+            "single_stream_modulation.linear", "norm_out.linear",
+        ),
+    )  # fmt: skip
     runs_others: ClassVar[bool] = True  # whether attention="stock" runs whatever processors there are
 
     def refusal(self, pipe: Any, call: dict[str, Any], attention: str) -> str | None:

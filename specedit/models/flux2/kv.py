@@ -16,6 +16,7 @@ from ..attention import contexts, sequences
 from ..attention.contexts import Context, Tables
 from ..registry import register_adapter
 from ..shared.flux_blocks import FluxForward
+from ..shared.modulation import at_step
 from .edit import Flux2Unpacked, transformer_inputs
 from .kv_attention import BesideReference, KeptReference, WithoutReference, WithReference, plain_processor
 
@@ -83,9 +84,12 @@ class Flux2KleinKV(Flux2Unpacked):
             return [output.float()]
         if alone:
             forward = replace(forward, text=forward.text[:, :0], text_ids=forward.text_ids[:0], context=stage.alone)
-        output = run.pipe.transformer(
-            **transformer_inputs(run, forward), kv_cache=inputs[kept].cache, kv_cache_mode="cached", return_dict=False
-        )[0]
+        # The call before has the references' timestep too, and makes both modulations itself.
+        with at_step(run, group, sigma, len(group.rows)):
+            output = run.pipe.transformer(
+                **transformer_inputs(run, forward), kv_cache=inputs[kept].cache, kv_cache_mode="cached",
+                return_dict=False,
+            )[0]  # fmt: skip
         return [output.float()]
 
     def stage(self, run: Run, group: LayoutGroup, keeps_text: bool) -> KVStage:

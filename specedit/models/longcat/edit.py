@@ -26,8 +26,9 @@ from ..attention.processors import FluxMixedProcessor, why_unsupported_processor
 from ..registry import register_adapter
 from ..shared.block_adapter import GIVEN_SIGMAS, pixels_per_token
 from ..shared.conditioning import PromptConditioning
-from ..shared.flux_blocks import FluxBlocks, FluxForward, FluxPrompt, image_ids
+from ..shared.flux_blocks import MODULATED, FluxBlocks, FluxForward, FluxPrompt, image_ids
 from ..shared.images import check_pictures, source_pictures, too_small
+from ..shared.modulation import ModulationLayers
 from ..shared.prompts import broadcast_negative_prompt
 from ..shared.shapes import shapes_of
 from . import positions
@@ -77,6 +78,7 @@ class LongCatImageEdit(FluxBlocks):
     block = LongCatImageSingleTransformerBlock
     trimmed = LongCatLastBlock
     pos_embed_hook = positions.ContextHook
+    modulation_layers = ModulationLayers("time_embed", blocks=MODULATED)
     take_context = staticmethod(positions.take)
     drop_context = staticmethod(positions.drop)
 

@@ -27,6 +27,7 @@ from ..registry import register_adapter
 from ..shared import decode_boxes
 from ..shared.block_adapter import GIVEN_SIGMAS, pixels_per_token
 from ..shared.images import check_pictures, decoder_features, source_pictures, too_small
+from ..shared.modulation import ModulationLayers
 from ..shared.prompts import count_prompts, warn_if_guidance_inactive
 from ..shared.shapes import Shape, shapes_of, whole
 from ..shared.single_frame_adapter import SingleFrameAdapter
@@ -75,6 +76,9 @@ class QwenImageEdit(SingleFrameAdapter):
     blocks = "transformer_blocks"
     trimmed = QwenLastBlock
     pos_embed_hook = FrequenciesHook
+    modulation_layers = ModulationLayers(
+        "time_text_embed", blocks={"transformer_blocks": ("img_mod.1", "txt_mod.1")}, factor=1.0
+    )
 
     @staticmethod
     def matches(pipe: Any) -> bool:

@@ -16,6 +16,7 @@ from ...method.adapter import LayoutGroup, Run, rows_index
 from ..attention import contexts
 from ..attention.measuring import Measuring
 from ..attention.sequences import QueryRows, cumulative, pack, segments
+from ..shared.modulation import at_step
 from .positions import ImgShapesWithFreqs, all_positions, angles, phases, text_offset
 from .prompts import QwenPrompt
 
@@ -263,15 +264,17 @@ class QwenForward:
         dtype = conditioning.dtype
         timestep = torch.full((len(states),), self.sigma * 1000, device=states.device, dtype=torch.float32)
         extra = {} if context is None else {"specedit": context}
-        return self.run.pipe.transformer(
-            hidden_states=states.to(dtype),
-            timestep=timestep.to(dtype) / 1000,
-            encoder_hidden_states=embeds,
-            encoder_hidden_states_mask=mask,
-            img_shapes=placed,
-            attention_kwargs=conditioning.kwargs | extra,  # a copy, since the transformer pops the LoRA scale
-            return_dict=False,
-        )[0].float()
+        with at_step(self.run, self.group, self.sigma, len(states)):
+            out: Tensor = self.run.pipe.transformer(
+                hidden_states=states.to(dtype),
+                timestep=timestep.to(dtype) / 1000,
+                encoder_hidden_states=embeds,
+                encoder_hidden_states_mask=mask,
+                img_shapes=placed,
+                attention_kwargs=conditioning.kwargs | extra,  # a copy, since the transformer pops the LoRA scale
+                return_dict=False,
+            )[0]
+        return out.float()
 
 
 def text_rows(prompt: QwenPrompt, rows: list[int]) -> tuple[Tensor, Tensor, list[int]]:

@@ -20,6 +20,7 @@ from ..attention.processors import why_unsupported_processor
 from ..registry import register_adapter
 from ..shared.block_adapter import GIVEN_SIGMAS
 from ..shared.images import decoder_features, source_pictures, too_small
+from ..shared.modulation import ModulationLayers
 from ..shared.prompts import warn_if_guidance_inactive
 from ..shared.shapes import shapes_of
 from ..shared.single_frame_adapter import SingleFrameAdapter
@@ -50,6 +51,7 @@ class QwenImage21(SingleFrameAdapter):
     blocks = "transformer_blocks"
     trimmed = LastBlock
     pos_embed_hook = PlacedHook
+    modulation_layers = ModulationLayers("time_text_embed", ("modulation.1", "norm_out.linear"), factor=1.0)
 
     @staticmethod
     def matches(pipe: Any) -> bool:

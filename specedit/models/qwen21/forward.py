@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...method.adapter import LayoutGroup, Run, rows_index
 from ..attention import contexts
+from ..shared.modulation import at_step
 from .attention import BesidePrefix, PrefixCache, PrefixLayer
 from .positions import Placed, frequencies, spans
 from .prefix import SLOT, Prefix, frame_of, hidden_keys, prefix_of
@@ -48,17 +49,18 @@ def predicted(run: Run, group: LayoutGroup, sigma: float, branch: int, prompt: Q
     stage, layers = stage_inputs(run, group, branch, prompt)
     conditioning, states = run.state.conditioning, F.pad(group.tokens, (0, 0, stage.padding, 0))
     timestep = torch.full((len(states),), sigma * 1000, device=states.device, dtype=torch.float32)
-    out: Tensor = run.pipe.transformer(
-        hidden_states=states.to(conditioning.dtype),
-        timestep=timestep.to(conditioning.dtype) / 1000,
-        encoder_hidden_states=prompt.embeds[stage.rows][:, :0],
-        img_shapes=[stage.placed],
-        img_mask=torch.ones(1, states.shape[1] // SLOT, dtype=torch.bool, device=states.device),
-        attention_kwargs=dict(conditioning.kwargs),
-        kv_cache=PrefixCache(layers),
-        kv_cache_mode="cached",
-        return_dict=False,
-    )[0]
+    with at_step(run, group, sigma, len(states)):
+        out: Tensor = run.pipe.transformer(
+            hidden_states=states.to(conditioning.dtype),
+            timestep=timestep.to(conditioning.dtype) / 1000,
+            encoder_hidden_states=prompt.embeds[stage.rows][:, :0],
+            img_shapes=[stage.placed],
+            img_mask=torch.ones(1, states.shape[1] // SLOT, dtype=torch.bool, device=states.device),
+            attention_kwargs=dict(conditioning.kwargs),
+            kv_cache=PrefixCache(layers),
+            kv_cache_mode="cached",
+            return_dict=False,
+        )[0]
     return out[:, stage.padding :].float()
 
 

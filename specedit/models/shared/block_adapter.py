@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from ...layout import GridSet, TokenGrid
 from ...method.adapter import Adapter, EditState, Run
 from ..attention import compiled, last_block, processors
 from ..attention.contexts import Context
-from . import position_hook
+from . import modulation, position_hook
 from .conditioning import PromptConditioning
 from .prompts import count_prompts
 
@@ -24,6 +25,7 @@ class BlockAdapter(Adapter):
 
     attention, processor: of the transformer's attention modules, and what makes a replacement of a processor. block,
     trimmed: of the last block in the list `blocks`, and the hook that trims it. pos_embed_hook: of positions, or None.
+    modulation_layers: for modulation="once", or None.
     """
 
     attention: ClassVar[type[nn.Module] | tuple[type[nn.Module], ...]]
@@ -32,6 +34,7 @@ class BlockAdapter(Adapter):
     trimmed: ClassVar[type[last_block.LastBlock]]
     blocks: ClassVar[str]
     pos_embed_hook: ClassVar[type[position_hook.PositionHook] | None] = None
+    modulation_layers: ClassVar[modulation.ModulationLayers | None] = None
 
     @staticmethod
     def take_context(kwargs: dict[str, Any]) -> Context | None:
@@ -58,6 +61,16 @@ class BlockAdapter(Adapter):
             position_hook.detach(transformer.pos_embed)
         last_block.detach(self.last_block(pipe))
         compiled.detach(transformer)
+
+    def why_modulated_every_step(self, pipe: Any) -> str | None:
+        if self.modulation_layers is None:
+            return super().why_modulated_every_step(pipe)
+        return modulation.why_every_step(pipe.transformer, self.modulation_layers)
+
+    def modulated_once(self, run: Run, sigmas: Sequence[float]) -> AbstractContextManager[None]:
+        if self.modulation_layers is None:
+            return super().modulated_once(run, sigmas)
+        return modulation.once(run, self.modulation_layers, sigmas)
 
     def last_block(self, pipe: Any) -> nn.Module | None:
         """The block that is trimmed; None of a transformer without any, such as another engine's, or of a family that

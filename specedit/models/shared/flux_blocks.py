@@ -17,6 +17,12 @@ from ..attention.measuring import Measuring
 from .block_adapter import BlockAdapter, pixels_per_token
 from .conditioning import Prompt
 from .images import decoder_features
+from .modulation import at_step
+
+# Linear layers of FLUX.1's blocks that make nothing but modulation.
+MODULATED = {
+    "transformer_blocks": ("norm1.linear", "norm1_context.linear"), "single_transformer_blocks": ("norm.linear",)
+}  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -99,7 +105,9 @@ class FluxBlocks(BlockAdapter):
             )  # fmt: skip
             if call is not None:
                 inputs = partial_inputs(inputs, call, run.state.text_tokens, group.tokens.shape[1])
-            outputs.append(self.forward(run, prompt, inputs)[:, : group.tokens.shape[1]].float())
+            with at_step(run, group, sigma, rows, prompt):
+                output = self.forward(run, prompt, inputs)
+            outputs.append(output[:, : group.tokens.shape[1]].float())
         return outputs
 
     def _stage_inputs(self, run: Run, group: LayoutGroup, stores: bool) -> StageInputs:
