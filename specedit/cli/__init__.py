@@ -1,4 +1,4 @@
-"""The command line: `specedit demo | edit | batch | eval | bench`, one module per command.
+"""The command line: `specedit demo | edit | app | batch | eval | bench`, one module per command.
 
 Nothing imports torch before a command runs, so `--help` and usage errors are immediate.
 """
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..versions import package_version
-from . import batch, bench, demo, edit, errors, evaluate
+from . import app, batch, bench, demo, edit, errors, evaluate
 
 
 class _Parser(argparse.ArgumentParser):
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"specedit {package_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (demo, edit, batch, evaluate, bench):
+    for command in (demo, edit, app, batch, evaluate, bench):
         command.add(commands)
     args = parser.parse_args(arguments)
     try:

@@ -7,12 +7,11 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from types import TracebackType
+
+from .. import failures
 
 USER, UNEXPECTED, STOPPED, PIPE = 2, 1, 130, 141
 TRACEBACK = "SPECEDIT_TRACEBACK"
-_OURS = tuple(f"{Path(__file__).parents[2] / name}{os.sep}" for name in ("specedit", "specedit_kernels"))
 
 
 class CLIError(Exception):
@@ -23,12 +22,12 @@ def explain(error: BaseException, args: argparse.Namespace) -> tuple[str, int]:
     """The line to show for an error, and the exit code."""
     if isinstance(error, KeyboardInterrupt):
         return "stopped", STOPPED
-    if _out_of_memory(error):
+    if failures.out_of_memory(error):
         options = [f"--{name}, " for name in ("offload", "size") if not getattr(args, name, True)]
         return f"out of memory; {''.join(options)}a smaller picture or model takes less", USER
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror, USER
-    if isinstance(error, CLIError | OSError | ImportError) or _refused(error):
+    if isinstance(error, CLIError | OSError | ImportError) or failures.refused(error):
         return _line(error), USER
     hint = f"{TRACEBACK}=1 in the environment shows where"
     return f"unexpected {type(error).__name__}: {_line(error)}; {hint}", UNEXPECTED
@@ -50,25 +49,6 @@ def one_line_warnings() -> Iterator[None]:
 def close_output() -> None:
     """Redirect stdout to the null device after a broken pipe, so that the interpreter's last flush succeeds."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _refused(error: BaseException) -> bool:
-    """Whether this package rejected a value; other libraries' errors are unexpected."""
-    return isinstance(error, ValueError | TypeError) and _raised_in(error.__traceback__).startswith(_OURS)
-
-
-def _raised_in(trace: TracebackType | None) -> str:
-    file = ""
-    while trace is not None:
-        file, trace = trace.tb_frame.f_code.co_filename, trace.tb_next
-    return file
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
-        return True
-    texts = ("allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
 def _line(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
+from . import tiff
 from .files import replacing
 from .pixels import off_white, on_white, to_srgb
 
@@ -165,7 +166,7 @@ def _open(file: Any, name: str) -> tuple[Image.Image, tuple[str, ...]]:
     with _stream(file, name) as stream:
         image = _identify(stream)
         frames = 1 if image.format in ONE_PICTURE else getattr(image, "n_frames", 1)
-        image.load()
+        tiff.load(image)
         _scale_key(image, stream)
         return image, (f"{name}: the first of {frames} frames is read",) if frames > 1 else ()
 

@@ -98,6 +98,34 @@ def test_every_mode_looks_unchanged_as_rgb(save, picture, mode, name):
     assert np.abs(np.asarray(read.image) - expected).max() <= (16 if name == "in.jpg" else 0)
 
 
+@pytest.mark.parametrize("planes", [1, 2])
+def test_uncompressed_ycbcr_tiffs_are_read_interleaved_and_in_planes(tmp_path, picture, planes):
+    """Written by hand: Pillow writes no planes, and its versions open these files in different modes."""
+    image = picture(64, 96).convert("YCbCr")
+    pixels = image.tobytes() if planes == 1 else b"".join(channel.tobytes() for channel in image.split())
+    count, (width, height) = (1 if planes == 1 else 3), image.size
+    begins = 8 + 2 + 11 * 12 + 4  # the header, and 11 tags
+    tables = struct.pack("<3H", 8, 8, 8) + struct.pack("<3I", *(range(3) if count == 1 else (len(pixels) // 3,) * 3))
+    at = begins + len(tables) + 12
+    starts = struct.pack("<3I", *(at + i * len(pixels) // 3 for i in range(3)))
+
+    def tag(number, value, kind=4, many=1):
+        return struct.pack("<HHII", number, kind, many, value)
+
+    offsets = (at, len(pixels)) if count == 1 else (begins + len(tables), begins + 6)
+    ifd = b"".join(
+        (
+            tag(256, width), tag(257, height), tag(258, begins, 3, 3), tag(259, 1), tag(262, 6),
+            tag(273, offsets[0], 4, count), tag(277, 3), tag(278, height), tag(279, offsets[1], 4, count),
+            tag(284, planes), tag(530, 0x10001, 3, 2),
+        )
+    )  # fmt: skip
+    head = struct.pack("<2sHIH", b"II", 42, 8, 11)
+    (tmp_path / "in.tif").write_bytes(head + ifd + bytes(4) + tables + starts + pixels)
+    assert np.array_equal(pictures.read(tmp_path / "in.tif").image, image.convert("RGB"))
+    assert np.array_equal(pictures.read_mask(tmp_path / "in.tif")[0].convert("RGB"), image.convert("RGB"))
+
+
 @pytest.mark.parametrize("mode", ["HSV", "RGBa", "La"])
 def test_modes_that_only_some_files_hold(picture, monkeypatch, mode):
     original = picture(64, 96)
