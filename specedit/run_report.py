@@ -87,6 +87,8 @@ class RunReport:
             of another seed or the same, said what to edit; `score` is that draft's. Empty if nothing was reused.
         decoded_fraction: share of the pictures that was decoded, with what lies around it; below 1 with
             decode="edited" where the edit is small and the autoencoder neither tiled, compiled nor offloaded by layers.
+        overruled_steps: num_inference_steps that a server sent without its client's asking, so that the preset's steps
+            ran; None of any other call.
         source, edit: PIL images of the first sample for the figure; not part of `to_dict`.
 
     Raises:
@@ -114,6 +116,7 @@ class RunReport:
     overflowed: int = 0
     reused: dict[str, int] = dataclasses.field(default_factory=dict)
     decoded_fraction: float = 1.0
+    overruled_steps: int | None = None
 
     def __post_init__(self) -> None:
         self.stages = list(self.stages)
@@ -178,6 +181,7 @@ class RunReport:
             "overflowed": self.overflowed,
             "reused": dict(self.reused),
             "decoded_fraction": self.decoded_fraction,
+            "overruled_steps": self.overruled_steps,
             "score": score,
             **{name: grid.tolist() if grid is not None else None for name, grid in grids.items()},
         }
@@ -212,6 +216,7 @@ class RunReport:
             + (f"; {self.empty_drafts} of {samples} {seen} showed no change" if self.empty_drafts else "")
             + (f"; {self.overflowed} of {samples} scores were not finite" if self.overflowed else "")
             + (f"; reused {self._reused_inputs()}" if self.reused else "")
+            + (f"; the server's {self.overruled_steps} steps did not count" if self.overruled_steps else "")
         )
 
     def _reused_inputs(self) -> str:
