@@ -89,6 +89,8 @@ class RunReport:
             decode="edited" where the edit is small and the autoencoder neither tiled, compiled nor offloaded by layers.
         modulation: with modulation="once" the "passes" over the weights that make it, and the "bytes" that were kept;
             empty where every step computed it.
+        overruled_steps: num_inference_steps that a server sent without its client's asking, so that the preset's steps
+            ran; None of any other call.
         source, edit: PIL images of the first sample for the figure; not part of `to_dict`.
 
     Raises:
@@ -117,6 +119,7 @@ class RunReport:
     reused: dict[str, int] = dataclasses.field(default_factory=dict)
     decoded_fraction: float = 1.0
     modulation: dict[str, int] = dataclasses.field(default_factory=dict)
+    overruled_steps: int | None = None
 
     def __post_init__(self) -> None:
         self.stages = list(self.stages)
@@ -182,6 +185,7 @@ class RunReport:
             "reused": dict(self.reused),
             "decoded_fraction": self.decoded_fraction,
             "modulation": dict(self.modulation),
+            "overruled_steps": self.overruled_steps,
             "score": score,
             **{name: grid.tolist() if grid is not None else None for name, grid in grids.items()},
         }
@@ -216,6 +220,7 @@ class RunReport:
             + (f"; {self.empty_drafts} of {samples} {seen} showed no change" if self.empty_drafts else "")
             + (f"; {self.overflowed} of {samples} scores were not finite" if self.overflowed else "")
             + (f"; reused {self._reused_inputs()}" if self.reused else "")
+            + (f"; the server's {self.overruled_steps} steps did not count" if self.overruled_steps else "")
         )
 
     def _reused_inputs(self) -> str:

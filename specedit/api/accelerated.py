@@ -9,6 +9,7 @@ from typing import Any
 
 from diffusers.utils import BaseOutput
 
+from . import served
 from .installation import installation_of
 
 _OWN_CALL, _STOCK = "_specedit_call", "_specedit_stock"  # what marks such a class
@@ -88,8 +89,8 @@ def _own_function(stock: type, call: Callable[..., Any]) -> Callable[..., Any]:
         if installation is None or installation.stock_class is not stock:
             more = {} if edit_mask is None else {"edit_mask": edit_mask}
             return stock.__call__(self, *args, **kwargs, **more)
-        with installation.calls.record() as record:
-            output = call(self, installation, record, args, kwargs, edit_mask)
+        with installation.calls.record() as record, served.taken(installation, record) as seen:
+            output = call(self, seen, record, args, kwargs, edit_mask)
         if isinstance(output, BaseOutput):
             output.report = record.report  # in addition to the output's items; None of a stock call
         return output

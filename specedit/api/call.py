@@ -47,7 +47,7 @@ def call(
         return stock(pipe, *args, **kwargs)
     if pipe.transformer is None:
         raise ValueError(f"expected a {installation.stock_class.__name__} with a transformer, got one without")
-    asked_steps = bound.arguments.get("num_inference_steps")
+    asked_steps = None if installation.keeps_steps else bound.arguments.get("num_inference_steps")
     bound.apply_defaults()
     arguments = {name: value for name, value in bound.arguments.items() if name != "self"}
     record.stock_reason = why_stock_call(pipe, installation, arguments)
@@ -117,6 +117,8 @@ def accelerated_call(
             images = decoded(run, outcome, arguments["output_type"], reuse, clears)
         seconds = trace.clock() - began
         record.report = report_of(run, outcome, images, arguments, seconds, {} if reuse is None else reuse.counts)
+        if installation.keeps_steps:
+            record.report.overruled_steps = arguments.get("num_inference_steps")
         pipe.maybe_free_model_hooks()
     finally:
         pipe._current_timestep = None

@@ -79,7 +79,9 @@ class Installation:
     """What hangs on an installed pipeline.
 
     disabled: blocks of `specedit.disabled`. session: calls of a `Session`, which reuse encodings whatever the
-    configuration says; with `keep_pixels` they keep what an edit has not changed within its mask, too.
+    configuration says; with `keep_pixels` they keep what an edit has not changed within its mask, too. next_call: what
+    `specedit.api.served` holds for this thread's next call. serving: held by such calls, which run one after another.
+    keeps_steps: calls take the configuration's steps, whatever their num_inference_steps.
     """
 
     config: SpecEditConfig
@@ -91,6 +93,9 @@ class Installation:
     transformers: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)  # those that were hooked for it
     encodings: Encodings = field(default_factory=Encodings)
     session: Blocks = field(default_factory=Blocks)
+    next_call: threading.local = field(default_factory=threading.local)
+    serving: Any = field(default_factory=threading.Lock)
+    keeps_steps: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:  # of a copy, whose calls, transformers and encodings are its own
         return Installation, (self.config, self.adapter, self.stock_class)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copyreg
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, Unpack
@@ -16,7 +17,7 @@ from ..once import warn_caller
 from ..overrides import Overrides
 from ..run_report import RunReport
 from ..versions import check_diffusers
-from . import accelerated, sharing
+from . import accelerated, served, sharing
 from .call import call
 from .doors import doors
 from .installation import ATTRIBUTE, CallRecord, Calls, Installation, installation_of
@@ -163,6 +164,20 @@ def report(pipe: Any) -> RunReport:
     if last.report is None:
         raise ValueError("report: expected at least one accelerated call, got none since install")
     return last.report
+
+
+def serve_next(pipe: Any, settings: served.Served) -> None:
+    """Have this thread's next call of `pipe` run with settings of its own.
+
+    Raises:
+        ValueError: SpecEdit is not installed, or the method does not fit the model.
+    """
+    installation = installation_of(pipe)
+    if installation is None:
+        raise ValueError(f"expected a pipeline with SpecEdit installed, got a plain {type(pipe).__name__}")
+    check_method(settings.config, installation.adapter, pipe)
+    config = fitted(settings.config, skips_tokens=installation.adapter.skips_tokens)
+    served.put(installation, dataclasses.replace(settings, config=config))
 
 
 @contextmanager

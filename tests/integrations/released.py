@@ -1,0 +1,2 @@
+def sglang(folder):
+    raise NotImplementedError
