@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from specedit.micro.editors import editor_of
 
 RATIO = 5.0
 SEEDS = (3, 6, 7, 9, 12, 17)  # of the usual tasks; two textures come after them
-TILE, HEAD, SIDE = 128, 26, 150  # pixels: a picture, the columns' names, the prompts
 
 
 def nearest(rows: list[dict[str, Any]], ratio: float = RATIO) -> list[str]:
@@ -51,18 +51,31 @@ def shade(picture: Image.Image, cells: torch.Tensor) -> Image.Image:
     return Image.composite(picture, Image.blend(picture, Image.new("RGB", picture.size), 0.75), mask)
 
 
-def sheet(columns: list[str], lines: list[tuple[str, list[Image.Image]]]) -> Image.Image:
+@dataclass(frozen=True)
+class Form:
+    """Pixels of a sheet: a picture's side, the columns' names, the texts before the lines, and the letters."""
+
+    tile: int
+    head: int
+    side: int
+    letters: int
+
+
+FORM = Form(tile=128, head=26, side=150, letters=11)
+
+
+def sheet(columns: list[str], lines: list[tuple[str, list[Image.Image]]], form: Form = FORM) -> Image.Image:
     """Lines of pictures with a text before each, below the columns' names."""
-    font = ImageFont.load_default(11)
-    width, height = SIDE + TILE * len(columns), HEAD + TILE * len(lines)
-    made = Image.new("RGB", (width, height), "white")
+    font = ImageFont.load_default(form.letters)
+    tile, head, side = form.tile, form.head, form.side
+    made = Image.new("RGB", (side + tile * len(columns), head + tile * len(lines)), "white")
     draw = ImageDraw.Draw(made)
     for i, name in enumerate(columns):
-        draw.text((SIDE + i * TILE + 4, 6), name[:20], "black", font)
+        draw.text((side + i * tile + 4, 6), name[:20], "black", font)
     for j, (text, pictures) in enumerate(lines):
-        draw.text((6, HEAD + j * TILE + 8), _wrapped(text, 22), "black", font)
+        draw.text((6, head + j * tile + 8), _wrapped(text, 2 * side // form.letters - 5), "black", font)
         for i, picture in enumerate(pictures):
-            made.paste(picture.resize((TILE, TILE), Image.Resampling.LANCZOS), (SIDE + i * TILE, HEAD + j * TILE))
+            made.paste(picture.resize((tile, tile), Image.Resampling.LANCZOS), (side + i * tile, head + j * tile))
     return made
 
 

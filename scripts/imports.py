@@ -27,7 +27,7 @@ FLOORS = (  # from the top; a room imports from the floors below its own, and no
 )
 SAME_ROOM = {
     "specedit.__main__": "specedit.cli", "specedit.report_figure": "specedit.run_report",
-    "specedit.report_comparison": "specedit.run_report",
+    "specedit.report_comparison": "specedit.run_report", "specedit.report_html": "specedit.run_report",
 }  # fmt: skip
 TESTS = "specedit.testing"  # shipped tests: they may import everything, and nothing may import them
 

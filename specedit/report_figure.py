@@ -10,6 +10,8 @@ import torch
 from .registry import selectors
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from .run_report import RunReport
 
 # Accent and quiet colours; the masks use the two accents.
@@ -18,6 +20,15 @@ EDITED, EXPANDED, QUIET = "#d1495b", "#30638e", "#8d99ae"
 
 def save(report: RunReport, path: str | PathLike[str], sample: int = 0) -> None:
     """`RunReport.save_figure`."""
+    draw(report, sample).savefig(path, dpi=120)
+
+
+def draw(report: RunReport, sample: int = 0, *, titled: bool = True) -> Figure:
+    """The figure of one sample, with the report's title above it if `titled`.
+
+    Raises:
+        ValueError: no such sample.
+    """
     # Figure itself, not pyplot: no global state, so calls from several threads do not meet.
     from matplotlib.figure import Figure
 
@@ -35,12 +46,12 @@ def save(report: RunReport, path: str | PathLike[str], sample: int = 0) -> None:
         if present
     ]
     figure = Figure(figsize=(max(8.0, 3.4 * len(panels)), 5.6 if panels else 2.4), layout="constrained")
-    titled: Any = figure
+    top: Any = figure
     bars: Any = figure
     if panels:
         subfigures: Any = figure.subfigures(2, 1, height_ratios=[3.4, 1.8])
-        titled, bars = subfigures
-        for axes, panel in zip(titled.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        top, bars = subfigures
+        for axes, panel in zip(top.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             panel(report, axes, sample)
             axes.set_xticks([])
             axes.set_yticks([])
@@ -48,8 +59,9 @@ def save(report: RunReport, path: str | PathLike[str], sample: int = 0) -> None:
     _draw_bars(report, left, [s.seconds for s in report.stages], "seconds")
     _draw_bars(report, right, [s.flops / 1e12 for s in report.stages], "TFLOPs")
     left.invert_yaxis()
-    titled.suptitle(report.title(), fontsize=11)
-    figure.savefig(path, dpi=120)
+    if titled:  # a user's preset may be named with dollar signs, which are no formula
+        top.suptitle(report.title(), fontsize=11, parse_math=False)
+    return figure
 
 
 def _draw_source(report: RunReport, axes: Any, sample: int) -> None:
@@ -83,7 +95,7 @@ def _draw_score(report: RunReport, axes: Any, sample: int) -> None:
     extent = _backdrop(report, axes, *grid.shape)
     drawn = axes.imshow(grid, cmap="magma", vmin=0, alpha=0.75, extent=extent, interpolation="nearest")
     axes.figure.colorbar(drawn, ax=axes, fraction=0.046, pad=0.02).ax.tick_params(labelsize=8)
-    axes.set_title(score_title(report), fontsize=10)
+    axes.set_title(score_title(report), fontsize=10, parse_math=False)
 
 
 def score_title(report: RunReport) -> str:

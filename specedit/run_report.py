@@ -190,21 +190,32 @@ class RunReport:
             **{name: grid.tolist() if grid is not None else None for name, grid in grids.items()},
         }
 
-    def __str__(self) -> str:
-        head = ("stage", "sigma", "steps", "tokens", "TFLOPs", "seconds")
-        rows = [
+    def table(self) -> list[tuple[str, ...]]:
+        """The table's lines as cells: a head, one line per stage, and the total."""
+        stages = [
             (s.name, _sigmas(s), str(s.steps), f"{s.tokens:,.0f}", _tera(s.flops), f"{s.seconds:.2f}")
             for s in self.stages
         ]
         total = ("total", "", f"{self.nfe} + {self.draft_steps}", "", _tera(self.flops), f"{self.seconds:.2f}")
-        widths = [max(map(len, column)) for column in zip(head, *rows, total, strict=True)]
+        return [("stage", "sigma", "steps", "tokens", "TFLOPs", "seconds"), *stages, total]
+
+    def __str__(self) -> str:
+        lines = self.table()
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
 
         def line(cells: tuple[str, ...]) -> str:
             words = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
             return "  ".join(words).rstrip()
 
+        head, *stages, total = map(line, lines)
         rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-        return "\n".join([self.title(), rule, line(head), rule, *map(line, rows), rule, line(total)])
+        return "\n".join([self.title(), rule, head, rule, *stages, rule, total])
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the title, the figure as a picture in the page, and the table."""
+        from .report_html import render
+
+        return render(self)
 
     def title(self) -> str:
         """One line: the preset, its steps, what was saved and how much was edited."""

@@ -15,8 +15,9 @@ HEAVY = ("torch", "diffusers", "transformers", "numpy", "PIL", "matplotlib")
 
 
 def python(code: str) -> str:
+    """What the code prints. It must not print anything to stderr."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "torchvision" not in done.stderr
+    assert done.stderr == ""
     return done.stdout
 
 
@@ -26,7 +27,7 @@ def test_importing_the_package_and_the_vocabulary_imports_no_torch():
 
 
 FRESH = """
-import json, sys
+import importlib, json, logging, pkgutil, sys
 import specedit
 found = {"submodules": [specedit.run_report.__name__, specedit.config.__name__]}
 import specedit.api.installing, specedit.run_report, specedit.micro.loading
@@ -36,13 +37,22 @@ import specedit.cli
 found["pytest"] = "pytest" in sys.modules
 import specedit.testing
 found["tests"] = [name for name in sys.modules if name.partition(".")[0] == "tests"]
+import specedit_kernels
+modules = [m.name for p in (specedit, specedit_kernels) for m in pkgutil.walk_packages(p.__path__, p.__name__ + ".")]
+for name in modules:
+    if not name.endswith("__main__"):
+        importlib.import_module(name)
+found["loggers"] = [name for name in logging.root.manager.loggerDict if name.startswith("specedit")]
 print(json.dumps(found))
 """
 
 
 @pytest.fixture(scope="module")
 def fresh():
-    """What a process of its own finds when it imports one part of the package after the other."""
+    """What a process of its own finds when it imports one part of the package after the other.
+
+    Imports print nothing: the JSON is all there is, and `python` refuses other output.
+    """
     return json.loads(python(FRESH))
 
 
@@ -52,6 +62,10 @@ def test_functions_take_precedence_over_modules_of_the_same_name(fresh):
 
 def test_nothing_but_the_shipped_tests_imports_pytest(fresh):
     assert fresh["pytest"] is False
+
+
+def test_each_package_has_one_logger(fresh):
+    assert sorted(fresh["loggers"]) == ["specedit", "specedit_kernels"]
 
 
 def test_shipped_tests_need_no_test_of_the_repository(fresh):

@@ -1,7 +1,10 @@
+import base64
 import dataclasses
+import io
 import json
 import sys
 import threading
+from html.parser import HTMLParser
 
 import pytest
 import torch
@@ -195,3 +198,45 @@ def test_figure_leaves_pyplot_alone(tmp_path):
         thread.join()
     assert (tmp_path / "0.png").read_bytes() == (tmp_path / "1.png").read_bytes()
     assert ("matplotlib.pyplot" in sys.modules) == before
+
+
+class Shown(HTMLParser):
+    """The tags, pictures and text of HTML."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.pictures, self.cells = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        if tag == "img":
+            self.pictures.append(dict(attrs))
+
+    def handle_data(self, data):
+        self.cells.append(data)
+
+
+def test_a_notebook_shows_title_figure_and_table():
+    report = make()
+    shown = Shown(report._repr_html_())
+    kind, _, encoded = shown.pictures[0]["src"].partition(",")
+    assert kind == "data:image/png;base64" and shown.pictures[0]["alt"] == report.title()
+    with Image.open(io.BytesIO(base64.b64decode(encoded))) as figure:
+        assert figure.width > 700
+    assert shown.cells == [report.title(), *(cell for line in report.table() for cell in line if cell)]
+    assert shown.tags.count("tr") == len(STAGES) + 2
+
+
+def test_a_notebook_escapes_what_users_typed():
+    name = '"><script>alert(1)</script> $\\frac$'
+    report = make(preset=name, stages=[dataclasses.replace(STAGES[0], name="<b>draft</b>")])
+    shown = Shown(report._repr_html_())
+    assert not {"script", "b"} & set(shown.tags)
+    assert shown.cells[0] == report.title() == shown.pictures[0]["alt"] and "<b>draft</b>" in shown.cells
+
+
+def test_a_preset_named_with_dollar_signs_is_no_formula(tmp_path):
+    make(preset="a $\\nothing$").save_figure(tmp_path / "report.png")
+    with Image.open(tmp_path / "report.png") as figure:
+        assert figure.width > 700

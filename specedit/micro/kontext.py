@@ -24,7 +24,7 @@ class CappedTokenizer(PreTrainedTokenizerFast):
     """
 
     def __call__(self, text=None, *args, max_length: int | None = None, **kwargs):
-        warn_unless_understood(text or ())
+        warn_unless_understood(text or (), vars(self).setdefault("warned_prompts", set()))
         if max_length is not None:
             max_length = min(max_length, self.model_max_length)
         return super().__call__(text, *args, max_length=max_length, **kwargs)
@@ -36,6 +36,9 @@ def read(folder: Path, **kwargs: Any) -> FluxKontextPipeline:
         name: CappedTokenizer.from_pretrained(folder / name, local_files_only=True)
         for name in ("tokenizer", "tokenizer_2")
     }
+    warned: set[str] = set()  # shared: both tokenizers see every prompt
+    for tokenizer in tokenizers.values():
+        tokenizer.warned_prompts = warned
     parts = tokenizers | nested_clip(folder / "text_encoder", kwargs.get("torch_dtype"))
     pipe = FluxKontextPipeline.from_pretrained(folder, local_files_only=True, **parts, **kwargs)
     pipe.vae.to(memory_format=torch.channels_last)  # faster convolutions on a CPU

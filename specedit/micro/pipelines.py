@@ -60,7 +60,7 @@ class OwnSizeQwenImageEditPipeline(QwenImageEditPipeline):
 
     @functools.wraps(QwenImageEditPipeline.encode_prompt)
     def encode_prompt(self, prompt: Any = None, *args: Any, **kwargs: Any) -> Any:
-        warn_unless_understood(prompt or ())
+        warn_unless_understood(prompt or (), vars(self).setdefault("_warned_prompts", set()))
         return super().encode_prompt(prompt, *args, **kwargs)
 
     @torch.no_grad()

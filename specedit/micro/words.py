@@ -6,9 +6,9 @@ import difflib
 import functools
 import itertools
 import re
-import warnings
 from collections.abc import Iterable
 
+from ..once import warn_caller
 from .vocabulary import BACKGROUNDS, COLOURS, MATERIALS, PHRASES, PLACES, SHAPES, SIZES
 
 # Synonyms of the editors' words. Longer expressions come first.
@@ -77,11 +77,15 @@ def understood(prompt: str) -> tuple[str, tuple[str, ...]]:
     )
 
 
-def warn_unless_understood(texts: str | Iterable[str]) -> None:
-    """Warn once for each prompt that an editor was not trained on. Single words, as in negative prompts, are fine."""
+def warn_unless_understood(texts: str | Iterable[str], warned: set[str]) -> None:
+    """Warn of each prompt that an editor was not trained on. Single words, as in negative prompts, are fine.
+
+    warned: the prompts that this pipeline has warned of, which grows.
+    """
     for text in [texts] if isinstance(texts, str) else texts:
-        if (problem := _problem(text)) is not None:
-            warnings.warn(problem, UserWarning, stacklevel=1)  # attributed to this line, so that Python shows it once
+        if text not in warned and (problem := _problem(text)) is not None:
+            warned.add(text)
+            warn_caller(problem)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -24,7 +24,7 @@ Config: TypeAlias = dict[str, int]  # launch parameters of one kernel
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 MINIMUM_CAPABILITY = (8, 0)
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__.removesuffix(".gpu.launch"))  # the package may be published under another name
 
 
 def interpreting() -> bool:

@@ -35,7 +35,7 @@ def test_the_pictures(tmp_path, monkeypatch):
     table.write_text(json.dumps(dict(of=dict(model="kontext", size=64), rows=ROWS)))
     method_gallery.main(["--table", str(table), "--out", str(tmp_path), "--seeds", "3", "--textures"])
     gallery, where = (Image.open(tmp_path / f"methods-{name}.jpg") for name in ("gallery", "where"))
-    tile, side, head = method_gallery.TILE, method_gallery.SIDE, method_gallery.HEAD
+    tile, side, head = (getattr(method_gallery.FORM, name) for name in ("tile", "side", "head"))
     assert gallery.size == (side + 4 * tile, head + tile)  # source, right answer, two variants
     assert where.size == (side + 2 * tile, head + tile)  # stock has no mask
 

@@ -83,7 +83,7 @@ def test_an_unknown_gpu_is_logged_once(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Imaginary GPU 1")
     monkeypatch.setattr(launch, "file_of", launch.file_of.__wrapped__)  # nothing is remembered of an imaginary GPU
-    with caplog.at_level("INFO", logger="specedit_kernels.gpu.launch"):
+    with caplog.at_level("INFO", logger="specedit_kernels"):
         for _ in range(2):
             assert launch.config("norm_rope", torch.device("cuda", 0), None, head_dim=128)["block_rows"]
     assert [r.message for r in caplog.records] == [

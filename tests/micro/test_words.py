@@ -71,23 +71,28 @@ def test_synonyms_are_words_that_the_editors_lack():
 
 def test_unknown_prompt_warns_in_python():
     with pytest.warns(UserWarning, match=r'the embedded editor does not understand this: .*got "frobnicate"'):
-        words.warn_unless_understood(["remove the ring", "frobnicate the ring"])
+        words.warn_unless_understood(["remove the ring", "frobnicate the ring"], set())
     with pytest.warns(UserWarning, match=r'was trained on "make it greyscale", got .Make it gray.; specedit'):
-        words.warn_unless_understood("Make it gray")
+        words.warn_unless_understood("Make it gray", set())
 
 
 @pytest.mark.parametrize("text", ["remove the ring", "", " ", "blue", ["blue star", "make it greyscale"]])
 def test_understood_prompts_do_not_warn(text):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        words.warn_unless_understood(text)
+        words.warn_unless_understood(text, set())
 
 
 @pytest.mark.parametrize("name", ["kontext", "qwen"])
-def test_the_editors_warn(name):
+def test_the_editors_warn_once_of_each_prompt_and_pipeline(name):
+    def warned(pipe, prompt):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            pipe.encode_prompt(prompt=prompt, **({} if name == "qwen" else {"prompt_2": None}))
+        return [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
+
     pipe = micro.load(name)
-    with pytest.warns(UserWarning, match='got "frobnicate"'):
-        pipe.encode_prompt(prompt="frobnicate the ring", **({} if name == "qwen" else {"prompt_2": None}))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        pipe.encode_prompt(prompt="remove the ring", **({} if name == "qwen" else {"prompt_2": None}))
+    (first,) = warned(pipe, "frobnicate the ring")
+    assert 'got "frobnicate"' in first
+    assert warned(pipe, "frobnicate the ring") == [] == warned(pipe, "remove the ring")
+    assert len(warned(micro.load(name), "frobnicate the ring")) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,6 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as plus
 from diffusers.pipelines.qwenimage.pipeline_output import QwenImagePipelineOutput
-from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor
 
@@ -37,7 +37,7 @@ from .positions import FrequenciesHook, reference_offset
 from .prompts import QwenConditioning, encode, text_counts
 from .sizes import edit_size, nearest_shapes, picture_size, shrink_picture, whole_tokens
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger("specedit")
 # Configurations whose transformer takes more than the edit pipelines give it.
 UNUSUAL = {
     "guidance_embeds": "the transformer is guidance-distilled",

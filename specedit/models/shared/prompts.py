@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from diffusers.utils import logging
-
 from ...once import warn_once
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger("specedit")
 P = TypeVar("P")
 
 
