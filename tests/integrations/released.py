@@ -132,7 +132,18 @@ def sglang(folder: Path) -> dict[str, dict]:
             raw = vars(owner)[name]
             stock = inspect.unwrap(raw.__func__ if isinstance(raw, staticmethod) else raw)
             setattr(owner, name, staticmethod(stock) if isinstance(raw, staticmethod) else stock)
-    return {module.__name__: vars(module) for module in (plugins, pipelines, sampling)}
+    return {"server": _sglang_server} | {module.__name__: vars(module) for module in (plugins, pipelines, sampling)}
+
+
+def _sglang_server(needs_image: bool) -> types.SimpleNamespace:
+    """Arguments of `sglang serve --backend diffusers`, as far as a request's check reads them."""
+    configs = import_module(f"{SGLANG}.configs.pipeline_configs.diffusers_generic")
+    backend = import_module(f"{SGLANG}.runtime.server_args.server_args").Backend.DIFFUSERS
+    config = configs.DiffusersI2IPipelineConfig if needs_image else configs.DiffusersGenericPipelineConfig
+    return types.SimpleNamespace(
+        backend=backend, model_id=None, pipeline_class_name=None, output_path=None, comfyui_mode=False, num_gpus=1,
+        pipeline_config=config(),
+    )  # fmt: skip
 
 
 def vllm_omni(folder: Path) -> dict[str, dict]:
