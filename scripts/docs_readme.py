@@ -9,17 +9,6 @@ FEW_STEPS = 8  # models with so many steps or fewer take a preset for few
 SHARE = 0.2  # of the picture, edited
 NEAR = 1 / 8  # how far stock's steps may be from the NFE to count as "as many", as a share
 SHOWN = ("balanced", "fast", "turbo")  # docs/benchmarks.md has the others
-# Models by the name of their costs, with their pipelines.
-SUPPORTED = {
-    "flux-kontext": ("FLUX.1-Kontext", "FluxKontextPipeline, FluxKontextInpaintPipeline"),
-    "qwen-image-edit": ("Qwen-Image-Edit, 2509, 2511", "QwenImageEditPipeline, QwenImageEditPlusPipeline"),
-    "qwen-image-2.1": ("Qwen-Image-2.1", "QwenImage21Pipeline"),
-    "longcat-image-edit": ("LongCat-Image-Edit", "LongCatImageEditPipeline"),
-    "flux2-dev": ("FLUX.2-dev", "Flux2Pipeline"),
-    "flux2-klein-9b": ("FLUX.2-klein, 9B", "Flux2KleinPipeline"),
-    "flux2-klein-4b": ("FLUX.2-klein, 4B", "Flux2KleinPipeline"),
-    "flux2-klein-9b-kv": ("FLUX.2-klein-KV, 9B", "Flux2KleinKVPipeline"),
-}
 NAMES = {"kontext": "Kontext", "qwen": "Qwen"}
 
 
@@ -77,20 +66,36 @@ def _scores(mean: dict, texture: bool) -> list[str]:
     return [f"{mean['success']:.1%}", *distance, f"{mean['keep_psnr']:.1f}"]
 
 
+def supported():
+    """(model, title, pipelines) of every model whose costs are known, as its adapters state them."""
+    from specedit.cost.tables import MODELS
+    from specedit.models.registry import released_models
+
+    for model in MODELS:
+        stated = [(kind, one) for kind, each in released_models().items() for one in each if one.cost == model]
+        yield model, stated[0][1].title, [kind for kind, _ in stated]
+
+
 def models(name: str) -> str:
     """Every supported model with what it saves against its own default steps, by count."""
     from specedit.cost.flops import MODELS
     from specedit.cost.flops import plan as predict
 
     rows = []
-    for model, (title, pipelines) in SUPPORTED.items():
+    for model, title, classes in supported():
         steps = MODELS[model].default_steps
         few = steps <= FEW_STEPS
         chosen = ["few-4"] if few else ["turbo", "ultra"]
         runs = [predict(resolve(preset, restore="reference"), model, 1024, 1024, SHARE) for preset in chosen]
         saved = [f"{run['flops_ratio']:.1f}x" for run in runs]
-        classes = ", ".join(f"`{one}`" for one in pipelines.split(", "))
-        rows.append([title, classes, str(steps), *(["-", "-", *saved] if few else [*saved, "-"])])
+        rows.append(
+            [
+                title,
+                ", ".join(f"`{one}`" for one in classes),
+                str(steps),
+                *(["-", "-", *saved] if few else [*saved, "-"]),
+            ]
+        )
     header = ["model", "pipeline", "its own steps", "`turbo`", "`ultra`", "`few-4`"]
     return table(header, rows) + (
         f"\n\nFLOPs saved against the model's own default at 1024 x 1024 with one reference, {SHARE:.0%} edited, "

@@ -7,7 +7,7 @@ import functools
 import io
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,34 +17,30 @@ from ..config import SpecEditConfig
 from ..cost.flops import plan
 from ..cost.roofline import GPUS, predict_roofline
 from ..cost.tables import MODELS, TOKEN_PIXELS, ModelCost
+from ..models.registry import released_models
+from ..pipelines.loading import INDEX
+from ..released import Released
 from .jobs import Job
 from .settings import Settings
 
+Kinds = Mapping[str, tuple[Released, ...]]
 WORDS = 32  # tokens of a sentence that an embedded editor reads
-COSTS = {
-    "FluxKontextPipeline": "flux-kontext", "QwenImageEditPipeline": "qwen-image-edit",
-    "QwenImageEditPlusPipeline": "qwen-image-edit", "LongCatImageEditPipeline": "longcat-image-edit",
-    "Flux2Pipeline": "flux2-dev", "Flux2KleinPipeline": "flux2-klein-9b", "Flux2KleinKVPipeline": "flux2-klein-9b-kv",
-}  # fmt: skip
-BY_NAME = {  # in hub ids, of pipelines whose index is not at hand
-    "flux.1-kontext": "FluxKontextPipeline", "qwen-image-edit": "QwenImageEditPipeline",
-    "longcat-image-edit": "LongCatImageEditPipeline", "flux.2-dev": "Flux2Pipeline",
-    "flux.2-klein": "Flux2KleinPipeline",
-}  # fmt: skip
-SMALL = "flux2-klein-4b"
-BY_PROMPT = ("flux-kontext", "qwen-image-edit")  # true guidance runs only with a negative prompt
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model's edits cost. name: of the released model in `MODELS`, None of an embedded editor."""
+    """What a model's edits cost. name: of the released model in `MODELS`, None of an embedded editor.
+
+    guided_by_prompt: as of the released model.
+    """
 
     cost: ModelCost
     name: str | None = None
+    guided_by_prompt: bool = False
 
     def of(self, settings: Settings) -> ModelCost:
         """The cost with as many guidance passes as the settings run."""
-        if self.name not in BY_PROMPT:
+        if not self.guided_by_prompt:
             return self.cost
         return dataclasses.replace(self.cost, passes=1 + ("negative_prompt" in settings.guidance))
 
@@ -69,18 +65,17 @@ def cost_of(model: str | None) -> Cost:
         ValueError: a pipeline whose cost is not known.
     """
     folder = _folder(model)
-    kind = _read(folder / "model_index.json").get("_class_name") if folder else _hub_class(str(model))
-    name = COSTS.get(str(kind))
     if model is None or model in pipelines.EDITORS or pipelines.loading.embedded_editor(str(model)):
         assert folder is not None
-        steps = MODELS["flux-kontext" if kind == "FluxKontextPipeline" else "qwen-image-edit"].default_steps
-        passes = 1 if kind == "FluxKontextPipeline" else 2
-        return Cost(_cost(folder, ModelCost({}, WORDS, passes, default_steps=steps)))
-    if name is None:
-        raise ValueError(f"--dry-run: expected a model whose cost is known, one of {', '.join(COSTS)}, got {model}")
-    if kind == "Flux2KleinPipeline" and _is_small(model, folder):
-        name = SMALL
-    return Cost(MODELS[name] if folder is None else _cost(folder, MODELS[name]), name)
+        kontext = _read(folder / INDEX).get("_class_name") == "FluxKontextPipeline"
+        steps = MODELS["flux-kontext" if kontext else "qwen-image-edit"].default_steps
+        return Cost(_cost(folder, ModelCost({}, WORDS, 1 if kontext else 2, default_steps=steps)))
+    kinds = released_models()
+    found = _in_folder(kinds, folder) if folder else _on_hub(kinds, model)
+    if found is None:
+        raise ValueError(f"--dry-run: expected a model whose cost is known, one of {', '.join(kinds)}, got {model}")
+    usual = MODELS[found.cost]
+    return Cost(_cost(folder, usual) if folder else usual, found.cost, found.guided_by_prompt)
 
 
 def predict(
@@ -164,14 +159,24 @@ def _folder(model: str | None) -> Path | None:
     return path if path.is_dir() else None
 
 
-def _hub_class(model: str) -> str | None:
-    """The class in a hub pipeline's index, or if that cannot be read the one that its name says."""
+def _in_folder(kinds: Kinds, folder: Path) -> Released | None:
+    """The model of a pipeline in a folder: of several with its class, the one with as many layers."""
+    models = kinds.get(str(_read(folder / INDEX).get("_class_name")), ())
+    layers = _read(folder / "transformer" / "config.json").get("num_layers")
+    return next((one for one in models if MODELS[one.cost].config["num_layers"] == layers), next(iter(models), None))
+
+
+def _on_hub(kinds: Kinds, model: str) -> Released | None:
+    """The model of a hub id: of those with the class in its index, or of all if that cannot be read, by its name."""
     from diffusers import DiffusionPipeline
 
     try:
-        return str(DiffusionPipeline.load_config(model)["_class_name"])
+        models = kinds.get(str(DiffusionPipeline.load_config(model)["_class_name"]), ())
+        usual = next(iter(models), None)
     except Exception:
-        return next((kind for name, kind in BY_NAME.items() if name in model.lower()), None)
+        models, usual = tuple(one for each in kinds.values() for one in each), None
+    named = [one for one in models if all(word in model.lower() for word in one.hub)]
+    return max(named, key=lambda one: len("".join(one.hub)), default=usual)
 
 
 def _cost(folder: Path, usual: ModelCost) -> ModelCost:
@@ -184,13 +189,6 @@ def _cost(folder: Path, usual: ModelCost) -> ModelCost:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_small(model: str, folder: Path | None) -> bool:
-    """Whether a klein pipeline is the smaller one: by its size, or of one on the hub by its name."""
-    if folder is None:
-        return "4b" in model.lower()
-    return _read(folder / "transformer" / "config.json").get("num_layers") == MODELS[SMALL].config["num_layers"]
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -104,7 +104,8 @@ def install(pipe: Any) -> bool:
         logger.warning("SpecEdit does not serve %s; it stays as it is", type(pipe).__name__)
         return False
     config = server.config_of({})
-    install_on(pipe, config, **attention_here())
+    here: dict[str, Any] = attention_here()
+    install_on(pipe, config, **here)
     logger.info("SpecEdit %s is installed on %s", config.name, type(pipe).__name__)
     return True
 

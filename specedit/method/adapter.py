@@ -18,6 +18,7 @@ from ..config import SpecEditConfig
 from ..geometry import PACKED, TokenGeometry
 from ..layout import GridSet, LayoutSet, MixedLayout, TokenGrid
 from ..placement import Placement, layouts_beside
+from ..released import Released
 from .expand import cell_detail
 from .schedule import stage_sigmas, supported
 from .sparse_blocks import BlockPredictor
@@ -262,6 +263,8 @@ class Adapter(ABC):
     fixed_prefix: ClassVar[bool] = False  # whether text and references never change, and are computed once a run, fine
     aligns_phases: ClassVar[bool] = True  # whether it runs rope="phase_aligned"
     geometry: ClassVar[TokenGeometry] = PACKED  # what its tokens hold; `prepare` gives it to every grid
+    released: ClassVar[tuple[Released, ...]] = ()  # the models whose costs are known
+    uncosted: ClassVar[str] = ""  # or why none's are
     calls: ClassVar[tuple[type, ...]] = ()  # classes outside diffusers whose `__call__` it runs as they do
 
     @staticmethod

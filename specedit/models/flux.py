@@ -15,6 +15,7 @@ from torch import Tensor
 from ..config import SpecEditConfig
 from ..layout import MixedLayout, TokenGrid
 from ..method.adapter import EditState, Run, place_references
+from ..released import Released
 from .attention.last_block import FluxLastBlock
 from .attention.processors import FluxMixedProcessor, why_unsupported_processor
 from .registry import register_adapter
@@ -57,6 +58,7 @@ class FluxKontext(FluxBlocks):
 
     name = "flux-kontext"
     pipelines = "FluxKontextPipeline"
+    released = (Released("flux-kontext", "FLUX.1-Kontext", ("flux.1-kontext",), guided_by_prompt=True),)
     attention = FluxAttention
     processor = FluxMixedProcessor
     block = FluxSingleTransformerBlock

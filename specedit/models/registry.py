@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from ..method.adapter import Adapter
 from ..registry import Registry
+from ..released import Released
 from ..versions import suppress_torchvision_warning
 
 A = TypeVar("A", bound=type[Adapter])
@@ -53,6 +54,11 @@ def _registered() -> tuple[type[Adapter], ...]:
     """Adapters in the order of their registration."""
     with suppress_torchvision_warning():
         return ADAPTERS.values()
+
+
+def released_models() -> dict[str, tuple[Released, ...]]:
+    """The released models whose costs are known, by the pipeline class that runs them."""
+    return {name.strip(): one.released for one in adapters() for name in one.pipelines.split(",") if one.released}
 
 
 def pipeline_names() -> list[str]:

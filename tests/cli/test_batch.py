@@ -335,6 +335,8 @@ def test_dry_run_predicts_and_writes_nothing(batch, rows, tmp_path, refused):
     [
         ("black-forest-labs/FLUX.1-Kontext-dev", "flux-kontext", {}, 1),
         ("black-forest-labs/FLUX.2-klein-4B", "flux2-klein-4b", {}, 1),
+        ("black-forest-labs/FLUX.2-klein-9B-KV", "flux2-klein-9b-kv", {}, 1),
+        ("Qwen/Qwen-Image-2.1", "qwen-image-2.1", {}, 1),
         ("Qwen/Qwen-Image-Edit", "qwen-image-edit", {}, 1),
         ("Qwen/Qwen-Image-Edit", "qwen-image-edit", {"negative_prompt": " "}, 2),
     ],

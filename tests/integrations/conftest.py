@@ -37,6 +37,7 @@ class Sglang:
         from specedit.integrations import sglang
 
         self.modules = released.sglang(Path(RELEASED)) if RELEASED else stand_ins.sglang_modules()
+        self.server = self.modules.pop("server")
         if not RELEASED:
             stand_ins.put(monkeypatch, self.modules)
         sglang.register()
@@ -56,8 +57,7 @@ class Sglang:
 
     def check(self, given, **fields):
         """What the HTTP process does with a request: the fields that reach sglang's sampling parameters."""
-        task = SimpleNamespace(requires_image_input=lambda: self.needs_image)
-        server = SimpleNamespace(pipeline_config=SimpleNamespace(task_type=task))
+        server = self.server(self.needs_image)
         kwargs = dict(prompt=PROMPT, diffusers_kwargs=given, **fields)
         return self.params.from_user_sampling_params_args(model_path="x", server_args=server, **kwargs)
 
@@ -93,6 +93,7 @@ class Omni:
         self.adapter._pipeline, self.adapter._capabilities = pipe, {}
         self.adapter._pipeline_utils = self.registry[type(pipe).__name__]()
         self.adapter._pipeline_utils.apply_post_load_updates(pipe, None)
+        pipe.transformer.set_attention_backend("native")  # as vLLM-Omni does after loading
         self.adapter._accept_call_kwargs = {*inspect.signature(pipe.__call__).parameters}
         self.adapter.od_config = SimpleNamespace(
             diffusers_call_kwargs=SMALL | {"num_inference_steps": 28}, output_type="pt"
@@ -126,3 +127,8 @@ def omni(pipe, monkeypatch):
 def host(request):
     """Each server in turn."""
     return request.getfixturevalue(request.param)
+
+
+def pytest_terminal_summary(terminalreporter):
+    if RELEASED:
+        terminalreporter.write_line(f"Stubs: {', '.join(sorted(released.STUBBED))}")

@@ -63,7 +63,8 @@ def sglang_modules():
             if needs and not kwargs.get("image_path"):
                 raise ValueError("requires an 'image_path' input")
             values = dict(num_inference_steps=30, guidance_scale=7.5, height=1024, width=1024, image_path=None)
-            return SimpleNamespace(**values | kwargs, explicit={*kwargs})
+            extra = {"explicit_fields": sorted(kwargs), "diffusers_kwargs": kwargs.get("diffusers_kwargs")}
+            return SimpleNamespace(**values | kwargs, build_request_extra=lambda: extra)
 
     class DiffusersPipeline:
         def _apply_cache_dit(self, pipe, server_args):
@@ -89,8 +90,13 @@ def sglang_modules():
                 call["image"] = batch.condition_image
             return call | batch.extra.get("diffusers_kwargs", {})
 
+    def server(needs_image):
+        task = SimpleNamespace(requires_image_input=lambda: needs_image)
+        return SimpleNamespace(pipeline_config=SimpleNamespace(task_type=task))
+
     registry = type("HookRegistry", (HookRegistry,), {"hooks": {}})
     return {
+        "server": server,
         f"{SGLANG}.runtime.platforms.plugins": dict(HookRegistry=registry, HookType=HookType),
         f"{SGLANG}.runtime.pipelines.diffusers_pipeline": dict(
             DiffusersPipeline=DiffusersPipeline, DiffusersExecutionStage=DiffusersExecutionStage

@@ -167,7 +167,11 @@ def test_sglang_checks_requests_before_they_reach_a_worker(sglang, picture, enco
         sglang.check({"preset": "tubro"})
     with pytest.raises(ValueError, match="edit_mask: expected base64"):
         sglang.check({"edit_mask": "&&"})
-    assert sglang.check({"preset": "turbo"}).image_path is None
+    params = sglang.check({"preset": "turbo"})
+    assert params.image_path is None and params.num_inference_steps == 30
+    assert "num_inference_steps" not in params.build_request_extra()["explicit_fields"]
+    asked = sglang.check({"preset": "turbo"}, num_inference_steps=12).build_request_extra()
+    assert "num_inference_steps" in asked["explicit_fields"] and asked["diffusers_kwargs"] == {"preset": "turbo"}
     sglang.needs_image = True
     text = encoded(picture())
     assert sglang.check({"image": text}).image_path == [f"data:image/png;base64,{text}"]
@@ -178,12 +182,12 @@ def test_sglang_takes_a_picture_among_the_settings(sglang, picture, encoded):
     assert torch.equal(edited, sglang.request(picture()))
 
 
-def test_the_mask_of_the_edits_endpoint_is_the_edit_mask(omni, picture, mask):
+def test_omnis_edits_endpoint_has_a_mask(omni, picture, mask):
     omni.request(picture(), mask_image=mask)
     assert specedit.report(omni.pipe).edit_mask is not None and specedit.report(omni.pipe).draft_steps == 0
 
 
-def test_every_pipeline_is_registered_once_over_what_was_there(omni):
+def test_omni_has_every_pipeline_once_over_what_was_there(omni):
     names = {"FluxKontextPipeline", "QwenImageEditPlusPipeline", "Flux2KleinPipeline"}
     assert names <= {name for name, utils in omni.registry.items() if getattr(utils, "of_specedit", False)}
     utils = omni.registry["FluxKontextPipeline"]

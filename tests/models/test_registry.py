@@ -6,10 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from specedit.batch import prediction
+from specedit.cost.tables import MODELS
 from specedit.method.adapter import Adapter
 from specedit.models import adapter_of, adapters, longcat, register_adapter
 from specedit.models.flux import FluxKontext
-from specedit.models.registry import ADAPTERS
+from specedit.models.registry import ADAPTERS, released_models
+from specedit.released import Released
 
 
 @pytest.fixture
@@ -81,3 +84,18 @@ def test_a_family_whose_pipeline_is_missing_is_absent(monkeypatch):
         patch.setitem(sys.modules, "diffusers", SimpleNamespace())
         assert importlib.reload(longcat).LongCatImageEdit is None
     importlib.reload(longcat)
+
+
+def test_every_adapter_states_its_released_models_or_says_why_not():
+    known = {one.cost for adapter in adapters() for one in adapter.released}
+    assert known == set(MODELS)
+    for adapter in adapters():
+        assert bool(adapter.released) != bool(adapter.uncosted), adapter.name
+    classes = {name.strip() for adapter in adapters() for name in adapter.pipelines.split(",") if adapter.released}
+    assert classes == set(released_models()) and "FluxKontextInpaintPipeline" in classes
+
+
+def test_an_adapter_outside_the_package_adds_its_models_to_the_prediction(register):
+    model = Released("flux2-dev", "Tiny", ("owner/tiny",))
+    register(derived("tiny", pipelines="TinyPipeline", released=(model,)))
+    assert prediction.cost_of("owner/tiny").name == "flux2-dev"

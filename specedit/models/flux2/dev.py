@@ -8,6 +8,7 @@ import torch
 from diffusers import Flux2Pipeline
 from torch import Tensor
 
+from ...released import Released
 from ..registry import register_adapter
 from ..shared.flux_blocks import FluxPrompt
 from .edit import Flux2Blocks, encoded
@@ -19,6 +20,7 @@ class Flux2Dev(Flux2Blocks):
 
     name = "flux2-dev"
     pipelines = "Flux2Pipeline"
+    released = (Released("flux2-dev", "FLUX.2-dev", ("flux.2-dev",)),)
 
     @staticmethod
     def matches(pipe: Any) -> bool:

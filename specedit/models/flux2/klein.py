@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import Flux2KleinPipeline
 
+from ...released import Released
 from ..registry import register_adapter
 from ..shared.flux_blocks import FluxPrompt
 from .edit import Flux2Unpacked, encoded
@@ -18,6 +19,10 @@ class Flux2Klein(Flux2Unpacked):
 
     name = "flux2-klein"
     pipelines = "Flux2KleinPipeline"
+    released = (
+        Released("flux2-klein-9b", "FLUX.2-klein, 9B", ("flux.2-klein",)),
+        Released("flux2-klein-4b", "FLUX.2-klein, 4B", ("flux.2-klein", "4b")),
+    )
 
     @staticmethod
     def matches(pipe: Any) -> bool:

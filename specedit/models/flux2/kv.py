@@ -12,6 +12,7 @@ from torch import Tensor
 from ...forecast.toca import PartialForward
 from ...layout import MixedLayout
 from ...method.adapter import LayoutGroup, Run, rows_index
+from ...released import Released
 from ..attention import contexts, sequences
 from ..attention.contexts import Context, Tables
 from ..registry import register_adapter
@@ -47,6 +48,7 @@ class Flux2KleinKV(Flux2Unpacked):
 
     name = "flux2-klein-kv"
     pipelines = "Flux2KleinKVPipeline"
+    released = (Released("flux2-klein-9b-kv", "FLUX.2-klein-KV, 9B", ("flux.2-klein", "kv")),)
     token_wise = skips_tokens = skips_blocks = measures_attention = False  # its processors keep references only
     fixed_reference = True
     runs_others = False  # a mask, which stock attention takes a bias as, is nothing that its processors pass on

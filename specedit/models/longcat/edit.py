@@ -20,6 +20,7 @@ from torch import Tensor
 from ...config import SpecEditConfig
 from ...layout import MixedLayout, TokenGrid
 from ...method.adapter import EditState, Run
+from ...released import Released
 from ..attention.contexts import Context
 from ..attention.last_block import FluxLastBlock
 from ..attention.processors import FluxMixedProcessor, why_unsupported_processor
@@ -73,6 +74,7 @@ class LongCatImageEdit(FluxBlocks):
 
     name = "longcat-image-edit"
     pipelines = "LongCatImageEditPipeline"
+    released = (Released("longcat-image-edit", "LongCat-Image-Edit", ("longcat-image-edit",)),)
     attention = LongCatImageAttention
     processor = LongCatMixedProcessor
     block = LongCatImageSingleTransformerBlock

@@ -20,6 +20,7 @@ from ...forecast.toca import PartialForward
 from ...layout import GridSet, TokenGrid
 from ...method.adapter import EditState, LayoutGroup, Run, active_branches, place_references
 from ...once import warn_once
+from ...released import Released
 from ..attention import compiled
 from ..attention.last_block import QwenLastBlock
 from ..attention.processors import QwenMixedProcessor, why_unsupported_processor
@@ -65,6 +66,9 @@ class QwenImageEdit(SingleFrameAdapter):
 
     name = "qwen-image-edit"
     pipelines = "QwenImageEditPipeline"
+    released = (
+        Released("qwen-image-edit", "Qwen-Image-Edit, 2509, 2511", ("qwen-image-edit",), guided_by_prompt=True),
+    )
     keeps_reference = True
     skips_blocks = True
     skips_tokens = True

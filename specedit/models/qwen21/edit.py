@@ -15,6 +15,7 @@ from ...forecast.toca import PartialForward
 from ...geometry import UNPACKED
 from ...layout import GridSet, TokenGrid
 from ...method.adapter import EditState, LayoutGroup, Run, active_branches, place_references
+from ...released import Released
 from ..attention.last_block import LastBlock
 from ..attention.processors import why_unsupported_processor
 from ..registry import register_adapter
@@ -42,6 +43,7 @@ class QwenImage21(SingleFrameAdapter):
 
     name = "qwen-image-2.1"
     pipelines = "QwenImage21Pipeline"
+    released = (Released("qwen-image-2.1", "Qwen-Image-2.1", ("qwen-image-2.1",)),)
     geometry = UNPACKED
     fixed_prefix = True
     aligns_phases = False
