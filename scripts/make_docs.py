@@ -10,7 +10,9 @@ import argparse
 import re
 import sys
 
+import docs_choosing
 import docs_figures as figures
+import docs_gallery
 import docs_measured as measured
 import docs_methods
 import docs_predicted as predicted
@@ -53,6 +55,8 @@ MAKERS = {
     "gains": readme.gains,
     "models": readme.models,
     "gpu-state": readme.gpu_state,
+    "choosing": docs_choosing.choosing,
+    "gallery": docs_gallery.gallery,
     "setup": readme.setup,
     "test-times": readme.test_times,
     "words": lambda _: f"```\n{words.help_text()}\n```",
