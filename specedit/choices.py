@@ -23,3 +23,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "draft_condition": get_args(DraftCondition),
     "decode": get_args(Decode),
 }
+
+
+def backend_of(attention: str) -> str | None:
+    """The `backend` of specedit_kernels for a setting of `attention`; None where it is chosen by device."""
+    return {"auto": None, "stock": "torch"}.get(attention, attention)
