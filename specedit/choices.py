@@ -25,3 +25,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "decode": get_args(Decode),
     "modulation": get_args(Modulation),
 }
+
+
+def backend_of(attention: str) -> str | None:
+    """The `backend` of specedit_kernels for a setting of `attention`; None where it is chosen by device."""
+    return {"auto": None, "stock": "torch"}.get(attention, attention)

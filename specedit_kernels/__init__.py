@@ -17,12 +17,15 @@ from .api import (
 from .block_keep import BlockKeep
 from .diffusers_backend import register_diffusers_backend
 from .key_groups import KeyGroups
+from .verdict import attention_backend, check_backend
 
 __all__ = [
     "BlockKeep",
     "KeyGroups",
     "__version__",
+    "attention_backend",
     "available_backends",
+    "check_backend",
     "contract_tokens",
     "expand_tokens",
     "gather_tokens",

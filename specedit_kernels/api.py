@@ -21,7 +21,7 @@ from typing import Any, Literal, overload
 
 import torch
 
-from . import checks, derivatives, ops, reference
+from . import checks, derivatives, ops, reference, verdict
 from .block_keep import BlockKeep, check_fits
 from .key_groups import KeyGroups
 
@@ -48,6 +48,8 @@ def _call(backend: str | None, name: str, tensor: torch.Tensor, args: tuple[Any,
     # Only attention differs, which `mixed_attention` calls by itself.
     chosen = "torch" if backend == "merged" else backend or native
     if chosen == "triton":
+        if backend == "triton":
+            verdict.require(name, tensor.device)
         derivatives.refuse(name, args)
         if not on_gpu and derivatives.transforms_active():
             raise RuntimeError(

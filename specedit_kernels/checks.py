@@ -57,20 +57,27 @@ def expect_number(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
-_SWITCH = dict.fromkeys(("", "0", "false", "no", "off"), False) | dict.fromkeys(("1", "true", "yes", "on"), True)
+_SWITCH = dict.fromkeys(("0", "false", "no", "off"), False) | dict.fromkeys(("1", "true", "yes", "on"), True)
 
 
-def debug_enabled() -> bool:
-    """True if SPECEDIT_KERNELS_DEBUG=1: also check values on a GPU, which synchronises every call.
+def switch(name: str, *, default: bool = False) -> bool:
+    """Whether an environment variable is on; `default` if it is not set or empty.
 
     Raises:
         ValueError: a value that is not one of 0, 1, false, true, no, yes, off and on (in any case).
     """
-    value = os.environ.get("SPECEDIT_KERNELS_DEBUG", "")
+    value = os.environ.get(name, "")
+    if not value.strip():
+        return default
     enabled = _SWITCH.get(value.strip().lower())
     if enabled is None:
-        raise ValueError(f"SPECEDIT_KERNELS_DEBUG: expected 0, 1, false, true, no, yes, off or on, got {value!r}")
+        raise ValueError(f"{name}: expected 0, 1, false, true, no, yes, off or on, got {value!r}")
     return enabled
+
+
+def debug_enabled() -> bool:
+    """True if SPECEDIT_KERNELS_DEBUG=1: also check values on a GPU, which synchronises every call."""
+    return switch("SPECEDIT_KERNELS_DEBUG")
 
 
 def values_are_checked(tensor: torch.Tensor) -> bool:

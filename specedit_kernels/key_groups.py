@@ -13,8 +13,8 @@ from . import checks
 MOST = 8  # biases; every one is a pass over the queries
 
 
-class TooManyBiases(ValueError):
-    """The keys have more biases than merged attention takes."""
+class NotMergeable(ValueError):
+    """The keys have more biases than merged attention takes, or some that are not numbers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,9 +110,9 @@ def _distinct(key_bias: torch.Tensor) -> tuple[float, ...]:
     """The biases, ascending, without -inf, which hides a key."""
     values = [value for value in key_bias.unique().tolist() if value != -torch.inf]
     if any(not value < torch.inf for value in values):  # also catches NaN
-        raise ValueError('key_bias: expected finite values or -inf with backend="merged", got NaN or +inf')
+        raise NotMergeable('key_bias: expected finite values or -inf with backend="merged", got NaN or +inf')
     if len(values) > MOST:
-        raise TooManyBiases(
+        raise NotMergeable(
             f'key_bias: expected at most {MOST} distinct values with backend="merged", one pass each, got '
             f'{len(values)}; backend="triton" and "torch" take any'
         )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from . import block_keep, checks, derivatives, merged, reference, reference_blocks
-from .key_groups import KeyGroups
+from .key_groups import KeyGroups, NotMergeable
 
 # Named after the package, so that copies under other names, as the Hub's loader makes, do not collide.
 NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")
@@ -216,6 +216,8 @@ def run(backend: str, name: str, args: tuple[Any, ...]) -> Any:
     _check_values(backend, name, args)
     if backend == "torch":
         return _TORCH[name](*args)
+    if backend == "merged" and name == "mixed_attention":
+        return merged.mixed_attention(*args[:9])
     _check_triton()
     from . import gpu
 
@@ -252,9 +254,29 @@ def check_gpu(device: torch.device) -> None:
     check_compiler()
 
 
+def _always_triton(name: str, args: tuple[Any, ...]) -> str:
+    return "triton"
+
+
+_choose: Callable[[str, tuple[Any, ...]], str] = _always_triton
+
+
+def choose_backends_by(choose: Callable[[str, tuple[Any, ...]], str]) -> None:
+    """Have a function of an operator's name and arguments choose the backend of calls on a GPU that name none."""
+    global _choose
+    _choose = choose
+
+
 def _implementation(backend: str, name: str) -> Callable[..., Any]:
+    """An operator's implementation. On a GPU, PyTorch stands in for a kernel that failed its check there."""
+
     def call(*args: Any) -> Any:
-        return run(backend, name, args)
+        if backend != "triton":
+            return run(backend, name, args)
+        try:
+            return run(_choose(name, args), name, args)
+        except NotMergeable:
+            return run("torch", name, args)
 
     return call
 

@@ -8,7 +8,8 @@
         gpu.launches, gpu.maps, gpu.errors, gpu.compiled
 
 The driver (driver.c) is compiled to a libcuda.so.1. It refuses launches and tensor maps that break a documented rule.
-Outputs are not written, unless `computes` lets plain PyTorch write them after each launch.
+Outputs are not written, unless `computes` lets plain PyTorch write them after each launch. With `checks` the first use
+checks every kernel, as on a GPU, and `faulty` names operators whose results are then wrong.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -155,17 +156,32 @@ def _without_code(*arguments: Any) -> tuple[str, str] | None:
     return None
 
 
+def broken(name: str, args: tuple[Any, ...], result: Any) -> Any:
+    """A result that is plausible and wrong, in the tensors that hold it."""
+    written = {"scatter_tokens": args[2:3], "qk_norm_rope": args[9:]}.get(name)
+    outputs = written or (result if isinstance(result, tuple) else (result,))
+    for output in outputs:
+        if output is not None and output.numel():
+            output.mul_(1.5)
+    return result
+
+
 @contextlib.contextmanager
-def use(capability: tuple[int, int], *, computes: bool = False, generates: bool = True) -> Iterator[DryGpu]:
+def use(
+    capability: tuple[int, int], *, computes: bool = False, generates: bool = True, checks: bool = False,
+    faulty: Container[str] = (),
+) -> Iterator[DryGpu]:  # fmt: skip
     """Operators on CPU tensors launch kernels for a GPU of this capability: (8, 0), (9, 0) or (10, 0).
 
     With `computes`, plain PyTorch computes what each launch would have. Without `generates`, Triton stops before it
     generates code, which is most of a compilation; shared memory is then unknown, and `compile_check` finds it.
+    With `checks`, plain PyTorch computes too, and kernels are checked at the first use.
     """
     from triton import knobs
     from triton.runtime import driver
 
-    from specedit_kernels import api, checks, ops
+    from specedit_kernels import api, ops, verdict, verdict_file
+    from specedit_kernels import checks as argument_checks
     from specedit_kernels import gpu as kernels
     from specedit_kernels.gpu import launch
 
@@ -179,19 +195,31 @@ def use(capability: tuple[int, int], *, computes: bool = False, generates: bool 
 
     def run(backend: str, name: str, args: tuple[Any, ...]) -> Any:
         result = stock_run(backend, name, args)
-        return ops._TORCH[name](*args) if computes and backend == "triton" else result
+        if backend != "triton" or not (computes or checks):
+            return result
+        result = ops._TORCH[name](*args)
+        return broken(name, args, result) if name in faulty else result
 
     replaced = [
         (kernels, "check_device", lambda device: None),
         (launch, "file_of", lambda device: file),
         (launch, "check_compiler", lambda: None),
         (api, "_interpreting", lambda: True),  # accept backend="triton" on the CPU
-        (checks, "values_are_checked", lambda tensor: checks.debug_enabled()),  # as on a GPU
+        (argument_checks, "values_are_checked", lambda tensor: argument_checks.debug_enabled()),  # as on a GPU
         (driver, "_active", dry.driver()),
         (ops, "run", run),
+        (verdict, "guarded", lambda device: checks),
     ]
+    if checks:
+        called = f"dry sm_{10 * capability[0] + capability[1]}"
+        replaced += [
+            (ops, "check_gpu", lambda device: None),
+            (verdict_file, "identity", lambda device: verdict_file.versions(called, capability)),
+        ]
     library = torch.library.Library(ops.NAMESPACE, "IMPL")
     with contextlib.ExitStack() as stack:
+        verdict.forget()  # what was found of the CPU's tensors, then and now, is another GPU's
+        stack.callback(verdict.forget)
         stack.callback(library._destroy)
         for owner, name, value in replaced:
             stack.enter_context(mock.patch.object(owner, name, value))

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specedit_kernels import check_backend
+
+from ..choices import backend_of
 from ..method import haze, offered, restore, sampler
 from ..method.adapter import Run
 from ..method.callback import StepCallback
@@ -89,6 +92,7 @@ def accelerated_call(
         with trace.timed("encode"):
             edit_mask = inputs.check(arguments, inputs.mask_of(adapter, pipe, arguments, edit_mask), config)
             offered.check(adapter, config)
+            check_backend(backend_of(config.attention), torch.device(getattr(pipe, "_execution_device", "cpu")))
             drafted = config.uses_draft and edit_mask is None
             if config.needs_decoder(masked=edit_mask is not None) == "features":
                 check_decoder(pipe.vae)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 
 
 def attention_here() -> dict[str, str]:
-    """Settings that this machine needs: attention="torch" on a GPU without kernels, else none."""
+    """Settings that this machine needs: another attention on a GPU without kernels, else none.
+
+    Kernels are checked here, at a GPU's first use, and one warning says what cannot be used.
+    """
     import torch
 
-    from specedit_kernels.ops import check_gpu
+    from specedit_kernels import verdict
 
     if torch.cuda.is_available():
-        try:
-            check_gpu(torch.device("cuda"))
-        except (ImportError, RuntimeError) as error:
-            print(f"specedit: no Triton kernels here, PyTorch instead: {error}", file=sys.stderr)
-            return {"attention": "torch"}
+        found = verdict.verdict(torch.device("cuda"))
+        if found.unavailable is not None:
+            return {"attention": found.attention}
     return {}
 
 

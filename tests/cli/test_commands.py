@@ -110,21 +110,37 @@ def test_guidance_options_are_checked(picture, tmp_path, capsys):
         shared.guidance(Other(), asked)
 
 
-def test_gpu_without_kernels_uses_pytorch(monkeypatch, capsys):
-    from specedit_kernels import ops
+def test_gpu_without_kernels_uses_pytorch(monkeypatch):
+    """What cannot be used is found, and said once, before a pipeline is loaded."""
+    from specedit_kernels import ops, self_check, verdict
 
     assert torch.cuda.is_available() or shared.attention_here() == {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for error in (None, RuntimeError("expected a GPU of 8.0, got 7.5"), ImportError("expected Triton")):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    works = [self_check.Finding("merged", "dense", 0.0, 1.0)]
+    breaks = [self_check.Finding("merged", "dense", why="RuntimeError: no flash attention")]
+    for error, merged, expected in (
+        (None, works, {}),
+        (RuntimeError("expected a GPU of 8.0, got 7.5"), works, {"attention": "merged"}),
+        (ImportError("expected Triton"), breaks, {"attention": "torch"}),
+    ):
 
         def check(device, error=error):
             if error is not None:
                 raise error
 
         monkeypatch.setattr(ops, "check_gpu", check)
-        assert shared.attention_here() == ({} if error is None else {"attention": "torch"})
-        said = f"specedit: no Triton kernels here, PyTorch instead: {error}\n"
-        assert capsys.readouterr().err == ("" if error is None else said)
+        monkeypatch.setattr(verdict.verdict_file, "identity", lambda device: {})
+        monkeypatch.setattr(verdict.verdict_file, "read", lambda of: works)
+        monkeypatch.setattr(self_check, "run_checks", lambda device, backends, merged=merged: merged)
+        verdict.forget()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert shared.attention_here() == shared.attention_here() == expected
+        assert len(said) == (error is not None)
+        assert error is None or f"no Triton kernel runs here: {error}" in str(said[0].message)
+    verdict.forget()
 
 
 @pytest.mark.slow

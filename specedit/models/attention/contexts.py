@@ -21,7 +21,8 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
-from specedit_kernels import KeyGroups, mixed_attention
+from specedit_kernels import KeyGroups, attention_backend, mixed_attention
+from specedit_kernels.key_groups import NotMergeable
 
 from ...method.sparse_blocks import BlockPredictor
 from .sequences import Movable, Packing, QueryRows, Segments, mark_all_dynamic
@@ -162,9 +163,20 @@ class ByKernels(Context):
     groups: KeyGroups | None = None
 
     def __post_init__(self) -> None:
-        if self.groups is None and self.key_bias is not None and self.backend == "merged":
-            object.__setattr__(self, "groups", self.grouped(self.key_bias))
+        if self.groups is None and self.key_bias is not None:
+            object.__setattr__(self, "groups", self._merged_groups(self.key_bias))
         super().__post_init__()
+
+    def _merged_groups(self, key_bias: Tensor) -> KeyGroups | None:
+        """The groups of a bias where attention is merged: by name, or where a GPU's kernel cannot be used."""
+        if self.backend == "merged":
+            return self.grouped(key_bias)
+        if self.backend is not None or self.blocks is not None or attention_backend(key_bias.device) != "merged":
+            return None
+        try:
+            return self.grouped(key_bias)
+        except NotMergeable:
+            return None
 
     def grouped(self, key_bias: Tensor) -> KeyGroups:
         """The groups of a bias, as `launch` takes them."""

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ...choices import backend_of
 from ...config import SpecEditConfig
 from ...layout import GridSet, TokenGrid
 from ...method.adapter import Adapter, EditState, Run
@@ -127,7 +128,7 @@ class BlockAdapter(Adapter):
             generator=call["generator"],
             branches=1 if conditioning.negative is None else 2,
             pixels_per_token=self.pixels_per_token(pipe),
-            backend={"auto": None, "stock": "torch"}.get(config.attention, config.attention),
+            backend=backend_of(config.attention),
             prompts=count_prompts(call),
             trims_last_block=self.trims_last_block(pipe, config),
             conditioning=conditioning,

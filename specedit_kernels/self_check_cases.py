@@ -1,0 +1,130 @@
+"""The calls of `self_check`: every operator, and attention on the paths that an edit takes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .block_keep import BLOCK_UNIT, BlockKeep
+
+ATTENTION, MERGED = "mixed_attention", "merged"
+QUERIES, KEYS, HEADS = 70, 150, 2  # neither fills its last tile
+# Outputs among an operator's arguments.
+_WRITTEN = {"scatter_tokens": (2,), "qk_norm_rope": (9, 10, 11)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an operator on a backend, "triton" or "merged"."""
+
+    backend: str
+    operator: str
+    label: str
+    args: tuple[Any, ...]
+
+    @property
+    def kernel(self) -> str:
+        """What a finding is about: the operator, or merged attention."""
+        return MERGED if self.backend == MERGED else self.operator
+
+    @property
+    def written(self) -> tuple[int, ...]:
+        """The arguments that are outputs."""
+        return _WRITTEN.get(self.operator, ())
+
+
+def cases(device: torch.device, half: torch.dtype) -> Iterator[Case]:
+    """Every call, with inputs of fixed numbers on the device."""
+    yield from _attention(device, half)
+    for dtype in (half, torch.float32):
+        yield from _tokens(device, dtype)
+        yield from _norm_rope(device, dtype)
+        yield from _expansion(device, dtype)
+
+
+def _draw(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=rng, dtype=torch.float32).to(device, dtype) for shape in shapes]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _attention(device: torch.device, half: torch.dtype) -> Iterator[Case]:
+    log4 = math.log(4)
+    bias = torch.tensor([log4, 0.0, 0.0, log4, 0.0], device=device).repeat(KEYS // 5)
+    cu_q, cu_k = (torch.tensor([0, 30, n], dtype=torch.int32, device=device) for n in (QUERIES, KEYS))
+    keep = BlockKeep.from_mask(
+        torch.tensor([[True, False, True]] * 2, device=device), query_block=BLOCK_UNIT, key_block=BLOCK_UNIT
+    )
+    lists = (keep.offsets, keep.blocks, BLOCK_UNIT, BLOCK_UNIT)
+    for dtype, dim in ((half, 128), (half, 64), (torch.float32, 64)):
+        q, k, v = _draw(device, dtype, (1, QUERIES, HEADS, dim), *[(1, KEYS, HEADS, dim)] * 2)
+        scale, label = dim**-0.5, f"{_name(dtype)}, D={dim}"
+        dense = (q, k, v, None, None, None, bias[None], scale, True)
+        packed = (q[0], k[0], v[0], cu_q, cu_k, None, bias, scale, True)
+        yield Case("triton", ATTENTION, f"{label}, dense", dense)
+        yield Case(MERGED, ATTENTION, f"{label}, dense", dense)
+        if dtype == half and dim == 128:
+            yield Case("triton", ATTENTION, f"{label}, no bias", (q, k, v, None, None, None, None, scale, False))
+            yield Case("triton", ATTENTION, f"{label}, packed", packed)
+            yield Case("triton", ATTENTION, f"{label}, lists of blocks", (*dense, *lists))
+            yield Case(MERGED, ATTENTION, f"{label}, packed", packed)
+
+
+def _tokens(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    x, source, out = _draw(device, dtype, (2, 50, 64), (2, 20, 64), (2, 50, 64))
+    index = torch.randperm(50, generator=torch.Generator().manual_seed(0))[:20].to(device)
+    yield Case("triton", "gather_tokens", _name(dtype), (x, index))
+    yield Case("triton", "scatter_tokens", _name(dtype), (source, index, out))
+    (stack,) = _draw(device, dtype, (3, 2, 50, 64))
+    weights = torch.tensor([1.0, -0.5, 0.125], device=device)
+    yield Case("triton", "weighted_sum", _name(dtype), (stack, weights))
+
+
+def _norm_rope(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    rows = (1, QUERIES, HEADS, 128)
+    q, k, v, q_weight, k_weight = _draw(device, dtype, rows, rows, rows, (128,), (128,))
+    (angles,) = _draw(device, torch.float32, (QUERIES, 64))
+    place = torch.arange(QUERIES, device=device) + 9
+    out = [torch.zeros(1, QUERIES + 9, HEADS, 128, dtype=dtype, device=device) for _ in range(3)]
+    args = (q, k, v, q_weight, k_weight, angles.cos(), angles.sin(), 1e-6, place, *out)
+    yield Case("triton", "qk_norm_rope", _name(dtype), args)
+
+
+def _expansion(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    coarse, fine = _draw(device, dtype, (2, 30, 64), (2, 30, 4, 64))
+    noise, detail = _draw(device, torch.float32, *[(2, 30, 4, 16, 3)] * 2)
+    seed = torch.tensor([7, 8], device=device)
+    yield Case("triton", "expand_tokens", _name(dtype), (coarse, 0.5, noise, None, detail, 2))
+    yield Case("triton", "expand_tokens", f"{_name(dtype)}, drawn noise", (coarse, 0.5, None, seed, None, 2))
+    yield Case("triton", "contract_tokens", _name(dtype), (fine, 0.5, 2))
+
+
+def attention_in_own_precision(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor | None, cu_k: torch.Tensor | None,
+    longest: int | None, bias: torch.Tensor | None, scale: float, return_lse: bool, *lists: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Softmax attention written out in the dtype of the inputs, without float32 inside. Lists as those of `cases`."""
+    if cu_q is not None and cu_k is not None:
+        parts = []
+        for (a, b), (c, d) in zip(itertools.pairwise(cu_q.tolist()), itertools.pairwise(cu_k.tolist())):
+            row = None if bias is None else bias[None, c:d]
+            one = (q[None, a:b], k[None, c:d], v[None, c:d])
+            parts.append(attention_in_own_precision(*one, None, None, None, row, scale, True))
+        return torch.cat([out[0] for out, _ in parts]), torch.cat([lse[0] for _, lse in parts], dim=1)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    logits = q @ k.transpose(2, 3) * scale
+    if bias is not None:
+        logits = logits + bias[:, None, None].to(q.dtype)
+    if lists:
+        logits[..., BLOCK_UNIT : 2 * BLOCK_UNIT] = -math.inf
+    lse = logits.logsumexp(-1)
+    out = ((logits - lse.unsqueeze(-1)).exp() @ v).transpose(1, 2)
+    return out, lse if return_lse else lse.new_empty(0)
