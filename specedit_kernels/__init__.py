@@ -16,8 +16,10 @@ from .api import (
 )
 from .block_keep import BlockKeep
 from .diffusers_backend import register_diffusers_backend
+from .planning import AttentionPlan, plan
 
 __all__ = [
+    "AttentionPlan",
     "BlockKeep",
     "__version__",
     "available_backends",
@@ -25,6 +27,7 @@ __all__ = [
     "expand_tokens",
     "gather_tokens",
     "mixed_attention",
+    "plan",
     "qk_norm_rope",
     "register_diffusers_backend",
     "scatter_tokens",

@@ -165,7 +165,7 @@ def use(capability: tuple[int, int], *, computes: bool = False, generates: bool 
     from triton import knobs
     from triton.runtime import driver
 
-    from specedit_kernels import api, checks, ops
+    from specedit_kernels import api, checks, ops, ready
     from specedit_kernels import gpu as kernels
     from specedit_kernels.gpu import launch
 
@@ -181,6 +181,12 @@ def use(capability: tuple[int, int], *, computes: bool = False, generates: bool 
         result = stock_run(backend, name, args)
         return ops._TORCH[name](*args) if computes and backend == "triton" else result
 
+    stock_repeat = ready.repeat
+
+    def repeat(name: str, args: tuple[Any, ...], check_memory: Any) -> Any:
+        result = stock_repeat(name, args, check_memory)
+        return ops._TORCH[name](*args) if computes and result is not ready.MISSED else result
+
     replaced = [
         (kernels, "check_device", lambda device: None),
         (launch, "file_of", lambda device: file),
@@ -188,6 +194,9 @@ def use(capability: tuple[int, int], *, computes: bool = False, generates: bool 
         (api, "_interpreting", lambda: True),  # accept backend="triton" on the CPU
         (checks, "values_are_checked", lambda tensor: checks.debug_enabled()),  # as on a GPU
         (driver, "_active", dry.driver()),
+        (ready, "repeat", repeat),
+        (ready, "on_gpu", lambda tensor: True),
+        (ready, "place", lambda: dry.number),
         (ops, "run", run),
     ]
     library = torch.library.Library(ops.NAMESPACE, "IMPL")
