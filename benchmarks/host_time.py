@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 CALLS, BATCHES, ROUNDS = 200, 8, 3
+COMMAND = "python -m benchmarks.host_time --before CHECKOUT --json benchmarks/results/host-time.json"
 
 
 def calls() -> dict[str, Callable[[], object]]:
@@ -30,15 +31,19 @@ def calls() -> dict[str, Callable[[], object]]:
     q = torch.zeros(1, 64, 24, 128, dtype=bf16)
     packed, bias = q[0], torch.zeros(1, 64)
     cu = torch.tensor([0, 30, 64], dtype=torch.int32)
+    lengths = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "key_bias": bias[0]}
+    planned: dict[str, object] = dict(lengths)  # another checkout may have no plans
+    if hasattr(kernels, "plan"):
+        plan = kernels.plan(cu, cu, total_q=64, total_k=64, head_dim=128, dtype=bf16, key_bias=bias[0])
+        planned = {"plan": plan}
     weight, angles, rows = torch.ones(128, dtype=bf16), torch.zeros(64, 64), torch.arange(64)
     out = [torch.empty_like(q) for _ in range(3)]
     latents, stack, weights = torch.zeros(1, 64, 64, dtype=bf16), torch.zeros(3, 1, 64, 64, dtype=bf16), torch.ones(3)
     noise = torch.zeros(1, 64, 4, 16, 3)
     return {
         "attention, dense": lambda: kernels.mixed_attention(q, q, q, key_bias=bias),
-        "attention, packed": lambda: kernels.mixed_attention(
-            packed, packed, packed, cu_seqlens_q=cu, cu_seqlens_k=cu, key_bias=bias[0]
-        ),
+        "attention, packed": lambda: kernels.mixed_attention(packed, packed, packed, **lengths),
+        "attention, planned": lambda: kernels.mixed_attention(packed, packed, packed, **planned),
         "qk_norm_rope": lambda: kernels.qk_norm_rope(
             q, q, weight, weight, angles, angles, v=q, out_index=rows, out=out
         ),
@@ -106,7 +111,9 @@ def main(arguments: list[str] | None = None) -> int:
             f"{row['call']:20} {row['us']:7.1f} us" + (f"   {old:7.1f} before, {old / row['us']:.2f}x" if old else "")
         )
     if options.json:
-        options.json.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps({"machine": {"torch": torch.__version__}, "command": COMMAND, "rows": rows}, indent=1) + "\n"
+        )
     return 0
 
 

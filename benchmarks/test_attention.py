@@ -79,7 +79,7 @@ def ours_no_bias(q, k, v, cu, bias, lengths):
 
 
 def ours_dense(q, k, v, cu, bias, lengths):
-    """One sequence as a dense batch, which runs the warp-specialised kernel if it is tuned."""
+    """One sequence as a dense batch."""
     if len(lengths) > 1:
         pytest.skip("sequences of several lengths are no dense batch")
     return mixed_attention(q[None], k[None], v[None], key_bias=bias[None])[0]

@@ -219,3 +219,21 @@ def kernel_loops(name: str) -> str:
         "Predicted, not measured: the last column is the bound that issue slots and the unit for exponentials set "
         "(`specedit_kernels.sass.bound`). Memory, latency and barriers lower it."
     )
+
+
+def host_time(name: str) -> str:
+    """Host time of a call of each kernel up to its launch, beside an earlier version's in the same run."""
+    result = load(name)
+    if result is None:
+        return "*Not measured yet.*"
+    rows = []
+    for row in result["rows"]:
+        old = row["us_before"]
+        rows.append(
+            [row["call"], f"{row['us']:.0f}", *(["", ""] if old is None else [f"{old:.0f}", f"{old / row['us']:.1f}x"])]
+        )
+    return table(["call", "us", "us before", "ratio"], rows) + (
+        f"\n\nMicroseconds of the calling thread on a CPU, torch {result['machine']['torch']}, over a driver that "
+        "runs nothing, beside a version that prepared nothing: the ratio counts, not the time. A packed call without a "
+        "plan has a second launch, which orders its query blocks."
+    )

@@ -48,6 +48,7 @@ MAKERS = {
     "scale": docs_scale.machines,
     "scale-count": docs_scale.count,
     "throughput": docs_scale.throughput,
+    "host-time": predicted.host_time,
     "kernel-loops": predicted.kernel_loops,
     "real": measured.real,
     "session": measured.session,

@@ -17,9 +17,11 @@ from .api import (
 from .block_keep import BlockKeep
 from .diffusers_backend import register_diffusers_backend
 from .key_groups import KeyGroups
+from .planning import AttentionPlan, plan
 from .verdict import attention_backend, check_backend
 
 __all__ = [
+    "AttentionPlan",
     "BlockKeep",
     "KeyGroups",
     "__version__",
@@ -30,6 +32,7 @@ __all__ = [
     "expand_tokens",
     "gather_tokens",
     "mixed_attention",
+    "plan",
     "qk_norm_rope",
     "register_diffusers_backend",
     "scatter_tokens",

@@ -21,9 +21,10 @@ from typing import Any, Literal, overload
 
 import torch
 
-from . import checks, derivatives, ops, reference, verdict
+from . import checks, derivatives, ops, ready, reference, verdict
 from .block_keep import BlockKeep, check_fits
 from .key_groups import KeyGroups
+from .planning import AttentionPlan
 
 
 def available_backends() -> tuple[str, ...]:
@@ -61,29 +62,51 @@ def _call(backend: str | None, name: str, tensor: torch.Tensor, args: tuple[Any,
     return ops.dispatch(name, args) if chosen == native and not inside else ops.run(chosen, name, args)
 
 
+def _repeat(backend: str | None, name: str, args: tuple[Any, ...]) -> Any:
+    """The result of a call like an earlier one, whose checks need no repetition, or `ready.MISSED`."""
+    return ready.MISSED if backend not in (None, "triton") else ready.repeat(name, args, ops.check_memory)
+
+
+def _into(backend: str | None, name: str, args: tuple[Any, ...], out: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`out`, written by an operator's twin: it has the dtype of `like` and the shape of the operator's result."""
+    checks.expect_out("out", out, ops.result_shape(name, args), like)
+    _call(backend, f"{name}_out", like, (*args, out))
+    return out
+
+
 def _check_backend(backend: str | None) -> None:
     if backend is not None and backend not in checks.BACKENDS:
         raise ValueError(f"backend: expected one of {checks.BACKENDS} or None, got {backend!r}")
 
 
-def gather_tokens(x: torch.Tensor, index: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
+def gather_tokens(
+    x: torch.Tensor, index: torch.Tensor, *, out: torch.Tensor | None = None, backend: str | None = None
+) -> torch.Tensor:
     """Select tokens: `y[..., m, :] = x[..., index[m], :]`.
 
     Args:
         x: (N, C) or (B, N, C), any float dtype, int32 or int64, any strides.
         index: (M,), shared by the batch, or (B, M); int32 or int64, values in [0, N). On CUDA a row whose index is
             out of range comes out as zeros (or raises, see the module's note on SPECEDIT_KERNELS_DEBUG).
+        out: tensor to write into, of the result's shape and dtype, contiguous; shares no memory with the others.
         backend: "triton", "torch" or None (by device).
 
     Returns:
-        (M, C) or (B, M, C), contiguous, dtype of `x`. A (N, C) `x` with a (B, M) index is read B times.
+        (M, C) or (B, M, C), contiguous, dtype of `x`; `out` if given. A (N, C) `x` with a (B, M) index is read B
+        times.
 
     Raises:
         TypeError: not a tensor, or an index that is not int32 or int64.
         ValueError: shapes or devices that do not fit, an index out of range, an unknown backend.
     """
+    name, args = ("gather_tokens", (x, index)) if out is None else ("gather_tokens_out", (x, index, out))
+    again: torch.Tensor = _repeat(backend, name, args)
+    if again is not ready.MISSED:
+        return again
     _check_backend(backend)
     checks.check_gather(x, index)
+    if out is not None:
+        return _into(backend, "gather_tokens", (x, index), out, x)
     y: torch.Tensor = _call(backend, "gather_tokens", x, (x, index))
     return y
 
@@ -108,6 +131,8 @@ def scatter_tokens(
         ValueError: shapes or devices that do not fit, an index out of range, an `out` that overlaps itself or the
             other tensors, an unknown backend.
     """
+    if _repeat(backend, "scatter_tokens", (src, index, out)) is not ready.MISSED:
+        return out
     _check_backend(backend)
     checks.check_scatter(src, index, out)
     _call(backend, "scatter_tokens", out, (src, index, out))
@@ -122,6 +147,7 @@ def expand_tokens(
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     detail: torch.Tensor | None = None,
     patch: int = 2,
+    out: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, float]:
     """Split every coarse token of a flow-matching state into four fine ones, with exactly the right noise.
@@ -149,6 +175,7 @@ def expand_tokens(
             On CUDA the kernel draws from Philox, seeded from the generator; on the CPU it is `torch.randn`.
         detail: Hadamard detail of known content (clean, noise level 0), of the noise's shape, or None for 0.
         patch: side of a token's patch in latent pixels: 2 for packed latents, 1 for unpacked ones.
+        out: tensor to write into, of the shape and dtype of `fine`, contiguous; shares no memory with the others.
         backend: "triton", "torch" or None (by device).
 
     Returns:
@@ -170,12 +197,22 @@ def expand_tokens(
             noise = reference.draw_noise(coarse, patch, generator, dtype=dtype)
         else:
             seed = reference.draw_seeds(generator, coarse)
-    fine = _call(backend, "expand_tokens", coarse, (coarse, sigma, noise, seed, detail, int(patch)))
+    args = (coarse, sigma, noise, seed, detail, int(patch))
+    if out is not None:
+        return _into(backend, "expand_tokens", args, out, coarse), reference.fine_sigma(sigma)
+    fine = _repeat(backend, "expand_tokens", args)
+    if fine is ready.MISSED:
+        fine = _call(backend, "expand_tokens", coarse, args)
     return fine, reference.fine_sigma(sigma)
 
 
 def contract_tokens(
-    fine: torch.Tensor, sigma_fine: float, *, patch: int = 2, backend: str | None = None
+    fine: torch.Tensor,
+    sigma_fine: float,
+    *,
+    patch: int = 2,
+    out: torch.Tensor | None = None,
+    backend: str | None = None,
 ) -> tuple[torch.Tensor, float]:
     """Merges four fine tokens into their coarse one: the inverse of `expand_tokens` on the mean of every 2x2 block.
 
@@ -186,6 +223,7 @@ def contract_tokens(
         sigma_fine: noise level s' of `fine`, inside (0, 1).
         patch: side of a token's patch in latent pixels. With 2 (packed latents) the block is a child's own four pixels,
             with 1 (unpacked latents) it is the four children.
+        out: tensor to write into, of the shape and dtype of `coarse`, contiguous; shares no memory with `fine`.
         backend: "triton", "torch" or None (by device).
 
     Returns:
@@ -198,7 +236,10 @@ def contract_tokens(
     _check_backend(backend)
     checks.check_contract(fine, patch)
     sigma_fine = checks.check_sigma("sigma_fine", sigma_fine)
-    coarse = _call(backend, "contract_tokens", fine, (fine, sigma_fine, int(patch)))
+    args = (fine, sigma_fine, int(patch))
+    if out is not None:
+        return _into(backend, "contract_tokens", args, out, fine), reference.coarse_sigma(sigma_fine)
+    coarse = _call(backend, "contract_tokens", fine, args)
     return coarse, reference.coarse_sigma(sigma_fine)
 
 
@@ -216,6 +257,8 @@ def mixed_attention(
     key_groups: KeyGroups | None = None,
     scale: float | None = None,
     return_lse: Literal[False] = False,
+    plan: AttentionPlan | None = None,
+    out: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor: ...
 
@@ -234,6 +277,8 @@ def mixed_attention(
     key_groups: KeyGroups | None = None,
     scale: float | None = None,
     return_lse: Literal[True],
+    plan: AttentionPlan | None = None,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
@@ -252,6 +297,8 @@ def mixed_attention(
     key_groups: KeyGroups | None = None,
     scale: float | None = None,
     return_lse: bool,
+    plan: AttentionPlan | None = None,
+    out: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 
@@ -269,6 +316,8 @@ def mixed_attention(
     key_groups: KeyGroups | None = None,
     scale: float | None = None,
     return_lse: bool = False,
+    plan: AttentionPlan | None = None,
+    out: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Non-causal attention with a bias per key, over packed or dense sequences.
@@ -292,14 +341,19 @@ def mixed_attention(
             once, it spares every call the reading of the bias, for which the host would wait on CUDA.
         scale: factor of the logits; D ** -0.5 when None.
         return_lse: also return the natural logarithm of the softmax denominators.
+        plan: what `specedit_kernels.plan` made for these sequences, with their cu_seqlens and maybe the bias, which are
+            then not given again.
+        out: tensor to write into, of the shape and dtype of `q`, contiguous; with `return_lse` a pair, `lse` the
+            second. They share no memory with each other or the other tensors.
         backend: "triton", "merged", "torch" or None (by device). "merged" makes one unbiased pass of PyTorch's fused
             attention for each distinct bias, at most 8 besides -inf, and merges them exactly. It takes any head dim,
             and no `block_keep`.
 
     Returns:
-        `out`, shape and dtype of `q`, contiguous; with `return_lse` also `lse` float32 (float64 for float64 inputs),
-        (H, T_q) or (B, H, N_q). A query that sees no key gets 0, and -inf as its lse. On CUDA, where offsets are not
-        read, a query that no sequence covers, or that `max_seqlen_q` leaves out, is not written at all.
+        `out` (the tensor given, if one is), shape and dtype of `q`, contiguous; with `return_lse` also `lse` float32
+        (float64 for float64 inputs), (H, T_q) or (B, H, N_q). A query that sees no key gets 0, and -inf as its lse. On
+        CUDA, where offsets are not read, a query that no sequence covers, or that `max_seqlen_q` leaves out, is not
+        written at all.
 
     Raises:
         TypeError: dtypes or types that do not fit.
@@ -311,22 +365,38 @@ def mixed_attention(
     Source: FlashAttention-2 (arXiv 2307.08691), Algorithm 1, with the bias added to the scores; proportional attention
     (arXiv 2210.09461) is `key_bias = log(area)`.
     """
+    if key_groups is not None and backend != "merged":
+        raise ValueError(f'key_groups: expected None with backend={backend!r}, got groups, which "merged" alone reads')
+    kept: tuple[Any, ...] = (None, None, 0, 0)
+    if isinstance(block_keep, BlockKeep):
+        kept = (block_keep.offsets, block_keep.blocks, block_keep.query_block, block_keep.key_block)
+    tiles: tuple[Any, ...] = (None, 0)
+    if plan is not None:
+        cu_seqlens_q, cu_seqlens_k, key_bias = plan.complete(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias)
+        tiles = (plan.query_tiles, plan.tile_rows)
+    args = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias, scale, return_lse, *kept, *tiles)
+    name, written = "mixed_attention", out if return_lse else (out, None)
+    if out is not None and isinstance(written, tuple) and len(written) == 2:
+        name, args = "mixed_attention_out", (*args, *written)
+    again: tuple[torch.Tensor, torch.Tensor] = _repeat(backend, name, args)
+    if again is not ready.MISSED:
+        return again if return_lse else again[0]
     _check_backend(backend)
     checks.check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias, scale)
-    kept: tuple[Any, ...] = ()
     if block_keep is not None:
         check_fits(block_keep, q, k, packed=cu_seqlens_q is not None)
-        kept = (block_keep.offsets, block_keep.blocks, block_keep.query_block, block_keep.key_block)
-    scale = ops.default_scale(q.shape[-1]) if scale is None else float(scale)
-    args = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias, scale, return_lse)
+    if out is not None:
+        checks.check_attention_out(out, return_lse, q)
     if backend == "merged":
         _check_merged(k, cu_seqlens_q, key_bias, block_keep, key_groups)
-        out, lse = ops.merged_attention(args, key_groups)
-    elif key_groups is not None:
-        raise ValueError(f'key_groups: expected None with backend={backend!r}, got groups, which "merged" alone reads')
+        result, lse = ops.merged_attention(name, args, key_groups)
+    elif out is not None:
+        _call(backend, name, q, args)
     else:
-        out, lse = _call(backend, "mixed_attention", q, (*args, *kept))
-    return (out, lse) if return_lse else out
+        result, lse = _call(backend, "mixed_attention", q, args)
+    if out is not None:
+        return out
+    return (result, lse) if return_lse else result
 
 
 def _check_merged(
@@ -389,6 +459,12 @@ def qk_norm_rope(
 
     Source: RMSNorm (arXiv 1910.07467) and RoPE (arXiv 2104.09864), in the order and pairing of FLUX and Qwen-Image.
     """
+    if out is None and type(q) is torch.Tensor and ready.on_gpu(q):
+        out = tuple(torch.empty_like(q, memory_format=torch.contiguous_format) for _ in range(2 if v is None else 3))
+    if isinstance(out, (tuple, list)) and len(out) == (2 if v is None else 3):
+        args = (q, k, v, q_weight, k_weight, cos, sin, eps, out_index, *out, *(() if v is not None else (None,)))
+        if _repeat(backend, "qk_norm_rope", args) is not ready.MISSED:
+            return tuple(out)
     _check_backend(backend)
     checks.check_norm_rope(q, k, q_weight, k_weight, cos, sin, eps, v, out_index, out)
     if out is None and derivatives.transforms_active() and backend != "triton" and (backend or q.device.type != "cuda"):
@@ -402,7 +478,9 @@ def qk_norm_rope(
     return tuple(out)
 
 
-def weighted_sum(stack: torch.Tensor, weights: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
+def weighted_sum(
+    stack: torch.Tensor, weights: torch.Tensor, *, out: torch.Tensor | None = None, backend: str | None = None
+) -> torch.Tensor:
     """A polynomial over stacked differences: `y = sum_k weights[k] * stack[k]`, read once and written once.
 
     With `stack[k]` the k-th difference of a feature and `weights[k]` the basis polynomial at the wanted time
@@ -411,10 +489,11 @@ def weighted_sum(stack: torch.Tensor, weights: torch.Tensor, *, backend: str | N
     Args:
         stack: (K, ...), K >= 1, any float dtype; computed in float32 (float64 in float64) and rounded once.
         weights: (K,) float32.
+        out: tensor to write into, of the result's shape and dtype, contiguous; shares no memory with the others.
         backend: "triton", "torch" or None (by device).
 
     Returns:
-        (...), dtype of `stack`, contiguous.
+        (...), dtype of `stack`, contiguous; `out` if given.
 
     Raises:
         TypeError: dtypes or types that do not fit.
@@ -422,7 +501,13 @@ def weighted_sum(stack: torch.Tensor, weights: torch.Tensor, *, backend: str | N
 
     Source: TaylorSeer (arXiv 2503.06923), eq. 4, and its relatives.
     """
+    name, args = ("weighted_sum", (stack, weights)) if out is None else ("weighted_sum_out", (stack, weights, out))
+    again: torch.Tensor = _repeat(backend, name, args)
+    if again is not ready.MISSED:
+        return again
     _check_backend(backend)
     checks.check_weighted_sum(stack, weights)
+    if out is not None:
+        return _into(backend, "weighted_sum", (stack, weights), out, stack)
     y: torch.Tensor = _call(backend, "weighted_sum", stack, (stack, weights))
     return y

@@ -47,6 +47,14 @@ def expect_shape(name: str, value: torch.Tensor, shape: Sequence[int]) -> None:
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
 
 
+def expect_out(name: str, out: Any, shape: Sequence[int], like: torch.Tensor) -> None:
+    """Raise unless `out` can take a result of this shape, with the dtype and device of `like`."""
+    expect_tensor(name, out, dtypes=(like.dtype,), dims=range(9), device=like.device)
+    expect_shape(name, out, shape)
+    if not out.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, got strides {tuple(out.stride())}")
+
+
 def expect_dtype(name: str, value: torch.Tensor, dtype: torch.dtype) -> None:
     if value.dtype != dtype:
         raise TypeError(f"{name}: expected dtype {_names([dtype])}, got {_names([value.dtype])}")
@@ -265,6 +273,19 @@ def check_attention(
         expect_number("scale", scale)
         if not -math.inf < scale < math.inf:  # math.isfinite rejects torch.compile's symbolic floats
             raise ValueError(f"scale: expected a finite number, got {scale}")
+
+
+def check_attention_out(out: Any, return_lse: bool, q: torch.Tensor) -> None:
+    if not return_lse:
+        expect_out("out", out, q.shape, q)
+        return
+    if not isinstance(out, tuple) or len(out) != 2:
+        got = f"{len(out)} entries" if isinstance(out, tuple) else type(out).__name__
+        raise ValueError(f"out: expected a pair (out, lse) with return_lse, got {got}")
+    expect_out("out[0]", out[0], q.shape, q)
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    like = q.new_empty(0, dtype=lse_dtype)
+    expect_out("out[1]", out[1], (*q.shape[:-3], q.shape[-2], q.shape[-3]), like)
 
 
 def check_cu_seqlens_values(

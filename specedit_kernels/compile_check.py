@@ -46,7 +46,6 @@ class Variant:
     options: dict[str, int]
     floats: tuple[str, ...] = ()
     matrix: bool = False
-    specialized: bool = False  # the compiler must have specialised the warps
     grouped: bool = False  # several query heads per key head
     aligned: tuple[str, ...] = ()  # sizes that are multiples of 16 in this launch
 
@@ -66,10 +65,11 @@ class Result:
 
 
 def _attention(table: dict[str, Any]) -> Iterator[Variant]:
-    from .gpu.attention import attend, plan_tiles
+    from .gpu.attention import attend
+    from .gpu.attention_plan import plan_tiles
 
     everything = {"PACKED": True, "PLANNED": True, "HAS_BIAS": True, "SCALE_FIRST": True, "HAS_LSE": True}
-    nothing = dict.fromkeys(everything, False) | dict.fromkeys(("bias", "cu_q", "cu_k", "plan"))
+    nothing = dict.fromkeys(everything, False) | dict.fromkeys(("bias", "lse", "cu_q", "cu_k", "plan"))
     lengths = {"cu_q": "i32", "cu_k": "i32", "plan": "i32"}
     unlisted = {"LISTED": False, "QUERY_BLOCK": 0, "KEY_BLOCK": 0} | dict.fromkeys(_LISTS)
     entries = [(True, entry) for entry in table.get("attention_tma", [])]
@@ -125,33 +125,6 @@ def _listed(variant: Variant) -> Iterator[Variant]:
                     for name, kind in variant.pointers.items()}  # fmt: skip
         pointers |= {"block_offsets": "i32", "blocks": "i32"}
         yield replace(variant, name=f"{variant.name} lists {m}x{n}", pointers=pointers, constants=constants)
-
-
-def _attention_ws(table: dict[str, Any]) -> Iterator[Variant]:
-    """The warp-specialised kernel: table entries, and what the tuner may choose with TMA."""
-    from .gpu.attention_ws import SPECIALIZED_DIMS, attend_specialized
-    from .tune import candidates
-
-    entries = [(e["shape"]["head_dim"], e["config"]) for e in table.get("attention_ws", []) if e["config"]]
-    if "attention_tma" in table:
-        shapes = ({"head_dim": dim, "bits": 16} for dim in SPECIALIZED_DIMS)
-        entries += [(shape["head_dim"], config) for shape in shapes for config in candidates("attention_ws", shape)]
-    for dim, config in entries:
-        m, n = config["block_m"], config["block_n"]
-        blocks = {"DIM": dim, "DIM_P2": dim, "BLOCK_M": m, "BLOCK_N": n}
-        options = {key: config[key] for key in ("num_warps", "num_stages")}
-        for element, extras in (("bf16", True), ("bf16", False), ("fp16", True)):
-            pointers = {"out": element, "lse": "fp32", "bias_desc": f"tensordesc<fp32[1, {n}]>"}
-            pointers |= {
-                f"{name}_desc": f"tensordesc<{element}[1, 1, {rows}, {dim}]>"
-                for name, rows in (("q", m), ("k", n), ("v", n))
-            }
-            fixed = blocks | {"HAS_BIAS": extras, "HAS_LSE": extras} | ({} if extras else {"bias_desc": None})
-            label = f"attend {element} D{dim} ws {m}x{n}{' bias lse' if extras else ''}"
-            yield Variant(label, attend_specialized, pointers, fixed, options, ("scale_log2",), True, specialized=True)
-            if extras and element == "bf16":
-                yield Variant(f"{label} gqa", attend_specialized, pointers, fixed, options, ("scale_log2",), True,
-                              specialized=True, grouped=True)  # fmt: skip
 
 
 def _rows(table: dict[str, Any]) -> Iterator[Variant]:
@@ -228,7 +201,7 @@ def _weighted_sum(table: dict[str, Any]) -> Iterator[Variant]:
 
 def variants(table: dict[str, Any]) -> Iterator[Variant]:
     """Every kernel of every configuration in a file."""
-    for family in (_attention, _attention_ws, _rows, _expand, _norm_rope, _weighted_sum):
+    for family in (_attention, _rows, _expand, _norm_rope, _weighted_sum):
         yield from family(table)
 
 
@@ -285,9 +258,6 @@ def check(variant: Variant, capability: int, config_file: str) -> Result:
         result.problems.append(f"no {_MATRIX[capability]} instruction")
     if code.serialized:
         result.problems.append("wgmma instructions are serialised")
-    # The compiler silently keeps a loop whole if it cannot split it.
-    if variant.specialized and "setmaxnreg" not in compiled.asm["ptx"]:
-        result.problems.append("warps are not specialised")
     return result
 
 

@@ -11,6 +11,7 @@ which is exact for any biases; their number decides what it costs. Source: the m
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ _ALIGNED = 8  # head dims of flash attention are multiples of this
 
 def mixed_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None, max_seqlen_q: int | None, key_bias: torch.Tensor | None, scale: float,
+    cu_seqlens_k: torch.Tensor | None, max_seqlen_q: int | None, key_bias: torch.Tensor | None, scale: float | None,
     return_lse: bool, groups: KeyGroups | None = None,
 ) -> Pass:  # fmt: skip
     """The operator `mixed_attention` without lists of blocks; `groups` of `key_bias` are found unless given.
@@ -39,6 +40,7 @@ def mixed_attention(
         return dense[0][0], dense[1][0] if return_lse else dense[1]
     if groups is None and key_bias is not None:
         groups = KeyGroups.of(key_bias, cu_seqlens_k)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     heads, folds = q.shape[-2], q.shape[-2] // max(1, k.shape[-2])
     rows = reference.fold_heads(q, k.shape[-2])
     if cu_seqlens_q is None and (groups is None or not groups.ends):

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from . import block_keep, checks, derivatives, merged, reference, reference_blocks
+from . import block_keep, checks, derivatives, merged, ready, reference, reference_blocks
 from .key_groups import KeyGroups, NotMergeable
 
 # Named after the package, so that copies under other names, as the Hub's loader makes, do not collide.
@@ -32,8 +33,8 @@ _SCHEMAS = {
     "contract_tokens": "(Tensor fine, Scalar sigma_fine, int patch=2) -> Tensor",
     "mixed_attention": (
         "(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q,"
-        " Tensor? key_bias, Scalar scale, bool return_lse, Tensor? block_offsets=None, Tensor? blocks=None,"
-        " int query_block=0, int key_block=0) -> (Tensor, Tensor)"
+        " Tensor? key_bias, Scalar? scale, bool return_lse, Tensor? block_offsets=None, Tensor? blocks=None,"
+        " int query_block=0, int key_block=0, Tensor? query_tiles=None, int tile_rows=0) -> (Tensor, Tensor)"
     ),
     "qk_norm_rope": (
         "(Tensor q, Tensor k, Tensor? v, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps,"
@@ -41,6 +42,12 @@ _SCHEMAS = {
     ),
     "weighted_sum": "(Tensor stack, Tensor weights) -> Tensor",
 }
+# Twins that write into a tensor of the caller instead of returning one, named NAME_out.
+_OUTS = dict.fromkeys(("gather_tokens", "expand_tokens", "contract_tokens", "weighted_sum"), "Tensor(a!) out")
+_OUTS["mixed_attention"] = "Tensor(a!) out, Tensor(b!)? lse"
+for _name, _written in _OUTS.items():
+    _arguments = re.sub(r"=\w+", "", _SCHEMAS[_name].rpartition(") ->")[0])  # no defaults before what has none
+    _SCHEMAS[f"{_name}_out"] = f"{_arguments}, {_written}) -> ()"
 
 
 # --- plain PyTorch behind the operators' schemas ----------------------------------------------------------------------
@@ -76,14 +83,17 @@ def _mixed_attention_torch(
     cu_seqlens_k: torch.Tensor | None,
     max_seqlen_q: int | None,
     key_bias: torch.Tensor | None,
-    scale: float,
+    scale: float | None,
     return_lse: bool,
     block_offsets: torch.Tensor | None = None,
     blocks: torch.Tensor | None = None,
     query_block: int = 0,
     key_block: int = 0,
+    query_tiles: torch.Tensor | None = None,
+    tile_rows: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     attend = reference.mixed_attention
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if block_offsets is not None and blocks is not None:
         attend = functools.partial(
             reference_blocks.mixed_attention, offsets=block_offsets, blocks=blocks, sizes=(query_block, key_block)
@@ -124,6 +134,31 @@ _TORCH: dict[str, Callable[..., Any]] = {
 }
 
 
+def _into(functional: Callable[..., Any], count: int) -> Callable[..., None]:
+    """The twin of an operator that writes its results into its last `count` arguments."""
+
+    def call(*args: Any) -> None:
+        results = functional(*args[:-count])
+        for target, result in zip(args[-count:], results if isinstance(results, tuple) else (results,)):
+            if target is not None:
+                target.copy_(result)
+
+    return call
+
+
+_TORCH.update({f"{name}_out": _into(_TORCH[name], written.count("!")) for name, written in _OUTS.items()})
+
+
+def _mixed_attention_merged(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return merged.mixed_attention(*args[:9])
+
+
+_MERGED: dict[str, Callable[..., Any]] = {
+    "mixed_attention": _mixed_attention_merged,
+    "mixed_attention_out": _into(_mixed_attention_merged, 2),
+}
+
+
 # --- shapes only -----------------------------------------------------------------------------------------------------
 
 
@@ -155,12 +190,14 @@ def _mixed_attention_fake(
     cu_seqlens_k: torch.Tensor | None,
     max_seqlen_q: int | None,
     key_bias: torch.Tensor | None,
-    scale: float,
+    scale: float | None,
     return_lse: bool,
     block_offsets: torch.Tensor | None = None,
     blocks: torch.Tensor | None = None,
     query_block: int = 0,
     key_block: int = 0,
+    query_tiles: torch.Tensor | None = None,
+    tile_rows: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (*q.shape[:-3], q.shape[-2], q.shape[-3]) if return_lse else (0,)
     dtype = torch.float64 if return_lse and q.dtype == torch.float64 else torch.float32
@@ -184,48 +221,76 @@ _FAKE: dict[str, Callable[..., Any]] = {
     "qk_norm_rope": _nothing,
     "weighted_sum": _weighted_sum_fake,
 }
+_FAKE.update({f"{name}_out": _nothing for name in _OUTS})
 
 
 # --- value checks, and putting it together ---------------------------------------------------------------------------
 
 
 def _check_values(backend: str, name: str, args: tuple[Any, ...]) -> None:
+    name = name.removesuffix("_out")
     if name == "gather_tokens":
-        x, index = args
+        x, index = args[:2]
         checks.check_index_values("index", index, x.shape[-2])
     elif name == "scatter_tokens":
-        src, index, out = args
+        _, index, out = args
         checks.check_index_values("index", index, out.shape[-2], unique=True)
-        checks.expect_writable("out", out, {"src": src, "index": index})
     elif name == "mixed_attention":
         read = backend == "torch"  # it reads them anyway
         if args[3] is not None:
             checks.check_cu_seqlens_values("cu_seqlens_q", args[3], args[0].shape[0], args[5], read=read)
             checks.check_cu_seqlens_values("cu_seqlens_k", args[4], args[1].shape[0], read=read)
         if len(args) > 9 and args[9] is not None:
-            block_keep.check_values(args, read=read)
+            block_keep.check_values(args[:13], read=read)
+    elif name == "qk_norm_rope" and args[8] is not None:
+        checks.check_index_values("out_index", args[8], args[9].shape[-3], unique=True)
+
+
+@functools.cache
+def _names(name: str) -> list[str]:
+    """Names of an operator's arguments."""
+    arguments = _SCHEMAS[name].partition(") ->")[0].strip("(")
+    return [argument.partition("=")[0].split()[-1] for argument in arguments.split(", ")]
+
+
+def check_memory(name: str, args: tuple[Any, ...]) -> None:
+    """Raise ValueError if an operator would write an element twice, or read what it writes."""
+    if name == "scatter_tokens":
+        src, index, out = args
+        checks.expect_writable("out", out, {"src": src, "index": index})
     elif name == "qk_norm_rope":
-        if args[8] is not None:
-            checks.check_index_values("out_index", args[8], args[9].shape[-3], unique=True)
         q, k, v, q_weight, k_weight, cos, sin, _, out_index, *out = args
         checks.check_norm_rope_memory(q, k, v, q_weight, k_weight, cos, sin, out_index, out)
+    elif name.endswith("_out"):
+        count = _OUTS[name.removesuffix("_out")].count("!")
+        tensors: dict[str, torch.Tensor | None] = {
+            key: value for key, value in zip(_names(name), args) if isinstance(value, torch.Tensor)
+        }
+        written = {key: value for key in _names(name)[-count:] if (value := tensors.pop(key, None)) is not None}
+        for key, value in written.items():
+            checks.expect_writable(key, value, tensors)
+            tensors[key] = value
 
 
 def run(backend: str, name: str, args: tuple[Any, ...]) -> Any:
     """Run one operator on one backend, outside the dispatcher. This is where Triton is imported."""
     _check_values(backend, name, args)
+    check_memory(name, args)
     if backend == "torch":
         return _TORCH[name](*args)
-    if backend == "merged" and name == "mixed_attention":
-        return merged.mixed_attention(*args[:9])
-    _check_triton()
+    if backend == "merged":
+        return _MERGED[name](*args)
+    check_triton()
     from . import gpu
 
-    return gpu.run(name, args)
+    call = gpu.prepare(name, args)
+    result = call(*args)
+    ready.remember(name, args, call)
+    return result
 
 
 @functools.cache
-def _check_triton() -> None:
+def check_triton() -> None:
     try:
         import triton
 
@@ -240,6 +305,11 @@ def _check_triton() -> None:
         )
 
 
+def result_shape(name: str, args: tuple[Any, ...]) -> tuple[int, ...]:
+    """Of an operator that returns one tensor."""
+    return tuple(_FAKE[name](*(arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in args)).shape)
+
+
 def check_gpu(device: torch.device) -> None:
     """Nothing, on a GPU that the kernels run on.
 
@@ -247,7 +317,7 @@ def check_gpu(device: torch.device) -> None:
         ImportError: Triton is missing or too old.
         RuntimeError: the GPU is too old, or Triton finds no C compiler.
     """
-    _check_triton()
+    check_triton()
     from .gpu.launch import check_compiler, check_device
 
     check_device(device)
@@ -267,16 +337,24 @@ def choose_backends_by(choose: Callable[[str, tuple[Any, ...]], str]) -> None:
     _choose = choose
 
 
-def _implementation(backend: str, name: str) -> Callable[..., Any]:
-    """An operator's implementation. On a GPU, PyTorch stands in for a kernel that failed its check there."""
+def _run_native(backend: str, name: str, args: tuple[Any, ...]) -> Any:
+    """Run an operator on its device's backend. On a GPU, PyTorch stands in for a kernel that failed its check there."""
+    if backend != "triton":
+        return run(backend, name, args)
+    try:
+        return run(_choose(name.removesuffix("_out"), args), name, args)
+    except NotMergeable:
+        return run("torch", name, args)
 
+
+def _implementation(backend: str, name: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
-        if backend != "triton":
-            return run(backend, name, args)
-        try:
-            return run(_choose(name, args), name, args)
-        except NotMergeable:
-            return run("torch", name, args)
+        result = ready.repeat(name, args, check_memory) if backend == "triton" else ready.MISSED
+        if result is ready.MISSED:
+            result = _run_native(backend, name, args)
+        if name == "mixed_attention" and result[1] is None:
+            return result[0], result[0].new_empty(0, dtype=torch.float32)
+        return None if name.endswith("_out") else result
 
     return call
 
@@ -316,7 +394,7 @@ def _merged_attention(
     cu_seqlens_k: torch.Tensor | None,
     max_seqlen_q: int | None,
     key_bias: torch.Tensor | None,
-    scale: float,
+    scale: float | None,
     return_lse: bool,
     values: list[float] | None = None,
     rows: list[torch.Tensor] | None = None,
@@ -334,7 +412,7 @@ def _merged_attention(
 # One operator for every device, so that torch.compile does not look inside, where the bias's values decide.
 _LIBRARY.define(
     "merged_attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q,"
-    " Tensor? key_bias, Scalar scale, bool return_lse, float[]? values=None, Tensor[]? rows=None, Tensor[]? ends=None,"
+    " Tensor? key_bias, Scalar? scale, bool return_lse, float[]? values=None, Tensor[]? rows=None, Tensor[]? ends=None,"
     " bool[]? complete=None) -> (Tensor, Tensor)"
 )
 _LIBRARY.impl("merged_attention", _merged_attention, "CompositeExplicitAutograd")
@@ -345,21 +423,27 @@ def _merged_attention_fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return _mixed_attention_fake(*args[:9])
 
 
-def merged_attention(args: tuple[Any, ...], groups: KeyGroups | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first nine arguments of the operator `mixed_attention`, by passes of PyTorch's fused attention."""
+def merged_attention(name: str, args: tuple[Any, ...], groups: KeyGroups | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The operator `mixed_attention`, or its twin `mixed_attention_out`, by passes of PyTorch's fused attention."""
+    check_memory(name, args)
     derivatives.refuse("mixed_attention", args, "merged passes")
     if derivatives.transforms_active():
         raise RuntimeError('mixed_attention: expected no torch.func transform with backend="merged", got one')
     parts = () if groups is None else (groups.values, groups.rows, groups.ends, groups.complete)
     grouped = [list(part) for part in parts]
-    found: tuple[torch.Tensor, torch.Tensor] = getattr(torch.ops, NAMESPACE).merged_attention(*args, *grouped)
+    found: tuple[torch.Tensor, torch.Tensor] = getattr(torch.ops, NAMESPACE).merged_attention(*args[:9], *grouped)
+    if name == "mixed_attention_out":
+        for target, result in zip(args[-2:], found):
+            if target is not None:
+                target.copy_(result)
     return found
 
 
 def dispatch(name: str, args: tuple[Any, ...]) -> Any:
-    """Run one operator through PyTorch's dispatcher, which selects the implementation by device."""
+    """Run one operator through PyTorch's dispatcher, which selects the implementation by device.
+
+    Where nothing watches the dispatcher, its way through is left out, which takes longer than a launch.
+    """
+    if ready.eager() and ready.plain(args):
+        return _run_native("triton" if ready.on_gpu(args[0]) else "torch", name, args)
     return getattr(getattr(torch.ops, NAMESPACE), name)(*args)
-
-
-def default_scale(head_dim: int) -> float:
-    return 1 / math.sqrt(head_dim)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import ops
+from . import ops, ready
 from .self_check_cases import ATTENTION, MERGED, Case, attention_in_own_precision, cases
 
 FLOOR = 1e-5
@@ -60,9 +60,12 @@ def run_checks(
     Raises:
         torch.OutOfMemoryError: the device has no memory left, which says nothing about a kernel.
     """
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        chosen = [case for case in cases(device, half) if case.backend in backends]
-        return [check(case, ops.run if run is None else run) for case in chosen]
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            chosen = [case for case in cases(device, half) if case.backend in backends]
+            return [check(case, ops.run if run is None else run) for case in chosen]
+    finally:
+        ready.forget()  # a kernel that failed would run again for arguments like these
 
 
 def check(case: Case, run: Run) -> Finding:

@@ -1,6 +1,6 @@
 """Measure launch parameters on this machine's GPU, and write the file that later runs read.
 
-    python -m specedit_kernels.tune [--out FILE] [--quick] [--warp-specialize]
+    python -m specedit_kernels.tune [--out FILE] [--quick]
 
 Each kernel is timed at a few real shapes over a small set of candidates (device time, median of repeats, L2
 flushed between them); a candidate that does not compile or whose result differs from the plain PyTorch one is dropped.
@@ -39,10 +39,6 @@ def candidates(kernel: str, shape: Shape) -> Iterator[Config]:
             blocks = [(64, 32), (64, 64), (128, 32), (128, 64), (64, 128), (128, 128)]
         for (m, n), warps, stages in itertools.product(blocks, (4, 8), (2, 3, 4)):
             yield {"block_m": m, "block_n": n, "num_warps": warps, "num_stages": stages}
-    elif kernel == "attention_ws":
-        # Other tiles spill, or cannot be specialised.
-        for n, stages in ((128, 2 if shape["head_dim"] > 64 else 3), (64, 3), (64, 2)):
-            yield {"block_m": 64, "block_n": n, "num_warps": 4, "num_stages": stages}
     elif kernel == "copy_rows":
         for tile, warps in itertools.product((4096, 8192, 16384), (4, 8)):
             yield {"tile_bytes": tile, "block_bytes": 4096, "num_warps": warps}
@@ -162,24 +158,14 @@ def best(
     return found
 
 
-def tune(capability: tuple[int, int], device: str, timer: Timer, quick: bool, warp_specialize: bool = False) -> Tables:
-    """Tables of measured entries, in the format of `gpu/configs/`.
-
-    With `warp_specialize` an `attention_ws` entry accompanies every `attention_tma` entry of head dim 64 and 128,
-    null where it is not the faster of the two.
-    """
+def tune(capability: tuple[int, int], device: str, timer: Timer, quick: bool) -> Tables:
+    """Tables of measured entries, in the format of `gpu/configs/`."""
     tables: Tables = {}
     for kernel, shape in shapes(capability, quick):
         found = best(kernel, *workload(kernel, shape, device), candidates(kernel, shape), timer)
         print(kernel, shape, found, flush=True)
         if found is not None:
             tables.setdefault(kernel, []).append({"shape": shape, "config": found[1]})
-        if warp_specialize and kernel == "attention_tma" and shape["head_dim"] <= 128:
-            ws = "attention_ws"
-            other = best(ws, *workload(ws, shape, device), candidates(ws, shape), timer)
-            print(ws, shape, other, flush=True)
-            wins = other if other is not None and (found is None or other[0] < found[0]) else None
-            tables.setdefault(ws, []).append({"shape": shape, "config": None if wins is None else wins[1]})
     return tables
 
 
@@ -211,8 +197,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="specedit_kernels.tune", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, help="file to write (default: the package's file for this GPU)")
     parser.add_argument("--quick", action="store_true", help="one sequence length instead of three")
-    parser.add_argument("--warp-specialize", action="store_true",
-                        help="also try the warp-specialised attention kernel, used where it is faster")  # fmt: skip
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("specedit_kernels.tune: expected a CUDA GPU to measure on, found none", file=sys.stderr)
@@ -221,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     path = options.out or launch.CONFIG_FOLDER / launch.config_file_name(name)
-    tables = tune(capability, "cuda", milliseconds, options.quick, options.warp_specialize)
+    tables = tune(capability, "cuda", milliseconds, options.quick)
     default = json.loads((launch.CONFIG_FOLDER / launch.default_file_name(capability)).read_text())
     header = ("gpu", "capability", "measured")
     complete(tables, {kernel: entries for kernel, entries in default.items() if kernel not in header})

@@ -180,7 +180,7 @@ def use(
     from triton import knobs
     from triton.runtime import driver
 
-    from specedit_kernels import api, ops, verdict, verdict_file
+    from specedit_kernels import api, ops, ready, verdict, verdict_file
     from specedit_kernels import checks as argument_checks
     from specedit_kernels import gpu as kernels
     from specedit_kernels.gpu import launch
@@ -193,12 +193,21 @@ def use(
 
     stock_run = ops.run
 
-    def run(backend: str, name: str, args: tuple[Any, ...]) -> Any:
-        result = stock_run(backend, name, args)
-        if backend != "triton" or not (computes or checks):
+    def computed(name: str, args: tuple[Any, ...], result: Any) -> Any:
+        if not (computes or checks):
             return result
         result = ops._TORCH[name](*args)
         return broken(name, args, result) if name in faulty else result
+
+    def run(backend: str, name: str, args: tuple[Any, ...]) -> Any:
+        result = stock_run(backend, name, args)
+        return computed(name, args, result) if backend == "triton" else result
+
+    stock_repeat = ready.repeat
+
+    def repeat(name: str, args: tuple[Any, ...], check_memory: Any) -> Any:
+        result = stock_repeat(name, args, check_memory)
+        return result if result is ready.MISSED else computed(name, args, result)
 
     replaced = [
         (kernels, "check_device", lambda device: None),
@@ -207,6 +216,9 @@ def use(
         (api, "_interpreting", lambda: True),  # accept backend="triton" on the CPU
         (argument_checks, "values_are_checked", lambda tensor: argument_checks.debug_enabled()),  # as on a GPU
         (driver, "_active", dry.driver()),
+        (ready, "repeat", repeat),
+        (ready, "on_gpu", lambda tensor: True),
+        (ready, "place", lambda: dry.number),
         (ops, "run", run),
         (verdict, "guarded", lambda device: checks),
     ]

@@ -8,28 +8,66 @@ from typing import Any
 
 import torch
 
-from .attention import launch_attention
-from .expand import launch_contract, launch_expand
+from .attention_launch import parameters, prepare_attention
+from .attention_plan import Schedule
+from .expand import prepare_contract, prepare_expand
 from .launch import Config, check_device
-from .norm_rope import launch_norm_rope
-from .rows import launch_gather, launch_scatter
-from .sums import launch_weighted_sum
+from .norm_rope import prepare_norm_rope
+from .rows import prepare_gather, prepare_scatter
+from .sums import prepare_weighted_sum
 
-_LAUNCHES: dict[str, Callable[..., Any]] = {
-    "gather_tokens": launch_gather,
-    "scatter_tokens": launch_scatter,
-    "expand_tokens": launch_expand,
-    "contract_tokens": launch_contract,
-    "mixed_attention": launch_attention,
-    "qk_norm_rope": launch_norm_rope,
-    "weighted_sum": launch_weighted_sum,
+_PREPARE: dict[str, Callable[..., Callable[..., Any]]] = {
+    "gather_tokens": prepare_gather,
+    "scatter_tokens": prepare_scatter,
+    "expand_tokens": prepare_expand,
+    "contract_tokens": prepare_contract,
+    "mixed_attention": prepare_attention,
+    "qk_norm_rope": prepare_norm_rope,
+    "weighted_sum": prepare_weighted_sum,
 }
+
+
+def prepare(name: str, args: tuple[Any, ...], tuned: dict[str, Config] | None = None) -> Callable[..., Any]:
+    """What runs an operator on arguments like these, alike in all but values and addresses of the same alignment.
+
+    It launches on the device of the first tensor. The operators NAME and NAME_out, which writes into its last tensors,
+    have the same one. `tuned` overrides launch parameters.
+    """
+    device = args[0].device
+    check_device(device)
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+        call = _PREPARE[name.removesuffix("_out")](*args, tuned=tuned)
+    return _on(device, call) if elsewhere else call
+
+
+def plan(
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    queries: int,
+    keys: int,
+    longest: int | None,
+    head_dim: int,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor | None, int]:
+    """The order of query blocks of packed sequences, and the rows of a block; None for a single sequence."""
+    device, sequences = cu_q.device, cu_q.shape[0] - 1
+    check_device(device)
+    config, _ = parameters(device, dtype.itemsize, head_dim, keys // sequences, True, None)
+    if sequences == 1:
+        return None, 0
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        return Schedule(sequences, queries, keys, longest, config["block_m"])(cu_q, cu_k), config["block_m"]
+
+
+def _on(device: torch.device, call: Callable[..., Any]) -> Callable[..., Any]:
+    def guarded(*args: Any) -> Any:
+        with torch.cuda.device(device):
+            return call(*args)
+
+    return guarded
 
 
 def run(name: str, args: tuple[Any, ...], tuned: dict[str, Config] | None = None) -> Any:
     """Launches an operator's kernel on the device of its first tensor. `tuned` overrides launch parameters."""
-    device = args[0].device
-    check_device(device)
-    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with guard:
-        return _LAUNCHES[name](*args, tuned=tuned)
+    return prepare(name, args, tuned)(*args)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 
 from . import launch
+from .prepared import Launch
 
 
 @triton.jit
@@ -159,47 +163,72 @@ def tiles(config: launch.Config, channels: int, patch: int = 2) -> launch.Config
     return constants | {"num_warps": config["num_warps"]}
 
 
-def launch_expand(
+def prepare_expand(
     coarse: torch.Tensor,
     sigma: float,
     noise: torch.Tensor | None,
     seed: torch.Tensor | None,
     detail: torch.Tensor | None,
     patch: int = 2,
+    out: torch.Tensor | None = None,
     tuned: dict[str, launch.Config] | None = None,
-) -> torch.Tensor:
+) -> Callable[..., torch.Tensor]:
+    """What launches the kernel on tensors like these, at this sigma."""
     launch.check_dtype("coarse", coarse)
     *lead, tokens, width = coarse.shape
-    fine = torch.empty((*lead, tokens, 4, width), dtype=coarse.dtype, device=coarse.device)
-    if fine.numel() == 0:
-        return fine
-    z = coarse.reshape(-1, tokens, width)
     sigma_fine = 2 * sigma / (1 + sigma)
     # Tuned for packed tokens of this width.
     config = launch.shipped_config("expand", coarse.device, tuned, channels=width // 4)
     constants = tiles(config, width // (patch * patch), patch)
-    grid = (z.shape[0] * launch.ceil_div(tokens, constants["BLOCK_TOKENS"]),)
-    expand[grid](
-        z, fine, None if noise is None else noise.contiguous(), seed, None if detail is None else detail.contiguous(),
-        tokens, 2 / (1 + sigma), sigma_fine, 1 - sigma_fine, *z.stride(),
-        HAS_NOISE=noise is not None, HAS_DETAIL=detail is not None,
-        SEED_PER_SAMPLE=seed is not None and seed.numel() > 1, **constants,
+    warps = constants.pop("num_warps")
+    samples = math.prod(lead)
+    start = Launch(expand, (samples * launch.ceil_div(tokens, constants["BLOCK_TOKENS"]), 1, 1), num_warps=warps)
+    strides = coarse.reshape(samples, tokens, width).stride()
+    fixed = (
+        tokens, 2 / (1 + sigma), sigma_fine, 1 - sigma_fine, *strides, *constants.values(),
+        noise is not None, detail is not None, seed is not None and seed.numel() > 1,
     )  # fmt: skip
-    return fine
+
+    def call(
+        coarse: torch.Tensor,
+        sigma: float,
+        noise: torch.Tensor | None,
+        seed: torch.Tensor | None,
+        detail: torch.Tensor | None,
+        patch: int = 2,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        fine = coarse.new_empty((*lead, tokens, 4, width)) if out is None else out
+        if fine.numel():
+            noise, detail = (None if x is None else x.contiguous() for x in (noise, detail))
+            start(coarse.reshape(samples, tokens, width), fine, noise, seed, detail, *fixed)
+        return fine
+
+    return call
 
 
-def launch_contract(
-    fine: torch.Tensor, sigma_fine: float, patch: int = 2, tuned: dict[str, launch.Config] | None = None
-) -> torch.Tensor:
+def prepare_contract(
+    fine: torch.Tensor,
+    sigma_fine: float,
+    patch: int = 2,
+    out: torch.Tensor | None = None,
+    tuned: dict[str, launch.Config] | None = None,
+) -> Callable[..., torch.Tensor]:
+    """What launches the kernel on tensors like these, at this sigma."""
     launch.check_dtype("fine", fine)
     *lead, tokens, _, width = fine.shape
-    coarse = torch.empty((*lead, tokens, width), dtype=fine.dtype, device=fine.device)
-    if coarse.numel() == 0:
-        return coarse
-    f = fine.reshape(-1, tokens, 4, width)
     config = launch.shipped_config("contract", fine.device, tuned, channels=width // 4)
     constants = tiles(config, width // (patch * patch), patch)
-    grid = (f.shape[0] * launch.ceil_div(tokens, constants["BLOCK_TOKENS"]),)
-    factor = (1 + sigma_fine / (2 - sigma_fine)) / 4
-    contract[grid](f, coarse, tokens, factor, *f.stride(), **constants)
-    return coarse
+    warps = constants.pop("num_warps")
+    samples = math.prod(lead)
+    start = Launch(contract, (samples * launch.ceil_div(tokens, constants["BLOCK_TOKENS"]), 1, 1), num_warps=warps)
+    strides = fine.reshape(samples, tokens, 4, width).stride()
+    fixed = tokens, (1 + sigma_fine / (2 - sigma_fine)) / 4, *strides, *constants.values()
+
+    def call(fine: torch.Tensor, sigma: float, patch: int = 2, out: torch.Tensor | None = None) -> torch.Tensor:
+        coarse = fine.new_empty((*lead, tokens, width)) if out is None else out
+        if coarse.numel():
+            start(fine.reshape(samples, tokens, 4, width), coarse, *fixed)
+        return coarse
+
+    return call

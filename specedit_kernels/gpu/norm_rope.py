@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from . import launch
-from .variants import Variants
+from .prepared import Launch
 
 
 @triton.jit
@@ -94,10 +97,7 @@ def norm_rope(
                    ko_dim, DIM, DIM_P2, INDEXED)  # fmt: skip
 
 
-_NORM_ROPE = Variants(norm_rope)
-
-
-def launch_norm_rope(
+def prepare_norm_rope(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor | None,
@@ -111,32 +111,30 @@ def launch_norm_rope(
     k_out: torch.Tensor,
     v_out: torch.Tensor | None,
     tuned: dict[str, launch.Config] | None = None,
-) -> None:
+) -> Callable[..., None]:
+    """What launches the kernel on tensors like these."""
     launch.check_dtype("q", q)
     if q.numel() == 0:
-        return
+        return lambda *args: None
     rows = [q, k, q if v is None else v, q_out, k_out, q_out if v_out is None else v_out]
     rows = [x if x.dim() == 4 else x[None] for x in rows]  # (B, N, H, D)
     batch, tokens, heads, dim = rows[0].shape
-    cos, sin = cos.contiguous(), sin.contiguous()
     config = launch.shipped_config("norm_rope", q.device, tuned, head_dim=dim)
     tiles = launch.ceil_div(tokens * heads, config["block_rows"])
-    indexed = out_index is not None
-    if out_index is not None:
-        out_index = out_index.contiguous()
-    # Their alignment is a part of the key; that of an index does not matter.
-    pointers = (*rows[:3], q_weight, k_weight, cos, sin, out_index, *rows[3:])
-    strides = tuple(stride for x in rows for stride in x.stride())
-    strides += q_weight.stride(0), k_weight.stride(0), cos.stride(0) if cos.dim() == 3 else 0
-    switches = (
-        heads, dim, launch.next_power_of_2(dim), config["block_rows"], indexed,
-        eps < torch.finfo(torch.float32).tiny,
+    strides = [stride for x in rows for stride in x.stride()]
+    strides += q_weight.stride(0), k_weight.stride(0), cos.contiguous().stride(0) if cos.dim() == 3 else 0
+    fixed = (
+        tokens, rows[3].shape[1], eps, *strides, heads, dim, launch.next_power_of_2(dim), config["block_rows"],
+        out_index is not None, eps < torch.finfo(torch.float32).tiny,
     )  # fmt: skip
-    key = (
-        tuple(None if x is None else (x.dtype, x is not out_index and x.data_ptr() % 16) for x in pointers),
-        strides, switches, config["num_warps"], (tokens | rows[3].shape[1]) >> 31,
-    )  # fmt: skip
-    _NORM_ROPE.launch(
-        key, (batch * tiles, 2 if v is None else 3, 1), (*pointers, tokens, rows[3].shape[1], eps, *strides, *switches),
-        num_warps=config["num_warps"],
-    )  # fmt: skip
+    start = Launch(norm_rope, (batch * tiles, 2 if v is None else 3, 1), num_warps=config["num_warps"])
+
+    def call(q: Any, k: Any, v: Any, q_weight: Any, k_weight: Any, cos: Any, sin: Any, eps: float, out_index: Any,
+             q_out: Any, k_out: Any, v_out: Any) -> None:  # fmt: skip
+        if out_index is not None:
+            out_index = out_index.contiguous()
+        if v is None:
+            v, v_out = q, q_out
+        start(q, k, v, q_weight, k_weight, cos.contiguous(), sin.contiguous(), out_index, q_out, k_out, v_out, *fixed)
+
+    return call

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 
 from . import launch
-from .variants import Variants
+from .prepared import Launch
 
 
 @triton.jit(do_not_specialize=[
@@ -51,9 +53,6 @@ def copy_rows(
     tl.store(target + target_at[:, None] + target_channels, values, mask=writable[:, None] & in_row)
 
 
-_COPY_ROWS = Variants(copy_rows)
-
-
 def _batched(tensor: torch.Tensor, dims: int, batch: int) -> torch.Tensor:
     """A view with a leading axis of `batch`, of stride 0 if all samples share the tensor."""
     return tensor.expand(batch, *tensor.shape[-(dims - 1) :]) if tensor.dim() < dims else tensor
@@ -65,54 +64,63 @@ def tile(config: launch.Config, channels: int, itemsize: int) -> tuple[int, int]
     return max(1, config["tile_bytes"] // (block_channels * itemsize)), block_channels
 
 
-def _launch(
+def _prepare(
     source: torch.Tensor,
     index: torch.Tensor,
-    target: torch.Tensor,
+    target: torch.Tensor | None,
     tuned: dict[str, launch.Config] | None,
     *,
     scatter: bool,
-) -> None:
-    batch, rows = target.shape[0], index.shape[1]
-    channels = target.shape[-1]
-    table = target if scatter else source
+) -> Callable[..., None]:
+    """What launches the kernel on tensors like these: source and target (B, N, C), index (B, M). No target: a
+    contiguous one that only its own launch will have."""
+    (batch, rows), channels, size = index.shape, source.shape[2], source.element_size()
+    table = source if target is None or not scatter else target
     if batch * rows * channels == 0:
-        return
-    sizes = [channels, *source.stride()[:2], *target.stride()[:2]]
-    contiguous = source.stride(2) == 1 and target.stride(2) == 1
-    vector = launch.vector_width(target.element_size(), [source, target], sizes) if contiguous else 1
-    config = launch.shipped_config("copy_rows", target.device, tuned, row_bytes=channels * target.element_size())
-    block_rows, block_channels = tile(config, channels, target.element_size())
+        return lambda source, index, target: None
+    strides = (rows * channels, channels, 1) if target is None else target.stride()
+    sizes = [channels, *source.stride()[:2], *strides[:2]]
+    contiguous = source.stride(2) == 1 and strides[2] == 1
+    pointers = [source] if target is None else [source, target]
+    vector = launch.vector_width(size, pointers, sizes) if contiguous else 1
+    config = launch.shipped_config("copy_rows", source.device, tuned, row_bytes=channels * size)
+    block_rows, block_channels = tile(config, channels, size)
     programs = batch * launch.ceil_div(rows, block_rows) * launch.ceil_div(channels, block_channels)
     (source_sample, source_row, source_channel), (target_sample, target_row, target_channel) = (
-        (sample // vector, row // vector, channel) for sample, row, channel in (source.stride(), target.stride())
+        (sample // vector, row // vector, channel) for sample, row, channel in (source.stride(), strides)
     )
-    index_sample, index_row = index.stride()
-    switches = (channels, vector, scatter, block_rows, block_channels)
-    # Each number whose type depends on its size, and those that Triton specialises.
-    numbers = (rows, table.shape[1], source_sample, source_row, index_sample, target_sample, target_row)
-    key = (
-        target.dtype, index.dtype, source.data_ptr() % 16, target.data_ptr() % 16, source_channel, index_row,
-        target_channel, switches, config["num_warps"], tuple(n >> 31 for n in numbers),
+    fixed = (
+        rows, table.shape[1], source_sample, source_row, source_channel, *index.stride(), target_sample, target_row,
+        target_channel, channels, vector, scatter, block_rows, block_channels,
     )  # fmt: skip
-    _COPY_ROWS.launch(
-        key, (programs, 1, 1),
-        (source, index, target, rows, table.shape[1], source_sample, source_row, source_channel, index_sample,
-         index_row, target_sample, target_row, target_channel, *switches),
-        num_warps=config["num_warps"],
-    )  # fmt: skip
+    start = Launch(copy_rows, (programs, 1, 1), num_warps=config["num_warps"])
+    return lambda source, index, target: start(source, index, target, *fixed)
 
 
-def launch_gather(x: torch.Tensor, index: torch.Tensor, tuned: dict[str, launch.Config] | None = None) -> torch.Tensor:
-    batched = x.dim() == 3 or index.dim() == 2
+def prepare_gather(
+    x: torch.Tensor,
+    index: torch.Tensor,
+    out: torch.Tensor | None = None,
+    tuned: dict[str, launch.Config] | None = None,
+) -> Callable[..., torch.Tensor]:
+    """What launches the kernel on tensors like these."""
     batch = x.shape[0] if x.dim() == 3 else index.shape[0] if index.dim() == 2 else 1
-    y = torch.empty((batch, index.shape[-1], x.shape[-1]), dtype=x.dtype, device=x.device)
-    _launch(_batched(x, 3, batch), _batched(index, 2, batch), y, tuned, scatter=False)
-    return y if batched else y[0]
+    lead = (batch,) if x.dim() == 3 or index.dim() == 2 else ()
+    shape = (*lead, index.shape[-1], x.shape[-1])
+    target = None if out is None else _batched(out, 3, batch)
+    start = _prepare(_batched(x, 3, batch), _batched(index, 2, batch), target, tuned, scatter=False)
+
+    def call(x: torch.Tensor, index: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        y = x.new_empty(shape) if out is None else out
+        start(x, index, y)
+        return y
+
+    return call
 
 
-def launch_scatter(
+def prepare_scatter(
     src: torch.Tensor, index: torch.Tensor, out: torch.Tensor, tuned: dict[str, launch.Config] | None = None
-) -> None:
+) -> Callable[..., None]:
+    """What launches the kernel on tensors like these."""
     batch = out.shape[0] if out.dim() == 3 else 1
-    _launch(_batched(src, 3, batch), _batched(index, 2, batch), _batched(out, 3, batch), tuned, scatter=True)
+    return _prepare(_batched(src, 3, batch), _batched(index, 2, batch), _batched(out, 3, batch), tuned, scatter=True)

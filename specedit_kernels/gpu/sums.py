@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 
 from . import launch
+from .prepared import Launch
 
 
 @triton.jit(do_not_specialize_on_alignment=["weights"])
@@ -22,20 +26,27 @@ def weighted_sum(stack, weights, out, elements, ROWS: tl.constexpr, BLOCK: tl.co
     tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
 
 
-def launch_weighted_sum(
-    stack: torch.Tensor, weights: torch.Tensor, tuned: dict[str, launch.Config] | None = None
-) -> torch.Tensor:
+def prepare_weighted_sum(
+    stack: torch.Tensor,
+    weights: torch.Tensor,
+    out: torch.Tensor | None = None,
+    tuned: dict[str, launch.Config] | None = None,
+) -> Callable[..., torch.Tensor]:
+    """What launches the kernel on tensors like these."""
     launch.check_dtype("stack", stack)
-    stack = stack.contiguous()
-    out = torch.empty(stack.shape[1:], dtype=stack.dtype, device=stack.device)
-    if out.numel() == 0:
-        return out
-    config = launch.config("weighted_sum", stack.device, tuned, rows=stack.shape[0])
+    rows, *shape = stack.shape
+    elements = math.prod(shape)
+    config = launch.config("weighted_sum", stack.device, tuned, rows=rows)
     if config is None:  # the file of launch parameters is older than this kernel
         config = {"block": 1024, "num_warps": 4}
-    grid = (launch.ceil_div(out.numel(), config["block"]),)
-    weighted_sum[grid](
-        stack, weights.contiguous(), out, out.numel(), ROWS=stack.shape[0], BLOCK=config["block"],
-        num_warps=config["num_warps"],
-    )  # fmt: skip
-    return out
+    start = Launch(weighted_sum, (launch.ceil_div(elements, config["block"]), 1, 1), num_warps=config["num_warps"])
+    fixed = elements, rows, config["block"]
+
+    def call(stack: torch.Tensor, weights: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        if out is None:
+            out = stack.new_empty(shape)
+        if elements:
+            start(stack.contiguous(), weights.contiguous(), out, *fixed)
+        return out
+
+    return call

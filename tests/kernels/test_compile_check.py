@@ -31,19 +31,6 @@ def test_attention_uses_the_matrix_units(capability):
     assert 0 < result.registers <= 255 and 0 < result.shared <= result.shared_limit
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", [90, 100])
-def test_warps_are_specialised(capability):
-    variant = next(compile_check._attention_ws(table([capability // 10, 0]) | {"attention_tma": []}))
-    result = compile_check.check(variant, capability, "here")
-    assert result.problems == [] and result.matrix_instructions > 0
-    whole = compile_check.check(first(table([9, 0])), 90, "here")  # the same check on a kernel that is not
-    assert whole.problems == []
-    plain = first(table([9, 0]))
-    plain.specialized = True
-    assert compile_check.check(plain, 90, "here").problems == ["warps are not specialised"]
-
-
 def test_spills_are_rejected():
     result = compile_check.check(first(table([8, 0], block_n=128, num_warps=4)), 80, "here")
     assert "spills registers" in result.problems and result.spills > 0
@@ -136,7 +123,7 @@ def test_each_path_once_leaves_out_sizes_only(capability):
 
     def switches(variants):
         return {
-            (v.kernel.fn.__name__, v.grouped, v.specialized, v.matrix, name, value)
+            (v.kernel.fn.__name__, v.grouped, v.matrix, name, value)
             for v in variants for name, value in v.constants.items() if not isinstance(value, int) or value in (0, 1)
         }  # fmt: skip
 
@@ -175,11 +162,11 @@ def test_every_kernel_is_listed():
     """A kernel somebody adds to gpu/ must also be compiled by the check."""
     from triton.runtime.jit import JITFunction
 
-    from specedit_kernels.gpu import attention, attention_ws, expand, launch, norm_rope, rows, sums
+    from specedit_kernels.gpu import attention, attention_plan, expand, launch, norm_rope, rows, sums
 
     defaults = json.loads((launch.CONFIG_FOLDER / "default_sm_90.json").read_text())
     listed = {variant.kernel.fn.__name__ for variant in compile_check.variants(defaults)}
-    modules = (attention, attention_ws, expand, norm_rope, rows, sums)
+    modules = (attention, attention_plan, expand, norm_rope, rows, sums)
     launched = {
         name for module in modules for name, value in vars(module).items()
         if isinstance(value, JITFunction) and not name.startswith("_")
@@ -189,10 +176,10 @@ def test_every_kernel_is_listed():
 
 def test_lengths_are_run_time_numbers():
     """No length is a constant or specialised, so one compiled kernel serves every length."""
-    from specedit_kernels.gpu import attention, attention_ws, expand, norm_rope, rows
+    from specedit_kernels.gpu import attention, attention_plan, expand, norm_rope, rows
 
     lengths = {"queries", "keys", "tiles", "tokens", "out_tokens", "rows", "table_rows", "sequences", "capacity"}
-    kernels = (attention.attend, attention.plan_tiles, attention_ws.attend_specialized, expand.expand,
+    kernels = (attention.attend, attention_plan.plan_tiles, expand.expand,
                expand.contract, norm_rope.norm_rope, rows.copy_rows)  # fmt: skip
     for kernel in kernels:
         found = [parameter for parameter in kernel.params if parameter.name in lengths]

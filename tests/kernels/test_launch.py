@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from specedit_kernels import available_backends, mixed_attention, tune
+from specedit_kernels import available_backends, mixed_attention
 from tests.kernels.shipped import attention_entries
 
 if importlib.util.find_spec("triton") is None:
@@ -18,7 +18,7 @@ if importlib.util.find_spec("triton") is None:
 import triton
 
 from specedit_kernels import gpu, ops
-from specedit_kernels.gpu import attention, launch
+from specedit_kernels.gpu import attention_launch, attention_plan, launch
 
 runs_kernels = pytest.mark.skipif("triton" not in available_backends(), reason="needs a GPU or Triton's interpreter")
 TABLES = {path.name: json.loads(path.read_text()) for path in launch.CONFIG_FOLDER.glob("*.json")}
@@ -50,7 +50,7 @@ def test_an_old_architecture_is_named(monkeypatch):
     with pytest.raises(RuntimeError, match=r"expected a GPU of compute capability 8.0 or newer, got 7.5 \(Tesla T4\)"):
         ops.check_gpu(torch.device("cuda", 0))
     first = SimpleNamespace(device=torch.device("cuda", 0))  # all that a call looks at before it looks at the GPU
-    for name in gpu._LAUNCHES:
+    for name in gpu._PREPARE:
         with pytest.raises(RuntimeError, match=r"8.0 or newer, got 7.5 \(Tesla T4\); use backend=\"torch\""):
             gpu.run(name, (first,))
 
@@ -100,24 +100,24 @@ def test_vector_width():
 
 def test_what_fits_a_descriptor():
     x = torch.zeros(2, 8, 3, 64, dtype=torch.float16)
-    assert attention._fits_descriptor(x)
-    assert attention._fits_descriptor(x[:, ::2, 1:])
-    assert not attention._fits_descriptor(x[..., 1:])
-    assert not attention._fits_descriptor(x[:, :0])
-    assert not attention._fits_descriptor(x[..., ::2])
-    assert not attention._fits_descriptor(x[:1].expand(2, -1, -1, -1))
+    assert attention_launch.fits_descriptor(x)
+    assert attention_launch.fits_descriptor(x[:, ::2, 1:])
+    assert not attention_launch.fits_descriptor(x[..., 1:])
+    assert not attention_launch.fits_descriptor(x[:, :0])
+    assert not attention_launch.fits_descriptor(x[..., ::2])
+    assert not attention_launch.fits_descriptor(x[:1].expand(2, -1, -1, -1))
 
 
 def test_attention_copies_only_unaligned_layouts():
     x = torch.zeros(2, 8, 3, 64, dtype=torch.float16)
     for good in (x, x[:, ::2, 1:], x[:1].expand(2, -1, -1, -1), x[0], x.transpose(1, 2), x[..., 16:32]):
-        assert attention._with_batch(good).data_ptr() == good.data_ptr()
+        assert attention_launch.with_batch(good).data_ptr() == good.data_ptr()
     padded = torch.zeros(2, 8, 3, 65, dtype=torch.float16)
     far = torch.empty_strided((1, 2, 1, 16), (2**23, 2**22, 16, 1), dtype=torch.float16, device="meta")
-    assert attention._with_batch(far).is_contiguous()
+    assert attention_launch.with_batch(far).is_contiguous()
     for bad in (x[..., 1:17], x[..., ::2], padded[..., :64], x.flatten()[1:-63].view(-1, 1, 64)):
-        copied = attention._with_batch(bad)
-        assert attention._fits_descriptor(copied) and torch.equal(copied, bad if bad.dim() == 4 else bad[None])
+        copied = attention_launch.with_batch(bad)
+        assert attention_launch.fits_descriptor(copied) and torch.equal(copied, bad if bad.dim() == 4 else bad[None])
 
 
 @runs_kernels
@@ -145,73 +145,13 @@ def test_every_attention_configuration(device, rng, as_good, kernel, entry):
 
 
 @runs_kernels
-# All pairs of a head dim, a length of keys and a bias; the odd length in bfloat16.
-@pytest.mark.parametrize(
-    "dim,batch,keys,with_bias",
-    [
-        (64, 1, 7, False), (64, 2, 128, True), (64, 2, 150, True), (96, 1, 7, True), (96, 2, 128, False),
-        (96, 2, 150, False), (128, 1, 7, True), (128, 2, 128, False), (128, 2, 150, True),
-    ],
-)  # fmt: skip
-def test_specialised_warps(device, rng, as_good, dim, batch, keys, with_bias):
-    """Every tile that the tuner may choose for the warp-specialised kernel, with and without a partial last block."""
-    if device.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("needs TMA")
-    half = torch.bfloat16 if keys == 150 else torch.float16
-    q, k, v = (torch.randn(batch, n, 2, dim, generator=rng).to(half) for n in (70, keys, keys))
-    bias = None
-    if with_bias:
-        bias = torch.randn(batch, keys, generator=rng)
-        bias[:, ::5] = -math.inf
-        bias[-1] = -math.inf  # a sample that sees nothing
-    exact = mixed_attention(q.double(), k.double(), v.double(), key_bias=bias, return_lse=True)
-    same = mixed_attention(q, k, v, key_bias=bias, return_lse=True)
-    arguments = [x.to(device) for x in (q, k, v)]
-    arguments += [None, None, None, None if bias is None else bias.to(device), dim**-0.5, True]
-    for config in tune.candidates("attention_ws", {"head_dim": dim, "bits": 16}):
-        out, lse = gpu.run("mixed_attention", tuple(arguments), {"attention_ws": config})
-        as_good(out.cpu(), exact[0], same[0])
-        as_good(lse.cpu(), exact[1], same[1])
-
-
-@runs_kernels
-@pytest.mark.parametrize("dim", [16, 32, 144])
-def test_specialised_warps_leave_other_head_dims_alone(device, rng, monkeypatch, dim):
-    """A measured file lists them for head dims 64 and 128 only; its nearest entry must not serve another."""
-
-    def unexpected(*arguments, **options):
-        raise AssertionError("launched")
-
-    monkeypatch.setattr(attention, "attend_specialized", {(1,): unexpected})
-    q = torch.randn(1, 40, 1, dim, generator=rng).to(device, torch.float16)
-    tuned = {name: {"block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 2} for name in ("attention",)}
-    tuned["attention_ws"] = next(tune.candidates("attention_ws", {"head_dim": 128, "bits": 16}))
-    out, _ = gpu.run("mixed_attention", (q, q, q, None, None, None, None, 0.25, False), tuned)
-    torch.testing.assert_close(out.cpu(), mixed_attention(*[q.cpu()] * 3, scale=0.25), atol=2e-3, rtol=2e-3)
-
-
-@runs_kernels
-@pytest.mark.parametrize("make", [
-    lambda b: b, lambda b: b[:1], lambda b: b[:1, 1:], lambda b: b[:, 1:], lambda b: b[:, ::2],
-    lambda b: b[:1].expand(2, -1), lambda b: b[:, :38],
-])  # fmt: skip
-def test_bias_descriptors_of_any_layout(device, rng, make):
-    bias = make(torch.randn(2, 41, generator=rng).to(device))
-    keys = bias.shape[1]
-    described = attention.bias_descriptor(bias, 64)
-    base, row = described.base, described.strides[0]
-    assert base.data_ptr() % 16 == 0 and (4 * row) % 16 == 0 and list(described.shape) == list(bias.shape)
-    assert torch.equal(base.as_strided(bias.shape, (row if len(bias) > 1 else keys, 1)), bias)
-
-
-@runs_kernels
 @pytest.mark.parametrize(
     "lengths", [([5, 300, 0, 64], [7, 7, 100, 50]), ([1] * 130, list(range(130)))], ids=["few", "many"]
 )
 def test_plan_covers_every_block_once_longest_keys_first(device, lengths):
     queries, keys = lengths
     cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).to(device, torch.int32) for n in lengths)
-    table = attention.schedule_tiles(cu_q, cu_k, sum(queries), sum(keys), None, 64).tolist()
+    table = attention_plan.Schedule(len(queries), sum(queries), sum(keys), None, 64)(cu_q, cu_k).tolist()
     real = [row for row in table if row[0] >= 0]
     blocks = [-(-n // 64) for n in queries]
     assert sorted(b for b, _ in real) == [b for b, n in enumerate(blocks) for _ in range(n)]
@@ -220,7 +160,7 @@ def test_plan_covers_every_block_once_longest_keys_first(device, lengths):
         assert first <= place < first + blocks[b]
     order = [keys[b] for b, _ in real]
     assert order == sorted(order, reverse=True)
-    bounded = attention.schedule_tiles(cu_q, cu_k, sum(queries), sum(keys), max(queries), 64)
+    bounded = attention_plan.Schedule(len(queries), sum(queries), sum(keys), max(queries), 64)(cu_q, cu_k)
     assert bounded.shape[0] >= len(real) and bounded[: len(real)].tolist() == table[: len(real)]
 
 

@@ -54,19 +54,6 @@ def test_wrong_result_of_small_values_is_rejected():
     assert tune.best("attention", lambda config: torch.zeros(4), want, [{"id": 1}], lambda run: 1.0) is None
 
 
-@pytest.mark.parametrize("times,wins", [({"attention_tma": 2.0, "attention_ws": 1.0}, True),
-                                        ({"attention_tma": 1.0, "attention_ws": 2.0}, False)])  # fmt: skip
-def test_specialised_warps_are_used_where_they_are_faster(monkeypatch, times, wins):
-    shape = {"head_dim": 128, "bits": 16, "keys": 2560}
-    monkeypatch.setattr(tune, "shapes", lambda capability, quick: [("attention_tma", shape)])
-    monkeypatch.setattr(tune, "workload", lambda kernel, *_: (lambda config: torch.ones(1), torch.ones(1)))
-    monkeypatch.setattr(tune, "best", lambda kernel, call, want, configs, timer: (times[kernel], next(iter(configs))))
-    tables = tune.tune((9, 0), "cpu", None, quick=True, warp_specialize=True)
-    config = launch.nearest(tables["attention_ws"], shape)
-    assert (config == next(tune.candidates("attention_ws", shape))) if wins else (config is None)
-    assert "attention_ws" not in tune.tune((9, 0), "cpu", None, quick=True)
-
-
 def test_unmeasured_entries_keep_the_default():
     def entry(dim, **config):
         return {"shape": {"head_dim": dim, "bits": 16}, "config": config}
@@ -95,8 +82,7 @@ def test_no_gpu(capsys):
 @pytest.mark.parametrize(
     "kernel,shape",
     [("contract", {"channels": 4}), ("expand", {"channels": 4}), ("copy_rows", {"row_bytes": 128}),
-     ("norm_rope", {"head_dim": 64}), ("attention", {"head_dim": 64, "bits": 16, "keys": 100}),
-     ("attention_ws", {"head_dim": 64, "bits": 16, "keys": 100})],
+     ("norm_rope", {"head_dim": 64}), ("attention", {"head_dim": 64, "bits": 16, "keys": 100})],
     ids=str,
 )  # fmt: skip
 def test_workloads_run(device, kernel, shape):

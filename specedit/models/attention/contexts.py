@@ -14,20 +14,21 @@ sin (S, D/2) float32, as the kernel takes them, the text stream's rows before th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Self
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
-from specedit_kernels import KeyGroups, attention_backend, mixed_attention
+from specedit_kernels import KeyGroups, attention_backend, mixed_attention, plan
 from specedit_kernels.key_groups import NotMergeable
 
 from ...method.sparse_blocks import BlockPredictor
 from .sequences import Movable, Packing, QueryRows, Segments, mark_all_dynamic
 
 Tables = tuple[Tensor, Tensor]
+Queries = TypeVar("Queries", QueryRows, Packing)
 KeysAndValues = dict[nn.Module, tuple[Tensor, Tensor]]  # (b, S, H, D) each, of every attention module
 
 
@@ -226,9 +227,29 @@ class Mixed(ByKernels):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Packed(ByKernels):
-    """Sequences of different length in one launch, a batch of one, whose rows lie as `packing` says."""
+    """Sequences of different length in one launch, a batch of one, whose rows lie as `packing` says.
+
+    dtype: of the queries, for plans of their attention, or None for none.
+    """
 
     packing: Packing
+    dtype: torch.dtype | None = None
+
+    def planned(self, queries: Queries) -> Queries:
+        """These queries with the plan of their attention over all keys: made once a stage, not in every block."""
+        if self.dtype is None or self.aligned is not None or self.groups is not None or queries.cu_seqlens is None:
+            return queries
+        made = plan(
+            queries.cu_seqlens, self.packing.cu_seqlens, total_q=queries.total, total_k=self.packing.total,
+            head_dim=2 * self.rotary[0].shape[-1], dtype=self.dtype, max_seqlen_q=queries.longest,
+            key_bias=None if self.key_bias is None else self.key_bias[0], backend=self.backend,
+        )  # fmt: skip
+        return replace(queries, plan=made)
+
+    def with_plans(self) -> Self:
+        """The same with plans for all rows, and for those whose output is used."""
+        rows = None if self.output_rows is None else self.planned(self.output_rows)
+        return replace(self, packing=self.planned(self.packing), output_rows=rows)
 
     def grouped(self, key_bias: Tensor) -> KeyGroups:
         return KeyGroups.of(key_bias.flatten(), self.packing.cu_seqlens)
@@ -247,6 +268,11 @@ class Packed(ByKernels):
         keep = None
         if self.blocks is not None:
             keep = self.blocks.packed(scale.q[0], scale.k[0], queries.cu_seqlens, self.packing.cu_seqlens)
+        if queries.plan is not None:
+            out = mixed_attention(
+                scale.q[0], scale.k[0], v[0], plan=queries.plan, block_keep=keep, backend=self.backend
+            )
+            return out[None]
         return mixed_attention(
             scale.q[0], scale.k[0], v[0], cu_seqlens_q=queries.cu_seqlens, cu_seqlens_k=self.packing.cu_seqlens,
             max_seqlen_q=queries.longest, block_keep=keep,

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from specedit_kernels import KeyGroups
+from specedit_kernels import AttentionPlan, KeyGroups
 
 
 class Movable:
@@ -26,7 +26,7 @@ def _moved(value: Any, device: torch.device | str | int, how: dict[str, Any]) ->
     if isinstance(value, tuple):
         each = tuple(_moved(one, device, how) for one in value)
         return value if all(a is b for a, b in zip(each, value, strict=True)) else each
-    return value.to(device, **how) if isinstance(value, Tensor | Movable | KeyGroups) else value
+    return value.to(device, **how) if isinstance(value, Tensor | Movable | AttentionPlan | KeyGroups) else value
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,13 +66,20 @@ class Packing(Movable):
 
     Both streams then have a batch of one and hold the rows of all sequences; `text` (T_text,) and `image` (T_image,)
     int64 say where each row lies in the joint sequence, [text | image] of one sequence after the other. of_longest
-    (n,): max_seqlen held as a tensor length, so that Dynamo keeps it dynamic.
+    (n,): max_seqlen held as a tensor length, so that Dynamo keeps it dynamic. plan: of their attention over all keys,
+    or None.
     """
 
     text: Tensor
     image: Tensor
     cu_seqlens: Tensor
     of_longest: Tensor
+    plan: AttentionPlan | None = None
+
+    @property
+    def total(self) -> int:
+        """How many rows all sequences have."""
+        return self.text.shape[0] + self.image.shape[0]
 
     @property
     def longest(self) -> int:
@@ -116,13 +123,19 @@ class QueryRows(Movable):
 
     segments: of these rows, for phase-aligned RoPE. cu_seqlens: of these rows, for packed sequences with equally many
     each. before: (m,), as many as there are rows before them in the joint stream of single blocks. n and m are held as
-    tensor lengths, so that Dynamo keeps them dynamic.
+    tensor lengths, so that Dynamo keeps them dynamic. plan: of packed rows' attention over all keys, or None.
     """
 
     rows: Tensor
     segments: Segments | None = None
     cu_seqlens: Tensor | None = None
     before: Tensor | None = None
+    plan: AttentionPlan | None = None
+
+    @property
+    def total(self) -> int:
+        """The same as `count`, as a packing has it."""
+        return self.count
 
     @property
     def count(self) -> int:
@@ -136,7 +149,7 @@ class QueryRows(Movable):
 
 def mark_all_dynamic(value: Any, dims: int = 2) -> None:
     """Mark the lengths of every tensor of a context as dynamic; a table's last dimension is the head's."""
-    if isinstance(value, Movable):
+    if isinstance(value, Movable | AttentionPlan):
         for field in fields(value):
             mark_all_dynamic(getattr(value, field.name))
     elif isinstance(value, KeyGroups):

@@ -47,7 +47,7 @@ class Sequences:
         index = torch.arange(self.count * self.target, device=device)
         ends = self.target * torch.arange(self.count + 1, dtype=torch.int32, device=device)
         tables = tuple(table[text : text + len(index)] for table in self.context.rotary)
-        query_rows = QueryRows(index, cu_seqlens=ends)
+        query_rows = self.context.planned(QueryRows(index, cu_seqlens=ends))
         partial = contexts.Partial(
             whole=self.context,
             entries={},  # each step brings its branch's own
@@ -71,10 +71,10 @@ class Sequences:
         tables = tuple(table[stream] for table in whole.rotary)
         output_rows = None
         if whole.output_rows is not None:
-            output_rows = QueryRows(at, cu_seqlens=cumulative([m] * self.count, device))
+            output_rows = whole.planned(QueryRows(at, cu_seqlens=cumulative([m] * self.count, device)))
         context = contexts.Partial(
             whole=whole, entries={}, rows=rows, rotary=tables, index=torch.arange(rows.shape[1], device=device),
-            query_rows=packing, output_rows=output_rows, packing=packing,
+            query_rows=whole.planned(packing), output_rows=output_rows, packing=packing,
         )  # fmt: skip
         return dataclasses.replace(self, placed=ImgShapesWithFreqs(len(image), 0, 1, tables), context=context, target=m)
 
@@ -208,8 +208,8 @@ class QwenForward:
         rotary = tables(1.0)
         context = contexts.Packed(
             rotary=rotary, key_bias=bias, aligned=aligned, backend=self.run.state.backend, output_rows=output_rows,
-            blocks=self.group.blocks, packing=packing,
-        )  # fmt: skip
+            blocks=self.group.blocks, packing=packing, dtype=prompts[0].embeds.dtype,
+        ).with_plans()  # fmt: skip
         placed = ImgShapesWithFreqs(count * n, count * r, 1, rotary)
         return Sequences(placed, context, tuple(texts), tuple(lengths), count, target=n, length=sum(whole))
 
