@@ -21,7 +21,7 @@ from typing import Any, Literal, overload
 
 import torch
 
-from . import checks, derivatives, ops, reference, verdict
+from . import checks, derivatives, merged_operator, ops, reference, verdict
 from .block_keep import BlockKeep, check_fits
 from .key_groups import KeyGroups
 
@@ -321,7 +321,7 @@ def mixed_attention(
     args = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias, scale, return_lse)
     if backend == "merged":
         _check_merged(k, cu_seqlens_q, key_bias, block_keep, key_groups)
-        out, lse = ops.merged_attention(args, key_groups)
+        out, lse = merged_operator.merged_attention(args, key_groups)
     elif key_groups is not None:
         raise ValueError(f'key_groups: expected None with backend={backend!r}, got groups, which "merged" alone reads')
     else:

@@ -214,9 +214,7 @@ def test_a_wrong_kernel_is_not_used(cache, name):
 def test_a_wrong_kernel_that_is_asked_for_by_name_raises(monkeypatch):
     with dry_gpu.use((9, 0), generates=False, checks=True, faulty=["gather_tokens"]):
         gather = calls()["gather_tokens"]
-        with pytest.raises(
-            RuntimeError, match=r"gather_tokens: expected a kernel that passes.*error 5.0e-01"
-        ):
+        with pytest.raises(RuntimeError, match=r"gather_tokens: expected a kernel that passes.*error 5.0e-01"):
             said(lambda: gather(backend="triton"))
         assert calls()["weighted_sum"](backend="triton").shape == (2, 50, 64)
     monkeypatch.setenv("SPECEDIT_KERNELS_SELF_CHECK", "maybe")
