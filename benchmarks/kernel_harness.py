@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import datetime
 import itertools
-import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
+
+from specedit.hardware import cpu_name
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -60,14 +60,6 @@ def rooflines() -> dict[str, float]:
     a, b = (torch.randn(n, n, device=DEVICE).to(DTYPE) for _ in range(2))
     product = device_milliseconds(lambda: a @ b)
     return {"gbps": 2 * size / copy / 1e6, "tflops": 2 * n**3 / product / 1e9}
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def machine() -> dict[str, str | None]:

@@ -21,7 +21,7 @@ from typing import Any, Literal, overload
 
 import torch
 
-from . import checks, derivatives, ops, ready, reference, verdict
+from . import checks, derivatives, merged_operator, ops, ready, reference, verdict
 from .block_keep import BlockKeep, check_fits
 from .key_groups import KeyGroups
 from .planning import AttentionPlan
@@ -389,7 +389,7 @@ def mixed_attention(
         checks.check_attention_out(out, return_lse, q)
     if backend == "merged":
         _check_merged(k, cu_seqlens_q, key_bias, block_keep, key_groups)
-        result, lse = ops.merged_attention(name, args, key_groups)
+        result, lse = merged_operator.merged_attention(name, args, key_groups)
     elif out is not None:
         _call(backend, name, q, args)
     else:

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from . import block_keep, checks, derivatives, merged, ready, reference, reference_blocks
-from .key_groups import KeyGroups, NotMergeable
+from .key_groups import NotMergeable
 
 # Named after the package, so that copies under other names, as the Hub's loader makes, do not collide.
 NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")
-_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 MINIMUM_TRITON = (3, 6)
 
 # Numbers that change between steps are Scalar: Dynamo would specialise on a float and recompile for every value.
@@ -182,7 +182,7 @@ def _contract_tokens_fake(fine: torch.Tensor, sigma_fine: float, patch: int = 2)
     return fine.new_empty((*fine.shape[:-2], fine.shape[-1]))
 
 
-def _mixed_attention_fake(
+def mixed_attention_fake(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -217,7 +217,7 @@ _FAKE: dict[str, Callable[..., Any]] = {
     "scatter_tokens": _nothing,
     "expand_tokens": _expand_tokens_fake,
     "contract_tokens": _contract_tokens_fake,
-    "mixed_attention": _mixed_attention_fake,
+    "mixed_attention": mixed_attention_fake,
     "qk_norm_rope": _nothing,
     "weighted_sum": _weighted_sum_fake,
 }
@@ -227,7 +227,7 @@ _FAKE.update({f"{name}_out": _nothing for name in _OUTS})
 # --- value checks, and putting it together ---------------------------------------------------------------------------
 
 
-def _check_values(backend: str, name: str, args: tuple[Any, ...]) -> None:
+def check_values(backend: str, name: str, args: tuple[Any, ...]) -> None:
     name = name.removesuffix("_out")
     if name == "gather_tokens":
         x, index = args[:2]
@@ -274,7 +274,7 @@ def check_memory(name: str, args: tuple[Any, ...]) -> None:
 
 def run(backend: str, name: str, args: tuple[Any, ...]) -> Any:
     """Run one operator on one backend, outside the dispatcher. This is where Triton is imported."""
-    _check_values(backend, name, args)
+    check_values(backend, name, args)
     check_memory(name, args)
     if backend == "torch":
         return _TORCH[name](*args)
@@ -375,68 +375,12 @@ def _autograd_implementation(name: str) -> Callable[..., Any]:
 
 
 for _name, _schema in _SCHEMAS.items():
-    _LIBRARY.define(_name + _schema)
+    LIBRARY.define(_name + _schema)
     # Every device without its own kernels.
-    _LIBRARY.impl(_name, _implementation("torch", _name), "CompositeExplicitAutograd")
-    _LIBRARY.impl(_name, _implementation("triton", _name), "CUDA")
-    _LIBRARY.impl(_name, _autograd_implementation(_name), "Autograd", with_keyset=True)
-    torch.library.register_fake(f"{NAMESPACE}::{_name}", _FAKE[_name], lib=_LIBRARY)
-
-
-# --- attention merged from PyTorch's own ------------------------------------------------------------------------------
-
-
-def _merged_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    max_seqlen_q: int | None,
-    key_bias: torch.Tensor | None,
-    scale: float | None,
-    return_lse: bool,
-    values: list[float] | None = None,
-    rows: list[torch.Tensor] | None = None,
-    ends: list[torch.Tensor] | None = None,
-    complete: list[bool] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    args = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias, scale, return_lse)
-    _check_values("merged", "mixed_attention", args)
-    groups = None
-    if values is not None:
-        groups = KeyGroups(tuple(values), tuple(rows or ()), tuple(ends or ()), tuple(complete or ()), k.shape[0])
-    return merged.mixed_attention(*args, groups=groups)
-
-
-# One operator for every device, so that torch.compile does not look inside, where the bias's values decide.
-_LIBRARY.define(
-    "merged_attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q,"
-    " Tensor? key_bias, Scalar? scale, bool return_lse, float[]? values=None, Tensor[]? rows=None, Tensor[]? ends=None,"
-    " bool[]? complete=None) -> (Tensor, Tensor)"
-)
-_LIBRARY.impl("merged_attention", _merged_attention, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake(f"{NAMESPACE}::merged_attention", lib=_LIBRARY)  # type: ignore[untyped-decorator]
-def _merged_attention_fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return _mixed_attention_fake(*args[:9])
-
-
-def merged_attention(name: str, args: tuple[Any, ...], groups: KeyGroups | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The operator `mixed_attention`, or its twin `mixed_attention_out`, by passes of PyTorch's fused attention."""
-    check_memory(name, args)
-    derivatives.refuse("mixed_attention", args, "merged passes")
-    if derivatives.transforms_active():
-        raise RuntimeError('mixed_attention: expected no torch.func transform with backend="merged", got one')
-    parts = () if groups is None else (groups.values, groups.rows, groups.ends, groups.complete)
-    grouped = [list(part) for part in parts]
-    found: tuple[torch.Tensor, torch.Tensor] = getattr(torch.ops, NAMESPACE).merged_attention(*args[:9], *grouped)
-    if name == "mixed_attention_out":
-        for target, result in zip(args[-2:], found):
-            if target is not None:
-                target.copy_(result)
-    return found
+    LIBRARY.impl(_name, _implementation("torch", _name), "CompositeExplicitAutograd")
+    LIBRARY.impl(_name, _implementation("triton", _name), "CUDA")
+    LIBRARY.impl(_name, _autograd_implementation(_name), "Autograd", with_keyset=True)
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _FAKE[_name], lib=LIBRARY)
 
 
 def dispatch(name: str, args: tuple[Any, ...]) -> Any:

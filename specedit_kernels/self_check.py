@@ -5,15 +5,18 @@
     for finding in self_check.run_checks(torch.device("cuda")):
         print(finding)
 
+`TRITON_INTERPRET=1 python -m specedit_kernels.self_check` checks the kernels in Triton's interpreter, without a GPU.
+
 A result may have at most twice the error of the same computation in PyTorch at the same precision and one rounding of
 its largest value, or 1e-5 of that value, which the approximate exponentials and logarithms of a GPU reach in float32.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -79,12 +82,12 @@ def check(case: Case, run: Run) -> Finding:
         exact = _outputs(case, _in_float64(case.args), plain)
         own = (lambda backend, name, args: attention_in_own_precision(*args)) if case.operator == ATTENTION else plain
         same = _outputs(case, case.args, own)
+        errors = [_compared(*three) for three in zip(got, exact, same, strict=True) if three[1].numel()]
     except torch.OutOfMemoryError:
         raise
     except Exception as raised:
         first = (str(raised).strip().splitlines() or [""])[0]
         return Finding(case.kernel, case.label, why=f"{type(raised).__name__}: {first}")
-    errors = [_compared(*three) for three in zip(got, exact, same, strict=True) if three[1].numel()]
     error, allowed = max(errors, key=lambda pair: pair[0] / pair[1])
     return Finding(case.kernel, case.label, error, allowed)
 
@@ -113,3 +116,20 @@ def _in_float64(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Arguments with those in the first one's dtype in float64."""
     own = args[0].dtype
     return tuple(arg.double() if isinstance(arg, torch.Tensor) and arg.dtype == own else arg for arg in args)
+
+
+def main() -> None:
+    """Print the findings of the kernels in Triton's interpreter as JSON, one line each, as they come.
+
+    The interpreter is chosen before Triton is imported, so this is a process of its own.
+    """
+    from . import gpu  # noqa: F401 - raises here, and not in every case, where Triton does not work
+
+    with torch.no_grad():
+        for case in cases(torch.device("cpu"), torch.float16):  # the interpreter gets bfloat16 wrong
+            if case.backend == "triton":
+                print(json.dumps(asdict(check(case, ops.run))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

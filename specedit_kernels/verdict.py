@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,13 +28,16 @@ class Verdict:
 
     Attributes:
         unavailable: why no Triton kernel runs there, or None.
-        failed: the findings of cases that failed.
-        checked: how many cases were checked; 0 without a check.
+        findings: of every case that was checked; none without a check.
     """
 
     unavailable: str | None = None
-    failed: tuple[Finding, ...] = field(default=())
-    checked: int = 0
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def failed(self) -> list[Finding]:
+        """The findings of cases that failed."""
+        return [finding for finding in self.findings if not finding.passed]
 
     def allows(self, kernel: str) -> bool:
         """Whether an operator's Triton kernel, or "merged" attention, is used where nobody asks for it by name."""
@@ -102,22 +104,22 @@ def forget() -> None:
 
 
 def find(device: torch.device, *, anew: bool = False) -> Verdict:
-    """The verdict of a device, from the file, or with `anew` from a check in any case, which the file then holds."""
+    """The verdict of a device, from the file or from a check, whose findings the file then holds.
+
+    anew: check in any case, and in both half-precision types; the first use checks bfloat16 and float32.
+    """
     try:
         ops.check_gpu(device)
     except (ImportError, RuntimeError) as error:
-        return judged(self_check.run_checks(device, backends=(MERGED,)), unavailable=str(error))
+        return Verdict(str(error), tuple(self_check.run_checks(device, backends=(MERGED,))))
     identity = verdict_file.identity(device)
     findings = None if anew else verdict_file.read(identity)
     if findings is None:
         findings = self_check.run_checks(device)
+        if anew:
+            findings += self_check.run_checks(device, half=torch.float16)
         verdict_file.write(identity, findings)
-    return judged(findings)
-
-
-def judged(findings: Sequence[Finding], unavailable: str | None = None) -> Verdict:
-    """The verdict of a check."""
-    return Verdict(unavailable, tuple(finding for finding in findings if not finding.passed), len(findings))
+    return Verdict(None, tuple(findings))
 
 
 def backend_for(name: str, args: tuple[Any, ...]) -> str:

@@ -1,4 +1,4 @@
-"""The command line: `specedit demo | edit | app | batch | eval | bench`, one module per command.
+"""The command line: `specedit demo | edit | app | batch | eval | bench | doctor`, one module per command.
 
 Nothing imports torch before a command runs, so `--help` and usage errors are immediate.
 """
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..versions import package_version
-from . import app, batch, bench, demo, edit, errors, evaluate
+from . import app, batch, bench, demo, doctor, edit, errors, evaluate
 
 
 class _Parser(argparse.ArgumentParser):
@@ -28,7 +28,8 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, 2 for errors that the user can fix, 1 for unexpected ones, 130 for Ctrl-C.
 
-    With SPECEDIT_TRACEBACK set in the environment, errors are raised instead of printed.
+    `doctor` also returns 1 where something is wrong. With SPECEDIT_TRACEBACK set in the environment, errors are raised
+    instead of printed.
     """
     parser = _Parser(
         prog="specedit",
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"specedit {package_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (demo, edit, app, batch, evaluate, bench):
+    for command in (demo, edit, app, batch, evaluate, bench, doctor):
         command.add(commands)
     args = parser.parse_args(arguments)
     try:

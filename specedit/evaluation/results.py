@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import diffusers
 import torch
 
+from ..hardware import cpu_name
 from ..io.files import write_text
 
 
@@ -26,7 +26,7 @@ def machine() -> dict[str, Any]:
     return {
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         **({"wait_policy": policy} if policy else {}),
         "torch": torch.__version__,
@@ -61,14 +61,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return None if math.isnan(value) else float(f"{value:.6g}")
     return value
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def _version(package: str) -> str | None:

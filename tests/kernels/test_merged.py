@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from specedit_kernels import BlockKeep, KeyGroups, merged, mixed_attention, reference
+from specedit_kernels import BlockKeep, KeyGroups, merged, mixed_attention, plan, reference
 from tests.kernels.test_grouped_query import randn, softmax_attention
 
 AREAS = torch.tensor([1.0, 4.0, 16.0]).log()
@@ -53,7 +53,9 @@ def test_dense(dtype, device, rng, as_good, kind, heads):
         out, lse = mixed_attention(q, k, v, key_bias=bias, return_lse=True, backend="merged")
         assert out.shape == q.shape and out.dtype == dtype and out.is_contiguous() and lse.dtype == torch.float32
         compare(as_good, [(q[b], k[b], v[b], None if bias is None else bias[b]) for b in range(2)], out, lse)
-        assert torch.equal(mixed_attention(q, k, v, key_bias=bias, backend="merged"), out)
+        into = torch.full_like(out, math.nan), torch.full_like(lse, math.nan)
+        assert mixed_attention(q, k, v, key_bias=bias, return_lse=True, out=into, backend="merged") is into
+        assert torch.equal(into[0], out) and torch.equal(into[1], lse)
         if bias is not None:
             groups = KeyGroups.of(bias)
             assert torch.equal(mixed_attention(q, k, v, key_groups=groups, backend="merged"), out)
@@ -83,6 +85,9 @@ def test_packed(dtype, device, rng, as_good, lengths, kind):
         lses.append(lse[:, a:b])
     compare(as_good, parts, outs, lses)
     if bias is not None:
+        sizes = {"total_q": len(q), "total_k": len(k), "head_dim": 48, "dtype": dtype}
+        planned = plan(*cu, key_bias=bias, backend="merged", **sizes)
+        assert torch.equal(mixed_attention(q, k, v, plan=planned, backend="merged"), out)
         groups = KeyGroups.of(bias, cu[1])
         assert torch.equal(mixed_attention(q, k, v, key_groups=groups, **each)[0], out)
 

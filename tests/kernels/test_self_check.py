@@ -211,6 +211,17 @@ def test_a_wrong_kernel_is_not_used(cache, name):
 
 @pytest.mark.slow
 @needs_driver
+def test_a_wrong_kernel_is_not_used_for_arguments_that_were_checked():
+    """Calls like those of the check itself would find its launches prepared."""
+    with dry_gpu.use((9, 0), generates=False, checks=True, faulty=["gather_tokens"]) as gpu:
+        x, index = next(case.args for case in CASES if case.operator == "gather_tokens")
+        said(calls()["weighted_sum"])
+        gpu.clear()
+        assert torch.equal(kernels.gather_tokens(x, index), x[:, index]) and gpu.launches == 0
+
+
+@pytest.mark.slow
+@needs_driver
 def test_a_wrong_kernel_that_is_asked_for_by_name_raises(monkeypatch):
     with dry_gpu.use((9, 0), generates=False, checks=True, faulty=["gather_tokens"]):
         gather = calls()["gather_tokens"]
