@@ -304,3 +304,4 @@ def pytest_cmdline_main(config):
 
 def pytest_addoption(parser):
     parser.addoption("--record-pictures", action="store_true", help="write tests/models/recorded_pictures.json anew")
+    parser.addoption("--screenshots", action="store_true", help="write the pages' pictures in docs/images anew")
