@@ -30,7 +30,7 @@ from specedit.report_comparison import where_it_looked
 PRESETS = (("balanced", "full"), ("balanced", "reference"), ("turbo", "reference"), ("ultra", "reference"))
 SEEDS = (1, 2, 3, 7, 5, 4)  # the first of add, remove, recolor, shape, background and greyscale
 TEXTURES = (1, 2)
-FORM = Form(tile=208, head=32, side=92, letters=15)
+FORM = Form(tile=208, head=32, side=92, letters=15, gap=4)
 LARGEST = 300_000  # bytes of a picture
 
 

@@ -53,12 +53,16 @@ def shade(picture: Image.Image, cells: torch.Tensor) -> Image.Image:
 
 @dataclass(frozen=True)
 class Form:
-    """Pixels of a sheet: a picture's side, the columns' names, the texts before the lines, and the letters."""
+    """Pixels of a sheet: a picture's side, the columns' names, the texts before the lines, and the letters.
+
+    gap: white at the right and lower edge of each picture, which is cut off there.
+    """
 
     tile: int
     head: int
     side: int
     letters: int
+    gap: int = 0
 
 
 FORM = Form(tile=128, head=26, side=150, letters=11)
@@ -75,7 +79,8 @@ def sheet(columns: list[str], lines: list[tuple[str, list[Image.Image]]], form: 
     for j, (text, pictures) in enumerate(lines):
         draw.text((6, head + j * tile + 8), _wrapped(text, 2 * side // form.letters - 5), "black", font)
         for i, picture in enumerate(pictures):
-            made.paste(picture.resize((tile, tile), Image.Resampling.LANCZOS), (side + i * tile, head + j * tile))
+            sized = picture.resize((tile, tile), Image.Resampling.LANCZOS)
+            made.paste(sized.crop((0, 0, tile - form.gap, tile - form.gap)), (side + i * tile, head + j * tile))
     return made
 
 

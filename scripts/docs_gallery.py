@@ -18,7 +18,7 @@ def gallery(name: str) -> str:
 
 def _task(task: str, prompt: str, results: dict[str, dict]) -> str:
     """One task: its prompt as a heading, a picture of each editor, and the table."""
-    lines = [f"### {prompt[0].upper()}{prompt[1:]}"]
+    lines = [f"## {prompt[0].upper()}{prompt[1:]}"]
     columns = []
     for editor, result in results.items():
         rows = [row for row in result["rows"] if row["task"] == task]
@@ -29,12 +29,12 @@ def _task(task: str, prompt: str, results: dict[str, dict]) -> str:
         lines.append(f"**{NAMES[editor]}**\n\n[![{alt}]({file})]({file})")
         columns.append((editor, rows))
     names = [_setting(row) for row in columns[0][1]]
-    header = ["setting", *(f"{NAMES[editor]}, {what}" for editor, _ in columns for what in _KINDS)]
+    header = ["setting", *(f"{NAMES[editor]} {what}" for editor, _ in columns for what in _KINDS)]
     cells = [[name, *(text for _, rows in columns for text in _cells(rows[i]))] for i, name in enumerate(names)]
     return "\n\n".join([*lines, table(header, cells)])
 
 
-_KINDS = ("evaluations", "times fewer FLOPs", "edited", "keep dB")
+_KINDS = ("NFE", "FLOPs ratio", "edited", "keep dB")
 
 
 def _setting(row: dict) -> str:
@@ -43,6 +43,6 @@ def _setting(row: dict) -> str:
 
 
 def _cells(row: dict) -> list[str]:
-    draft = f" + {row['draft_steps']} draft" if row["draft_steps"] else ""
+    draft = f" + {row['draft_steps']}" if row["draft_steps"] else ""
     keep = "-" if row["keep_psnr"] is None else f"{row['keep_psnr']:.1f}"
     return [f"{row['nfe']}{draft}", f"{row['flops_ratio']:.2f}", f"{row['edit_fraction']:.0%}", keep]

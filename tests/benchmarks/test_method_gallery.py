@@ -45,3 +45,11 @@ def test_dark_is_what_was_not_looked_at():
     shaded = method_gallery.shade(white, torch.tensor([[True, False]]))
     assert shaded.getpixel((0, 0)) == (255, 255, 255)
     assert shaded.getpixel((7, 0)) == pytest.approx((64, 64, 64), abs=1)
+
+
+def test_a_gap_parts_the_pictures():
+    form = method_gallery.Form(tile=8, head=4, side=2, letters=4, gap=2)
+    made = method_gallery.sheet(["", ""], [("", [Image.new("RGB", (8, 8))] * 2)], form)
+    assert made.size == (18, 12)
+    row = [made.getpixel((x, 6))[0] for x in range(2, 18)]
+    assert row == ([0] * 6 + [255] * 2) * 2

@@ -1,6 +1,7 @@
-"""Callbacks and interrupts."""
+"""Callbacks, progress bars and interrupts."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -31,6 +32,16 @@ def test_callbacks_hear_of_every_step(pipe, edit):
     shapes = {"latents": (1, 64, 16), "prompt_embeds": (1, 16, 32)}
     assert all(shown == shapes for _, _, shown in heard)
     assert pipe.current_timestep is None
+
+
+def test_the_progress_bar_is_the_pipelines_own(pipe, edit):
+    specedit.install(pipe, **QUICK)
+    for disable in (False, True):
+        shown = io.StringIO()
+        pipe.set_progress_bar_config(disable=disable, desc="mine", file=shown)
+        edit(pipe)
+        steps = specedit.report(pipe).nfe + specedit.report(pipe).draft_steps
+        assert ("mine" in shown.getvalue() and f"{steps}/{steps}" in shown.getvalue()) is not disable
 
 
 def test_callback_timesteps_are_the_stock_pipelines(pipe, edit):

@@ -37,11 +37,11 @@ def test_a_task_has_a_picture_of_each_editor_and_one_table(docs, tmp_path):
     write(tmp_path, "kontext", 7.125)
     write(tmp_path, "qwen", 13.5)
     text = docs.MAKERS["gallery"]("gallery.json")
-    assert text.startswith("### Add a star\n")
+    assert text.startswith("## Add a star\n")
     assert "](images/gallery-kontext-add.jpg)" in text and "](images/gallery-qwen-add.jpg)" in text
     assert "| stock, its own steps | 28 | 1.00 | 100% | 31.1 | 28 | 1.00 | 100% | 31.1 |" in text
-    assert "| turbo, reference | 9 + 4 draft | 7.12 | 25% | 31.1 | 9 + 4 draft | 13.50 | 25% | 31.1 |" in text
-    assert "| ultra, reference | 9 + 4 draft | 7.12 | 25% | - |" in text
+    assert "| turbo, reference | 9 + 4 | 7.12 | 25% | 31.1 | 9 + 4 | 13.50 | 25% | 31.1 |" in text
+    assert "| ultra, reference | 9 + 4 | 7.12 | 25% | - |" in text
     assert text.count("Some CPU") == 2
 
 
