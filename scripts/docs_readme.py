@@ -12,12 +12,15 @@ SHOWN = ("balanced", "fast", "turbo")  # docs/benchmarks.md has the others
 # Models by the name of their costs, with their pipelines.
 SUPPORTED = {
     "flux-kontext": ("FLUX.1-Kontext", "FluxKontextPipeline, FluxKontextInpaintPipeline"),
-    "qwen-image-edit": ("Qwen-Image-Edit, 2509, 2511", "QwenImageEditPipeline, QwenImageEditPlusPipeline"),
+    "qwen-image-edit": (
+        "Qwen-Image-Edit, 2509, 2511",
+        "QwenImageEditPipeline, QwenImageEditPlusPipeline, QwenImageEditInpaintPipeline",
+    ),
     "qwen-image-2.1": ("Qwen-Image-2.1", "QwenImage21Pipeline"),
     "longcat-image-edit": ("LongCat-Image-Edit", "LongCatImageEditPipeline"),
     "flux2-dev": ("FLUX.2-dev", "Flux2Pipeline"),
-    "flux2-klein-9b": ("FLUX.2-klein, 9B", "Flux2KleinPipeline"),
-    "flux2-klein-4b": ("FLUX.2-klein, 4B", "Flux2KleinPipeline"),
+    "flux2-klein-9b": ("FLUX.2-klein, 9B", "Flux2KleinPipeline, Flux2KleinInpaintPipeline"),
+    "flux2-klein-4b": ("FLUX.2-klein, 4B", "Flux2KleinPipeline, Flux2KleinInpaintPipeline"),
     "flux2-klein-9b-kv": ("FLUX.2-klein-KV, 9B", "Flux2KleinKVPipeline"),
 }
 NAMES = {"kontext": "Kontext", "qwen": "Qwen"}

@@ -11,6 +11,7 @@ import re
 import sys
 
 import docs_figures as figures
+import docs_inpainting
 import docs_measured as measured
 import docs_methods
 import docs_predicted as predicted
@@ -37,6 +38,7 @@ MAKERS = {
     "bench": measured.bench,
     "plan": predicted.plan,
     "plan-models": predicted.plan_models,
+    "plan-inpainting": docs_inpainting.inpainting,
     "plan-qwen": predicted.plan_qwen,
     "switches": predicted.switches,
     "training": measured.training,
