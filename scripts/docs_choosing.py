@@ -1,6 +1,6 @@
 """The table of the page on presets: what each preset saves on each model, against the model's own number of steps."""
 
-from docs_readme import FEW_STEPS, SHARE, SUPPORTED
+from docs_readme import FEW_STEPS, SHARE, supported
 from docs_results import table
 
 from specedit.config import presets, resolve
@@ -15,7 +15,7 @@ def choosing(name: str) -> str:
     from specedit.cost.flops import MODELS
 
     rows = []
-    for model, (title, _) in SUPPORTED.items():
+    for model, title, _ in supported():
         steps = MODELS[model].default_steps
         fitting = FEW if steps <= FEW_STEPS else MANY
         saved = [_saved(model, preset) if preset in fitting else "-" for preset in MANY + FEW]

@@ -13,6 +13,7 @@ import sys
 import docs_choosing
 import docs_figures as figures
 import docs_gallery
+import docs_inpainting
 import docs_measured as measured
 import docs_methods
 import docs_predicted as predicted
@@ -39,6 +40,7 @@ MAKERS = {
     "bench": measured.bench,
     "plan": predicted.plan,
     "plan-models": predicted.plan_models,
+    "plan-inpainting": docs_inpainting.inpainting,
     "plan-qwen": predicted.plan_qwen,
     "switches": predicted.switches,
     "training": measured.training,

@@ -10,7 +10,7 @@ from . import field_checks, registry, switch_checks
 from .checks import integer, suggest
 from .choices import CHOICES as CHOICES
 from .choices import Attention, Decode, DraftCondition, KeyBias, Locked, Modulation, Restore, Rope, VerifyAt
-from .field_checks import taken_steps
+from .field_checks import first_step, taken_steps
 from .forecast_options import ForecastOptions, options_of
 from .method_options import OWN, Method, method_of
 
@@ -299,12 +299,15 @@ class SpecEditConfig:
             return True
         return bool(self.verify_coarse and self.preserves_unedited and registry.selectors[self.selector].verifies)
 
-    def with_steps(self, n: int) -> SpecEditConfig:
+    def with_steps(self, n: int, *, masked: bool = False) -> SpecEditConfig:
         """The same configuration with NFE `n`, in the proportions of `steps` (largest remainder).
 
         A stage that had steps keeps at least one while `n` allows; when it does not, the last stages are kept,
-        because they make the picture. Where no stage is long enough for a forecast, there is none. An interval longer
-        than every stage becomes the longest stage's steps, which computes the same steps.
+        because they make the picture. With draft_steps=0 the coarse stage is kept too where it finds what is edited,
+        which takes 2 steps: NFE is then at least 2. Where no stage is long enough for a forecast, there is none. An
+        interval longer than every stage becomes the longest stage's steps, which computes the same steps.
+
+        masked: whether the caller says what is edited, so that nothing has to find it.
 
         Raises:
             TypeError, ValueError: `n` is not an integer of at least 1.
@@ -312,8 +315,35 @@ class SpecEditConfig:
         n = integer("num_inference_steps", n, 1)
         if self.method_options is not None:
             return self._replaced(None, method=self.method_options.with_steps(n))
-        changes: dict[str, Any] = {"steps": field_checks.scaled_stages(self.steps, self.restore, n)}
-        switch_checks.check_fewer_steps(self, changes["steps"])
+        steps = field_checks.scaled_stages(self.steps, self.restore, n)
+        if not masked and switch_checks.lacks_finder(self, steps):
+            steps = (1, 0, 1) if self.steps[2] else (1, 1, 0)
+        return self._with_stages(steps)
+
+    def with_strength(self, strength: float) -> SpecEditConfig:
+        """The same configuration for a masked call that begins with the noised picture, and so skips the first steps.
+
+        As many as the stock pipelines skip of NFE steps, the coarse stage's first. strength: above 0, at most 1.
+
+        Raises:
+            ValueError: restore="pixels" has fewer than 2 steps left, or the method begins with noise.
+        """
+        if (skipped := first_step(self.nfe, strength)) == 0:
+            return self
+        if self.method_options is not None:
+            raise ValueError(f"strength: expected 1 with method={self.method_options.name!r}, got {strength}")
+        steps = []
+        for count in self.steps:
+            steps.append(max(0, count - skipped))
+            skipped -= count - steps[-1]
+        return self._with_stages((steps[0], steps[1], steps[2]))
+
+    def _with_stages(self, steps: tuple[int, int, int]) -> SpecEditConfig:
+        """A copy with fewer or more steps in every stage, and what follows from them."""
+        changes: dict[str, Any] = {"steps": steps}
+        switch_checks.check_fewer_steps(self, steps)
+        if switch_checks.lacks_finder(self, steps):  # a mask stands in for the coarse stage
+            changes["draft_steps"] = SpecEditConfig.draft_steps
         if self.forecast is not None and not switch_checks.can_forecast(self, changes["steps"]):
             changes |= dict.fromkeys(("forecast", *FORECAST_FIELDS))
         elif self.forecast_options is not None:

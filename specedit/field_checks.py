@@ -30,6 +30,11 @@ def taken_steps(steps: tuple[int, int, int], restore: str) -> tuple[int, int, in
     return coarse, mixed + full - last, last
 
 
+def first_step(steps: int, strength: float) -> int:
+    """The first of `steps` that a run of `strength` takes, by the rule of the stock pipelines' `get_timesteps`."""
+    return int(max(steps - min(steps * strength, steps), 0))
+
+
 def scaled_steps(old: tuple[int, int, int], n: int) -> tuple[int, int, int]:
     """`n` steps in the proportions of `old` (largest remainder).
 

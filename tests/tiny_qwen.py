@@ -1,6 +1,7 @@
 """Fixtures: tiny Qwen-Image-Edit and LongCat-Image-Edit pipelines, made in memory."""
 
 import copy
+import importlib
 import inspect
 import re
 
@@ -110,7 +111,9 @@ def make_qwen(qwen_components, monkeypatch):
     from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as plus
 
     stock = edit.calculate_dimensions
-    monkeypatch.setattr(edit, "calculate_dimensions", lambda area, ratio: stock(128 * 128, ratio))
+    inpaint = importlib.import_module("diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_inpaint")
+    for module in (edit, inpaint):
+        monkeypatch.setattr(module, "calculate_dimensions", lambda area, ratio: stock(128 * 128, ratio))
     monkeypatch.setattr(plus, "VAE_IMAGE_SIZE", 128 * 128)
     monkeypatch.setattr(plus, "CONDITION_IMAGE_SIZE", 64 * 64)
     # Without this the output of the Plus pipeline would be 1 MP where a call names no size.

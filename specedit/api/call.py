@@ -13,6 +13,7 @@ from torch import Tensor
 from specedit_kernels import check_backend
 
 from ..choices import backend_of
+from ..config import SpecEditConfig
 from ..method import haze, offered, restore, sampler
 from ..method.adapter import Run
 from ..method.callback import StepCallback
@@ -59,13 +60,27 @@ def call(
         return stock(pipe, *args, **kwargs)
     if installation.config.method_options is None:  # other methods choose their own number of steps
         asked_steps = installation.adapter.asked_steps(pipe, asked_steps)
-    config = installation.config if asked_steps is None else installation.config.with_steps(asked_steps)
+    config = configured(pipe, installation, arguments, asked_steps, edit_mask)
     if config.forecast is None and (forecast := installation.config.forecast) is not None:
         text = f"num_inference_steps={asked_steps} leaves no stage long enough for forecast={forecast!r}"
         warn_once(pipe, f"{text}; SpecEdit runs without it", f"too few steps for {forecast}")
     # Fusing projections or loading an adapter may have replaced processors since install: they come back here.
     with torch.no_grad(), sharing.running(pipe, installation), reusing(pipe, installation) as reuse:
         return accelerated_call(pipe, installation, record, config, arguments, edit_mask, reuse)
+
+
+def configured(
+    pipe: Any, installation: Installation, arguments: dict[str, Any], asked_steps: int | None, edit_mask: Any
+) -> SpecEditConfig:
+    """The installed configuration with the steps that a call takes. asked_steps: what it asks for, or None."""
+    config, adapter = installation.config, installation.adapter
+    masked = edit_mask is not None or adapter.own_mask(pipe, arguments) is not None
+    if asked_steps is not None:
+        config = config.with_steps(asked_steps, masked=masked)
+        if config.nfe > asked_steps:
+            text = f"num_inference_steps={asked_steps} leaves no step to find with what is edited, as draft_steps=0"
+            warn_once(pipe, f"{text}; SpecEdit takes {config.nfe}", "too few steps without a draft")
+    return config.with_strength(adapter.strength(arguments))
 
 
 @contextmanager
@@ -90,7 +105,7 @@ def accelerated_call(
     began = trace.clock()
     try:
         with trace.timed("encode"):
-            edit_mask = inputs.check(arguments, inputs.mask_of(adapter, pipe, arguments, edit_mask), config)
+            edit_mask = inputs.check(arguments, inputs.mask_of(adapter, pipe, arguments, edit_mask, config), config)
             offered.check(adapter, config)
             check_backend(backend_of(config.attention), torch.device(getattr(pipe, "_execution_device", "cpu")))
             drafted = config.uses_draft and edit_mask is None
@@ -158,7 +173,7 @@ def decoded(
     clears: and within them where nothing but the autoencoder has changed it. Only of output_type="pil".
     """
     state, source, edited = run.state, run.state.conditioning.source, outcome.cells.detected
-    keeps, tokens = run.config.keep_pixels, outcome.tokens
+    keeps, tokens = run.config.keep_pixels, run.adapter.finish(state, outcome.tokens)
     if output_type == "latent":
         source = None
     if keeps and source is None:  # without pixels on both sides, latents are what can be kept

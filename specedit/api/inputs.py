@@ -16,8 +16,10 @@ from ..method.adapter import Adapter
 from ..models.shared.prompts import count_prompts
 
 
-def mask_of(adapter: Adapter, pipe: Any, call: dict[str, Any], edit_mask: Any) -> Any:
+def mask_of(adapter: Adapter, pipe: Any, call: dict[str, Any], edit_mask: Any, config: SpecEditConfig) -> Any:
     """The caller's mask, or that of an inpainting pipeline's own argument.
+
+    None where a method edits the whole picture, of which an inpainting pipeline keeps what its mask leaves.
 
     Raises:
         ValueError: both were given.
@@ -29,7 +31,12 @@ def mask_of(adapter: Adapter, pipe: Any, call: dict[str, Any], edit_mask: Any) -
         raise ValueError(
             f"edit_mask: expected none beside mask_image, which says what may change, got {type(edit_mask).__name__}"
         )
-    return own
+    return own if _takes_mask(config) else None
+
+
+def _takes_mask(config: SpecEditConfig) -> bool:
+    method = config.method_options
+    return method is None or method.takes_mask or config.keep_pixels
 
 
 def check(call: dict[str, Any], edit_mask: Any, config: SpecEditConfig) -> list[Tensor] | None:
@@ -46,7 +53,7 @@ def check(call: dict[str, Any], edit_mask: Any, config: SpecEditConfig) -> list[
     if edit_mask is None:
         return None
     method = config.method_options
-    if method is not None and not (method.takes_mask or config.keep_pixels):
+    if method is not None and not _takes_mask(config):
         raise ValueError(
             f"edit_mask: expected none with method={method.name!r}, which edits the whole picture, unless keep_pixels "
             f"gives back what lies outside it; got {type(edit_mask).__name__}"

@@ -30,9 +30,9 @@ def install(pipe: P, config: str | SpecEditConfig | None = None, **overrides: Un
     """Make one pipeline instance edit by SpecEdit; the same call then returns the same edit faster.
 
     Args:
-        pipe: a diffusers FluxKontextPipeline, FluxKontextInpaintPipeline, QwenImageEditPipeline,
-            QwenImageEditPlusPipeline, QwenImage21Pipeline, LongCatImageEditPipeline, Flux2Pipeline,
-            Flux2KleinPipeline or Flux2KleinKVPipeline.
+        pipe: a diffusers FluxKontextPipeline, QwenImageEditPipeline, QwenImageEditPlusPipeline, QwenImage21Pipeline,
+            LongCatImageEditPipeline, Flux2Pipeline, Flux2KleinPipeline, Flux2KleinKVPipeline,
+            FluxKontextInpaintPipeline, QwenImageEditInpaintPipeline or Flux2KleinInpaintPipeline.
         config: name of a preset (`specedit.presets` has them all; "balanced" if None) or SpecEditConfig.
         overrides: any field of SpecEditConfig.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..config import STOCK_STEPS
 from ..cost.forward import flops_of
+from ..field_checks import first_step
 from ..method.adapter import Run
 from ..method.sampler import Outcome
 from ..method.trace import ForwardCall, stock_calls
@@ -25,6 +26,7 @@ def report_of(
     mixed = any(stage.name == "mixed" for stage in stages)
     default = stock_steps(run.pipe, call)
     steps = run.adapter.asked_steps(run.pipe, default) or default
+    steps -= first_step(steps, run.adapter.strength(call))
     picture = None
     if (source := state.conditioning.source) is not None:
         picture = run.pipe.image_processor.numpy_to_pil(source[:1].permute(0, 2, 3, 1).cpu().numpy())[0]

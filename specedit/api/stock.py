@@ -19,9 +19,12 @@ def why_stock(pipe: Any, adapter: Adapter) -> str | None:
 
 def why_stock_call(pipe: Any, installation: Installation, call: dict[str, Any]) -> str | None:
     """Why this call cannot be accelerated (one phrase), or None."""
-    adapter = installation.adapter
+    adapter, config = installation.adapter, installation.config
     reason = why_stock(pipe, adapter) or _overridden_call(installation.stock_class, adapter)
-    return reason or adapter.refusal(pipe, call, installation.config.attention)
+    reason = reason or adapter.refusal(pipe, call, config.attention)
+    if reason is None and (method := config.method_options) is not None and (strength := adapter.strength(call)) != 1:
+        return f"strength={strength} starts from the picture, and method={method.name!r} from noise"
+    return reason
 
 
 def warn_of_stock(installation: Installation, reason: str, edit_mask: Any) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from diffusers import FlowMatchEulerDiscreteScheduler
+
 from ..config import STOCK_STEPS
 from ..method.schedule import stage_sigmas
 from ..method.trace import ForwardCall, stock_calls
@@ -60,6 +62,11 @@ class ModelCost:
     latent_pixels: int = 4
     packs: bool = False
     pooled: bool = False
+
+    def stage_sigmas(self, tokens: int, start: float, end: float, steps: int) -> Any:
+        """Sigmas (steps + 1,) of a stage of `tokens` target tokens."""
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(self.scheduler))
+        return self.sigmas(scheduler, tokens, start, end, steps)
 
     @property
     def texts(self) -> tuple[float, ...]:

@@ -68,6 +68,7 @@ class EditState:
     trims_last_block: bool = False  # whether the transformer's last block computes the target's rows alone
     fixed_prefix: bool = False  # as of the adapter: references stay fine, and the target is computed alone
     keeps_prefix: bool = True  # whether the stock call computes text and references once, where it can
+    start: float = 1.0  # the noise level of the run's beginning, with the picture being edited below it
     conditioning: Conditioning = field(default_factory=Conditioning)  # the family's own: embeddings, guidance, ...
 
     def __post_init__(self) -> None:
@@ -280,6 +281,13 @@ class Adapter(ABC):
         """The mask that a call of an inpainting pipeline brings, as `masks.read` takes it; None of all others."""
         return None
 
+    def strength(self, call: dict[str, Any]) -> float:
+        """Which share of the schedule a call runs, above 0; below 1 it begins with the noised picture.
+
+        Goes with `EditState.start`.
+        """
+        return 1.0
+
     @abstractmethod
     def prepare(self, pipe: Any, call: dict[str, Any], config: SpecEditConfig) -> EditState:
         """Check and encode the call's arguments as the stock pipeline does."""
@@ -347,6 +355,10 @@ class Adapter(ABC):
     @abstractmethod
     def features(self, pipe: Any, tokens: Tensor, grid: TokenGrid) -> list[Tensor]:
         """Decoder features of clean tokens (B, N, C): conv_in, mid_block, first up block, each (B, c, h, w)."""
+
+    def finish(self, state: EditState, tokens: Tensor) -> Tensor:
+        """What a run's clean tokens (B, N, C) become before they are decoded: what the call keeps is put back."""
+        return tokens
 
     @abstractmethod
     def decode(self, pipe: Any, state: EditState, tokens: Tensor, output_type: str) -> Any:

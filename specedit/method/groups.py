@@ -18,11 +18,14 @@ from .schedule import Stage, stage_start
 def start_stage(run: Run, before: list[LayoutGroup], stage: Stage, cells: CellMasks) -> list[LayoutGroup]:
     """Bring the state to a stage's layouts and noise level (eq. 8, and the renoising that goes with it).
 
-    before: the groups of the previous stage; none for the first one, which starts from the call's noise.
+    before: the groups of the previous stage; none for the first one, which starts from the call's noise, below sigma 1
+    with the picture being edited under it.
     """
     layouts, apart = stage_layouts(stage, run.state, cells), run.config.reference_keep is not None
     if not before:
-        begun = {row: start_tokens(run.state.noise[row : row + 1], layout) for row, layout in enumerate(layouts)}
+        begun = {
+            row: first_tokens(run.state, slice(row, row + 1), layout, stage.start) for row, layout in enumerate(layouts)
+        }
         return [
             new_group(run, rows, layouts[rows[0]], torch.cat([begun[row] for row in rows]), stage, stage.start)
             for rows in alike(layouts, [False] * len(layouts), apart)
@@ -30,7 +33,7 @@ def start_stage(run: Run, before: list[LayoutGroup], stage: Stage, cells: CellMa
     state = run.state
     fresh = state.draw(state.grid.tokens)
     split_noise = state.split_noise
-    known = state.reference_detail * cells.known_unchanged.flatten(1)[:, :, None, None, None]
+    known = state.reference_detail * detail_share(state, cells, stage)[:, :, None, None, None]
     held = {row: (group, k) for group in before for k, row in enumerate(group.rows)}
     same = [torch.equal(held[row][0].layout.expanded, layout.expanded) for row, layout in enumerate(layouts)]
     groups = []
@@ -93,6 +96,27 @@ def group_at(run: Run, rows: list[int], layout: MixedLayout, tokens: Tensor, sig
     """A group that will run through `sigmas`, with the references at its layout's resolutions."""
     beside = run.state.beside(layout)
     return LayoutGroup(rows, layout, reference_on_layout(run.state.reference[rows], beside), beside, tokens, sigmas)
+
+
+def detail_share(state: EditState, cells: CellMasks, stage: Stage) -> Tensor:
+    """(B, cells): how much of the picture's detail a cell has that is expanded at a stage's start, at noise level s'.
+
+    All of it where the cell is known not to change. Others have what the run has begun with, (1-s) of the detail, where
+    it began at noise level s: the expansion multiplies by 1-s'.
+    """
+    begun = 0.0 if state.start == 1 else (1 - state.start) / (1 - stage.start)
+    return cells.known_unchanged.flatten(1).float().clamp(min=begun)
+
+
+def first_tokens(state: EditState, rows: slice, layout: MixedLayout, sigma: float) -> Tensor:
+    """Tokens (b, n, C) of some samples at the run's beginning: (1-s) x0 + s e, on a layout, where x0 is the picture.
+
+    Coarse tokens are those of the fine state at 2s/(1+s), contracted.
+    """
+    noise = start_tokens(state.noise[rows], layout)
+    if sigma == 1:
+        return noise
+    return (1 - sigma) * reference_on_layout(state.aligned[rows], layout) + sigma * noise
 
 
 def start_tokens(noise: Tensor, layout: MixedLayout) -> Tensor:

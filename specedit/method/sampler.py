@@ -65,7 +65,7 @@ def edit(run: Run, edit_mask: Any = None) -> Outcome:
 
     # Section 3.4: coarse tokens first, then a mixed sequence, then (restore="full") every token fine.
     groups: list[LayoutGroup] = []
-    for number, stage in enumerate(stages(config)):
+    for number, stage in enumerate(stages(config, state.start)):
         if trace.interrupted and groups:
             break
         if stage.name == "full" and config.restore == "pixels":

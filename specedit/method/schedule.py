@@ -18,6 +18,7 @@ from ..config import SpecEditConfig
 from ..field_checks import taken_steps
 
 SAME_SIGMA = 1e-6  # a stage's last noise level is float32's, its boundary is not
+HALVINGS = 50
 
 
 @dataclass(frozen=True)
@@ -41,24 +42,41 @@ def expanded_sigma(sigma: float) -> float:
     return 2 * sigma / (1 + sigma)
 
 
-def stages(config: SpecEditConfig) -> list[Stage]:
-    """The stages of the main run that have steps, in order, from sigma 1 to sigma 0. The draft is not among them.
+def contracted_sigma(sigma: float) -> float:
+    """The noise level of a coarse state that carries as much noise as a fine one at `sigma`: s / (2-s).
+
+    The inverse of `expanded_sigma`: a block's mean times 2 / (2-s) has signal (2-2s)/(2-s) and noise s/(2-s).
+    """
+    return sigma / (2 - sigma)
+
+
+def stages(config: SpecEditConfig, start: float = 1.0) -> list[Stage]:
+    """The stages of the main run that have steps, in order, from `start` to sigma 0. The draft is not among them.
 
     coarse [1, s1], mixed [s1', s2], full [s2', 0] with s' = 2s/(1+s), because tokens are expanded between stages.
     A stage without steps leaves its interval to the next one, and the last one with steps ends at 0. With
     restore="reference" the steps of the full stage are taken on the mixed sequence. With restore="pixels" all but one
     are, and what runs before that one ends at 0 too, as it starts from pixels. Steps (0, 0, n) are the stock schedule.
+
+    start: the noise level of fine tokens at which the run begins; below 1 where it begins with a noised picture. A
+    coarse stage begins at the level of as much noise, s/(2-s). A stage that ends above the start leaves its steps to
+    the next one.
     """
     coarse, mixed, full = taken_steps(config.steps, config.restore)
     plan = [("coarse", coarse, config.boundaries[0]), ("mixed", mixed, config.boundaries[1]), ("full", full, 0.0)]
     plan = [stage for stage in plan if stage[1]]
     result: list[Stage] = []
-    start = 1.0
     clean = 2 if config.restore == "pixels" else 1  # how many of the last stages end at 0
+    begin, left = start, 0  # left: steps of stages that end above the start
     for i, (name, steps, boundary) in enumerate(plan):
         end = 0.0 if i >= len(plan) - clean else boundary
-        result.append(Stage(name, start, end, steps))
-        start = expanded_sigma(end) or config.pixel_restore_sigma
+        if not result and end and start <= expanded_sigma(end):
+            left += steps
+            continue
+        if not result and name == "coarse":
+            begin = contracted_sigma(start)
+        result.append(Stage(name, begin, end, left + steps))
+        begin, left = expanded_sigma(end) or min(config.pixel_restore_sigma, start), 0
     return result
 
 
@@ -145,6 +163,33 @@ def stage_sigmas(
         scale = (start - terminal) / (start - sigmas[-2])
         sigmas = start - (start - sigmas) * scale
     sigmas[0], sigmas[-1] = start, end  # rounding in the two maps must not move the ends
+    return sigmas.float()
+
+
+def stretched_sigmas(
+    scheduler: FlowMatchEulerDiscreteScheduler, tokens: int, start: float, end: float, steps: int
+) -> torch.Tensor:
+    """`stage_sigmas`, where a stage that ends at 0 is the end of a whole schedule with a `shift_terminal`.
+
+    So a run that begins at one of the scheduler's sigmas goes through all that follow. A schedule whose steps are t/m
+    apart before the shift f is stretched to 1 - (1 - f) (1 - terminal) / (1 - f(t/m)): t is searched for.
+    """
+    sigmas, terminal = stage_sigmas(scheduler, tokens, start, end, steps), scheduler.config.get("shift_terminal")
+    if not terminal or end > 0 or steps == 1 or start <= terminal or start == 1:
+        return sigmas
+    a = shift_factor(scheduler, tokens)
+
+    def stretched(first: float) -> torch.Tensor:
+        shifted = shifted_sigmas(a, a * first / (1 + (a - 1) * first), 0.0, steps)
+        scale: float = (1 - terminal) / (1 - shifted[-2].item())
+        return 1 - scale * (1 - shifted)
+
+    low, high = 0.0, 1.0
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if stretched(middle)[0] >= start else (middle, high)
+    sigmas = stretched(high)
+    sigmas[0], sigmas[-1] = start, 0.0
     return sigmas.float()
 
 

@@ -32,6 +32,10 @@ class Cases:
         if any(name in changes and changes[name] not in values for name, values in offered.items()):
             pytest.skip(f"this family does not run {changes}")
 
+    def stage_names(self, family):
+        """The stages of a run, in order."""
+        return ["coarse", "mixed", "full"] if family.masked else ["draft", "coarse", "mixed", "full"]
+
     def guides(self, family, guided=None):
         """Arguments of calls without guidance and, if the family has it, with it; `guided` chooses one of the two.
 

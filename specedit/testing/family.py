@@ -48,6 +48,8 @@ class Family:
         fullgraph: whether its blocks compile without a graph break, by `compile_repeated_blocks`.
         compiles_as: the family whose compiled code this one shares; its tests of torch.compile run there.
         runs_others: whether attention="stock" runs other attention processors than diffusers'.
+        masked: whether calls bring a mask of their own, so that none of them makes a draft. `run` takes `edit_mask` all
+            the same, and gives it to the pipeline in its own way.
         sends_values: whether the transformer itself sends values from the host to the device in every step, or waits
             for some.
     """
@@ -66,6 +68,7 @@ class Family:
     ropes: tuple[str, ...] = ("scaled", "phase_aligned")
     parts: tuple[str, ...] = ("transformer", "text_encoder")
     rotations: Callable[[Any, Callable[[], Any]], torch.Tensor] | None = field(default_factory=lambda: rotations)
+    masked: bool = False
     sends_values: bool = False
 
     def run(self, pipe, size=(128, 128), seed=0, **changes):

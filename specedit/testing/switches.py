@@ -20,6 +20,8 @@ class SwitchConformance(Cases):
     """Tests of switches beyond the paper."""
 
     def test_without_a_draft_the_coarse_stage_is_verified(self, family):
+        if family.masked:
+            pytest.skip("nothing has to be found")
         for guide in self.guides(family):
             pipe = specedit.install(family.make(), **QUICK | dict(draft_steps=0), restore="reference")
             latents, report = family.run(pipe, **guide), specedit.report(pipe)

@@ -68,11 +68,8 @@ def test_a_diffusers_that_is_new_enough(pipe, monkeypatch, version):
         ("FluxKontextModularPipeline", "expected FluxKontextPipeline"),
         ("QwenImageEditModularPipeline", "expected QwenImageEditPipeline"),
         ("QwenImageEditPlusModularPipeline", "expected QwenImageEditPlusPipeline"),
-        (
-            "FluxModularPipeline",
-            "expected one of FluxKontextPipeline, .*QwenImageEditPipeline, QwenImageEditPlusPipeline",
-        ),
-        ("ModularPipeline", "expected one of FluxKontextPipeline, .*QwenImageEditPipeline, QwenImageEditPlusPipeline"),
+        ("FluxModularPipeline", "expected one of FluxKontextPipeline, .*QwenImageEditPipeline, .*EditPlusPipeline"),
+        ("ModularPipeline", "expected one of FluxKontextPipeline, .*QwenImageEditPipeline, .*EditPlusPipeline"),
     ],
 )
 def test_modular_pipelines(name, instead):

@@ -112,14 +112,39 @@ def test_a_decoder_without_features_is_refused_before_any_work(pipe, edit, monke
     edit(pipe, edit_mask=CORNER)
 
 
-def test_fewer_steps_keep_a_coarse_one_or_say_why(pipe, edit):
-    config = SpecEditConfig(draft_steps=0)
-    assert config.with_steps(3).steps == (1, 1, 1) and config.with_steps(1).steps == (0, 0, 1)
-    with pytest.raises(ValueError, match=r"num_inference_steps: expected at least 3 with draft_steps=0.*got 2"):
-        config.with_steps(2)
-    specedit.install(pipe, config)
-    with pytest.raises(ValueError, match="num_inference_steps: expected at least 3"):
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, {3: (1, 1, 1), 2: (1, 0, 1), 1: (0, 0, 1)}),  # a single full step finds nothing, and needs nothing
+        (dict(restore="reference"), {3: (1, 1, 1), 2: (1, 0, 1), 1: (1, 0, 1)}),
+        (dict(keep_pixels=True), {2: (1, 0, 1), 1: (1, 0, 1)}),
+        (dict(steps=(2, 2, 0)), {2: (1, 1, 0), 1: (1, 1, 0)}),
+    ],
+)
+def test_fewer_steps_keep_the_coarse_one_that_finds_the_edit(fields, expected):
+    config = SpecEditConfig(draft_steps=0, **fields)
+    for n, steps in expected.items():
+        assert config.with_steps(n).steps == steps and config.with_steps(n).draft_steps == 0
+
+
+def test_a_call_of_one_step_takes_two_and_says_so(pipe, edit):
+    specedit.install(pipe, "ultra")
+    with pytest.warns(UserWarning, match="num_inference_steps=1 leaves no step to find .* SpecEdit takes 2") as given:
+        edit(pipe, num_inference_steps=1)
+        edit(pipe, num_inference_steps=1)
         edit(pipe, num_inference_steps=2)
+    assert len(given) == 1
+    report = specedit.report(pipe)
+    assert report.nfe == 2 and [stage.name for stage in report.stages if stage.steps] == ["coarse", "mixed"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_with_a_mask_no_number_of_steps_is_too_few(pipe, edit, n):
+    specedit.install(pipe, "ultra")
+    edit(pipe, num_inference_steps=n, edit_mask=CORNER)
+    report = specedit.report(pipe)
+    assert report.nfe == n and report.draft_steps == 0 and 0 < report.expand_fraction < 1
 
 
 def test_configurations_that_find_nothing_need_no_coarse_stage():

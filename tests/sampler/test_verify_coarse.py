@@ -163,7 +163,7 @@ def test_a_prediction_of_the_reference_itself_changes_nothing(pipe, edit, monkey
     look = verify.verify_coarse
     monkeypatch.setattr(verify, "verify_coarse", lambda *args: looked.append(look(*args)) or looked[-1])
     stages = sampler.stages
-    monkeypatch.setattr(sampler, "stages", lambda config: stages(config)[:1])
+    monkeypatch.setattr(sampler, "stages", lambda config, start: stages(config, start)[:1])
     monkeypatch.setattr(FluxKontext, "velocity", velocity)
     specedit.install(pipe, **QUICK, restore="reference", threshold=1e-6, dilation=0)
     edit(pipe)

@@ -18,7 +18,7 @@ from ..attention.processors import why_unsupported_processor
 from ..shared.block_adapter import GIVEN_SIGMAS, pixels_per_token
 from ..shared.conditioning import PromptConditioning
 from ..shared.flux_blocks import FluxBlocks, FluxForward, FluxPrompt, attention_kwargs
-from ..shared.images import too_small
+from ..shared.images import given_list, too_small
 from ..shared.modulation import ModulationLayers
 from ..shared.prompts import count_prompts
 from ..shared.shapes import shapes_of
@@ -67,7 +67,7 @@ class Flux2Blocks(FluxBlocks):
             return GIVEN_SIGMAS
         images = pictures.check_references(pipe, call["image"])
         sizes = [pictures.taken_size(pipe, image) for image in images]
-        return too_small([pictures.output_size(pipe, call, sizes[0]), *sizes], pixels_per_token(pipe))
+        return too_small([self.output_size(pipe, call, sizes[0]), *sizes], pixels_per_token(pipe))
 
     def sigmas(self, pipe: Any, tokens: int, start: float, end: float, steps: int) -> Tensor:
         return flux2_sigmas(pipe.scheduler, tokens, start, end, steps)
@@ -77,8 +77,8 @@ class Flux2Blocks(FluxBlocks):
     def prepare(self, pipe: Any, call: dict[str, Any], config: SpecEditConfig) -> EditState:
         known = inspect.signature(pipe.check_inputs).parameters
         pipe.check_inputs(**{name: call[name] for name in known if name in call})
-        taken = [pictures.taken_picture(pipe, image) for image in pictures.check_references(pipe, call["image"])]
-        height, width = pictures.output_size(pipe, call, taken[0].size[::-1])
+        edited, others = self.taken_pictures(pipe, call)
+        height, width = self.output_size(pipe, call, edited[0].size[::-1])
         multiple, channels = pixels_per_token(pipe), pipe.transformer.config.in_channels
         grid = TokenGrid(height // multiple, width // multiple)
         if (given := call["latents"]) is not None:
@@ -89,27 +89,48 @@ class Flux2Blocks(FluxBlocks):
         device = pipe._execution_device
         positive, negative = self.prompts(pipe, call, device)
         batch, dtype = len(positive.embeds), positive.embeds.dtype
-        noise, _ = pipe.prepare_latents(
-            batch_size=batch, num_latents_channels=channels // 4, height=height, width=width, dtype=dtype,
-            device=device, generator=call["generator"], latents=given,
-        )  # fmt: skip
-        reference, _ = pipe.prepare_image_latents(
-            images=[pictures.model_input(pipe, picture) for picture in taken], batch_size=batch,
-            generator=call["generator"], device=device, dtype=pipe.vae.dtype,
-        )  # fmt: skip
-        grids = tuple(TokenGrid(picture.height // multiple, picture.width // multiple) for picture in taken)
+        if batch % len(edited):
+            raise ValueError(f"image: expected one picture or as many as fit {batch} edits, got {len(edited)}")
+        latents = self.noise_and_references(pipe, call, (edited, others), (batch, height, width), dtype)
+        references = [edited[0], *others]
+        grids = tuple(TokenGrid(picture.height // multiple, picture.width // multiple) for picture in references)
         beside = grids[0] if len(grids) == 1 else GridSet(grids)
         placements = place_references(self, pipe, grid, beside)
-        source = placements[0].place_pixels(pictures.source_of(pipe, taken[0]), multiple)
+        source = torch.cat([pictures.source_of(pipe, picture) for picture in edited])
+        source = placements[0].place_pixels(source, multiple)
         conditioning = Flux2Conditioning(
             positive=positive, negative=negative, scale=call.get("guidance_scale", 1.0), dtype=dtype,
-            source=source.expand(batch, -1, -1, -1), guidance=self.guidance(call, batch, device),
+            source=source.repeat(batch // len(source), 1, 1, 1), guidance=self.guidance(call, batch, device),
             kwargs=call["attention_kwargs"] or {},
         )  # fmt: skip
         return self.edit_state(
-            pipe, call, config, conditioning, (noise, reference), (grid, beside), placements=placements,
+            pipe, call, config, conditioning, latents, (grid, beside), placements=placements,
             text_tokens=positive.embeds.shape[1],
         )  # fmt: skip
+
+    def taken_pictures(self, pipe: Any, call: dict[str, Any]) -> pictures.Taken:
+        """The pictures being edited, of one size, over which the batch repeats, and the other references."""
+        first, *others = (pictures.taken_picture(pipe, image) for image in given_list(call["image"]))
+        return [first], others
+
+    def output_size(self, pipe: Any, call: dict[str, Any], taken: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the output. taken: those of the picture being edited."""
+        return pictures.output_size(pipe, call, taken)
+
+    def noise_and_references(
+        self, pipe: Any, call: dict[str, Any], taken: pictures.Taken, shape: tuple[int, int, int], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """The call's noise and the references' latents, packed (B, n, C). shape: B, height and width of the output."""
+        (batch, height, width), device, edited = shape, pipe._execution_device, taken[0]
+        noise, _ = pipe.prepare_latents(
+            batch_size=batch, num_latents_channels=pipe.transformer.config.in_channels // 4, height=height, width=width,
+            dtype=dtype, device=device, generator=call["generator"], latents=call["latents"],
+        )  # fmt: skip
+        reference, _ = pipe.prepare_image_latents(
+            images=[pictures.model_input(pipe, picture) for picture in (*edited, *taken[1])], batch_size=batch,
+            generator=call["generator"], device=device, dtype=pipe.vae.dtype,
+        )  # fmt: skip
+        return noise, reference
 
     def prompts(self, pipe: Any, call: dict[str, Any], device: torch.device) -> tuple[FluxPrompt, FluxPrompt | None]:
         """The prompt, and under true classifier-free guidance the negative one."""

@@ -11,6 +11,7 @@ from ..shared.block_adapter import pixels_per_token
 from ..shared.images import given_list, source_pictures
 from ..shared.shapes import Shape, whole
 
+Taken = tuple[list[Image.Image], list[Image.Image]]  # pictures being edited, and other references
 MOST_PIXELS = 1024 * 1024  # a constant of the stock pipelines
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
-from dataclasses import dataclass
 from typing import Any
 
+import torch
 from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
@@ -36,7 +37,7 @@ from ..shared.single_frame_vae import single_frame
 from .forward import QwenForward, guided
 from .positions import FrequenciesHook, reference_offset
 from .prompts import QwenConditioning, encode, text_counts
-from .sizes import edit_size, nearest_shapes, picture_size, shrink_picture, whole_tokens
+from .sizes import Pictures, edit_size, nearest_shapes, picture_size, shrink_picture, whole_tokens
 
 logger = logging.getLogger("specedit")
 # Configurations whose transformer takes more than the edit pipelines give it.
@@ -45,19 +46,6 @@ UNUSUAL = {
     "use_additional_t_cond": "the transformer takes another condition beside the timestep",
     "use_layer3d_rope": "the transformer places layers, not reference pictures",
 }
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """The input pictures at the sizes that the pipeline takes them.
-
-    condition: for the vision-language encoder. reference: one (n, 3, 1, H, W) for each reference, for the VAE.
-    aligned: which reference is the picture being edited.
-    """
-
-    condition: list[Image.Image]
-    reference: list[Tensor]
-    aligned: int = 0
 
 
 @register_adapter
@@ -107,14 +95,8 @@ class QwenImageEdit(SingleFrameAdapter):
         images = check_pictures(call["image"])
         multiple = pixels_per_token(pipe)
         height, width = self._output_size(pipe, call, images, multiple)
-        pipe.check_inputs(
-            call["prompt"], height, width, negative_prompt=call["negative_prompt"],
-            prompt_embeds=call["prompt_embeds"], negative_prompt_embeds=call["negative_prompt_embeds"],
-            prompt_embeds_mask=call["prompt_embeds_mask"],
-            negative_prompt_embeds_mask=call["negative_prompt_embeds_mask"],
-            callback_on_step_end_tensor_inputs=call["callback_on_step_end_tensor_inputs"],
-            max_sequence_length=call["max_sequence_length"],
-        )  # fmt: skip
+        known = inspect.signature(pipe.check_inputs).parameters
+        pipe.check_inputs(**{name: call[name] for name in known if name in call} | dict(height=height, width=width))
         self._check_batch(call, images)
         self.start_call(pipe, call, _attention_kwargs=call["attention_kwargs"] or {})
         grid = TokenGrid(height // multiple, width // multiple)
@@ -123,11 +105,7 @@ class QwenImageEdit(SingleFrameAdapter):
         positive, negative = encode(pipe, call, pictures.condition, pipe._execution_device)
         batch, dtype = len(positive.embeds), positive.embeds.dtype
         with single_frame(pipe.vae):
-            latents = pipe.prepare_latents(
-                pictures.reference if len(pictures.reference) > 1 else pictures.reference[0], batch,
-                pipe.transformer.config.in_channels // 4, height, width, dtype, pipe._execution_device,
-                call["generator"], call["latents"],
-            )  # fmt: skip
+            latents = self._latents(pipe, call, pictures, (batch, height, width), dtype)
         grids = GridSet(tuple(TokenGrid(*(side // multiple for side in p.shape[-2:])) for p in pictures.reference))
         placements = place_references(self, pipe, grid, grids)
         taken = pictures.reference[pictures.aligned].shape[-2:]
@@ -143,6 +121,18 @@ class QwenImageEdit(SingleFrameAdapter):
             placements=placements, edited=pictures.aligned, pictures=len(source),
             **text_counts(positive, negative, config.attention),
         )  # fmt: skip
+
+    @staticmethod
+    def _latents(
+        pipe: Any, call: dict[str, Any], pictures: Pictures, shape: tuple[int, int, int], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """The call's noise and the references' latents, packed (B, n, C). shape: B, height and width of the output."""
+        latents: tuple[Tensor, Tensor] = pipe.prepare_latents(
+            pictures.reference if len(pictures.reference) > 1 else pictures.reference[0], shape[0],
+            pipe.transformer.config.in_channels // 4, *shape[1:], dtype, pipe._execution_device, call["generator"],
+            call["latents"],
+        )  # fmt: skip
+        return latents
 
     @staticmethod
     def _output_size(pipe: Any, call: dict[str, Any], images: list[Image.Image], multiple: int) -> tuple[int, int]:

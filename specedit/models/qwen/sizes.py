@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as edit
 from PIL import Image
+from torch import Tensor
 
 from ...layout import TokenGrid
 from ..shared.shapes import Shape
 
 EDIT_AREA = 1024 * 1024  # px to which QwenImageEditPipeline brings every picture
 VISION_TOKEN = 28  # px a side of what the vision-language encoder makes one token
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The input pictures at the sizes that the pipeline takes them.
+
+    condition: for the vision-language encoder. reference: one (n, 3, 1, H, W) for each reference, for the VAE.
+    aligned: which reference is the picture being edited.
+    """
+
+    condition: list[Image.Image]
+    reference: list[Tensor]
+    aligned: int = 0
 
 
 def picture_size(pipe: Any, image: Image.Image | Shape) -> tuple[int, int]:

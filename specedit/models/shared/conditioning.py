@@ -25,7 +25,8 @@ P = TypeVar("P", bound=Prompt)
 class PromptConditioning(Conditioning, Generic[P]):
     """Prompt and negative prompt, the latter None without guidance.
 
-    scale: of classifier-free guidance. dtype, source: see `Conditioning`.
+    scale: of classifier-free guidance. dtype, source: see `Conditioning`. weights: (B, N, C), 1 where the mask of an
+    inpainting call lets tokens change; None of other calls.
     """
 
     positive: P
@@ -33,6 +34,7 @@ class PromptConditioning(Conditioning, Generic[P]):
     scale: float
     dtype: torch.dtype
     source: Tensor | None
+    weights: Tensor | None = None
 
     @property
     def prompt_embeds(self) -> Tensor:

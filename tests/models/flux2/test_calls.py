@@ -222,12 +222,6 @@ def test_the_prompt_of_dev_may_be_rewritten(family_of, monkeypatch):
     assert (family.run(pipe) - stock).abs().max() > 1e-3
 
 
-def test_inpainting_is_left_as_it_is(make_flux2):
-    pipe = make_flux2("Flux2KleinInpaintPipeline")
-    with pytest.warns(UserWarning, match="SpecEdit leaves Flux2KleinInpaintPipeline as it is"):
-        assert type(specedit.install(pipe)).__name__ == "Flux2KleinInpaintPipeline"
-
-
 # ------------------------------------------------------------------------------------------------------------ klein-KV
 
 

@@ -1,0 +1,59 @@
+"""Adapters of inpainting pipelines against the conformance tests."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from specedit.models.flux2 import Flux2KleinInpaint
+from specedit.models.flux_inpaint import FluxKontextInpaint
+from specedit.models.qwen import QwenImageEditInpaint
+from specedit.testing import Conformance, Family
+
+from ..test_flux2_conformance import rotations
+
+pytestmark = pytest.mark.slow  # the other files in this folder have quick tests
+ODD = ((128, 128), (176, 80))  # Qwen's pipeline brings pictures to multiples of 32 px
+FAMILIES = {
+    "kontext": dict(adapter=FluxKontextInpaint, compiles_as="FluxKontext", runs_others=True, sizes=ODD),
+    "qwen": dict(adapter=QwenImageEditInpaint, compiles_as="QwenImageEdit", sizes=((128, 128), (96, 192))),
+    "klein": dict(adapter=Flux2KleinInpaint, runs_others=True, sizes=ODD, rotations=rotations),
+}
+
+
+class InpaintFamily(Family):
+    """Of calls that bring a mask: of the whole picture, or what a test gives as its `edit_mask`."""
+
+    def run(self, pipe, size=(128, 128), seed=0, edit_mask=None, **changes):
+        if edit_mask is not None:
+            mask = Image.fromarray((np.asarray(edit_mask) * 255).astype(np.uint8))
+            changes["mask_image"] = mask.resize(size[::-1], Image.Resampling.NEAREST)
+        return super().run(pipe, size, seed, **changes)
+
+
+class TestInpainting(Conformance):
+    @pytest.fixture
+    def family(self, inpaint, picture):
+        of_call = ("num_inference_steps", "output_type", "max_area")  # each test's own
+        arguments = {name: value for name, value in inpaint.arguments.items() if name not in of_call}
+
+        def call(height, width):
+            return arguments | dict(image=picture(height, width), mask_image=Image.new("L", (width, height), 255))
+
+        return InpaintFamily(
+            make=inpaint.make, call=call, guided=inpaint.guided, others=(), masked=True,
+            batch=lambda n: dict(image=[picture(seed=i) for i in range(n)], prompt=["red", "make it large"][:n]),
+            **FAMILIES[inpaint.name],
+        )  # fmt: skip
+
+    @pytest.mark.parametrize("inpaint", ["kontext", "klein"], indirect=True)  # Qwen's pipeline takes no latents
+    def test_numbers_that_are_not_finite_are_refused_before_any_work(self, family, count_calls):
+        super().test_numbers_that_are_not_finite_are_refused_before_any_work(family, count_calls)
+
+    # Qwen's pipeline draws the picture's latents, where others take the most likely ones.
+    @pytest.mark.parametrize("inpaint", ["kontext", "klein"], indirect=True)
+    def test_reused_encodings_change_no_bit(self, family):
+        super().test_reused_encodings_change_no_bit(family)
+
+    @pytest.mark.parametrize("inpaint", ["kontext", "klein"], indirect=True)
+    def test_encoding_undoes_what_decoding_does(self, family):
+        super().test_encoding_undoes_what_decoding_does(family)
