@@ -139,6 +139,11 @@ class Bench:
             self.given = case.setting, real_models.arguments(self.pipe, case.height, case.width, case.batch)
         return self.given[1]
 
+    @property
+    def stock_steps(self) -> int:
+        """Steps of the stock pipeline that SpecEdit is compared with."""
+        return int(getattr(self.args, "stock_steps", STOCK_STEPS))
+
     def execute(self, how: str) -> None:
         if how == self.execution:
             return
@@ -206,7 +211,7 @@ class Bench:
                 torch.cuda.reset_peak_memory_stats()
             taken = []
             for _ in range(self.args.repeat):
-                taken.append(self.call(case, **({} if case.preset else dict(num_inference_steps=STOCK_STEPS))))
+                taken.append(self.call(case, **({} if case.preset else dict(num_inference_steps=self.stock_steps))))
                 if case.preset is not None:
                     report = specedit.report(self.pipe)
                     stage_seconds.append([stage.seconds for stage in report.stages])
@@ -214,6 +219,8 @@ class Bench:
                     break
         peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else None
         done = dict(case=asdict(case), attention=attention, seconds=taken, first_seconds=first, peak_memory=peak)
+        if case.preset is None and self.stock_steps != STOCK_STEPS:
+            done["steps"] = self.stock_steps
         if report is not None:
             stages = [
                 dict(name=s.name, steps=s.steps, tokens=s.tokens, flops=s.flops, seconds=statistics.median(seconds))

@@ -9,7 +9,8 @@ number of tokens. --tiny uses small widths, on any machine.
 
 --changes "reference_refresh=4 guidance_range=(0.2,0.9)" overrides further fields of the presets.
 
-Stock's 50 steps run in full, with the fastest attention backend, eager and under compile_repeated_blocks.
+Stock's 50 steps (--stock-steps: 4 of a distilled model) run in full, with the fastest attention backend, eager and
+under compile_repeated_blocks.
 """
 
 from __future__ import annotations
@@ -64,18 +65,20 @@ def rows(measurements: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found_rows = []
     for case, m in measured:
         for other, stock in measured:
+            steps = stock.get("steps", STOCK_STEPS)
             if case.preset is None or other.preset is not None or other.setting != case.setting:
                 continue
             seconds, seconds_stock = statistics.median(m["seconds"]), statistics.median(stock["seconds"])
-            speedup = seconds_stock / seconds
+            speedup, flops_ratio = seconds_stock / seconds, m["flops_ratio"] * steps / STOCK_STEPS
             found_rows.append(
                 dict(
                     model=case.model, preset=case.preset, restore=case.restore, edit_fraction=m["edit_fraction"],
                     height=case.height, width=case.width, batch=case.batch, shape=case.shape, changes=case.changes,
                     execution=case.execution, attention=m["attention"],
-                    baseline=f"stock {STOCK_STEPS} steps, {other.execution}, {stock['attention']} attention",
-                    seconds_stock=seconds_stock, seconds=seconds, speedup=speedup, flops_ratio=m["flops_ratio"],
-                    quotient=speedup / m["flops_ratio"],
+                    baseline=f"stock {steps} steps, {other.execution}, {stock['attention']} attention",
+                    seconds_stock=seconds_stock, seconds=seconds, speedup=speedup,
+                    flops_ratio=flops_ratio, stock_steps=steps,
+                    quotient=speedup / flops_ratio,
                     spread_stock=max(stock["seconds"]) - min(stock["seconds"]),
                     spread=max(m["seconds"]) - min(m["seconds"]),
                     repeats_stock=len(stock["seconds"]), repeats=len(m["seconds"]), first_seconds=m["first_seconds"],
@@ -200,10 +203,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--part", choices=["edits", "transformer"], default="edits")
     parser.add_argument("--minutes", type=float, help="stop before the measurement that would not fit")
     parser.add_argument("--repeat", type=int, default=3, help="timed calls of each; the median counts")
+    parser.add_argument("--stock-steps", type=int, default=STOCK_STEPS, help="of the stock pipeline that is compared")
     parser.add_argument("--enough", type=float, default=120, help="seconds of timed calls after which repetition stops")
     parser.add_argument("--retry", action="store_true", help="retry failed cases")
     parser.add_argument("--tiny", action="store_true", help="small widths and pictures, to test the harness")
-    several("model", list(real_models.MODELS), choices=list(real_models.MODELS))
+    several("model", ["flux-kontext", "qwen-image-edit"], choices=list(real_models.MODELS))
     several("size", [(1024, 1024), (768, 768), (1440, 720)], type=size)
     several("batch", [1, 4], type=int)
     several("execution", list(EXECUTIONS), choices=EXECUTIONS)
@@ -217,8 +221,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         defaults |= dict(size=[(128, 128), (96, 192)], batch=[1, 2])
     for name, default in defaults.items():
         setattr(args, name, getattr(args, name) or default)
-    if min(args.repeat, *args.batch) < 1:
-        parser.error("--repeat, --batch: expected at least 1")
+    if min(args.repeat, args.stock_steps, *args.batch) < 1:
+        parser.error("--repeat, --batch, --stock-steps: expected at least 1")
     return args
 
 

@@ -26,9 +26,14 @@ from diffusers import (
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
 from PIL import Image
 
+try:
+    from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
+except ImportError:  # a diffusers without FLUX.2
+    Flux2KleinPipeline = None
+
 from specedit.cost.tables import FLUX_SCHEDULER, QWEN_SCHEDULER
 
-T5_TOKENS = 512
+T5_TOKENS = 512  # and those of FLUX.2's prompts
 # Tokens of instruction and template besides the 1,340 vision tokens of a one-megapixel picture. The negative prompt, a
 # single space, is a little shorter.
 VL_TOKENS, NEGATIVE_VL_TOKENS = 1400, 1352
@@ -47,6 +52,10 @@ QWEN_TRANSFORMER = dict(
     patch_size=2, in_channels=64, out_channels=16, num_layers=60, attention_head_dim=128, num_attention_heads=24,
     joint_attention_dim=3584, guidance_embeds=False, axes_dims_rope=(16, 56, 56),
 )  # fmt: skip
+KLEIN_TRANSFORMER = dict(
+    patch_size=1, in_channels=128, num_layers=5, num_single_layers=20, attention_head_dim=128, num_attention_heads=24,
+    joint_attention_dim=7680, axes_dims_rope=(32, 32, 32, 32), guidance_embeds=False,
+)  # fmt: skip
 QWEN_VAE = dict(base_dim=96, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True])
 
 TINY_FLUX = dict(
@@ -56,6 +65,10 @@ TINY_FLUX = dict(
 TINY_QWEN = dict(
     num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32, axes_dims_rope=(4, 4, 8)
 )
+TINY_FLUX2 = dict(
+    num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32,
+    axes_dims_rope=(4, 4, 4, 4),
+)  # fmt: skip
 TINY_TEXT = 8
 
 
@@ -89,18 +102,33 @@ def qwen_image_edit(device: str, dtype: torch.dtype, tiny: bool = False) -> Qwen
     return _pipeline(QwenImageEditPipeline, QWEN_SCHEDULER, transformer, vae, "processor")
 
 
-def _pipeline(cls: type, scheduler: dict, transformer, vae, *missing: str) -> DiffusionPipeline:
+def flux2_klein_4b(device: str, dtype: torch.dtype, tiny: bool = False) -> DiffusionPipeline:
+    """FLUX.2-klein-4B, which is distilled: 5 double and 20 single blocks, 24 heads of 128, its autoencoder."""
+    small = dict(block_out_channels=(4,) * 4, layers_per_block=1, norm_num_groups=1) if tiny else {}
+    with made_on(device, dtype):
+        transformer = Flux2Transformer2DModel(**KLEIN_TRANSFORMER | (TINY_FLUX2 if tiny else {}))
+        vae = AutoencoderKLFlux2(**small)
+    return _pipeline(Flux2KleinPipeline, FLUX_SCHEDULER, transformer, vae, is_distilled=True)
+
+
+def _pipeline(cls: type, scheduler: dict, transformer, vae, *missing: str, **more) -> DiffusionPipeline:
     for part in (transformer, vae):
         part.eval().requires_grad_(False)
     absent = dict.fromkeys(("text_encoder", "tokenizer", *missing))
     pipe = cls(
-        scheduler=FlowMatchEulerDiscreteScheduler.from_config(scheduler), vae=vae, transformer=transformer, **absent
+        scheduler=FlowMatchEulerDiscreteScheduler.from_config(scheduler),
+        vae=vae,
+        transformer=transformer,
+        **absent,
+        **more,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 MODELS = {"flux-kontext": flux_kontext, "qwen-image-edit": qwen_image_edit}
+if Flux2KleinPipeline is not None:
+    MODELS["flux2-klein-4b"] = flux2_klein_4b
 
 
 def arguments(pipe: DiffusionPipeline, height: int, width: int, batch: int, seed: int = 0) -> dict:
@@ -120,6 +148,9 @@ def arguments(pipe: DiffusionPipeline, height: int, width: int, batch: int, seed
             pooled_prompt_embeds=embedding(batch, config.pooled_projection_dim),
             max_area=height * width, _auto_resize=False,
         )  # fmt: skip
+    if Flux2KleinPipeline is not None and isinstance(pipe, Flux2KleinPipeline):
+        tokens = TINY_TEXT if tiny else T5_TOKENS
+        return call | dict(prompt_embeds=embedding(batch, tokens, config.joint_attention_dim))
     for prefix, tokens in (("", VL_TOKENS), ("negative_", NEGATIVE_VL_TOKENS)):
         tokens = TINY_TEXT if tiny else tokens
         call[f"{prefix}prompt_embeds"] = embedding(batch, tokens, config.joint_attention_dim)
