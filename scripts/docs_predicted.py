@@ -234,6 +234,6 @@ def host_time(name: str) -> str:
         )
     return table(["call", "us", "us before", "ratio"], rows) + (
         f"\n\nMicroseconds of the calling thread on a CPU, torch {result['machine']['torch']}, over a driver that "
-        "runs nothing, beside a version that prepared nothing: the ratio counts, not the time. A packed call without a plan "
-        "has a second launch, which orders its query blocks."
+        "runs nothing, beside a version that prepared nothing: the ratio counts, not the time. A packed call without a "
+        "plan has a second launch, which orders its query blocks."
     )
