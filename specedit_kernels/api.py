@@ -370,11 +370,11 @@ def mixed_attention(
     kept: tuple[Any, ...] = (None, None, 0, 0)
     if isinstance(block_keep, BlockKeep):
         kept = (block_keep.offsets, block_keep.blocks, block_keep.query_block, block_keep.key_block)
-    tiles: tuple[Any, ...] = (None, 0)
+    order: tuple[Any, ...] = (None, 0, None, None, None, 0)
     if plan is not None:
         cu_seqlens_q, cu_seqlens_k, key_bias = plan.complete(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias)
-        tiles = (plan.query_tiles, plan.tile_rows)
-    args = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias, scale, return_lse, *kept, *tiles)
+        order = plan.arguments
+    args = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias, scale, return_lse, *kept, *order)
     name, written = "mixed_attention", out if return_lse else (out, None)
     if out is not None and isinstance(written, tuple) and len(written) == 2:
         name, args = "mixed_attention_out", (*args, *written)

@@ -31,6 +31,7 @@ _SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 10
 # The matrix instruction, as cuobjdump prints it; sm_100's tcgen05.mma is UTC*MMA.
 _MATRIX = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: r"UTC\w*MMA", 103: r"UTC\w*MMA", 120: "HMMA"}
 _STRIDES = ("_sample", "_token", "_row", "_head", "_child")
+_ORDER = ("key_order", "key_counts", "tile_bias")  # of keys whose blocks share a bias
 _LISTS = ("block_offsets", "blocks", "list_rows", "listed", "list_sample", "list_head")  # of key blocks, when there are
 _LAST_STRIDES = ("_dim", "_channel", "bias_key")
 
@@ -66,12 +67,13 @@ class Result:
 
 def _attention(table: dict[str, Any]) -> Iterator[Variant]:
     from .gpu.attention import attend
+    from .gpu.attention_order import order_keys
     from .gpu.attention_plan import plan_tiles
 
     everything = {"PACKED": True, "PLANNED": True, "HAS_BIAS": True, "SCALE_FIRST": True, "HAS_LSE": True}
     nothing = dict.fromkeys(everything, False) | dict.fromkeys(("bias", "lse", "cu_q", "cu_k", "plan"))
     lengths = {"cu_q": "i32", "cu_k": "i32", "plan": "i32"}
-    unlisted = {"LISTED": False, "QUERY_BLOCK": 0, "KEY_BLOCK": 0} | dict.fromkeys(_LISTS)
+    unlisted = {"LISTED": False, "QUERY_BLOCK": 0, "KEY_BLOCK": 0, "ORDERED": False} | dict.fromkeys((*_LISTS, *_ORDER))
     entries = [(True, entry) for entry in table.get("attention_tma", [])]
     for with_descriptors, entry in entries + [(False, entry) for entry in table["attention"]]:
         config, width = entry["config"], entry["shape"]["head_dim"]
@@ -99,6 +101,7 @@ def _attention(table: dict[str, Any]) -> Iterator[Variant]:
             packed = Variant(f"{label} packed bias lse", attend, pointers | lengths, fixed | everything, options,
                              ("scale_log2",), half)  # fmt: skip
             yield packed
+            yield _ordered(packed)
             if dim == width and element != "fp16":
                 dense = Variant(f"{label} dense", attend, pointers, fixed | nothing, options, ("scale_log2",), half)
                 yield dense
@@ -106,7 +109,17 @@ def _attention(table: dict[str, Any]) -> Iterator[Variant]:
                 yield Variant(f"{label} packed bias lse gqa", attend, pointers | lengths, fixed | everything, options,
                               ("scale_log2",), half, grouped=True)  # fmt: skip
         blocks = {"BLOCK_M": config["block_m"], "BLOCK_B": 128, "BLOCK_T": 128}
+        fixed = {"PACKED": True, "BLOCK_N": config["block_n"], "BLOCK_T": 16}
+        order = {"bias": "fp32", "cu_k": "i32", "key_order": "i32", "key_counts": "i32", "tile_bias": "fp32"}
+        yield Variant(f"order_keys {config['block_n']}", order_keys, order, fixed, {"num_warps": 4})
         yield Variant(f"plan_tiles {config['block_m']}", plan_tiles, lengths, blocks, {"num_warps": 4})
+
+
+def _ordered(variant: Variant) -> Variant:
+    """A configuration with a plan that lists the blocks of keys that share a bias."""
+    constants = {name: value for name, value in variant.constants.items() if name not in _ORDER} | {"ORDERED": True}
+    pointers = variant.pointers | {"key_order": "i32", "key_counts": "i32", "tile_bias": "fp32"}
+    return replace(variant, name=f"{variant.name} planned", pointers=pointers, constants=constants)
 
 
 def _listed(variant: Variant) -> Iterator[Variant]:

@@ -34,7 +34,8 @@ _SCHEMAS = {
     "mixed_attention": (
         "(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q,"
         " Tensor? key_bias, Scalar? scale, bool return_lse, Tensor? block_offsets=None, Tensor? blocks=None,"
-        " int query_block=0, int key_block=0, Tensor? query_tiles=None, int tile_rows=0) -> (Tensor, Tensor)"
+        " int query_block=0, int key_block=0, Tensor? query_tiles=None, int tile_rows=0,"
+        " Tensor? key_order=None, Tensor? key_counts=None, Tensor? tile_bias=None, int tile_keys=0) -> (Tensor, Tensor)"
     ),
     "qk_norm_rope": (
         "(Tensor q, Tensor k, Tensor? v, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps,"
@@ -91,6 +92,10 @@ def _mixed_attention_torch(
     key_block: int = 0,
     query_tiles: torch.Tensor | None = None,
     tile_rows: int = 0,
+    key_order: torch.Tensor | None = None,
+    key_counts: torch.Tensor | None = None,
+    tile_bias: torch.Tensor | None = None,
+    tile_keys: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     attend = reference.mixed_attention
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -198,6 +203,10 @@ def mixed_attention_fake(
     key_block: int = 0,
     query_tiles: torch.Tensor | None = None,
     tile_rows: int = 0,
+    key_order: torch.Tensor | None = None,
+    key_counts: torch.Tensor | None = None,
+    tile_bias: torch.Tensor | None = None,
+    tile_keys: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (*q.shape[:-3], q.shape[-2], q.shape[-3]) if return_lse else (0,)
     dtype = torch.float64 if return_lse and q.dtype == torch.float64 else torch.float32

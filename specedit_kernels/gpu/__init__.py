@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .attention_launch import parameters, prepare_attention
+from .attention_order import order
 from .attention_plan import Schedule
 from .expand import prepare_contract, prepare_expand
 from .launch import Config, check_device
@@ -42,22 +43,31 @@ def prepare(name: str, args: tuple[Any, ...], tuned: dict[str, Config] | None = 
 
 
 def plan(
-    cu_q: torch.Tensor,
-    cu_k: torch.Tensor,
+    cu_q: torch.Tensor | None,
+    cu_k: torch.Tensor | None,
+    bias: torch.Tensor | None,
     queries: int,
     keys: int,
     longest: int | None,
     head_dim: int,
     dtype: torch.dtype,
-) -> tuple[torch.Tensor | None, int]:
-    """The order of query blocks of packed sequences, and the rows of a block; None for a single sequence."""
-    device, sequences = cu_q.device, cu_q.shape[0] - 1
+) -> tuple[torch.Tensor | int | None, ...]:
+    """The fields of an `AttentionPlan` from `query_tiles` on: for aligned tensors, which most are."""
+    given = cu_k if cu_k is not None else bias
+    assert given is not None  # `planning.plan` has looked
+    device = given.device
     check_device(device)
+    sequences = 1 if cu_k is None else cu_k.shape[0] - 1
     config, _ = parameters(device, dtype.itemsize, head_dim, keys // sequences, True, None)
-    if sequences == 1:
-        return None, 0
+    rows, columns = config["block_m"], config["block_n"]
+    query_tiles: tuple[torch.Tensor | int | None, ...] = (None, 0)
+    key_order: tuple[torch.Tensor | int | None, ...] = (None, None, None, 0)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        return Schedule(sequences, queries, keys, longest, config["block_m"])(cu_q, cu_k), config["block_m"]
+        if cu_q is not None and cu_k is not None and sequences > 1:
+            query_tiles = Schedule(sequences, queries, keys, longest, rows)(cu_q, cu_k), rows
+        if bias is not None:
+            key_order = *order(bias, cu_k, columns), columns
+    return *query_tiles, *key_order
 
 
 def _on(device: torch.device, call: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,21 +6,34 @@ import triton
 import triton.language as tl
 
 from .attention_blocks import _kept_tiles, _tile_start
+from .attention_order import _ordered_tile, _tile_counts
 from .attention_parts import LOG2_E, _attend_block, _store_rows
 from .attention_plan import _rows_before, _span, _work
 
 
+@triton.jit
+def _load_tile(rows, at, row_stride, offsets, in_dim, WHOLE_DIM: tl.constexpr):
+    """The block of keys or values [BN, D] that begins at row `at`."""
+    if WHOLE_DIM:
+        tile = tl.load(rows + tl.cast(at, tl.int64) * row_stride + offsets)
+    else:
+        tile = tl.load(rows + tl.cast(at, tl.int64) * row_stride + offsets, mask=in_dim, other=0)
+    return tile
+
+
 @triton.jit(do_not_specialize=["tiles", "queries", "keys", "scale_log2", "bias_sample", "list_rows", "listed",
                                "list_sample", "list_head"],
-            do_not_specialize_on_alignment=["cu_q", "cu_k", "plan", "block_offsets", "blocks"])  # fmt: skip
+            do_not_specialize_on_alignment=["cu_q", "cu_k", "plan", "block_offsets", "blocks", "key_order",
+                                            "key_counts", "tile_bias"])  # fmt: skip
 def attend(
     q, k, v, q_desc, k_desc, v_desc, bias, out, lse, cu_q, cu_k, plan, tiles, heads, group, queries, keys, scale_log2,
     q_sample, q_row, q_head, q_dim, k_sample, k_row, k_head, k_dim, v_sample, v_row, v_head, v_dim,
     bias_sample, bias_key, block_offsets, blocks, list_rows, listed, list_sample, list_head,
+    key_order, key_counts, tile_bias,
     DIM: tl.constexpr, DIM_P2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PACKED: tl.constexpr, PLANNED: tl.constexpr, DESCRIPTORS: tl.constexpr, HAS_BIAS: tl.constexpr,
     SCALE_FIRST: tl.constexpr, HAS_LSE: tl.constexpr, PRECISION: tl.constexpr, LISTED: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
     """out_i = sum_j p_ij v_j / sum_j p_ij,  p_ij = exp(scale * q_i . k_j + bias_j),  lse_i = log sum_j p_ij
 
@@ -28,7 +41,7 @@ def attend(
     heads reads the same key head. The last, partial block of keys is handled after the main loop, which needs no mask
     then. Its loads are masked, so rows past the sequence, another sample's, are never read. With DESCRIPTORS, full
     blocks are loaded through TMA. With LISTED, only the key blocks in the query block's list are read, by tiles that
-    divide them.
+    divide them. With ORDERED, a plan lists the blocks whose keys share a bias: a loop of their own adds it per row.
     """
     tile = tl.program_id(0) % tiles
     head = tl.program_id(0) // tiles
@@ -88,26 +101,46 @@ def attend(
         # Offsets within a block fit 32 bits (`_with_batch` ensures it); the block's own offset is a 64-bit scalar.
         k_offsets = n[:, None] * k_row + d[None, :] * k_dim  # [BN, D]
         v_offsets = n[:, None] * v_row + d[None, :] * v_dim  # [BN, D]
+    if ORDERED:
+        mine = sample.to(tl.int32)
+        if PACKED:
+            mine = sequence
+        slot = (tl.cast(sample, tl.int64) * keys + k_start) // BLOCK_N
+        shared, others = _tile_counts(key_counts, mine, whole // BLOCK_N)
+        others_at = slot + whole // BLOCK_N - others
+        upcoming, rise = _ordered_tile(key_order, tile_bias, slot, 0, shared, whole, BLOCK_N)
+        for i in range(0, shared):
+            at, shift = upcoming, rise
+            upcoming, rise = _ordered_tile(key_order, tile_bias, slot, i + 1, shared, whole, BLOCK_N)
+            if DESCRIPTORS:
+                key = k_desc.load([sample.to(tl.int32), kv_head, k_start + at, 0]).reshape(BLOCK_N, DIM_P2)
+                value = v_desc.load([sample.to(tl.int32), kv_head, k_start + at, 0]).reshape(BLOCK_N, DIM_P2)
+            else:
+                key = _load_tile(k, at, k_row, k_offsets, in_dim, DIM == DIM_P2)
+                value = _load_tile(v, at, v_row, v_offsets, in_dim, DIM == DIM_P2)
+            peak, total, acc = _attend_block(query, key, value, bias_row, in_keys, peak, total, acc, scale_log2, shift,
+                                             False, False, False, True, PRECISION)  # fmt: skip
+        steps = others * BLOCK_N
+        upcoming, rise = _ordered_tile(key_order, tile_bias, others_at, 0, others, whole, BLOCK_N)
     for start in range(0, steps, BLOCK_N):
         at = start
         if LISTED:
             at = upcoming
             upcoming = _tile_start(blocks, entry, start + BLOCK_N, steps, whole, BLOCK_N, KEY_BLOCK)
+        if ORDERED:
+            at = upcoming
+            upcoming, rise = _ordered_tile(key_order, tile_bias, others_at, start // BLOCK_N + 1, others, whole,
+                                           BLOCK_N)  # fmt: skip
         if DESCRIPTORS:
             key = k_desc.load([sample.to(tl.int32), kv_head, k_start + at, 0]).reshape(BLOCK_N, DIM_P2)
             value = v_desc.load([sample.to(tl.int32), kv_head, k_start + at, 0]).reshape(BLOCK_N, DIM_P2)
         else:
-            offset = tl.cast(at, tl.int64)
-            if DIM == DIM_P2:
-                key = tl.load(k + offset * k_row + k_offsets)
-                value = tl.load(v + offset * v_row + v_offsets)
-            else:
-                key = tl.load(k + offset * k_row + k_offsets, mask=in_dim, other=0)
-                value = tl.load(v + offset * v_row + v_offsets, mask=in_dim, other=0)
+            key = _load_tile(k, at, k_row, k_offsets, in_dim, DIM == DIM_P2)
+            value = _load_tile(v, at, v_row, v_offsets, in_dim, DIM == DIM_P2)
         if HAS_BIAS:
             bias_row = tl.load(bias + tl.cast(at, tl.int64) * bias_key + n * bias_key) * LOG2_E
-        peak, total, acc = _attend_block(query, key, value, bias_row, in_keys, peak, total, acc, scale_log2,
-                                         HAS_BIAS, SCALE_FIRST, False, PRECISION)  # fmt: skip
+        peak, total, acc = _attend_block(query, key, value, bias_row, in_keys, peak, total, acc, scale_log2, 0.0,
+                                         HAS_BIAS, SCALE_FIRST, False, False, PRECISION)  # fmt: skip
     has_tail = whole < length
     if LISTED:
         has_tail = keeps_tail
@@ -121,7 +154,7 @@ def attend(
         value = tl.load(v + offset * v_row + v_last, mask=in_keys[:, None] & in_dim, other=0)
         if HAS_BIAS:
             bias_row = tl.load(bias + offset * bias_key + n * bias_key, mask=in_keys, other=0) * LOG2_E
-        peak, total, acc = _attend_block(query, key, value, bias_row, in_keys, peak, total, acc, scale_log2,
-                                         HAS_BIAS, SCALE_FIRST, True, PRECISION)  # fmt: skip
+        peak, total, acc = _attend_block(query, key, value, bias_row, in_keys, peak, total, acc, scale_log2, 0.0,
+                                         HAS_BIAS, SCALE_FIRST, True, False, PRECISION)  # fmt: skip
 
     _store_rows(out, lse, peak, total, acc, sample, head, first, q_stop, queries, heads, DIM, DIM_P2, BLOCK_M, HAS_LSE)

@@ -77,6 +77,10 @@ class Call(NamedTuple):
     key_block: int = 0
     query_tiles: torch.Tensor | None = None
     tile_rows: int = 0
+    key_order: torch.Tensor | None = None
+    key_counts: torch.Tensor | None = None
+    tile_bias: torch.Tensor | None = None
+    tile_keys: int = 0
     out: torch.Tensor | None = None
     lse: torch.Tensor | None = None
 
@@ -123,10 +127,12 @@ class PreparedAttention:
             tiles, heads, group, queries, keys, scale * math.log2(math.e), *strides,
             *((0, 0) if bias is None else bias.stride()),
         )  # fmt: skip
+        alike = call.key_order is not None and call.tile_keys == block_n and lists is None
+        self._ordered = alike and bias is not None and scale > 0
         self._switches = (
             dim, dim_p2, block_m, block_n, packed, packed and sequences > 1, descriptors, bias is not None,
             bias is not None or not scale > 0, call.return_lse, "ieee" if q.dtype == torch.float32 else "tf32",
-            lists is not None, call.query_block, call.key_block,
+            lists is not None, call.query_block, call.key_block, self._ordered,
         )  # fmt: skip
         options = {name: config[name] for name in ("num_warps", "num_stages")}
         self._launch = Launch(attend, (tiles * heads * batch, 1, 1), described, **options)
@@ -165,7 +171,10 @@ class PreparedAttention:
         described = (q, k, v) if self._described else (None, None, None)
         lists = call.lists
         listed = (None,) * 6 if lists is None else lists.arguments()
-        self._launch(q, k, v, *described, bias, out, lse, cu_q, cu_k, table, *self._sizes, *listed, *self._switches)
+        order = (call.key_order, call.key_counts, call.tile_bias) if self._ordered else (None, None, None)
+        self._launch(
+            q, k, v, *described, bias, out, lse, cu_q, cu_k, table, *self._sizes, *listed, *order, *self._switches
+        )
         return out, lse
 
 

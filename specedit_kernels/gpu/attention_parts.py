@@ -1,4 +1,4 @@
-"""The steps that both attention kernels share."""
+"""The steps of the attention kernel."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
 
 @triton.jit
 def _attend_block(
-    query, key, value, bias_row, in_keys, peak, total, acc, scale_log2,
-    HAS_BIAS: tl.constexpr, SCALE_FIRST: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    query, key, value, bias_row, in_keys, peak, total, acc, scale_log2, shift,
+    HAS_BIAS: tl.constexpr, SCALE_FIRST: tl.constexpr, MASKED: tl.constexpr, SHIFTED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of the running softmax: query [BM, D], key and value [BN, D], peak and total [BM], acc [BM, D].
 
@@ -21,6 +22,8 @@ def _attend_block(
 
     Scale and bias are one multiply-add per element. SCALE_FIRST is needed with a bias, or with a scale that is not
     positive. Without it the maximum is taken over the plain products, and scale and peak are one multiply-add.
+    SHIFTED: all keys of the block have the same bias, `shift`. It is added once a row, to the maximum and so to what is
+    subtracted, and costs nothing per element.
     """
     s = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BM, BN]
     if SCALE_FIRST:
@@ -33,11 +36,15 @@ def _attend_block(
     if not SCALE_FIRST:
         highest = highest * scale_log2
         s = s * scale_log2
+    if SHIFTED:
+        highest += shift
     new_peak = tl.maximum(peak, highest)
     # While all keys so far are hidden, the peak is -inf, and -inf - -inf would be NaN.
     base = tl.where(new_peak == float("-inf"), 0.0, new_peak) if HAS_BIAS else new_peak
-    p = tl.exp2(s - base[:, None])  # [BM, BN]
     shrink = tl.exp2(peak - base)  # [BM]
+    if SHIFTED:
+        base -= shift
+    p = tl.exp2(s - base[:, None])  # [BM, BN]
     total = total * shrink + tl.sum(p, axis=1)
     acc = tl.dot(p.to(value.dtype), value, acc * shrink[:, None], input_precision=PRECISION)
     return new_peak, total, acc

@@ -162,11 +162,11 @@ def test_every_kernel_is_listed():
     """A kernel somebody adds to gpu/ must also be compiled by the check."""
     from triton.runtime.jit import JITFunction
 
-    from specedit_kernels.gpu import attention, attention_plan, expand, launch, norm_rope, rows, sums
+    from specedit_kernels.gpu import attention, attention_order, attention_plan, expand, launch, norm_rope, rows, sums
 
     defaults = json.loads((launch.CONFIG_FOLDER / "default_sm_90.json").read_text())
     listed = {variant.kernel.fn.__name__ for variant in compile_check.variants(defaults)}
-    modules = (attention, attention_plan, expand, norm_rope, rows, sums)
+    modules = (attention, attention_order, attention_plan, expand, norm_rope, rows, sums)
     launched = {
         name for module in modules for name, value in vars(module).items()
         if isinstance(value, JITFunction) and not name.startswith("_")

@@ -1,12 +1,13 @@
 """Plans: made once for sequences of some lengths, and the same results as without."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 import specedit_kernels as kernels
-from tests.kernels.test_attention import LENGTHS, expected, packed
+from tests.kernels.test_attention import LENGTHS, expected, packed, softmax_attention
 
 
 def planned(cu_q, cu_k, q, k, backend, **more):
@@ -25,6 +26,61 @@ def test_a_plan_changes_nothing(backend, dtype, device, rng, as_good, lengths):
     out, lse = kernels.mixed_attention(q, k, v, plan=plan, return_lse=True, backend=backend)
     as_good(out, exact[0], same[0])
     as_good(lse, exact[1], same[1])
+
+
+def runs(keys, generator):
+    """A bias that is constant over long runs of keys, hides a run, and differs within another."""
+    bias = torch.zeros(keys)
+    bias[keys // 4 : keys // 2] = math.log(4)
+    bias[keys // 2 : 5 * keys // 8] = -math.inf
+    bias[-keys // 5 :] = torch.randn(len(bias[-keys // 5 :]), generator=generator)
+    return bias
+
+
+@pytest.mark.parametrize("dim, scale", [(64, None), (48, None), (64, -0.1)])
+def test_runs_of_one_bias_give_what_single_biases_give(backend, dtype, device, rng, as_good, dim, scale):
+    lengths = [[70, 0, 3], [650, 40, 129]]
+    q, k, v, cu_q, cu_k = packed(rng, device, dtype, 2, dim, *lengths)
+    bias = torch.cat([runs(n, rng) for n in lengths[1]]).to(device)
+    used = dim**-0.5 if scale is None else scale
+    exact, same = (expected(q, k, v, cu_q, cu_k, bias, used, one) for one in (torch.float64, dtype))
+    plan = planned(cu_q, cu_k, q, k, backend, key_bias=bias)
+    out, lse = kernels.mixed_attention(q, k, v, plan=plan, scale=scale, return_lse=True, backend=backend)
+    as_good(out, exact[0], same[0])
+    as_good(lse, exact[1], same[1])
+
+
+def test_dense_batches_are_planned_for_their_bias(backend, dtype, device, rng, as_good):
+    q, k, v = (torch.randn(2, n, 2, 64, generator=rng).to(device, dtype) for n in (40, 333, 333))
+    bias = torch.stack([runs(333, rng), torch.full((333,), -math.inf)]).to(device)
+    plan = kernels.plan(total_q=40, total_k=333, head_dim=64, dtype=dtype, key_bias=bias, backend=backend)
+    out = kernels.mixed_attention(q, k, v, plan=plan, backend=backend)
+    for b in range(2):
+        exact, same = (softmax_attention(q[b], k[b], v[b], bias[b], 0.125, one)[0] for one in (torch.float64, dtype))
+        as_good(out[b], exact, same)
+    with pytest.raises(ValueError, match="key_bias: expected a bias or areas without cu_seqlens"):
+        kernels.plan(total_q=40, total_k=333, head_dim=64, dtype=dtype, backend=backend)
+
+
+def test_blocks_of_keys_are_listed_by_what_their_bias_needs(backend, device, rng):
+    if backend != "triton":
+        pytest.skip("plain PyTorch lists none")
+    bias = torch.tensor([0.0] * 16 + [1.0] * 16 + [-math.inf] * 16 + [0.0, 1.0] * 8 + [2.0] * 9, device=device)
+    plan = kernels.plan(total_q=5, total_k=73, head_dim=16, dtype=torch.float32, key_bias=bias[None], backend=backend)
+    assert plan.tile_keys == 16 and plan.key_counts.tolist() == [[2, 1]]
+    assert plan.key_order[:2].tolist() == [0, 1] and plan.key_order[3] == 3  # the hidden block leaves a gap
+    torch.testing.assert_close(plan.tile_bias[:2].cpu(), torch.tensor([0.0, 1 / math.log(2)]))
+
+
+def test_a_plan_for_other_sequences_stays_within_the_tensors(backend, device, rng):
+    """cu_seqlens may change under a graph that holds a plan: nothing outside is read."""
+    if backend != "triton":
+        pytest.skip("plain PyTorch reads no plan")
+    q, k, v, cu_q, cu_k = packed(rng, device, torch.float32, 1, 16, [20, 7], [300, 41])
+    plan = planned(cu_q, cu_k, q, k, backend, key_bias=torch.zeros(341, device=device))
+    wrong = torch.tensor([0, 41, 341], dtype=torch.int32, device=device)
+    out = kernels.mixed_attention(q, k, v, plan=dataclasses.replace(plan, cu_seqlens_k=wrong), backend=backend)
+    assert out.isfinite().all()
 
 
 def test_a_call_brings_the_bias_that_its_plan_lacks(backend, device, rng):
@@ -51,6 +107,7 @@ def test_bad_plans_are_rejected(backend, device):
     for arguments, error, text in (
         ({"areas": torch.ones(6), "key_bias": torch.zeros(6)}, ValueError, "areas: expected None with a key_bias"),
         ({"areas": torch.ones(5)}, ValueError, r"key_bias: expected shape \(6,\)"),
+        ({"areas": torch.ones(2, 3)}, ValueError, "key_bias: expected 1 dimensions"),
         ({"key_bias": torch.zeros(6).half()}, TypeError, "key_bias: expected dtype float32"),
         ({"dtype": torch.int32}, TypeError, "q: expected dtype"),
         ({"max_seqlen_q": -1}, ValueError, "max_seqlen_q: expected at least 0"),

@@ -21,7 +21,7 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
-from specedit_kernels import KeyGroups, attention_backend, mixed_attention, plan
+from specedit_kernels import AttentionPlan, KeyGroups, attention_backend, mixed_attention, plan
 from specedit_kernels.key_groups import NotMergeable
 
 from ...method.sparse_blocks import BlockPredictor
@@ -213,15 +213,29 @@ class ByKernels(Context):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Mixed(ByKernels):
-    """Sequences of one length."""
+    """Sequences of one length. plan: of their keys' bias, or None."""
 
     index: Tensor
+    plan: AttentionPlan | None = None
+
+    def with_plan(self, batch: int, dtype: torch.dtype) -> Self:
+        """The same with a plan for `batch` samples of queries of a dtype: made once a stage, not in every block."""
+        if self.key_bias is None or self.aligned is not None or self.groups is not None:
+            return self
+        bias = self.key_bias.expand(batch, -1)
+        made = plan(
+            total_q=bias.shape[1], total_k=bias.shape[1], head_dim=2 * self.rotary[0].shape[-1], dtype=dtype,
+            key_bias=bias, backend=self.backend,
+        )  # fmt: skip
+        return replace(self, plan=made)
 
     def grouped(self, key_bias: Tensor) -> KeyGroups:
         return KeyGroups.of(key_bias if key_bias.ndim == 2 else key_bias[None])
 
     def launch(self, scale: Rotated, v: Tensor, bias: Tensor | None, query_rows: QueryRows | Packing | None) -> Tensor:
         keep = None if self.blocks is None else self.blocks.dense(*scale)
+        if self.plan is not None:
+            return mixed_attention(*scale, v, plan=self.plan, block_keep=keep, backend=self.backend)
         return mixed_attention(*scale, v, block_keep=keep, **self.biased(bias))
 
 

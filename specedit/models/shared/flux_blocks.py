@@ -144,7 +144,7 @@ class FluxBlocks(BlockAdapter):
         return contexts.Mixed(
             rotary=tables, index=index, key_bias=bias, aligned=aligned, backend=state.backend, blocks=group.blocks,
             output_rows=rows if state.trims_last_block else None,
-        )  # fmt: skip
+        ).with_plan(len(group.tokens), state.conditioning.dtype)  # fmt: skip
 
     @staticmethod
     def _rotary(run: Run, ids: Tensor) -> contexts.Tables:
