@@ -42,6 +42,7 @@ MAKERS = {
     "training": measured.training,
     "verification": measured.verification,
     "decoding": measured.decoding,
+    "call-overhead": measured.call_overhead,
     "roofline": predicted.roofline,
     "scale": docs_scale.machines,
     "scale-count": docs_scale.count,

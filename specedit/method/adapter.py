@@ -68,6 +68,7 @@ class EditState:
     fixed_prefix: bool = False  # as of the adapter: references stay fine, and the target is computed alone
     keeps_prefix: bool = True  # whether the stock call computes text and references once, where it can
     conditioning: Conditioning = field(default_factory=Conditioning)  # the family's own: embeddings, guidance, ...
+    draft_features: list[Tensor] | None = None  # of the reference at the draft's size, once it was verified beside one
 
     def __post_init__(self) -> None:
         if not self.placements:

@@ -29,8 +29,12 @@ class Semantic(Selector):
             large = drafts.upsample(draft, draft_grid, scale, grid)
             first, second = (adapter.features(pipe, tokens, grid) for tokens in (large, beside(large, state)))
             return discrepancy(first, second, grid.shape)
-        reference = beside(draft, state, scale)
-        first, second = (adapter.features(pipe, tokens, draft_grid) for tokens in (draft, reference))
+        first = adapter.features(pipe, draft, draft_grid)
+        second = state.draft_features
+        if second is None:
+            second = adapter.features(pipe, beside(draft, state, scale), draft_grid)
+            if state.covered is None:  # else the draft's own content is in it
+                state.draft_features = second
         covered = (draft_grid.height * scale, draft_grid.width * scale)  # a draft may reach beyond an odd grid
         return discrepancy(first, second, covered)[:, : grid.height, : grid.width]
 
