@@ -39,6 +39,7 @@ MAKERS = {
     "plan-models": predicted.plan_models,
     "plan-qwen": predicted.plan_qwen,
     "switches": predicted.switches,
+    "modulation": predicted.modulation,
     "training": measured.training,
     "verification": measured.verification,
     "decoding": measured.decoding,
