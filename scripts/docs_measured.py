@@ -284,6 +284,25 @@ SESSIONS = {
 }
 
 
+OVERHEAD = {
+    "python_calls": "calls of Python functions", "python_ms": "Python, ms", "operators_ms": "other operators, ms",
+    "overhead_ms": "overhead, ms", "transformer_ms": "transformer's operators, ms", "call_ms": "call unprofiled, ms",
+}  # fmt: skip
+
+
+def call_overhead(name: str) -> str:
+    """What a call takes now and before, and the ratio of the two."""
+    result = load(name)
+    if result is None:
+        return "*not measured yet*"
+    now, before = ({row["code"]: row for row in result["rows"]}[code] for code in ("now", "before"))
+    rows = [
+        [what, f"{before[key]:,.0f}", f"{now[key]:,.0f}", f"{now[key] / before[key]:.2f}"]
+        for key, what in OVERHEAD.items()
+    ]
+    return table(["of one call", f"at {result['before']}", "now", "ratio"], rows) + source(result, name)
+
+
 def training(name: str) -> str:
     result = load(name)
     if result is None:

@@ -107,6 +107,25 @@ def share_of_draft(preset: str) -> float:
     return run["stages"][0]["flops"] / run["flops"]
 
 
+def modulation(name: str) -> str:
+    """Weights that only make modulation, and how often a run reads them."""
+    from specedit.config import resolve
+    from specedit.cost.flops import MODELS
+    from specedit.cost.flops import plan as predict
+
+    rows = []
+    for model in MODELS:
+        made = predict(resolve("turbo", restore="reference"), model, 1024, 1024, 0.2)["modulation"]
+        rows.append([
+            f"`{model}`", f"{made['weight_bytes'] / 1e9:.2f}", f"{made['reads']}", f"{made['reads_once']}",
+            f"{made['bytes_less'] / 1e9:.1f}", f"{made['kept_bytes'] / 1e6:.1f}",
+        ])  # fmt: skip
+    header = ["model", "GB of weights", 'reads, `"step"`', 'reads, `"once"`', "GB less a call", "MB kept"]
+    return table(header, rows) + (
+        '\n\n`turbo` with `restore="reference"`, one edit in bf16. Predicted by `specedit.flops.plan`, not measured.'
+    )
+
+
 def roofline(name: str) -> str:
     from specedit.config import STANDARD_RESTORES, resolve
     from specedit.cost.roofline import GPUS, predict_roofline

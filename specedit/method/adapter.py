@@ -70,6 +70,7 @@ class EditState:
     keeps_prefix: bool = True  # whether the stock call computes text and references once, where it can
     start: float = 1.0  # the noise level of the run's beginning, with the picture being edited below it
     conditioning: Conditioning = field(default_factory=Conditioning)  # the family's own: embeddings, guidance, ...
+    draft_features: list[Tensor] | None = None  # of the reference at the draft's size, once it was verified beside one
 
     def __post_init__(self) -> None:
         if not self.placements:

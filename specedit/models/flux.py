@@ -96,6 +96,7 @@ class FluxKontext(FluxBlocks):
         positive, negative = encode(pipe, call, device)
         batch, dtype = len(positive.embeds), positive.embeds.dtype
         image, latent_input = reference_image(pipe, call, multiple)
+        image = image.to(device)  # which the pipeline finds by looking at every module: asked for once
         if batch % len(image):
             raise ValueError(f"image: expected one picture or as many as fit {batch} edits, got {len(image)}")
         if negative is not None:
@@ -130,7 +131,7 @@ class FluxKontext(FluxBlocks):
         pipe: Any, call: dict[str, Any], image: Tensor, batch: int, size: tuple[int, int], dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """The call's noise and the picture's latents, both packed (batch, n, C), by the pipeline's own method."""
-        channels, device = pipe.transformer.config.in_channels // 4, pipe._execution_device
+        channels, device = pipe.transformer.config.in_channels // 4, image.device
         latents: tuple[Tensor, Tensor] = pipe.prepare_latents(
             image, batch, channels, *size, dtype, device, call["generator"], call["latents"]
         )[:2]

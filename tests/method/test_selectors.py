@@ -184,7 +184,9 @@ def drafted(pipe, picture):
     with torch.no_grad():
         latents = pipe._encode_vae_image(image, None)
     aligned = pipe._pack_latents(latents, 1, 4, 32, 32)
-    state = SimpleNamespace(grid=grid, batch=1, device=aligned.device, aligned=aligned, covered=None)
+    state = SimpleNamespace(
+        grid=grid, batch=1, device=aligned.device, aligned=aligned, covered=None, draft_features=None
+    )
 
     def make(scale, change, config):
         small, draft_grid = drafts.shrink(aligned, grid, scale)

@@ -29,10 +29,19 @@ class Semantic(Selector):
             large = drafts.upsample(draft, draft_grid, scale, grid)
             first, second = (adapter.features(pipe, tokens, grid) for tokens in (large, beside(large, state)))
             return discrepancy(first, second, grid.shape)
-        reference = beside(draft, state, scale)
-        first, second = (adapter.features(pipe, tokens, draft_grid) for tokens in (draft, reference))
+        first, second = adapter.features(pipe, draft, draft_grid), self.reference_features(run, draft, draft_grid)
         covered = (draft_grid.height * scale, draft_grid.width * scale)  # a draft may reach beyond an odd grid
         return discrepancy(first, second, covered)[:, : grid.height, : grid.width]
+
+    def reference_features(self, run: Run, draft: Tensor, draft_grid: TokenGrid) -> list[Tensor]:
+        """Of the reference at the draft's size: made once a run, unless the draft's own content is in it."""
+        state = run.state
+        if state.draft_features is not None:
+            return state.draft_features
+        found = run.adapter.features(run.pipe, beside(draft, state, run.config.draft_scale), draft_grid)
+        if state.covered is None:
+            state.draft_features = found
+        return found
 
     def cells(self, score: Tensor, config: SpecEditConfig) -> Tensor:
         assert config.threshold is not None  # a configuration fills it in

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,6 +25,11 @@ class MixedProcessor:
     """
 
     stock: type
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if inspect.isfunction(call := vars(cls).get("__call__")):  # diffusers asks for it in every call of every block
+            call.__signature__ = inspect.signature(call)  # type: ignore[attr-defined]
 
     def __init__(self, original: Any = None):  # diffusers makes new processors of a class without arguments
         self.original = original if original is not None else self.stock()

@@ -18,7 +18,7 @@ from ..attention.processors import why_unsupported_processor
 from ..shared.block_adapter import GIVEN_SIGMAS, pixels_per_token
 from ..shared.conditioning import PromptConditioning
 from ..shared.flux_blocks import FluxBlocks, FluxForward, FluxPrompt, attention_kwargs
-from ..shared.images import given_list, too_small
+from ..shared.images import decoder_dtype, given_list, too_small
 from ..shared.modulation import ModulationLayers
 from ..shared.prompts import count_prompts
 from ..shared.shapes import shapes_of
@@ -165,7 +165,7 @@ class Flux2Blocks(FluxBlocks):
 
     @staticmethod
     def _latents(pipe: Any, tokens: Tensor, grid: TokenGrid) -> Tensor:
-        return denormalised(pipe, tokens, grid).to(pipe.vae.dtype)
+        return denormalised(pipe, tokens, grid).to(decoder_dtype(pipe.vae))
 
     @staticmethod
     def output(images: Any) -> Flux2PipelineOutput:

@@ -109,13 +109,13 @@ class QwenImage21(SingleFrameAdapter):
         warn_if_guidance_inactive(pipe, call)
         sizes = [taken_size(image, call["output_resolution"]) for image in images]
         taken = [pipe.image_processor.resize(one, *size) for one, size in zip(images, sizes, strict=True)]
-        positive, negative = encode(pipe, call, taken, pipe._execution_device)
+        device = pipe._execution_device  # found by looking at every module: asked for once
+        positive, negative = encode(pipe, call, taken, device)
         batch, dtype = len(positive.embeds), positive.embeds.dtype
         with single_frame(pipe.vae):
             noise, reference = pipe.prepare_latents(
                 [self._model_input(pipe, *one) for one in zip(images, sizes, strict=True)], batch,
-                pipe.transformer.config.in_channels, height, width, dtype, pipe._execution_device, call["generator"],
-                call["latents"],
+                pipe.transformer.config.in_channels, height, width, dtype, device, call["generator"], call["latents"],
             )  # fmt: skip
         grid = TokenGrid(height // side, width // side, self.geometry)
         grids = tuple(TokenGrid(h // side, w // side, self.geometry) for h, w in sizes)

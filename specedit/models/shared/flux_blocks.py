@@ -16,7 +16,7 @@ from ..attention import contexts, processors, sequences
 from ..attention.measuring import Measuring
 from .block_adapter import BlockAdapter, pixels_per_token
 from .conditioning import Prompt
-from .images import decoder_features
+from .images import decoder_dtype, decoder_features
 from .modulation import at_step
 
 # Linear layers of FLUX.1's blocks that make nothing but modulation.
@@ -172,7 +172,7 @@ class FluxBlocks(BlockAdapter):
         side = pixels_per_token(pipe)
         latents = pipe._unpack_latents(tokens, grid.height * side, grid.width * side, pipe.vae_scale_factor)
         latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-        return latents.to(pipe.vae.dtype)
+        return latents.to(decoder_dtype(pipe.vae))
 
 
 def partial_inputs(inputs: FluxForward, call: PartialForward, text: int, target: int) -> FluxForward:

@@ -122,6 +122,15 @@ def check_decoder(vae: Any) -> None:
         )
 
 
+def decoder_dtype(vae: Any) -> torch.dtype:
+    """`vae.dtype`, which looks at every module, unless the decoder's first layer says it."""
+    first = getattr(vae.decoder, "conv_in", None)
+    weight = getattr(first, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or hasattr(first, "_diffusers_hook"):
+        return vae.dtype
+    return weight.dtype
+
+
 def decoder_features(vae: Any, latents: Tensor) -> list[Tensor]:
     """What the decoder's conv_in, mid_block and first up block make of latents: the layers of eq. 6."""
     if isinstance(getattr(vae, "_hf_hook", None), CpuOffload):

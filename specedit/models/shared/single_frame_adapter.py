@@ -11,6 +11,7 @@ from torch import Tensor
 from ...layout import TokenGrid
 from ...method.adapter import EditState
 from .block_adapter import BlockAdapter
+from .images import decoder_dtype
 from .single_frame_vae import single_frame
 
 
@@ -26,7 +27,7 @@ class SingleFrameAdapter(BlockAdapter):
 
     def latents_of(self, pipe: Any, tokens: Tensor, grid: TokenGrid) -> Tensor:
         """Tokens (B, N, C) as the decoder's latents (B, C, 1, h, w), in its dtype."""
-        latents, config = self.unpacked(pipe, tokens, grid).to(pipe.vae.dtype), pipe.vae.config
+        latents, config = self.unpacked(pipe, tokens, grid).to(decoder_dtype(pipe.vae)), pipe.vae.config
         mean, std = (
             torch.tensor(x).view(1, -1, 1, 1, 1).to(latents) for x in (config.latents_mean, config.latents_std)
         )
