@@ -18,7 +18,6 @@ from ..api.installing import disabled, install, report, uninstall
 from ..api.session import Edit, Session
 from ..config import SpecEditConfig, resolve
 from ..pipelines import arguments
-from ..pipelines.machine import attention_here
 from .models import Loaded, Models
 from .settings import Asked
 from .watch import Tell, Watch
@@ -107,7 +106,8 @@ class Desk:
         with self._working("edit"), self.models.turn(self._cancelled, tell):
             loaded = self.models.load(name, tell)
             guidance = arguments.guidance(loaded.pipe, settings.guidance)
-            config = resolve(settings.config, **attention_here())
+            overrides: dict[str, Any] = {**loaded.here}
+            config = resolve(settings.config, **overrides)
             session, new = self._session_for(name, loaded, config)
             try:
                 turn = self._edit(session, loaded, Call(prompt, mask, settings.seed, guidance), config, tell)

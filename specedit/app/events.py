@@ -79,7 +79,7 @@ class Events:
     def began(self, request: gr.Request, picture: Any) -> Updates:
         desk = self.desk(request)
         desk.open(picture)
-        return {**self.shown(request), self.parts.painter: picture}
+        return {**self.shown(request), self.parts.painter: uploads.to_paint_on(picture)}
 
     def edit(self, request: gr.Request, tell: Tell, drawing: Any, *asked: Any) -> Updates:
         desk = self.desk(request)
@@ -99,12 +99,12 @@ class Events:
         desk = self.desk(request)
         before = desk.base
         getattr(desk, how)()
-        painter = {} if desk.base is before else {self.parts.painter: desk.base}
+        painter = {} if desk.base is before else {self.parts.painter: uploads.to_paint_on(desk.base)}
         return {**self.shown(request), **painter}
 
     def cleared(self, request: gr.Request) -> Updates:
         """The painter's bin takes the picture away too: put it back, without paint."""
-        return {self.parts.painter: self.desk(request).base}
+        return {self.parts.painter: uploads.to_paint_on(self.desk(request).base)}
 
     def cancel(self, request: gr.Request) -> Updates:
         if not self.desk(request).cancel():

@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import pipelines
 from ..pipelines import EDITORS, Prepare, loading
+from ..pipelines.machine import attention_here
 from .watch import Cancelled, Tell
 
 WAIT = 0.1  # seconds between two looks whether someone who waits has cancelled
@@ -18,11 +19,11 @@ WAIT = 0.1  # seconds between two looks whether someone who waits has cancelled
 
 @dataclass(frozen=True)
 class Loaded:
-    """A stock pipeline, the function that prepares pictures for it, and whether it is an embedded editor."""
+    """A stock pipeline, the function that prepares pictures for it, and the settings that this machine needs."""
 
     pipe: Any
     prepare: Prepare
-    embedded: bool
+    here: dict[str, str]
 
     def own(self) -> Any:
         """A pipeline of one's own on the same weights: what is installed on it, and what it keeps, is nobody else's."""
@@ -77,5 +78,5 @@ class Models:
         if name not in self._loaded:
             tell(0.0, f"loading {name}")
             pipe, prepare = pipelines.load(name, offload=self.offload)
-            self._loaded[name] = Loaded(pipe, prepare, self.is_embedded(name))
+            self._loaded[name] = Loaded(pipe, prepare, attention_here())
         return self._loaded[name]

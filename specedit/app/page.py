@@ -22,6 +22,9 @@ CSS = """
 #words pre {white-space: pre-wrap; font-size: 12px; line-height: 1.45}
 #stages pre {font-size: 11.5px; line-height: 1.4; overflow-x: auto}
 #cost table {width: 100%}
+#cost table, #cost tr, #cost td, #cost th {border-color: var(--border-color-primary)}
+#cost td:not(:first-child), #cost th:not(:first-child) {text-align: right}
+#overlay img {width: 100%; height: 100%; object-fit: contain}
 #examples td {padding: 2px 10px; text-align: left}
 #examples .container {height: 52px; width: 52px; min-height: 0; border: none}
 """
@@ -126,8 +129,9 @@ def _showing() -> dict[str, Any]:
         )
     with gr.Tab("Where it looked"):
         parts["overlay"] = gr.Image(
-            label="Bright: edited", type="pil", format="png", interactive=False, height=430, elem_id="overlay"
-        )
+            label="Bright: edited", type="pil", format="png", interactive=False, height=430, elem_id="overlay",
+            buttons=["download", "fullscreen"],
+        )  # fmt: skip
     with gr.Tab("Stock beside it"):
         parts["stock"] = gr.ImageSlider(
             label="Stock and SpecEdit", type="pil", format="png", interactive=False, max_height=480, elem_id="stock"

@@ -45,6 +45,13 @@ class People:
         """The folder of a page's files; its name does not give the secret away."""
         return self.root / hashlib.sha256((page or "").encode()).hexdigest()[:32]
 
+    def close(self) -> None:
+        """Stop and forget what all pages do."""
+        with self._lock:
+            pages = list(self._desks)
+        for page in pages:
+            self.leave(page)
+
     def leave(self, page: str | None) -> None:
         """Stop what a page does, and forget it."""
         with self._lock:

@@ -19,7 +19,7 @@ from .uploads import Limits
 LOOPBACK = "127.0.0.1"
 HOUR = 3600
 # What Gradio reads from the environment: where uploads go, and that nothing is sent anywhere.
-QUIET = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_SHARE": "False"}
+QUIET = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_SHARE": "False"}
 
 
 @contextmanager
@@ -51,20 +51,20 @@ def serving(
     with tempfile.TemporaryDirectory(prefix="specedit-app-", ignore_cleanup_errors=True) as folder:
         root = Path(folder)
         with _environment({**QUIET, "GRADIO_TEMP_DIR": str(root / "cache")}):
-            blocks = build(models, root, limits, example_size)
+            people = People(models, root / "results")
+            blocks = build(people, examples.write(root / "examples", example_size), limits)
             try:
                 _, address, _ = launch(blocks, port, limits)
                 yield address
             finally:
+                people.close()  # an edit under way would hold up the end
                 blocks.close(verbose=False)
 
 
-def build(models: Models, root: Path, limits: Limits, example_size: int = examples.SIZE) -> Any:
-    """The page as gr.Blocks. root: folder for files."""
-    written = examples.write(root / "examples", example_size)
+def build(people: People, written: list[examples.Example], limits: Limits) -> Any:
+    """The page as gr.Blocks."""
     with gr.Blocks(title=page.TITLE, analytics_enabled=False, delete_cache=(HOUR, 24 * HOUR)) as blocks:
-        parts = page.lay_out(models, written)
-        people = People(models, root / "results")
+        parts = page.lay_out(people.models, written)
         events.connect(blocks, parts, events.Events(parts, people, written, limits))
     return blocks
 

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ..checks import integer
 from ..io import pictures
 
 MB, MEGAPIXEL = 10**6, 10**6
 SMALLEST = 64  # px a side, below which a call runs stock
+SCREEN = 1024  # px a side of what is painted on
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,13 @@ def read(file: str | os.PathLike[str], limits: Limits) -> pictures.Picture:
     if min(width, height) < SMALLEST:
         raise ValueError(f"{name}: expected at least {SMALLEST} px a side, got {width} x {height}")
     return pictures.read(path, name)
+
+
+def to_paint_on(picture: Image.Image | None) -> Image.Image | None:
+    """The picture for the painter, which needs no more pixels than a screen has; the mask is resized anyway."""
+    if picture is None or max(picture.size) <= SCREEN:
+        return picture
+    return ImageOps.contain(picture, (SCREEN, SCREEN))
 
 
 def painted(drawing: Any, size: tuple[int, int]) -> Image.Image | None:

@@ -266,8 +266,9 @@ def test_an_example_is_edited_and_compared_and_the_page_is_photographed(visit, p
     expect(page.prompt).to_have_value(case.prompt)
     page.shown()
     rows, columns = np.nonzero(case.mask)
-    across = np.linspace(columns.min(), columns.max(), 4)[1:-1]
-    page.paint(*[(x, y) for y in (rows.min() + 4, rows.max() - 4) for x in across], size=case.source.size)
+    across, middle = (columns.min(), columns.max()), (rows.min() + rows.max()) / 2
+    lines = zip((rows.min(), middle, rows.max()), (across, across[::-1], across))
+    page.paint(*[(x, y) for y, line in lines for x in line], size=case.source.size)
     page.ask(case.prompt, "turbo")
     page.heading(f"1. {case.prompt}")
     before, after = page.pair()
@@ -284,6 +285,11 @@ def test_an_example_is_edited_and_compared_and_the_page_is_photographed(visit, p
     assert "not run" not in page.page.locator("#cost").inner_text()
 
     page.page.get_by_role("tab", name="Before and after").click()
+    box = page.page.locator("#result img").first.bounding_box()
+    page.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.page.mouse.down()  # the slider, to the middle of what was edited
+    page.page.mouse.move(box["x"] + box["width"] * columns.mean() / case.source.width, box["y"] + 20, steps=5)
+    page.page.mouse.up()
     page.page.mouse.move(0, 0)
     page.page.wait_for_timeout(1000)
     file = (IMAGES if pytestconfig.getoption("--screenshots") else tmp_path) / "app.png"

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from specedit.app import events as app_events
-from specedit.app import page, server
+from specedit.app import examples, page, server
 from specedit.app.people import People
 from specedit.app.uploads import Limits
 from specedit.app.watch import Cancelled
@@ -63,6 +63,10 @@ def test_a_closed_page_takes_its_pictures_and_files_with_it(events, people, uplo
     events.left(visit("a"))
     assert desk.base is None and not folder.exists() and people.desk("a") is not desk
     events.left(visit("never here"))
+    upload(visit("b"))
+    desk = people.desk("b")
+    people.close()
+    assert desk.base is None and people.desk("b") is not desk
 
 
 def test_the_page_unused_for_longest_gives_way(people, monkeypatch):
@@ -155,8 +159,8 @@ def test_a_cancelled_edit_changes_nothing_on_the_page(monkeypatch):
     assert app_events.guarded(handler)() == {} and said == ["Cancelled; nothing was changed."]
 
 
-def test_the_page_offers_no_endpoint_and_loads_nothing_from_elsewhere(models, tmp_path):
-    blocks = server.build(models, tmp_path, Limits(), 64)
+def test_the_page_offers_no_endpoint_and_loads_nothing_from_elsewhere(people, tmp_path):
+    blocks = server.build(people, examples.write(tmp_path, 64), Limits())
     config = blocks.get_config_file()
     assert config["dependencies"] and {d["api_visibility"] for d in config["dependencies"]} == {"private"}
     assert config["analytics_enabled"] is False
@@ -166,7 +170,7 @@ def test_the_page_offers_no_endpoint_and_loads_nothing_from_elsewhere(models, tm
     assert "url(http" not in look._get_theme_css() and not look._stylesheets
 
 
-def test_the_server_listens_on_loopback_and_never_shares(models, monkeypatch):
+def test_the_server_listens_on_loopback_and_never_shares(monkeypatch):
     given = {}
     blocks = SimpleNamespace(queue=lambda **_: None, launch=lambda **more: given.update(more))
     monkeypatch.setenv("GRADIO_SERVER_NAME", "0.0.0.0")

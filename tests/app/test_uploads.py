@@ -70,3 +70,9 @@ def test_no_paint_is_no_mask(drawing):
 def test_what_no_painter_gives_is_refused(drawing):
     with pytest.raises(TypeError, match="mask: expected the painter's layers as PIL pictures, got"):
         uploads.painted(drawing, (16, 16))
+
+
+def test_a_large_picture_is_painted_on_smaller(picture):
+    assert uploads.to_paint_on(picture(500, 2000)).size == (1024, 256)
+    small = picture(64, 96)
+    assert uploads.to_paint_on(small) is small and uploads.to_paint_on(None) is None
