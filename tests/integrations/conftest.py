@@ -10,10 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from specedit.micro.loading import WEIGHTS
 from tests.integrations import released, stand_ins
 
 RELEASED = os.environ.get("SPECEDIT_HOSTS")
 PROMPT = "a red square"
+FOLDER = WEIGHTS / "kontext"
 SIDE = 128  # px
 SMALL = {"_auto_resize": False, "max_area": SIDE * SIDE}  # or the pipeline makes pictures of a million pixels
 
@@ -46,10 +48,8 @@ class Sglang:
         pipeline = self._named("runtime.pipelines.diffusers_pipeline", "DiffusersPipeline")
         stage = self._named("runtime.pipelines.diffusers_pipeline", "DiffusersExecutionStage")
         self.params = self._named("configs.sample.sampling_params", "SamplingParams")
-        self.stage, self.load = stage.__new__(stage), pipeline._apply_cache_dit
-        self.pipe = self.stage.diffusers_pipe = self.load(
-            SimpleNamespace(_cache_dit_enabled=False), pipe, SimpleNamespace(cache_dit_config=None)
-        )
+        self.pipeline, self.stage = pipeline, stage.__new__(stage)
+        self.pipe = self.stage.diffusers_pipe = pipeline._apply_cache_dit(None, pipe, self.server(needs_image=False))
         self.needs_image = False
 
     def _named(self, module, name):
@@ -59,7 +59,12 @@ class Sglang:
         """What the HTTP process does with a request: the fields that reach sglang's sampling parameters."""
         server = self.server(self.needs_image)
         kwargs = dict(prompt=PROMPT, diffusers_kwargs=given, **fields)
-        return self.params.from_user_sampling_params_args(model_path="x", server_args=server, **kwargs)
+        return self.params.from_user_sampling_params_args(model_path=str(FOLDER), server_args=server, **kwargs)
+
+    def loaded(self):
+        """The pipeline of an embedded editor, loaded by sglang."""
+        pipeline = self.pipeline.__new__(self.pipeline)
+        return pipeline._load_diffusers_pipeline(str(FOLDER), self.server(needs_image=False))
 
     def request(self, picture, steps=None, warms_up=False, **given):
         """What the worker does with a request; returns the edited picture (B, 3, H, W)."""

@@ -136,13 +136,15 @@ def sglang(folder: Path) -> dict[str, dict]:
 
 
 def _sglang_server(needs_image: bool) -> types.SimpleNamespace:
-    """Arguments of `sglang serve --backend diffusers`, as far as a request's check reads them."""
+    """Arguments of `sglang serve --backend diffusers`, as far as loading and a request's check read them."""
     configs = import_module(f"{SGLANG}.configs.pipeline_configs.diffusers_generic")
     backend = import_module(f"{SGLANG}.runtime.server_args.server_args").Backend.DIFFUSERS
     config = configs.DiffusersI2IPipelineConfig if needs_image else configs.DiffusersGenericPipelineConfig
     return types.SimpleNamespace(
         backend=backend, model_id=None, pipeline_class_name=None, output_path=None, comfyui_mode=False, num_gpus=1,
-        pipeline_config=config(),
+        pipeline_config=config(dit_precision="fp32"), trust_remote_code=False, revision=None, component_residency=None,
+        should_cpu_offload_component=lambda name: False, attention_backend=None, cache_dit_config=None,
+        enable_torch_compile=False, component_precisions={},
     )  # fmt: skip
 
 

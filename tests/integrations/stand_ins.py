@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 import torch
+from diffusers import DiffusionPipeline
 
 SGLANG = "sglang.multimodal_gen"
 OMNI = "vllm_omni.diffusion.models.diffusers_adapter.pipeline_utils"
@@ -67,6 +68,9 @@ def sglang_modules():
             return SimpleNamespace(**values | kwargs, build_request_extra=lambda: extra)
 
     class DiffusersPipeline:
+        def _load_diffusers_pipeline(self, model_path, server_args):
+            return self._apply_cache_dit(DiffusionPipeline.from_pretrained(model_path), server_args)
+
         def _apply_cache_dit(self, pipe, server_args):
             return pipe
 

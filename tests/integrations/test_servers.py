@@ -177,6 +177,10 @@ def test_sglang_checks_requests_before_they_reach_a_worker(sglang, picture, enco
     assert sglang.check({"image": text}).image_path == [f"data:image/png;base64,{text}"]
 
 
+def test_sglang_loads_a_pipeline_with_specedit(sglang):
+    assert is_active(sglang.loaded())
+
+
 def test_sglang_takes_a_picture_among_the_settings(sglang, picture, encoded):
     edited = sglang.request(None, image=encoded(picture()))
     assert torch.equal(edited, sglang.request(picture()))
