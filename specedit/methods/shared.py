@@ -29,8 +29,8 @@ def planned_regions(method: Method, steps: Sequence[StepKind], run: MethodRun, *
     """
     if not run.masked:
         raise ValueError(
-            f"method: {method.name!r} finds what is edited while it runs, so its cost is known beforehand with a mask alone; "
-            "expected drafts=False, with edit_fraction or cells for the mask's"
+            f"method: {method.name!r} finds what is edited while it runs, so its cost is known beforehand with a mask "
+            "alone; expected drafts=False, with edit_fraction or cells for the mask's"
         )
     return [PlannedStage("full", "fine", tuple(steps), **more)]
 
