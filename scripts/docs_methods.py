@@ -1,4 +1,4 @@
-"""The table and figure of all methods, and the table of settings for few steps."""
+"""The table and figure of all methods."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -56,34 +56,6 @@ def _row(row: dict, stock: dict[str, dict], steps: int) -> list[str]:
         *(number(ratio, ".2f") for ratio in ratios), number(clock, ".2f"), number(alike, ".2f"),
         REPORTED.get(row["variant"].split()[0].split("-")[0], "-"),
     ]  # fmt: skip
-
-
-def few(name: str) -> str:
-    """Settings of few steps against stock with as many.
-
-    Rows that have run less than half of the tasks are left out; the others are averaged over the tasks that all share.
-    """
-    result = load(name)
-    if result is None:
-        return "*not measured yet*"
-    most = max(len(row["cases"]) for row in result["rows"])
-    rows = {row["variant"]: row["cases"] for row in result["rows"] if len(row["cases"]) >= most / 2}
-    shared = set.intersection(*({case["seed"] for case in cases} for cases in rows.values()))
-    rows = {name: [case for case in cases if case["seed"] in shared] for name, cases in rows.items()}
-    written = [_few_row(name, cases, rows) for name, cases in rows.items()]
-    header = ["setting", "success", "edit dB", "keep dB", "texture", "material", "recall", "FLOPs vs as many"]
-    header.append("small edits")
-    small = f"{len(shared)} tasks. Small edits change at most {SMALL:.0%} of the picture."
-    return f"{small}\n\n{table(header, written)}{source(result, name)}"
-
-
-def _few_row(name: str, cases: list[dict], rows: dict[str, list[dict]]) -> list[str]:
-    own = rows.get(f"stock-{name.partition(':')[0]}", cases)
-    small = [[case for case in some if case["mask_share"] <= SMALL] for some in (own, cases)]
-    ratios = [(average(a, "flops") or 0) / (average(b, "flops") or 1) for a, b in ((own, cases), small)]
-    scores = {"success": ".0%", "edit_psnr": ".1f", "keep_psnr": ".1f", "texture_distance": ".2f", "material": ".0%"}
-    shown = [number(average(cases, key), form) for key, form in (scores | {"recall": ".0%"}).items()]
-    return [name, *shown, *(f"{ratio:.2f}" for ratio in ratios)]
 
 
 def front(points: list[tuple[float, float, str]], best: Callable) -> list[tuple[float, float, str]]:

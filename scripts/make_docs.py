@@ -11,6 +11,7 @@ import re
 import sys
 
 import docs_choosing
+import docs_few_steps
 import docs_figures as figures
 import docs_gallery
 import docs_inpainting
@@ -35,7 +36,7 @@ MAKERS = {
     "kinds": measured.kinds,
     "small": measured.small_edits,
     "sweep": measured.sweep,
-    "few": docs_methods.few,
+    "few": docs_few_steps.few,
     "texture-steps": measured.texture_steps,
     "bench": measured.bench,
     "plan": predicted.plan,
@@ -98,6 +99,8 @@ def main() -> int:
         figures.pareto(file.name, ROOT / "docs" / "images" / f"{file.stem}.png")
     for file in sorted(RESULTS.glob("methods-*.json")):
         docs_methods.pareto(file.name, ROOT / "docs" / "images" / f"{file.stem}.png")
+    for file in sorted(RESULTS.glob("few-steps-*.json")):
+        docs_few_steps.pareto(file.name, ROOT / "docs" / "images" / f"{file.stem}.png")
     for file in sorted(RESULTS.glob("sweep-*.json")):
         figures.sweep_curves(file.name, ROOT / "docs" / "images" / f"{file.stem}.png")
     for file in sorted(RESULTS.glob("kernels*.json")):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
 from .checks import suggest
+from .method_plan import MethodRun, PlannedStage
 from .options import Options, check_class, default_of, from_mapping, given_fields
 from .registry import methods
 
@@ -76,6 +77,10 @@ class Method(Options, ABC):
     def refusal(self, adapter: Any) -> str | None:
         """Why the method cannot run on this model family (one phrase), or None. adapter: a `method.adapter.Adapter`."""
         return None
+
+    def planned_stages(self, run: MethodRun) -> list[PlannedStage]:
+        """What a run will compute, stage by stage, as its report will say. ValueError where it is not known before."""
+        raise ValueError(f"method: expected one whose cost is known beforehand, got {self.name!r}")
 
     @abstractmethod
     def edit(self, run: Any, edit_mask: Any = None) -> Any:

@@ -15,6 +15,7 @@ from .blocks import BlockCount as BlockCount
 from .blocks import register_block_count as register_block_count
 from .forward import flops_of as flops_of
 from .forward import transformer_flops as transformer_flops
+from .method_costs import planned_layout, planned_stages
 from .modulation import planned_modulation
 from .planned_run import PlannedRun, estimated_layouts, given_layouts
 from .planned_run import expanded_cells as expanded_cells
@@ -40,13 +41,16 @@ def plan(
     one token when locked, four when expanded.
 
     Args:
-        config: a SpecEditConfig or a preset's name.
+        config: a SpecEditConfig or a preset's name. Other methods too, as SpecEditConfig(method="ralu"). Those that
+            find what is edited while they run ("spotedit", "regione") need drafts=False, and "sparge" tau=1 or top=1:
+            otherwise what they compute is not known beforehand.
         model: a name from `MODELS`, as "flux-kontext" or "flux2-klein-9b", or the ModelCost of another one.
         height, width: output size in pixels, at least 16; rounded down to whole tokens of 16 pixels.
         edit_fraction: share of the coarse cells that are edited (0..1), dilation included. Uniform coverage comes on
             top of it.
         cells: instead of `edit_fraction` the cells that are expanded, bool (h, w) or one mask for each sample
-            (B, h, w), as `report.expand_mask`. Then the prediction is exact.
+            (B, h, w), as `report.expand_mask`. Then the prediction is exact. Of "spotedit" and "regione" those of
+            `report.edit_mask`.
         drafts: whether the run makes a draft, if its configuration needs one; False where the caller gives a mask.
         strength: of an inpainting call, above 0, at most 1. Below 1 the run skips the first steps, and makes no draft.
         num_inference_steps: of the call; None: the configuration's, and the model's own default of stock.
@@ -76,15 +80,20 @@ def plan(
         config = config.with_steps(num_inference_steps, masked=not drafts or strength < 1)
     config = config.with_strength(share("strength", strength))
     grid = TokenGrid(int(height) // TOKEN_PIXELS, int(width) // TOKEN_PIXELS)
-    mixed = (
-        estimated_layouts(config, grid, edit_fraction) if cells is None else given_layouts(grid, cells, edit_fraction)
-    )
+    mixed = None if cells is None else given_layouts(grid, cells, edit_fraction)
     stock_steps = num_inference_steps or cost.default_steps
     skipped = first_step(stock_steps, strength)
-    start = float(cost.stage_sigmas(grid.tokens, 1.0, 0.0, stock_steps)[skipped])
-    planned = PlannedRun(config, cost, grid, mixed)
-    rows = [planned.draft()] if config.uses_draft and drafts and strength == 1 else []
-    rows += [planned.stage(stage, number == 0) for number, stage in enumerate(stages(config, start))]
+    if (method := config.method_options) is not None:
+        others = planned_stages(method, cost, grid, masked=not drafts)
+        mixed = mixed or [planned_layout(grid, others, edit_fraction)]
+        planned = PlannedRun(config, cost, grid, mixed)
+        rows = [planned.method_stage(stage) for stage in others]
+    else:
+        mixed = mixed or estimated_layouts(config, grid, edit_fraction)
+        start = float(cost.stage_sigmas(grid.tokens, 1.0, 0.0, stock_steps)[skipped])
+        planned = PlannedRun(config, cost, grid, mixed)
+        rows = [planned.draft()] if config.uses_draft and drafts and strength == 1 else []
+        rows += [planned.stage(stage, number == 0) for number, stage in enumerate(stages(config, start))]
     flops = sum(row["flops"] for row in rows)
     stock = cost.stock(2 * grid.tokens, STOCK_STEPS, len(mixed))
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..layout import MixedLayout, TokenGrid
 from ..method.reference_selection import kept_tokens, measured_rows
 from ..method.schedule import Stage, stage_start
 from ..method.trace import ForwardCall, prefix_call, step_calls, with_fixed_reference
+from ..method_plan import PlannedStage
 from .forward import flops_of
 from .tables import ModelCost
 
@@ -43,6 +45,12 @@ class PlannedLayout:
     expanded: int
     locked: int
 
+    @classmethod
+    def estimated(cls, grid: TokenGrid, expanded: int) -> PlannedLayout:
+        """So many cells expanded, which on a grid of odd sides have a mean number of tokens."""
+        locked = grid.coarse().tokens - expanded
+        return cls(locked + round(grid.tokens * expanded / grid.coarse().tokens), expanded, locked)
+
     @property
     def left_out(self) -> int:
         """Locked cells that may leave the target of a mixed sequence."""
@@ -51,12 +59,15 @@ class PlannedLayout:
 
 def estimated_layouts(config: SpecEditConfig, grid: TokenGrid, edit_fraction: float | None) -> list[PlannedLayout]:
     """The mixed layout of one sample."""
+    expanded = expanded_cells(config, *grid.coarse().shape, checked_fraction(edit_fraction))
+    return [PlannedLayout.estimated(grid, expanded)]
+
+
+def checked_fraction(edit_fraction: float | None) -> float:
+    """`edit_fraction`; ValueError unless it is a number from 0 to 1."""
     if edit_fraction is None or not 0 <= edit_fraction <= 1:
         raise ValueError(f"edit_fraction: expected a number from 0 to 1, got {edit_fraction!r}")
-    cells = grid.coarse()
-    expanded = expanded_cells(config, *cells.shape, edit_fraction)
-    locked = cells.tokens - expanded
-    return [PlannedLayout(locked + round(grid.tokens * expanded / cells.tokens), expanded, locked)]
+    return edit_fraction
 
 
 def given_layouts(grid: TokenGrid, cells: Tensor, edit_fraction: float | None) -> list[PlannedLayout]:
@@ -110,6 +121,30 @@ class PlannedRun:
             for (layout, start), samples in groups.items()
         ]
         return self._row(stage, each)
+
+    def method_stage(self, stage: PlannedStage) -> dict[str, Any]:
+        """The row of a stage of another method, whose layout for "mixed" is `mixed`."""
+        layouts = self.layouts["full" if stage.layout == "fine" else stage.layout]
+        counted = Counter(zip(layouts, self.layouts["mixed"], strict=True))
+        each = [
+            (samples, self.cost.texts, self._method_steps(stage, layout, edited))
+            for (layout, edited), samples in counted.items()
+        ]
+        return self._row(Stage(stage.name, 1.0, 0.0, len(stage.steps)), each)
+
+    def _method_steps(self, stage: PlannedStage, layout: PlannedLayout, edited: PlannedLayout) -> list[PlannedStep]:
+        """edited: with the edited cells expanded, whose fine tokens are those of steps over some."""
+        kinds: Sequence[str] = stage.steps
+        if stage.needs_locked and not edited.locked:
+            kinds = ["all"] * len(kinds)
+        fine = edited.tokens - edited.locked
+        passes, target = self.cost.passes, layout.tokens
+        beside = self.grid.tokens if self.cost.fixed_prefix else target
+        steps = []
+        for i, kind in enumerate(kinds):
+            some = kind == "some"
+            steps.append(PlannedStep(passes, kind != "none", some, fine if some else None, target, beside, 0, i == 0))
+        return steps
 
     def _row(self, stage: Stage, groups: list[tuple[int, tuple[float, ...], list[PlannedStep]]]) -> dict[str, Any]:
         calls: Counter[ForwardCall] = Counter()

@@ -46,7 +46,8 @@ class ModelCost:
     default_steps: of the stock pipeline's call, or those that a distilled model is made for. sigmas: the adapter's own
     schedule, as a function of scheduler, tokens, start, end and steps. fixed_reference, fixed_prefix: as of the
     adapter. latent_pixels: of a token. packs: whether both guidance passes of a step are one forward pass. pooled:
-    whether modulation differs from sample to sample.
+    whether modulation differs from sample to sample. adapter: its name, by which methods choose their settings for a
+    model.
     """
 
     config: Mapping[str, float]
@@ -62,6 +63,7 @@ class ModelCost:
     latent_pixels: int = 4
     packs: bool = False
     pooled: bool = False
+    adapter: str = ""
 
     def stage_sigmas(self, tokens: int, start: float, end: float, steps: int) -> Any:
         """Sigmas (steps + 1,) of a stage of `tokens` target tokens."""
@@ -112,6 +114,7 @@ MODELS: Mapping[str, ModelCost] = MappingProxyType(
             vision_tokens=1340,
             scheduler=QWEN_SCHEDULER,
             packs=True,
+            adapter="qwen-image-edit",
         ),
         # LongCat-Image-Edit: FLUX's blocks and scheduler; the text stream holds 512 words and, between two marks, 18 x
         # 18 vision tokens of the condition image (512 px in patches of 28); classifier-free guidance (two passes).
@@ -138,6 +141,7 @@ MODELS: Mapping[str, ModelCost] = MappingProxyType(
             default_steps=40,
             fixed_prefix=True,
             latent_pixels=1,
+            adapter="qwen-image-2.1",
         ),
         # FLUX.2: 512 tokens of text. dev has distilled guidance. The klein models are distilled to 4 steps without any;
         # their base models take twice the passes and the pipeline's default of 50 steps.

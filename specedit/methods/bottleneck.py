@@ -7,7 +7,7 @@ github.com/tyfeld/Bottleneck-Sampling.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from ..method.groups import group_at, start_tokens
 from ..method.sampler import Outcome
 from ..method.schedule import SAME_SIGMA
 from ..method_options import Method, register_method
+from ..method_plan import MethodRun, PlannedStage, all_steps
 from . import resolution
 from .shared import outcome_of, run_stage
 
@@ -73,6 +74,10 @@ class Bottleneck(Method):
 
     def with_steps(self, n: int) -> Bottleneck:
         return replace(self, steps=resolution.scale_stage_steps(self, self.steps, n))
+
+    def planned_stages(self, run: MethodRun) -> list[PlannedStage]:
+        layouts: list[Literal["fine", "coarse"]] = ["fine", "coarse", "fine"]
+        return [all_steps(*stage) for stage in zip(STAGES, layouts, self.steps, strict=True)]
 
     def edit(self, run: Run, edit_mask: Any = None) -> Outcome:
         state = run.state

@@ -22,6 +22,7 @@ from ..method.sampler import Outcome
 from ..method.schedule import Stage, expanded_sigma
 from ..method.selectors import to_tokens
 from ..method_options import Method, register_method
+from ..method_plan import MethodRun, PlannedStage
 from . import resolution
 from .shared import outcome_of, run_stage
 
@@ -90,6 +91,9 @@ class Fresco(Method):
             Stage("mixed", expanded_sigma(s1), s2, mixed),
             Stage("full", expanded_sigma(s2), 0.0, full),
         ]
+
+    def planned_stages(self, run: MethodRun) -> list[PlannedStage]:
+        return resolution.planned_stages(self.steps, self.early)
 
     def edit(self, run: Run, edit_mask: Any = None) -> Outcome:
         state = run.state

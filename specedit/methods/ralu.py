@@ -24,6 +24,7 @@ from ..method.sampler import Outcome
 from ..method.schedule import shifted_sigmas
 from ..method.selectors import to_tokens
 from ..method_options import Method, register_method
+from ..method_plan import MethodRun, PlannedStage
 from . import resolution
 from .shared import outcome_of, run_stage
 
@@ -97,6 +98,9 @@ class Ralu(Method):
         last = 0.0 if stage == 2 else 1 - self.ends[stage]
         result: list[float] = shifted_sigmas(self.shifts[stage], first, last, self.steps[stage]).tolist()
         return [first, *result[1:-1], last]  # rounding in the map must not move the ends
+
+    def planned_stages(self, run: MethodRun) -> list[PlannedStage]:
+        return resolution.planned_stages(self.steps, self.early)
 
     def edit(self, run: Run, edit_mask: Any = None) -> Outcome:
         state = run.state

@@ -22,6 +22,7 @@ the code takes the last one alone.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, ClassVar
@@ -46,7 +47,8 @@ from ..method.token_steps import (
     whole_velocity,
 )
 from ..method_options import Method, register_method
-from .shared import outcome_of, run_steps
+from ..method_plan import MethodRun, PlannedStage, StepKind
+from .shared import outcome_of, planned_regions, run_steps
 
 COUNT, WARMUP, SMOOTH, REFRESH = 28, 6, 2, (16,)
 FLUX: dict[str, Any] = dict(threshold=0.93, decay_threshold=0.04)
@@ -169,6 +171,30 @@ class RegionE(Method):
         end = self.count - self.smooth
         return (*range(self.warmup), *(step - 1 for step in self.refresh), *range(max(end, self.warmup), self.count))
 
+    def planned_stages(self, run: MethodRun) -> list[PlannedStage]:
+        options, sigmas = self.for_model(run.adapter), run.sigmas(run.grid.tokens, self.count)
+        gamma, full = decay_factors(gamma_of(run.adapter), self.count), options.full_steps()
+        steps: list[StepKind] = []
+        decay = 1.0
+        for i in range(self.count):
+            if i not in full:
+                decay, cached = options.decayed(i, decay, gamma, sigmas)
+                steps.append("none" if cached else "some")
+            else:
+                steps.append("all")
+            decay = decay if steps[-1] == "none" else 1.0
+        return planned_regions(self, steps, run)
+
+    def decayed(self, i: int, decay: float, gamma: Sequence[float], sigmas: Sequence[float]) -> tuple[float, bool]:
+        """A velocity's decay at step `i` since it was computed (eq. 7), and whether it need not be computed again.
+
+        decay: at the step before. Of options `for_model`.
+        """
+        assert self.warmup is not None and self.decay_threshold is not None
+        factor = gamma[i - 1] * (1 + sigmas[i] - sigmas[i - 1])
+        decay *= factor
+        return decay, i > self.warmup and factor < 1 and 1 - decay <= self.decay_threshold
+
     def edit(self, run: Run, edit_mask: Any = None) -> Outcome:
         options, known = self.for_model(run.adapter), known_tokens(run, edit_mask)
         groups = start_regions(run, Stage("full", 1.0, 0.0, self.count), known)
@@ -237,14 +263,13 @@ class Region:
 
     def of_edited(self, i: int) -> Tensor | None:
         """Velocity (b, m, C) of the edited tokens at step `i`: cached (eq. 9) or computed. None if none are edited."""
-        sigmas, warmup, most = self.group.sigmas, self.options.warmup, self.options.decay_threshold
-        assert warmup is not None and most is not None and self.velocity is not None
-        heard, factor = hears_prompt(self.run, self.group), self.gamma[i - 1] * (1 + sigmas[i] - sigmas[i - 1])
-        self.decay *= factor
+        assert self.velocity is not None
+        heard = hears_prompt(self.run, self.group)
+        self.decay, cached = self.options.decayed(i, self.decay, self.gamma, self.group.sigmas)
         if not self.index.shape[1]:
             self.group.cached += 1
             return None
-        if heard and i > warmup and factor < 1 and 1 - self.decay <= most:
+        if heard and cached:
             self.group.cached += 1
             return self.velocity * self.decay
         self.velocity, self.decay = some_velocity(self.run, self.group, i, self.index), 1.0

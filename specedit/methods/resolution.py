@@ -16,6 +16,7 @@ from ..method.adapter import EditState, LayoutGroup, Run
 from ..method.groups import alike, group_at
 from ..method.selectors import highest
 from ..method_options import Method
+from ..method_plan import PlannedStage, all_steps
 
 LEAST_SIDE = 4  # tokens: a picture that can be halved twice
 
@@ -38,6 +39,16 @@ def scale_stage_steps(method: Method, steps: tuple[int, int, int], n: int) -> tu
         )
     first, second, third = scaled_steps(steps, n)
     return first, second, third
+
+
+def planned_stages(steps: tuple[int, int, int], early: float) -> list[PlannedStage]:
+    """All cells coarse, a share of them split, and all tokens fine."""
+    coarse, mixed, full = steps
+    return [
+        all_steps("coarse", "coarse", coarse),
+        all_steps("mixed", "mixed", mixed, early),
+        all_steps("full", "fine", full),
+    ]
 
 
 def without_key_bias(run: Run) -> Run:

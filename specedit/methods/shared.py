@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,22 @@ from ..method.denoise import euler_step
 from ..method.masks import cells_of_mask
 from ..method.sampler import Outcome
 from ..method.schedule import Stage
+from ..method_options import Method
+from ..method_plan import MethodRun, PlannedStage, StepKind
+
+
+def planned_regions(method: Method, steps: Sequence[StepKind], run: MethodRun, **more: Any) -> list[PlannedStage]:
+    """The one stage of a method that computes edited tokens alone in some steps.
+
+    Raises:
+        ValueError: no mask says which these are.
+    """
+    if not run.masked:
+        raise ValueError(
+            f"method: {method.name!r} finds what is edited while it runs, so its cost is known beforehand with a mask "
+            "alone; expected drafts=False, with edit_fraction or cells for the mask's"
+        )
+    return [PlannedStage("full", "fine", tuple(steps), **more)]
 
 
 def start_fine(run: Run, stage: Stage) -> list[LayoutGroup]:

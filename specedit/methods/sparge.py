@@ -31,6 +31,7 @@ from ..method.sampler import Outcome
 from ..method.schedule import Stage
 from ..method.sparse_blocks import BlockPredictor
 from ..method_options import Method, register_method
+from ..method_plan import MethodRun, PlannedStage, all_steps
 from .shared import outcome_of, run_steps, start_fine
 
 TAU = 0.98
@@ -78,6 +79,14 @@ class Sparge(Method):
 
     def refusal(self, adapter: Adapter) -> str | None:
         return None if adapter.skips_blocks else f"because {adapter.name} takes no lists of attention blocks"
+
+    def planned_stages(self, run: MethodRun) -> list[PlannedStage]:
+        if (self.tau if self.top is None else self.top) < 1:
+            raise ValueError(
+                "method: 'sparge' reads as many blocks of keys as the picture calls for, so its cost is known "
+                f"beforehand with tau=1 or top=1 alone; got {self.label}"
+            )
+        return [all_steps("full", "fine", self.count)]
 
     def edit(self, run: Run, edit_mask: Any = None) -> Outcome:
         groups = start_fine(run, Stage("full", 1.0, 0.0, self.count))

@@ -19,6 +19,7 @@ from ..method.adapter import LayoutGroup, Run
 from ..method.groups import group_at
 from ..method.sampler import Outcome
 from ..method_options import Method, register_method
+from ..method_plan import MethodRun, PlannedStage, all_steps
 from . import resolution
 from .shared import outcome_of, run_stage
 
@@ -87,6 +88,12 @@ class Speed(Method):
         limit = self.switch_sigma(height, width)
         found = next((i for i, sigma in enumerate(sigmas) if sigma <= limit), self.count)
         return min(found, self.count - 1)
+
+    def planned_stages(self, run: MethodRun) -> list[PlannedStage]:
+        sigmas, grid = run.sigmas(run.grid.tokens, self.count), run.grid
+        switch = self.switch_step(sigmas, *(grid.geometry.patch * side for side in grid.shape))
+        stages = [all_steps("coarse", "coarse", switch), all_steps("full", "fine", self.count - switch)]
+        return [stage for stage in stages if stage.steps]
 
     def edit(self, run: Run, edit_mask: Any = None) -> Outcome:
         state, grid = run.state, run.state.grid

@@ -49,7 +49,8 @@ from ..method.token_steps import (
     whole_velocity,
 )
 from ..method_options import Method, register_method
-from .shared import outcome_of, run_steps
+from ..method_plan import MethodRun, PlannedStage, StepKind
+from .shared import outcome_of, planned_regions, run_steps
 
 COUNT, INITIAL, RESETS = 50, 4, (13, 22, 31)
 FLUX: dict[str, Any] = dict(threshold=0.2, dilation=0, reselect=True)
@@ -136,6 +137,11 @@ class SpotEdit(Method):
         """Whether a step is one of those that compute every token. Of options `for_model`."""
         assert self.initial is not None and self.resets is not None
         return step < self.initial or step in self.resets
+
+    def planned_stages(self, run: MethodRun) -> list[PlannedStage]:
+        options = self.for_model(run.adapter)
+        steps: list[StepKind] = ["all" if options.full(i) else "some" for i in range(self.count)]
+        return planned_regions(self, steps, run, needs_locked=True)
 
     def edit(self, run: Run, edit_mask: Any = None) -> Outcome:
         options, state = self.for_model(run.adapter), run.state

@@ -10,6 +10,7 @@ from ..method.adapter import Run
 from ..method.sampler import Outcome
 from ..method.schedule import Stage
 from ..method_options import Method, register_method
+from ..method_plan import MethodRun, PlannedStage, all_steps
 from .shared import outcome_of, run_stage, start_fine
 
 
@@ -36,6 +37,9 @@ class Steps(Method):
 
     def with_steps(self, n: int) -> Steps:
         return replace(self, count=n)
+
+    def planned_stages(self, run: MethodRun) -> list[PlannedStage]:
+        return [all_steps("full", "fine", self.count)]
 
     def edit(self, run: Run, edit_mask: Any = None) -> Outcome:
         groups = start_fine(run, Stage("full", 1.0, 0.0, self.count))

@@ -315,25 +315,6 @@ def test_main_loops_are_marked_as_predicted(docs, monkeypatch):
     assert docs_predicted.kernel_loops("kernel-loops.json") == "*Not compiled yet.*"
 
 
-def test_few_steps_stand_beside_stock_with_as_many_over_the_tasks_that_all_share(docs, tmp_path):
-    def case(seed, flops, success=True, mask_share=0.1):
-        scores = dict(success=success, edit_psnr=20.0, keep_psnr=30.0, flops=flops)
-        return dict(seed=seed, mask_share=mask_share, kind="recolor") | scores
-
-    rows = [
-        dict(variant="stock-4", cases=[case(0, 8e12), case(1, 8e12, False, 0.9), case(2, 99e12)]),
-        dict(variant="4: start", cases=[case(0, 1e12), case(1, 3e12, mask_share=0.9)]),
-        dict(variant="4: tried", cases=[case(0, 1e12)]),  # too few tasks for a row
-    ]
-    write(tmp_path, rows, "few.json", of=dict(model="kontext", size=64))
-    lines = docs.MAKERS["few"]("few.json").splitlines()
-    assert lines[0] == "2 tasks. Small edits change at most 15% of the picture." and "tried" not in "".join(lines)
-    assert lines[4:6] == [
-        "| stock-4 | 50% | 20.0 | 30.0 | - | - | - | 1.00 | 1.00 |",
-        "| 4: start | 100% | 20.0 | 30.0 | - | - | - | 4.00 | 8.00 |",
-    ]
-
-
 def test_the_front_has_what_no_cheaper_row_is_as_good_as(docs):
     front = importlib.import_module("docs_methods").front
     rows = [(3.0, 0.9, "c"), (1.0, 0.5, "a"), (2.0, 0.5, "b"), (4.0, 0.7, "d")]
