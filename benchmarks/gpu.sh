@@ -149,7 +149,7 @@ run_klein() {
 }
 
 run_steps() {
-  if_dry --execution eager --
+  if_dry --execution eager --model flux-kontext --
   measure 530 --part transformer --minutes 8 "${chosen[@]}" --json "$out/transformer-real.json"
 }
 

@@ -1,10 +1,12 @@
 """The public functions: check arguments, then dispatch.
 
-CUDA tensors run Triton, all others the plain PyTorch reference. `backend="triton"`, `"merged"` or `"torch"` chooses
-explicitly and raises where the choice cannot run; nothing ever falls back silently. "merged" is PyTorch too: attention
-with a bias is merged from unbiased passes of its fused attention, and every other function is that of "torch". Plain
-PyTorch is differentiable in reverse and in forward mode and works inside `torch.func`. The Triton kernels and merged
-attention are for inference: they have no derivatives, and raise RuntimeError where one would be lost.
+CUDA tensors run Triton, all others the plain PyTorch reference. A GPU's first call checks every kernel, and PyTorch
+takes the place of those that fail, with one warning (`specedit_kernels.verdict`). `backend="triton"`, `"merged"` or
+`"torch"` chooses explicitly and raises where the choice cannot run; nothing ever falls back silently. "merged" is
+PyTorch too: attention with a bias is merged from unbiased passes of its fused attention, and every other function is
+that of "torch". Plain PyTorch is differentiable in reverse and in forward mode and works inside `torch.func`. The
+Triton kernels and merged attention are for inference: they have no derivatives, and raise RuntimeError where one would
+be lost.
 
 Wrong dtypes and types raise TypeError; wrong shapes, devices and values raise ValueError; both say what was expected
 and what came. Values inside CUDA tensors (indices, cu_seqlens) are not read, because that would make the host wait:

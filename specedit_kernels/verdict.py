@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,16 +35,19 @@ class Verdict:
     unavailable: str | None = None
     findings: tuple[Finding, ...] = ()
 
-    @property
+    @cached_property
     def failed(self) -> list[Finding]:
         """The findings of cases that failed."""
         return [finding for finding in self.findings if not finding.passed]
 
+    @cached_property
+    def wrong(self) -> frozenset[str]:
+        """The kernels of those cases."""
+        return frozenset(finding.kernel for finding in self.failed)
+
     def allows(self, kernel: str) -> bool:
         """Whether an operator's Triton kernel, or "merged" attention, is used where nobody asks for it by name."""
-        if kernel != MERGED and self.unavailable is not None:
-            return False
-        return all(finding.kernel != kernel for finding in self.failed)
+        return kernel not in self.wrong and (kernel == MERGED or self.unavailable is None)
 
     @property
     def attention(self) -> str:
@@ -125,9 +129,11 @@ def find(device: torch.device, *, anew: bool = False) -> Verdict:
 def backend_for(name: str, args: tuple[Any, ...]) -> str:
     """The backend of an operator whose tensors are on a GPU, where the call names none."""
     device = args[0].device
-    if not guarded(device):
-        return "triton"
-    found = verdict(device)
+    found = _known.get(device)  # every call asks
+    if found is None:
+        if not guarded(device):
+            return "triton"
+        found = verdict(device)
     if found.allows(name):
         return "triton"
     lists = len(args) > 9 and args[9] is not None
