@@ -49,6 +49,11 @@ def check(config: SpecEditConfig) -> None:
             "decode: expected 'full' without keep_pixels, because pixels outside the edited cells are shown too, "
             "got 'edited'"
         )
+    if config.selector == "uniform" and not config.uniform_stride and config.steps[1] > 0:
+        raise ValueError(
+            "uniform_stride: expected at least 1 with selector='uniform', whose mixed stage expands nothing else, got "
+            f"{config.uniform_stride}"
+        )
     if config.draft_steps == 0:
         _check_no_draft(config)
     if config.reference_refresh is not None:
@@ -135,6 +140,11 @@ def _check_no_draft(config: SpecEditConfig) -> None:
     if config.draft_condition != "full":
         raise ValueError(
             f"draft_condition: expected 'full' with draft_steps=0, which makes no draft, got {config.draft_condition!r}"
+        )
+    if config.draft_scale != type(config).draft_scale:
+        raise ValueError(
+            f"draft_scale: expected the default {type(config).draft_scale} with draft_steps=0, which makes no draft, "
+            f"got {config.draft_scale}"
         )
     # The registry last, here and below: presets are made before selectors can be imported.
     if (config.steps[0] > 0 and config.verify_coarse) or not finds_cells(config, config.steps):

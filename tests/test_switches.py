@@ -40,6 +40,8 @@ def test_switches_are_off_by_default():
         (dict(locked="cached", rope="phase_aligned"), "locked: keeps .* rope='phase_aligned', got 'cached'"),
         (dict(locked="reference", selector="edges"), "locked: expected 'coarse' with selector='edges' and restore="),
         (dict(draft_steps=0, draft_condition="small"), "draft_condition: expected 'full' with draft_steps=0"),
+        (dict(draft_steps=0, draft_scale=2), "draft_scale: expected the default 4 with draft_steps=0.*got 2"),
+        (dict(selector="uniform", uniform_stride=0), "uniform_stride: expected at least 1 with selector='uniform'"),
     ],
 )
 def test_switches_that_do_not_go_together(fields, message):

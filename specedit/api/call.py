@@ -40,8 +40,9 @@ def call(
 ) -> Any:
     """The stock pipeline's call, accelerated by SpecEdit, or left to stock with a warning that says why."""
     stock = installation.stock_class.__call__
+    signature = inspect.signature(stock)
     try:
-        bound = inspect.signature(stock).bind(pipe, *args, **kwargs)
+        bound = signature.bind(pipe, *args, **kwargs)
     except TypeError:
         return stock(pipe, *args, **kwargs)  # raises its own error
     if installation.disabled.inside:
@@ -54,6 +55,7 @@ def call(
     asked_steps = None if installation.keeps_steps else bound.arguments.get("num_inference_steps")
     bound.apply_defaults()
     arguments = {name: value for name, value in bound.arguments.items() if name != "self"}
+    inputs.check_types(arguments, [name for name, one in signature.parameters.items() if one.default is None])
     record.stock_reason = why_stock_call(pipe, installation, arguments)
     if record.stock_reason:
         warn_of_stock(installation, record.stock_reason, edit_mask)

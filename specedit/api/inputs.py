@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Generator, Tensor
 
 from ..config import SpecEditConfig
 from ..method import masks
@@ -37,6 +37,33 @@ def mask_of(adapter: Adapter, pipe: Any, call: dict[str, Any], edit_mask: Any, c
 def _takes_mask(config: SpecEditConfig) -> bool:
     method = config.method_options
     return method is None or method.takes_mask or config.keep_pixels
+
+
+INTEGERS = frozenset((
+    "height", "width", "max_area", "num_inference_steps", "num_images_per_prompt", "max_sequence_length"
+))  # fmt: skip
+NUMBERS = frozenset(("guidance_scale", "true_cfg_scale", "strength"))
+
+
+def check_types(call: dict[str, Any], optional: Collection[str]) -> None:
+    """TypeError for arguments of a wrong type that the pipelines find late or in a stranger's words.
+
+    optional: names of arguments that may be None.
+    """
+    for name, value in call.items():
+        if value is None and name in optional:
+            continue
+        or_none = " or None" if name in optional else ""
+        if name in INTEGERS and (not isinstance(value, Integral) or isinstance(value, bool)):
+            raise TypeError(f"{name}: expected an integer{or_none}, got {value!r}")
+        if name in NUMBERS and (not isinstance(value, (Real, Tensor)) or isinstance(value, bool)):
+            raise TypeError(f"{name}: expected a number{or_none}, got {value!r}")
+        if name == "latents" and not isinstance(value, Tensor):
+            raise TypeError(f"latents: expected a tensor or None, got {type(value).__name__}")
+        if name == "generator":
+            for one in value if isinstance(value, (list, tuple)) else [value]:
+                if not isinstance(one, Generator):
+                    raise TypeError(f"generator: expected a torch.Generator or a list of them, got {one!r}")
 
 
 def check(call: dict[str, Any], edit_mask: Any, config: SpecEditConfig) -> list[Tensor] | None:

@@ -43,6 +43,7 @@ def install(pipe: P, config: str | SpecEditConfig | None = None, **overrides: Un
         TypeError: a pipeline that is not supported, or an unknown field.
         ValueError: a preset or value that does not exist, fields that exclude each other, a method that does not fit
             the model, or a pipeline that was loaded without its transformer. The pipeline stays as it was.
+        FileNotFoundError: a forecast without trained weights for this model.
         ImportError: a diffusers that is too old.
     """
     check_diffusers()
@@ -57,7 +58,7 @@ def _install(pipe: Any, config: SpecEditConfig) -> None:
     old = installation_of(pipe)
     if old is not None and _in_place(pipe):
         config = fitted(config, skips_tokens=old.adapter.skips_tokens)
-        check_method(config, old.adapter, pipe)
+        _check_fit(config, old.adapter, pipe)
         old.calls = Calls()  # the reports were another configuration's
         old.config = config
         old.encodings.clear()
@@ -68,11 +69,11 @@ def _install(pipe: Any, config: SpecEditConfig) -> None:
         warn_caller(f"SpecEdit leaves {type(pipe).__name__} as it is: inpainting runs the stock path")
         return
     if adapter is None:
-        raise TypeError(_not_supported(pipe))
+        raise TypeError(not_supported(pipe))
     config = fitted(config, skips_tokens=adapter.skips_tokens)
-    check_method(config, adapter, pipe)
     if pipe.transformer is None:
         raise ValueError(f"install: expected a {type(pipe).__name__} with a transformer, got one without")
+    _check_fit(config, adapter, pipe)
     uninstall(pipe)  # what an installation that was interrupted left
     stock = type(pipe)
     installation = Installation(config, adapter, stock)
@@ -88,6 +89,13 @@ def _install(pipe: Any, config: SpecEditConfig) -> None:
         raise
 
 
+def _check_fit(config: SpecEditConfig, adapter: Adapter, pipe: Any) -> None:
+    """As `check_method`, and errors of a forecast that finds nothing for this model, such as trained weights."""
+    check_method(config, adapter, pipe)
+    if config.forecast_options is not None:
+        config.forecast_options.prepare(pipe)
+
+
 def check_method(config: SpecEditConfig, adapter: Adapter, pipe: Any) -> None:
     """ValueError where the configuration's method does not fit the model family."""
     method = config.method_options
@@ -95,7 +103,8 @@ def check_method(config: SpecEditConfig, adapter: Adapter, pipe: Any) -> None:
         raise ValueError(f"method: expected another one for {type(pipe).__name__}, {reason}, got {method.name!r}")
 
 
-def _not_supported(pipe: Any) -> str:
+def not_supported(pipe: Any) -> str:
+    """The message of `install` for a pipeline that no adapter takes."""
     known = [adapter.pipelines for adapter in adapters()]
     name, bases = type(pipe).__name__, [base.__name__ for base in type(pipe).__mro__]
     one_of = f"one of {', '.join(known)}"

@@ -12,7 +12,7 @@ from ..models import adapter_of
 from ..overrides import Overrides
 from ..run_report import RunReport
 from .installation import Installation, installation_of
-from .installing import install
+from .installing import install, not_supported
 from .sizes import size_for
 
 On = Literal["last", "original"]
@@ -76,6 +76,8 @@ class Session:
             raise TypeError(f"picture: expected a PIL image, got {type(picture).__name__}")
         if picture.mode != "RGB":
             raise ValueError(f"picture: expected an RGB picture, got mode {picture.mode!r}; use convert('RGB')")
+        if adapter_of(pipe) is None:
+            raise TypeError(not_supported(pipe))
         self.original = settled(pipe, picture)
         if installation_of(pipe) is None or config is not None or overrides:
             defaults = Overrides(keep_pixels=True, reuse_encodings=True)

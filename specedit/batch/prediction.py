@@ -21,7 +21,9 @@ from ..models.registry import released_models
 from ..pipelines.loading import INDEX
 from ..released import Released
 from .jobs import Job
+from .results import FAILED, Result
 from .settings import Settings
+from .worker import line
 
 Kinds = Mapping[str, tuple[Released, ...]]
 WORDS = 32  # tokens of a sentence that an embedded editor reads
@@ -80,8 +82,8 @@ def cost_of(model: str | None) -> Cost:
 
 def predict(
     jobs: Iterable[Job], cost: Cost, *, edited: float, gpu: str | None = None, rate: float | None = None
-) -> list[Group]:
-    """Operations and seconds of jobs, in groups of rows that take the same.
+) -> tuple[list[Group], list[Result]]:
+    """Operations and seconds of jobs, in groups of rows that take the same, and results of rows that cannot run.
 
     Args:
         edited: share of the picture that is edited where no mask says it.
@@ -89,19 +91,24 @@ def predict(
         rate: operations a second, for seconds without `gpu`.
 
     Raises:
-        ValueError: naming the argument; also a mask that cannot be read.
+        ValueError: naming the argument.
     """
     if gpu is not None and gpu not in GPUS:
         raise ValueError(f"--gpu: expected one of {', '.join(GPUS)}, got {gpu!r}")
     counted: dict[tuple[Any, ...], int] = {}
+    failed = []
     for job in jobs:
         settings = job.settings
         size = job.layout or (1024, 1024)
-        share = edited if job.mask is None else round(_share(job.mask, size), 2)
+        try:
+            share = edited if job.mask is None else round(_share(job.mask, size), 2)
+        except (OSError, TypeError, ValueError) as error:
+            failed.append(Result(job.id, job.row, status=FAILED, error=line(error)))
+            continue
         key = (size, settings.running, share, job.mask is None, "negative_prompt" in settings.guidance)
         counted[key] = counted.get(key, 0) + 1
     one = functools.partial(_group, cost, gpu, rate)
-    return [one(*key, rows=rows) for key, rows in counted.items()]
+    return [one(*key, rows=rows) for key, rows in counted.items()], failed
 
 
 def _group(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,13 +50,16 @@ def _rows(source: Path) -> list[Record]:
 
 
 def _pictures(folder: Path) -> Iterator[Record]:
-    """The pictures in a folder, by name; other files and hidden ones are passed over."""
+    """The pictures in a folder, by name without a suffix where that is unique. Other files and hidden ones are not."""
     from PIL import Image
 
     known = Image.registered_extensions().keys() | {".heic", ".heif"}
     names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in known and path.is_file())
-    for index, name in enumerate(name for name in names if not name.startswith(".")):
-        yield Record(index, {"image": name, "id": Path(name).stem}, name=name)
+    names = [name for name in names if not name.startswith(".")]
+    stems = Counter(Path(name).stem for name in names)
+    for index, name in enumerate(names):
+        stem = Path(name).stem
+        yield Record(index, {"image": name, "id": stem if stems[stem] == 1 else name}, name=name)
 
 
 def _lines(source: Path) -> list[Record]:

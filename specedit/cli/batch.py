@@ -78,8 +78,7 @@ def run(args) -> int:
     done = f", {len(plan.kept)} of them done before" if plan.kept else ""
     print(f"{plan.rows} rows{done}, {len(plan.failed)} with errors")
     if args.dry_run:
-        _predict(args, plan)
-        return _ended(plan.failed, args)
+        return _ended(plan.failed + _predict(args, plan), args)
     summary = _edit(args, plan, folder)
     print(f"edited {summary.edited}, wrote {folder.path / results.FILE}")
     return _ended(summary.failed, args)
@@ -139,14 +138,16 @@ def _edits(args, plan: Any, folder: Any) -> Any:
     return running.one_process(worker)
 
 
-def _predict(args, plan: Any) -> None:
-    """Print what the rows would take."""
+def _predict(args, plan: Any) -> list[Any]:
+    """Print what the rows would take; results of rows whose masks cannot be used."""
     silence_libraries()
     from ..batch import prediction
 
     rate = None if args.gpu else prediction.rate_here()
     edited = (20.0 if args.edited is None else args.edited) / 100
-    groups = prediction.predict(plan.todo, prediction.cost_of(args.model), edited=edited, gpu=args.gpu, rate=rate)
+    groups, failed = prediction.predict(
+        plan.todo, prediction.cost_of(args.model), edited=edited, gpu=args.gpu, rate=rate
+    )
     print(f"\n{'rows':>8}{'size':>13}  {'preset':24}{'edited':>7}{'NFE':>5}{'TFLOPs':>10}{'ratio':>7}{'seconds':>10}")
     for group in groups:
         size = f"{group.size[0]} x {group.size[1]}"
@@ -159,6 +160,7 @@ def _predict(args, plan: Any) -> None:
     print(f"\nin all {_number(flops / 1e12)} TFLOPs; at least {_duration(seconds)} on one worker, for {where}")
     if args.actors:
         print(f"at least {_duration(seconds / args.actors)} on {args.actors} actors")
+    return failed
 
 
 def _duration(seconds: float) -> str:

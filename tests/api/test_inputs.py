@@ -41,3 +41,25 @@ def test_nan_in_the_picture_is_refused_before_any_work(pipe, edit, count_calls, 
     with pytest.raises(ValueError, match="image: expected finite values, got NaN or infinity"):
         edit(pipe, image=kind(values if kind is torch.from_numpy else values.transpose(1, 2, 0)))
     assert not calls
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(height="a"), "height: expected an integer or None, got 'a'"),
+        (dict(width=128.5), "width: expected an integer or None, got 128.5"),
+        (dict(num_images_per_prompt="2"), "num_images_per_prompt: expected an integer, got '2'"),
+        (dict(num_inference_steps=True), "num_inference_steps: expected an integer, got True"),
+        (dict(guidance_scale=None), "guidance_scale: expected a number, got None"),
+        (dict(true_cfg_scale="a"), "true_cfg_scale: expected a number, got 'a'"),
+        (dict(latents=np.zeros((1, 64, 64))), "latents: expected a tensor or None, got ndarray"),
+        (dict(generator=3), "generator: expected a torch.Generator or a list of them, got 3"),
+        (dict(generator=[torch.Generator(), None]), "generator: .* got None"),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_named_before_any_work(pipe, edit, count_calls, arguments, message):
+    calls = count_calls(pipe.text_encoder)
+    specedit.install(pipe, steps=(1, 1, 1), draft_steps=1)
+    with pytest.raises(TypeError, match=message):
+        edit(pipe, **arguments)
+    assert not calls

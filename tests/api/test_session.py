@@ -28,6 +28,11 @@ def edit(session, prompt="make it red", seed=0, **arguments):
     return session.edit(prompt, generator=torch.Generator().manual_seed(seed), **CALL | arguments)
 
 
+def test_what_is_no_pipeline_is_refused_as_by_install(picture):
+    with pytest.raises(TypeError, match=r"^install: expected one of FluxKontextPipeline.*got NoneType"):
+        specedit.Session(None, picture())
+
+
 def test_edits_undo_and_redo(session):
     original = session.picture
     assert session.original is original and session.edits == () and session.report is None

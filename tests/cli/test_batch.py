@@ -330,6 +330,22 @@ def test_dry_run_predicts_and_writes_nothing(batch, rows, tmp_path, refused):
     assert code == 2 and "--dry-run: expected a model whose cost is known" in said.err
 
 
+def test_dry_run_lists_rows_whose_masks_cannot_be_used(batch, rows):
+    source = rows({"id": "a"}, {"id": "empty", "mask": "e.png"}, {"id": "text", "mask": "t.png"}, {"image": "gone.png"})
+    Image.new("L", (64, 48)).save(source.parent / "e.png")
+    (source.parent / "t.png").write_text("no picture")
+    code, said, _ = batch(source, "--preset", "turbo", "--dry-run")
+    assert code == 3 and [line.split()[0] for line in said.out.splitlines() if " x " in line] == ["1"]
+    assert "empty: edit_mask: expected some nonzero pixels" in said.err and "text: " in said.err
+    assert "3 rows failed" in said.err
+
+
+def test_pictures_of_one_name_keep_their_suffixes(tmp_path):
+    for name in ("x.png", "x.jpg", "y.png"):
+        Image.new("RGB", (64, 64)).save(tmp_path / name)
+    assert [record.values["id"] for record in sources.read(tmp_path)[0]] == ["x.jpg", "x.png", "y"]
+
+
 @pytest.mark.parametrize(
     ("model", "name", "guided", "passes"),
     [
@@ -346,10 +362,10 @@ def test_dry_run_of_a_released_model(rows, monkeypatch, model, name, guided, pas
     monkeypatch.setattr("diffusers.DiffusionPipeline.load_config", lambda *_: 1 / 0)  # as without a network
     source = rows({"preset": "fast", **guided}, sizes=[(300, 150)])
     record, folder = sources.read(source)
-    (group,) = prediction.predict(
+    (group,), failed = prediction.predict(
         [jobs.Rules(model, folder=folder).job(record[0])], prediction.cost_of(model), edited=0.3, gpu="H100"
     )
-    assert group.size == (1440, 720)
+    assert group.size == (1440, 720) and not failed
     cost = dataclasses.replace(specedit.flops.MODELS[name], passes=passes)
     assert group.flops == specedit.flops.plan("fast", cost, 720, 1440, 0.3)["flops"]
     usual = roofline.predict_roofline("fast", name, 720, 1440, 0.3, "H100")["seconds"]

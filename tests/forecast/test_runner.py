@@ -266,18 +266,20 @@ def test_a_new_prompt_starts_a_new_history(pipe, edit):
 
 
 def test_lesa_without_weights(pipe, edit):
-    specedit.install(pipe, **ALONE, forecast="lesa")
+    stock = type(pipe)
     with pytest.raises(FileNotFoundError, match=r"no trained predictor for this transformer.*training.lesa"):
-        edit(pipe)
+        specedit.install(pipe, **ALONE, forecast="lesa")
+    assert type(pipe) is stock
     specedit.install(pipe, steps=(0, 0, 3))
+    with pytest.raises(FileNotFoundError, match="forecast_weights: expected a file, got '/nope'"):
+        specedit.install(pipe, **ALONE, forecast="lesa", forecast_weights="/nope")
     edit(pipe)
+    assert specedit.report(pipe).config.steps == (0, 0, 3)
 
 
-def test_lesa_of_another_order_is_refused_before_the_draft(pipe, edit, weights, monkeypatch):
-    specedit.install(pipe, "balanced", forecast="lesa", forecast_order=1, **weights["lesa"])
-    monkeypatch.setattr(type(pipe.transformer), "forward", None)  # nothing may run
+def test_lesa_of_another_order_is_refused(pipe, weights):
     with pytest.raises(ValueError, match="forecast_order: expected 2, as the weights were trained, got 1"):
-        edit(pipe)
+        specedit.install(pipe, "balanced", forecast="lesa", forecast_order=1, **weights["lesa"])
 
 
 def test_untrained_lesa_is_taylorseer(pipe, edit, weights):
