@@ -5,7 +5,8 @@
 Every case is a run of the command, in a process of its own, over the same tasks of the embedded editor.
 `pictures_per_minute` is the rate of workers that are loaded, from the seconds of every row after each worker's first.
 `seconds` is the whole command, and `other_seconds` what of it no worker spent on rows: imports, loading, Ray's start
-and end. --small runs few tiny pictures without Ray, as a check of the command.
+and end. `load` is the machine's before each run: other work slows a process with several threads most. --small runs few
+tiny pictures without Ray, as a check of the command.
 """
 
 import argparse
@@ -80,11 +81,12 @@ def write_rows(folder: Path, count: int, size: int) -> Path:
 def measure(args: argparse.Namespace, source: Path, out: Path, options: list[str], threads: int) -> dict:
     """Run the command once; its throughput and its seconds."""
     words = ["batch", str(source), "--out", str(out), "--model", args.model, "--preset", args.preset, *options]
+    load = os.getloadavg()[0]
     started = time.perf_counter()
     run_command(words, threads)
     seconds = time.perf_counter() - started
     table = parquet.read_table(out / "results.parquet").to_pylist()
-    return {"rows": len(table), "threads": threads, "seconds": seconds, **throughput(table, seconds)}
+    return {"rows": len(table), "threads": threads, "load": load, "seconds": seconds, **throughput(table, seconds)}
 
 
 def run_command(words: list[str], threads: int) -> None:

@@ -1,6 +1,6 @@
 """Tables of docs/scale.md: machines for many pictures, from the plan, and measured throughput."""
 
-from docs_results import default_steps, load, source, table
+from docs_results import default_steps, load, number, source, table
 
 MILLION, DAY = 1_000_000, 86_400
 SIDE, EDITED = 1024, 0.2
@@ -70,8 +70,16 @@ def throughput(name: str) -> str:
         return f"*not measured yet*: `python -m benchmarks.throughput --out benchmarks/results/{name}`"
     rows = [
         [r["case"], f"{r['rows']}", f"{r['pictures_per_minute']:.1f}", f"{r['seconds_a_row']:.2f}",
-         f"{r['seconds']:.0f}", f"{r['other_seconds']:.0f}"]
+         f"{r['seconds']:.0f}", f"{r['other_seconds']:.0f}", number(r.get("load"), ".1f")]
         for r in result["rows"]
     ]  # fmt: skip
-    header = ["case", "rows", "pictures a minute", "seconds a row", "seconds in all", "of these not editing"]
+    header = [
+        "case",
+        "rows",
+        "pictures a minute",
+        "seconds a row",
+        "seconds in all",
+        "of these not editing",
+        "load before",
+    ]
     return table(header, rows) + source(result, name)
