@@ -74,7 +74,7 @@ class Result:
 
     def save_figure(self, path: Path) -> None:
         """Input, both edits and the edited cells, side by side."""
-        figure = Figure(figsize=(15, 4.5), layout="constrained")
+        figure = Figure(figsize=(15, 4.7), layout="constrained")
         axes = figure.subplots(1, 4)
         gain, fewer = self.stock_seconds / self.run.seconds, self.run.flops_ratio_50
         kept = ", unedited pixels kept" if self.run.config.keep_pixels else ""
