@@ -221,11 +221,11 @@ def test_bench_plan_takes_the_switches(tmp_path):
 def test_bench_plan_of_a_strength_has_no_draft(tmp_path, capsys):
     path = tmp_path / "plan.json"
     given = ["bench", "plan", "--measured", "--json", str(path)]
-    assert cli.main([*given, "--strength", "0.5"]) == 0
+    assert cli.main([*given, "--strength", "0.7"]) == 0
     written = json.loads(path.read_text())
     assert [stage["name"] for stage in written["stages"]] == ["encode", "mixed", "full", "decode"]
-    assert (written["nfe"], written["stock_steps"]) == (9, 14)
-    assert "Against stock's 14 steps of this strength" in capsys.readouterr().out
+    assert (written["nfe"], written["stock_steps"]) == (13, 20)
+    assert "Against stock's 20 steps of this strength" in capsys.readouterr().out
 
 
 def test_bench_plan_shows_measured_and_predicted_seconds(tmp_path, capsys):
