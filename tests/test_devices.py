@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxKontextInpaintPipeline
+from PIL import Image
 
 import specedit
 from specedit import micro
@@ -131,6 +133,20 @@ def test_an_edit_is_the_hosts(pipes, name, settings, call):
     torch.testing.assert_close(other[0], host[0], rtol=1e-4, atol=1e-4)
     assert torch.equal(other[1].edit_mask, host[1].edit_mask)
     assert other[1].flops == host[1].flops
+
+
+@inside
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+def test_an_inpainting_edit_is_the_hosts(pipes, strength):
+    call = dict(mask_image=Image.fromarray(MASK), strength=strength, num_inference_steps=7)
+    made = []
+    for pipe in pipes["kontext"]:
+        inpaint = FluxKontextInpaintPipeline(**pipe.components)
+        inpaint.set_progress_bar_config(disable=True)
+        made.append(edit(inpaint, "kontext", {}, **call))
+    (host, report), (other, others) = made
+    torch.testing.assert_close(other, host, rtol=1e-4, atol=1e-4)
+    assert torch.equal(others.edit_mask, report.edit_mask) and others.flops == report.flops
 
 
 @inside

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ..checks import share
 from ..config import CHOICES, DEFAULT_PRESET, STOCK_STEPS, presets
 from ..io.files import check_writable, write_text
 from .bounds import check_numbers
@@ -23,6 +24,7 @@ def add(commands) -> None:
     parser.add_argument("--height", type=int, default=1024)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--edited", type=float, default=20, help="percentage of the picture that is edited")
+    parser.add_argument("--strength", type=float, default=1.0, help="of an inpainting call; below 1 there is no draft")
     parser.add_argument("--reference-refresh", type=int, metavar="R", help="run text and reference only every R steps")
     parser.add_argument(
         "--guidance-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="sigmas between which true guidance runs"
@@ -54,8 +56,8 @@ def run(args) -> int:
     if not 0 <= args.edited <= 100:
         raise CLIError(f"--edited: expected percent, from 0 to 100, got {args.edited:g}")
     files = [_measured(path) for path in args.measured]
-    predicted = roofline.predict_roofline(config, *asked)
-    row = roofline.measured_row(files, config, *asked)
+    predicted = roofline.predict_roofline(config, *asked, share("--strength", args.strength))
+    row = roofline.measured_row(files, config, *asked) if args.strength == 1 else None
     seconds = {} if row is None else {stage["name"]: stage["seconds"] for stage in row["stages"]}
     print(
         f"{args.model}, {args.preset}, restore={args.restore}, {args.height} x {args.width}, {args.edited:g} % edited"
@@ -85,8 +87,9 @@ def run(args) -> int:
     )
     steps = predicted["stock_steps"]
     if steps != STOCK_STEPS:
+        default = f"the model's default of {steps}" if args.strength == 1 else f"stock's {steps} steps of this strength"
         print(
-            f"\nThese are against {STOCK_STEPS} stock steps. Against the model's default of {steps}: "
+            f"\nThese are against {STOCK_STEPS} stock steps. Against {default}: "
             f"{predicted['flops_ratio']:.2f}x the FLOPs, {predicted['clock_ratio']:.2f}x the seconds"
         )
     if row is None:

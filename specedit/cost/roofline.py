@@ -234,11 +234,12 @@ def predict_roofline(
     width: int,
     edit_fraction: float,
     gpu: str,
+    strength: float = 1.0,
 ) -> dict[str, Any]:
     """Predict operations, bytes and seconds of a run of one image on `gpu`, and of the stock pipeline.
 
     Args:
-        config, model, height, width, edit_fraction: as for `specedit.flops.plan`.
+        config, model, height, width, edit_fraction, strength: as for `specedit.flops.plan`.
         gpu: "A100", "H100", "H200" or "B200".
 
     Returns:
@@ -254,7 +255,7 @@ def predict_roofline(
     if gpu not in GPUS:
         raise ValueError(f"gpu: expected one of {', '.join(GPUS)}, got {gpu!r}")
     config = resolve(config)
-    predicted = plan(config, model, height, width, edit_fraction)
+    predicted = plan(config, model, height, width, edit_fraction, strength=strength)
     hardware = GPUS[gpu]
     grid = TokenGrid(height // TOKEN_PIXELS, width // TOKEN_PIXELS)
     pixels = MODELS[model].latent_pixels
@@ -290,7 +291,7 @@ def predict_roofline(
         if row["name"] == "draft":
             verify = verification_ops(config, model, latent, drafted)
             stages.append(stage("verify", [(1, verify)]))
-        if row["name"] == "coarse" and config.verifies_coarse:
+        if row["name"] == "coarse" and config.verifies_coarse and strength == 1:
             name = "verify" if verify is None else "second look"
             verify = verification_ops(config, model, latent, drafted) if verify is None else verify
             stages.append(stage(name, [(1, verify)]))

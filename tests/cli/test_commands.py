@@ -234,6 +234,16 @@ def test_bench_plan_takes_the_switches(tmp_path):
     assert ratios == sorted(set(ratios))
 
 
+def test_bench_plan_of_a_strength_has_no_draft(tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    given = ["bench", "plan", "--measured", "--json", str(path)]
+    assert cli.main([*given, "--strength", "0.7"]) == 0
+    written = json.loads(path.read_text())
+    assert [stage["name"] for stage in written["stages"]] == ["encode", "mixed", "full", "decode"]
+    assert (written["nfe"], written["stock_steps"]) == (13, 20)
+    assert "Against stock's 20 steps of this strength" in capsys.readouterr().out
+
+
 def test_bench_plan_shows_measured_and_predicted_seconds(tmp_path, capsys):
     path = tmp_path / "end_to_end-real.json"
     row = dict(
@@ -271,6 +281,7 @@ def test_a_pipeline_of_another_kind_chooses_its_own_size(tmp_path, picture, monk
         (["bench", "plan", "--gpu", "H900"], "gpu: expected one of A100, H100, H200, B200, got 'H900'"),
         (["bench", "plan", "--reference-refresh", "0"], "reference_refresh: expected an integer of at least 1"),
         (["bench", "plan", "--guidance-range", "0.9", "0.2"], "guidance_range: expected two sigmas"),
+        (["bench", "plan", "--strength", "0"], "--strength: expected a number above 0, at most 1, got 0.0"),
         (["bench", "plan", "--edited", "120"], "--edited: expected percent, from 0 to 100, got 120"),
         (["bench", "plan", "--measured", "nowhere.json"], "nowhere.json"),
         (["edit", "nowhere.png", "make it red"], "nowhere.png"),
