@@ -11,6 +11,7 @@ import itertools
 import math
 import numbers
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -228,6 +229,16 @@ def expect_layout(q: torch.Tensor, packed: bool) -> None:
         raise ValueError(f"q: expected 3 dimensions (T, H, D) with cu_seqlens, got shape {tuple(q.shape)}")
 
 
+def warn_of_heads_first(q: torch.Tensor) -> None:
+    """Both layouts fit: a tensor with more heads than tokens has perhaps its axes in PyTorch's order."""
+    axes = "(B, N, H, D)" if q.dim() == 4 else "(T, H, D)"
+    warnings.warn(
+        f"q: expected {axes}, got shape {tuple(q.shape)} with more heads than tokens; if the heads come first, as in "
+        "scaled_dot_product_attention, pass x.transpose(-3, -2)",
+        stacklevel=4,
+    )
+
+
 def check_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -249,6 +260,8 @@ def check_attention(
     expect_shape("k", k, (*q.shape[:-3], *k.shape[-3:-1], q.shape[-1]))
     expect_shape("v", v, k.shape)
     heads, shared = q.shape[-2], k.shape[-2]
+    if not torch.compiler.is_compiling() and heads > q.shape[-3] > 1 and shared > k.shape[-3] > 1:
+        warn_of_heads_first(q)
     if heads != shared and (shared == 0 or heads == 0 or heads % shared):
         raise ValueError(f"k: expected as many heads as q has ({heads}) or a divisor of it, got {shared}")
     if q.shape[-1] == 0:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from itertools import product
 
 import pytest
@@ -238,6 +239,17 @@ def test_bad_input(backend, device):
     ]:
         with pytest.raises(error, match=text):
             call()
+
+
+def test_heads_first_is_warned_about(backend, device):
+    """(B, H, N, D) is read as N tokens for H heads, which fits as well."""
+    q = torch.zeros(1, 4, 30, 16, device=device)
+    with pytest.warns(UserWarning, match=r"q: expected \(B, N, H, D\), got shape \(1, 4, 30, 16\) with more heads"):
+        mixed_attention(q, q, q, backend=backend)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mixed_attention(q.transpose(1, 2), q.transpose(1, 2), q.transpose(1, 2), backend=backend)
+        mixed_attention(q[:, :1], q.transpose(1, 2)[:, :, :2], q.transpose(1, 2)[:, :, :2], backend=backend)
 
 
 def test_gradients_are_computed_or_rejected(backend, device, rng):

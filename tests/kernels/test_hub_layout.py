@@ -35,3 +35,24 @@ def test_layout(tmp_path, capsys):
     result = subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(package.parent)],
                             capture_output=True, text=True)  # fmt: skip
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+def test_the_hubs_loader_takes_the_layout(tmp_path):
+    """In a process of its own, which imports nothing of this package but the copy."""
+    hub_layout.lay_out(tmp_path / "kernel")
+    code = """
+        import sys, torch
+        from pathlib import Path
+        from kernels import get_local_kernel
+        loaded = get_local_kernel(Path(sys.argv[1]), backend="cpu")
+        q = torch.randn(1, 5, 2, 16)
+        want = torch.nn.functional.scaled_dot_product_attention(*[q.transpose(1, 2)] * 3).transpose(1, 2)
+        torch.testing.assert_close(loaded.mixed_attention(q, q, q), want)
+        name = "specedit_kernels_cpu_1"
+        assert loaded.__name__ == name and hasattr(getattr(torch.ops, name), "gather_tokens")
+        assert not {"specedit", "specedit_kernels", "diffusers"} & set(sys.modules), "the copy stands alone"
+    """
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "kernel")],
+                            capture_output=True, text=True, cwd=tmp_path)  # fmt: skip
+    assert result.returncode == 0, result.stderr

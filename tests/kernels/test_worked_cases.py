@@ -77,3 +77,31 @@ def test_attention_over_the_most_similar_blocks(device, rng):
     want = kernels.mixed_attention(q, q, q)
     torch.testing.assert_close(names["sparse_attention"](q, q, q, 0.5), want)
     assert torch.equal(names["sparse_attention"](q, q, q, 1.0), want)
+
+
+def test_packed_attention_by_a_plan(device, rng):
+    names = {"torch": torch, "kernels": kernels}
+    exec(compile(blocks("Attention, packed and planned"), "docs/backend.md", "exec"), names)
+    lengths = [5, 0, 12]
+    q, k, v = (torch.randn(17, heads, 16, generator=rng).to(device) for heads in (4, 2, 2))
+    areas = 4.0 ** torch.randint(0, 2, (17,), generator=rng).to(device)
+    got = names["packed_attention"](q, k, v, lengths, areas)
+    for part in (slice(0, 5), slice(5, 17)):
+        want = kernels.mixed_attention(q[None, part], k[None, part], v[None, part], key_bias=areas[None, part].log())
+        torch.testing.assert_close(got[part], want[0])
+
+
+def test_a_region_attends_to_kept_keys_and_values(device, rng):
+    names = {"torch": torch, "kernels": kernels}
+    exec(compile(blocks("A region with kept keys and values"), "docs/backend.md", "exec"), names)
+    q, k, v = (torch.randn(2, 30, 2, 16, generator=rng).to(device) for _ in range(3))
+    regions = [torch.tensor([4, 1, 20], device=device), torch.arange(25, 30, device=device)]
+    kept = [x.clone() for x in (k, v)]
+    for sample, region in enumerate(regions):
+        for x in kept:
+            x[sample, region] = 9.0  # stale in the region alone
+    packed = [torch.cat([x[sample, region] for sample, region in enumerate(regions)]) for x in (q, k, v)]
+    got = names["region_attention"](*packed, *kept, regions)
+    whole = kernels.mixed_attention(q, k, v)
+    torch.testing.assert_close(got, torch.cat([whole[sample, region] for sample, region in enumerate(regions)]))
+    assert torch.equal(kept[0], k) and torch.equal(kept[1], v)
