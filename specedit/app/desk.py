@@ -70,6 +70,7 @@ class Desk:
         self.turns: list[Turn] = []
         self._session: Session | None = None
         self._model: tuple[str, Loaded] | None = None  # of the session
+        self._first: Image.Image | None = None  # what the session began with
         self._accepted = 0  # edits of the session that `base` has
         self._made = 0
         self._busy = threading.Lock()
@@ -110,17 +111,20 @@ class Desk:
             config = resolve(settings.config, **overrides)
             session, new = self._session_for(name, loaded, config)
             try:
-                turn = self._edit(session, loaded, Call(prompt, mask, settings.seed, guidance), config, tell)
+                call = Call(prompt, mask, settings.seed, guidance)
+                before, seconds = self._edit(session, loaded, call, config, tell)
             except BaseException:
                 if new:
                     uninstall(session.pipe)
                 raise
             if new:
-                base = session.original
                 self._leave()
-                self._session, self._model, self.base = session, (name, loaded), base
+                self._session, self._model, self._first = session, (name, loaded), self.base
             self._made += 1
-            turn.number, turn.asked, turn.notes = self._made, asked, (*notes, *turn.notes)
+            edit = session.edits[-1]
+            if edit.report is None:
+                notes = (*notes, _why_stock(session.pipe))
+            turn = Turn(self._made, asked, edit, before, mask, seconds, notes)
             self.turns = [*self.turns[-MOST + 1 :], turn]
             return turn
 
@@ -159,14 +163,14 @@ class Desk:
                 raise ValueError("undo: expected at least one edit, got none to take back")
             self._session.undo()
             if len(self._session.edits) < self._accepted:
-                self._accepted, self.base = len(self._session.edits), self._session.picture
+                self._accepted, self.base = len(self._session.edits), self._picture(self._session)
 
     def redo(self) -> None:
         """Make the edit again that `undo` has taken back. Raises ValueError if there is none."""
         with self._working("redo"):
             if self._session is None:
                 raise ValueError("redo: expected an edit that was undone, got none")
-            before, accepted = self._session.picture, len(self._session.edits)
+            before, accepted = self._picture(self._session), len(self._session.edits)
             self._session.redo()
             self.base, self._accepted = before, accepted
 
@@ -184,8 +188,10 @@ class Desk:
             self._leave()
             self.base, self.turns = None, []
 
-    def _edit(self, session: Session, loaded: Loaded, call: Call, config: SpecEditConfig, tell: Tell) -> Turn:
-        """Edit what the session has accepted. On an error the session is what it was."""
+    def _edit(
+        self, session: Session, loaded: Loaded, call: Call, config: SpecEditConfig, tell: Tell
+    ) -> tuple[Image.Image, float]:
+        """Edit what was accepted; the picture before, and seconds. On an error the session is what it was."""
         undone = len(session.edits) > self._accepted and session is self._session
         if undone:
             session.undo()
@@ -200,9 +206,11 @@ class Desk:
             if undone:
                 session.redo()
             raise
-        seconds, edit = time.perf_counter() - began, session.edits[-1]
-        notes = () if edit.report is not None else (_why_stock(session.pipe),)
-        return Turn(0, Asked(call.prompt, None), edit, before, call.mask, seconds, notes)
+        return before, time.perf_counter() - began
+
+    def _picture(self, session: Session) -> Image.Image | None:
+        """The picture of a session; before its first edit the one that was opened, not yet at the model's size."""
+        return session.picture if session.edits else self._first
 
     def _session_for(self, name: str, loaded: Loaded, config: SpecEditConfig) -> tuple[Session, bool]:
         """The session with this configuration, and whether it is a new one, of another model or picture."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,9 +44,9 @@ def serving(
         example_size: px a side of the examples.
 
     Raises:
-        ValueError: a model that is none.
-        OSError: the port is taken.
+        ValueError: a model that is none, or a port that is taken.
     """
+    check_port(port)
     limits = limits or Limits()
     models = Models(model, offload=offload)
     with tempfile.TemporaryDirectory(prefix="specedit-app-", ignore_cleanup_errors=True) as folder:
@@ -59,6 +60,18 @@ def serving(
             finally:
                 people.close()  # an edit under way would hold up the end
                 blocks.close(verbose=False)
+
+
+def check_port(port: int | None) -> None:
+    """Raises ValueError if nothing can listen there."""
+    if port is None:
+        return
+    with socket.socket() as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind((LOOPBACK, port))
+        except OSError as error:
+            raise ValueError(f"port: expected a free one, got {port}: {error.strerror}") from error
 
 
 def build(people: People, written: list[examples.Example], limits: Limits) -> Any:

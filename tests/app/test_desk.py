@@ -10,8 +10,10 @@ from PIL import Image, ImageChops
 
 from specedit.api.installation import installation_of
 from specedit.app.desk import MOST, Desk
+from specedit.app.models import Models
 from specedit.app.settings import Asked
 from specedit.app.watch import Cancelled
+from specedit.micro.loading import WEIGHTS
 
 ASKED = Asked("make the circle red", "kontext", "turbo")
 
@@ -166,6 +168,32 @@ def test_stock_runs_the_same_call(desk, mask, loaded):
         image=turn.before, prompt=turn.edit.prompt, generator=torch.Generator().manual_seed(0), **given
     ).images[0]
     assert not differs(stock, turn.stock).any()
+
+
+def test_a_large_picture_stays_large_until_an_edit_of_it_is_accepted(desk, mask, models, picture):
+    """The model edits it smaller."""
+    small = models.load("kontext", silent)
+    models._loaded["kontext"] = replace(small, prepare=lambda image: small.prepare(image.resize((128, 96))))
+    large = picture(192, 256)
+    desk.open(large)
+    turn = desk.edit(ASKED, mask, silent)
+    assert turn.before.size == (128, 96) and desk.base is large
+    desk.go_on()
+    assert desk.base is turn.edit.picture
+    desk.undo()
+    assert desk.base is large
+
+
+def test_a_folder_is_the_first_choice_and_its_own_kind(make_pipe, tmp_path):
+    make_pipe().save_pretrained(tmp_path / "pipe")
+    own = Models(str(tmp_path / "pipe"))
+    assert own.names == (str(tmp_path / "pipe"), "kontext", "qwen")
+    assert [own.is_embedded(name) for name in own.names] == [False, True, True]
+    assert Asked(" paint a dragon ", own.names[0]).sentence(embedded=False) == ("paint a dragon", ())
+    assert Models(str(WEIGHTS / "kontext")).is_embedded(str(WEIGHTS / "kontext"))
+    assert Models("qwen").names == ("qwen", "kontext")
+    with pytest.raises(ValueError, match="expected kontext, qwen, a pipeline folder or a hub id"):
+        Models(str(tmp_path / "none"))
 
 
 def test_another_model_starts_from_the_picture_shown(desk, mask):

@@ -1,6 +1,7 @@
 """Between page and desks: whose desk, what is shown, and errors as messages."""
 
 import json
+import socket
 from types import SimpleNamespace
 
 import gradio as gr
@@ -178,3 +179,14 @@ def test_the_server_listens_on_loopback_and_never_shares(monkeypatch):
     server.launch(blocks, 7999, Limits(bytes=5))
     assert given["server_name"] == "127.0.0.1" and given["share"] is False and given["max_file_size"] == 5
     assert given["run_history"] is False and given["show_error"] is False and given["server_port"] == 7999
+
+
+def test_a_port_that_is_taken_is_refused_before_any_work():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"port: expected a free one, got {port}: Address already in use"):
+            with server.serving(port=port):
+                pass
+    server.check_port(port)
