@@ -73,7 +73,13 @@ def _attention(table: dict[str, Any]) -> Iterator[Variant]:
     everything = {"PACKED": True, "PLANNED": True, "HAS_BIAS": True, "SCALE_FIRST": True, "HAS_LSE": True}
     nothing = dict.fromkeys(everything, False) | dict.fromkeys(("bias", "lse", "cu_q", "cu_k", "plan"))
     lengths = {"cu_q": "i32", "cu_k": "i32", "plan": "i32"}
-    unlisted = {"LISTED": False, "QUERY_BLOCK": 0, "KEY_BLOCK": 0, "ORDERED": False} | dict.fromkeys((*_LISTS, *_ORDER))
+    unlisted = {
+        "LISTED": False,
+        "QUERY_BLOCK": 0,
+        "KEY_BLOCK": 0,
+        "ORDERED": False,
+        "MASKED_TAIL": False,
+    } | dict.fromkeys((*_LISTS, *_ORDER))
     entries = [(True, entry) for entry in table.get("attention_tma", [])]
     for with_descriptors, entry in entries + [(False, entry) for entry in table["attention"]]:
         config, width = entry["config"], entry["shape"]["head_dim"]
@@ -105,6 +111,10 @@ def _attention(table: dict[str, Any]) -> Iterator[Variant]:
             if dim == width and element != "fp16":
                 dense = Variant(f"{label} dense", attend, pointers, fixed | nothing, options, ("scale_log2",), half)
                 yield dense
+                if half:  # a candidate of the tuner
+                    yield replace(
+                        dense, name=f"{dense.name} masked tail", constants={**dense.constants, "MASKED_TAIL": True}
+                    )
                 yield from (*_listed(packed), *_listed(dense))
                 yield Variant(f"{label} packed bias lse gqa", attend, pointers | lengths, fixed | everything, options,
                               ("scale_log2",), half, grouped=True)  # fmt: skip

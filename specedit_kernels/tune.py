@@ -38,7 +38,10 @@ def candidates(kernel: str, shape: Shape) -> Iterator[Config]:
         else:
             blocks = [(64, 32), (64, 64), (128, 32), (128, 64), (64, 128), (128, 128)]
         for (m, n), warps, stages in itertools.product(blocks, (4, 8), (2, 3, 4)):
-            yield {"block_m": m, "block_n": n, "num_warps": warps, "num_stages": stages}
+            config = {"block_m": m, "block_n": n, "num_warps": warps, "num_stages": stages}
+            yield config
+            if shape["bits"] == 16 and shape["head_dim"] <= 128:
+                yield config | {"masked_tail": 1}  # one loop instead of a main loop and a tail
     elif kernel == "copy_rows":
         for tile, warps in itertools.product((4096, 8192, 16384), (4, 8)):
             yield {"tile_bytes": tile, "block_bytes": 4096, "num_warps": warps}

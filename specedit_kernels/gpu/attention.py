@@ -33,7 +33,7 @@ def attend(
     DIM: tl.constexpr, DIM_P2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PACKED: tl.constexpr, PLANNED: tl.constexpr, DESCRIPTORS: tl.constexpr, HAS_BIAS: tl.constexpr,
     SCALE_FIRST: tl.constexpr, HAS_LSE: tl.constexpr, PRECISION: tl.constexpr, LISTED: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, ORDERED: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, ORDERED: tl.constexpr, MASKED_TAIL: tl.constexpr,
 ):  # fmt: skip
     """out_i = sum_j p_ij v_j / sum_j p_ij,  p_ij = exp(scale * q_i . k_j + bias_j),  lse_i = log sum_j p_ij
 
@@ -42,6 +42,7 @@ def attend(
     then. Its loads are masked, so rows past the sequence, another sample's, are never read. With DESCRIPTORS, full
     blocks are loaded through TMA. With LISTED, only the key blocks in the query block's list are read, by tiles that
     divide them. With ORDERED, a plan lists the blocks whose keys share a bias: a loop of their own adds it per row.
+    With MASKED_TAIL, the partial block is masked inside the main loop instead, which then masks every block.
     """
     tile = tl.program_id(0) % tiles
     head = tl.program_id(0) // tiles
@@ -122,8 +123,12 @@ def attend(
                                              False, False, False, True, PRECISION)  # fmt: skip
         steps = others * BLOCK_N
         upcoming, rise = _ordered_tile(key_order, tile_bias, others_at, 0, others, whole, BLOCK_N)
+    if MASKED_TAIL:
+        steps = length
     for start in range(0, steps, BLOCK_N):
         at = start
+        if MASKED_TAIL:
+            in_keys = at + n < length
         if LISTED:
             at = upcoming
             upcoming = _tile_start(blocks, entry, start + BLOCK_N, steps, whole, BLOCK_N, KEY_BLOCK)
@@ -134,16 +139,26 @@ def attend(
         if DESCRIPTORS:
             key = k_desc.load([sample.to(tl.int32), kv_head, k_start + at, 0]).reshape(BLOCK_N, DIM_P2)
             value = v_desc.load([sample.to(tl.int32), kv_head, k_start + at, 0]).reshape(BLOCK_N, DIM_P2)
+        elif MASKED_TAIL:
+            here = in_keys[:, None] & in_dim
+            key = tl.load(k + tl.cast(at, tl.int64) * k_row + k_offsets, mask=here, other=0)
+            value = tl.load(v + tl.cast(at, tl.int64) * v_row + v_offsets, mask=here, other=0)
         else:
             key = _load_tile(k, at, k_row, k_offsets, in_dim, DIM == DIM_P2)
             value = _load_tile(v, at, v_row, v_offsets, in_dim, DIM == DIM_P2)
         if HAS_BIAS:
-            bias_row = tl.load(bias + tl.cast(at, tl.int64) * bias_key + n * bias_key) * LOG2_E
+            biases = bias + tl.cast(at, tl.int64) * bias_key + n * bias_key
+            if MASKED_TAIL:
+                bias_row = tl.load(biases, mask=in_keys, other=0) * LOG2_E
+            else:
+                bias_row = tl.load(biases) * LOG2_E
         peak, total, acc = _attend_block(query, key, value, bias_row, in_keys, peak, total, acc, scale_log2, 0.0,
-                                         HAS_BIAS, SCALE_FIRST, False, False, PRECISION)  # fmt: skip
+                                         HAS_BIAS, SCALE_FIRST, MASKED_TAIL, False, PRECISION)  # fmt: skip
     has_tail = whole < length
     if LISTED:
         has_tail = keeps_tail
+    if MASKED_TAIL:
+        has_tail = False
     if has_tail:
         in_keys = whole + n < length  # [BN]
         offset = tl.cast(whole, tl.int64)

@@ -133,6 +133,8 @@ class PreparedAttention:
             dim, dim_p2, block_m, block_n, packed, packed and sequences > 1, descriptors, bias is not None,
             bias is not None or not scale > 0, call.return_lse, "ieee" if q.dtype == torch.float32 else "tf32",
             lists is not None, call.query_block, call.key_block, self._ordered,
+            # Past the end of a packed sequence a descriptor would read the next one's rows.
+            bool(config.get("masked_tail")) and lists is None and not (self._ordered or (packed and descriptors)),
         )  # fmt: skip
         options = {name: config[name] for name in ("num_warps", "num_stages")}
         self._launch = Launch(attend, (tiles * heads * batch, 1, 1), described, **options)

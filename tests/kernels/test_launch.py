@@ -145,6 +145,35 @@ def test_every_attention_configuration(device, rng, as_good, kernel, entry):
 
 
 @runs_kernels
+@pytest.mark.parametrize("kernel", ["attention", "attention_tma"])
+@pytest.mark.parametrize("keys, with_bias", [(7, False), (128, True), (150, True), (150, False)])
+def test_a_tail_masked_in_the_main_loop(device, rng, as_good, kernel, keys, with_bias):
+    """The tuner's candidate, dense and packed: NaN of the next sequence is never read."""
+    if device.type == "cuda" and kernel == "attention_tma" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs TMA")
+    half = torch.bfloat16 if keys == 150 else torch.float16
+    q, k, v = (torch.randn(2, n, 2, 64, generator=rng).to(half) for n in (70, keys, keys))
+    bias = torch.randn(2, keys, generator=rng) if with_bias else None
+    if bias is not None:
+        bias[1] = -math.inf
+    exact = mixed_attention(q.double(), k.double(), v.double(), key_bias=bias, return_lse=True)
+    same = mixed_attention(q, k, v, key_bias=bias, return_lse=True)
+    on_device = [x.to(device) for x in (q, k, v)]
+    on_bias = None if bias is None else bias.to(device)
+    tuned = {kernel: {"block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 2, "masked_tail": 1}}
+    tuned.setdefault("attention", tuned[kernel])
+    out, lse = gpu.run("mixed_attention", (*on_device, None, None, None, on_bias, 0.125, True), tuned)
+    as_good(out.cpu(), exact[0], same[0])
+    as_good(lse.cpu(), exact[1], same[1])
+    ends = [torch.tensor([0, n, 2 * n], dtype=torch.int32, device=device) for n in (70, keys)]
+    flat = [x.flatten(0, 1) for x in on_device]
+    flat[1][keys:], flat[2][keys:] = math.nan, math.nan
+    flat_bias = None if on_bias is None else on_bias.flatten()
+    packed, _ = gpu.run("mixed_attention", (*flat, *ends, None, flat_bias, 0.125, False), tuned)
+    as_good(packed[:70].cpu(), exact[0][0], same[0][0])
+
+
+@runs_kernels
 @pytest.mark.parametrize(
     "lengths", [([5, 300, 0, 64], [7, 7, 100, 50]), ([1] * 130, list(range(130)))], ids=["few", "many"]
 )

@@ -22,7 +22,7 @@ def test_every_kernel_gets_candidates(capability):
         names.add(kernel)
         configs = list(tune.candidates(kernel, shape))
         wanted = launch.nearest(default[kernel], shape)
-        assert len(configs) > 1 and all(config.keys() == wanted.keys() for config in configs)
+        assert len(configs) > 1 and all(config.keys() - {"masked_tail"} == wanted.keys() for config in configs)
     assert names == default.keys() - {"gpu", "capability", "measured"}
 
 
