@@ -209,7 +209,9 @@ class CallConformance(Cases):
     # Every edit has a number of tokens of its own. Stock attention runs prompts of different length one after the other
     # and with a mask or without, which takes more graphs than the compiler allows unasked.
     @pytest.mark.slow
-    @pytest.mark.parametrize("changes", [{}, {"rope": "phase_aligned"}, {"attention": "stock"}])
+    @pytest.mark.parametrize(
+        "changes", [{}, {"rope": "phase_aligned"}, {"attention": "merged"}, {"attention": "stock"}]
+    )
     def test_other_edits_do_not_compile_again(self, family, changes):
         if not family.fullgraph:
             pytest.skip("what crosses a graph break becomes a constant")
