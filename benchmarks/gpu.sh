@@ -172,7 +172,7 @@ run_train() {
   if_dry --steps 1 --minutes 0.02 --probe-minutes 0 --largest 64 --batch-scale 0.1 --device cpu -- \
     --minutes "${TRAIN_MINUTES:-7}" --probe-minutes 0.5 --batch-scale 8 --device cuda
   timeout 530 python3 -m training.micro.train --out "$scratch" --start specedit/micro/weights/kontext "${chosen[@]}"
-  cp "$scratch/log.json" "$out/train-log.json"
+  [ ! -f "$scratch/log.json" ] || cp "$scratch/log.json" "$out/train-log.json" # too few steps leave none
   # In pieces, because machines that are lent often hand back small files only: cat editor.tar.* | tar -x
   tar -C "$scratch" -c editor | split -b 12m - "$out/editor.tar."
 }

@@ -116,4 +116,4 @@ def test_every_line_runs_without_a_gpu(tmp_path):
     assert {row["stock_steps"] for row in klein} == {4} and {row["edit_fraction"] for row in klein} == {0.125, 0.1875}
     assert json.loads((tmp_path / "doctor.json").read_text())["problems"] == []
     assert json.loads((tmp_path / "tuned-dry.json").read_text())["attention_tma"]
-    assert list(tmp_path.glob("editor.tar.*")) and (tmp_path / "train-log.json").exists()
+    assert list(tmp_path.glob("editor.tar.*"))
