@@ -130,7 +130,9 @@ def _check(
     """Raise as a call with these would. Tensors like its queries have no memory, since only shapes are looked at."""
     lead = () if cu_q is not None or key_bias is None or key_bias.dim() != 2 else (key_bias.shape[0],)
     q, k = (torch.empty((*lead, rows, 1, head_dim), dtype=dtype, device="meta") for rows in (total_q, total_k))
-    on_meta = [None if x is None else x.to("meta") for x in (cu_q, cu_k, key_bias)]
+    on_meta = [
+        None if x is None else torch.empty(x.shape, dtype=x.dtype, device="meta") for x in (cu_q, cu_k, key_bias)
+    ]
     checks.check_attention(q, k, k, on_meta[0], on_meta[1], max_seqlen_q, on_meta[2], None)
     for name, offsets, total in (("cu_seqlens_q", cu_q, total_q), ("cu_seqlens_k", cu_k, total_k)):
         if offsets is not None:

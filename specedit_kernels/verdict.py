@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import ops, self_check, verdict_file
+from . import ops, ready, self_check, verdict_file
 from .checks import switch
 from .self_check import Finding
 from .self_check_cases import ATTENTION, MERGED
@@ -105,6 +105,7 @@ def forget() -> None:
     """Forget the verdicts of this process, so that the next use reads the file, or checks anew."""
     with _lock:
         _known.clear()
+        ready.forget()  # a prepared launch asks for no verdict
 
 
 def find(device: torch.device, *, anew: bool = False) -> Verdict:

@@ -40,7 +40,7 @@ def _takes_mask(config: SpecEditConfig) -> bool:
 
 
 INTEGERS = frozenset((
-    "height", "width", "max_area", "num_inference_steps", "num_images_per_prompt", "max_sequence_length"
+    "height", "width", "max_area", "num_images_per_prompt", "max_sequence_length"
 ))  # fmt: skip
 NUMBERS = frozenset(("guidance_scale", "true_cfg_scale", "strength"))
 

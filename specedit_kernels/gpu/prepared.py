@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+_COMPILING = threading.Lock()  # Python 3.11 cannot parse source in several threads at once, as Triton does
 _ADDRESSES = 1024  # at which tensor maps are remembered, for each tensor of a launch
 
 
@@ -113,7 +115,8 @@ class Launch:
         if self._compiled is not None:
             self._compiled[self._grid](*described)
             return
-        compiled = self._kernel[self._grid](*described, **self._options)
+        with _COMPILING:
+            compiled = self._kernel[self._grid](*described, **self._options)
         if isinstance(compiled, CompiledKernel):  # not the interpreter's, nor asynchronous compilation's promise
             self._device = driver.active.get_current_device()
             self._compiled = compiled
