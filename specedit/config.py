@@ -336,6 +336,8 @@ class SpecEditConfig:
         for count in self.steps:
             steps.append(max(0, count - skipped))
             skipped -= count - steps[-1]
+        if self.restore == "pixels" and sum(steps) == 1:
+            raise ValueError(f"strength: expected one that leaves at least 2 steps to restore='pixels', got {strength}")
         return self._with_stages((steps[0], steps[1], steps[2]))
 
     def _with_stages(self, steps: tuple[int, int, int]) -> SpecEditConfig:

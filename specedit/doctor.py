@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from specedit_kernels import ops, self_check, timing, verdict, verdict_file
+from specedit_kernels.checks import debug_enabled, switch
 from specedit_kernels.self_check import Finding
 from specedit_kernels.self_check_cases import ATTENTION, MERGED
 
@@ -40,7 +41,10 @@ def examine(device: torch.device | None = None, *, interpreter: bool = True) -> 
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = verdict.guarded(device) or device.type == "cuda"
-    process = _start_interpreter() if interpreter and not gpu and os.environ.get("TRITON_INTERPRET") != "1" else None
+    switch("SPECEDIT_KERNELS_SELF_CHECK", default=True)
+    debug_enabled()  # a value that it does not take would look like faults of every kernel
+    skipped = _why_not_interpreted(gpu, interpreter)
+    process = _start_interpreter() if skipped is None else None
     judged = verdict.find(device, anew=True) if gpu else None
     checks = _checks(device, judged)
     report: Report = {
@@ -51,11 +55,18 @@ def examine(device: torch.device | None = None, *, interpreter: bool = True) -> 
         "timings": [asdict(one) for one in _timings(device, judged)],
         "auto": auto(judged),
     }
-    if process is not None:
-        report["kernels"]["interpreter"] = _finish_interpreter(process, checks)
+    report["kernels"]["interpreter"] = skipped if process is None else _finish_interpreter(process, checks)
     report["problems"] = [f"{one['where']}: {one['said']}" for one in checks if not one["passed"]]
     report["advice"] = advice(report)
     return report
+
+
+def _why_not_interpreted(gpu: bool, asked: bool) -> str | None:
+    if gpu:
+        return "the GPU checks the kernels"
+    if not asked:
+        return "it was not asked to"
+    return "TRITON_INTERPRET=1: this process interprets" if os.environ.get("TRITON_INTERPRET") == "1" else None
 
 
 def versions() -> dict[str, str | None]:

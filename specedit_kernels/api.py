@@ -336,7 +336,7 @@ def mixed_attention(
         max_seqlen_q: at least the longest query sequence. Optional: it makes the launch grid smaller when sequences
             are many and short.
         key_bias: float32 (T_k,) or (B, N_k), added to the logits of that key after scaling; -inf hides the key (on
-            CUDA everything below -2.3e38 does).
+            CUDA everything below -2.3e38 does), whose k and v must be finite all the same.
         block_keep: the blocks of keys that each block of queries reads; see `BlockKeep`. Other keys cost nothing. None
             reads every key. Lists that keep every block give the same, bit for bit (docs/kernels.md says when on CUDA).
         key_groups: what `KeyGroups.of(key_bias, cu_seqlens_k)` made, instead of `key_bias`, with backend="merged": made
@@ -374,6 +374,8 @@ def mixed_attention(
         kept = (block_keep.offsets, block_keep.blocks, block_keep.query_block, block_keep.key_block)
     order: tuple[Any, ...] = (None, 0, None, None, None, 0)
     if plan is not None:
+        if not isinstance(plan, AttentionPlan):
+            raise TypeError(f"plan: expected what specedit_kernels.plan made, got {type(plan).__name__}")
         cu_seqlens_q, cu_seqlens_k, key_bias = plan.complete(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias)
         order = plan.arguments
     args = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_bias, scale, return_lse, *kept, *order)
@@ -390,7 +392,7 @@ def mixed_attention(
     if out is not None:
         checks.check_attention_out(out, return_lse, q)
     if backend == "merged":
-        _check_merged(k, cu_seqlens_q, key_bias, block_keep, key_groups)
+        _check_merged(k, cu_seqlens_k, key_bias, block_keep, key_groups)
         result, lse = merged_operator.merged_attention(name, args, key_groups)
     elif out is not None:
         _call(backend, name, q, args)
@@ -402,7 +404,7 @@ def mixed_attention(
 
 
 def _check_merged(
-    k: torch.Tensor, cu_seqlens_q: torch.Tensor | None, key_bias: torch.Tensor | None,
+    k: torch.Tensor, cu_seqlens_k: torch.Tensor | None, key_bias: torch.Tensor | None,
     block_keep: BlockKeep | None, key_groups: KeyGroups | None,
 ) -> None:  # fmt: skip
     if block_keep is not None:
@@ -415,7 +417,7 @@ def _check_merged(
         raise TypeError(f"key_groups: expected KeyGroups, got {type(key_groups).__name__}")
     if key_bias is not None:
         raise ValueError("key_groups: expected None with a key_bias, which they replace, got both")
-    key_groups.check_fits(k, None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1)
+    key_groups.check_fits(k, cu_seqlens_k)
 
 
 def qk_norm_rope(

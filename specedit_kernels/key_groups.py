@@ -28,6 +28,7 @@ class KeyGroups:
         ends: for each, int32 (B + 1,), `cu_seqlens` of these keys; () if all samples share them.
         complete: for each, whether every sequence has such keys.
         keys: number of keys that `rows` count through.
+        offsets: `cu_seqlens_k` of packed keys, None of dense ones.
     """
 
     values: tuple[float, ...]
@@ -35,6 +36,7 @@ class KeyGroups:
     ends: tuple[torch.Tensor, ...]
     complete: tuple[bool, ...]
     keys: int
+    offsets: torch.Tensor | None = None
 
     @classmethod
     def of(cls, key_bias: torch.Tensor, cu_seqlens_k: torch.Tensor | None = None) -> KeyGroups:
@@ -48,7 +50,7 @@ class KeyGroups:
             TypeError: not float32, or not int32.
             ValueError: other dimensions, offsets that do not fit, a bias that is NaN or +inf, more than 8 biases.
         """
-        packed = cu_seqlens_k is not None
+        packed, given = cu_seqlens_k is not None, cu_seqlens_k
         checks.expect_tensor("key_bias", key_bias, dtypes=(torch.float32,), dims=(1,) if packed else (2,))
         if cu_seqlens_k is not None:
             checks.expect_tensor("cu_seqlens_k", cu_seqlens_k, dtypes=(torch.int32,), dims=(1,), device=key_bias.device)
@@ -64,18 +66,20 @@ class KeyGroups:
         values = _distinct(key_bias)
         rows = tuple((key_bias == value).nonzero()[:, 0] for value in values)
         if shared or cu_seqlens_k is None:
-            return cls(values, rows, (), (True,) * len(values), key_bias.shape[0])
+            return cls(values, rows, (), (True,) * len(values), key_bias.shape[0], given)
         ends = tuple(torch.searchsorted(each, cu_seqlens_k.long()).int() for each in rows)
         complete = tuple(bool((end[1:] > end[:-1]).all()) for end in ends)
-        return cls(values, rows, ends, complete, key_bias.shape[0])
+        return cls(values, rows, ends, complete, key_bias.shape[0], given)
 
     def to(self, device: torch.device | str | int, **how: Any) -> KeyGroups:
         """The same groups on another device."""
         rows, ends = (tuple(x.to(device, **how) for x in each) for each in (self.rows, self.ends))
-        return KeyGroups(self.values, rows, ends, self.complete, self.keys)
+        start = None if self.offsets is None else self.offsets.to(device, **how)
+        return KeyGroups(self.values, rows, ends, self.complete, self.keys, start)
 
-    def check_fits(self, k: torch.Tensor, sequences: int | None) -> None:
-        """ValueError unless the groups are those of `k`: dense (sequences=None), or of this many packed ones."""
+    def check_fits(self, k: torch.Tensor, cu_seqlens_k: torch.Tensor | None) -> None:
+        """ValueError unless the groups are those of `k`, dense or packed. Lengths are compared where values are."""
+        sequences = None if cu_seqlens_k is None else cu_seqlens_k.shape[0] - 1
         if any(rows.device != k.device for rows in self.rows):
             raise ValueError(f"key_groups: expected device {k.device}, got {self.rows[0].device}")
         if torch.compiler.is_compiling():  # the number of keys would become a constant of the graph
@@ -87,6 +91,11 @@ class KeyGroups:
         got = self.ends[0].shape[0] - 1 if self.ends else None
         if (got is None and sequences not in (None, 1)) or got not in (None, wanted):
             raise ValueError(f"key_groups: expected groups of {wanted} sequences, got groups of {got or 1}")
+        if self.offsets is None or cu_seqlens_k is None or not checks.values_are_checked(cu_seqlens_k):
+            return
+        if not torch.equal(self.offsets, cu_seqlens_k):
+            lengths = ([*one.diff().tolist()] for one in (cu_seqlens_k, self.offsets))
+            raise ValueError("key_groups: expected groups of sequences of {} keys, got of {}".format(*lengths))
 
     def __iter__(self) -> Iterator[tuple[float, torch.Tensor, torch.Tensor | None, bool]]:
         """value, rows, ends (None if shared) and complete of every group."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ def plan(
             keeps the tensor, whose values must not change.
         areas: (T_k,) or (B, N_k) float, how many positions each key stands for, instead of a bias:
             `key_bias = log(areas)`.
-        backend: "triton", "torch" or None (by device); of the calls that will come.
+        backend: "triton", "merged", "torch" or None (by device); of the calls that will come.
 
     Raises:
         TypeError: dtypes or types that do not fit.
@@ -128,6 +129,13 @@ def _check(
     max_seqlen_q: int | None, key_bias: torch.Tensor | None,
 ) -> None:  # fmt: skip
     """Raise as a call with these would. Tensors like its queries have no memory, since only shapes are looked at."""
+    for name, value in (("total_q", total_q), ("total_k", total_k), ("head_dim", head_dim)):
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name}: expected an integer, got {value!r}")
+        if value < 0:
+            raise ValueError(f"{name}: expected at least 0, got {value}")
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype: expected a torch.dtype, got {dtype!r}")
     lead = () if cu_q is not None or key_bias is None or key_bias.dim() != 2 else (key_bias.shape[0],)
     q, k = (torch.empty((*lead, rows, 1, head_dim), dtype=dtype, device="meta") for rows in (total_q, total_k))
     on_meta = [

@@ -302,7 +302,8 @@ def _attention(
         dtype = _compute_dtype(q.dtype) if on_cpu else q.dtype
         mask = None if key_bias is None else key_bias.to(dtype)[:, None, None, :]
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out, lse = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2), None
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        out, lse = attended.transpose(1, 2).to(q.dtype), None  # autocast would make it another
         if key_bias is not None and not on_cpu:
             out = zero_where_all_is_hidden(key_bias, out)
     out, lse = unfold_heads(out, heads), None if lse is None else unfold_lse(lse, heads)

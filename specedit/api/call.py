@@ -107,7 +107,8 @@ def accelerated_call(
     began = trace.clock()
     try:
         with trace.timed("encode"):
-            edit_mask = inputs.check(arguments, inputs.mask_of(adapter, pipe, arguments, edit_mask, config), config)
+            mask = inputs.mask_of(adapter, pipe, arguments, edit_mask, config)
+            edit_mask = inputs.check(arguments, mask, config, "edit_mask" if mask is edit_mask else "mask_image")
             offered.check(adapter, config)
             check_backend(backend_of(config.attention), torch.device(getattr(pipe, "_execution_device", "cpu")))
             drafted = config.uses_draft and edit_mask is None

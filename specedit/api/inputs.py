@@ -66,8 +66,10 @@ def check_types(call: dict[str, Any], optional: Collection[str]) -> None:
                     raise TypeError(f"generator: expected a torch.Generator or a list of them, got {one!r}")
 
 
-def check(call: dict[str, Any], edit_mask: Any, config: SpecEditConfig) -> list[Tensor] | None:
-    """Check a call's arguments, and read its mask (`masks.read`).
+def check(
+    call: dict[str, Any], edit_mask: Any, config: SpecEditConfig, named: str = "edit_mask"
+) -> list[Tensor] | None:
+    """Check a call's arguments, and read its mask (`masks.read`), which the caller has given as `named`.
 
     Numbers, arrays and tensors have to be finite, whatever the argument and however deep in lists and dicts: NaN in
     guidance, latents or embeddings would come out as a black picture.
@@ -85,7 +87,10 @@ def check(call: dict[str, Any], edit_mask: Any, config: SpecEditConfig) -> list[
             f"edit_mask: expected none with method={method.name!r}, which edits the whole picture, unless keep_pixels "
             f"gives back what lies outside it; got {type(edit_mask).__name__}"
         )
-    return _read_mask(edit_mask, call)
+    try:
+        return _read_mask(edit_mask, call)
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("edit_mask:", f"{named}:", 1)) from error
 
 
 def _read_mask(mask: Any, call: dict[str, Any]) -> list[Tensor]:

@@ -35,6 +35,7 @@ def test_a_machine_without_a_gpu(report, capsys):
     assert code == 0 and found["problems"] == [] and found["advice"] == []
     assert found["versions"]["torch"] == torch.__version__ and found["versions"]["specedit"]
     assert found["machine"]["gpu"] is None and found["machine"]["cpu"]
+    assert found["kernels"]["interpreter"] == "it was not asked to"
     assert found["kernels"]["run"] is False and found["kernels"]["why"] == "there is no GPU"
     assert found["auto"] == {
         "attention": "torch", "others": "torch", "why": "PyTorch with a mask, because there is no GPU",
@@ -47,7 +48,7 @@ def test_a_machine_without_a_gpu(report, capsys):
     assert sum(timed["mixed", "torch"]["tokens"]) < sum(timed["stock", "torch"]["tokens"])
     text = doctor_text.text(found)
     for line in (
-        "GPU       none", "kernels   do not run: there is no GPU", "the kernels were not checked",
+        "GPU       none", "kernels   do not run: there is no GPU", "the kernels were not checked: it was not asked to",
         "mixed, 20 % edited", 'attention="auto" takes "torch" for mixed stages', "Everything that was checked is right",
         "To a bug report attach what `specedit doctor --json` prints",
     ):  # fmt: skip
@@ -78,7 +79,7 @@ def test_an_interpreter_that_does_not_run_is_said(report, tmp_path, monkeypatch)
     code, found = report()
     assert code == 0 and {one["where"] for one in found["checks"]} == {"PyTorch"}
     assert found["kernels"]["interpreter"].startswith("Triton's interpreter stopped: SystemError: a broken")
-    assert "  not all of the kernels were checked: Triton's interpreter stopped" in doctor_text.text(found)
+    assert "checked: Triton's interpreter stopped" in doctor_text.text(found)
 
 
 @pytest.mark.slow
@@ -147,3 +148,11 @@ def test_help_and_unknown_options(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["doctor", "--gpu"])
     assert stopped.value.code == 2 and "specedit doctor: unrecognized arguments: --gpu" in capsys.readouterr().err
+
+
+def test_a_mistyped_switch_is_no_fault_of_a_kernel(monkeypatch, capsys):
+    for name in ("SPECEDIT_KERNELS_DEBUG", "SPECEDIT_KERNELS_SELF_CHECK"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "maybe")
+            assert cli.main(["doctor", "--no-interpreter"]) == 2
+        assert f"{name}: expected 0, 1, false" in capsys.readouterr().err

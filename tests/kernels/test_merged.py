@@ -128,8 +128,9 @@ def test_what_it_cannot_do_is_refused():
         ({"key_groups": KeyGroups.of(areas(torch.Generator(), 3, 6))}, "key_groups: expected groups of 2 sequences"),
         ({"key_groups": groups, "backend": "torch"}, "key_groups: expected None with backend='torch'"),
         ({"key_groups": groups, "backend": None}, "key_groups: expected None with backend=None"),
+        ({"plan": 7}, "plan: expected what specedit_kernels.plan made, got int"),
     ]:  # fmt: skip
-        with pytest.raises(ValueError, match=text):
+        with pytest.raises((TypeError, ValueError), match=text):
             mixed_attention(q, q, q, **({"backend": "merged"} | arguments))
     with pytest.raises(TypeError, match="key_groups: expected KeyGroups, got Tensor"):
         mixed_attention(q, q, q, key_groups=many, backend="merged")
@@ -259,3 +260,31 @@ def test_a_sample_that_sees_nothing_gives_zeros_whatever_a_fused_kernel_makes_of
     bias[1] = -math.inf
     out = reference.zero_where_all_is_hidden(bias, torch.full((2, 40, 2, 64), math.nan))
     assert out[0].isnan().all() and not out[1].any()
+
+
+def test_groups_of_other_lengths_are_refused():
+    q, bias = torch.zeros(9, 2, 16), torch.zeros(9)
+    groups, other = KeyGroups.of(bias, offsets(4, 5)), offsets(5, 4)
+    with pytest.raises(ValueError, match=r"key_groups: expected groups of sequences of \[5, 4\] keys, got of \[4, 5\]"):
+        mixed_attention(q, q, q, cu_seqlens_q=other, cu_seqlens_k=other, key_groups=groups, backend="merged")
+
+
+def test_autocast_leaves_the_dtype(rng):
+    q = torch.randn(1, 9, 2, 16, generator=rng)
+    with torch.autocast("cpu", torch.bfloat16):
+        for backend in ("merged", "torch"):
+            assert mixed_attention(q, q, q, key_bias=torch.zeros(1, 9), backend=backend).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "text"),
+    [
+        (dict(total_q=-1), ValueError, "total_q: expected at least 0, got -1"),
+        (dict(head_dim=16.0), TypeError, "head_dim: expected an integer, got 16.0"),
+        (dict(dtype="float16"), TypeError, "dtype: expected a torch.dtype, got 'float16'"),
+    ],
+)
+def test_what_a_plan_cannot_be_made_of(wrong, error, text):
+    sizes = dict(total_q=9, total_k=9, head_dim=16, dtype=torch.float32)
+    with pytest.raises(error, match=text):
+        plan(offsets(4, 5), offsets(4, 5), **(sizes | wrong))

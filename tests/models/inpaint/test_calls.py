@@ -174,6 +174,12 @@ def test_two_masks_are_refused(inpaint, pipe):
         inpaint(pipe, edit_mask=mask_of())
 
 
+def test_a_wrong_number_of_masks_is_named_as_it_was_given(inpaint, pipe):
+    specedit.install(pipe, **QUICK)
+    with pytest.raises(ValueError, match="mask_image: expected 1 mask, got 3"):
+        inpaint(pipe, mask_image=[mask_of()] * 3)
+
+
 def test_uninstalling_gives_the_stock_pipeline(inpaint, pipe):
     before, cls = inpaint(pipe, strength=0.6), type(pipe)
     specedit.uninstall(specedit.install(pipe, **QUICK))

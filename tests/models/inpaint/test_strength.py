@@ -140,5 +140,5 @@ def test_locked_cells_begin_with_the_picture(inpaint, pipe, locked):
 
 def test_too_few_steps_for_pixels_are_refused(inpaint, pipe):
     specedit.install(pipe, restore="pixels")
-    with pytest.raises(ValueError, match=r"num_inference_steps: expected at least 2 with restore='pixels'"):
+    with pytest.raises(ValueError, match=r"strength: expected one that leaves at least 2 steps .* got 0.1"):
         inpaint(pipe, strength=0.1, num_inference_steps=10)
