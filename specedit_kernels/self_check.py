@@ -13,6 +13,7 @@ its largest value, or 1e-5 of that value, which the approximate exponentials and
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 from . import ops, ready
-from .self_check_cases import ATTENTION, MERGED, Case, attention_in_own_precision, cases
+from .self_check_cases import ATTENTION, MERGED, Case, attention_in_own_precision, cases, planned_cases
 
 FLOOR = 1e-5
 Run = Callable[[str, str, tuple[Any, ...]], Any]  # backend, operator and its arguments, as `ops.run` takes them
@@ -66,7 +67,10 @@ def run_checks(
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             chosen = [case for case in cases(device, half) if case.backend in backends]
-            return [check(case, ops.run if run is None else run) for case in chosen]
+            findings = [check(case, ops.run if run is None else run) for case in chosen]
+            if run is None and "triton" in backends:
+                findings += _planned(device, half)
+            return findings
     finally:
         ready.forget()  # a kernel that failed would run again for arguments like these
 
@@ -86,10 +90,23 @@ def check(case: Case, run: Run) -> Finding:
     except torch.OutOfMemoryError:
         raise
     except Exception as raised:
-        first = (str(raised).strip().splitlines() or [""])[0]
-        return Finding(case.kernel, case.label, why=f"{type(raised).__name__}: {first}")
+        return _failed(case.kernel, case.label, raised)
     error, allowed = max(errors, key=lambda pair: pair[0] / pair[1])
     return Finding(case.kernel, case.label, error, allowed)
+
+
+def _planned(device: torch.device, half: torch.dtype) -> list[Finding]:
+    try:
+        return [check(case, ops.run) for case in planned_cases(device, half)]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as raised:  # of a kernel that makes plans
+        return [_failed(ATTENTION, "planned", raised)]
+
+
+def _failed(kernel: str, label: str, raised: Exception) -> Finding:
+    first = (str(raised).strip().splitlines() or [""])[0]
+    return Finding(kernel, label, why=f"{type(raised).__name__}: {first}")
 
 
 def _compared(got: torch.Tensor, exact: torch.Tensor, same: torch.Tensor) -> tuple[float, float]:
@@ -126,7 +143,8 @@ def main() -> None:
     from . import gpu  # noqa: F401 - raises here, and not in every case, where Triton does not work
 
     with torch.no_grad():
-        for case in cases(torch.device("cpu"), torch.float16):  # the interpreter gets bfloat16 wrong
+        cpu, half = torch.device("cpu"), torch.float16  # the interpreter gets bfloat16 wrong
+        for case in itertools.chain(cases(cpu, half), planned_cases(cpu, half)):
             if case.backend == "triton":
                 print(json.dumps(asdict(check(case, ops.run))), flush=True)
 

@@ -39,7 +39,7 @@ class Case:
 
 
 def cases(device: torch.device, half: torch.dtype) -> Iterator[Case]:
-    """Every call, with inputs of fixed numbers on the device."""
+    """Every call that needs no plan, with inputs of fixed numbers on the device."""
     yield from _attention(device, half)
     for dtype in (half, torch.float32):
         yield from _tokens(device, dtype)
@@ -76,6 +76,20 @@ def _attention(device: torch.device, half: torch.dtype) -> Iterator[Case]:
             yield Case("triton", ATTENTION, f"{label}, packed", packed)
             yield Case("triton", ATTENTION, f"{label}, lists of blocks", (*dense, *lists))
             yield Case(MERGED, ATTENTION, f"{label}, packed", packed)
+
+
+def planned_cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    """Attention with a plan, which kernels make, for a bias that one block of keys shares and the others do not."""
+    from . import gpu
+
+    bias = torch.zeros(1, KEYS, device=device)
+    bias[:, :128] = math.log(4)
+    bias[:, 130::2] = math.log(4)
+    for dim in (128, 64):
+        q, k, v = _draw(device, dtype, (1, QUERIES, HEADS, dim), *[(1, KEYS, HEADS, dim)] * 2)
+        made = gpu.plan(None, None, bias, QUERIES, KEYS, None, dim, dtype)
+        args = (q, k, v, None, None, None, bias, dim**-0.5, True, None, None, 0, 0, *made)
+        yield Case("triton", ATTENTION, f"{_name(dtype)}, D={dim}, planned", args)
 
 
 def _tokens(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
@@ -123,7 +137,7 @@ def attention_in_own_precision(
     logits = q @ k.transpose(2, 3) * scale
     if bias is not None:
         logits = logits + bias[:, None, None].to(q.dtype)
-    if lists:
+    if lists and lists[0] is not None:
         logits[..., BLOCK_UNIT : 2 * BLOCK_UNIT] = -math.inf
     lse = logits.logsumexp(-1)
     out = ((logits - lse.unsqueeze(-1)).exp() @ v).transpose(1, 2)

@@ -237,6 +237,28 @@ def test_a_wrong_kernel_that_is_asked_for_by_name_raises(monkeypatch):
 
 @pytest.mark.slow
 @needs_driver
+def test_attention_with_a_plan_is_checked_too(monkeypatch):
+    """Wrong there alone, and where the plan cannot be made."""
+    with dry_gpu.use((9, 0), generates=False, checks=True) as gpu:
+        run = ops.run
+
+        def wrong(backend, name, args):
+            result = run(backend, name, args)
+            if backend == "triton" and len(args) > 15 and args[15] is not None:
+                dry_gpu.broken(name, args, result)
+            return result
+
+        for owner, attribute, change in ((ops, "run", wrong), (kernels.gpu, "plan", lambda *_: 1 / 0)):
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, attribute, change)
+                findings = verdict.find(CPU, anew=True).failed
+            assert {finding.kernel for finding in findings} == {"mixed_attention"}
+            assert all("planned" in finding.label for finding in findings)
+        assert not verdict.find(CPU, anew=True).failed and gpu.launches
+
+
+@pytest.mark.slow
+@needs_driver
 def test_attention_that_merging_cannot_do_goes_to_pytorch():
     """With a wrong attention kernel: any bias, lists of blocks."""
     q = torch.randn(1, 70, 2, 64)
