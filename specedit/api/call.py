@@ -98,6 +98,16 @@ def reusing(pipe: Any, installation: Installation) -> Iterator[Reuse | None]:
         yield reuse
 
 
+def _device(pipe: Any) -> torch.device:
+    """Where a pipeline runs. diffusers looks at every module for it, so it is only asked where it cannot be seen."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    first = next(pipe.transformer.parameters(), None)
+    if first is not None and first.device.type == "cuda":
+        return first.device
+    return torch.device(getattr(pipe, "_execution_device", "cpu"))
+
+
 def accelerated_call(
     pipe: Any, installation: Installation, record: CallRecord, config: Any, arguments: dict[str, Any], edit_mask: Any,
     reuse: Reuse | None,
@@ -110,7 +120,7 @@ def accelerated_call(
             mask = inputs.mask_of(adapter, pipe, arguments, edit_mask, config)
             edit_mask = inputs.check(arguments, mask, config, "edit_mask" if mask is edit_mask else "mask_image")
             offered.check(adapter, config)
-            check_backend(backend_of(config.attention), torch.device(getattr(pipe, "_execution_device", "cpu")))
+            check_backend(backend_of(config.attention), _device(pipe))
             drafted = config.uses_draft and edit_mask is None
             if config.needs_decoder(masked=edit_mask is not None) == "features":
                 check_decoder(pipe.vae)
