@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 DEFAULT = ["doctor", "tests", "tune", "kernels", "flux", "qwen", "klein", "steps", "caches", "train"]
 BY_NAME = ["compile", "micro", "forecast", "real"]
+DRY = ["doctor", "tests", "kernels", "klein"]  # cheap ones; by hand `benchmarks/gpu.sh --dry` runs them all
 
 
 def run(*arguments, path=None, timeout=900):
@@ -104,16 +105,13 @@ def test_every_part_is_bounded_by_nine_minutes():
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.skipif(bool(dry_gpu.missing()), reason=str(dry_gpu.missing()))
-def test_every_line_runs_without_a_gpu(tmp_path):
-    result = run("--dry", "--out", tmp_path, *(word for name in (*DEFAULT, *BY_NAME) for word in ("--part", name)))
+def test_parts_run_without_a_gpu(tmp_path):
+    result = run("--dry", "--out", tmp_path, *(word for name in DRY for word in ("--part", name)))
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-3000:]
-    assert parts_of(result) == [*DEFAULT, *BY_NAME]
-    assert (tmp_path / "gpu-done").read_text().split() == [*DEFAULT, *BY_NAME]
-    for name in ("flux", "qwen", "klein", "caches"):
-        found = json.loads((tmp_path / f"end_to_end-real-{name}.json").read_text())
-        assert found["rows"] and not found["failures"], name
-    klein = json.loads((tmp_path / "end_to_end-real-klein.json").read_text())["rows"]
-    assert {row["stock_steps"] for row in klein} == {4} and {row["edit_fraction"] for row in klein} == {0.125, 0.1875}
+    assert parts_of(result) == DRY
+    assert (tmp_path / "gpu-done").read_text().split() == DRY
+    found = json.loads((tmp_path / "end_to_end-real-klein.json").read_text())
+    assert found["rows"] and not found["failures"]
+    assert {row["stock_steps"] for row in found["rows"]} == {4}
+    assert {row["edit_fraction"] for row in found["rows"]} == {0.125, 0.1875}
     assert json.loads((tmp_path / "doctor.json").read_text())["problems"] == []
-    assert json.loads((tmp_path / "tuned-dry.json").read_text())["attention_tma"]
-    assert list(tmp_path.glob("editor.tar.*"))
