@@ -102,7 +102,7 @@ def _device(pipe: Any) -> torch.device:
     """Where a pipeline runs. diffusers looks at every module for it, so it is only asked where it cannot be seen."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    first = next(pipe.transformer.parameters(), None)
+    first: Tensor | None = next(pipe.transformer.parameters(), None)
     if first is not None and first.device.type == "cuda":
         return first.device
     return torch.device(getattr(pipe, "_execution_device", "cpu"))
