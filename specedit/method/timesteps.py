@@ -20,7 +20,7 @@ def known_sigmas(run: Run, drafts: bool) -> list[float]:
 
     found = sigmas(grid.coarse(config.draft_scale).tokens, 1.0, 0.0, config.draft_steps) if drafts else []
     tokens = {"coarse": grid.coarse().tokens, "full": grid.tokens}
-    for stage in stages(config):
+    for stage in stages(config, run.state.start):
         if stage.name in tokens:
             found += sigmas(tokens[stage.name], stage.start, stage.end, stage.steps)
     return found

@@ -138,6 +138,15 @@ def test_locked_cells_begin_with_the_picture(inpaint, pipe, locked):
     assert not torch.equal(inpaint(pipe, strength=0.6, seed=4), ours)
 
 
+def test_modulation_is_kept_of_the_steps_that_are_left(inpaint, pipe):
+    specedit.install(pipe, steps=(2, 2, 6), modulation="once")
+    kept = []
+    for strength in (1.0, 0.5):
+        inpaint(pipe, strength=strength)
+        kept.append(specedit.report(pipe).modulation["bytes"])
+    assert kept[1] <= 0.7 * kept[0]
+
+
 def test_too_few_steps_for_pixels_are_refused(inpaint, pipe):
     specedit.install(pipe, restore="pixels")
     with pytest.raises(ValueError, match=r"strength: expected one that leaves at least 2 steps .* got 0.1"):
