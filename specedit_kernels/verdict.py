@@ -127,6 +127,11 @@ def find(device: torch.device, *, anew: bool = False) -> Verdict:
     return Verdict(None, tuple(findings))
 
 
+def _kernel_of(operator: str) -> str:
+    """What findings call an operator's kernel: that of its twin NAME_out is the same."""
+    return operator.removesuffix("_out")
+
+
 def backend_for(name: str, args: tuple[Any, ...]) -> str:
     """The backend of an operator whose tensors are on a GPU, where the call names none."""
     device = args[0].device
@@ -135,10 +140,11 @@ def backend_for(name: str, args: tuple[Any, ...]) -> str:
         if not guarded(device):
             return "triton"
         found = verdict(device)
-    if found.allows(name):
+    kernel = _kernel_of(name)
+    if found.allows(kernel):
         return "triton"
     lists = len(args) > 9 and args[9] is not None
-    return MERGED if name == ATTENTION and found.allows(MERGED) and not lists else "torch"
+    return MERGED if kernel == ATTENTION and found.allows(MERGED) and not lists else "torch"
 
 
 def require(name: str, device: torch.device) -> None:
@@ -146,7 +152,7 @@ def require(name: str, device: torch.device) -> None:
     if torch.compiler.is_compiling() or not guarded(device):
         return
     found = verdict(device)
-    if found.unavailable is None and (why := found.why_not(name)) is not None:
+    if found.unavailable is None and (why := found.why_not(_kernel_of(name))) is not None:
         raise RuntimeError(
             f'{name}: expected a kernel that passes its check on this GPU for backend="triton", got {why}; '
             "backend=None takes PyTorch in its place, and SPECEDIT_KERNELS_SELF_CHECK=0 runs it all the same"

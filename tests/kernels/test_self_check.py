@@ -227,6 +227,9 @@ def test_a_wrong_kernel_that_is_asked_for_by_name_raises(monkeypatch):
         gather = calls()["gather_tokens"]
         with pytest.raises(RuntimeError, match=r"gather_tokens: expected a kernel that passes.*error 5.0e-01"):
             said(lambda: gather(backend="triton"))
+        with pytest.raises(RuntimeError, match=r"gather_tokens_out: expected a kernel that passes"):
+            gather(backend="triton", out=torch.empty(2, 3, 64))
+        assert torch.equal(gather(out=torch.empty(2, 3, 64)), gather(backend="torch"))
         assert calls()["weighted_sum"](backend="triton").shape == (2, 50, 64)
     monkeypatch.setenv("SPECEDIT_KERNELS_SELF_CHECK", "maybe")
     with pytest.raises(ValueError, match=r"SPECEDIT_KERNELS_SELF_CHECK: expected 0, 1, .* got 'maybe'"):
