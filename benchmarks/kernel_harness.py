@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import datetime
 import itertools
-import statistics
 import subprocess
-import time
 from collections.abc import Callable
 
 import pytest
 import torch
 
 from specedit.hardware import cpu_name
+from specedit_kernels import timing
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 TOLERANCE = 2e-2 if ON_GPU else 1e-5  # bfloat16 on a GPU, float32 on a CPU
 REPEATS = 30 if ON_GPU else 3
-WAIT_CYCLES = 1_000_000  # about half a millisecond
 # Inputs rotate through at least this many bytes, more than any L2, so that caches are cold.
 ROTATED_BYTES = 256 << 20 if ON_GPU else 8 << 20
 
@@ -31,24 +29,7 @@ def synchronize() -> None:
 
 def device_milliseconds(call: Callable[[], object], repeats: int = REPEATS) -> float:
     """Median time of one call on the device (by events; by the clock on a CPU)."""
-    call()
-    times = []
-    for _ in range(repeats):
-        synchronize()
-        if ON_GPU:
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            # Delay the device while the host enqueues; otherwise a short kernel's time is its launch.
-            torch.cuda._sleep(WAIT_CYCLES)
-            start.record()
-            call()
-            stop.record()
-            stop.synchronize()
-            times.append(start.elapsed_time(stop))
-        else:
-            begun = time.perf_counter()
-            call()
-            times.append(1e3 * (time.perf_counter() - begun))
-    return statistics.median(times)
+    return timing.milliseconds(call, torch.device(DEVICE), repeats)
 
 
 def rooflines() -> dict[str, float]:

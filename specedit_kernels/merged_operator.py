@@ -57,7 +57,5 @@ def merged_attention(name: str, args: tuple[Any, ...], groups: KeyGroups | None)
     grouped = [list(part) for part in parts]
     found: tuple[torch.Tensor, torch.Tensor] = getattr(torch.ops, ops.NAMESPACE).merged_attention(*args[:9], *grouped)
     if name == "mixed_attention_out":
-        for target, result in zip(args[-2:], found):
-            if target is not None:
-                target.copy_(result)
+        ops.copy_into(args[-2:], found)
     return found

@@ -90,12 +90,7 @@ def _mixed_attention_torch(
     blocks: torch.Tensor | None = None,
     query_block: int = 0,
     key_block: int = 0,
-    query_tiles: torch.Tensor | None = None,
-    tile_rows: int = 0,
-    key_order: torch.Tensor | None = None,
-    key_counts: torch.Tensor | None = None,
-    tile_bias: torch.Tensor | None = None,
-    tile_keys: int = 0,
+    *order: Any,  # of a plan, which kernels alone read
 ) -> tuple[torch.Tensor, torch.Tensor]:
     attend = reference.mixed_attention
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -144,11 +139,16 @@ def _into(functional: Callable[..., Any], count: int) -> Callable[..., None]:
 
     def call(*args: Any) -> None:
         results = functional(*args[:-count])
-        for target, result in zip(args[-count:], results if isinstance(results, tuple) else (results,)):
-            if target is not None:
-                target.copy_(result)
+        copy_into(args[-count:], results if isinstance(results, tuple) else (results,))
 
     return call
+
+
+def copy_into(targets: tuple[torch.Tensor | None, ...], results: tuple[torch.Tensor, ...]) -> None:
+    """Copy each result that has a target."""
+    for target, result in zip(targets, results):
+        if target is not None:
+            target.copy_(result)
 
 
 _TORCH.update({f"{name}_out": _into(_TORCH[name], written.count("!")) for name, written in _OUTS.items()})
@@ -201,12 +201,7 @@ def mixed_attention_fake(
     blocks: torch.Tensor | None = None,
     query_block: int = 0,
     key_block: int = 0,
-    query_tiles: torch.Tensor | None = None,
-    tile_rows: int = 0,
-    key_order: torch.Tensor | None = None,
-    key_counts: torch.Tensor | None = None,
-    tile_bias: torch.Tensor | None = None,
-    tile_keys: int = 0,
+    *order: Any,  # of a plan, which kernels alone read
 ) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (*q.shape[:-3], q.shape[-2], q.shape[-3]) if return_lse else (0,)
     dtype = torch.float64 if return_lse and q.dtype == torch.float64 else torch.float32
@@ -351,7 +346,7 @@ def _run_native(backend: str, name: str, args: tuple[Any, ...]) -> Any:
     if backend != "triton":
         return run(backend, name, args)
     try:
-        return run(_choose(name.removesuffix("_out"), args), name, args)
+        return run(_choose(name, args), name, args)
     except NotMergeable:
         return run("torch", name, args)
 

@@ -69,15 +69,20 @@ def merged(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, 
         ValueError: "settings" is neither an object nor the JSON of one.
     """
     columns = {name: value for name, value in values.items() if name in NAMES}
-    inner = values.get("settings", {})
-    if isinstance(inner, str):
-        try:
-            inner = json.loads(inner)
-        except ValueError as error:
-            raise ValueError(f"settings: expected a JSON object, got {inner!r}: {error}") from error
+    inner = parsed("settings", values.get("settings", {}))
     if not isinstance(inner, dict):
         raise ValueError(f"settings: expected an object of settings, got {inner!r}")
     return {**defaults, **columns, **{name: value for name, value in inner.items() if value is not None}}
+
+
+def parsed(name: str, value: Any) -> Any:
+    """What the JSON in a string holds; other values as they are. ValueError for a string that is no JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: expected a JSON object, got {value!r}: {error}") from error
 
 
 def _plain(value: Any) -> Any:

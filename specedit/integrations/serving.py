@@ -12,7 +12,6 @@ Settings of a request are `preset`, `edit_mask`, and `specedit`, an object with 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import warnings
@@ -173,11 +172,7 @@ def _logged(record: CallRecord, asked_steps: int | None) -> Iterator[None]:
 
 def _object(name: str, value: Any, known: tuple[str, ...]) -> dict[str, Any]:
     """An object with known names, given as one or as JSON."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise ValueError(f"{name}: expected a JSON object, got {value!r}: {error}") from error
+    value = settings.parsed(name, value)
     if not isinstance(value, Mapping):
         raise TypeError(f"{name}: expected an object of settings, got {value!r}")
     for one in value:

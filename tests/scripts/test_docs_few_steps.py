@@ -5,7 +5,7 @@ import importlib
 import pytest
 from PIL import Image
 
-from tests.scripts.test_make_docs import docs, write  # noqa: F401
+from tests.scripts.test_make_docs import write
 
 
 def case(seed, flops, success=True, mask_share=0.1, **more):
@@ -14,7 +14,7 @@ def case(seed, flops, success=True, mask_share=0.1, **more):
 
 
 @pytest.fixture
-def few(docs, tmp_path):  # noqa: F811
+def few(docs, tmp_path):
     texture = dict(kind="texture", success=None)
     rows = [
         dict(variant="stock-4", cases=[case(0, 8e12), case(1, 8e12, False, 0.9), case(3, 8e12), case(2, 99e12)]),

@@ -6,8 +6,6 @@ import json
 import pytest
 from PIL import Image
 
-from tests.scripts.test_make_docs import docs  # noqa: F401
-
 
 def case(seed, kind, **scores):
     return dict(seed=seed, kind=kind, mask_share=0.1, keep_psnr=30.0, seconds=1.0, flops=1e12) | scores
@@ -23,7 +21,7 @@ def row(variant, group, flops, seconds, **more):
 
 
 @pytest.fixture
-def result(docs, tmp_path):  # noqa: F811
+def result(docs, tmp_path):
     """The module, and a file with three rows, one of which has not run every task."""
     rows = [
         row("steps", "specedit", 2e12, 2.0, nfe=4), row("stock-50", "stock", 50e12, 50.0, steps=50),

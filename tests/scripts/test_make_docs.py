@@ -12,14 +12,6 @@ from specedit.evaluation.results import fingerprint
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
-@pytest.fixture
-def docs(tmp_path, monkeypatch):
-    """make_docs, with the result files of this test."""
-    monkeypatch.syspath_prepend(SCRIPTS)
-    monkeypatch.setattr(importlib.import_module("docs_results"), "RESULTS", tmp_path)
-    return importlib.import_module("make_docs")
-
-
 def row(**change):
     return dict(
         model="flux-kontext", preset="turbo", restore="full", edit_fraction=0.2, height=1024, width=1024, batch=1,

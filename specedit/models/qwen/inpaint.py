@@ -15,6 +15,7 @@ from ..registry import register_adapter
 from ..shared.block_adapter import pixels_per_token
 from ..shared.images import check_pictures
 from ..shared.inpainting import Inpainting
+from ..shared.single_frame_adapter import latent_statistics
 from .edit import QwenImageEdit
 from .sizes import Pictures, picture_size
 
@@ -68,8 +69,5 @@ class QwenImageEditInpaint(Inpainting, QwenImageEdit):
         """The most likely latents, where the pipeline's own method draws some."""
         device = getattr(pipe, "_execution_device", pictures.device)
         latents = pipe.vae.encode((2 * pictures - 1).to(device, pipe.vae.dtype)).latent_dist.mode()
-        config = pipe.vae.config
-        mean, std = (
-            torch.tensor(x).view(1, -1, 1, 1, 1).to(latents) for x in (config.latents_mean, config.latents_std)
-        )
+        mean, std = latent_statistics(pipe.vae, latents)
         return ((latents - mean) / std).float()

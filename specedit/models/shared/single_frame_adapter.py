@@ -15,6 +15,12 @@ from .images import decoder_dtype
 from .single_frame_vae import single_frame
 
 
+def latent_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of latents (B, C, 1, h, w) by channel, from the autoencoder's configuration."""
+    mean, std = (torch.tensor(x).view(1, -1, 1, 1, 1) for x in (vae.config.latents_mean, vae.config.latents_std))
+    return mean.to(like), std.to(like)
+
+
 class SingleFrameAdapter(BlockAdapter):
     """Adapters of Qwen's pipelines."""
 
@@ -27,10 +33,8 @@ class SingleFrameAdapter(BlockAdapter):
 
     def latents_of(self, pipe: Any, tokens: Tensor, grid: TokenGrid) -> Tensor:
         """Tokens (B, N, C) as the decoder's latents (B, C, 1, h, w), in its dtype."""
-        latents, config = self.unpacked(pipe, tokens, grid).to(decoder_dtype(pipe.vae)), pipe.vae.config
-        mean, std = (
-            torch.tensor(x).view(1, -1, 1, 1, 1).to(latents) for x in (config.latents_mean, config.latents_std)
-        )
+        latents = self.unpacked(pipe, tokens, grid).to(decoder_dtype(pipe.vae))
+        mean, std = latent_statistics(pipe.vae, latents)
         return latents * std + mean
 
     def decode(self, pipe: Any, state: EditState, tokens: Tensor, output_type: str) -> Any:
