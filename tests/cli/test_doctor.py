@@ -121,8 +121,8 @@ def test_a_gpu_without_a_compiler(report, monkeypatch):
     def refuse(device):
         raise RuntimeError("expected a C compiler, got none")
 
-    with dry_gpu.use((9, 0), checks=True):
-        monkeypatch.setattr(ops, "check_gpu", refuse)
+    with dry_gpu.use((9, 0), checks=True), monkeypatch.context() as patch:
+        patch.setattr(ops, "check_gpu", refuse)
         code, found = report()
     assert code == 0 and found["kernels"]["run"] is False
     assert found["auto"]["attention"] == "merged" and found["auto"]["others"] == "torch"

@@ -285,8 +285,8 @@ def test_a_gpu_without_kernels_runs_on_pytorch(monkeypatch, cache, error):
     def refuse(device):
         raise error
 
-    with dry_gpu.use((9, 0), checks=True) as gpu:
-        monkeypatch.setattr(ops, "check_gpu", refuse)
+    with dry_gpu.use((9, 0), checks=True) as gpu, monkeypatch.context() as patch:
+        patch.setattr(ops, "check_gpu", refuse)
         results, warned = said(lambda: {name: call() for name, call in calls().items()})
         assert set(results) == OPERATORS and gpu.launches == 0
         assert len(warned) == 1 and f"no Triton kernel runs here: {error}" in warned[0]
