@@ -115,8 +115,6 @@ def _group(
     cost: Cost, gpu: str | None, rate: float | None, size: tuple[int, int], config: SpecEditConfig, edited: float,
     drafts: bool, guided: bool, *, rows: int,
 ) -> Group:  # fmt: skip
-    if config.method_options is not None:
-        raise ValueError(f"--dry-run: expected rows without another method, got {config.name!r}")
     width, height = size
     model = cost.of(Settings(config, guidance={"negative_prompt": ""} if guided else {}))
     planned = plan(config, model, height, width, edited, drafts=drafts)

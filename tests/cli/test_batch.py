@@ -330,6 +330,14 @@ def test_dry_run_predicts_and_writes_nothing(batch, rows, tmp_path, refused):
     assert code == 2 and "--dry-run: expected a model whose cost is known" in said.err
 
 
+def test_dry_run_of_other_methods(batch, rows):
+    _, said, _ = batch(rows({"method": "ralu"}), "--dry-run")
+    (line,) = [line.split() for line in said.out.splitlines() if " x " in line]
+    assert line[4].startswith("ralu") and line[0] == "1"
+    code, said, _ = batch(rows({"method": "sparge"}), "--dry-run")
+    assert code == 2 and "method: 'sparge' reads as many blocks of keys as the picture calls for" in said.err
+
+
 def test_dry_run_lists_rows_whose_masks_cannot_be_used(batch, rows):
     source = rows({"id": "a"}, {"id": "empty", "mask": "e.png"}, {"id": "text", "mask": "t.png"}, {"image": "gone.png"})
     Image.new("L", (64, 48)).save(source.parent / "e.png")
