@@ -2,9 +2,9 @@
 
     python -m benchmarks.few_steps --cases 24 --size 512 --out benchmarks/results/few-steps-512.json
 
-Each row changes one thing of a starting point, under stock with as many steps and with as many as `STOCK` names. The
-starting point of 4 steps is one coarse and three mixed ones, that of 8 one and seven. --resume goes on with the file,
-also with more tasks.
+The presets come first, under stock with as many steps and with as many as `STOCK` names. Each further row changes one
+thing of a starting point. That of 4 steps is one coarse and three mixed ones, that of 8 one and seven. --resume goes on
+with the file, also with more tasks.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ MORE: dict[int, list[dict[str, Any]]] = {
 
 
 def variants() -> dict[str, dict[str, Any]]:
-    """The fields of every row by name: {"stock": n}, or those of a configuration."""
+    """The arguments of `install` for every row by name; {"stock": n} for stock."""
     every: dict[str, dict[str, Any]] = {f"stock-{n}": {"stock": n} for n in STOCK}
+    every |= {f"{count}: few-{count}": {"config": f"few-{count}"} for count in STARTS}
     for count, start in STARTS.items():
         for change in CHANGES + MORE[count]:
             words = ", ".join(f"{field}={value}" for field, value in change.items()) or "start"

@@ -73,6 +73,7 @@ def test_the_stock_run_that_a_report_compares_with():
     assert "50 stock steps take 5.10x the FLOPs, 9% edited" in str(make())
 
 
+@pytest.mark.slow
 def test_scores_that_are_not_finite(tmp_path):
     report = make(score=torch.full((2, 16, 24), torch.nan), overflowed=2)
     assert "2 of 2 scores were not finite" in str(report)
@@ -189,6 +190,7 @@ def test_figure_rejects_what_it_cannot_draw(tmp_path):
         make().save_figure(tmp_path / "x.xyz")
 
 
+@pytest.mark.slow
 def test_figure_leaves_pyplot_alone(tmp_path):
     before = "matplotlib.pyplot" in sys.modules
     threads = [threading.Thread(target=make().save_figure, args=(tmp_path / f"{i}.png",)) for i in range(2)]
@@ -236,6 +238,7 @@ def test_a_notebook_escapes_what_users_typed():
     assert shown.cells[0] == report.title() == shown.pictures[0]["alt"] and "<b>draft</b>" in shown.cells
 
 
+@pytest.mark.slow
 def test_a_preset_named_with_dollar_signs_is_no_formula(tmp_path):
     make(preset="a $\\nothing$").save_figure(tmp_path / "report.png")
     with Image.open(tmp_path / "report.png") as figure:

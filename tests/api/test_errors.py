@@ -162,6 +162,7 @@ def test_prompts_of_different_length_are_refused(pipe, edit):
         edit(pipe, prompt=["a", "b"], negative_prompt=["c", "d", "e"], true_cfg_scale=2.0)
 
 
+@pytest.mark.slow
 def test_a_huge_picture(pipe, edit, picture, monkeypatch):
     monkeypatch.setattr("specedit.models.flux.PREFERRED_KONTEXT_RESOLUTIONS", [(128, 160)])
     specedit.install(pipe, **QUICK, keep_pixels=True)

@@ -95,6 +95,7 @@ def test_the_same_edit_whatever_becomes_of_the_weights(make_own, edit, change, f
     torch.testing.assert_close(edit(pipe, num_inference_steps=2), stock, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_tiles(make_own, edit):
     pipe = make_own()
     pipe.vae.enable_tiling()

@@ -206,6 +206,7 @@ def test_fused_projections_after_install(pipe, edit):
     torch.testing.assert_close(edit(pipe, edit_mask=CORNER), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_pipelines_in_two_threads(make_pipe, edit):
     pipes = [make_pipe(), make_pipe()]
     specedit.install(pipes[0], steps=(2, 2, 2), draft_steps=2)

@@ -126,6 +126,7 @@ def test_what_a_callback_writes_into_embeddings_ends_with_its_call(pipe, edit):
     assert torch.equal(edit(pipe, prompt="make it blue"), blue)
 
 
+@pytest.mark.slow
 def test_the_drafts_own_small_picture_is_encoded_once(make_small_qwen, picture):
     small = dict(steps=(1, 1, 1), draft_steps=1, draft_condition="small")
     call = dict(image=picture(96, 96), prompt="make it red", output_type="latent", height=96, width=96)
@@ -316,6 +317,7 @@ def test_the_least_recently_used_goes_first():
     assert kept.get(b"e") is None and len(kept) == 3
 
 
+@pytest.mark.slow
 def test_memory_ends_with_the_installation(pipe, edit):
     specedit.install(pipe, **REUSING)
     edit(pipe)

@@ -83,6 +83,7 @@ def test_a_later_edit_encodes_only_what_is_new(session, count_calls):
     assert (len(prompts), len(pictures)) == (1, 1)
 
 
+@pytest.mark.slow
 def test_kept_pixels_are_the_originals_after_ten_edits(session):
     source = np.asarray(session.original)
     for seed in range(10):
@@ -210,6 +211,7 @@ def test_a_picture_whose_output_would_be_resized_again_is_resized_once(qwen_part
     assert specedit.size_for(pipe, again) == sizes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fixture", ["small_qwen", "make_longcat"])
 def test_families_whose_prompt_holds_the_picture(request, picture, fixture):
     """Every edit has the size of the one before; the original's encodings serve its next edit with the same words."""

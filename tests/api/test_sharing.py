@@ -147,6 +147,7 @@ def test_a_call_that_fails_after_uninstall(pipe, edit):
     assert clean(pipe.transformer)
 
 
+@pytest.mark.slow
 def test_install_and_uninstall_of_copies_around_running_calls(pipe, edit):
     """Four copies come and go while the fifth edits."""
     specedit.install(pipe, **QUICK)
@@ -177,6 +178,7 @@ def test_install_and_uninstall_of_copies_around_running_calls(pipe, edit):
     assert clean(pipe.transformer)
 
 
+@pytest.mark.slow
 def test_a_forgotten_pipeline_does_not_count(pipe):
     other = specedit.install(share(pipe), **QUICK)
     specedit.install(pipe, **QUICK)
@@ -188,6 +190,7 @@ def test_a_forgotten_pipeline_does_not_count(pipe):
     assert clean(pipe.transformer)
 
 
+@pytest.mark.slow
 def test_a_plain_pipeline_clears_what_a_forgotten_one_left(pipe):
     other = specedit.install(share(pipe), **QUICK)
     del other

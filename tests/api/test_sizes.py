@@ -69,6 +69,7 @@ def test_any_shape_gets_the_resolution_that_kontext_prefers(pipe):
         assert (size[1], size[0]) == min(PREFERRED_KONTEXT_RESOLUTIONS, key=lambda s: (abs(frame - s[0] / s[1]), *s))
 
 
+@pytest.mark.slow
 def test_both_grids_agree_and_no_warning_comes(kontext, qwens):
     for family in (kontext, *qwens):
         pipe = specedit.install(family.make(), **QUICK)
@@ -83,6 +84,7 @@ def test_both_grids_agree_and_no_warning_comes(kontext, qwens):
                 family.run(pipe, image=image, **given)
 
 
+@pytest.mark.slow
 def test_qwens_size_is_what_stock_computes_by_itself(qwens):
     for family in qwens:
         pipe = family.make()

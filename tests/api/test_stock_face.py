@@ -144,6 +144,7 @@ def test_its_class_can_be_subclassed(pipe, edit):
     assert type(pipe) is Mine and not is_active(pipe) and torch.equal(edit(pipe, num_inference_steps=2), stock)
 
 
+@pytest.mark.slow
 def test_copies_are_counted_as_users(pipe, edit):
     stock = edit(pipe, num_inference_steps=2)
     specedit.install(pipe, **QUICK)

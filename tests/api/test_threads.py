@@ -104,6 +104,7 @@ def test_disabled_is_of_one_thread(pipe, ask):
     assert is_active(pipe)
 
 
+@pytest.mark.slow
 def test_threads_that_ended_leave_no_reports(pipe, ask):
     specedit.install(pipe, steps=(1, 1, 1))
     first = weakref.ref(in_thread(lambda: ask(3).report))

@@ -48,6 +48,7 @@ def test_without_paint_the_draft_decides(desk):
     assert desk.edit(ASKED, None, silent).edit.report.draft_steps > 0
 
 
+@pytest.mark.slow
 def test_another_try_starts_from_the_same_picture(desk, mask):
     base = desk.base
     first, second = desk.edit(ASKED, mask, silent), desk.edit(replace(ASKED, seed=7), mask, silent)
@@ -158,6 +159,7 @@ def test_two_desks_share_weights_and_nothing_else(models, picture, mask, loaded)
     assert installation_of(pipes[0]) is None and desks[0].base is None and desks[0].turns == []
 
 
+@pytest.mark.slow
 def test_stock_runs_the_same_call(desk, mask, loaded):
     turn = desk.edit(ASKED, mask, silent)
     heard = []

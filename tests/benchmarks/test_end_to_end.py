@@ -24,6 +24,7 @@ def measured(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_rows_hold_what_result_files_promise(measured):
     content = json.loads(measured.read_text())
     assert content["command"].startswith("python -m benchmarks.end_to_end --json") and content["machine"]["torch"]
@@ -41,6 +42,7 @@ def test_rows_hold_what_result_files_promise(measured):
         assert sum(stage["seconds"] for stage in row["stages"]) <= 1.05 * row["seconds"]
 
 
+@pytest.mark.slow
 def test_unfinished_file_is_resumed(measured, tmp_path, capsys):
     path = tmp_path / "again.json"
     shutil.copy(measured, path)
@@ -160,6 +162,7 @@ def test_presets_with_other_fields_are_cases_of_their_own(tmp_path):
     assert changed["flops_ratio"] > plain["flops_ratio"]
 
 
+@pytest.mark.slow
 def test_cache_alone_runs_without_a_draft(tmp_path):
     path, cache = tmp_path / "cache.json", "steps=(0,0,50) forecast='reuse' forecast_interval=9"
     assert end_to_end.main(["--json", str(path), *FLUX, "--batch", "1", "--restore", "full", "--changes", cache]) == 0

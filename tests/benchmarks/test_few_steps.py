@@ -5,18 +5,20 @@ import json
 import pytest
 
 from benchmarks import few_steps
-from specedit import SpecEditConfig
+from specedit import SpecEditConfig, presets
 
 
 def test_every_setting_takes_the_steps_that_it_is_compared_at():
     for name, fields in few_steps.variants().items():
         if "stock" not in fields and "steps=(1, 0, 1)" not in name:
-            assert SpecEditConfig(**fields).nfe == int(name[0]), name
+            config = presets[fields["config"]] if "config" in fields else SpecEditConfig(**fields)
+            assert config.nfe == int(name[0]), name
 
 
+@pytest.mark.slow
 def test_settings_stand_beside_stock(shallow_editors, tmp_path):
     out = tmp_path / "few.json"
-    names = ["stock-4", "4: start", "4: draft_steps=0"]
+    names = ["stock-4", "4: few-4", "4: start", "4: draft_steps=0"]
     few_steps.main(["--only", *names, "--size", "64", "--cases", "1", "--textures", "0", "--out", str(out)])
     rows = {row["variant"]: row["mean"] for row in json.loads(out.read_text())["rows"]}
     assert list(rows) == names and 0 <= rows["4: start"]["recall"] <= 1

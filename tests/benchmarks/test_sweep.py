@@ -59,6 +59,7 @@ def test_with_masks_nothing_is_drafted(shallow_editors, tmp_path):
     assert written["rows"][0]["mean"]["recall"] == 1
 
 
+@pytest.mark.slow
 def test_a_selector_that_needs_no_draft_has_no_recall(shallow_editors, tmp_path):
     out = tmp_path / "selectors.json"
     sweep.main(["--only", "selector", "--size", "64", "--cases", "1", "--textures", "0", "--out", str(out)])

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from benchmarks import throughput
 from specedit import cli
 
@@ -16,6 +18,7 @@ def test_throughput_adds_the_workers_and_leaves_out_their_first_rows():
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_small_measurement_is_written(tmp_path, capsys, monkeypatch):
     """The command runs in this process, whose imports are made."""
     ran = []

@@ -316,6 +316,7 @@ def test_pictures_are_not_overwritten_by_their_edits(refused, rows):
     assert "--out: expected another folder than the pictures'" in message
 
 
+@pytest.mark.slow
 def test_dry_run_predicts_and_writes_nothing(batch, rows, tmp_path, refused):
     mask = Image.new("L", (64, 64))
     mask.paste(255, (0, 0, 32, 32))
@@ -330,6 +331,7 @@ def test_dry_run_predicts_and_writes_nothing(batch, rows, tmp_path, refused):
     assert code == 2 and "--dry-run: expected a model whose cost is known" in said.err
 
 
+@pytest.mark.slow
 def test_dry_run_of_other_methods(batch, rows):
     _, said, _ = batch(rows({"method": "ralu"}), "--dry-run")
     (line,) = [line.split() for line in said.out.splitlines() if " x " in line]
@@ -380,6 +382,7 @@ def test_dry_run_of_a_released_model(rows, monkeypatch, model, name, guided, pas
     assert group.seconds == pytest.approx(usual * (passes / specedit.flops.MODELS[name].passes), rel=0.1)
 
 
+@pytest.mark.slow
 def test_dry_run_counts_what_the_run_counts(batch, rows, capsys):
     source = rows({"id": "a"}, sizes=[(64, 64)])
     Image.new("L", (64, 64), 255).crop((0, 0, 64, 64)).save(source.parent / "mask.png")
@@ -393,6 +396,7 @@ def test_dry_run_counts_what_the_run_counts(batch, rows, capsys):
     assert predicted == pytest.approx(found["a"].flops_ratio * 28 / 3, abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_row_gives_the_picture_that_edit_gives(batch, rows, tmp_path, capsys):
     source = rows({"id": "a", "seed": 3}, sizes=[(96, 64)])
     assert batch(source, "--preset", "turbo", "--steps", 2)[0] == 0

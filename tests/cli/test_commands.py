@@ -89,6 +89,7 @@ def test_edit_with_the_embedded_editor(tmp_path, picture, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == f"wrote {out}, 144 x 96 px of 150 x 100"
 
 
+@pytest.mark.slow
 def test_guidance_options_are_checked(picture, tmp_path, capsys):
     given = ["edit", str(picture), "make it greyscale", "--out", str(tmp_path / "out.png"), "--preset", "turbo"]
     assert cli.main([*given, "--negative-prompt", "blue"]) == 2
@@ -166,6 +167,7 @@ def test_commands_run_with_the_attention_of_this_machine(shallow_editors, monkey
     assert taken[2] == {"model": "kontext", "attention": "torch"}
 
 
+@pytest.mark.slow
 def test_edit_keeps_pixels_outside_a_mask(tmp_path, picture):
     mask = Image.new("L", (128, 128))
     mask.paste(255, (0, 0, 32, 32))
@@ -399,6 +401,7 @@ def test_demo_into_a_file_is_rejected_before_any_work(tmp_path, capsys, monkeypa
     assert "taken" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "got"), [((40, 300), (32, 288)), ((2000, 100), (512, 16)), ((5, 5), (16, 16))])
 def test_pictures_that_are_too_small_or_too_long_run_stock(shallow_editors, tmp_path, size, got):
     Image.new("RGB", size).save(tmp_path / "in.png")

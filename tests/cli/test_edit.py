@@ -45,6 +45,7 @@ def test_size_is_rejected_for_pipelines_that_choose_it(edit, monkeypatch):
     assert code == 2 and "--size: expected none with Chooses, which chooses its own, got 128" in said.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", pipelines.EDITORS)
 def test_the_embedded_editors_take_every_option(edit, model, tmp_path, picture):
     Image.linear_gradient("L").resize((192, 128)).convert("RGB").save(picture)

@@ -45,6 +45,7 @@ def test_unsupported_pipeline_chooses_its_own_size(monkeypatch):
     assert pipelines.load("some/editor")[1](picture) == (picture, {})
 
 
+@pytest.mark.slow
 def test_offloading_changes_nothing():
     """Each part comes to the device when it runs, and the edit is the same."""
     task, images = scenes.sample(4, 64), []

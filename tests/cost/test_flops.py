@@ -36,6 +36,7 @@ def test_mapping_and_object_configs_agree():
     assert transformer_flops(SimpleNamespace(**FLUX), 1000) == transformer_flops(FLUX, 1000)
 
 
+@pytest.mark.slow
 def test_against_counted_operations():
     # A real transformer, counted by torch: the formula leaves out embeddings, modulation and the output layer, so at a
     # width where those are visible it lies just below the count.
@@ -214,6 +215,7 @@ def test_no_uniform_coverage():
 FULL = sorted(name for name, config in presets.items() if config.restore == "full")
 
 
+@pytest.mark.slow
 @given(st.integers(16, 1600), st.integers(16, 1600), st.floats(0, 1), st.floats(0, 1), st.sampled_from(FULL))
 def test_more_edited_never_costs_less(height, width, a, b, preset):
     low, high = (plan(preset, "flux-kontext", height, width, f) for f in sorted((a, b)))

@@ -65,6 +65,7 @@ def counted(model, text, image, **more):
     return counter.get_total_flops(), result
 
 
+@pytest.mark.slow
 @needs_kv
 def test_against_counted_operations(transformer):
     flops, _ = counted(transformer, 64, 704)
@@ -72,6 +73,7 @@ def test_against_counted_operations(transformer):
     assert 0.97 * flops < predicted <= flops  # embeddings, modulation and the output layer are left out
 
 
+@pytest.mark.slow
 @needs_kv
 def test_kept_references_against_counted_operations(transformer):
     from diffusers.models.transformers import transformer_flux2 as stock

@@ -52,6 +52,7 @@ def test_the_released_sizes_and_steps_are_the_defaults_of_the_classes():
     assert cost.default_steps == call["num_inference_steps"].default and call["true_cfg_scale"].default == cost.passes
 
 
+@pytest.mark.slow
 @needs_qwen21
 def test_against_counted_operations():
     """A real transformer, counted by torch; the math backend, whose attention the counter knows."""

@@ -6,6 +6,8 @@ import math
 import sys
 from pathlib import Path
 
+import pytest
+
 from specedit.evaluation import results
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +36,7 @@ def test_every_committed_result_names_its_machine_and_command():
         assert content["machine"]["torch"] and content["command"] and content["rows"], file.name
 
 
+@pytest.mark.slow
 def test_pages_say_what_the_results_say(monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "scripts")
     monkeypatch.setattr(sys, "argv", ["make_docs.py", "--check"])

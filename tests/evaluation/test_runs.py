@@ -92,6 +92,7 @@ def test_interrupted_run_is_resumed(write_gedit, gedit_rows, tmp_path, edited):
     assert len((out / "rows.jsonl").read_text().splitlines()) == 1 + 8
 
 
+@pytest.mark.slow
 def test_one_key_may_name_tasks_of_several_kinds(write_gedit, gedit_rows, tmp_path, edited):
     rows = [row | {"key": "same"} for row in (gedit_rows[0], gedit_rows[4])]
     folder, out = write_gedit(rows), tmp_path / "out"
@@ -127,6 +128,7 @@ def test_folder_without_pictures_accepts_another_run(imgedit_folder, tmp_path, c
     assert cli.main([*given, "--model", "kontext"]) == 0
 
 
+@pytest.mark.slow
 def test_against_an_earlier_run(imgedit_folder, tmp_path, capsys):
     first, path = tmp_path / "first", tmp_path / "x.json"
     assert imgedit(imgedit_folder, first, *STOCK) == 0
@@ -143,6 +145,7 @@ def test_against_an_earlier_run(imgedit_folder, tmp_path, capsys):
     assert "psnr" not in (other / "rows.jsonl").read_text()  # depends on the other folder
 
 
+@pytest.mark.slow
 def test_incomparable_runs_are_rejected(imgedit_folder, tmp_path, capsys):
     first, other = tmp_path / "first", tmp_path / "other"
     assert imgedit(imgedit_folder, other, *STOCK, "--against", str(first)) == 2
@@ -155,6 +158,7 @@ def test_incomparable_runs_are_rejected(imgedit_folder, tmp_path, capsys):
     assert "1082.png, 32 x 64, got 64 x 64" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_every_task_uses_the_same_seed(imgedit_folder, tmp_path):
     whole, one = tmp_path / "whole", tmp_path / "one"
     assert imgedit(imgedit_folder, whole, *STOCK, "--cases", "2") == 0
@@ -186,6 +190,7 @@ def test_stock_runs_fifty_steps_and_a_preset_its_own(imgedit_folder, tmp_path, m
     assert heard == [50] and evaluation.read_settings(out)["steps"] == 50
 
 
+@pytest.mark.slow
 def test_a_preset_that_runs_stock_is_counted(imgedit_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("specedit.method.adapter.supported", lambda scheduler: "a scheduler of another kind")
     out, path = tmp_path / "out", tmp_path / "x.json"
@@ -197,6 +202,7 @@ def test_a_preset_that_runs_stock_is_counted(imgedit_folder, tmp_path, capsys, m
     assert not any(row["accelerated"] for row in written["rows"]) and "flops" not in written["mean"]
 
 
+@pytest.mark.slow
 def test_uneditable_picture_names_its_task_and_keeps_other_rows(imgedit_folder, tmp_path, capsys):
     file = imgedit_folder / "Benchmark" / "singleturn" / "style" / "000278574.png"
     whole = file.read_bytes()

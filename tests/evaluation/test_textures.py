@@ -113,6 +113,7 @@ def test_a_blurred_object_is_farther_than_a_fresh_one(distance, material):
     assert bad > MARGIN * fine
 
 
+@pytest.mark.slow
 def test_turned_textures_are_as_near(distance):
     for material in MATERIALS:
         good = draw(material, 0, SEEDS)
@@ -133,6 +134,7 @@ def test_nearest_material_is_the_right_one(reference, region):
     assert len(wrong) <= (1 if region.sum() < 1000 else 0)
 
 
+@pytest.mark.slow
 def test_material_of_a_picture(fresh):
     picture = Image.fromarray((draw("pebbles", 7, 1)[0].permute(1, 2, 0) * 255).round().byte().numpy())
     few = {name: fresh[name] for name in ("marble", "pebbles")}
@@ -168,6 +170,7 @@ def test_a_whole_picture_has_no_seam(fresh):
     assert math.isnan(judge.seam(fresh["marble"][0][0], torch.ones(SIDE, SIDE, dtype=torch.bool), *fresh["marble"]))
 
 
+@pytest.mark.slow
 def test_parts_have_names_and_one_picture_is_enough(fresh):
     parts = judge.texture_distance(draw("marble", 3, 1)[0], ground(), *fresh["marble"])
     names = ["distance", "spectrum", "magnitudes", "orientations", "colours", "patches_5", "patches_13"]
@@ -178,6 +181,7 @@ def test_parts_have_names_and_one_picture_is_enough(fresh):
     assert list(judge.texture_distance(draw("marble", 3, 1)[0], thin, *fresh["marble"])) == names[:-1]
 
 
+@pytest.mark.slow
 def test_arrays_tensors_and_pictures_are_judged_alike(fresh):
     region, (a, b) = ground(), (part[:3] for part in fresh["wood grain"])
     array = (draw("wood grain", 3, 1)[0].permute(1, 2, 0) * 255).round().byte().numpy()
@@ -188,6 +192,7 @@ def test_arrays_tensors_and_pictures_are_judged_alike(fresh):
         assert judge.texture_distance(same, region.numpy(), a.numpy(), b) == pytest.approx(first, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_fresh_answers_go_through_the_autoencoder(fresh):
     """What an autoencoder blurs is not the editor's fault."""
     region, (a, b) = ground(), fresh["brush strokes"]

@@ -31,11 +31,13 @@ def test_attention_uses_the_matrix_units(capability):
     assert 0 < result.registers <= 255 and 0 < result.shared <= result.shared_limit
 
 
+@pytest.mark.slow
 def test_spills_are_rejected():
     result = compile_check.check(first(table([8, 0], block_n=128, num_warps=4)), 80, "here")
     assert "spills registers" in result.problems and result.spills > 0
 
 
+@pytest.mark.slow
 def test_serialised_products_are_rejected():
     """With too few registers ptxas makes each wgmma wait for the one before, and says so in a log nobody reads."""
     variant = first(table([9, 0]))
@@ -43,6 +45,7 @@ def test_serialised_products_are_rejected():
     assert "wgmma instructions are serialised" in compile_check.check(variant, 90, "here").problems
 
 
+@pytest.mark.slow
 def test_main_loop_is_counted():
     """A 128 x 64 tile of head dim 64: 4 steps of each of two products, and an exponential per element."""
     loop = compile_check.check(first(table([9, 0])), 90, "here").main_loop
@@ -54,6 +57,7 @@ def test_main_loop_is_counted():
     assert sass.bound(loop) == loop["tensor"] / loop["all"] and sass.bound({"all": 9}) is None
 
 
+@pytest.mark.slow
 def test_main_loop_with_descriptors_is_not_counted_with_its_tail():
     """The jumps back of a wait span both, and both multiply."""
     entry = {"shape": {"head_dim": 64, "bits": 16}, "config": {"block_m": 128, "block_n": 64, "num_warps": 8,
@@ -62,6 +66,7 @@ def test_main_loop_with_descriptors_is_not_counted_with_its_tail():
     assert result.main_loop["matrix"] == 8 and result.matrix_instructions == 16
 
 
+@pytest.mark.slow
 def test_too_much_shared_memory_is_rejected():
     result = compile_check.check(first(table([8, 0], num_stages=16)), 80, "here")
     assert any("shared memory" in problem for problem in result.problems)

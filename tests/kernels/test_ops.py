@@ -52,6 +52,7 @@ def test_opcheck(device, at):
     torch.library.opcheck(getattr(torch.ops.specedit_kernels, name).default, arguments)
 
 
+@pytest.mark.slow
 def test_fullgraph_compile_with_dynamic_lengths(device):
     counter = CompileCounter()
 
@@ -198,6 +199,7 @@ def fresh():
     return json.loads(result.stdout)
 
 
+@pytest.mark.slow
 def test_works_without_triton(fresh):
     """Import and every function on the CPU; asking for Triton, and a CUDA tensor's call, say what is missing."""
     assert fresh["none"] == [

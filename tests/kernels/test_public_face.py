@@ -26,6 +26,7 @@ def test_one_version():
     assert path.parent == Path(specedit_kernels.__file__).parent
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="needs mypy")
 def test_type_checkers_know_what_attention_returns(tmp_path):
     """torch is a stub here: the real one would take mypy half a minute."""

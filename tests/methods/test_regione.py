@@ -218,6 +218,7 @@ def threshold_of(pipe, run, quantile=0.8):
     return float(torch.cat(seen).quantile(quantile))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(128, 128), (144, 112)])
 def test_samples_find_their_own_regions(pipe, edit, picture, size):
     height, width = size

@@ -49,6 +49,7 @@ def test_edited_cells_are_bright(result):
     assert light[1, 2] == max(light.flat) > light[3, 3] > light[0, 0] and (light[0, 0] == light[2:, 0]).all()
 
 
+@pytest.mark.slow
 def test_the_figure_shows_both_edits(result, tmp_path):
     result.save_figure(tmp_path / "demo.png")
     first = Image.open(tmp_path / "demo.png").convert("RGB")

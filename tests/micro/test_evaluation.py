@@ -190,6 +190,7 @@ def test_reference_restore_preserves_unedited_pixels(pipe, name):
     assert all(ours > theirs for ours, theirs in zip(kept["reference"], kept["full"], strict=True))
 
 
+@pytest.mark.slow
 def test_qwen_is_evaluated_with_guidance(small_qwen, monkeypatch, tmp_path):
     build_qwen.save(small_qwen, tmp_path / "qwen")
     monkeypatch.setitem(micro.load.__globals__, "WEIGHTS", tmp_path)

@@ -79,6 +79,7 @@ def test_means_of_mixed_tasks_are_over_those_that_have_the_number():
     assert done["kinds"]["texture"]["count"] == 2 and "success" not in done["kinds"]["texture"]
 
 
+@pytest.mark.slow
 def test_an_editor_is_compared_through_its_own_autoencoder(pipe, small_qwen):
     assert judge_of(pipe) is judge_of(pipe) and judge_of(pipe) is not judge_of(small_qwen)
     pictures = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))

@@ -1,11 +1,13 @@
 """Loading an embedded editor on a CPU stores its convolutions channels-last."""
 
+import pytest
 import torch
 
 from specedit.micro.editors import editor_named
 from specedit.micro.loading import WEIGHTS, load
 
 
+@pytest.mark.slow
 def test_channels_last_changes_strides_and_not_values(tmp_path):
     laid, plain = load("qwen").vae, editor_named("qwen").load(WEIGHTS / "qwen", torch_dtype=torch.float32).vae
     picture, results = torch.rand(1, 3, 1, 64, 96) * 2 - 1, []

@@ -46,6 +46,7 @@ def test_pictures_are_edited_at_their_own_size(small_qwen, sizes, size, grid):
     assert latents.shape == (1, grid[0] * grid[1], 64)
 
 
+@pytest.mark.slow
 def test_stock_size_equals_the_stock_call(small_qwen, monkeypatch):
     """The stock pipeline, told the same size by the patch that this class exists to do without, gives the same."""
     own = edit(small_qwen, negative_prompt=" ", true_cfg_scale=2.0)
@@ -141,6 +142,7 @@ def test_it_is_a_qwen_image_edit_pipeline(small_qwen):
     assert QwenImageEdit.matches(small_qwen)
 
 
+@pytest.mark.slow
 def test_a_saved_editor_is_read_again(small_qwen, tmp_path):
     """Installed or not, and by the class of diffusers as well, whose index it has."""
     specedit.install(small_qwen, "turbo").save_pretrained(tmp_path)

@@ -83,6 +83,7 @@ def test_understood_prompts_do_not_warn(text):
         words.warn_unless_understood(text, set())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kontext", "qwen"])
 def test_the_editors_warn_once_of_each_prompt_and_pipeline(name):
     def warned(pipe, prompt):

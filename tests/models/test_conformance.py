@@ -61,6 +61,7 @@ class QwenFamily:
         return lambda n: dict(image=[picture(seed=i) for i in range(n)], prompt=["red", "make it large"][:n])
 
 
+@pytest.mark.slow  # tests/models/qwen has quick tests
 class TestQwenImageEdit(QwenFamily, Conformance):
     # The settings as they are: tests/models/test_graphs.py.
     @pytest.mark.slow
@@ -102,6 +103,7 @@ class TestQwenImageEdit2511(PlusFamily, Conformance):
 
 
 @pytest.mark.skipif(LongCatImageEdit is None, reason="this diffusers has no LongCatImageEditPipeline")
+@pytest.mark.slow
 class TestLongCatImageEdit(Conformance):
     """The guide's proof: an adapter that was written by it, on a pipeline without size arguments or callbacks."""
 

@@ -89,6 +89,7 @@ def test_qwens_rules_keep_every_pixel_at_its_place(qwens):  # noqa: F811
     assert odd > 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(128, 128), (144, 112), (64, 64), (192, 160)])
 def test_plus_restores_from_the_edited_picture_where_it_lies(qwens, size):  # noqa: F811
     """At another scale too: the model copies by position, so a smaller output shows the picture's middle."""
@@ -119,6 +120,7 @@ def test_a_picture_of_the_models_size_is_kept_to_the_bit(kontext):  # noqa: F811
     assert specedit.report(pipe).edit_mask[0].int().tolist() == [[0, 0, 0, 1]] * 3 + [[0, 0, 1, 1]] * 2
 
 
+@pytest.mark.slow
 def test_what_the_picture_does_not_cover_is_edited(kontext):  # noqa: F811
     """Whether a mask or a draft says what else is."""
     call = dict(height=128, width=128, max_area=AREA, _auto_resize=False)

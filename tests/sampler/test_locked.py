@@ -103,6 +103,7 @@ def test_locked_states_are_the_reference_with_the_calls_own_noise(pipe, edit, gr
     assert (tokens - expected)[:, ~outside.flatten()].abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_locked_noise_is_white_with_the_states_mean(pipe, edit, groups_of):
     """Over many seeds: mean (1 - s) r, covariance s^2 I, also between neighbouring cells."""
     specedit.install(pipe, steps=(1, 1, 0), locked="reference", restore="reference", uniform_stride=0)

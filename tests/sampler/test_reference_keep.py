@@ -70,6 +70,7 @@ def test_a_stage_of_one_step_measures_nothing(pipe, edit):
     assert specedit.report(pipe).flops == shortened[1]
 
 
+@pytest.mark.slow
 def test_a_batch_of_two_masks_is_two_single_runs(pipe, edit, picture):
     specedit.install(pipe, **QUICK, restore="reference", reference_keep=0.2)
     for masks in ([CORNER, CENTRE], [CORNER, CORNER]):

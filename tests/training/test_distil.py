@@ -52,6 +52,7 @@ def call(pipe):
     return pipe(generator=torch.Generator().manual_seed(0), **picture_call()).images
 
 
+@pytest.mark.slow
 def test_target_is_the_teachers_result_and_is_learned(trained):
     pytest.importorskip("peft")
     torch.manual_seed(0)
@@ -82,6 +83,7 @@ def test_target_is_the_teachers_result_and_is_learned(trained):
         trained.transformer.unload_lora()
 
 
+@pytest.mark.slow
 def test_student_loads_fuses_and_unloads(student):
     pipe, out, losses = student
     assert len(losses) == 6 and json.loads((out / "student.json").read_text())["updates"] == 6
@@ -104,6 +106,7 @@ def test_student_loads_fuses_and_unloads(student):
     torch.testing.assert_close(call(pipe), teacher, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_forecast_runs_with_the_lora(student):
     pipe, out, _ = student
     specedit.install(pipe, steps=(0, 0, 8), forecast="taylor", forecast_order=1, forecast_interval=2)

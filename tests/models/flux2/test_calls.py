@@ -23,6 +23,7 @@ from tests.models.whole_calls import (
 # -------------------------------------------------------------------------------------------------- several references
 
 
+@pytest.mark.slow
 def test_several_references_equal_stock(family, picture):
     """Of other sizes too, by odd numbers of tokens, and for several prompts at once."""
     for images in (
@@ -124,6 +125,7 @@ def lora(tmp_path_factory):
     return save
 
 
+@pytest.mark.slow
 def test_lora_by_the_pipelines_own_loader(family, lora):
     assert_a_lora_acts_as_in_stock(family, lora(family))
 

@@ -70,6 +70,7 @@ def test_options(compare, family_of, name, config):
     compare(family, family.make(), CORNER, **config)
 
 
+@pytest.mark.slow
 def test_guidance_range_follows_the_models_own_schedule(compare, family_of):
     family = family_of()
     pipe = family.make()

@@ -237,6 +237,7 @@ def test_methods_that_edit_everything_keep_what_the_mask_leaves(inpaint, pipe):
     assert specedit.report(pipe).edit_mask is None
 
 
+@pytest.mark.slow
 def test_reused_encodings_change_no_bit(inpaint, pipe):
     """Of Qwen's the prompt's: its pipeline draws the picture's latents anew for every seed."""
     calls = [{}, {}, dict(seed=4), dict(strength=0.6)]

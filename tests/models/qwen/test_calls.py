@@ -132,6 +132,7 @@ def test_a_list_of_one_picture_is_stocks(edit, picture):
     assert (stock[0] - stock[1]).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_several_images_of_several_prompts(edit, picture):
     """Each prompt keeps its own words, however many another one has."""
     prompts, image = ["red", "make it large and blue"], picture()
@@ -166,6 +167,7 @@ def test_what_cannot_be_accelerated_runs_stock_with_a_reason(edit):
     assert "guidance-distilled" in QwenImageEdit().refusal(pipe, {}, "auto")
 
 
+@pytest.mark.slow
 def test_adapters_know_their_own_pipelines(edit, plus):
     for make, adapter in ((edit.make, QwenImageEdit), (plus.make, QwenImageEditPlus)):
         matching = [each for each in specedit.models.adapters() if each.matches(make())]
@@ -173,6 +175,7 @@ def test_adapters_know_their_own_pipelines(edit, plus):
     assert QwenImageEditPipeline.__name__ in QwenImageEdit.pipelines
 
 
+@pytest.mark.slow
 def test_frames_that_are_not_there_are_not_convolved(edit):
     pipe = edit.make()
 

@@ -1,6 +1,7 @@
 """Several references, each on its own grid."""
 
 import numpy as np
+import pytest
 import torch
 
 import specedit
@@ -32,6 +33,7 @@ def test_several_references_each_on_its_own_grid(plus, monkeypatch):
     assert seen[1]["hidden_states"].shape[1] == 16 + 4 * 6 + 16
 
 
+@pytest.mark.slow
 def test_several_references_through_every_stage(plus):
     stock = plus.run(plus.make(), num_inference_steps=2, **GUIDED)
     pipe = specedit.install(plus.make(), steps=(0, 0, 2))

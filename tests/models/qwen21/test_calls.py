@@ -113,6 +113,7 @@ def test_kept_pixels_are_the_pictures_own_with_their_alpha(family, picture):
         assert np.asarray(out).shape == (128, 128, 4)
 
 
+@pytest.mark.slow
 def test_a_figure_of_a_picture_with_alpha(family, tmp_path):
     pytest.importorskip("matplotlib")
     pipe = specedit.install(family.make(), **QUICK)
@@ -179,6 +180,7 @@ def test_size_for_crops_nothing(family, size):
     assert (given["height"], given["width"]) == taken and not any(side % 32 for side in taken)
 
 
+@pytest.mark.slow
 def test_images_come_as_stock_gives_them(family):
     assert_images_come_as_stock_gives_them(family)
 
@@ -200,6 +202,7 @@ def test_given_latents(family):
 # --------------------------------------------------------------------------------------- LoRA, callbacks, dtypes, modes
 
 
+@pytest.mark.slow
 def test_lora_by_the_pipelines_own_loader(family, tmp_path):
     peft = pytest.importorskip("peft")
     names = ["to_q", "to_k", "to_v", "to_out.0", "gate_layer", "img_in", "txt_in.in_layer"]
@@ -244,6 +247,7 @@ def test_bfloat16(family):
     assert out.dtype == torch.bfloat16 and out.isfinite().all()
 
 
+@pytest.mark.slow
 def test_the_flex_processor_keeps_its_mask_of_blocks(family):
     expected = family.run(specedit.install(family.make(), **QUICK))
     pipe = family.make()

@@ -67,6 +67,7 @@ def test_options(compare, config):
     compare(**config)
 
 
+@pytest.mark.slow
 def test_guidance_and_its_range(compare):
     for bounds in (None, (0.4, 0.8), (0.0, 0.6)):
         compare(call=GUIDED, guidance_range=bounds, steps=(2, 2, 2))

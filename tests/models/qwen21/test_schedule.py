@@ -52,6 +52,7 @@ def test_what_is_no_schedule():
 needs_qwen21 = pytest.mark.skipif(qwen21.QwenImage21 is None, reason="this diffusers has no Qwen-Image-2.1")
 
 
+@pytest.mark.slow
 @needs_qwen21
 def test_the_pipelines_own_sigmas_decide_the_number_of_steps(family_of):
     family = family_of(sample_sigmas=OWN)

@@ -100,6 +100,7 @@ def test_whole_transformer_without_text():
     assert torch.allclose(got, expected, rtol=1e-3, atol=1e-3) and expected.std() > 0.1
 
 
+@pytest.mark.slow
 def test_other_sizes_are_refused():
     source = build.transformer()
     for config, message in (
@@ -203,6 +204,7 @@ def test_trained_editor_inherits_the_transformer_only(tmp_path, monkeypatch):
     assert torch.equal(ours.state_dict()[bias], fresh.transformer.state_dict()[bias])
 
 
+@pytest.mark.slow
 def test_follow_keeps_the_transformer(tmp_path, monkeypatch):
     done = []
     for part in ("link", "probes", "editor"):

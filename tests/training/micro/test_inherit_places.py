@@ -14,6 +14,7 @@ PROMPTS = ["make it grey", "add a small yellow hexagon at the bottom right of th
 HEADS = [head for head, _ in landmarks.LANDMARK_HEADS]
 
 
+@pytest.mark.slow
 def test_every_prompt_begins_with_the_same_tokens(tmp_path):
     pipe = build_qwen.qwen()
     with torch.no_grad():

@@ -25,6 +25,7 @@ def placed(request):
     return pipe
 
 
+@pytest.mark.slow
 def test_every_prompt_ends_with_landmarks_even_if_truncated(placed, tmp_path):
     build.save(placed, tmp_path)
     placed.to(dtype=torch.float32)

@@ -209,6 +209,7 @@ def test_train_and_resume_qwen(tmp_path, few_tasks):
         train.train(loop.Settings(tmp_path / "new", start=tmp_path / "run" / "editor", **few | {"model": "kontext"}))
 
 
+@pytest.mark.slow
 def test_gradients_reach_every_used_parameter_of_qwen():
     torch.manual_seed(0)
     pipe = families.family_named("qwen").build(0)
@@ -339,6 +340,7 @@ def test_continued_training_starts_in_the_middle_of_the_curriculum(monkeypatch):
         assert asked.pop() == pytest.approx(progress, abs=0.02)
 
 
+@pytest.mark.slow
 def test_loss_of_selected_tokens_uses_the_grids_noise_levels():
     """The shift must depend on the grid, not on the number of selected tokens."""
     pipe = build.kontext()  # untrained: predicts nothing, so that the loss is what the tokens make it

@@ -52,6 +52,7 @@ def batch(teacher):
     return encode(teacher, [scenes.describe(s) for s in loop.seeds(0, 6)], (64, 64), "cpu")
 
 
+@pytest.mark.slow
 def test_states_are_recorded_and_hooks_removed(student, teacher):
     batch = encode(student, [scenes.describe(s) for s in loop.seeds(0, 2)], (64, 64), "cpu")
     pairs = inherit.block_pairs(student.transformer, teacher.transformer)
@@ -161,6 +162,7 @@ def test_link_loss_is_learned(student, teacher, batch, ask):
     assert all(values[-1] < 0.8 * values[0] for values in losses.values())
 
 
+@pytest.mark.slow
 def test_untrained_teacher_is_refused(student, tmp_path, few_tasks):
     settings = loop.Settings(tmp_path, steps=2, link_minutes=10.0, largest=64)
     with pytest.raises(ValueError, match="expected a trained editor, got one whose output is the same everywhere"):

@@ -137,6 +137,7 @@ def test_first_blocks_then_learn_and_stay_near(tmp_path, few_tasks, monkeypatch)
     assert not any(p.requires_grad for module in (pipe.transformer, *texts, probes) for p in module.parameters())
 
 
+@pytest.mark.slow
 def test_drift_of_an_unchanged_editor_is_zero_and_prompt_losses_are_summed():
     pipe, probes = untrained("kontext")
     batch = encode(pipe, [scenes.describe(s) for s in loop.seeds(0, 4)], (64, 64), "cpu")
@@ -154,6 +155,7 @@ def test_drift_of_an_unchanged_editor_is_zero_and_prompt_losses_are_summed():
     assert losses(train_probes.probe_distil_loss, old)["drift"] > 0.0
 
 
+@pytest.mark.slow
 def test_probes_are_fitted_at_high_noise(monkeypatch):
     pipe, probes = untrained("kontext")
     batch = encode(pipe, [scenes.describe(s) for s in loop.seeds(0, 32)], (64, 64), "cpu")

@@ -31,6 +31,7 @@ def test_text_encoders_learn_what_prompts_say(name):
     assert losses[-1] < 0.6 * losses[0]
 
 
+@pytest.mark.slow
 def test_train_text_changes_the_text_encoders_and_nothing_else(tmp_path):
     pipe = build.kontext()
     before = {name: {k: v.clone() for k, v in getattr(pipe, name).state_dict().items()} for name in pipe.components
