@@ -22,6 +22,9 @@ STARTS: dict[int, dict[str, Any]] = {
     4: {"steps": (1, 2, 1), "draft_steps": 2},
     8: {"steps": (1, 5, 2), "draft_steps": 2},
 }
+OF_PRESETS: list[dict[str, Any]] = [
+    {}, {"dilation": 2}, {"decode": "edited"}, {"dilation": 2, "decode": "edited"},
+]  # fmt: skip
 CHANGES: list[dict[str, Any]] = [
     {},
     *({"draft_steps": n} for n in (0, 1, 4)),
@@ -43,12 +46,18 @@ MORE: dict[int, list[dict[str, Any]]] = {
 def variants() -> dict[str, dict[str, Any]]:
     """The arguments of `install` for every row by name; {"stock": n} for stock."""
     every: dict[str, dict[str, Any]] = {f"stock-{n}": {"stock": n} for n in STOCK}
-    every |= {f"{count}: few-{count}": {"config": f"few-{count}"} for count in STARTS}
+    for count in STARTS:
+        for change in OF_PRESETS:
+            every[f"{count}: {in_words(f'few-{count}', change)}"] = {"config": f"few-{count}"} | change
     for count, start in STARTS.items():
         for change in CHANGES + MORE[count]:
-            words = ", ".join(f"{field}={value}" for field, value in change.items()) or "start"
-            every[f"{count}: {words}"] = BASE | start | change
+            every[f"{count}: {in_words('', change) or 'start'}"] = BASE | start | change
     return every
+
+
+def in_words(of: str, change: dict[str, Any]) -> str:
+    """A setting and what is changed of it."""
+    return ", ".join([*filter(None, [of]), *(f"{field}={value}" for field, value in change.items())])
 
 
 def score(scores: Scores, pipe: Any, name: str, todo: list[micro.scenes.Case], fields: dict[str, Any]) -> None:

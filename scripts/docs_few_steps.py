@@ -20,8 +20,8 @@ def few(name: str) -> str:
         return "*not measured yet*"
     rows, count = shared_cases(result)
     written = [_row(name, cases, rows) for name, cases in rows.items()]
-    header = ["setting", "success", "edit dB", "keep dB", "texture", "material", "recall", "FLOPs vs as many"]
-    header.append("small edits")
+    header = ["setting", "success", "edit dB", "keep dB", "texture", "material", "recall"]
+    header += ["FLOPs vs as many", "small edits", "clock vs as many", "small edits"]
     small = f"{count} tasks. Small edits change at most {SMALL:.0%} of the picture."
     return f"{small}\n\n{table(header, written)}{source(result, name)}"
 
@@ -40,7 +40,10 @@ def shared_cases(result: dict) -> tuple[dict[str, list[dict]], int]:
 def _row(name: str, cases: list[dict], rows: dict[str, list[dict]]) -> list[str]:
     own = rows.get(f"stock-{name.partition(':')[0]}", cases)
     small = [[case for case in some if case["mask_share"] <= SMALL] for some in (own, cases)]
-    ratios = [(average(a, "flops") or 0) / (average(b, "flops") or 1) for a, b in ((own, cases), small)]
+    ratios = [
+        (average(a, key) or 0) / (average(b, key) or 1)
+        for key in ("flops", "seconds") for a, b in ((own, cases), small)
+    ]  # fmt: skip
     scores = {"success": ".0%", "edit_psnr": ".1f", "keep_psnr": ".1f", "texture_distance": ".2f", "material": ".0%"}
     shown = [number(average(cases, key), form) for key, form in (scores | {"recall": ".0%"}).items()]
     return [name, *shown, *(f"{ratio:.2f}" for ratio in ratios)]

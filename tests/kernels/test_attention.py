@@ -48,14 +48,15 @@ LENGTHS = [  # queries and keys of each sequence
     ([0, 0], [0, 4]),
     ([128, 64], [128, 64]),
 ]
-# Heads and bias are independent in the kernels; in the interpreter each value is tried once.
-DIM_AND_BIAS = (
-    [(16, True), (64, False)] if os.environ.get("TRITON_INTERPRET") == "1" else list(product((16, 64), (False, True)))
+# Heads, bias and lengths are independent in the kernels; in the interpreter each value is tried once.
+PACKED = (
+    [(lengths, 16 if i % 2 else 64, bool(i % 2)) for i, lengths in enumerate(LENGTHS)]
+    if os.environ.get("TRITON_INTERPRET") == "1"
+    else list(product(LENGTHS, (16, 64), (False, True)))
 )
 
 
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-@pytest.mark.parametrize("dim, with_bias", DIM_AND_BIAS)
+@pytest.mark.parametrize("lengths, dim, with_bias", PACKED, ids=str)
 def test_packed(backend, dtype, device, rng, as_good, lengths, dim, with_bias):
     q, k, v, cu_q, cu_k = packed(rng, device, dtype, 2, dim, *lengths)
     bias = None

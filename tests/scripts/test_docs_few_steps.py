@@ -9,7 +9,7 @@ from tests.scripts.test_make_docs import write
 
 
 def case(seed, flops, success=True, mask_share=0.1, **more):
-    scores = dict(success=success, edit_psnr=20.0, keep_psnr=30.0, flops=flops)
+    scores = dict(success=success, edit_psnr=20.0, keep_psnr=30.0, flops=flops, seconds=1 + flops / 1e12)
     return dict(seed=seed, mask_share=mask_share, kind="recolor") | scores | more
 
 
@@ -35,8 +35,8 @@ def test_settings_stand_beside_stock_with_as_many_over_the_tasks_that_all_share(
     lines = few.few("few-steps-64.json").splitlines()
     assert lines[0] == "3 tasks. Small edits change at most 15% of the picture." and "tried" not in "".join(lines)
     assert lines[4:6] == [
-        "| stock-4 | 50% | 20.0 | 30.0 | 3.00 | - | - | 1.00 | 1.00 |",
-        "| 4: start | 100% | 20.0 | 30.0 | 4.00 | - | - | 4.80 | 8.00 |",
+        "| stock-4 | 50% | 20.0 | 30.0 | 3.00 | - | - | 1.00 | 1.00 | 1.00 | 1.00 |",
+        "| 4: start | 100% | 20.0 | 30.0 | 4.00 | - | - | 4.80 | 8.00 | 3.38 | 4.50 |",
     ]
 
 

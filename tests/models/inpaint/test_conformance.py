@@ -16,7 +16,9 @@ ODD = ((128, 128), (176, 80))  # Qwen's pipeline brings pictures to multiples of
 FAMILIES = {
     "kontext": dict(adapter=FluxKontextInpaint, compiles_as="FluxKontext", runs_others=True, sizes=ODD),
     "qwen": dict(adapter=QwenImageEditInpaint, compiles_as="QwenImageEdit", sizes=((128, 128), (96, 192))),
-    "klein": dict(adapter=Flux2KleinInpaint, runs_others=True, sizes=ODD, rotations=rotations),
+    "klein": dict(
+        adapter=Flux2KleinInpaint, compiles_as="Flux2Klein", runs_others=True, sizes=ODD, rotations=rotations
+    ),
 }
 
 
