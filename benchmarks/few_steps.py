@@ -22,9 +22,7 @@ STARTS: dict[int, dict[str, Any]] = {
     4: {"steps": (1, 2, 1), "draft_steps": 2},
     8: {"steps": (1, 5, 2), "draft_steps": 2},
 }
-OF_PRESETS: list[dict[str, Any]] = [
-    {}, {"dilation": 2}, {"decode": "edited"}, {"dilation": 2, "decode": "edited"},
-]  # fmt: skip
+OF_PRESETS: list[dict[str, Any]] = [{}, {"decode": "edited"}]
 CHANGES: list[dict[str, Any]] = [
     {},
     *({"draft_steps": n} for n in (0, 1, 4)),
@@ -38,9 +36,16 @@ CHANGES: list[dict[str, Any]] = [
     *({"locked": "cached", "draft_steps": n} for n in (0, 1)),
 ]
 MORE: dict[int, list[dict[str, Any]]] = {
-    4: [{"steps": (2, 1, 1)}, {"steps": (1, 0, 1), "draft_steps": 1}, {"steps": (0, 3, 1)}],
-    8: [{"steps": (2, 4, 2)}, {"steps": (3, 3, 2)}, {"steps": (0, 6, 2)}, {"reference_refresh": 3}],
-}
+    4: [
+        {"steps": (2, 1, 1)}, {"steps": (1, 0, 1), "draft_steps": 1}, {"steps": (0, 3, 1)},
+        {"locked": "cached", "dilation": 2}, {"locked": "cached", "dilation": 2, "boundaries": (0.7, 0.55)},
+    ],
+    8: [
+        {"steps": (2, 4, 2)}, {"steps": (3, 3, 2)}, {"steps": (0, 6, 2)}, {"reference_refresh": 3},
+        *({"locked": "cached", "boundaries": (0.9, 0.75), "dilation": n} for n in (1, 2)),
+        {"locked": "cached", "boundaries": (0.85, 0.7), "dilation": 2},
+    ],
+}  # fmt: skip
 
 
 def variants() -> dict[str, dict[str, Any]]:

@@ -395,8 +395,8 @@ presets: dict[str, SpecEditConfig] = {
     "turbo": SpecEditConfig(steps=(2, 2, 5)),
     "ultra": dataclasses.replace(_CACHED, steps=(2, 2, 5), draft_steps=0),
     # For models that need few steps: one coarse step finds what a short draft has missed, and all others refine.
-    "few-8": dataclasses.replace(_CACHED, steps=(1, 5, 2), draft_steps=2, boundaries=(0.9, 0.75)),
-    "few-4": dataclasses.replace(_CACHED, steps=(1, 2, 1), draft_steps=2),
+    "few-8": dataclasses.replace(_CACHED, steps=(1, 5, 2), draft_steps=2, dilation=2, boundaries=(0.85, 0.7)),
+    "few-4": dataclasses.replace(_CACHED, steps=(1, 2, 1), draft_steps=2, dilation=2, boundaries=(0.7, 0.55)),
     # As the paper runs step-distilled models (FLUX.1-Kontext-Lightning and the like).
     "lightning-8": SpecEditConfig(steps=(2, 2, 4), boundaries=(0.7, 0.55)),
     "lightning-6": SpecEditConfig(steps=(1, 2, 3), boundaries=(0.7, 0.55)),
