@@ -10,26 +10,27 @@ picture differs by method:
 - "crop": nothing, statistics are the box's own;
 - "half", "quarter": statistics of the whole at a half or a quarter of the side, by decimation;
 - "calibrated": those of "half", corrected by what the box's differ at full size;
-- "patches", "sparse patches": statistics of a quarter or an eighth of the picture, in squares of 8 latents a side;
+- "squares", "sparse squares": statistics of a quarter or an eighth of the picture, in squares of 8 latents a side;
 - "reference": those that an earlier decode of the input has kept, whose cost is not counted;
 - "exchanged": the same, with the box's share of the sums exchanged for the edit's.
 
-Autoencoders without group norms need "crop" alone; with Qwen's, "shipped" is what decode="edited" does. Time is that of
-the processor, on one thread.
+Autoencoders without group norms need "crop" alone. "shipped" is what decode="edited" does, which takes "squares" for
+group norms, and fewer of them in larger pictures. Time is that of the processor, on one thread.
 """
 
 import argparse
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 from specedit import micro
@@ -37,116 +38,53 @@ from specedit.evaluation import results
 from specedit.micro import scenes
 from specedit.micro.loading import identity
 from specedit.models.shared import decode_boxes
+from specedit.models.shared.decode_boxes import Box
+from specedit.models.shared.sampled_norms import GroupNorms, Moments, Stage, recorded, run, squares
 from specedit.models.shared.single_frame_vae import single_frame
 from training.micro.families import family_of
 
 KINDS = ("recolor", "remove", "add", "shape")  # other edits change the whole picture
-SIZE, CELL, PATCH = 512, 32, 8  # px, px, latents
+SIZES = (512, 1024)  # px a side; the larger for "shipped" alone
+CELL, LATENT = 32, 8  # px
 LARGEST = 0.15  # share of the picture that is edited, in cells
 HALOS = (0, 2, 4)
-METHODS = ("half", "quarter", "calibrated", "patches", "sparse patches", "reference", "exchanged")
+STEPS = {"half": 2, "quarter": 4, "calibrated": 2}  # of the decimation
+EVERY = {"squares": 4, "sparse squares": 8}
+METHODS = (*STEPS, *EVERY, "reference", "exchanged")
 SPLITS = {"nothing": 0, "middle block": 2, "first up block": 3}  # stages that see the whole picture
 
-Stage = Callable[[Tensor], Tensor]
+
+def exchange(whole: Moments, old: Moments, new: Moments, share: float) -> Moments:
+    """Moments of a whole of which a part, `share` of it, has become another."""
+    mean = whole.mean + share * (new.mean - old.mean)
+    square, before, after = (one.variance + one.mean.square() for one in (whole, old, new))
+    return Moments(mean, square + share * (after - before) - mean.square())
 
 
-class Moments(NamedTuple):
-    """Mean and mean square (B, groups) of what a group norm reads."""
-
-    mean: Tensor
-    square: Tensor
-
-    @staticmethod
-    def of(x: Tensor, groups: int) -> "Moments":
-        rows = x.unflatten(1, (groups, -1)).flatten(2)
-        return Moments(rows.mean(-1), rows.square().mean(-1))
-
-    def exchange(self, old: "Moments", new: "Moments", share: float) -> "Moments":
-        """These of a whole of which a part, `share` of it, has become another."""
-        return Moments(*(whole + share * (b - a) for whole, a, b in zip(self, old, new, strict=True)))
-
-    def calibrate(self, small: "Moments", large: "Moments") -> "Moments":
-        """These of a small whole, as of the large one: a part has these moments in the small and the large."""
-        mean = self.mean + large.mean - small.mean
-        ratio = (large.square - large.mean.square()) / (small.square - small.mean.square()).clamp(min=1e-6)
-        return Moments(mean, (self.square - self.mean.square()) * ratio + mean.square())
+def calibrate(whole: Moments, small: Moments, large: Moments) -> Moments:
+    """Moments of a small whole, as of the large one: a part has these moments in the small and the large."""
+    ratio = large.variance / small.variance.clamp(min=1e-6)
+    return Moments(whole.mean + large.mean - small.mean, whole.variance * ratio)
 
 
-class GroupNorms(TorchFunctionMode):
-    """Inside, `moments(i, x, groups)` says what the i-th group norm normalises by."""
-
-    def __init__(self, moments: Callable[[int, Tensor, int], Moments]) -> None:
-        super().__init__()
-        self.moments, self.count = moments, 0
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is not F.group_norm:
-            return func(*args, **(kwargs or {}))
-        return self._norm(*args, **(kwargs or {}))
-
-    def _norm(self, x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
-        mean, square = self.moments(self.count, x, groups)
-        self.count += 1
-        scale = weight.unflatten(0, (groups, -1)) * (square - mean.square() + eps).rsqrt()[..., None]
-        shift = bias.unflatten(0, (groups, -1)) - mean[..., None] * scale
-        return torch.addcmul(shift.flatten(1)[..., None, None], x, scale.flatten(1)[..., None, None])
+def cut(x: Tensor, box: Box, side: int) -> Tensor:
+    """The box of x (..., h, w), drawn on a grid with `side` cells a side."""
+    scale = x.shape[-1] / side
+    return Box(*(round(edge * scale) for edge in box)).of(x)
 
 
-class Box(NamedTuple):
-    top: int
-    bottom: int
-    left: int
-    right: int
-
-    def of(self, x: Tensor, scale: float) -> Tensor:
-        """This part of x (..., h, w), whose side is `scale` times that of the grid on which the box is drawn."""
-        top, bottom, left, right = (round(edge * scale) for edge in self)
-        return x[..., top:bottom, left:right]
-
-    def grown(self, by: int, side: int) -> "Box":
-        return Box(
-            max(self.top - by, 0), min(self.bottom + by, side), max(self.left - by, 0), min(self.right + by, side)
-        )
-
-    @property
-    def area(self) -> int:
-        return (self.bottom - self.top) * (self.right - self.left)
-
-
-def stages(vae: nn.Module) -> list[Stage]:
-    """The decoder in parts that follow one another; each up block but the last doubles the side."""
-    decoder = vae.decoder
-    if hasattr(decoder, "conv_norm_out"):
-        head: Stage = nn.Sequential(decoder.conv_norm_out, decoder.conv_act, decoder.conv_out)
-    else:
-        head = nn.Sequential(decoder.norm_out, decoder.nonlinearity, decoder.conv_out)
-    first = decoder.conv_in if vae.post_quant_conv is None else nn.Sequential(vae.post_quant_conv, decoder.conv_in)
-    return [first, decoder.mid_block, *decoder.up_blocks, head]
-
-
-def run(parts: list[Stage], x: Tensor, moments: Callable[[int, Tensor, int], Moments] | None = None) -> Tensor:
-    """x through `parts`; group norms as they are, or with these moments."""
-    if moments is not None:
-        with GroupNorms(moments):
-            return run(parts, x)
-    for part in parts:
-        x = part(x)
-    return x
-
-
-def recorded(parts: list[Stage], x: Tensor, box: Box | None = None, side: int = 1) -> tuple[list, list]:
-    """Moments of every group norm's input, over all samples, and those of the `box` alone; `side`: of its grid."""
+def recorded_inside(parts: list[Stage], x: Tensor, box: Box, side: int) -> tuple[list[Moments], list[Moments]]:
+    """Moments of every group norm's input, and those inside the box alone."""
     whole: list[Moments] = []
     inside: list[Moments] = []
 
     def note(i: int, x: Tensor, groups: int) -> Moments:
-        one = Moments.of(x, groups)
-        whole.append(Moments(*(value.mean(0, keepdim=True) for value in one)))
-        if box is not None:
-            inside.append(Moments.of(box.of(x, x.shape[-1] / side), groups))
-        return Moments(*(value.expand(len(x), -1) for value in whole[-1]))
+        whole.append(Moments.of(x, groups))
+        inside.append(Moments.of(cut(x, box, side), groups))
+        return whole[i]
 
-    run(parts, x, note)
+    with GroupNorms(note):
+        run(parts, x)
     return whole, inside
 
 
@@ -154,27 +92,31 @@ class Decoder:
     """An autoencoder's decoder, the latents of a reference, and what a decode of it has kept."""
 
     def __init__(self, vae: nn.Module, reference: Tensor) -> None:
-        self.stages, self.reference, self.side = stages(vae), reference, reference.shape[-1]
-        self.kept = {
-            split: recorded(self.stages[split:], run(self.stages[:split], reference)) for split in SPLITS.values()
-        }
+        self.stages, self.reference, self.side = decode_boxes.stages(vae), reference, reference.shape[-1]
+        self.kept: dict[int, list[Moments]] = {}
+
+    def keep(self) -> None:
+        """Decode the reference, for the methods that need it."""
+        for split in SPLITS.values():
+            self.kept[split] = recorded(self.stages[split:], run(self.stages[:split], self.reference))
 
     def part(self, latents: Tensor, box: Box, halo: int, split: int, method: str) -> Tensor:
         """The decoded picture inside the box."""
-        grown = box.grown(halo, self.side)
+        grown = box.grown(halo, self.side, self.side)
         seen, rest = run(self.stages[:split], latents), self.stages[split:]
-        out = run(rest, grown.of(seen, seen.shape[-1] / self.side), self._moments(method, seen, rest, split, grown))
-        inner = Box(box.top - grown.top, box.bottom - grown.top, box.left - grown.left, box.right - grown.left)
-        return inner.of(out, SIZE / self.side)
+        part, moments = cut(seen, grown, self.side), self._moments(method, seen, rest, split, grown)
+        with contextlib.nullcontext() if moments is None else GroupNorms(moments):
+            out = run(rest, part)
+        return box.within(grown).times(LATENT).of(out)
 
     def _moments(self, method: str, seen: Tensor, rest: list[Stage], split: int, box: Box):
         if method == "crop":
             return None
         if method == "reference":
-            known = self.kept[split][0]
+            known = self.kept[split]
             return lambda i, x, groups: known[i]
         if method == "exchanged":
-            known, share = self.kept[split][0], box.area / self.side**2
+            known, share = self.kept[split], box.area / self.side**2
             old: list[Moments] = []
             before = run(self.stages[:split], self.reference)
 
@@ -182,39 +124,34 @@ class Decoder:
                 old.append(Moments.of(x, groups))
                 return known[i]
 
-            run(rest, box.of(before, before.shape[-1] / self.side), note)
-            return lambda i, x, groups: known[i].exchange(old[i], Moments.of(x, groups), share)
-        if method.endswith("patches"):
-            every = 4 if method == "patches" else 8
-            known, _ = recorded(rest, patches(seen, PATCH * seen.shape[-1] // self.side, every))
+            with GroupNorms(note):
+                run(rest, cut(before, box, self.side))
+            return lambda i, x, groups: exchange(known[i], old[i], Moments.of(x, groups), share)
+        if method in EVERY:
+            side = decode_boxes.SQUARE * seen.shape[-1] // self.side
+            known = recorded(rest[:-1], squares(seen, side, EVERY[method]))
             return lambda i, x, groups: known[i]
-        step = 4 if method == "quarter" else 2
-        small, inside = recorded(rest, seen[..., ::step, ::step], box if method == "calibrated" else None, self.side)
+        small = seen[..., :: STEPS[method], :: STEPS[method]]
         if method == "calibrated":
-            return lambda i, x, groups: small[i].calibrate(inside[i], Moments.of(x, groups))
-        return lambda i, x, groups: small[i]
+            known, inside = recorded_inside(rest, small, box, self.side)
+            return lambda i, x, groups: calibrate(known[i], inside[i], Moments.of(x, groups))
+        known = recorded(rest[:-1], small)
+        return lambda i, x, groups: known[i]
 
 
 def shipped(vae: nn.Module, latents: Tensor, cells: Tensor) -> Tensor:
     """The picture as decode="edited" has it."""
     height, width = latents.shape[-2:]
-    boxes, _ = decode_boxes.plan(vae, cells[None], CELL * height // SIZE, height, width)
+    boxes, _ = decode_boxes.plan(vae, cells[None], CELL // LATENT, height, width)
     return decode_boxes.decode(vae, latents, boxes)
 
 
-def patches(x: Tensor, side: int, every: int) -> Tensor:
-    """One in `every` of the squares (n, C, side, side) of x (1, C, h, w), in each row other columns."""
-    rows = x[0].unfold(1, side, side).unfold(2, side, side)  # (C, r, c, side, side)
-    chosen = [rows[:, i, 3 * i % every :: every] for i in range(rows.shape[1])]
-    return torch.cat(chosen, 1).transpose(0, 1).contiguous()
-
-
-def edits(pipe: Any, count: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+def edits(pipe: Any, size: int, count: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
     """Seed, latents of the input and of the true result, and the edited cells, of `count` small edits."""
     seed = 700
     while count:
         scene = scenes.describe(seed, KINDS[count % len(KINDS)])
-        source, target, mask = scenes.draw([scene], SIZE, SIZE)
+        source, target, mask = scenes.draw([scene], size, size)
         cells = F.max_pool2d(mask[None].float(), CELL)[0, 0] > 0
         if cells.float().mean() <= LARGEST:
             encode = family_of(pipe).latents
@@ -244,44 +181,44 @@ def bounds(cells: Tensor, scale: int) -> Box:
 
 
 def ways(vae: nn.Module) -> Iterator[tuple[str, int, str]]:
-    """Method, halo in latents, and what of the decoder sees the whole picture."""
+    """Method, halo in latents, and what of the decoder sees the whole picture; the last is what is shipped."""
     normed = any(isinstance(module, nn.GroupNorm) for module in vae.decoder.modules())
     for whole in ("nothing", "first up block"):
         for halo in HALOS:
             yield "crop", halo, whole
         for method in METHODS if normed else ():
             yield method, HALOS[-1], whole
-    for method in ("patches", "sparse patches") if normed else ():
+    for method in EVERY if normed else ():
         yield method, HALOS[-1], "middle block"
-    if decode_boxes.why_whole(vae) is None:
-        yield "shipped", decode_boxes.halo(vae), "first up block"
+    yield "shipped", decode_boxes.halo(vae), "first up block"
 
 
 @torch.no_grad()
-def measure(pipe: Any, count: int, repeat: int) -> list[dict[str, Any]]:
-    """One row for each way of decoding, over all edits."""
-    found: dict[tuple, list[tuple[float, float, float, float]]] = {way: [] for way in ways(pipe.vae)}
-    for _, reference, latents, cells in tqdm(edits(pipe, count), total=count):
+def measure(pipe: Any, size: int, count: int, repeat: int, only: slice) -> list[dict[str, Any]]:
+    """One row for each way of decoding, or `only` some of them, over all edits."""
+    found: dict[tuple, list[tuple[float, float, float, float]]] = {way: [] for way in list(ways(pipe.vae))[only]}
+    for _, reference, latents, cells in tqdm(edits(pipe, size, count), total=count):
         if getattr(pipe.vae.decoder, "conv_norm_out", None) is None:
             reference, latents = (x.unsqueeze(2) if x.ndim == 4 else x for x in (reference, latents))
         reference, latents = (denormalised(pipe.vae, x) for x in (reference, latents))
         with single_frame(pipe.vae):
             decoder = Decoder(pipe.vae, reference)
+            if len(found) > 1:
+                decoder.keep()
             whole, seconds = timed(partial(run, decoder.stages, latents), repeat)
-            box = bounds(cells, CELL * decoder.side // SIZE)
-            inside = box.of(cells.repeat_interleave(CELL, 0).repeat_interleave(CELL, 1), SIZE // decoder.side)
-            true = box.of(whole, SIZE // decoder.side)
+            box = bounds(cells, CELL // LATENT)
+            pixels = box.times(LATENT)
+            inside = pixels.of(cells.repeat_interleave(CELL, 0).repeat_interleave(CELL, 1))
+            true = pixels.of(whole)
             for method, halo, split in found:
                 if method == "shipped":
-                    work = lambda: box.of(shipped(pipe.vae, latents, cells), SIZE // decoder.side)  # noqa: B023, E731
+                    work = lambda: pixels.of(shipped(pipe.vae, latents, cells))  # noqa: B023, E731
                 else:
                     work = lambda: decoder.part(latents, box, halo, SPLITS[split], method)  # noqa: B023, E731
                 got, taken = timed(work, repeat)
-                if method == "shipped":
-                    got = got.unsqueeze(2)
-                own, given = ((x.clamp(-1, 1) / 2)[..., inside] for x in (true, got))
+                own, given = ((x.clamp(-1, 1) / 2)[..., inside].flatten(0, -2) for x in (true, got))
                 found[method, halo, split].append((psnr(own, given), taken, seconds, float(cells.float().mean())))
-    return [row(*way, *zip(*values, strict=True)) for way, values in found.items()]
+    return [dict(size=size, **row(*way, *zip(*values, strict=True))) for way, values in found.items()]
 
 
 def row(method: str, halo: int, whole: str, psnrs, taken, seconds, shares) -> dict[str, Any]:
@@ -306,19 +243,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--edits", type=int, default=8)
     parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--vae", help='hub id or folder of a pipeline: only "shipped", with its AutoencoderKL')
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    rows, weights = [], {}
-    for name in ("kontext", "qwen"):
+    rows, weights, options = [], {}, f"--edits {args.edits} --repeat {args.repeat}"
+    for name in ("kontext",) if args.vae else ("kontext", "qwen"):
         pipe = micro.load(name)
-        weights[name] = identity(name, "vae")["weights"]
-        rows += [
-            dict(model=name, autoencoder=type(pipe.vae).__name__, **one)
-            for one in measure(pipe, args.edits, args.repeat)
-        ]
-    command = f"python -m benchmarks.decoding --edits {args.edits} --repeat {args.repeat}"
-    results.write(args.out, command, rows, weights=weights)
+        if args.vae:
+            pipe.vae = AutoencoderKL.from_pretrained(args.vae, subfolder="vae")
+            name, options = args.vae, f"{options} --vae {args.vae}"
+        else:
+            weights[name] = identity(name, "vae")["weights"]
+        for size in SIZES:
+            only = slice(None) if size == SIZES[0] and not args.vae else slice(-1, None)
+            measured = measure(pipe, size, args.edits, args.repeat, only)
+            rows += [dict(model=name, autoencoder=type(pipe.vae).__name__, **one) for one in measured]
+    results.write(args.out, f"python -m benchmarks.decoding {options}", rows, weights=weights)
 
 
 if __name__ == "__main__":

@@ -263,17 +263,18 @@ def decoding(name: str) -> str:
     result = load(name)
     if result is None:
         return "*not measured yet*"
-    widest = {(r["model"], r["method"], r["whole"]): r for r in sorted(result["rows"], key=lambda r: r["halo"])}
+    kinds = ("model", "size", "method", "whole")
+    widest = {tuple(r[k] for k in kinds): r for r in sorted(result["rows"], key=lambda r: r["halo"])}
     rows = [
-        [r["autoencoder"], r["method"], r["whole"], str(r["halo"]), f"{r['psnr_min']:.1f}", f"{r['psnr_median']:.1f}",
-         f"{r['time_ratio']:.2f}"]
+        [r["autoencoder"], str(r["size"]), r["method"], r["whole"], str(r["halo"]), f"{r['psnr_min']:.1f}",
+         f"{r['psnr_median']:.1f}", f"{r['time_ratio']:.2f}"]
         for r in result["rows"]
-        if r is widest[r["model"], r["method"], r["whole"]]
+        if r is widest[tuple(r[k] for k in kinds)]
     ]  # fmt: skip
-    first = result["rows"][0]
-    edits, share = first["edits"], first["edited_median"]
-    text = f"\n\n{edits} edits at 512 px. In the median, {share:.1%} of the picture is edited."
-    header = ["autoencoder", "statistics", "sees the whole", "halo, latents", "least dB", "median dB", "time ratio"]
+    shares = {r["size"]: r["edited_median"] for r in result["rows"]}
+    text = " and ".join(f"{share:.1%} of the picture at {size} px" for size, share in shares.items())
+    text = f"\n\n{result['rows'][0]['edits']} edits a size, in the median of {text}."
+    header = ["autoencoder", "px", "statistics", "sees whole", "halo, latents", "least dB", "median dB", "time ratio"]
     return table(header, rows) + text + source(result, name)
 
 

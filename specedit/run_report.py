@@ -85,8 +85,9 @@ class RunReport:
         reused: with `reuse_encodings`, how many "prompts" and "pictures" (references) were not encoded again, in a
             session "renditions" (the picture, decoded unedited), and under "findings" 1 where an earlier call's draft,
             of another seed or the same, said what to edit; `score` is that draft's. Empty if nothing was reused.
-        decoded_fraction: share of the pictures that was decoded, with what lies around it; below 1 with
-            decode="edited" where the edit is small and the autoencoder neither tiled, compiled nor offloaded by layers.
+        decoded_fraction: share of the pictures that was decoded, with what lies around it and what group norms look
+            at; below 1 with decode="edited" where the edit is small and the autoencoder neither tiled, compiled nor
+            offloaded by layers.
         modulation: with modulation="once" the "passes" over the weights that make it, and the "bytes" that were kept;
             empty where every step computed it.
         overruled_steps: num_inference_steps that a server sent without its client's asking, so that the preset's steps

@@ -261,6 +261,7 @@ class Adapter(ABC):
     measures_attention: ClassVar[bool] = False  # whether `predict` adds to `group.mass` where there is one
     encodes_pixels: ClassVar[bool] = False  # whether it has `encode`
     decodes_boxes: ClassVar[bool] = False  # whether it has `decode_edited`
+    approximates_boxes: ClassVar[bool] = False  # whether that comes near the whole decode, not to within rounding
     fixed_reference: ClassVar[bool] = False  # whether the references' keys never change: a stage's first step has them
     fixed_prefix: ClassVar[bool] = False  # whether text and references never change, and are computed once a run, fine
     aligns_phases: ClassVar[bool] = True  # whether it runs rope="phase_aligned"
@@ -370,7 +371,8 @@ class Adapter(ABC):
     ) -> tuple[Any, float]:
         """What `decode` gives, where it need only be right in some cells, and the share of the pictures decoded.
 
-        cells (B, h, w) bool, of two tokens a side. Other pixels are unspecified.
+        cells (B, h, w) bool, of two tokens a side. Other pixels are unspecified. With `approximates_boxes`, the pixels
+        in the cells are near those of `decode`, and the same where the share is 1.
         """
         raise NotImplementedError(f"{self.name} decodes whole pictures; see decodes_boxes")
 

@@ -35,9 +35,7 @@ def check(adapter: Adapter, config: SpecEditConfig) -> None:
             f"restore: expected 'full' or 'reference' for {adapter.name}, which does not encode pictures, got 'pixels'"
         )
     if config.decode == "edited" and not adapter.decodes_boxes:
-        raise ValueError(
-            f"decode: expected 'full' for {adapter.name}, whose autoencoder's norms see the whole picture, got 'edited'"
-        )
+        raise ValueError(f"decode: expected 'full' for {adapter.name}, which decodes whole pictures only, got 'edited'")
     if config.reference_keep is not None and not adapter.measures_attention:
         raise ValueError(
             f"reference_keep: expected None for {adapter.name}, which does not measure attention, got "

@@ -63,6 +63,7 @@ class FluxKontext(FluxBlocks):
     processor = FluxMixedProcessor
     block = FluxSingleTransformerBlock
     trimmed = FluxLastBlock
+    decodes_boxes = True
     modulation_layers = ModulationLayers("time_text_embed", blocks=MODULATED, per_sample=True)  # by the pooled prompt
 
     @staticmethod

@@ -79,6 +79,7 @@ class LongCatImageEdit(FluxBlocks):
     processor = LongCatMixedProcessor
     block = LongCatImageSingleTransformerBlock
     trimmed = LongCatLastBlock
+    decodes_boxes = True
     pos_embed_hook = positions.ContextHook
     modulation_layers = ModulationLayers("time_embed", blocks=MODULATED)
     take_context = staticmethod(positions.take)

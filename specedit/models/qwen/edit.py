@@ -215,13 +215,11 @@ class QwenImageEdit(SingleFrameAdapter):
     def decode_edited(
         self, pipe: Any, state: EditState, tokens: Tensor, output_type: str, cells: Tensor
     ) -> tuple[Any, float]:
-        if decode_boxes.why_whole(pipe.vae) is None:
-            latents = self.latents_of(pipe, tokens, state.grid)
-            boxes, share = decode_boxes.plan(pipe.vae, cells, 2 * state.grid.geometry.patch, *latents.shape[-2:])
-            if share < decode_boxes.LARGEST:
-                with single_frame(pipe.vae):
-                    image = decode_boxes.decode(pipe.vae, latents, boxes)
-                return pipe.image_processor.postprocess(image, output_type=output_type), share
+        latents, cell = self.latents_of(pipe, tokens, state.grid), 2 * state.grid.geometry.patch
+        with single_frame(pipe.vae):
+            part = decode_boxes.decoded_part(pipe.vae, latents, cells, cell)
+        if part is not None:
+            return pipe.image_processor.postprocess(part[0], output_type=output_type), part[1]
         return self.decode(pipe, state, tokens, output_type), 1.0
 
     @staticmethod

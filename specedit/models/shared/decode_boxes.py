@@ -1,8 +1,9 @@
-"""Decodes only boxes around the edited cells, with Qwen's autoencoder, whose norms see one pixel each.
+"""Decodes only boxes around the edited cells.
 
 The decoder's attention lies in its middle block. That and the first up block, which are cheap, see the whole picture.
 The convolutions after them reach a few latents far, so a box with as much halo decodes to the whole picture's pixels,
-to within rounding.
+to within rounding, if norms see one pixel each, as in Qwen's autoencoder. Group norms, as in AutoencoderKL, see all of
+them: squares of the picture give their statistics, and the box's pixels come near the whole decode's.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate.hooks import CpuOffload
-from diffusers import AutoencoderKLQwenImage
-from torch import Tensor
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
 
+from .sampled_norms import Stage, one_in, recorded, run, squares
 from .single_frame_vae import is_compiled
 
 LARGEST = 0.5  # share of the picture in boxes, halos included, from which the whole is decoded instead
+WHOLE = 3  # stages that see the whole picture
+SQUARE = 8  # latents a side of the squares that give a group norm's statistics
 
 
 class Box(NamedTuple):
@@ -72,8 +77,8 @@ def _split(cells: Tensor, box: Box, gap: int) -> list[Box]:
 
 def why_whole(vae: Any) -> str | None:
     """Why this autoencoder decodes whole pictures only, or None."""
-    if not isinstance(vae, AutoencoderKLQwenImage):
-        return f"{type(vae).__name__} is not AutoencoderKLQwenImage"
+    if not isinstance(vae, (AutoencoderKL, AutoencoderKLQwenImage)):
+        return f"{type(vae).__name__} is neither AutoencoderKL nor AutoencoderKLQwenImage"
     if vae.use_tiling:
         return "it decodes in tiles"
     if is_compiled(vae):
@@ -82,7 +87,21 @@ def why_whole(vae: Any) -> str | None:
         return "its layers are offloaded one by one"
     if any(hasattr(module, "_diffusers_hook") for module in vae.modules()):
         return "its layers are offloaded in groups"
+    if any(isinstance(module, Attention) for module in vae.decoder.up_blocks.modules()):
+        return "its up blocks attend to the whole picture"
+    if len(vae.decoder.up_blocks) == 1:
+        return "its decoder has one up block alone"
     return None
+
+
+def stages(vae: Any) -> list[Stage]:
+    """The decoder in parts that follow one another: first convolutions, middle block, up blocks, last norm, head."""
+    decoder = vae.decoder
+    first = [layer for layer in (vae.post_quant_conv, decoder.conv_in) if layer is not None]
+    normed = isinstance(vae, AutoencoderKL)
+    norm, act = (decoder.conv_norm_out, decoder.conv_act) if normed else (decoder.norm_out, decoder.nonlinearity)
+    head = nn.Sequential(act, decoder.conv_out)
+    return [nn.Sequential(*first), decoder.mid_block, *decoder.up_blocks, norm, head]
 
 
 def halo(vae: Any) -> int:
@@ -90,7 +109,8 @@ def halo(vae: Any) -> int:
 
     An up block has two convolutions a residual block, and one after upsampling for the next. The head has one.
     """
-    last, convolutions = len(vae.decoder.up_blocks) - 1, 2 * (vae.config.num_res_blocks + 1)
+    blocks = vae.decoder.up_blocks
+    last, convolutions = len(blocks) - 1, 2 * len(blocks[0].resnets)
     return math.ceil(sum((convolutions + (i > 1)) / 2**i for i in range(1, last + 1)) + 1 / 2**last)
 
 
@@ -106,25 +126,45 @@ def plan(vae: Any, cells: Tensor, cell: int, height: int, width: int) -> tuple[l
     return boxes, area / (height * width * len(cells))
 
 
+def sampled(vae: Any, height: int, width: int) -> int | None:
+    """Of how many squares of the latents one gives group norms their statistics, or None."""
+    return one_in(height, width, SQUARE) if isinstance(vae, AutoencoderKL) else None
+
+
 def decode(vae: Any, latents: Tensor, boxes: list[list[Box]]) -> Tensor:
-    """Latents (B, C, 1, h, w) as `vae.decode` takes them to pictures (B, 3, 8 h, 8 w), 0 outside the boxes."""
+    """Latents as `vae.decode` takes them to pictures (B, 3, 8 h, 8 w), 0 outside the boxes."""
     if hasattr(vae, "_hf_hook"):
         vae._hf_hook.pre_forward(vae)  # as before `vae.decode`: takes the transformer's place on the device
     height, width = latents.shape[-2:]
-    scale = 2 ** (len(vae.decoder.up_blocks) - 1)
-    out = latents.new_zeros(len(latents), vae.config.get("input_channels", 3), height * scale, width * scale)
+    scale, margin, every = 2 ** (len(vae.decoder.up_blocks) - 1), halo(vae), sampled(vae, height, width)
+    out = latents.new_zeros(len(latents), vae.decoder.conv_out.out_channels, height * scale, width * scale)
+    early, late = stages(vae)[:WHOLE], stages(vae)[WHOLE:]
     for picture, sample, inside in zip(out, latents.split(1), boxes, strict=True):
-        seen = vae.decoder.mid_block(vae.decoder.conv_in(vae.post_quant_conv(sample)))
-        seen = vae.decoder.up_blocks[0](seen)
+        if not inside:
+            continue
+        seen = run(early, sample)
+        moments = recorded(late[:-1], squares(seen, 2 * SQUARE, every)) if every else None
         for box in inside:
-            outer = box.grown(halo(vae), height, width)
-            decoded = _late_stages(vae.decoder, outer.times(2).of(seen))[0, :, 0]
+            outer = box.grown(margin, height, width)
+            decoded = run(late, outer.times(2).of(seen), moments).flatten(0, -3)  # (3, H, W) of one picture or frame
             box.times(scale).of(picture).copy_(box.within(outer).times(scale).of(decoded))
     return torch.clamp(out, -1, 1)
 
 
-def _late_stages(decoder: Any, x: Tensor) -> Tensor:
-    for block in decoder.up_blocks[1:]:
-        x = block(x)
-    out: Tensor = decoder.conv_out(decoder.nonlinearity(decoder.norm_out(x)))
-    return out
+def decoded_part(vae: Any, latents: Tensor, cells: Tensor, cell: int) -> tuple[Tensor, float] | None:
+    """Pictures (B, 3, 8 h, 8 w), right in the cells, and the share of them that was decoded, with halos and squares.
+
+    None where only the whole can be decoded, or the boxes are too large to save much. latents: as `vae.decode` takes
+    them. cells (B, h, w) bool, each `cell` latents a side.
+    """
+    if why_whole(vae) is not None:
+        return None
+    height, width = latents.shape[-2:]
+    every = sampled(vae, height, width)
+    if isinstance(vae, AutoencoderKL) and every is None:
+        return None
+    boxes, share = plan(vae, cells, cell, height, width)
+    if share >= LARGEST:
+        return None
+    squared = sum(bool(inside) for inside in boxes) / len(boxes) / every if every else 0.0
+    return decode(vae, latents, boxes), share + squared

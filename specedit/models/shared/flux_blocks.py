@@ -14,6 +14,7 @@ from ...layout import MixedLayout, TokenGrid
 from ...method.adapter import EditState, LayoutGroup, Run, active_branches, rows_index
 from ..attention import contexts, processors, sequences
 from ..attention.measuring import Measuring
+from . import decode_boxes
 from .block_adapter import BlockAdapter, pixels_per_token
 from .conditioning import Prompt
 from .images import decoder_dtype, decoder_features
@@ -67,6 +68,7 @@ class FluxBlocks(BlockAdapter):
     skips_tokens = True
     encodes_pixels = True
     measures_attention = True
+    approximates_boxes = True
     blocks = "single_transformer_blocks"
 
     @staticmethod
@@ -163,6 +165,15 @@ class FluxBlocks(BlockAdapter):
             return tokens.to(state.conditioning.dtype)
         image = pipe.vae.decode(self._latents(pipe, tokens, state.grid), return_dict=False)[0]
         return pipe.image_processor.postprocess(image, output_type=output_type)
+
+    def decode_edited(
+        self, pipe: Any, state: EditState, tokens: Tensor, output_type: str, cells: Tensor
+    ) -> tuple[Any, float]:
+        latents, cell = self._latents(pipe, tokens, state.grid), 2 * state.grid.geometry.patch
+        part = decode_boxes.decoded_part(pipe.vae, latents, cells, cell)
+        if part is not None:
+            return pipe.image_processor.postprocess(part[0], output_type=output_type), part[1]
+        return self.decode(pipe, state, tokens, output_type), 1.0
 
     def encode(self, pipe: Any, pictures: Tensor, grid: TokenGrid) -> Tensor:
         return grid.geometry.from_image(self.encoded(pipe, pictures))
