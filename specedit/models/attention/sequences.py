@@ -12,6 +12,9 @@ from torch import Tensor
 
 from specedit_kernels import AttentionPlan, KeyGroups
 
+Tables = tuple[Tensor, Tensor]  # cos and sin
+Pair = tuple[Tensor, Tensor]  # keys and values
+
 
 class Movable:
     """A frozen dataclass of tensors with `to`, which accelerate's hooks call on every argument."""

@@ -14,7 +14,8 @@ from ...layout import MixedLayout
 from ...method.adapter import LayoutGroup, Run, rows_index
 from ...released import Released
 from ..attention import contexts, sequences
-from ..attention.contexts import Context, Tables
+from ..attention.contexts import Context
+from ..attention.sequences import Tables
 from ..registry import register_adapter
 from ..shared.flux_blocks import FluxForward
 from ..shared.modulation import at_step
