@@ -183,6 +183,28 @@ class ByKernels(Context):
         """The groups of a bias, as `launch` takes them."""
         raise NotImplementedError
 
+    def planned_segments(self, segments: Segments, dtype: torch.dtype) -> Segments:
+        """Phase-aligned queries of a dtype with the plan of their attention: made once a stage, not in every block."""
+        assert self.aligned is not None
+        keys, half = self.aligned.rotary[0].shape
+        bias = self.key_bias
+        if bias is not None:  # of one sample, which all others share, or else each call brings its own
+            bias = bias.flatten().repeat(2) if bias.numel() == keys else None
+        made = plan(
+            segments.cu_q, segments.cu_k, total_q=len(segments.order), total_k=2 * keys, head_dim=2 * half, dtype=dtype,
+            key_bias=bias, backend=self.backend,
+        )  # fmt: skip
+        return replace(segments, plan=made)
+
+    def with_planned_segments(self, dtype: torch.dtype) -> Self:
+        """The same with plans for all phase-aligned queries, and for those whose output is used."""
+        assert self.aligned is not None
+        aligned = replace(self.aligned, segments=self.planned_segments(self.aligned.segments, dtype))
+        rows = self.output_rows
+        if rows is not None and rows.segments is not None:
+            rows = replace(rows, segments=self.planned_segments(rows.segments, dtype))
+        return replace(self, aligned=aligned, output_rows=rows)
+
     def biased(self, bias: Tensor | None) -> dict[str, Any]:
         """The bias as arguments of `mixed_attention`, and the backend that takes it."""
         if self.groups is not None:
@@ -218,14 +240,20 @@ class Mixed(ByKernels):
     index: Tensor
     plan: AttentionPlan | None = None
 
-    def with_plan(self, batch: int, dtype: torch.dtype) -> Self:
-        """The same with a plan for `batch` samples of queries of a dtype: made once a stage, not in every block."""
-        if self.key_bias is None or self.aligned is not None or self.groups is not None:
+    def with_plan(self, batch: int, dtype: torch.dtype, queries: int | None = None) -> Self:
+        """The same with a plan for `batch` samples of queries of a dtype: made once a stage, not in every block.
+
+        queries: of each sample; None: as many as keys.
+        """
+        if self.aligned is not None:
+            return self.with_planned_segments(dtype)
+        # Without a bias, sequences of one length leave nothing to plan; merged attention has its groups.
+        if self.key_bias is None or self.groups is not None:
             return self
         bias = self.key_bias.expand(batch, -1)
         made = plan(
-            total_q=bias.shape[1], total_k=bias.shape[1], head_dim=2 * self.rotary[0].shape[-1], dtype=dtype,
-            key_bias=bias, backend=self.backend,
+            total_q=bias.shape[1] if queries is None else queries, total_k=bias.shape[1],
+            head_dim=2 * self.rotary[0].shape[-1], dtype=dtype, key_bias=bias, backend=self.backend,
         )  # fmt: skip
         return replace(self, plan=made)
 
@@ -262,6 +290,8 @@ class Packed(ByKernels):
 
     def with_plans(self) -> Self:
         """The same with plans for all rows, and for those whose output is used."""
+        if self.aligned is not None:
+            return self if self.dtype is None else self.with_planned_segments(self.dtype)
         rows = None if self.output_rows is None else self.planned(self.output_rows)
         return replace(self, packing=self.planned(self.packing), output_rows=rows)
 
@@ -397,15 +427,19 @@ def launch_segments(
     fine: Rotated, coarse: Rotated, v: Tensor, bias: Tensor | None, segments: Segments, backend: str | None
 ) -> Tensor:
     """Two query segments over two rotated copies of the keys, packed into one launch for each sample."""
-    out = torch.empty_like(fine.q)
+    out, plan = torch.empty_like(fine.q), segments.plan
+    how: dict[str, Any] = {"plan": plan}
+    if plan is None:
+        how = {"cu_seqlens_q": segments.cu_q, "cu_seqlens_k": segments.cu_k}
+    elif plan.key_bias is not None:
+        bias = None
     for b in range(len(v)):
         out[b, segments.order] = mixed_attention(
             torch.cat([fine.q[b, segments.fine], coarse.q[b, segments.coarse]]),
             torch.cat([fine.k[b], coarse.k[b]]),
             v[b].repeat(2, 1, 1),
-            cu_seqlens_q=segments.cu_q,
-            cu_seqlens_k=segments.cu_k,
             key_bias=None if bias is None else bias[b].repeat(2),
             backend=backend,
+            **how,
         )
     return out

@@ -127,7 +127,7 @@ def _stage_inputs(run: Run, group: LayoutGroup, prompt: Qwen21Prompt, prefix: Pr
     is_coarse = group.layout.grid != state.grid or not group.layout.is_fine
     weights = area.log() if is_coarse and run.config.key_bias == "area" else None
     bias = key_bias(hidden_keys(prompt), rows, weights, count, padding, kept)
-    context = context_of(run, placed, bias, kept.shape[1], stores)
+    context = context_of(run, len(group.rows), placed, bias, kept.shape[1], stores)
     return StageInputs(rows, Placed(len(placed), placed), context, padding, prefix if state.keeps_prefix else None)
 
 
@@ -148,13 +148,14 @@ def key_bias(
     return torch.cat([hidden, own.expand(len(hidden), -1)], 1)
 
 
-def context_of(run: Run, placed: Tensor, bias: Tensor | None, before: int, stores: bool) -> BesidePrefix:
-    """How a target at these frequencies attends to `before` keys of the prefix and its own."""
+def context_of(run: Run, batch: int, placed: Tensor, bias: Tensor | None, before: int, stores: bool) -> BesidePrefix:
+    """How the targets of `batch` samples, at these frequencies, attend to `before` keys of the prefix and their own."""
     tables = placed.real.contiguous(), placed.imag.contiguous()
     index = torch.arange(before + len(placed), device=placed.device)
     every: contexts.Context | None = None
     if run.config.attention == "stock":
         every = None if bias is None else contexts.Masked(rotary=tables, index=index, key_bias=bias)
     elif stores or bias is not None or run.config.attention != "auto":
-        every = contexts.Mixed(rotary=tables, index=index, key_bias=bias, backend=run.state.backend)
+        mixed = contexts.Mixed(rotary=tables, index=index, key_bias=bias, backend=run.state.backend)
+        every = mixed.with_plan(batch, run.state.conditioning.dtype, queries=len(placed))
     return BesidePrefix(rotary=tables, index=index, every=every)
