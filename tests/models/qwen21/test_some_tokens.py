@@ -66,17 +66,18 @@ def test_every_token_computed_anew_is_a_step_over_all(step, expanded):
 def test_keys_that_are_kept_are_those_of_the_step_before(step, expanded, bias):
     """Against the model written out in float64, beside keys and values of another step."""
     run, pipe, state, layout = step(expanded, key_bias=bias)
-    index, store = fine_tokens(layout), KVCache()
-    before = run.group.tokens.clone()
-    run([PartialForward(store)])
-    run.group.tokens = after = before * 0.5 + 0.3
-    got = run([PartialForward(store, index)])[0]
-    plain = Plain(pipe, state, layout, bias)
-    _, stale = plain(before, torch.arange(layout.tokens))
-    expected, _ = plain(after, index[0], stale)
-    close(got, expected.float())
-    fresh, _ = plain(after, torch.arange(layout.tokens))
-    assert (expected - fresh[:, index[0]]).abs().max() > 1e-3  # the others' keys matter
+    before, everything = run.group.tokens, torch.arange(layout.tokens)
+    after = before * 0.5 + 0.3
+    for index in (fine_tokens(layout), fine_tokens(layout)[:, 1:]):  # four to a cell, and a number that is padded
+        store, run.group.tokens = KVCache(), before
+        run([PartialForward(store)])
+        run.group.tokens = after
+        got = run([PartialForward(store, index)])[0]
+        plain = Plain(pipe, state, layout, bias)
+        expected, _ = plain(after, index[0], plain(before, everything)[1])
+        close(got, expected.float())
+        fresh = plain(after, everything)[0][:, index[0]]
+        assert (expected - fresh).abs().max() > 1e-3  # the others' keys matter
 
 
 class Plain:
@@ -204,6 +205,10 @@ def test_what_computes_single_tokens_runs_on_padded_prompts_too(family, config):
     """Each sample of a batch chooses its own tokens; the shorter prompt's padding is hidden from all."""
     mask, steps = (CORNER, {}) if "method" in config else (None, dict(steps=(1, 3, 5), forecast_interval=3))
     pipe = specedit.install(family.make(), **config, **steps)
-    out = family.run(pipe, prompt=["red", "make it large"], num_inference_steps=9, edit_mask=mask)
-    report = specedit.report(pipe)
-    assert out.isfinite().all() and report.nfe == 9 and report.cached_steps + report.reused_steps > 0
+    prompts = dict(prompt=["red", "make it large"], num_inference_steps=9, edit_mask=mask)
+    runs = []
+    for negative in ({}, dict(negative_prompt=["x", "much longer"], true_cfg_scale=2.5)):
+        runs.append(family.run(pipe, **prompts, **negative))
+        report = specedit.report(pipe)
+        assert runs[-1].isfinite().all() and report.nfe == 9 and report.cached_steps + report.reused_steps > 0
+    assert (runs[1] - runs[0]).abs().max() > 1e-3
