@@ -347,6 +347,7 @@ def session(name: str) -> str:
         own = [row for row in rows if row["variant"] == variant]
         ends = [[row for row in own if row["edit"] == edit] for edit in (1, last)]
         keeps, hazes = ([mean_of(end, name) for end in ends] for name in ("keep_psnr", "haze_psnr"))
+        left = sum(row.get("haze_psnr") is not None for row in ends[1])
         again = [row for row in result["rows"] if row["again"] and row["variant"] == variant]
         encodings = sum(row["prompt_encodings"] + row["picture_encodings"] for row in again)
         lines.append(
@@ -354,7 +355,7 @@ def session(name: str) -> str:
                 SESSIONS[variant],
                 f"{sum(row['success'] for row in own) / len(own):.0%}",
                 *(number(value, ".1f") for value in keeps),
-                number(mean_of(ends[1], "untouched"), ".0%"),
+                f"{number(mean_of(ends[1], 'untouched'), '.0%')} ({left} of {len(ends[1])} scenes)",
                 *(number(value, ".1f") for value in hazes),
                 f"{encodings}",
             ]
@@ -366,9 +367,9 @@ def session(name: str) -> str:
     scenes = len({row["scene"] for row in rows})
     return table(header, lines) + (
         f"\n\nKeep dB: to the scene ({scenes} of them, {result['of']['size']} px), at most 60, over the pixels that no "
-        "edit was to change, without a margin of 16 px. Haze dB: likewise over the pixels that no report of the "
-        "session calls edited, of the scenes that have any; untouched is their share. Success: the object has the "
-        "colour that was asked for."
+        "edit was to change, without a margin of 16 px. Haze dB: likewise over the untouched pixels, which no "
+        "report of the session calls edited, in the scenes that have any. Success: the object has the colour that was "
+        "asked for."
     ) + source(result, name)  # fmt: skip
 
 

@@ -292,8 +292,10 @@ def test_a_session_is_shown_by_its_first_and_last_edit(docs, tmp_path):
     write(tmp_path, rows, "session-256.json", of=dict(model="kontext", size=256))
     lines = docs.MAKERS["session"]("session-256.json").splitlines()
     assert lines[0].startswith("| edits in a row | success | keep dB after 1 | keep dB after 10 | untouched |")
-    assert lines[2] == "| `keep_pixels`, the object's mask as `edit_mask` | 50% | 50.0 | 50.5 | 12% | 55.0 | 55.0 | 0 |"
-    assert lines[3] == "| no kept pixels | 50% | 50.0 | 21.5 | 12% | 55.0 | 26.0 | 0 |"
+    untouched = "12% (1 of 2 scenes)"
+    assert lines[2].startswith("| `keep_pixels`, the object's mask as `edit_mask` |")
+    assert lines[2].endswith(f"| 50% | 50.0 | 50.5 | {untouched} | 55.0 | 55.0 | 0 |")
+    assert lines[3] == f"| no kept pixels | 50% | 50.0 | 21.5 | {untouched} | 55.0 | 26.0 | 0 |"
     assert "2 of them, 256 px" in lines[5]
 
 
