@@ -1,10 +1,12 @@
 """Edits in a row on the embedded editor: what stays of the pixels that none was to change, and what is encoded.
 
-    python -m benchmarks.session --scenes 2 --size 256 --out benchmarks/results/session-256.json
+    python -m benchmarks.session --scenes 8 --size 256 --out benchmarks/results/session-256.json
 
 Each scene's objects are recoloured in turn, every edit on the last result. `keep_psnr` is in dB to the scene, over the
 pixels that none of these edits was to change (all their masks, dilated by 16 px): the same pixels after the first edit
-as after the last. `success`: inside the object, the result is at least 18 dB from the colour that was asked for. The
+as after the last. An edit of the wrong place counts there. `haze_psnr` is over the pixels that no report of the
+session calls edited, likewise the same after each edit, and `untouched` is their share: None without any. `success`:
+inside the object, the result is at least 18 dB from the colour that was asked for. The
 variants make the same edits with the same seeds: "masked" has the object's mask as `edit_mask`
 and "found" has none, both with `keep_pixels`; "all pixels" keeps none. At the end of each, the last edit is made once
 more on the same picture, with another seed: the row with `again`.
@@ -27,6 +29,7 @@ from tqdm.auto import tqdm
 
 import specedit
 from benchmarks.scores import editor
+from specedit.cost.tables import TOKEN_PIXELS
 from specedit.evaluation import results
 from specedit.evaluation.metrics import psnr
 from specedit.micro import scenes
@@ -34,7 +37,9 @@ from specedit.micro.evaluation import MARGIN, NEAR, arguments, grow
 from specedit.micro.loading import identity
 from specedit.micro.render import Thing, coverage
 from specedit.micro.vocabulary import COLOURS
+from specedit.run_report import RunReport
 
+CELL = 2 * TOKEN_PIXELS
 FIRST = 30_000  # seeds of the scenes, beyond those of other tables
 VARIANTS = {  # what `install` and every edit are given
     "masked": dict(keep_pixels=True, masks=True), "found": dict(keep_pixels=True, masks=False),
@@ -68,6 +73,13 @@ def kept_pixels(scene: scenes.Scene, size: int) -> np.ndarray:
     return ~grow((coverage(scene.before, size, size) > 0).any(0).numpy(), MARGIN)
 
 
+def edited_pixels(report: RunReport, size: int) -> np.ndarray:
+    """(size, size) bool: the cells that a report calls edited; all where it has no mask."""
+    if report.edit_mask is None:
+        return np.ones((size, size), dtype=bool)
+    return report.edit_mask[0].numpy().repeat(CELL, 0).repeat(CELL, 1)[:size, :size]
+
+
 def succeeds(picture: np.ndarray, thing: Thing, mask: np.ndarray) -> bool:
     """Whether an object has its colour."""
     target = np.broadcast_to(np.array(COLOURS[thing.colour], dtype=np.uint8), picture.shape)
@@ -90,7 +102,7 @@ class Encoders:
 
 def run(
     pipe: Any, encoders: Encoders, seed: int, scene: scenes.Scene, size: int, count: int, masks: bool
-) -> Iterator[dict]:
+) -> list[dict]:
     """A row for every edit of a session on one scene, and one for its last edit again."""
     case = scenes.sample(seed, size, "recolor")
     session, keep = specedit.Session(pipe, case.source), kept_pixels(scene, size)
@@ -111,16 +123,20 @@ def run(
             edit_fraction=report.edit_fraction, draft_steps=report.draft_steps, **encoders.since(), seconds=seconds,
         )  # fmt: skip
 
-    for number, thing in enumerate(asked := recolourings(scene, count), 1):
-        yield row(number, thing, again=False)
+    asked = recolourings(scene, count)
+    rows = [row(number, thing, again=False) for number, thing in enumerate(asked, 1)]
+    untouched = ~np.any([edited_pixels(edit.report, size) for edit in session.edits], axis=0)
+    for each, edit in zip(rows, session.edits, strict=True):
+        value = psnr(np.asarray(edit.picture), source, untouched)
+        each |= dict(haze_psnr=None if np.isnan(value) else value, untouched=float(untouched.mean()))
     session.undo()
-    yield row(count, asked[-1], again=True)
+    return [*rows, row(count, asked[-1], again=True)]
 
 
 def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="kontext", choices=["kontext"], help="the embedded editor")
-    parser.add_argument("--scenes", type=int, default=2)
+    parser.add_argument("--scenes", type=int, default=8)
     parser.add_argument("--edits", type=int, default=10)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--preset", default="balanced")
@@ -132,9 +148,9 @@ def main(given: list[str] | None = None) -> None:
         for variant, how in VARIANTS.items():
             specedit.install(pipe, args.preset, keep_pixels=how["keep_pixels"], reuse_encodings=True)
             for seed, scene in found:
-                for row in run(pipe, encoders, seed, scene, args.size, args.edits, how["masks"]):
-                    rows.append(dict(variant=variant) | row)
-                    bar.update()
+                made = run(pipe, encoders, seed, scene, args.size, args.edits, how["masks"])
+                rows += [dict(variant=variant) | row for row in made]
+                bar.update(len(made))
     command = (
         f"python -m benchmarks.session --scenes {args.scenes} --edits {args.edits} --size {args.size} "
         f"--preset {args.preset}"

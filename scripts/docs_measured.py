@@ -338,7 +338,7 @@ def texture_steps(name: str) -> str:
 
 
 def session(name: str) -> str:
-    """Kept pixels after the first and the last edit of a session, and what an edit with another seed encodes."""
+    """Kept and untouched pixels after the first and the last edit of a session, and what another seed encodes."""
     result = load(name)
     if result is None:
         return "*not measured yet*"
@@ -346,27 +346,38 @@ def session(name: str) -> str:
     last = max(row["edit"] for row in rows)
     for variant in dict.fromkeys(row["variant"] for row in rows):
         own = [row for row in rows if row["variant"] == variant]
-        keeps = [[row["keep_psnr"] for row in own if row["edit"] == edit] for edit in (1, last)]
-        first, final = (sum(keep) / len(keep) for keep in keeps)
+        ends = [[row for row in own if row["edit"] == edit] for edit in (1, last)]
+        keeps, hazes = ([mean_of(end, name) for end in ends] for name in ("keep_psnr", "haze_psnr"))
+        left = sum(row.get("haze_psnr") is not None for row in ends[1])
         again = [row for row in result["rows"] if row["again"] and row["variant"] == variant]
         encodings = sum(row["prompt_encodings"] + row["picture_encodings"] for row in again)
         lines.append(
             [
                 SESSIONS[variant],
                 f"{sum(row['success'] for row in own) / len(own):.0%}",
-                f"{first:.1f}",
-                f"{final:.1f}",
+                *(number(value, ".1f") for value in keeps),
+                f"{number(mean_of(ends[1], 'untouched'), '.0%')} ({left} of {len(ends[1])} scenes)",
+                *(number(value, ".1f") for value in hazes),
                 f"{encodings}",
             ]
         )
     header = [
-        "edits in a row", "success", "keep dB after 1", f"keep dB after {last}", "encodings of another seed",
+        "edits in a row", "success", "keep dB after 1", f"keep dB after {last}", "untouched", "haze dB after 1",
+        f"haze dB after {last}", "encodings of another seed",
     ]  # fmt: skip
     scenes = len({row["scene"] for row in rows})
     return table(header, lines) + (
         f"\n\nKeep dB: to the scene ({scenes} of them, {result['of']['size']} px), at most 60, over the pixels that no "
-        "edit was to change, without a margin of 16 px. Success: the object has the colour that was asked for."
+        "edit was to change, without a margin of 16 px. Haze dB: likewise over the untouched pixels, which no "
+        "report of the session calls edited, in the scenes that have any. Success: the object has the colour that was "
+        "asked for."
     ) + source(result, name)  # fmt: skip
+
+
+def mean_of(rows: list[dict], name: str) -> float | None:
+    """Of the rows that have a value; None without any."""
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return sum(values) / len(values) if values else None
 
 
 def forecast(name: str) -> str:

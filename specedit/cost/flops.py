@@ -75,7 +75,7 @@ def plan(
         if value < TOKEN_PIXELS:
             raise ValueError(f"{name}: expected at least {TOKEN_PIXELS} pixels, got {value!r}")
     cost = model if isinstance(model, ModelCost) else MODELS[model]
-    config = fitted(config, skips_tokens=not cost.fixed_prefix)
+    config = fitted(config, skips_tokens=not cost.fixed_reference)
     if num_inference_steps is not None:
         config = config.with_steps(num_inference_steps, masked=not drafts or strength < 1)
     config = config.with_strength(share("strength", strength))

@@ -17,8 +17,9 @@ def planned_stages(method: Method, cost: ModelCost, grid: TokenGrid, *, masked: 
     Raises:
         ValueError: the method does not run on the model, or what it computes is not known beforehand.
     """
-    skips = not (cost.fixed_prefix or cost.fixed_reference)
-    adapter = SimpleNamespace(name=cost.adapter or "the model", skips_tokens=skips, skips_blocks=skips)
+    tokens = not cost.fixed_reference
+    blocks = tokens and not cost.fixed_prefix
+    adapter = SimpleNamespace(name=cost.adapter or "the model", skips_tokens=tokens, skips_blocks=blocks)
     if (reason := method.refusal(adapter)) is not None:
         raise ValueError(f"method: expected another one, {reason}, got {method.name!r}")
 

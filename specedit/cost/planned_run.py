@@ -222,8 +222,9 @@ class PlannedRun:
     ) -> list[ForwardCall]:
         """A step over the target's tokens, and what its passes are the first to need of text and references."""
         calls = step_calls(
-            stage.name, texts[: step.passes], step.target, step.beside, samples=samples, trims=False, alone=True
-        )
+            stage.name, texts[: step.passes], step.target, step.beside, samples=samples, trims=False, fresh=step.fresh,
+            alone=True,
+        )  # fmt: skip
         new = texts[self.prefixes : step.passes]
         self.prefixes = max(self.prefixes, step.passes)
         return calls + [prefix_call(stage.name, text, step.beside, len(self.ended)) for text in new]

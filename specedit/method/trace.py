@@ -50,14 +50,15 @@ def step_calls(
         target, beside: tokens of target and references.
         trims: whether the last block computes the target's rows alone.
         fresh: target tokens that are computed with the text, where not all are.
-        alone: whether only the target's tokens are computed, without text and references.
+        alone: whether only the target's tokens are computed (or the fresh ones), without text and references.
         measured: target tokens whose attention is measured.
     """
     calls = []
     for text in texts:
         whole = text + target + beside
         if alone:
-            call = ForwardCall(stage, target, 0, whole, target if trims else None, samples)
+            own = target if fresh is None else fresh
+            call = ForwardCall(stage, own, 0, whole, own if trims else None, samples)
         elif fresh is not None:
             call = ForwardCall(stage, text + fresh, text, whole, fresh if trims else None, samples)
         else:

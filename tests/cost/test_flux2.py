@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import specedit
-from specedit.config import SpecEditConfig
+from specedit.config import SpecEditConfig, resolve
 from specedit.cost.blocks import _COUNTS, BlockCount, block_count
 from specedit.cost.flops import MODELS, plan, register_block_count, transformer_flops
 from specedit.cost.roofline import autoencoder_ops
@@ -107,6 +107,15 @@ def test_kept_references_in_a_plan(restore):
     stock = MODELS["flux2-klein-9b-kv"].stock(8192, 4)
     assert kept["flops_ratio"] == stock / kept["flops"]
     assert stock < 4 * MODELS["flux2-klein-9b"].stock(8192)
+
+
+@pytest.mark.parametrize("preset", ["ultra", "few-8", "few-4"])
+def test_presets_leave_locked_cells_out_where_they_cannot_be_kept(preset):
+    """As an installation does, whose processors keep references alone."""
+    given, fitted = (
+        plan(one, "flux2-klein-9b-kv", 1024, 1024, 0.2) for one in (preset, resolve(preset, locked="reference"))
+    )
+    assert given["flops"] == fitted["flops"] and all(stage["reused"] == 0 for stage in given["stages"])
 
 
 def test_the_last_block_of_kept_references():

@@ -114,3 +114,17 @@ def test_the_autoencoder_against_counted_layers(half):
         vae = diffusers.AutoencoderKLQwenImage21()
     side = 64
     assert_counted(MODEL, half, vae, ((1, 4, 1, 16 * side, 16 * side), (1, 64, 1, side, side)), side**2)
+
+
+@pytest.mark.parametrize("preset", ["ultra", "few-8", "few-4"])
+def test_presets_keep_locked_cells(preset):
+    """Steps between compute the fine tokens alone, beside the prefix and all of the target."""
+    mixed = plan(preset, MODEL, 1024, 1024, 0.2)["stages"][-1]
+    assert mixed["reused"] == mixed["steps"] - 1
+    cells = IMAGE // 4
+    fine = 4 * round(0.2 * cells)
+    target = fine + cells - fine // 4
+    keys = WORDS + IMAGE + target
+    assert {(call.tokens, call.keys): call.count for call in mixed["calls"]} == {
+        (target, keys): 1, (fine, keys): mixed["reused"],
+    }  # fmt: skip

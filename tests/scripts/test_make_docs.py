@@ -283,16 +283,20 @@ def test_a_session_is_shown_by_its_first_and_last_edit(docs, tmp_path):
     assert docs.MAKERS["session"]("session-256.json") == "*not measured yet*"
     rows = [
         dict(variant=variant, scene=scene, edit=edit, again=again, keep_psnr=keep, prompt_encodings=0 if again else 1,
-             picture_encodings=0 if again else 1, seconds=2.0 if again else 3.0, success=scene == 1)
+             picture_encodings=0 if again else 1, seconds=2.0 if again else 3.0, success=scene == 1,
+             haze_psnr=None if again or scene == 2 else keep + 5, untouched=None if again else 0.25 * (2 - scene))
         for variant, last in (("masked", 49.0), ("all pixels", 20.0))
         for scene in (1, 2)
         for edit, again, keep in ((1, False, 50.0), (10, False, last + scene), (10, True, 1.0))
     ]  # fmt: skip
     write(tmp_path, rows, "session-256.json", of=dict(model="kontext", size=256))
     lines = docs.MAKERS["session"]("session-256.json").splitlines()
-    assert lines[0].startswith("| edits in a row | success | keep dB after 1 | keep dB after 10 |")
-    assert lines[2] == "| `keep_pixels`, the object's mask as `edit_mask` | 50% | 50.0 | 50.5 | 0 |"
-    assert lines[3] == "| no kept pixels | 50% | 50.0 | 21.5 | 0 |" and "2 of them, 256 px" in lines[5]
+    assert lines[0].startswith("| edits in a row | success | keep dB after 1 | keep dB after 10 | untouched |")
+    untouched = "12% (1 of 2 scenes)"
+    assert lines[2].startswith("| `keep_pixels`, the object's mask as `edit_mask` |")
+    assert lines[2].endswith(f"| 50% | 50.0 | 50.5 | {untouched} | 55.0 | 55.0 | 0 |")
+    assert lines[3] == f"| no kept pixels | 50% | 50.0 | 21.5 | {untouched} | 55.0 | 26.0 | 0 |"
+    assert "2 of them, 256 px" in lines[5]
 
 
 def test_main_loops_are_marked_as_predicted(docs, monkeypatch):

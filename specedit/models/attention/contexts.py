@@ -25,11 +25,11 @@ from specedit_kernels import AttentionPlan, KeyGroups, attention_backend, mixed_
 from specedit_kernels.key_groups import NotMergeable
 
 from ...method.sparse_blocks import BlockPredictor
-from .sequences import Movable, Packing, QueryRows, Segments, mark_all_dynamic
+from .fused_rows import FusedRows
+from .sequences import Movable, Packing, Pair, QueryRows, Segments, Tables, mark_all_dynamic
 
-Tables = tuple[Tensor, Tensor]
 Queries = TypeVar("Queries", QueryRows, Packing)
-KeysAndValues = dict[nn.Module, tuple[Tensor, Tensor]]  # (b, S, H, D) each, of every attention module
+KeysAndValues = dict[nn.Module, Pair]  # (b, S, H, D) each, of every attention module
 
 
 class Rotated(NamedTuple):
@@ -93,8 +93,8 @@ class Context(Movable):
         """The image's and the text's rows of a joint sequence."""
         return joint[:, text:], joint[:, :text]
 
-    def update_kv_cache(self, attn: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the whole sequence, from those of the call's rows."""
+    def update_kv_cache(self, attn: nn.Module, k: Tensor, v: Tensor, beside: Pair | None = None) -> Pair:
+        """Keys and values of the whole sequence, from those of the call's rows. beside: those before the sequence."""
         return k, v
 
     def with_kept(self, owner: Any, scales: list[Rotated], v: Tensor) -> tuple[list[Rotated], Tensor]:
@@ -183,6 +183,28 @@ class ByKernels(Context):
         """The groups of a bias, as `launch` takes them."""
         raise NotImplementedError
 
+    def planned_segments(self, segments: Segments, dtype: torch.dtype) -> Segments:
+        """Phase-aligned queries of a dtype with the plan of their attention: made once a stage, not in every block."""
+        assert self.aligned is not None
+        keys, half = self.aligned.rotary[0].shape
+        bias = self.key_bias
+        if bias is not None:  # of one sample, which all others share, or else each call brings its own
+            bias = bias.flatten().repeat(2) if bias.numel() == keys else None
+        made = plan(
+            segments.cu_q, segments.cu_k, total_q=len(segments.order), total_k=2 * keys, head_dim=2 * half, dtype=dtype,
+            key_bias=bias, backend=self.backend,
+        )  # fmt: skip
+        return replace(segments, plan=made)
+
+    def with_planned_segments(self, dtype: torch.dtype) -> Self:
+        """The same with plans for all phase-aligned queries, and for those whose output is used."""
+        assert self.aligned is not None
+        aligned = replace(self.aligned, segments=self.planned_segments(self.aligned.segments, dtype))
+        rows = self.output_rows
+        if rows is not None and rows.segments is not None:
+            rows = replace(rows, segments=self.planned_segments(rows.segments, dtype))
+        return replace(self, aligned=aligned, output_rows=rows)
+
     def biased(self, bias: Tensor | None) -> dict[str, Any]:
         """The bias as arguments of `mixed_attention`, and the backend that takes it."""
         if self.groups is not None:
@@ -218,14 +240,20 @@ class Mixed(ByKernels):
     index: Tensor
     plan: AttentionPlan | None = None
 
-    def with_plan(self, batch: int, dtype: torch.dtype) -> Self:
-        """The same with a plan for `batch` samples of queries of a dtype: made once a stage, not in every block."""
-        if self.key_bias is None or self.aligned is not None or self.groups is not None:
+    def with_plan(self, batch: int, dtype: torch.dtype, queries: int | None = None) -> Self:
+        """The same with a plan for `batch` samples of queries of a dtype: made once a stage, not in every block.
+
+        queries: of each sample; None: as many as keys.
+        """
+        if self.aligned is not None:
+            return self.with_planned_segments(dtype)
+        # Without a bias, sequences of one length leave nothing to plan; merged attention has its groups.
+        if self.key_bias is None or self.groups is not None:
             return self
         bias = self.key_bias.expand(batch, -1)
         made = plan(
-            total_q=bias.shape[1], total_k=bias.shape[1], head_dim=2 * self.rotary[0].shape[-1], dtype=dtype,
-            key_bias=bias, backend=self.backend,
+            total_q=bias.shape[1] if queries is None else queries, total_k=bias.shape[1],
+            head_dim=2 * self.rotary[0].shape[-1], dtype=dtype, key_bias=bias, backend=self.backend,
         )  # fmt: skip
         return replace(self, plan=made)
 
@@ -262,6 +290,8 @@ class Packed(ByKernels):
 
     def with_plans(self) -> Self:
         """The same with plans for all rows, and for those whose output is used."""
+        if self.aligned is not None:
+            return self if self.dtype is None else self.with_planned_segments(self.dtype)
         rows = None if self.output_rows is None else self.planned(self.output_rows)
         return replace(self, packing=self.planned(self.packing), output_rows=rows)
 
@@ -332,42 +362,9 @@ class Storing(Wrapped):
     entries: KeysAndValues
 
     @torch.compiler.disable  # it would compile for each module's own entry
-    def update_kv_cache(self, attn: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def update_kv_cache(self, attn: nn.Module, k: Tensor, v: Tensor, beside: Pair | None = None) -> Pair:
         self.entries[attn] = (k, v)
         return k, v
-
-
-@dataclass(frozen=True, eq=False)
-class FusedRows(Movable):
-    """Rows of the stored keys and values that move towards other rows: weight * row + (1 - weight) * source.
-
-    rows, sources: (b, f) int64. turn: tables (f, D/2) or (b, f, D/2) that rotate a source's key to the row's position.
-    """
-
-    rows: Tensor
-    sources: Tensor
-    turn: Tables
-    weight: float
-
-    @classmethod
-    def between(cls, rows: Tensor, sources: Tensor, tables: Tables, of: tuple[Tensor, Tensor], weight: float) -> Self:
-        """tables: of all positions, `of` these for rows and sources. The turn is the difference of their angles."""
-        (cos, sin), (at, source) = tables, of
-        turn = (
-            cos[at] * cos[source] + sin[at] * sin[source],
-            sin[at] * cos[source] - cos[at] * sin[source],
-        )
-        return cls(rows, sources, turn, weight)
-
-    def fuse(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (b, S, H, D) with the rows fused."""
-        each = []
-        for x, turn in ((k, self.turn), (v, None)):
-            rows, sources = (i[..., None, None].expand(-1, -1, *x.shape[2:]) for i in (self.rows, self.sources))
-            kept, source = x.gather(1, rows).float(), x.gather(1, sources).float()
-            source = source if turn is None else rotate(source, *turn)
-            each.append(x.scatter(1, rows, (self.weight * kept + (1 - self.weight) * source).to(x.dtype)))
-        return each[0], each[1]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -376,7 +373,8 @@ class Partial(Context):
 
     The streams hold these rows alone, in the order of the joint sequence, with tables (n, D/2) or (b, n, D/2) of their
     own. index: (n,) int64 from 0, or longer. query_rows: these rows, as `whole` takes them. packing: where the streams'
-    rows lie among these rows, if `whole` is Packed and each sequence has text among them. fused: other rows that move.
+    rows lie among these rows, if `whole` is Packed and each sequence has text among them. fused: other rows that move,
+    towards rows of the sequence, or of what is kept `beside` it.
     """
 
     whole: ByKernels
@@ -404,11 +402,11 @@ class Partial(Context):
         return super().split(joint, text) if self.packing is None else self.packing.split(joint)
 
     @torch.compiler.disable  # it would compile for each module's own entry
-    def update_kv_cache(self, attn: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def update_kv_cache(self, attn: nn.Module, k: Tensor, v: Tensor, beside: Pair | None = None) -> Pair:
         index = self.rows[..., None, None].expand_as(k)
         k, v = (kept.scatter(1, index, new) for kept, new in zip(self.entries[attn], (k, v), strict=True))
         if self.fused is not None:
-            k, v = self.fused.fuse(k, v)
+            k, v = self.fused.fuse((k, v), beside)
         self.entries[attn] = (k, v)
         return k, v
 
@@ -416,13 +414,6 @@ class Partial(Context):
         self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | Packing | None, processor: Any
     ) -> Tensor:
         return self.whole.attend(scales, v, self.query_rows if query_rows is None else query_rows, processor)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (b, n, H, D) with its pairs of even and odd numbers rotated by tables (n, D/2) or (b, n, D/2)."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    c, s = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    return torch.stack([even * c - odd * s, odd * c + even * s], -1).flatten(-2).to(x.dtype)
 
 
 def dispatched(scale: Rotated, v: Tensor, mask: Tensor | None, processor: Any) -> Tensor:
@@ -436,15 +427,19 @@ def launch_segments(
     fine: Rotated, coarse: Rotated, v: Tensor, bias: Tensor | None, segments: Segments, backend: str | None
 ) -> Tensor:
     """Two query segments over two rotated copies of the keys, packed into one launch for each sample."""
-    out = torch.empty_like(fine.q)
+    out, plan = torch.empty_like(fine.q), segments.plan
+    how: dict[str, Any] = {"plan": plan}
+    if plan is None:
+        how = {"cu_seqlens_q": segments.cu_q, "cu_seqlens_k": segments.cu_k}
+    elif plan.key_bias is not None:
+        bias = None
     for b in range(len(v)):
         out[b, segments.order] = mixed_attention(
             torch.cat([fine.q[b, segments.fine], coarse.q[b, segments.coarse]]),
             torch.cat([fine.k[b], coarse.k[b]]),
             v[b].repeat(2, 1, 1),
-            cu_seqlens_q=segments.cu_q,
-            cu_seqlens_k=segments.cu_k,
             key_bias=None if bias is None else bias[b].repeat(2),
             backend=backend,
+            **how,
         )
     return out

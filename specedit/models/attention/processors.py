@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from specedit_kernels import qk_norm_rope
 
-from .contexts import Context, Rotated, rotate
+from .contexts import Context, Rotated
+from .fused_rows import rotate
 
 
 class MixedProcessor:

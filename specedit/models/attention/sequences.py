@@ -12,6 +12,9 @@ from torch import Tensor
 
 from specedit_kernels import AttentionPlan, KeyGroups
 
+Tables = tuple[Tensor, Tensor]  # cos and sin
+Pair = tuple[Tensor, Tensor]  # keys and values
+
 
 class Movable:
     """A frozen dataclass of tensors with `to`, which accelerate's hooks call on every argument."""
@@ -31,13 +34,17 @@ def _moved(value: Any, device: torch.device | str | int, how: dict[str, Any]) ->
 
 @dataclass(frozen=True, eq=False)
 class Segments(Movable):
-    """Two query segments over two copies of the keys: `order` lists the fine queries, then the coarse ones."""
+    """Two query segments over two copies of the keys: `order` lists the fine queries, then the coarse ones.
+
+    plan: of their attention, or None.
+    """
 
     fine: Tensor
     coarse: Tensor
     order: Tensor
     cu_q: Tensor
     cu_k: Tensor
+    plan: AttentionPlan | None = None
 
 
 def segments(coarse_query: Tensor, lengths: list[int] | None = None, keys: list[int] | None = None) -> Segments:

@@ -14,7 +14,8 @@ from ...layout import MixedLayout
 from ...method.adapter import LayoutGroup, Run, rows_index
 from ...released import Released
 from ..attention import contexts, sequences
-from ..attention.contexts import Context, Tables
+from ..attention.contexts import Context
+from ..attention.sequences import Tables
 from ..registry import register_adapter
 from ..shared.flux_blocks import FluxForward
 from ..shared.modulation import at_step
@@ -110,7 +111,7 @@ class Flux2KleinKV(Flux2Unpacked):
 
         rows, ids = rows_index(group.rows, state.device), joined()
         own = ids[beside.tokens :]
-        found = _Contexts(run, layout, beside.layouts, keeps_text)
+        found = _Contexts(run, len(group.rows), layout, beside.layouts, keeps_text)
         if not found.needed:
             return KVStage(rows, ids, own, None, None, None)
         fine = self._rotary(run, ids)
@@ -121,9 +122,9 @@ class Flux2KleinKV(Flux2Unpacked):
 class _Contexts:
     """Makes the attention contexts of a stage."""
 
-    def __init__(self, run: Run, layout: MixedLayout, beside: tuple[MixedLayout, ...], keeps_text: bool):
+    def __init__(self, run: Run, batch: int, layout: MixedLayout, beside: tuple[MixedLayout, ...], keeps_text: bool):
         state, config = run.state, run.config
-        self.run, self.keeps_text, device = run, keeps_text, state.device
+        self.run, self.batch, self.keeps_text, device = run, batch, keeps_text, state.device
         self.text = torch.zeros(int(state.text_tokens), device=device)
         self.references = torch.cat([one.area for one in beside]).to(device).log()
         self.target = layout.area.to(device).log()
@@ -138,25 +139,26 @@ class _Contexts:
     def make(self, fine: Tables, coarse: Tables | None) -> tuple[WithReference, WithoutReference, WithoutReference]:
         """Of the call that computes the references, of one that finds them, and of one over the target alone."""
         text, references, target = self.text, self.references, self.target
-        keys = torch.cat([text, references, target])
-        every = self.attention(torch.cat([text, target]), keys, coarse)
-        among = self.attention(references, references, coarse)
         before = len(text) + len(references)
+        words, own = slice(0, len(text)), slice(before, before + len(target))
 
-        def tables(*spans: slice) -> dict[str, Tables | None]:
+        def tables(*spans: slice) -> dict[str, Any]:
             def some(pair: Tables) -> Tables:
                 cos, sin = (torch.cat([table[span] for span in spans]) for table in pair)
                 return cos, sin
 
             return dict(rotary=some(fine), coarse=None if coarse is None else some(coarse))
 
+        keys = torch.cat([text, references, target])
+        every = self.attention(torch.cat([text, target]), keys, **tables(slice(0, own.stop)))
+        among = self.attention(references, references, **tables(slice(len(text), before)))
+
         def beside(kind: type[BesideReference], text: int, before: int, *spans: slice, **more: Any) -> Any:
             return kind(
                 **tables(*spans), index=self.index, every=every, text=self.index[:text], keeps_text=self.keeps_text,
-                output_rows=self.output_rows(before), **more,
+                output_rows=self.output_rows(before, every), **more,
             )  # fmt: skip
 
-        words, own = slice(0, len(text)), slice(before, before + len(target))
         return (
             beside(
                 WithReference, len(text), before, slice(0, own.stop), among=among,
@@ -166,29 +168,35 @@ class _Contexts:
             beside(WithoutReference, 0, 0, own),
         )  # fmt: skip
 
-    def attention(self, queries: Tensor, keys: Tensor, coarse: Tables | None) -> Context:
-        """How rows attend to keys, both given by the logarithm of their areas. Only keys have a bias."""
+    def attention(self, queries: Tensor, keys: Tensor, rotary: Tables, coarse: Tables | None) -> Context:
+        """How rows attend to keys, both given by the logarithm of their areas. Only keys have a bias.
+
+        rotary, coarse: tables of the keys. A call has those of its rows in its own context.
+        """
         bias = keys if self.biased else None
-        unused = (self.text, self.text)  # the calls' own contexts hold the tables
         if self.run.config.attention == "stock":
             assert bias is not None
-            return contexts.Masked(rotary=unused, index=self.index, key_bias=bias)
+            return contexts.Masked(rotary=rotary, index=self.index, key_bias=bias)
         if not self.own:
-            return contexts.Stock(rotary=unused, output_rows=sequences.QueryRows(self.index[: len(self.target)]))
+            return contexts.Stock(rotary=rotary, output_rows=sequences.QueryRows(self.index[: len(self.target)]))
         aligned = None
         if coarse is not None:
             segments = sequences.segments(queries > 0, [len(queries)], [len(keys)])
             aligned = contexts.PhaseAligned(coarse, segments)
-        return contexts.Mixed(
-            rotary=unused, index=self.index, key_bias=bias, aligned=aligned, backend=self.run.state.backend
+        mixed = contexts.Mixed(
+            rotary=rotary, index=self.index, key_bias=bias, aligned=aligned, backend=self.run.state.backend
         )
+        return mixed.with_plan(self.batch, self.run.state.conditioning.dtype, queries=len(queries))
 
-    def output_rows(self, before: int) -> sequences.QueryRows | None:
-        """The target's rows, behind so many others; None where the last block computes all."""
+    def output_rows(self, before: int, every: Context) -> sequences.QueryRows | None:
+        """The target's rows, behind so many others and attending as `every` says; None where the last block computes
+        all."""
         if not self.run.state.trims_last_block:
             return None
         target = self.target
         segments = None
         if self.aligned:
             segments = sequences.segments(target > 0, [len(target)], [len(self.index)])
+            if isinstance(every, contexts.Mixed):
+                segments = every.planned_segments(segments, self.run.state.conditioning.dtype)
         return sequences.QueryRows(self.index[: len(target)], segments, before=self.index[:before])

@@ -17,9 +17,9 @@ from diffusers.models.transformers.transformer_flux2 import (
 )
 from torch import Tensor, nn
 
-from ..attention.contexts import Context, Rotated, Tables
+from ..attention.contexts import Context, Rotated
 from ..attention.processors import MixedProcessor, runs_stock
-from ..attention.sequences import QueryRows, mark_dynamic
+from ..attention.sequences import QueryRows, Tables, mark_dynamic
 from .attention import ATTENTION, WRAPPERS, Flux2MixedProcessor, Flux2SingleProcessor
 
 COUNTS = ("num_ref_tokens", "num_txt_tokens")  # which only the stock processors read

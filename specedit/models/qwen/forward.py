@@ -14,6 +14,7 @@ from torch import Tensor
 from ...forecast.kv_cache import Fusion, PartialForward
 from ...method.adapter import LayoutGroup, Run, rows_index
 from ..attention import contexts
+from ..attention.fused_rows import FusedRows
 from ..attention.measuring import Measuring
 from ..attention.sequences import QueryRows, cumulative, pack, segments
 from ..shared.modulation import at_step
@@ -84,7 +85,7 @@ class Sequences:
         number = torch.arange(self.count, device=index.device)[:, None]
         return (first + each * number + index.repeat(self.count // len(index), 1)).flatten()
 
-    def fused(self, fusion: Fusion | None) -> contexts.FusedRows | None:
+    def fused(self, fusion: Fusion | None) -> FusedRows | None:
         """The rows of the packed sequence that a call's fusion names."""
         if fusion is None:
             return None
@@ -93,7 +94,7 @@ class Sequences:
         target = self._image_rows(fusion.target, self.target, 0)
         source = self._image_rows(fusion.reference, (len(image) - targets) // self.count, targets)
         rows, sources, at = image[target][None], image[source][None], (text + target, text + source)
-        return contexts.FusedRows.between(rows, sources, whole.rotary, at, fusion.weight)
+        return FusedRows.between(rows, sources, whole.rotary, at, fusion.weight)
 
 
 @dataclass(frozen=True, eq=False)

@@ -45,6 +45,7 @@ class QwenImage21(SingleFrameAdapter):
     pipelines = "QwenImage21Pipeline"
     released = (Released("qwen-image-2.1", "Qwen-Image-2.1", ("qwen-image-2.1",)),)
     geometry = UNPACKED
+    token_wise = skips_tokens = True
     fixed_prefix = True
     aligns_phases = False
     attention = ATTENTION
@@ -151,7 +152,8 @@ class QwenImage21(SingleFrameAdapter):
         self, run: Run, group: LayoutGroup, sigma: float, partial: list[PartialForward] | None = None
     ) -> list[Tensor]:
         prompts = run.state.conditioning.prompts(active_branches(run.state, run.config, sigma))
-        return [predicted(run, group, sigma, branch, prompt) for branch, prompt in enumerate(prompts)]
+        calls = zip(prompts, partial or [None] * len(prompts), strict=True)
+        return [predicted(run, group, sigma, branch, *each) for branch, each in enumerate(calls)]
 
     # --------------------------------------------------------------------------------------- features and images
 

@@ -54,8 +54,8 @@ def compute(run: Run, prompt: Qwen21Prompt) -> Prefix:
         timestep=torch.zeros(state.batch, device=state.device, dtype=conditioning.dtype),
         encoder_hidden_states=prompt.embeds,
         encoder_hidden_states_mask=prompt.mask,
-        img_shapes=[[*((1, *grid.shape) for grid in state.reference_grid.grids), (1, 2, 2)]] * state.batch,
-        img_mask=torch.cat([prompt.slots, prompt.slots.new_ones(len(prompt.slots), 1)], 1),
+        img_shapes=[_shapes(state)] * state.batch,
+        img_mask=_slots(prompt),
         attention_kwargs=dict(conditioning.kwargs),
         kv_cache=cache,
         kv_cache_mode="extract",
@@ -80,6 +80,24 @@ def prefix_of(run: Run, branch: int, prompt: Qwen21Prompt) -> Prefix:
 def frame_of(words: int, grids: tuple[TokenGrid, ...]) -> int:
     """The target's place in the text: each word takes one, and each picture as many as its longer side."""
     return words + sum(max(grid.shape) for grid in grids)
+
+
+def _shapes(state: EditState) -> list[tuple[int, int, int]]:
+    """Of the references, and of the target beside which the prefix is computed."""
+    return [*((1, *grid.shape) for grid in state.reference_grid.grids), (1, 2, 2)]
+
+
+def _slots(prompt: Qwen21Prompt) -> Tensor:
+    """(n, L + 1) bool: the prompt's, and that target's."""
+    return torch.cat([prompt.slots, prompt.slots.new_ones(len(prompt.slots), 1)], 1)
+
+
+def references_within(run: Run, prompt: Qwen21Prompt) -> tuple[Tensor, Tensor]:
+    """Where the references' tokens stand in the prefix, (R,) int64, and their frequencies (R, D/2) complex64."""
+    slots = _slots(prompt)[0]
+    is_image = slots.repeat_interleave(torch.where(slots, SLOT, 1))
+    at = is_image.nonzero()[:-SLOT, 0]
+    return at, run.pipe.transformer.pos_embed(_shapes(run.state), is_image, device=at.device)[at]
 
 
 def hidden_keys(prompt: Qwen21Prompt) -> Tensor | None:

@@ -13,6 +13,7 @@ from ...forecast.toca import PartialForward
 from ...layout import MixedLayout, TokenGrid
 from ...method.adapter import EditState, LayoutGroup, Run, active_branches, rows_index
 from ..attention import contexts, processors, sequences
+from ..attention.fused_rows import FusedRows
 from ..attention.measuring import Measuring
 from . import decode_boxes
 from .block_adapter import BlockAdapter, pixels_per_token
@@ -220,12 +221,12 @@ def partial_inputs(inputs: FluxForward, call: PartialForward, text: int, target:
     )
 
 
-def fused_rows(call: PartialForward, whole: contexts.Mixed, text: int, target: int) -> contexts.FusedRows | None:
+def fused_rows(call: PartialForward, whole: contexts.Mixed, text: int, target: int) -> FusedRows | None:
     """The rows of the joint sequence that a call's fusion names."""
     if call.fusion is None:
         return None
     rows, sources = text + call.fusion.target, text + target + call.fusion.reference
-    return contexts.FusedRows.between(rows, sources, whole.rotary, (rows, sources), call.fusion.weight)
+    return FusedRows.between(rows, sources, whole.rotary, (rows, sources), call.fusion.weight)
 
 
 def attention_kwargs(context: contexts.Context | None, dtype: torch.dtype) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import specedit
 from specedit.config import presets
 from specedit.cost.flops import plan
 from specedit.cost.tables import ModelCost
+from specedit.methods import RegionE, SpotEdit
 from specedit.models import qwen21
 
 if qwen21.QwenImage21 is None:
@@ -32,6 +33,7 @@ def compare(family):
         cost = ModelCost(
             pipe.transformer.config, state.text_tokens, 2 if call else 1, scheduler=pipe.scheduler.config,
             negative_text_tokens=state.negative_text_tokens, fixed_prefix=True, latent_pixels=1,
+            adapter=family.adapter.name,
         )  # fmt: skip
         cells = report.expand_mask
         assert_as_planned(report, plan(report.config, cost, 128, 128, cells=cells, drafts=mask is None))
@@ -59,6 +61,10 @@ def test_presets(compare, restore):
         dict(forecast="taylor", forecast_order=1, forecast_interval=3, steps=(0, 0, 6)),
         dict(attention="stock", steps=(1, 2, 1)),
         dict(locked="reference", steps=(1, 2, 1)),
+        dict(locked="cached", steps=(1, 3, 1)),
+        dict(locked="cached", restore="reference", steps=(1, 6, 7), uniform_stride=0),
+        dict(forecast="toca", forecast_interval=3, steps=(3, 3, 4)),
+        dict(forecast="duca", forecast_interval=3, steps=(3, 3, 4), locked="reference"),
         dict(keep_pixels=True, steps=(1, 1, 1)),
     ],
     ids=str,
@@ -74,8 +80,16 @@ def test_guidance_and_its_range(compare):
     compare(None, GUIDED, steps=(1, 1, 1), draft_steps=2)
 
 
-def test_a_guided_batch(compare):
+@pytest.mark.parametrize("locked", ["coarse", "cached"])
+def test_a_guided_batch(compare, locked):
     """Samples of several layouts share the prefix that their first group computes."""
     masks = torch.zeros(2, 8, 8)
     masks[0, :3, :3] = masks[1, 2:, 2:] = 1
-    compare(masks, dict(GUIDED, prompt=["make it red"] * 2, negative_prompt=["a longer one"] * 2), steps=(1, 2, 1))
+    call = dict(GUIDED, prompt=["make it red"] * 2, negative_prompt=["a longer one"] * 2)
+    compare(masks, call, steps=(1, 3, 1), locked=locked)
+
+
+@pytest.mark.parametrize("method", [SpotEdit(count=9), RegionE(count=9)], ids=lambda method: method.name)
+def test_methods_that_skip_tokens(compare, method):
+    for call in (None, GUIDED):
+        compare(CORNER, call, method=method, threshold=None, dilation=1)
