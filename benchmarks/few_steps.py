@@ -22,7 +22,7 @@ STARTS: dict[int, dict[str, Any]] = {
     4: {"steps": (1, 2, 1), "draft_steps": 2},
     8: {"steps": (1, 5, 2), "draft_steps": 2},
 }
-OF_PRESETS: list[dict[str, Any]] = [{}, {"decode": "edited"}]
+OF_PRESETS: list[dict[str, Any]] = [{}, {"keep_pixels": True}, {"keep_pixels": True, "decode": "edited"}]
 CHANGES: list[dict[str, Any]] = [
     {},
     *({"draft_steps": n} for n in (0, 1, 4)),
