@@ -59,8 +59,9 @@ class SpecEditConfig:
             since the reference shows them. The last two follow the reference from noise level to noise level.
         keep_pixels: everything outside the feathered edit mask is the input's own pixels.
         decode: "full" decodes the whole picture. "edited" decodes boxes around the edited cells; only with keep_pixels,
-            which shows no other pixels. They are the whole decode's, within rounding with Qwen's autoencoder and nearly
-            with FLUX.1's (AutoencoderKL), from 512 px a side on. FLUX.2 and Qwen-Image-2.1 do not offer it.
+            which shows no other pixels. They are the whole decode's, within rounding with Qwen-Image-Edit's autoencoder
+            and approximately with AutoencoderKL (FLUX.1-Kontext, LongCat), in pictures of 512 x 512 px and more. FLUX.2
+            and Qwen-Image-2.1 do not offer it.
         verify_coarse: verify the clean prediction at the end of the coarse stage as the draft was, and edit what it
             changes too: the main run may choose another object than the draft. Only where unedited cells are kept
             (restore="reference", keep_pixels, or another `locked` than "coarse"), and after a draft. Takes no model

@@ -11,6 +11,7 @@ import specedit
 from specedit.layout import MixedLayout
 from specedit.models import flux2
 from specedit.models.flux2.attention import WRAPPERS
+from specedit.models.shared import decode_boxes
 from tests.models.whole_calls import (
     CORNER,
     QUICK,
@@ -292,3 +293,11 @@ def test_processors_without_kept_references_run_stock(kv):
     other = kv.make()
     other.transformer.transformer_blocks[0].attn.set_processor(plain())
     assert torch.equal(got, kv.run(other, num_inference_steps=2))
+
+
+def test_boxes_are_not_decoded_because_no_trained_autoencoder_was_measured(family):
+    pipe = specedit.install(family.make(), **QUICK, keep_pixels=True, decode="edited")
+    with pytest.raises(ValueError, match=r"^decode: expected 'full' for flux2.*, got 'edited'"):
+        family.run(pipe, edit_mask=CORNER)
+    vae = family.make().vae
+    assert decode_boxes.decoded_part(vae, torch.zeros(1, 4, 64, 64), torch.ones(1, 16, 16, dtype=torch.bool), 4) is None
