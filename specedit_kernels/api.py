@@ -66,6 +66,8 @@ def _call(backend: str | None, name: str, tensor: torch.Tensor, args: tuple[Any,
 
 def _repeat(backend: str | None, name: str, args: tuple[Any, ...]) -> Any:
     """The result of a call like an earlier one, whose checks need no repetition, or `ready.MISSED`."""
+    if backend == "triton" and not (isinstance(args[0], torch.Tensor) and ready.on_gpu(args[0])):
+        return ready.MISSED  # in the interpreter
     return ready.MISSED if backend not in (None, "triton") else ready.repeat(name, args, ops.check_memory)
 
 
@@ -463,7 +465,7 @@ def qk_norm_rope(
 
     Source: RMSNorm (arXiv 1910.07467) and RoPE (arXiv 2104.09864), in the order and pairing of FLUX and Qwen-Image.
     """
-    if out is None and type(q) is torch.Tensor and ready.on_gpu(q):
+    if out is None and out_index is None and ready.can_repeat(q):
         out = tuple(torch.empty_like(q, memory_format=torch.contiguous_format) for _ in range(2 if v is None else 3))
     if isinstance(out, (tuple, list)) and len(out) == (2 if v is None else 3):
         args = (q, k, v, q_weight, k_weight, cos, sin, eps, out_index, *out, *(() if v is not None else (None,)))

@@ -289,7 +289,8 @@ def run(backend: str, name: str, args: tuple[Any, ...]) -> Any:
 
     call = gpu.prepare(name, args)
     result = call(*args)
-    ready.remember(name, args, call)
+    if ready.on_gpu(args[0]):  # not in the interpreter
+        ready.remember(name, args, call)
     return result
 
 
@@ -344,11 +345,17 @@ def choose_backends_by(choose: Callable[[str, tuple[Any, ...]], str]) -> None:
 def _run_native(backend: str, name: str, args: tuple[Any, ...]) -> Any:
     """Run an operator on its device's backend. On a GPU, PyTorch stands in for a kernel that failed its check there."""
     if backend != "triton":
-        return run(backend, name, args)
+        result = run(backend, name, args)
+        ready.remember(name, args, functools.partial(_run_torch, name))
+        return result
     try:
         return run(_choose(name, args), name, args)
     except NotMergeable:
         return run("torch", name, args)
+
+
+def _run_torch(name: str, *args: Any) -> Any:
+    return run("torch", name, args)
 
 
 def _implementation(backend: str, name: str) -> Callable[..., Any]:
