@@ -384,7 +384,8 @@ def mixed_attention(
     name, written = "mixed_attention", out if return_lse else (out, None)
     if out is not None and isinstance(written, tuple) and len(written) == 2:
         name, args = "mixed_attention_out", (*args, *written)
-    again: tuple[torch.Tensor, torch.Tensor] = _repeat(backend, name, args)
+    in_args = (block_keep is None or kept[0] is not None) and (out is None or name == "mixed_attention_out")
+    again: tuple[torch.Tensor, torch.Tensor] = _repeat(backend, name, args) if in_args else ready.MISSED
     if again is not ready.MISSED:
         return again if return_lse else again[0]
     _check_backend(backend)

@@ -16,6 +16,7 @@ from ..config import SpecEditConfig
 from ..layout import MixedLayout, TokenGrid
 from ..method.adapter import EditState, Run, place_references
 from ..released import Released
+from .attention import compiled
 from .attention.last_block import FluxLastBlock
 from .attention.processors import FluxMixedProcessor, processors_of, why_unsupported_processor
 from .registry import register_adapter
@@ -25,6 +26,7 @@ from .shared.devices import execution_device
 from .shared.flux_blocks import MODULATED, FluxBlocks, FluxForward, FluxPrompt, attention_kwargs, image_ids
 from .shared.images import check_kind, is_latents, pictures_of, source_pictures, too_small
 from .shared.modulation import ModulationLayers
+from .shared.placed_ids import PlacedIds, TablesHook
 from .shared.prompts import broadcast_negative_prompt, count_prompts
 from .shared.shapes import Shape, is_embedded_kontext, shapes_of, whole
 
@@ -64,6 +66,7 @@ class FluxKontext(FluxBlocks):
     processor = FluxMixedProcessor
     block = FluxSingleTransformerBlock
     trimmed = FluxLastBlock
+    pos_embed_hook = TablesHook
     modulation_layers = ModulationLayers("time_text_embed", blocks=MODULATED, per_sample=True)  # by the pooled prompt
 
     @staticmethod
@@ -184,7 +187,7 @@ class FluxKontext(FluxBlocks):
             pooled_projections=prompt.pooled[inputs.rows],
             encoder_hidden_states=inputs.text,
             txt_ids=inputs.text_ids,
-            img_ids=inputs.ids,
+            img_ids=placed(run.pipe.transformer, inputs),
             # A copy, since the transformer pops the LoRA scale; None as in stock calls, which {} would recompile.
             joint_attention_kwargs=kwargs or None,
             return_dict=False,
@@ -193,6 +196,13 @@ class FluxKontext(FluxBlocks):
     @staticmethod
     def output(images: Any) -> FluxPipelineOutput:
         return FluxPipelineOutput(images=images)
+
+
+def placed(transformer: Any, inputs: FluxForward) -> Tensor:
+    """The ids of a forward pass, with their tables where they are known and nothing is to be traced."""
+    if inputs.tables is None or compiled.is_whole(transformer):
+        return inputs.ids
+    return PlacedIds.of(inputs.ids, inputs.tables)
 
 
 def preferred_size(height: int, width: int, multiple: int) -> tuple[int, int]:
