@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -93,17 +94,15 @@ class MixedProcessor:
         return image, attn.to_add_out(text.contiguous()) if text.shape[1] else text
 
 
-class AttentionHook:
-    """Replaces `forward` of an attention module, where diffusers parses the processor's signature in every call."""
+def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Replaces that of an attention module's class, which parses the processor's signature in every call.
 
-    def __init__(self, attn: nn.Module):
-        self.attn, self.stock = attn, attn.forward
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        processor = self.attn.processor
-        if args or not isinstance(processor, MixedProcessor) or not processor.named.issuperset(kwargs):
-            return self.stock(*args, **kwargs)  # which leaves out what the processor does not name
-        return processor(self.attn, **kwargs)
+    A method and not an object: of objects, compiled blocks would make graphs anew.
+    """
+    processor = self.processor
+    if args or not isinstance(processor, MixedProcessor) or not processor.named.issuperset(kwargs):
+        return type(self).forward(self, *args, **kwargs)  # which leaves out what the processor does not name
+    return processor(self, **kwargs)
 
 
 def runs_stock(context: Context | None, rows: slice | None) -> bool:
@@ -343,7 +342,7 @@ def attach(
         if _of_diffusers(module.processor) and not isinstance(module.processor, nn.Module):
             module.processor = wrap(module.processor)
         if _of_diffusers(module) and "forward" not in vars(module):
-            module.forward = AttentionHook(module)
+            module.forward = MethodType(forward, module)
 
 
 def detach(transformer: nn.Module, attention_class: type | tuple[type, ...]) -> None:
@@ -353,5 +352,5 @@ def detach(transformer: nn.Module, attention_class: type | tuple[type, ...]) -> 
             continue
         if isinstance(module.processor, MixedProcessor):
             module.processor = module.processor.original
-        if isinstance(vars(module).get("forward"), AttentionHook):
+        if getattr(vars(module).get("forward"), "__func__", None) is forward:
             del module.forward
