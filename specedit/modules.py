@@ -12,7 +12,8 @@ def modules_of(root: nn.Module) -> list[nn.Module]:
     """
     found, seen = [root], {root}
     for module in found:  # grows while it is read
-        new = [child for child in module._modules.values() if child is not None and child not in seen]
-        seen.update(new)
-        found += new
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                found.append(child)
     return found

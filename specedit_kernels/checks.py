@@ -382,8 +382,9 @@ def check_norm_rope_memory(
     out: Sequence[torch.Tensor | None],
 ) -> None:
     """Raise ValueError unless each of `out` has its own memory, or without `out_index` that of its input."""
+    given = [value for value in out if value is not None]
     read = [value for value in (q, k, v, q_weight, k_weight, cos, sin, out_index) if value is not None]
-    if overlap.clearly_apart([value for value in out if value is not None], read):
+    if not given or overlap.clearly_apart(given, read):
         return
     inputs = {"q": q, "k": k, "v": v}
     fixed = {"q_weight": q_weight, "k_weight": k_weight, "cos": cos, "sin": sin, "out_index": out_index}

@@ -88,13 +88,14 @@ def repeat(name: str, args: Args, check_memory: Callable[[str, Args], None]) -> 
     """The result of a call like one that was remembered, or MISSED. The first argument is a tensor."""
     if torch.compiler.is_compiling() or not can_repeat(args[0]):
         return MISSED
+    gpu = on_gpu(args[0])
     try:
         found = _FOUND.get(_key(name, args))
     except (TypeError, RuntimeError):  # an argument of a wrong type, or a tensor without memory
         return MISSED
     if found is None or derivatives.needed(args):
         return MISSED
-    if not on_gpu(args[0]):
+    if not gpu:
         return found.call(*args)
     if checks.debug_enabled():
         return MISSED

@@ -384,8 +384,11 @@ def qk_norm_rope(
     dtype = _compute_dtype(q.dtype)
     angles = torch.complex(cos.to(dtype), sin.to(dtype)).unsqueeze(-2)
     first = _norm_rope(q, q_weight, angles, eps)
-    same = k is q and k_weight is q_weight and out is not None
-    rows = [first, first if same else _norm_rope(k, k_weight, angles, eps)]
+    if k is q and k_weight is q_weight:
+        second = first.clone()
+    else:
+        second = _norm_rope(k, k_weight, angles, eps)
+    rows = [first, second]
     if v is not None:
         rows.append(v)
     if out is None:
