@@ -51,7 +51,7 @@ class TokenGrid:
 
     def coarse(self, factor: int = 2) -> TokenGrid:
         """The grid of cells of `factor` x `factor` tokens, partial cells included."""
-        return replace(self, height=-(-self.height // factor), width=-(-self.width // factor))
+        return TokenGrid(-(-self.height // factor), -(-self.width // factor), self.geometry)
 
     def extended(self, rows: int, columns: int) -> TokenGrid:
         """The grid with `rows` and `columns` more; negative numbers take some away."""

@@ -66,6 +66,8 @@ def _call(backend: str | None, name: str, tensor: torch.Tensor, args: tuple[Any,
 
 def _repeat(backend: str | None, name: str, args: tuple[Any, ...]) -> Any:
     """The result of a call like an earlier one, whose checks need no repetition, or `ready.MISSED`."""
+    if backend == "triton" and not (isinstance(args[0], torch.Tensor) and ready.on_gpu(args[0])):
+        return ready.MISSED  # in the interpreter
     return ready.MISSED if backend not in (None, "triton") else ready.repeat(name, args, ops.check_memory)
 
 
@@ -382,7 +384,8 @@ def mixed_attention(
     name, written = "mixed_attention", out if return_lse else (out, None)
     if out is not None and isinstance(written, tuple) and len(written) == 2:
         name, args = "mixed_attention_out", (*args, *written)
-    again: tuple[torch.Tensor, torch.Tensor] = _repeat(backend, name, args)
+    in_args = (block_keep is None or kept[0] is not None) and (out is None or name == "mixed_attention_out")
+    again: tuple[torch.Tensor, torch.Tensor] = _repeat(backend, name, args) if in_args else ready.MISSED
     if again is not ready.MISSED:
         return again if return_lse else again[0]
     _check_backend(backend)
@@ -463,23 +466,24 @@ def qk_norm_rope(
 
     Source: RMSNorm (arXiv 1910.07467) and RoPE (arXiv 2104.09864), in the order and pairing of FLUX and Qwen-Image.
     """
-    if out is None and type(q) is torch.Tensor and ready.on_gpu(q):
-        out = tuple(torch.empty_like(q, memory_format=torch.contiguous_format) for _ in range(2 if v is None else 3))
-    if isinstance(out, (tuple, list)) and len(out) == (2 if v is None else 3):
-        args = (q, k, v, q_weight, k_weight, cos, sin, eps, out_index, *out, *(() if v is not None else (None,)))
-        if _repeat(backend, "qk_norm_rope", args) is not ready.MISSED:
-            return tuple(out)
+    inputs, count = (q, k, v, q_weight, k_weight, cos, sin), 2 if v is None else 3
+    anew = out is None and out_index is None and ready.can_repeat(q) and ready.plain(inputs)
+    if anew and ready.on_gpu(q):
+        out = tuple(torch.empty_like(q, memory_format=torch.contiguous_format) for _ in range(count))
+    if anew or (isinstance(out, (tuple, list)) and len(out) == count):
+        args = (*inputs, eps, out_index, *(out or (None,) * count), *(None,) * (3 - count))
+        if (made := _repeat(backend, "qk_norm_rope", args)) is not ready.MISSED:
+            return tuple(out or made)
     _check_backend(backend)
     checks.check_norm_rope(q, k, q_weight, k_weight, cos, sin, eps, v, out_index, out)
     if out is None and derivatives.transforms_active() and backend != "triton" and (backend or q.device.type != "cuda"):
         # vmap does not allow writing its tensors into a new one.
         return reference.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps=float(eps), v=v)
-    if out is None:
-        out = tuple(torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(2 if v is None else 3))
-    q_out, k_out, *v_out = out
-    args = (q, k, v, q_weight, k_weight, cos, sin, float(eps), out_index, q_out, k_out, v_out[0] if v_out else None)
-    _call(backend, "qk_norm_rope", q, args)
-    return tuple(out)
+    if out is None and not (anew and backend is None):  # plain PyTorch makes its own
+        out = tuple(torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(count))
+    args = (*inputs, float(eps), out_index, *(out or (None,) * count), *(None,) * (3 - count))
+    made = _call(backend, "qk_norm_rope", q, args)
+    return tuple(out or made)
 
 
 def weighted_sum(

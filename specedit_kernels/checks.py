@@ -132,7 +132,7 @@ def check_index_values(name: str, index: torch.Tensor, rows: int, *, unique: boo
     """Raise ValueError unless all entries are in [0, rows), and with `unique` distinct along the last axis."""
     if index.numel() == 0 or not values_are_checked(index):
         return
-    low, high = (int(value) for value in index.aminmax())
+    low, high = map(int, index.aminmax())
     if low < 0 or high >= rows:
         raise ValueError(f"{name}: expected values in [0, {rows}), got values from {low} to {high}")
     if unique and debug_enabled():
@@ -382,13 +382,13 @@ def check_norm_rope_memory(
     out: Sequence[torch.Tensor | None],
 ) -> None:
     """Raise ValueError unless each of `out` has its own memory, or without `out_index` that of its input."""
+    given = [value for value in out if value is not None]
+    read = [value for value in (q, k, v, q_weight, k_weight, cos, sin, out_index) if value is not None]
+    if not given or overlap.clearly_apart(given, read):
+        return
     inputs = {"q": q, "k": k, "v": v}
     fixed = {"q_weight": q_weight, "k_weight": k_weight, "cos": cos, "sin": sin, "out_index": out_index}
     written = {f"out[{i}]": value for i, value in enumerate(out) if value is not None}
-    if all(value.is_contiguous() for value in written.values()):
-        read = [value for value in [*inputs.values(), *fixed.values()] if value is not None]
-        if overlap.clearly_apart(list(written.values()), read):
-            return
     for at, ((name, value), (own, source)) in enumerate(zip(written.items(), inputs.items())):
         others = inputs | fixed | dict(list(written.items())[:at])
         if out_index is None and source is not None and overlap.same_layout(value, source):

@@ -115,12 +115,16 @@ def _qk_norm_rope_torch(
     sin: torch.Tensor,
     eps: float,
     out_index: torch.Tensor | None,
-    q_out: torch.Tensor,
-    k_out: torch.Tensor,
+    q_out: torch.Tensor | None,
+    k_out: torch.Tensor | None,
     v_out: torch.Tensor | None,
-) -> None:
-    out = (q_out, k_out) if v_out is None else (q_out, k_out, v_out)
-    reference.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps=eps, v=v, out_index=out_index, out=out)
+) -> tuple[torch.Tensor, ...]:
+    """The operator itself returns nothing. Called outside the dispatcher without outputs, this gives new tensors."""
+    out = tuple([one for one in (q_out, k_out, v_out) if one is not None])
+    made = reference.qk_norm_rope(
+        q, k, q_weight, k_weight, cos, sin, eps=eps, v=v, out_index=out_index, out=out or None
+    )
+    return out or tuple([one.contiguous() for one in made])
 
 
 _TORCH: dict[str, Callable[..., Any]] = {
@@ -289,7 +293,8 @@ def run(backend: str, name: str, args: tuple[Any, ...]) -> Any:
 
     call = gpu.prepare(name, args)
     result = call(*args)
-    ready.remember(name, args, call)
+    if ready.on_gpu(args[0]):  # not in the interpreter
+        ready.remember(name, args, call)
     return result
 
 
@@ -351,6 +356,10 @@ def _run_native(backend: str, name: str, args: tuple[Any, ...]) -> Any:
         return run("torch", name, args)
 
 
+def _run_torch(name: str, *args: Any) -> Any:
+    return run("torch", name, args)
+
+
 def _implementation(backend: str, name: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         result = ready.repeat(name, args, check_memory) if backend == "triton" else ready.MISSED
@@ -358,7 +367,7 @@ def _implementation(backend: str, name: str) -> Callable[..., Any]:
             result = _run_native(backend, name, args)
         if name == "mixed_attention" and result[1] is None:
             return result[0], result[0].new_empty(0, dtype=torch.float32)
-        return None if name.endswith("_out") else result
+        return None if name.endswith("_out") or name in ready.WRITES else result
 
     return call
 
@@ -393,5 +402,9 @@ def dispatch(name: str, args: tuple[Any, ...]) -> Any:
     Where nothing watches the dispatcher, its way through is left out, which takes longer than a launch.
     """
     if ready.eager() and ready.plain(args):
-        return _run_native("triton" if ready.on_gpu(args[0]) else "torch", name, args)
+        if ready.on_gpu(args[0]):
+            return _run_native("triton", name, args)
+        result = run("torch", name, args)
+        ready.remember(name, args, functools.partial(_run_torch, name))
+        return result
     return getattr(getattr(torch.ops, NAMESPACE), name)(*args)

@@ -84,11 +84,17 @@ def overlaps_itself(tensor: torch.Tensor) -> bool:
 
 
 def clearly_apart(written: list[torch.Tensor], read: list[torch.Tensor]) -> bool:
-    """Whether the written tensors' address ranges are disjoint; faster than `share_memory` for each pair."""
-    spans = [_span(tensor) for tensor in [*written, *read]]
-    for at, (start, stop) in enumerate(spans[: len(written)]):
-        if any(other < stop and start < end for other, end in spans[at + 1 :]):
+    """Whether the written tensors are contiguous, and their address ranges disjoint; faster than `share_memory` for
+    each pair."""
+    others = [_span(tensor) for tensor in read]
+    for tensor in written:
+        if not tensor.is_contiguous():
             return False
+        start, stop = span = _span(tensor)
+        for other, end in others:
+            if other < stop and start < end:
+                return False
+        others.append(span)
     return True
 
 

@@ -1,8 +1,8 @@
 """Calls that repeat. Checks and launch parameters depend on the arguments' dtypes, shapes, strides, alignment and
-numbers, so a call like an earlier one goes straight to its prepared launch.
+numbers, so a call like an earlier one goes straight to its prepared launch, or on a CPU to plain PyTorch.
 
 What is found here was checked when it was stored. Only what can differ between calls of one key is looked at again:
-derivatives, debug mode, and the memory that is written.
+derivatives, debug mode, and the memory that is written; on a CPU the values of tensors too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ _TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
 class Ready:
-    """A prepared launch, and the addresses at which its tensors were found to share no memory that is written."""
+    """What runs a call: a prepared launch, or plain PyTorch, which looks at values and memory itself.
+
+    apart: addresses at which the tensors of a launch were found to share no memory that is written.
+    """
 
     __slots__ = ("apart", "call")
 
@@ -55,10 +58,21 @@ def eager() -> bool:
 
 def plain(args: Args) -> bool:
     """Whether no tensor is a subclass, which may have an implementation of its own."""
-    return all(type(arg) in _TENSORS for arg in args if isinstance(arg, torch.Tensor))
+    for arg in args:  # noqa: SIM110 - every call asks, and a generator takes several times as long
+        if type(arg) not in _TENSORS and isinstance(arg, torch.Tensor):
+            return False
+    return True
+
+
+def can_repeat(tensor: Any) -> bool:
+    """Whether calls with this first argument are remembered: those of plain tensors on a GPU or a CPU."""
+    return type(tensor) in _TENSORS and (on_gpu(tensor) or tensor.is_cpu) and eager()
 
 
 def _key(name: str, args: Args) -> Args:
+    if not on_gpu(args[0]):
+        looked_at = [(arg.dtype, arg.shape, arg.stride(), arg.device) if type(arg) in _TENSORS else arg for arg in args]
+        return (name, *looked_at)
     described = [
         (arg.dtype, arg.shape, arg.stride(), arg.data_ptr() & 15, arg.get_device()) if type(arg) in _TENSORS else arg
         for arg in args
@@ -72,13 +86,18 @@ def _addresses(args: Args) -> Args:
 
 def repeat(name: str, args: Args, check_memory: Callable[[str, Args], None]) -> Any:
     """The result of a call like one that was remembered, or MISSED. The first argument is a tensor."""
-    if torch.compiler.is_compiling() or type(args[0]) not in _TENSORS or not on_gpu(args[0]) or not eager():
+    if torch.compiler.is_compiling() or not can_repeat(args[0]):
         return MISSED
+    gpu = on_gpu(args[0])
     try:
         found = _FOUND.get(_key(name, args))
     except (TypeError, RuntimeError):  # an argument of a wrong type, or a tensor without memory
         return MISSED
-    if found is None or derivatives.needed(args) or checks.debug_enabled():
+    if found is None or derivatives.needed(args):
+        return MISSED
+    if not gpu:
+        return found.call(*args)
+    if checks.debug_enabled():
         return MISSED
     if name in WRITES or name.endswith("_out"):
         where = _addresses(args)
@@ -90,8 +109,8 @@ def repeat(name: str, args: Args, check_memory: Callable[[str, Args], None]) -> 
 
 
 def remember(name: str, args: Args, call: Callable[..., Any]) -> None:
-    """Store the prepared launch of a call that was checked."""
-    if eager() and plain(args) and on_gpu(args[0]):
+    """Store what runs a call that was checked."""
+    if can_repeat(args[0]) and plain(args):
         _forget_if_full(_FOUND)
         _FOUND[_key(name, args)] = Ready(call)
 

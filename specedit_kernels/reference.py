@@ -301,8 +301,9 @@ def _attention(
         on_cpu = q.device.type == "cpu"
         dtype = _compute_dtype(q.dtype) if on_cpu else q.dtype
         mask = None if key_bias is None else key_bias.to(dtype)[:, None, None, :]
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        attended = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale
+        )
         out, lse = attended.transpose(1, 2).to(q.dtype), None  # autocast would make it another
         if key_bias is not None and not on_cpu:
             out = zero_where_all_is_hidden(key_bias, out)
@@ -362,7 +363,7 @@ def _norm_rope(x: torch.Tensor, weight: torch.Tensor, angles: torch.Tensor, eps:
     else:
         y = F.rms_norm(y, (y.shape[-1],), weight.to(y.dtype), eps)
     # An interleaved pair is a complex number, and its rotation a product.
-    pairs = torch.view_as_complex(y.unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(y.view(*y.shape[:-1], y.shape[-1] // 2, 2))
     return torch.view_as_real(pairs * angles).flatten(-2).to(x.dtype)
 
 
@@ -380,8 +381,14 @@ def qk_norm_rope(
     out: tuple[torch.Tensor, ...] | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """RMSNorm and rotary embedding of queries and keys; see `specedit_kernels.qk_norm_rope`."""
-    angles = torch.complex(*(t.to(_compute_dtype(q.dtype)).unsqueeze(-2) for t in (cos, sin)))
-    rows = [_norm_rope(q, q_weight, angles, eps), _norm_rope(k, k_weight, angles, eps)]
+    dtype = _compute_dtype(q.dtype)
+    angles = torch.complex(cos.to(dtype), sin.to(dtype)).unsqueeze(-2)
+    first = _norm_rope(q, q_weight, angles, eps)
+    if k is q and k_weight is q_weight:
+        second = first.clone()
+    else:
+        second = _norm_rope(k, k_weight, angles, eps)
+    rows = [first, second]
     if v is not None:
         rows.append(v)
     if out is None:

@@ -20,6 +20,7 @@ from ..method.callback import StepCallback
 from ..method.timesteps import modulated
 from ..method.trace import Trace
 from ..models.attention import mask_support
+from ..models.shared.devices import execution_device
 from ..models.shared.images import check_decoder
 from ..once import warn_caller, warn_once
 from . import inputs, sharing
@@ -99,13 +100,9 @@ def reusing(pipe: Any, installation: Installation) -> Iterator[Reuse | None]:
 
 
 def _device(pipe: Any) -> torch.device:
-    """Where a pipeline runs. diffusers looks at every module for it, so it is only asked where it cannot be seen."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
+    """Where the transformer runs: where its weights are, unless they are offloaded."""
     first: Tensor | None = next(pipe.transformer.parameters(), None)
-    if first is not None and first.device.type == "cuda":
-        return first.device
-    return torch.device(getattr(pipe, "_execution_device", "cpu"))
+    return first.device if first is not None and first.device.type == "cuda" else execution_device(pipe)
 
 
 def accelerated_call(

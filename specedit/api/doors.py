@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from ..models.shared.devices import execution_device
 from .encodings import PICTURES, PROMPTS
 from .installation import Installation, installation_of
 
@@ -37,9 +38,7 @@ def _door(stock: type, name: str) -> Callable[..., Any]:
         scale = arguments.get("lora_scale")
         if scale is not None:
             self._lora_scale = scale  # as FLUX's own method leaves it
-        return reuse.encode(
-            DOORS[name], lambda: own(self, *args, **kwargs), arguments, getattr(self, "_execution_device", None)
-        )
+        return reuse.encode(DOORS[name], lambda: own(self, *args, **kwargs), arguments, execution_device(self))
 
     return method
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..method.adapter import Adapter
+from ..modules import modules_of
 from ..once import warn_caller
 from . import accelerated
 from .installation import Installation
@@ -39,7 +40,7 @@ def warn_of_stock(installation: Installation, reason: str, edit_mask: Any) -> No
 
 
 def _conflicting_feature(pipe: Any) -> str | None:
-    if getattr(pipe.transformer, "is_cache_enabled", False) or any(map(_caches, pipe.transformer.modules())):
+    if getattr(pipe.transformer, "is_cache_enabled", False) or any(map(_caches, modules_of(pipe.transformer))):
         return "a diffusers cache is enabled on the transformer, and it would mix up the stages"
     # cache-dit, and the caches that it descends from, mark what they patch. Their blocks need a context that only the
     # stock call opens.
@@ -52,8 +53,9 @@ def _conflicting_feature(pipe: Any) -> str | None:
 
 def _caches(module: torch.nn.Module) -> bool:
     """Whether a diffusers cache hangs on `module`: `apply_*_cache` puts it there without telling the transformer."""
-    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values()
-    names = [type(hook).__module__.rpartition(".")[-1] for hook in hooks]
+    if (registry := vars(module).get("_diffusers_hook")) is None:
+        return False
+    names = [type(hook).__module__.rpartition(".")[-1] for hook in registry.hooks.values()]
     return any(name.endswith("cache") or name == "pyramid_attention_broadcast" for name in names)
 
 

@@ -16,14 +16,17 @@ from ..config import SpecEditConfig
 from ..layout import MixedLayout, TokenGrid
 from ..method.adapter import EditState, Run, place_references
 from ..released import Released
+from .attention import compiled
 from .attention.last_block import FluxLastBlock
-from .attention.processors import FluxMixedProcessor, why_unsupported_processor
+from .attention.processors import FluxMixedProcessor, processors_of, why_unsupported_processor
 from .registry import register_adapter
 from .shared.block_adapter import GIVEN_SIGMAS, pixels_per_token
 from .shared.conditioning import PromptConditioning
+from .shared.devices import execution_device
 from .shared.flux_blocks import MODULATED, FluxBlocks, FluxForward, FluxPrompt, attention_kwargs, image_ids
 from .shared.images import check_kind, is_latents, pictures_of, source_pictures, too_small
 from .shared.modulation import ModulationLayers
+from .shared.placed_ids import PlacedIds, TablesHook
 from .shared.prompts import broadcast_negative_prompt, count_prompts
 from .shared.shapes import Shape, is_embedded_kontext, shapes_of, whole
 
@@ -64,6 +67,7 @@ class FluxKontext(FluxBlocks):
     block = FluxSingleTransformerBlock
     trimmed = FluxLastBlock
     decodes_boxes = True
+    pos_embed_hook = TablesHook
     modulation_layers = ModulationLayers("time_text_embed", blocks=MODULATED, per_sample=True)  # by the pooled prompt
 
     @staticmethod
@@ -76,7 +80,7 @@ class FluxKontext(FluxBlocks):
             return f"{given[0]} needs the stock attention processors"
         if (reason := why_unsupported_processor(pipe.transformer, FluxAttention, attention)) is not None:
             return reason
-        if any(isinstance(processor, torch.nn.Module) for processor in pipe.transformer.attn_processors.values()):
+        if any(isinstance(one, torch.nn.Module) for one in processors_of(pipe.transformer, FluxAttention)):
             return "an IP-Adapter is loaded, and it needs the stock attention processors"
         if call.get("image") is None:
             return "there is no image to edit"
@@ -93,11 +97,11 @@ class FluxKontext(FluxBlocks):
         height, width = self._output_size(pipe, call, multiple)
         pipe.check_inputs(**self.size_checks(call, height, width), **{name: call[name] for name in CHECKED})
         self.start_call(pipe, call, _joint_attention_kwargs=call["joint_attention_kwargs"])
-        device = pipe._execution_device
+        device = execution_device(pipe)
         positive, negative = encode(pipe, call, device)
         batch, dtype = len(positive.embeds), positive.embeds.dtype
         image, latent_input = reference_image(pipe, call, multiple)
-        image = image.to(device)  # which the pipeline finds by looking at every module: asked for once
+        image = image.to(device)
         if batch % len(image):
             raise ValueError(f"image: expected one picture or as many as fit {batch} edits, got {len(image)}")
         if negative is not None:
@@ -184,7 +188,7 @@ class FluxKontext(FluxBlocks):
             pooled_projections=prompt.pooled[inputs.rows],
             encoder_hidden_states=inputs.text,
             txt_ids=inputs.text_ids,
-            img_ids=inputs.ids,
+            img_ids=placed(run.pipe.transformer, inputs),
             # A copy, since the transformer pops the LoRA scale; None as in stock calls, which {} would recompile.
             joint_attention_kwargs=kwargs or None,
             return_dict=False,
@@ -193,6 +197,13 @@ class FluxKontext(FluxBlocks):
     @staticmethod
     def output(images: Any) -> FluxPipelineOutput:
         return FluxPipelineOutput(images=images)
+
+
+def placed(transformer: Any, inputs: FluxForward) -> Tensor:
+    """The ids of a forward pass, with their tables where they are known and nothing is to be traced."""
+    if inputs.tables is None or compiled.is_whole(transformer):
+        return inputs.ids
+    return PlacedIds.of(inputs.ids, inputs.tables)
 
 
 def preferred_size(height: int, width: int, multiple: int) -> tuple[int, int]:

@@ -44,11 +44,7 @@ class FluxKontextInpaint(Inpainting, FluxKontext):
     def noise_and_reference(
         pipe: Any, call: dict[str, Any], image: Tensor, batch: int, size: tuple[int, int], dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        channels, device, side = (
-            pipe.transformer.config.in_channels // 4,
-            pipe._execution_device,
-            pixels_per_token(pipe),
-        )
+        channels, device, side = pipe.transformer.config.in_channels // 4, image.device, pixels_per_token(pipe)
         noise = call["latents"]
         if noise is None:  # encoding draws nothing
             shape = (batch, channels, *(2 * (n // side) for n in size))

@@ -31,6 +31,18 @@ def test_operators_and_python_make_up_the_whole():
     assert 0 < operators < whole and 20_000 < calls < 20_100
 
 
+def test_arithmetic_of_tensors_is_seen_as_operators():
+    x, before = torch.randn(300, 300), torch.Tensor.__add__
+    profiler = cProfile.Profile()
+    with call_overhead.seen_arithmetic():
+        profiler.enable()
+        y = [(2 * x - 1 + x) / x for _ in range(20)][-1]
+        profiler.disable()
+    whole, operators, calls = profiled(profiler)
+    assert operators > 0.9 * whole and calls < 10
+    assert torch.equal(y, (2 * x - 1 + x) / x) and torch.Tensor.__add__ is before
+
+
 def row(code):
     return dict.fromkeys(COLUMNS, 2.0 if code == "before" else 1.0)
 

@@ -1,6 +1,7 @@
 """The processors, one attention module at a time, against stock attention and against sums written out."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -202,10 +203,28 @@ def test_attach_and_detach_put_back_the_very_objects():
     for _ in range(2):  # the second time nothing is left to wrap
         attach(model, FluxAttention, FluxMixedProcessor)
     assert [module.processor.original for module in model] == before
+    assert all("forward" in vars(module) for module in model)
     detach(model, FluxAttention)
     assert all(module.processor is processor for module, processor in zip(model, before, strict=True))
+    assert not any("forward" in vars(module) for module in model)
     detach(model, FluxAttention)
     assert all(module.processor is processor for module, processor in zip(model, before, strict=True))
+
+
+def test_the_processors_signature_is_read_for_unknown_arguments_alone(attn, monkeypatch):
+    states, ids = random_states(2, 11), some_ids(11)
+    expected = run(attn, states, ids)
+    attach(torch.nn.ModuleList([attn]), FluxAttention, FluxMixedProcessor)
+    read, signature = [], inspect.signature
+    monkeypatch.setattr(inspect, "signature", lambda function: read.append(1) or signature(function))
+    streams = {"hidden_states": states}
+    if attn.added_kv_proj_dim is not None:
+        streams = {"hidden_states": states[:, TEXT:], "encoder_hidden_states": states[:, :TEXT]}
+    for more, count in (({}, 0), ({"ip_adapter_masks": None}, 1)):
+        got = attn(**streams, image_rotary_emb=POS_EMBED(ids), **more)
+        got = torch.cat(got[::-1], 1) if isinstance(got, tuple) else got
+        assert torch.equal(got, expected) and len(read) == count
+    detach(torch.nn.ModuleList([attn]), FluxAttention)
 
 
 def test_a_processor_with_weights_is_left_alone():

@@ -64,6 +64,11 @@ def detach(transformer: nn.Module) -> None:
             block._compiled_call_impl = wrapper.compiled
 
 
+def is_whole(transformer: nn.Module) -> bool:
+    """Whether a transformer is compiled as a whole, not block by block."""
+    return hasattr(transformer, "_orig_mod") or getattr(transformer, "_compiled_call_impl", None) is not None
+
+
 def blocks(transformer: nn.Module) -> list[nn.Module]:
     """The blocks of a transformer; empty for another engine's."""
     lists = (getattr(transformer, name, ()) for name in ("transformer_blocks", "single_transformer_blocks"))

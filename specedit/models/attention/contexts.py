@@ -81,6 +81,11 @@ class Context(Movable):
         """Of a compiled block's arguments those to replace, so that one graph serves every edit."""
         return {}
 
+    @property
+    def in_order(self) -> bool:
+        """Whether a call's only stream lists its rows as the joint sequence does."""
+        return True
+
     def places(self, text: int, image: int) -> tuple[Tensor, Tensor]:
         """Where the rows of the image's and the text's stream lie in the joint sequence."""
         return self.index[text : text + image], self.index[:text]
@@ -298,6 +303,10 @@ class Packed(ByKernels):
     def grouped(self, key_bias: Tensor) -> KeyGroups:
         return KeyGroups.of(key_bias.flatten(), self.packing.cu_seqlens)
 
+    @property
+    def in_order(self) -> bool:
+        return False
+
     def places(self, text: int, image: int) -> tuple[Tensor, Tensor]:
         return self.packing.places
 
@@ -341,6 +350,10 @@ class Wrapped(Context):
     @property
     def kernels(self) -> str | None:
         return self.whole.backend
+
+    @property
+    def in_order(self) -> bool:
+        return self.whole.in_order
 
     def places(self, text: int, image: int) -> tuple[Tensor, Tensor]:
         return self.whole.places(text, image)
@@ -390,6 +403,10 @@ class Partial(Context):
     @property
     def kernels(self) -> str | None:
         return self.whole.backend
+
+    @property
+    def in_order(self) -> bool:
+        return self.packing is None
 
     def places(self, text: int, image: int) -> tuple[Tensor, Tensor]:
         return super().places(text, image) if self.packing is None else self.packing.places

@@ -15,6 +15,7 @@ from diffusers.models import attention_dispatch
 from torch import nn
 
 from ...config import SpecEditConfig
+from ...modules import modules_of
 from .processors import MixedProcessor
 
 MAKES_BOOLEAN = ("_native_npu",)  # casts the mask to bool, so that a bias has no effect
@@ -49,7 +50,7 @@ def _check_backends(transformer: nn.Module, cure: str) -> None:
 def backends(transformer: nn.Module) -> set[str]:
     """Names of the attention backends that a transformer's wrapped processors run on."""
     active = attention_dispatch._AttentionBackendRegistry._active_backend
-    processors = (getattr(module, "processor", None) for module in transformer.modules())
+    processors = (getattr(module, "processor", None) for module in modules_of(transformer))
     chosen = [p._attention_backend or active for p in processors if isinstance(p, MixedProcessor)]
     return {str(getattr(name, "value", name)) for name in chosen}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from specedit_kernels import qk_norm_rope
 
+from ...modules import modules_of
 from .contexts import Context, Rotated
 from .fused_rows import rotate
 
@@ -21,16 +23,18 @@ class MixedProcessor:
     """Joint attention of text and image as a context says; without one, the processor that it replaced.
 
     A model family sets `stock`, the class of its stock processor, and has a `__call__` with the arguments of that one.
+    named: their names.
 
     Test isinstance(rows, slice), not `is None`: Dynamo would specialise on the bounds and recompile for every edit.
     """
 
     stock: type
+    named: frozenset[str] = frozenset()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if inspect.isfunction(call := vars(cls).get("__call__")):  # diffusers asks for it in every call of every block
-            call.__signature__ = inspect.signature(call)  # type: ignore[attr-defined]
+        if inspect.isfunction(call := vars(cls).get("__call__")):
+            cls.named = frozenset(inspect.signature(call).parameters) - {"self", "attn"}
 
     def __init__(self, original: Any = None):  # diffusers makes new processors of a class without arguments
         self.original = original if original is not None else self.stock()
@@ -89,6 +93,17 @@ class MixedProcessor:
         """Both streams' output, by the modules that the stock processor calls, in its order."""
         image = image_output(attn, image)
         return image, attn.to_add_out(text.contiguous()) if text.shape[1] else text
+
+
+def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Replaces that of an attention module's class, which parses the processor's signature in every call.
+
+    A method and not an object: of objects, compiled blocks would make graphs anew.
+    """
+    processor = self.processor
+    if args or not isinstance(processor, MixedProcessor) or not processor.named.issuperset(kwargs):
+        return type(self).forward(self, *args, **kwargs)  # which leaves out what the processor does not name
+    return processor(self, **kwargs)
 
 
 def runs_stock(context: Context | None, rows: slice | None) -> bool:
@@ -194,11 +209,18 @@ def _projected(
         to_q, to_k, to_v = (getattr(attn, name) for name in each)
         q = to_q(states[:, rows]) if isinstance(rows, slice) else None
         k, v = to_k(states), to_v(states)
-    return [x if x is None else x.unflatten(-1, (-1, head_dim)) for x in (q, k, v)]
+    return [x if x is None else by_heads(x, head_dim) for x in (q, k, v)]
+
+
+def by_heads(x: Tensor, head_dim: int) -> Tensor:
+    """(b, n, H * D) as (b, n, H, D)."""
+    return x.view(*x.shape[:-1], x.shape[-1] // head_dim, head_dim)
 
 
 def _all_queries(streams: list[Stream], context: Context) -> tuple[list[Rotated], Tensor]:
     """Queries and keys of all rows at every scale, and values: normed, rotated and placed in one pass a stream."""
+    if len(streams) == 1 and context.in_order:
+        return _in_order(streams[0], context)
     batch, _, *heads = streams[0].k.shape
     v = streams[0].v.new_empty((batch, sum(stream.k.shape[1] for stream in streams), *heads))
     scales = [Rotated(torch.empty_like(v), torch.empty_like(v)) for _ in context.scales]
@@ -210,6 +232,19 @@ def _all_queries(streams: list[Stream], context: Context) -> tuple[list[Rotated]
             out, values = ([q, k, v], stream.v) if i == 0 else ([q, k], None)
             norms = stream.norm_q, stream.norm_k
             _norm_rope_scatter(stream.q, stream.k, values, *norms, *tables, out, rows, context.kernels)
+    return scales, v
+
+
+def _in_order(stream: Stream, context: Context) -> tuple[list[Rotated], Tensor]:
+    """The same of a stream that lists all rows as the joint sequence does, so that nothing has to be placed."""
+    scales, v = [], stream.v
+    for cos, sin in context.scales:
+        tables = cos[..., stream.start : stream.stop, :], sin[..., stream.start : stream.stop, :]
+        # A part of a wider projection is copied along: a cache would keep all of that.
+        values = None if v.is_contiguous() else v
+        q, k, *copied = _norm_and_rotate_pair(stream, *tables, values, context.kernels)
+        scales.append(Rotated(q, k))
+        v = copied[0] if copied else v
     return scales, v
 
 
@@ -233,23 +268,40 @@ def image_output(attn: nn.Module, image: Tensor) -> Tensor:
     return attn.to_out[1](image) if len(attn.to_out) > 1 else image  # dropout
 
 
+def _norm_and_rotate_pair(
+    stream: Stream, cos: Tensor, sin: Tensor, v: Tensor | None, backend: str | None
+) -> tuple[Tensor, ...]:
+    """Normed and rotated queries and keys of a stream, and a copy of v where it is given."""
+    q, k, norm_q, norm_k = stream.q, stream.k, stream.norm_q, stream.norm_k
+    if _weight_is_resident(norm_q, q) and _weight_is_resident(norm_k, k):
+        return qk_norm_rope(q, k, norm_q.weight, norm_k.weight, cos, sin, eps=norm_q.eps, v=v, backend=backend)
+    pair = rotate(norm_q(q), cos, sin).to(q.dtype), rotate(norm_k(k), cos, sin).to(k.dtype)
+    return pair if v is None else (*pair, v.contiguous())
+
+
 def _norm_and_rotate(x: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor, backend: str | None) -> Tensor:
     """Normed and rotated x (b, n, H, D). The kernel takes a pair; its second result is dropped."""
     if _weight_is_resident(norm, x):
-        return qk_norm_rope(x, x, norm.weight, norm.weight, cos, sin, eps=norm.eps, backend=backend)[0]
+        weight = norm.weight
+        return qk_norm_rope(x, x, weight, weight, cos, sin, eps=norm.eps, backend=backend)[0]
     return rotate(norm(x), cos, sin)
 
 
 def _weight_is_resident(norm: nn.Module, x: Tensor) -> bool:
     """Whether the weights of `norm` are on x's device. A hooked norm has to be called: its hook brings the weights, or
     waits for a copy that diffusers' streams have begun."""
-    hooked = hasattr(norm, "_diffusers_hook") or hasattr(norm, "_hf_hook")
-    return not hooked and norm.weight.device == x.device
+    own = vars(norm)  # without the search for a submodule's name
+    return "_diffusers_hook" not in own and "_hf_hook" not in own and norm.weight.device == x.device
 
 
 def half_table(table: Tensor) -> Tensor:
     """diffusers lists every angle twice (S, D); the kernel takes it once (S, D/2), float32."""
     return table[:, ::2].float().contiguous()
+
+
+def processors_of(transformer: nn.Module, attention_class: type | tuple[type, ...]) -> list[Any]:
+    """The processors of a transformer's attention modules."""
+    return [module.processor for module in modules_of(transformer) if isinstance(module, attention_class)]
 
 
 def why_unsupported_processor(
@@ -259,10 +311,10 @@ def why_unsupported_processor(
 
     backend: `attention` of the configuration; None for families whose attention="stock" runs our processors too.
     """
-    modules = [module for module in transformer.modules() if isinstance(module, attention_class)]
-    if not modules:
+    processors = processors_of(transformer, attention_class)
+    if not processors:
         return f"the attention of {type(transformer).__name__} takes no processors of ours"
-    for processor in (module.processor for module in modules):
+    for processor in processors:
         own = processor.original if isinstance(processor, MixedProcessor) else processor
         if backend != "stock" and not _of_diffusers(own):
             name = type(own).__name__
@@ -273,8 +325,8 @@ def why_unsupported_processor(
     return None
 
 
-def _of_diffusers(processor: Any) -> bool:
-    return type(processor).__module__.partition(".")[0] == "diffusers"
+def _of_diffusers(thing: Any) -> bool:
+    return type(thing).__module__.partition(".")[0] == "diffusers"
 
 
 def attach(
@@ -285,15 +337,21 @@ def attach(
     Left alone are wrapped ones, those with weights (an IP-Adapter's), and those of other libraries, because diffusers
     passes a processor the keyword arguments in its own signature.
     """
-    for module in transformer.modules():
+    for module in modules_of(transformer):
         if not isinstance(module, attention_class):
             continue
         if _of_diffusers(module.processor) and not isinstance(module.processor, nn.Module):
             module.processor = wrap(module.processor)
+        if _of_diffusers(module) and "forward" not in vars(module):
+            module.forward = MethodType(forward, module)
 
 
 def detach(transformer: nn.Module, attention_class: type | tuple[type, ...]) -> None:
     """Put back what `attach` wrapped."""
-    for module in transformer.modules():
-        if isinstance(module, attention_class) and isinstance(module.processor, MixedProcessor):
+    for module in modules_of(transformer):
+        if not isinstance(module, attention_class):
+            continue
+        if isinstance(module.processor, MixedProcessor):
             module.processor = module.processor.original
+        if getattr(vars(module).get("forward"), "__func__", None) is forward:
+            del module.forward

@@ -17,6 +17,7 @@ from ...method.adapter import EditState, Run, place_references
 from ..attention.processors import why_unsupported_processor
 from ..shared.block_adapter import GIVEN_SIGMAS, pixels_per_token
 from ..shared.conditioning import PromptConditioning
+from ..shared.devices import execution_device
 from ..shared.flux_blocks import FluxBlocks, FluxForward, FluxPrompt, attention_kwargs
 from ..shared.images import decoder_dtype, given_list, too_small
 from ..shared.modulation import ModulationLayers
@@ -86,12 +87,12 @@ class Flux2Blocks(FluxBlocks):
             if tuple(given.shape) != expected:
                 raise ValueError(f"latents: expected shape {expected}, got {tuple(given.shape)}")
         self.start_call(pipe, call, _attention_kwargs=call["attention_kwargs"])
-        device = pipe._execution_device
+        device = execution_device(pipe)
         positive, negative = self.prompts(pipe, call, device)
         batch, dtype = len(positive.embeds), positive.embeds.dtype
         if batch % len(edited):
             raise ValueError(f"image: expected one picture or as many as fit {batch} edits, got {len(edited)}")
-        latents = self.noise_and_references(pipe, call, (edited, others), (batch, height, width), dtype)
+        latents = self.noise_and_references(pipe, call, (edited, others), (batch, height, width), positive.embeds)
         references = [edited[0], *others]
         grids = tuple(TokenGrid(picture.height // multiple, picture.width // multiple) for picture in references)
         beside = grids[0] if len(grids) == 1 else GridSet(grids)
@@ -118,10 +119,13 @@ class Flux2Blocks(FluxBlocks):
         return pictures.output_size(pipe, call, taken)
 
     def noise_and_references(
-        self, pipe: Any, call: dict[str, Any], taken: pictures.Taken, shape: tuple[int, int, int], dtype: torch.dtype
+        self, pipe: Any, call: dict[str, Any], taken: pictures.Taken, shape: tuple[int, int, int], like: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The call's noise and the references' latents, packed (B, n, C). shape: B, height and width of the output."""
-        (batch, height, width), device, edited = shape, pipe._execution_device, taken[0]
+        """The call's noise and the references' latents, packed (B, n, C), with the dtype and on the device of `like`.
+
+        shape: B, height and width of the output.
+        """
+        (batch, height, width), device, dtype, edited = shape, like.device, like.dtype, taken[0]
         noise, _ = pipe.prepare_latents(
             batch_size=batch, num_latents_channels=pipe.transformer.config.in_channels // 4, height=height, width=width,
             dtype=dtype, device=device, generator=call["generator"], latents=call["latents"],

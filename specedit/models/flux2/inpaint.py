@@ -64,9 +64,10 @@ class Flux2KleinInpaint(Inpainting, Flux2Klein):
         return edited, [] if reference is None else [pictures.taken_picture(pipe, reference)]
 
     def noise_and_references(
-        self, pipe: Any, call: dict[str, Any], taken: pictures.Taken, shape: tuple[int, int, int], dtype: torch.dtype
+        self, pipe: Any, call: dict[str, Any], taken: pictures.Taken, shape: tuple[int, int, int], like: Tensor
     ) -> tuple[Tensor, Tensor]:
-        (batch, height, width), device, side = shape, pipe._execution_device, pixels_per_token(pipe)
+        (batch, height, width), side = shape, pixels_per_token(pipe)
+        device, dtype = like.device, like.dtype
         channels, noise = pipe.transformer.config.in_channels, call["latents"]
         if noise is None:  # encoding draws nothing
             grid = (height // side, width // side)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...forecast.toca import PartialForward
 from ...layout import MixedLayout
 from ...method.adapter import LayoutGroup, Run, rows_index
+from ...modules import modules_of
 from ...released import Released
 from ..attention import contexts, sequences
 from ..attention.contexts import Context
@@ -61,7 +62,7 @@ class Flux2KleinKV(Flux2Unpacked):
     def refusal(self, pipe: Any, call: dict[str, Any], attention: str) -> str | None:
         if (reason := super().refusal(pipe, call, attention)) is not None:
             return reason
-        plain = (name for name in map(plain_processor, pipe.transformer.modules()) if name is not None)
+        plain = (name for name in map(plain_processor, modules_of(pipe.transformer)) if name is not None)
         name = next(plain, None)
         return None if name is None else f"its attention processor {name} keeps no references"
 

@@ -27,6 +27,7 @@ from ..attention.processors import FluxMixedProcessor, why_unsupported_processor
 from ..registry import register_adapter
 from ..shared.block_adapter import GIVEN_SIGMAS, pixels_per_token
 from ..shared.conditioning import PromptConditioning
+from ..shared.devices import execution_device
 from ..shared.flux_blocks import MODULATED, FluxBlocks, FluxForward, FluxPrompt, image_ids
 from ..shared.images import check_pictures, source_pictures, too_small
 from ..shared.modulation import ModulationLayers
@@ -113,7 +114,7 @@ class LongCatImageEdit(FluxBlocks):
         batch, length = positive.embeds.shape[:2]
         latents = pipe.prepare_latents(
             pipe.image_processor.preprocess(resized, height, width), batch, LATENT_CHANNELS, height, width,
-            positive.embeds.dtype, length, pipe._execution_device, call["generator"], call["latents"],
+            positive.embeds.dtype, length, execution_device(pipe), call["generator"], call["latents"],
         )[:2]  # fmt: skip
         multiple = pixels_per_token(pipe)
         grid = TokenGrid(height // multiple, width // multiple)

@@ -7,7 +7,6 @@ import inspect
 import logging
 from typing import Any
 
-import torch
 from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
@@ -28,6 +27,7 @@ from ..attention.processors import QwenMixedProcessor, why_unsupported_processor
 from ..registry import register_adapter
 from ..shared import decode_boxes
 from ..shared.block_adapter import GIVEN_SIGMAS, pixels_per_token
+from ..shared.devices import execution_device
 from ..shared.images import check_pictures, decoder_features, source_pictures, too_small
 from ..shared.modulation import ModulationLayers
 from ..shared.prompts import count_prompts, warn_if_guidance_inactive
@@ -102,10 +102,10 @@ class QwenImageEdit(SingleFrameAdapter):
         grid = TokenGrid(height // multiple, width // multiple)
         pictures = self._pictures(pipe, call, images, grid)
         warn_if_guidance_inactive(pipe, call)
-        positive, negative = encode(pipe, call, pictures.condition, pipe._execution_device)
+        positive, negative = encode(pipe, call, pictures.condition, execution_device(pipe))
         batch, dtype = len(positive.embeds), positive.embeds.dtype
         with single_frame(pipe.vae):
-            latents = self._latents(pipe, call, pictures, (batch, height, width), dtype)
+            latents = self._latents(pipe, call, pictures, (batch, height, width), positive.embeds)
         grids = GridSet(tuple(TokenGrid(*(side // multiple for side in p.shape[-2:])) for p in pictures.reference))
         placements = place_references(self, pipe, grid, grids)
         taken = pictures.reference[pictures.aligned].shape[-2:]
@@ -124,12 +124,15 @@ class QwenImageEdit(SingleFrameAdapter):
 
     @staticmethod
     def _latents(
-        pipe: Any, call: dict[str, Any], pictures: Pictures, shape: tuple[int, int, int], dtype: torch.dtype
+        pipe: Any, call: dict[str, Any], pictures: Pictures, shape: tuple[int, int, int], like: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The call's noise and the references' latents, packed (B, n, C). shape: B, height and width of the output."""
+        """The call's noise and the references' latents, packed (B, n, C), with the dtype and on the device of `like`.
+
+        shape: B, height and width of the output.
+        """
         latents: tuple[Tensor, Tensor] = pipe.prepare_latents(
             pictures.reference if len(pictures.reference) > 1 else pictures.reference[0], shape[0],
-            pipe.transformer.config.in_channels // 4, *shape[1:], dtype, pipe._execution_device, call["generator"],
+            pipe.transformer.config.in_channels // 4, *shape[1:], like.dtype, like.device, call["generator"],
             call["latents"],
         )  # fmt: skip
         return latents

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from diffusers import QwenImageEditInpaintPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
@@ -13,6 +12,7 @@ from torch import Tensor
 from ...method.schedule import stretched_sigmas
 from ..registry import register_adapter
 from ..shared.block_adapter import pixels_per_token
+from ..shared.devices import execution_device
 from ..shared.images import check_pictures
 from ..shared.inpainting import Inpainting
 from ..shared.single_frame_adapter import latent_statistics
@@ -50,11 +50,11 @@ class QwenImageEditInpaint(Inpainting, QwenImageEdit):
 
     @staticmethod
     def _latents(
-        pipe: Any, call: dict[str, Any], pictures: Pictures, shape: tuple[int, int, int], dtype: torch.dtype
+        pipe: Any, call: dict[str, Any], pictures: Pictures, shape: tuple[int, int, int], like: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The pipeline's own method adds the picture to the noise. Here it is the sampler that does."""
         batch, height, width = shape
-        device, channels = pipe._execution_device, pipe.transformer.config.in_channels // 4
+        device, dtype, channels = like.device, like.dtype, pipe.transformer.config.in_channels // 4
         (picture,) = pictures.reference
         encoded = pipe._encode_vae_image(image=picture.to(device, dtype), generator=call["generator"])
         encoded = encoded.repeat(batch // len(encoded), 1, 1, 1, 1).transpose(1, 2)  # the generator's first draw
@@ -67,7 +67,7 @@ class QwenImageEditInpaint(Inpainting, QwenImageEdit):
     @staticmethod
     def encoded(pipe: Any, pictures: Tensor) -> Tensor:
         """The most likely latents, where the pipeline's own method draws some."""
-        device = getattr(pipe, "_execution_device", pictures.device)
+        device = execution_device(pipe, pictures.device)
         latents = pipe.vae.encode((2 * pictures - 1).to(device, pipe.vae.dtype)).latent_dist.mode()
         mean, std = latent_statistics(pipe.vae, latents)
         return ((latents - mean) / std).float()

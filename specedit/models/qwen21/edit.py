@@ -20,6 +20,7 @@ from ..attention.last_block import LastBlock
 from ..attention.processors import why_unsupported_processor
 from ..registry import register_adapter
 from ..shared.block_adapter import GIVEN_SIGMAS
+from ..shared.devices import execution_device
 from ..shared.images import decoder_features, source_pictures, too_small
 from ..shared.modulation import ModulationLayers
 from ..shared.prompts import warn_if_guidance_inactive
@@ -110,7 +111,7 @@ class QwenImage21(SingleFrameAdapter):
         warn_if_guidance_inactive(pipe, call)
         sizes = [taken_size(image, call["output_resolution"]) for image in images]
         taken = [pipe.image_processor.resize(one, *size) for one, size in zip(images, sizes, strict=True)]
-        device = pipe._execution_device  # found by looking at every module: asked for once
+        device = execution_device(pipe)
         positive, negative = encode(pipe, call, taken, device)
         batch, dtype = len(positive.embeds), positive.embeds.dtype
         with single_frame(pipe.vae):

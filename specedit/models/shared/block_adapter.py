@@ -16,6 +16,7 @@ from ..attention import compiled, last_block, processors
 from ..attention.contexts import Context
 from . import modulation, position_hook
 from .conditioning import PromptConditioning
+from .devices import execution_device
 from .prompts import count_prompts
 
 GIVEN_SIGMAS = "sigmas were given, and SpecEdit's stages choose their own"
@@ -97,7 +98,7 @@ class BlockAdapter(Adapter):
     @staticmethod
     def encoded(pipe: Any, pictures: Tensor) -> Tensor:
         """Latents of pictures (B, 3, H, W) in 0..1, or with a frame axis, by the pipeline's own method."""
-        device = getattr(pipe, "_execution_device", pictures.device)
+        device = execution_device(pipe, pictures.device)
         latents: Tensor = pipe._encode_vae_image(image=(2 * pictures - 1).to(device, pipe.vae.dtype), generator=None)
         return latents.float()
 

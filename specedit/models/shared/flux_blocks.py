@@ -38,18 +38,22 @@ class FluxPrompt(Prompt):
 class StageInputs:
     """What the transformer is given alike in every step of a stage.
 
-    ids: (N, axes) float32 positions of target and reference. rows: which samples. context: of attention, None in a
-    stock call.
+    ids: (N, axes) float32 positions of target and reference. tables: cos and sin (S, D) of the text's ids and of these.
+    rows: which samples. context: of attention, None in a stock call.
     """
 
     ids: Tensor
+    tables: contexts.Tables
     rows: slice | Tensor
     context: contexts.Context | None
 
 
 @dataclass(frozen=True, eq=False)
 class FluxForward:
-    """Arguments of one forward pass: states (b, n, C), their ids, text embeddings (b, L, D) and ids, timestep (b,)."""
+    """Arguments of one forward pass: states (b, n, C), their ids, text embeddings (b, L, D) and ids, timestep (b,).
+
+    tables: as of the stage; None where the pass computes some rows alone.
+    """
 
     states: Tensor
     ids: Tensor
@@ -58,6 +62,7 @@ class FluxForward:
     timestep: Tensor
     rows: slice | Tensor
     context: contexts.Context | None
+    tables: contexts.Tables | None = None
 
 
 class FluxBlocks(BlockAdapter):
@@ -104,7 +109,7 @@ class FluxBlocks(BlockAdapter):
         for prompt, call in zip(prompts, partial or [None] * len(prompts), strict=True):
             inputs = FluxForward(
                 states, stage.ids, prompt.embeds[stage.rows], prompt.text_ids,
-                timestep.to(conditioning.dtype) / 1000, stage.rows, context,
+                timestep.to(conditioning.dtype) / 1000, stage.rows, context, stage.tables,
             )  # fmt: skip
             if call is not None:
                 inputs = partial_inputs(inputs, call, run.state.text_tokens, group.tokens.shape[1])
@@ -117,12 +122,12 @@ class FluxBlocks(BlockAdapter):
         """Made by the first step of a stage. stores: a cache needs our own attention, also where stock's would do."""
         if stores not in group.inputs:
             ids = self.position_ids(run.state, group.layout, group.reference_layout)
-            rows = rows_index(group.rows, run.state.device)
-            group.inputs[stores] = StageInputs(ids, rows, self._context(run, group, ids, stores))
+            tables, rows = self._tables(run, ids), rows_index(group.rows, run.state.device)
+            group.inputs[stores] = StageInputs(ids, tables, rows, self._context(run, group, tables, stores))
         return group.inputs[stores]
 
-    def _context(self, run: Run, group: LayoutGroup, ids: Tensor, stores: bool) -> contexts.Context | None:
-        """The attention context, or None for a stock call."""
+    def _context(self, run: Run, group: LayoutGroup, whole: contexts.Tables, stores: bool) -> contexts.Context | None:
+        """The attention context, or None for a stock call. whole: the stage's tables."""
         state, config, layout, beside = run.state, run.config, group.layout, group.reference_layout
         area = torch.cat([layout.area, beside.area]).to(state.device)
         target, mixed = len(layout.area), layout.is_mixed or beside.is_mixed
@@ -134,7 +139,7 @@ class FluxBlocks(BlockAdapter):
             return None
         index = torch.arange(len(text) + len(area), device=area.device)
         rows = sequences.QueryRows(index[:target], before=index[: len(text)])
-        tables = self._rotary(run, ids)
+        tables = halves(whole)
         if config.attention == "stock":
             return contexts.Masked(rotary=tables, index=index, key_bias=bias)
         if not own:
@@ -150,11 +155,15 @@ class FluxBlocks(BlockAdapter):
         ).with_plan(len(group.tokens), state.conditioning.dtype)  # fmt: skip
 
     @staticmethod
-    def _rotary(run: Run, ids: Tensor) -> contexts.Tables:
-        """Tables of text and images."""
+    def _tables(run: Run, ids: Tensor) -> contexts.Tables:
+        """The model's own tables of text and images."""
         text_ids = run.state.conditioning.positive.text_ids
-        tables = run.pipe.transformer.pos_embed(torch.cat([text_ids.to(ids), ids]))
-        return tuple(processors.half_table(table) for table in tables)
+        tables: contexts.Tables = run.pipe.transformer.pos_embed(torch.cat([text_ids.to(ids), ids]))
+        return tables
+
+    def _rotary(self, run: Run, ids: Tensor) -> contexts.Tables:
+        """The same as contexts take them."""
+        return halves(self._tables(run, ids))
 
     # --------------------------------------------------------------------------------------- features and images
 
@@ -187,6 +196,11 @@ class FluxBlocks(BlockAdapter):
         return latents.to(decoder_dtype(pipe.vae))
 
 
+def halves(tables: contexts.Tables) -> contexts.Tables:
+    cos, sin = tables
+    return processors.half_table(cos), processors.half_table(sin)
+
+
 def partial_inputs(inputs: FluxForward, call: PartialForward, text: int, target: int) -> FluxForward:
     """Arguments of a call that stores keys and values, or computes some tokens with those of the others stored."""
     call.store.text_tokens = text
@@ -194,6 +208,7 @@ def partial_inputs(inputs: FluxForward, call: PartialForward, text: int, target:
     trimmed = whole.output_rows
     if not call.partial:
         return replace(inputs, context=contexts.Storing(whole=whole, entries=entries))
+    inputs = replace(inputs, tables=None)
     if call.target:
         rows = torch.arange(text, text + target, device=inputs.ids.device).expand(batch, -1)
         context = contexts.Partial(

@@ -51,7 +51,7 @@ class ModulationLayers:
 
 def why_every_step(transformer: Any, layers: ModulationLayers) -> str | None:
     """Why every step computes this transformer's modulation (one phrase), or None."""
-    if hasattr(transformer, "_orig_mod") or getattr(transformer, "_compiled_call_impl", None) is not None:
+    if compiled.is_whole(transformer):
         return "the transformer is compiled, and its graph computes the modulation"
     try:
         embedder, found = transformer.get_submodule(layers.embedder), layers.find(transformer)
