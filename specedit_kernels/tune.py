@@ -233,8 +233,8 @@ def main(arguments: list[str] | None = None) -> int:
     name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     path = options.out or launch.CONFIG_FOLDER / launch.config_file_name(name)
     default = json.loads((launch.CONFIG_FOLDER / launch.default_file_name(capability)).read_text())
-    for name_of_header in ("gpu", "capability", "measured"):
-        del default[name_of_header]
+    for words in ("gpu", "capability", "measured"):
+        del default[words]
     header = {"gpu": name, "capability": list(capability), "measured": True, "torch": torch.__version__}
 
     def save(tables: Tables) -> None:

@@ -273,7 +273,7 @@ def dry(tmp_path, monkeypatch):
         monkeypatch.setattr(launch, "CONFIG_FOLDER", tmp_path)
         monkeypatch.setattr(launch, "default_file_name", lambda capability: file.name)
         attention_launch._warn.cache_clear()
-        return dry_gpu.use(capability, generates=False, **options)
+        return dry_gpu.use(capability, **{"generates": False, **options})
 
     return use
 
@@ -302,6 +302,18 @@ def test_launches_of_any_layout(dry):
             planned = ["plan_tiles"] if len(queries) > 1 else []
             assert dry_run.kernels == [*planned, "attend_pingpong"] * 2
         assert dry_run.errors == [] and dry_run.maps
+
+
+@pytest.mark.slow
+@needs_driver
+def test_a_launch_has_the_warps_and_the_memory_of_the_compiled_kernel(dry):
+    """Two warpgroups, and a third one for the loading warp. A repeated launch is prepared, with Triton 3.7."""
+    q = torch.zeros(1, 200, 2, 64, dtype=BF16)
+    with dry((9, 0), generates=True) as dry_run:
+        for _ in range(3):
+            kernels.mixed_attention(q, q, q)
+        (line,) = set(dry_run.text)
+    assert line.startswith("launch attend_pingpong grid 4 1 1 block 384 shared ") and int(line.split()[-1]) > 48 << 10
 
 
 @pytest.mark.slow

@@ -43,6 +43,27 @@ def test_the_pingpong_kernel_is_named_where_it_is_faster(monkeypatch, times, nam
     assert [tables.keys() for tables in saved] == [{"attention_tma"}]
 
 
+def test_what_was_found_is_written_before_a_kernel_that_might_hang(monkeypatch, tmp_path):
+    shape, file = {"head_dim": 128, "bits": 16, "keys": 2560}, tmp_path / "gpu.json"
+    found = {"block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 2}
+
+    def best(kernel, call, want, configs, timer):
+        if kernel == tune.PINGPONG:
+            raise KeyboardInterrupt
+        return 1.0, found
+
+    for name, value in (("is_available", True), ("get_device_name", "Imaginary"), ("get_device_capability", (9, 0))):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(tune, "shapes", lambda capability, quick: [("attention_tma", shape), (tune.PINGPONG, shape)])
+    monkeypatch.setattr(tune, "workload", lambda kernel, *_: (None, None))
+    monkeypatch.setattr(tune, "best", best)
+    with pytest.raises(KeyboardInterrupt):
+        tune.main(["--out", str(file)])
+    written = json.loads(file.read_text())
+    assert written["gpu"] == "Imaginary" and {"shape": shape, "config": found} in written["attention_tma"]
+    assert "attention" in written and tune.PINGPONG not in written  # completed with the defaults
+
+
 def test_fastest_correct_config_wins():
     want = torch.ones(4)
     results = {1: want, 2: want * 2, 3: want, 4: want * float("nan")}
