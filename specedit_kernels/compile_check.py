@@ -135,12 +135,13 @@ def _pingpong(table: dict[str, Any]) -> Iterator[Variant]:
         entries += [(dim, config) for dim in (64, 128) for config in candidates(PINGPONG, {"head_dim": dim})]
     flags = ("PACKED", "PLANNED", "HAS_BIAS", "SCALE_FIRST", "HAS_LSE")
     absent: dict[str, Any] = dict.fromkeys(flags, False) | dict.fromkeys(("bias", "lse", "cu_q", "cu_k", "plan"))
+    unordered = {"ORDERED": False} | dict.fromkeys(_ORDER)
     lengths = {"cu_q": "i32", "cu_k": "i32", "plan": "i32", "bias": "fp32", "lse": "fp32"}
     for dim, config in entries:
         if config is None:
             continue
         m, n, stages = config["block_m"], config["block_n"], config["num_stages"]
-        fixed = {"DIM": dim, "DIM_P2": dim, "BLOCK_M": m, "BLOCK_N": n, "STAGES": stages}
+        fixed = unordered | {"DIM": dim, "DIM_P2": dim, "BLOCK_M": m, "BLOCK_N": n, "STAGES": stages}
         for element in ("bf16", "fp16"):
             rows = (("q", m // 2), ("k", n), ("v", n))
             pointers = {
@@ -158,6 +159,7 @@ def _pingpong(table: dict[str, Any]) -> Iterator[Variant]:
             yield Variant(f"{label} dense", attend_pingpong, pointers, fixed | absent, {"num_warps": 4},
                           ("scale_log2",), True)  # fmt: skip
             yield packed
+            yield _ordered(packed)
 
 
 def _ordered(variant: Variant) -> Variant:

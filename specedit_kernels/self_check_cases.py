@@ -107,8 +107,12 @@ def pingpong_cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
         ends_q, ends_k = (0, 30, 30, 3 * QUERIES), (0, 2, 4, 3 * keys)
         cu_q, cu_k = (torch.tensor(ends, dtype=torch.int32, device=device) for ends in (ends_q, ends_k))
         rows[1][2:4], rows[2][2:4] = math.nan, math.nan
+        runs = bias.view(3, keys).clone()
+        runs[:, : keys // 2] = math.log(4)
+        plan = gpu.plan(None, None, runs, QUERIES, keys, None, dim, dtype, True)
         calls = {
             "dense": (q, k, v, None, None, None, bias.view(3, keys), scale, True),
+            "planned": (q, k, v, None, None, None, runs, scale, True, None, None, 0, 0, *plan),
             "no bias": (q, k, v, None, None, None, None, scale, False),
             "packed": (*rows, cu_q, cu_k, None, bias, scale, True),
         }

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .attention_launch import PINGPONG, parameters, prepare_attention
+from .attention_launch import parameters, prepare_attention
 from .attention_launch import pingpong_shapes as pingpong_shapes
 from .attention_order import order
 from .attention_plan import Schedule
@@ -65,14 +65,14 @@ def plan(
     device = given.device
     check_device(device)
     sequences = 1 if cu_k is None else cu_k.shape[0] - 1
-    kernel, config = parameters(device, dtype.itemsize, head_dim, keys // sequences, True, None, pingpong)
+    _, config = parameters(device, dtype.itemsize, head_dim, keys // sequences, True, None, pingpong)
     rows, columns = config["block_m"], config["block_n"]
     query_tiles: tuple[torch.Tensor | int | None, ...] = (None, 0)
     key_order: tuple[torch.Tensor | int | None, ...] = (None, None, None, 0)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         if cu_q is not None and cu_k is not None and sequences > 1:
             query_tiles = Schedule(sequences, queries, keys, longest, rows)(cu_q, cu_k), rows
-        if bias is not None and kernel != PINGPONG:  # which adds every bias alike
+        if bias is not None:
             key_order = *order(bias, cu_k, columns), columns
     return *query_tiles, *key_order
 

@@ -195,9 +195,7 @@ class PreparedAttention:
             described = {3 + i: Descriptor(x, (block_m, block_n, block_n)[i], dim_p2) for i, x in enumerate(four)}
         self._described = bool(described)
         self._sizes += (*(stride for x in four for stride in x.stride()), *self._bias_strides)
-        scale = self._sizes[5]
-        alike = call.key_order is not None and call.tile_keys == block_n and call.lists is None
-        self._ordered = alike and call.key_bias is not None and scale > 0
+        self._ordered = self._has_order(call, block_n)
         self._switches = (
             dim, dim_p2, block_m, block_n, packed, packed and call.sequences > 1, tma, call.key_bias is not None,
             scale_first, call.return_lse, "ieee" if call.q.dtype == torch.float32 else "tf32",
@@ -221,11 +219,17 @@ class PreparedAttention:
         if not self._empty:
             described = {i: Descriptor(x, rows[i], dim_p2, tile_layout(dim_p2)) for i, x in enumerate(four)}
         self._sizes += (*four[2].stride()[1:3], *self._bias_strides)
+        self._ordered = self._has_order(call, block_n)
         self._switches = (
             dim, dim_p2, block_m, block_n, config["num_stages"], packed, packed and call.sequences > 1,
-            call.key_bias is not None, scale_first, call.return_lse,
+            call.key_bias is not None, scale_first, call.return_lse, self._ordered,
         )  # fmt: skip
         self._launch = Launch(attend_pingpong, grid, described, num_warps=4)
+
+    def _has_order(self, call: Call, block_n: int) -> bool:
+        """Whether the call brings an order of blocks of so many keys that the kernel can use."""
+        alike = call.key_order is not None and call.tile_keys == block_n and call.lists is None
+        return alike and call.key_bias is not None and self._sizes[5] > 0  # the scale
 
     def _tiles(self, call: Call, queries: int, keys: int, block_m: int) -> tuple[Schedule | None, int]:
         """What orders the query blocks, or None if the call brings their order or needs none; and their number."""
@@ -258,13 +262,13 @@ class PreparedAttention:
             cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
             if self._schedule is not None:
                 table = self._schedule(cu_q, cu_k)
+        order = (call.key_order, call.key_counts, call.tile_bias) if self._ordered else (None, None, None)
         if self._pingpong:
-            self._launch(q, k, v, v, bias, out, lse, cu_q, cu_k, table, *self._sizes, *self._switches)
+            self._launch(q, k, v, v, bias, out, lse, cu_q, cu_k, table, *self._sizes, *order, *self._switches)
             return out, lse
         described = (q, k, v) if self._described else (None, None, None)
         lists = call.lists
         listed = (None,) * 6 if lists is None else lists.arguments()
-        order = (call.key_order, call.key_counts, call.tile_bias) if self._ordered else (None, None, None)
         self._launch(
             q, k, v, *described, bias, out, lse, cu_q, cu_k, table, *self._sizes, *listed, *order, *self._switches
         )

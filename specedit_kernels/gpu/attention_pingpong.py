@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .attention_order import _tile_counts
 from .attention_parts import LOG2_E
 from .attention_plan import _span, _work
 
@@ -40,30 +41,35 @@ def _done_before(use):
 
 
 @gluon.jit
-def _first_key(i, length, BLOCK_N: gl.constexpr):
-    """First key of the i-th block that is read.
-
-    The partial block is read first, so that the loop needs no mask. It is moved back until it ends with the sequence,
-    if that is long enough: TMA then reads none of the next one's rows. Keys that a later block has too are masked.
-    """
-    return gl.where(i == 0, gl.maximum(length - BLOCK_N, 0), (i - 1) * BLOCK_N)
+def _listed_key(i, order, whole, BLOCK_N: gl.constexpr):
+    """First key of the i-th block that a plan lists. A wrong entry gives another full block of the `whole` ones."""
+    key_order, tile_bias, shared_at, shared, others_at = order
+    entry = gl.where(i < shared, shared_at + i, others_at + i - shared)
+    return gl.minimum(gl.maximum(gl.load(key_order + entry), 0), whole - 1) * BLOCK_N
 
 
 @gluon.jit
 def _load_blocks(
-    q_desc, k_desc, v_desc, bias, memory, barriers, place, length, blocks, bias_key,
+    q_desc, k_desc, v_desc, bias, bias_key, memory, barriers, place, keys, order,
     ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr, HAS_BIAS: gl.constexpr,
+    ORDERED: gl.constexpr,
 ):  # fmt: skip
     """The loading warp: all queries, then keys, biases and values of each block, as slots of the rings become free."""
     q_tiles, k_ring, v_ring, bias_ring = memory
     q_full, k_full, k_empty, v_full, v_empty, turns = barriers
     sample, head, kv_head, first, k_start = place
+    length, blocks, first_at, own_first, own_stop = keys
     mbarrier.expect(q_full.index(0), 2 * q_desc.block_type.nbytes)
     for side in gl.static_range(2):
         _copy(q_desc, [sample, head, first + side * ROWS, 0], q_full.index(0), q_tiles.index(side))
     n = gl.arange(0, BLOCK_N, gl.BlockedLayout([BLOCK_N // 32], [32], [1], [0]))  # [BN]
     for i in range(blocks):
-        at = _first_key(i, length, BLOCK_N)
+        at = first_at
+        if i > 0:
+            if ORDERED:
+                at = _listed_key(i - 1, order, length // BLOCK_N, BLOCK_N)
+            else:
+                at = (i - 1) * BLOCK_N
         slot = i % STAGES
         use = i // STAGES
         if HAS_BIAS:
@@ -99,10 +105,11 @@ def _load_short(v, v_row, v_ring, length, BLOCK_N: gl.constexpr, DIM: gl.constex
 
 @gluon.jit
 def _softmax(
-    s, bias_row, own, peak, scale_log2, HAS_BIAS: gl.constexpr, SCALE_FIRST: gl.constexpr, MASKED: gl.constexpr
+    s, bias_row, own, shift, peak, scale_log2, HAS_BIAS: gl.constexpr, SCALE_FIRST: gl.constexpr, MASKED: gl.constexpr,
+    SHIFTED: gl.constexpr,
 ):  # fmt: skip
-    """One step of the running softmax as in `attention_parts._attend_block`: the new peak, what is subtracted, and
-    p = 2^(s - peak), of products s [RM, BN]."""
+    """One step of the running softmax as in `attention_parts._attend_block`: the new peak, by what the old one's sums
+    shrink, and p = 2^(logit - peak), of products s [RM, BN]. SHIFTED: all keys have the bias `shift`."""
     if SCALE_FIRST:
         s = s * scale_log2
     if HAS_BIAS:
@@ -113,28 +120,66 @@ def _softmax(
     if not SCALE_FIRST:
         highest = highest * scale_log2
         s = s * scale_log2
+    if SHIFTED:
+        highest = highest + shift
     new_peak = gl.maximum(peak, highest)
     base = new_peak
     if HAS_BIAS or MASKED:
         # While all keys so far are hidden, the peak is -inf, and -inf - -inf would be NaN.
         base = gl.where(new_peak == float("-inf"), 0.0, new_peak)
-    return new_peak, base, gl.exp2(s - base[:, None])
+    shrink = gl.exp2(peak - base)  # [RM]
+    if SHIFTED:
+        base = base - shift
+    return new_peak, shrink, gl.exp2(s - base[:, None])
+
+
+@gluon.jit
+def _step(
+    i, query, zero, weights, bias_row, shift, peak, total, acc, memory, barriers, scale_log2,
+    LOGITS: gl.constexpr, RESULT: gl.constexpr, WEIGHTS: gl.constexpr, SIDE: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, DIM_P2: gl.constexpr, HAS_BIAS: gl.constexpr, SCALE_FIRST: gl.constexpr,
+    SHIFTED: gl.constexpr,
+):  # fmt: skip
+    """Block i of a warpgroup: its turn i, in which it issues the products of block i with the queries and of block
+    i - 1 with its weights. Then the other side may issue its own, while this one computes the softmax of block i."""
+    q_tiles, k_ring, v_ring, bias_ring = memory
+    q_full, k_full, k_empty, v_full, v_empty, turns = barriers
+    slot = i % STAGES
+    last = (i - 1) % STAGES
+    mbarrier.wait(k_full.index(slot), _done(i // STAGES))
+    if SIDE == 0:
+        mbarrier.wait(turns.index(0), _done_before(i - 1))  # side 1 has had turn i - 1
+    else:
+        mbarrier.wait(turns.index(1), _done(i - 1))  # side 0 has had turn i
+    key = k_ring.index(slot).reshape([BLOCK_N, DIM_P2]).permute((1, 0))
+    s = warpgroup_mma(query, key, zero, use_acc=False, is_async=True)
+    mbarrier.wait(v_full.index(last), _done((i - 1) // STAGES))
+    acc = warpgroup_mma(weights, v_ring.index(last).reshape([BLOCK_N, DIM_P2]), acc, is_async=True)
+    mbarrier.arrive(turns.index(1 - SIDE), count=1)
+    if HAS_BIAS:
+        bias_row = bias_ring.index(slot).load(gl.SliceLayout(0, LOGITS))
+    s = warpgroup_mma_wait(1, deps=(s,))
+    mbarrier.arrive(k_empty.index(slot), count=1)
+    peak, shrink, p = _softmax(s, bias_row, bias_row, shift, peak, scale_log2, HAS_BIAS, SCALE_FIRST, False, SHIFTED)
+    total = total * shrink + gl.sum(p, 1)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(v_empty.index(last), count=1)
+    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, RESULT))[:, None]
+    return gl.convert_layout(p.to(q_tiles.dtype), WEIGHTS), peak, total, acc
 
 
 @gluon.jit
 def _attend_rows(
-    memory, barriers, task,
+    memory, barriers, task, keys, order,
     SIDE: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, DIM: gl.constexpr,
     DIM_P2: gl.constexpr, HAS_BIAS: gl.constexpr, SCALE_FIRST: gl.constexpr, HAS_LSE: gl.constexpr,
+    ORDERED: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup, side 0 or 1 of the query block: its own rows over all keys.
-
-    In turn i it issues the products of block i with the queries, and of block i - 1 with its weights. Then the other
-    side may issue its own, while this one computes the softmax of block i.
-    """
+    """A warpgroup, side 0 or 1 of the query block: its own rows over all keys."""
     q_tiles, k_ring, v_ring, bias_ring = memory
     q_full, k_full, k_empty, v_full, v_empty, turns = barriers
-    length, blocks, scale_log2, out, lse, first, q_stop, out_row = task
+    scale_log2, out, lse, first, q_stop, out_row = task
+    length, blocks, first_at, own_first, own_stop = keys
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     RESULT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM_P2, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, RESULT, 2)
@@ -152,37 +197,27 @@ def _attend_rows(
     if HAS_BIAS:
         bias_row = bias_ring.index(0).load(gl.SliceLayout(0, LOGITS))
     mbarrier.arrive(k_empty.index(0), count=1)
-    at = _first_key(0, length, BLOCK_N) + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LOGITS))
-    own = (at >= (blocks - 1) * BLOCK_N) & (at < length)  # not of a later block, nor past the sequence
-    peak, base, p = _softmax(s, bias_row, own, peak, scale_log2, HAS_BIAS, SCALE_FIRST, True)
+    at = first_at + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LOGITS))
+    own = (at >= own_first) & (at < own_stop)
+    peak, shrink, p = _softmax(s, bias_row, own, 0.0, peak, scale_log2, HAS_BIAS, SCALE_FIRST, True, False)
     total = gl.sum(p, 1)
     weights = gl.convert_layout(p.to(q_tiles.dtype), WEIGHTS)
 
-    for i in range(1, blocks):
-        slot = i % STAGES
-        last = (i - 1) % STAGES
-        mbarrier.wait(k_full.index(slot), _done(i // STAGES))
-        if SIDE == 0:
-            mbarrier.wait(turns.index(0), _done_before(i - 1))  # side 1 has had turn i - 1
-        else:
-            mbarrier.wait(turns.index(1), _done(i - 1))  # side 0 has had turn i
-        key = k_ring.index(slot).reshape([BLOCK_N, DIM_P2]).permute((1, 0))
-        s = warpgroup_mma(query, key, zero, use_acc=False, is_async=True)
-        mbarrier.wait(v_full.index(last), _done((i - 1) // STAGES))
-        acc = warpgroup_mma(weights, v_ring.index(last).reshape([BLOCK_N, DIM_P2]), acc, is_async=True)
-        mbarrier.arrive(turns.index(1 - SIDE), count=1)
-        if HAS_BIAS:
-            bias_row = bias_ring.index(slot).load(gl.SliceLayout(0, LOGITS))
-        s = warpgroup_mma_wait(1, deps=(s,))
-        mbarrier.arrive(k_empty.index(slot), count=1)
-        new_peak, base, p = _softmax(s, bias_row, own, peak, scale_log2, HAS_BIAS, SCALE_FIRST, False)
-        shrink = gl.exp2(peak - base)  # [RM]
-        total = total * shrink + gl.sum(p, 1)
-        peak = new_peak
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(v_empty.index(last), count=1)
-        acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, RESULT))[:, None]
-        weights = gl.convert_layout(p.to(q_tiles.dtype), WEIGHTS)
+    begin = 1
+    if ORDERED:
+        key_order, tile_bias, shared_at, shared, others_at = order
+        for i in range(1, shared + 1):
+            shift = gl.load(tile_bias + (shared_at + i - 1))
+            weights, peak, total, acc = _step(
+                i, query, zero, weights, bias_row, shift, peak, total, acc, memory, barriers, scale_log2, LOGITS,
+                RESULT, WEIGHTS, SIDE, BLOCK_N, STAGES, DIM_P2, False, False, True,
+            )  # fmt: skip
+        begin = shared + 1
+    for i in range(begin, blocks):
+        weights, peak, total, acc = _step(
+            i, query, zero, weights, bias_row, 0.0, peak, total, acc, memory, barriers, scale_log2, LOGITS, RESULT,
+            WEIGHTS, SIDE, BLOCK_N, STAGES, DIM_P2, HAS_BIAS, SCALE_FIRST, False,
+        )  # fmt: skip
 
     last = (blocks - 1) % STAGES
     mbarrier.wait(v_full.index(last), _done((blocks - 1) // STAGES))
@@ -203,13 +238,14 @@ def _attend_rows(
 
 
 @gluon.jit(do_not_specialize=["tiles", "queries", "keys", "scale_log2", "bias_sample"],
-           do_not_specialize_on_alignment=["bias", "lse", "cu_q", "cu_k", "plan"])  # fmt: skip
+           do_not_specialize_on_alignment=["bias", "lse", "cu_q", "cu_k", "plan", "key_order", "key_counts",
+                                           "tile_bias"])  # fmt: skip
 def attend_pingpong(
     q_desc, k_desc, v_desc, v, bias, out, lse, cu_q, cu_k, plan, tiles, heads, group, queries, keys, scale_log2,
-    v_row, v_head, bias_sample, bias_key,
+    v_row, v_head, bias_sample, bias_key, key_order, key_counts, tile_bias,
     DIM: gl.constexpr, DIM_P2: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     PACKED: gl.constexpr, PLANNED: gl.constexpr, HAS_BIAS: gl.constexpr, SCALE_FIRST: gl.constexpr,
-    HAS_LSE: gl.constexpr,
+    HAS_LSE: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
     """out_i = sum_j p_ij v_j / sum_j p_ij,  p_ij = exp(scale * q_i . k_j + bias_j),  lse_i = log sum_j p_ij
 
@@ -237,9 +273,29 @@ def attend_pingpong(
         head = head % heads
     first = q_start + tile * BLOCK_M
     length = k_stop - k_start
-    blocks = gl.maximum(gl.cdiv(length, BLOCK_N), 1)  # without keys, one block that is masked whole
     kv_head = head // group
     wide = gl.cast(sample, gl.int64)
+    # The partial block is read first, so that the loop needs no mask. It is moved back until it ends with the sequence,
+    # if that is long enough: TMA then reads none of the next one's rows. Keys of a later block are not its own.
+    blocks = gl.maximum(gl.cdiv(length, BLOCK_N), 1)  # without keys, one block that is masked whole
+    first_at, own_first, own_stop = gl.maximum(length - BLOCK_N, 0), (blocks - 1) * BLOCK_N, length
+    order = (key_order, tile_bias, 0, 0, 0)
+    if ORDERED:
+        whole = length // BLOCK_N
+        mine = sample
+        if PACKED:
+            mine = gl.maximum(sequence, 0)
+        slot = (wide * keys + k_start) // BLOCK_N
+        shared, others = _tile_counts(key_counts, mine, whole)
+        # Without a partial block a listed one is read first, or none of its keys where all are hidden.
+        taken = (length == whole * BLOCK_N) & (shared + others > 0)
+        last = gl.load(key_order + gl.where(others > 0, slot + whole - 1, slot + shared - 1), mask=taken, other=0)
+        last = gl.minimum(gl.maximum(last, 0), whole - 1) * BLOCK_N
+        first_at = gl.where(taken, last, first_at)
+        own_first = gl.where(taken, last, whole * BLOCK_N)
+        own_stop = gl.where(taken, last + BLOCK_N, length)
+        blocks = 1 + shared + others - gl.where(taken, 1, 0)
+        order = (key_order, tile_bias, slot, shared - gl.where(taken & (others == 0), 1, 0), slot + whole - others)
     if HAS_BIAS:
         bias += wide * bias_sample + gl.cast(k_start, gl.int64) * bias_key
     if HAS_LSE:
@@ -272,15 +328,16 @@ def attend_pingpong(
     memory = (q_tiles, k_ring, v_ring, bias_ring)
     barriers = (q_full, k_full, k_empty, v_full, v_empty, turns)
     place = (sample, head, kv_head, first, k_start)
-    task = (length, blocks, scale_log2, out, lse, first, q_stop, heads * DIM)
+    task = (scale_log2, out, lse, first, q_stop, heads * DIM)
+    span = (length, blocks, first_at, own_first, own_stop)
     gl.warp_specialize(
         [
-            (_attend_rows, (memory, barriers, task, 0, ROWS, BLOCK_N, STAGES, DIM, DIM_P2, HAS_BIAS, SCALE_FIRST,
-                            HAS_LSE)),
-            (_attend_rows, (memory, barriers, task, 1, ROWS, BLOCK_N, STAGES, DIM, DIM_P2, HAS_BIAS, SCALE_FIRST,
-                            HAS_LSE)),
-            (_load_blocks, (q_desc, k_desc, v_desc, bias, memory, barriers, place, length, blocks, bias_key, ROWS,
-                            BLOCK_N, STAGES, PACKED, HAS_BIAS)),
+            (_attend_rows, (memory, barriers, task, span, order, 0, ROWS, BLOCK_N, STAGES, DIM, DIM_P2, HAS_BIAS,
+                            SCALE_FIRST, HAS_LSE, ORDERED)),
+            (_attend_rows, (memory, barriers, task, span, order, 1, ROWS, BLOCK_N, STAGES, DIM, DIM_P2, HAS_BIAS,
+                            SCALE_FIRST, HAS_LSE, ORDERED)),
+            (_load_blocks, (q_desc, k_desc, v_desc, bias, bias_key, memory, barriers, place, span, order, ROWS,
+                            BLOCK_N, STAGES, PACKED, HAS_BIAS, ORDERED)),
         ],
         [4, 1],
         [240, 24],  # registers of a thread: the two warpgroups share almost all that there are

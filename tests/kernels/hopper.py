@@ -18,7 +18,13 @@ from triton.experimental.gluon import language as gl
 from triton.runtime.jit import JITFunction
 
 from specedit_kernels import gpu
-from specedit_kernels.gpu import attention_launch, attention_parts, attention_pingpong, attention_plan
+from specedit_kernels.gpu import (
+    attention_launch,
+    attention_order,
+    attention_parts,
+    attention_pingpong,
+    attention_plan,
+)
 
 
 class Deadlock(AssertionError):
@@ -262,7 +268,7 @@ class Machine:
 
         def load(pointer, mask=None, other=0):
             if not isinstance(pointer.offset, torch.Tensor):
-                return int(pointer.data[pointer.offset])
+                return pointer.data[pointer.offset].item() if mask is None or mask else other
             offset, mask = torch.broadcast_tensors(pointer.offset, torch.tensor(True) if mask is None else mask)
             inside = offset[mask]
             assert not inside.numel() or (inside.min() >= 0 and inside.max() < len(pointer.data)), "outside of a tensor"
@@ -313,11 +319,12 @@ def simulated(monkeypatch, seed=0):
     machine = Machine(seed)
     language = machine.language()
     with monkeypatch.context() as patch:
-        for module in (attention_pingpong, attention_plan):
+        for module in (attention_pingpong, attention_plan, attention_order):
             for name, function in list(vars(module).items()):
                 if isinstance(function, JITFunction):
                     patch.setattr(module, name, function.fn)
-        patch.setattr(attention_plan, "tl", language)
+        for module in (attention_plan, attention_order):
+            patch.setattr(module, "tl", language)
         barriers = SimpleNamespace(
             init=machine.init, expect=machine.expect, arrive=machine.arrive, wait=machine.wait, MBarrierLayout=list
         )

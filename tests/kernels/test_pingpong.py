@@ -4,6 +4,7 @@ Nothing here runs on a GPU; `self_check` compares the compiled kernel there.
 """
 
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -121,6 +122,60 @@ def test_packed_sequences(monkeypatch, rng, as_good, lengths, with_bias):
         got = gpu.run("mixed_attention", args, parameters())
     for result, *right in zip(got, *[expected(q, k, v, cu_q, cu_k, bias, 0.125, one) for one in (torch.float64, BF16)]):
         as_good(result, *right)
+
+
+def order_of(bias, ends, size=32):
+    """What `order_keys` lists of a bias (T,): blocks of one bias from the front, others from the back."""
+    slots = max(1, -(-len(bias) // size))
+    key_order, tile_bias = torch.zeros(slots, dtype=torch.int32), torch.zeros(slots)
+    counts = torch.zeros(len(ends) - 1, 2, dtype=torch.int32)
+    for b, (start, stop) in enumerate(itertools.pairwise(ends)):
+        front, back = start // size, start // size + (stop - start) // size - 1
+        for tile in range((stop - start) // size):
+            values = bias[start + tile * size : start + (tile + 1) * size]
+            if bool((values == values[0]).all()) and values[0].isfinite():
+                key_order[front], tile_bias[front] = tile, values[0] / math.log(2)
+                counts[b, 0] += 1
+                front += 1
+            elif bool((values > -math.inf).any()):
+                key_order[back] = tile
+                counts[b, 1] += 1
+                back -= 1
+    return key_order, counts, tile_bias, size
+
+
+def runs(length, kinds, rng):
+    """A bias of blocks of 32 keys: "=" one value, "-" hidden, "~" any values. All that follow are of the last kind."""
+    values = {"=": lambda: torch.full((32,), math.log(4)), "-": lambda: torch.full((32,), -math.inf),
+              "~": lambda: torch.randn(32, generator=rng)}  # fmt: skip
+    return torch.cat([values[kinds[min(i, len(kinds) - 1)]]() for i in range(length // 32 + 1)])[:length]
+
+
+@pytest.mark.parametrize("kinds", ["=", "~", "-", "==~", "~=", "-=", "=-~", "~~-", "=~=~", "--=-"])
+@pytest.mark.parametrize("keys", [[20, 96], [128, 130], [64, 0], [150, 32]], ids=str)
+def test_a_plan_orders_blocks_of_one_bias(monkeypatch, rng, as_good, kinds, keys):
+    """With and without a partial block, which another one stands in for as the first; hidden blocks are not read."""
+    lengths = [[70, 130], keys]
+    q, k, v, cu_q, cu_k = packed(rng, CPU, BF16, 2, 64, *lengths)
+    bias = torch.cat([runs(n, kinds, rng) for n in keys])
+    planned = (plan_of(lengths[0]), 128, *order_of(bias, cu_k.tolist()))
+    args = (q, k, v, cu_q, cu_k, None, bias, 0.125, True, None, None, 0, 0, *planned)
+    with hopper.simulated(monkeypatch, len(kinds)):
+        got = gpu.run("mixed_attention", args, parameters())
+    for result, *right in zip(got, *[expected(q, k, v, cu_q, cu_k, bias, 0.125, one) for one in (torch.float64, BF16)]):
+        as_good(result, *right)
+
+
+def test_a_plan_of_a_dense_batch_or_of_other_lengths(monkeypatch, rng, as_good):
+    q, k, v = draw(rng, 70, 150, samples=2)
+    bias = torch.stack([runs(150, "=~-", rng), runs(150, "-==", rng)])
+    order = order_of(bias.flatten(), [0, 150, 300])
+    args = (q, k, v, None, None, None, bias, 0.125, True, None, None, 0, 0, None, 0)
+    with hopper.simulated(monkeypatch):
+        got = gpu.run("mixed_attention", (*args, *order), parameters())
+        judge(as_good, got, q, k, v, bias, 0.125)
+        wrong = (torch.full_like(order[0], 900), order[1] + 90, *order[2:])
+        assert gpu.run("mixed_attention", (*args, *wrong), parameters())[0].isfinite().all()
 
 
 @pytest.mark.parametrize("keys", [0, 7, 32, 33, 70])
@@ -336,7 +391,7 @@ def test_only_where_the_file_says_so(dry):
         bias = torch.zeros(1, 200)
         plan = kernels.plan(total_q=200, total_k=200, head_dim=64, dtype=BF16, key_bias=bias, backend="triton")
         kernels.mixed_attention(q, q, q, plan=plan)
-        assert dry_run.kernels == ["attend_pingpong"] and plan.key_order is None
+        assert dry_run.kernels == ["order_keys", "attend_pingpong"] and plan.tile_keys == 64
         dry_run.clear()
         two = torch.tensor([0, 90, 200], dtype=torch.int32)
         plan = kernels.plan(two, two, total_q=200, total_k=400, head_dim=64, dtype=BF16)
@@ -387,12 +442,12 @@ def test_a_gpu_checks_it_before_its_use(dry):
     attend = call()
     with dry((9, 0), checks=True) as dry_run:
         attend()
-        assert dry_run.kernels.count("attend_pingpong") == 6 + 1  # three calls for each head dim
+        assert dry_run.kernels.count("attend_pingpong") == 8 + 1  # four calls for each head dim
         findings = [one for one in verdict.verdict(CPU).findings if one.kernel == ops.PINGPONG]
-        assert len(findings) == 6 and all(one.passed for one in findings)
+        assert len(findings) == 8 and all(one.passed for one in findings)
         assert verdict.attention_backend(CPU) == "triton"
         plan = kernels.plan(total_q=200, total_k=200, head_dim=64, dtype=BF16, key_bias=torch.zeros(1, 200))
-        assert plan.key_order is None
+        assert plan.tile_keys == 64
 
 
 @pytest.mark.slow
@@ -408,7 +463,7 @@ def test_the_plain_kernel_takes_the_place_of_a_wrong_one(dry):
             attend(backend=backend)
         assert dry_run.kernels == ["attend"] * 2
         plan = kernels.plan(total_q=200, total_k=200, head_dim=64, dtype=BF16, key_bias=torch.zeros(1, 200))
-        assert plan.key_order is not None
+        assert plan.tile_keys == 128
         assert verdict.attention_backend(CPU) == "triton"
     (text,) = [str(one.message) for one in said if "failed their check" in str(one.message)]
     assert "pingpong (bfloat16, D=64, 193 keys, dense): error" in text
@@ -420,11 +475,11 @@ def test_the_check_sees_rows_of_other_sequences_and_hidden_keys(dry):
     """Its cases pass plain PyTorch, and have what the kernel might get wrong."""
     with dry((9, 0)):
         cases = list(pingpong_cases(CPU, BF16))
-        assert len(cases) == 6
+        assert len(cases) == 8
         for case in cases:
             finding = self_check.check(case, lambda backend, name, args: ops.run("torch", name, args))
             assert finding.passed and finding.kernel == ops.PINGPONG, str(finding)
-        packed_case = cases[2].args
+        packed_case = next(case.args for case in cases if case.label.endswith("packed"))
         assert packed_case[1].isnan().any() and packed_case[6].isinf().any()
 
 
