@@ -73,7 +73,8 @@ def _load_blocks(
         slot = i % STAGES
         use = i // STAGES
         if HAS_BIAS:
-            row = gl.load(bias + (at + n) * bias_key, mask=at + n < length, other=0) * LOG2_E  # [BN]
+            biases = bias + gl.cast(at, gl.int64) * bias_key + n * bias_key
+            row = gl.load(biases, mask=at + n < length, other=0) * LOG2_E  # [BN]
         mbarrier.wait(k_empty.index(slot), _done_before(use))
         mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
         _copy(k_desc, [sample, kv_head, k_start + at, 0], k_full.index(slot), k_ring.index(slot))
