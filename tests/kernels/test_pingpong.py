@@ -363,7 +363,7 @@ def test_launches_of_any_layout(dry):
 @needs_driver
 def test_a_launch_has_the_warps_and_the_memory_of_the_compiled_kernel(dry):
     """Two warpgroups, and a third one for the loading warp. A repeated launch is prepared, with Triton 3.7."""
-    q = torch.zeros(1, 200, 2, 64, dtype=BF16)
+    q = torch.zeros(1, 200, 2, 112, dtype=BF16)  # a head dim of its own, which no other test compiled without code
     with dry((9, 0), generates=True) as dry_run:
         for _ in range(3):
             kernels.mixed_attention(q, q, q)
