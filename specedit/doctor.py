@@ -117,7 +117,7 @@ def auto(judged: verdict.Verdict | None) -> dict[str, Any]:
     if judged is None:
         return {"attention": "torch", "others": "torch", "why": "PyTorch with a mask, because there is no GPU"}
     others = "torch" if judged.unavailable is not None else "triton"
-    failed = sorted({one.kernel for one in judged.failed} - {ATTENTION, MERGED})
+    failed = sorted({one.kernel for one in judged.failed} - {ATTENTION, ops.PINGPONG, MERGED})
     if others == "triton" and failed:
         others = f"triton, but torch for {', '.join(failed)}"
     why = {

@@ -125,6 +125,43 @@ def _attention(table: dict[str, Any]) -> Iterator[Variant]:
         yield Variant(f"plan_tiles {config['block_m']}", plan_tiles, lengths, blocks, {"num_warps": 4})
 
 
+def _pingpong(table: dict[str, Any]) -> Iterator[Variant]:
+    """The ping-pong kernel: entries of a table, and for sm_90 all that the tuner may choose."""
+    from .gpu.attention_pingpong import attend_pingpong, tile_layout
+    from .tune import PINGPONG, candidates
+
+    entries = [(entry["shape"]["head_dim"], entry["config"]) for entry in table.get(PINGPONG, [])]
+    if table["capability"] == [9, 0] and not table["measured"]:
+        entries += [(dim, config) for dim in (64, 128) for config in candidates(PINGPONG, {"head_dim": dim})]
+    flags = ("PACKED", "PLANNED", "HAS_BIAS", "SCALE_FIRST", "HAS_LSE")
+    absent: dict[str, Any] = dict.fromkeys(flags, False) | dict.fromkeys(("bias", "lse", "cu_q", "cu_k", "plan"))
+    unordered = {"ORDERED": False} | dict.fromkeys(_ORDER)
+    lengths = {"cu_q": "i32", "cu_k": "i32", "plan": "i32", "bias": "fp32", "lse": "fp32"}
+    for dim, config in entries:
+        if config is None:
+            continue
+        m, n, stages = config["block_m"], config["block_n"], config["num_stages"]
+        fixed = unordered | {"DIM": dim, "DIM_P2": dim, "BLOCK_M": m, "BLOCK_N": n, "STAGES": stages}
+        for element in ("bf16", "fp16"):
+            rows = (("q", m // 2), ("k", n), ("v", n))
+            pointers = {
+                f"{name}_desc": f"tensordesc<{element}[1, 1, {count}, {dim}],{tile_layout(dim)!r}>"
+                for name, count in rows
+            } | {"v": element, "out": element}  # fmt: skip
+            label = f"attend {element} D{dim} pingpong {m}x{n}x{stages}"
+            packed = Variant(f"{label} packed bias lse", attend_pingpong, pointers | lengths,
+                             fixed | dict.fromkeys(flags, True), {"num_warps": 4}, ("scale_log2",), True)  # fmt: skip
+            if element == "fp16" and stages > 2:
+                continue
+            if element == "fp16":
+                yield replace(packed, name=f"{packed.name} gqa", grouped=True)
+                continue
+            yield Variant(f"{label} dense", attend_pingpong, pointers, fixed | absent, {"num_warps": 4},
+                          ("scale_log2",), True)  # fmt: skip
+            yield packed
+            yield _ordered(packed)
+
+
 def _ordered(variant: Variant) -> Variant:
     """A configuration with a plan that lists the blocks of keys that share a bias."""
     constants = {name: value for name, value in variant.constants.items() if name not in _ORDER} | {"ORDERED": True}
@@ -224,7 +261,7 @@ def _weighted_sum(table: dict[str, Any]) -> Iterator[Variant]:
 
 def variants(table: dict[str, Any]) -> Iterator[Variant]:
     """Every kernel of every configuration in a file."""
-    for family in (_attention, _rows, _expand, _norm_rope, _weighted_sum):
+    for family in (_attention, _pingpong, _rows, _expand, _norm_rope, _weighted_sum):
         yield from family(table)
 
 
@@ -251,7 +288,12 @@ def _source(variant: Variant) -> Any:
             if strides or name in variant.aligned:
                 aligned.append(at)
     attributes = {(at,): [["tt.divisibility", 16]] for at in aligned}
-    return ASTSource(fn=variant.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    source: Any = ASTSource
+    if variant.kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        source = GluonASTSource
+    return source(fn=variant.kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
 def check(variant: Variant, capability: int, config_file: str) -> Result:

@@ -22,6 +22,7 @@ from .key_groups import NotMergeable
 NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 MINIMUM_TRITON = (3, 6)
+PINGPONG = "pingpong"  # the backend "triton", with leave to take the ping-pong kernel of attention
 
 # Numbers that change between steps are Scalar: Dynamo would specialise on a float and recompile for every value.
 _SCHEMAS = {
@@ -291,7 +292,7 @@ def run(backend: str, name: str, args: tuple[Any, ...]) -> Any:
     check_triton()
     from . import gpu
 
-    call = gpu.prepare(name, args)
+    call = gpu.prepare(name, args, pingpong=backend == PINGPONG)
     result = call(*args)
     if ready.on_gpu(args[0]):  # not in the interpreter
         ready.remember(name, args, call)

@@ -120,7 +120,8 @@ def plan(
     ops.check_triton()
     from . import gpu
 
-    made: Any = gpu.plan(cu_q, cu_k, bias, total_q, total_k, max_seqlen_q, head_dim, dtype)
+    pingpong = verdict.uses_pingpong(on.device)
+    made: Any = gpu.plan(cu_q, cu_k, bias, total_q, total_k, max_seqlen_q, head_dim, dtype, pingpong)
     return AttentionPlan(cu_q, cu_k, bias, *made)
 
 

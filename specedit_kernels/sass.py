@@ -57,7 +57,9 @@ class Code:
         for number, (address, text) in enumerate(self.instructions):
             target = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", text)
             if target and int(target[1], 16) < address and int(target[1], 16) in place:
-                found.append([body for _, body in self.instructions[place[int(target[1], 16)] : number + 1]])
+                body = [one for _, one in self.instructions[place[int(target[1], 16)] : number + 1]]
+                if not any(one.startswith("EXIT") for one in body):  # else from behind the kernel: a wait's next try
+                    found.append(body)
         return found
 
 

@@ -16,14 +16,23 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from . import ops, ready
-from .self_check_cases import ATTENTION, MERGED, Case, attention_in_own_precision, cases, planned_cases
+from .ops import PINGPONG
+from .self_check_cases import (
+    ATTENTION,
+    MERGED,
+    Case,
+    attention_in_own_precision,
+    cases,
+    pingpong_cases,
+    planned_cases,
+)
 
 FLOOR = 1e-5
 Run = Callable[[str, str, tuple[Any, ...]], Any]  # backend, operator and its arguments, as `ops.run` takes them
@@ -69,7 +78,8 @@ def run_checks(
             chosen = [case for case in cases(device, half) if case.backend in backends]
             findings = [check(case, ops.run if run is None else run) for case in chosen]
             if run is None and "triton" in backends:
-                findings += _planned(device, half)
+                findings += _made(planned_cases, ATTENTION, "planned", device, half)
+                findings += _made(pingpong_cases, PINGPONG, "launch parameters", device, half)
             return findings
     finally:
         ready.forget()  # a kernel that failed would run again for arguments like these
@@ -95,13 +105,17 @@ def check(case: Case, run: Run) -> Finding:
     return Finding(case.kernel, case.label, error, allowed)
 
 
-def _planned(device: torch.device, half: torch.dtype) -> list[Finding]:
+def _made(
+    make: Callable[[torch.device, torch.dtype], Iterator[Case]], kernel: str, label: str, device: torch.device,
+    half: torch.dtype,
+) -> list[Finding]:  # fmt: skip
+    """The findings of cases whose making may fail too: a kernel makes plans."""
     try:
-        return [check(case, ops.run) for case in planned_cases(device, half)]
+        return [check(case, ops.run) for case in make(device, half)]
     except torch.OutOfMemoryError:
         raise
-    except Exception as raised:  # of a kernel that makes plans
-        return [_failed(ATTENTION, "planned", raised)]
+    except Exception as raised:
+        return [_failed(kernel, label, raised)]
 
 
 def _failed(kernel: str, label: str, raised: Exception) -> Finding:

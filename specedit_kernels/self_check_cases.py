@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .block_keep import BLOCK_UNIT, BlockKeep
+from .ops import PINGPONG
 
 ATTENTION, MERGED = "mixed_attention", "merged"
 QUERIES, KEYS, HEADS = 70, 150, 2  # neither fills its last tile
@@ -20,7 +21,7 @@ _WRITTEN = {"scatter_tokens": (2,), "qk_norm_rope": (9, 10, 11)}
 
 @dataclass(frozen=True)
 class Case:
-    """One call of an operator on a backend, "triton" or "merged"."""
+    """One call of an operator on a backend, "triton", "pingpong" or "merged"."""
 
     backend: str
     operator: str
@@ -29,8 +30,8 @@ class Case:
 
     @property
     def kernel(self) -> str:
-        """What a finding is about: the operator, or merged attention."""
-        return MERGED if self.backend == MERGED else self.operator
+        """What a finding is about: the operator, or a kind of attention that another stands in for."""
+        return self.operator if self.backend == "triton" else self.backend
 
     @property
     def written(self) -> tuple[int, ...]:
@@ -90,6 +91,33 @@ def planned_cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
         made = gpu.plan(None, None, bias, QUERIES, KEYS, None, dim, dtype)
         args = (q, k, v, None, None, None, bias, dim**-0.5, True, None, None, 0, 0, *made)
         yield Case("triton", ATTENTION, f"{_name(dtype)}, D={dim}, planned", args)
+
+
+def pingpong_cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    """Attention at the sizes for which the device's launch parameters name the ping-pong kernel; mostly none."""
+    from . import gpu
+
+    for dim, length in gpu.pingpong_shapes(device):
+        keys, scale = max(3, length - 7), dim**-0.5  # the last block is partial
+        bias = torch.zeros(3 * keys, device=device)
+        bias[::3], bias[1::7] = math.log(4), -math.inf
+        q, k, v = _draw(device, dtype, (3, QUERIES, HEADS, dim), *[(3, keys, 1, dim)] * 2)
+        rows = [x.flatten(0, 1).clone() for x in (q, k, v)]
+        # Two keys, then two that belong to no query and must not be seen, then all others.
+        ends_q, ends_k = (0, 30, 30, 3 * QUERIES), (0, 2, 4, 3 * keys)
+        cu_q, cu_k = (torch.tensor(ends, dtype=torch.int32, device=device) for ends in (ends_q, ends_k))
+        rows[1][2:4], rows[2][2:4] = math.nan, math.nan
+        runs = bias.view(3, keys).clone()
+        runs[:, : keys // 2] = math.log(4)
+        plan = gpu.plan(None, None, runs, QUERIES, keys, None, dim, dtype, True)
+        calls = {
+            "dense": (q, k, v, None, None, None, bias.view(3, keys), scale, True),
+            "planned": (q, k, v, None, None, None, runs, scale, True, None, None, 0, 0, *plan),
+            "no bias": (q, k, v, None, None, None, None, scale, False),
+            "packed": (*rows, cu_q, cu_k, None, bias, scale, True),
+        }
+        for label, args in calls.items():
+            yield Case(PINGPONG, ATTENTION, f"{_name(dtype)}, D={dim}, {keys} keys, {label}", args)
 
 
 def _tokens(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +27,8 @@ from . import reference
 Config: TypeAlias = dict[str, int]  # launch parameters
 Shape: TypeAlias = dict[str, int]
 Tables: TypeAlias = dict[str, list[dict[str, Any]]]  # kernel to entries {"shape": ..., "config": ...}
+PINGPONG = "attention_pingpong"
+RIVAL = {PINGPONG: "attention_tma"}  # a kernel that is used where it is faster than another
 
 
 def candidates(kernel: str, shape: Shape) -> Iterator[Config]:
@@ -42,6 +45,12 @@ def candidates(kernel: str, shape: Shape) -> Iterator[Config]:
             yield config
             if shape["bits"] == 16 and shape["head_dim"] <= 128:
                 yield config | {"masked_tail": 1}  # one loop instead of a main loop and a tail
+    elif kernel == PINGPONG:
+        # Half of block_m is a warpgroup's. Other tiles spill, or need more shared memory than there is.
+        tiles = [(128, 128, 3)] if shape["head_dim"] > 64 else [(256, 64, 4), (128, 128, 4)]
+        for m, n, most in [(128, 64, 4), *tiles]:
+            for stages in range(2, most + 1):
+                yield {"block_m": m, "block_n": n, "num_stages": stages}
     elif kernel == "copy_rows":
         for tile, warps in itertools.product((4096, 8192, 16384), (4, 8)):
             yield {"tile_bytes": tile, "block_bytes": 4096, "num_warps": warps}
@@ -73,6 +82,9 @@ def shapes(capability: tuple[int, int], quick: bool) -> Iterator[tuple[str, Shap
     yield "weighted_sum", {"rows": 3}
     for dim in (64, 128, 256):
         yield "norm_rope", {"head_dim": dim}
+    if capability == (9, 0):
+        for dim, keys in itertools.product((64, 128), lengths):
+            yield PINGPONG, {"head_dim": dim, "bits": 16, "keys": keys}
 
 
 def workload(
@@ -161,14 +173,26 @@ def best(
     return found
 
 
-def tune(capability: tuple[int, int], device: str, timer: Timer, quick: bool) -> Tables:
-    """Tables of measured entries, in the format of `gpu/configs/`."""
+def tune(
+    capability: tuple[int, int], device: str, timer: Timer, quick: bool, save: Callable[[Tables], None]
+) -> Tables:  # fmt: skip
+    """Tables of measured entries, in the format of `gpu/configs/`; null where a kernel is not faster than its rival.
+
+    What there is so far is saved before a kernel whose warps wait for one another, since that might never end.
+    """
     tables: Tables = {}
+    times: dict[tuple[str, str], float] = {}
     for kernel, shape in shapes(capability, quick):
+        if kernel in RIVAL and kernel not in tables:
+            save(tables)
         found = best(kernel, *workload(kernel, shape, device), candidates(kernel, shape), timer)
         print(kernel, shape, found, flush=True)
         if found is not None:
-            tables.setdefault(kernel, []).append({"shape": shape, "config": found[1]})
+            times[kernel, str(shape)] = found[0]
+        rival = times.get((RIVAL.get(kernel, ""), str(shape)), math.inf)
+        if kernel in RIVAL or found is not None:
+            config = found[1] if found is not None and found[0] < rival else None
+            tables.setdefault(kernel, []).append({"shape": shape, "config": config})
     return tables
 
 
@@ -208,11 +232,17 @@ def main(arguments: list[str] | None = None) -> int:
 
     name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     path = options.out or launch.CONFIG_FOLDER / launch.config_file_name(name)
-    tables = tune(capability, "cuda", milliseconds, options.quick)
     default = json.loads((launch.CONFIG_FOLDER / launch.default_file_name(capability)).read_text())
-    header = ("gpu", "capability", "measured")
-    complete(tables, {kernel: entries for kernel, entries in default.items() if kernel not in header})
-    write(path, {"gpu": name, "capability": list(capability), "measured": True, "torch": torch.__version__}, tables)
+    for words in ("gpu", "capability", "measured"):
+        del default[words]
+    header = {"gpu": name, "capability": list(capability), "measured": True, "torch": torch.__version__}
+
+    def save(tables: Tables) -> None:
+        completed = {kernel: list(entries) for kernel, entries in tables.items()}
+        complete(completed, default)
+        write(path, header, completed)
+
+    save(tune(capability, "cuda", milliseconds, options.quick, save))
     print(f"wrote {path}")
     return 0
 

@@ -16,6 +16,7 @@ import torch
 
 from . import ops, ready, self_check, verdict_file
 from .checks import switch
+from .ops import PINGPONG
 from .self_check import Finding
 from .self_check_cases import ATTENTION, MERGED
 
@@ -46,7 +47,8 @@ class Verdict:
         return frozenset(finding.kernel for finding in self.failed)
 
     def allows(self, kernel: str) -> bool:
-        """Whether an operator's Triton kernel, or "merged" attention, is used where nobody asks for it by name."""
+        """Whether an operator's Triton kernel, "pingpong" or "merged" attention, is used where nobody asks for it by
+        name."""
         return kernel not in self.wrong and (kernel == MERGED or self.unavailable is None)
 
     @property
@@ -68,7 +70,11 @@ class Verdict:
             said.append(f"no Triton kernel runs here: {self.unavailable}")
         if self.failed:
             said.append(f"failed their check: {'; '.join(map(str, self.failed))}")
-        return f"specedit_kernels: {'; '.join(said)}. PyTorch takes their place; `specedit doctor` tells more."
+        taken = "PyTorch takes their place"
+        if PINGPONG in self.wrong:
+            others = ", and PyTorch that of the others" if len(self.wrong) > 1 else ""
+            taken = f"The plain kernel of attention takes the place of {PINGPONG}{others}"
+        return f"specedit_kernels: {'; '.join(said)}. {taken}; `specedit doctor` tells more."
 
 
 def guarded(device: torch.device) -> bool:
@@ -147,6 +153,19 @@ def backend_for(name: str, args: tuple[Any, ...]) -> str:
     return MERGED if kernel == ATTENTION and found.allows(MERGED) and not lists else "torch"
 
 
+def uses_pingpong(device: torch.device) -> bool:
+    """Whether launch parameters may choose the ping-pong kernel: it passed its check, or nothing is checked."""
+    found = _known.get(device)
+    return not guarded(device) if found is None else found.allows(PINGPONG)
+
+
+def _chosen(name: str, args: tuple[Any, ...]) -> str:
+    chosen = backend_for(name, args)
+    if chosen == "triton" and _kernel_of(name) == ATTENTION and uses_pingpong(args[0].device):
+        return PINGPONG
+    return chosen
+
+
 def require(name: str, device: torch.device) -> None:
     """RuntimeError if an operator's kernel, asked for by name, has failed its check on this device."""
     if torch.compiler.is_compiling() or not guarded(device):
@@ -185,4 +204,4 @@ def check_backend(backend: str | None, device: torch.device) -> None:
         verdict(device)
 
 
-ops.choose_backends_by(backend_for)
+ops.choose_backends_by(_chosen)

@@ -9,7 +9,7 @@
 
 The driver (driver.c) is compiled to a libcuda.so.1. It refuses launches and tensor maps that break a documented rule.
 Outputs are not written, unless `computes` lets plain PyTorch write them after each launch. With `checks` the first use
-checks every kernel, as on a GPU, and `faulty` names operators whose results are then wrong.
+checks every kernel, as on a GPU, and `faulty` names operators, or "pingpong", whose results are then wrong.
 """
 
 from __future__ import annotations
@@ -193,15 +193,15 @@ def use(
 
     stock_run = ops.run
 
-    def computed(name: str, args: tuple[Any, ...], result: Any) -> Any:
+    def computed(name: str, args: tuple[Any, ...], result: Any, backend: str = "triton") -> Any:
         if not (computes or checks):
             return result
         result = ops._TORCH[name](*args)
-        return broken(name, args, result) if name in faulty else result
+        return broken(name, args, result) if name in faulty or backend in faulty else result
 
     def run(backend: str, name: str, args: tuple[Any, ...]) -> Any:
         result = stock_run(backend, name, args)
-        return computed(name, args, result) if backend == "triton" else result
+        return computed(name, args, result, backend) if backend in ("triton", ops.PINGPONG) else result
 
     stock_repeat = ready.repeat
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .attention_launch import parameters, prepare_attention
+from .attention_launch import pingpong_shapes as pingpong_shapes
 from .attention_order import order
 from .attention_plan import Schedule
 from .expand import prepare_contract, prepare_expand
@@ -28,17 +29,22 @@ _PREPARE: dict[str, Callable[..., Callable[..., Any]]] = {
 }
 
 
-def prepare(name: str, args: tuple[Any, ...], tuned: dict[str, Config] | None = None) -> Callable[..., Any]:
+def prepare(
+    name: str, args: tuple[Any, ...], tuned: dict[str, Config] | None = None, pingpong: bool = False
+) -> Callable[..., Any]:
     """What runs an operator on arguments like these, alike in all but values and addresses of the same alignment.
 
     It launches on the device of the first tensor. The operators NAME and NAME_out, which writes into its last tensors,
-    have the same one. `tuned` overrides launch parameters.
+    have the same one. `tuned` overrides launch parameters. With `pingpong`, attention may take that kernel where the
+    parameters name it.
     """
     device = args[0].device
     check_device(device)
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
-        call = _PREPARE[name.removesuffix("_out")](*args, tuned=tuned)
+        operator = name.removesuffix("_out")
+        more = {"pingpong": pingpong} if operator == "mixed_attention" else {}
+        call = _PREPARE[operator](*args, tuned=tuned, **more)
     return _on(device, call) if elsewhere else call
 
 
@@ -51,6 +57,7 @@ def plan(
     longest: int | None,
     head_dim: int,
     dtype: torch.dtype,
+    pingpong: bool = False,
 ) -> tuple[torch.Tensor | int | None, ...]:
     """The fields of an `AttentionPlan` from `query_tiles` on: for aligned tensors, which most are."""
     given = cu_k if cu_k is not None else bias
@@ -58,7 +65,7 @@ def plan(
     device = given.device
     check_device(device)
     sequences = 1 if cu_k is None else cu_k.shape[0] - 1
-    config, _ = parameters(device, dtype.itemsize, head_dim, keys // sequences, True, None)
+    _, config = parameters(device, dtype.itemsize, head_dim, keys // sequences, True, None, pingpong)
     rows, columns = config["block_m"], config["block_n"]
     query_tiles: tuple[torch.Tensor | int | None, ...] = (None, 0)
     key_order: tuple[torch.Tensor | int | None, ...] = (None, None, None, 0)
@@ -80,4 +87,4 @@ def _on(device: torch.device, call: Callable[..., Any]) -> Callable[..., Any]:
 
 def run(name: str, args: tuple[Any, ...], tuned: dict[str, Config] | None = None) -> Any:
     """Launches an operator's kernel on the device of its first tensor. `tuned` overrides launch parameters."""
-    return prepare(name, args, tuned)(*args)
+    return prepare(name, args, tuned, pingpong=True)(*args)

@@ -1,11 +1,14 @@
-"""Launches of `attention.attend`: which tensors are copied, which launch parameters, which grid."""
+"""Launches of `attend` and `attend_pingpong`: which tensors are copied, which launch parameters, which grid."""
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import torch
+from triton.runtime import driver
 
 from . import launch
 from .attention import attend
@@ -14,6 +17,9 @@ from .attention_plan import Schedule
 from .prepared import Descriptor, Launch
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
+PLAIN, TMA, PINGPONG = "attention", "attention_tma", "attention_pingpong"  # tables of launch parameters
+PINGPONG_DIMS = (64, 128)  # head dims, rounded up to a power of 2, that leave its warpgroups enough registers
+PINGPONG_CAPABILITY = 90
 
 
 def with_batch(tensor: torch.Tensor) -> torch.Tensor:
@@ -45,18 +51,67 @@ def check_head_dim(dtype: torch.dtype, dim: int) -> None:
         raise ValueError(f'q: expected a head dim up to 128 in float32, got {dim}; use backend="torch"')
 
 
-def parameters(
-    device: torch.device, itemsize: int, dim: int, keys: int, aligned: bool, tuned: dict[str, launch.Config] | None
-) -> tuple[launch.Config, bool]:
-    """Launch parameters for `keys` per sequence, and whether they are for descriptors.
+@functools.cache
+def _warn(said: str) -> None:
+    """Once for each text."""
+    warnings.warn(f"specedit_kernels: {said}", stacklevel=2)
 
-    On Hopper and newer, half precision loads through TMA where every tensor is aligned for it.
+
+@functools.cache
+def _why_no_gluon() -> str | None:
+    try:
+        from . import attention_pingpong  # noqa: F401
+    except (ImportError, AttributeError) as error:
+        return f"this Triton's Gluon is another: {error}"
+    return None
+
+
+def why_no_pingpong() -> str | None:
+    """Why the ping-pong kernel does not run on the current device with this Triton, or None."""
+    if launch.interpreting():
+        return "Triton's interpreter runs no Gluon"
+    arch = driver.active.get_current_target().arch
+    if arch != PINGPONG_CAPABILITY:
+        return f"expected sm_{PINGPONG_CAPABILITY}, got sm_{arch}"
+    return _why_no_gluon()
+
+
+def pingpong_shapes(device: torch.device) -> list[tuple[int, int]]:
+    """Head dims and keys for which the device's file names the ping-pong kernel; none where it does not run."""
+    if why_no_pingpong() is not None:
+        return []
+    return [(shape["head_dim"], shape["keys"]) for shape in launch.shapes(PINGPONG, device)]
+
+
+class Choice(NamedTuple):
+    """A kernel, by the table of its launch parameters, and these."""
+
+    kernel: str
+    config: launch.Config
+
+
+def parameters(
+    device: torch.device, itemsize: int, dim: int, keys: int, aligned: bool, tuned: dict[str, launch.Config] | None,
+    pingpong: bool = False,
+) -> Choice:  # fmt: skip
+    """The kernel for `keys` per sequence.
+
+    On Hopper and newer, half precision loads through TMA where every tensor is aligned for it. With `pingpong` it may
+    be the ping-pong kernel, where the device's file says so.
     """
     shape = {"bits": 8 * itemsize, "head_dim": launch.next_power_of_2(dim), "keys": keys}
-    config = launch.config("attention_tma", device, tuned, **shape) if itemsize == 2 and aligned else None
-    if config is not None:
-        return config, True
-    return launch.shipped_config("attention", device, tuned, **shape), False
+    if itemsize == 2 and aligned:
+        if pingpong and shape["head_dim"] in PINGPONG_DIMS:
+            config = launch.config(PINGPONG, device, tuned, **shape)
+            why = None if config is None else why_no_pingpong()
+            if config is not None and why is None:
+                return Choice(PINGPONG, config)
+            if why is not None:
+                _warn(f"the launch parameters name {PINGPONG}, which does not run here: {why}. The plain kernel does.")
+        config = launch.config(TMA, device, tuned, **shape)
+        if config is not None:
+            return Choice(TMA, config)
+    return Choice(PLAIN, launch.shipped_config(PLAIN, device, tuned, **shape))
 
 
 class Call(NamedTuple):
@@ -99,45 +154,82 @@ class Call(NamedTuple):
 class PreparedAttention:
     """Launches attention on tensors like those of one call."""
 
-    def __init__(self, call: Call, tuned: dict[str, launch.Config] | None) -> None:
+    def __init__(self, call: Call, tuned: dict[str, launch.Config] | None, pingpong: bool) -> None:
         launch.check_dtype("q", call.q)
         check_head_dim(call.q.dtype, call.q.shape[-1])
         q, k, v = four = [with_batch(x) for x in call[:3]]
         self._copied = [x.data_ptr() != source.data_ptr() for x, source in zip(four, call[:3])]
         batch, queries, heads, dim = q.shape
-        keys, sequences = k.shape[1], call.sequences
+        keys, lists = k.shape[1], call.lists
         self._lse_shape = (heads, queries) if call.q.dim() == 3 else (batch, heads, queries)
         aligned = all(fits_descriptor(x) for x in four)
-        config, descriptors = parameters(q.device, q.element_size(), dim, keys // sequences, aligned, tuned)
+        kernel, config = parameters(
+            q.device, q.element_size(), dim, keys // call.sequences, aligned, tuned, pingpong and lists is None
+        )
         block_m, block_n = config["block_m"], config["block_n"]
-        if (lists := call.lists) is not None:
+        if lists is not None:
             block_m, block_n = tile_of((call.query_block, call.key_block), block_m, block_n)
         self._schedule, tiles = self._tiles(call, queries, keys, block_m)
         self._empty = not tiles * call.q.numel()
-        dim_p2, packed = launch.next_power_of_2(dim), call.cu_seqlens_q is not None
-        described = {}
-        if descriptors and not self._empty:
-            described = {3 + i: Descriptor(x, (block_m, block_n, block_n)[i], dim_p2) for i, x in enumerate(four)}
-        self._described = bool(described)
         bias = call.key_bias if call.key_bias is None or call.key_bias.dim() == 2 else call.key_bias[None]
         scale = 1 / math.sqrt(dim) if call.scale is None else float(call.scale)
         group = heads // max(1, k.shape[2])  # Triton specialises 1, so equal head counts cost nothing
-        strides = (stride for x in four for stride in x.stride())
-        self._sizes = (
-            tiles, heads, group, queries, keys, scale * math.log2(math.e), *strides,
-            *((0, 0) if bias is None else bias.stride()),
-        )  # fmt: skip
-        alike = call.key_order is not None and call.tile_keys == block_n and lists is None
-        self._ordered = alike and bias is not None and scale > 0
+        self._sizes: tuple[int | float, ...] = (tiles, heads, group, queries, keys, scale * math.log2(math.e))
+        self._bias_strides = (0, 0) if bias is None else bias.stride()
+        self._switches: tuple[Any, ...] = ()
+        grid, scale_first = (tiles * heads * batch, 1, 1), bias is not None or not scale > 0
+        self._pingpong = kernel == PINGPONG
+        if self._pingpong:
+            self._prepare_pingpong(call, four, config, grid, scale_first)
+        else:
+            self._prepare_plain(call, four, kernel == TMA, config, (block_m, block_n), grid, scale_first)
+
+    def _prepare_plain(
+        self, call: Call, four: list[torch.Tensor], tma: bool, config: launch.Config, blocks: tuple[int, int],
+        grid: tuple[int, int, int], scale_first: bool,
+    ) -> None:  # fmt: skip
+        dim, (block_m, block_n) = call.q.shape[-1], blocks
+        dim_p2, packed = launch.next_power_of_2(dim), call.cu_seqlens_q is not None
+        described = {}
+        if tma and not self._empty:
+            described = {3 + i: Descriptor(x, (block_m, block_n, block_n)[i], dim_p2) for i, x in enumerate(four)}
+        self._described = bool(described)
+        self._sizes += (*(stride for x in four for stride in x.stride()), *self._bias_strides)
+        self._ordered = self._has_order(call, block_n)
         self._switches = (
-            dim, dim_p2, block_m, block_n, packed, packed and sequences > 1, descriptors, bias is not None,
-            bias is not None or not scale > 0, call.return_lse, "ieee" if q.dtype == torch.float32 else "tf32",
-            lists is not None, call.query_block, call.key_block, self._ordered,
+            dim, dim_p2, block_m, block_n, packed, packed and call.sequences > 1, tma, call.key_bias is not None,
+            scale_first, call.return_lse, "ieee" if call.q.dtype == torch.float32 else "tf32",
+            call.lists is not None, call.query_block, call.key_block, self._ordered,
             # Past the end of a packed sequence a descriptor would read the next one's rows.
-            bool(config.get("masked_tail")) and lists is None and not (self._ordered or (packed and descriptors)),
+            bool(config.get("masked_tail")) and call.lists is None and not (self._ordered or (packed and tma)),
         )  # fmt: skip
         options = {name: config[name] for name in ("num_warps", "num_stages")}
-        self._launch = Launch(attend, (tiles * heads * batch, 1, 1), described, **options)
+        self._launch = Launch(attend, grid, described, **options)
+
+    def _prepare_pingpong(
+        self, call: Call, four: list[torch.Tensor], config: launch.Config, grid: tuple[int, int, int],
+        scale_first: bool,
+    ) -> None:  # fmt: skip
+        """Two warpgroups have half of the rows each, so the queries' descriptor has half a block."""
+        from .attention_pingpong import attend_pingpong, tile_layout
+
+        dim, block_m, block_n = call.q.shape[-1], config["block_m"], config["block_n"]
+        dim_p2, packed = launch.next_power_of_2(dim), call.cu_seqlens_q is not None
+        described, rows = {}, (block_m // 2, block_n, block_n)
+        if not self._empty:
+            described = {i: Descriptor(x, rows[i], dim_p2, tile_layout(dim_p2)) for i, x in enumerate(four)}
+        self._sizes += (*four[2].stride()[1:3], *self._bias_strides)
+        self._ordered = self._has_order(call, block_n)
+        self._switches = (
+            dim, dim_p2, block_m, block_n, config["num_stages"], packed, packed and call.sequences > 1,
+            call.key_bias is not None, scale_first, call.return_lse, self._ordered,
+        )  # fmt: skip
+        self._launch = Launch(attend_pingpong, grid, described, num_warps=4)
+
+    def _has_order(self, call: Call, block_n: int) -> bool:
+        """Whether the call brings an order of blocks of so many keys that the kernel can use."""
+        alike = call.key_order is not None and call.tile_keys == block_n and call.lists is None
+        return alike and call.key_bias is not None and self._sizes[5] > 0  # the scale
 
     def _tiles(self, call: Call, queries: int, keys: int, block_m: int) -> tuple[Schedule | None, int]:
         """What orders the query blocks, or None if the call brings their order or needs none; and their number."""
@@ -170,15 +262,20 @@ class PreparedAttention:
             cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
             if self._schedule is not None:
                 table = self._schedule(cu_q, cu_k)
+        order = (call.key_order, call.key_counts, call.tile_bias) if self._ordered else (None, None, None)
+        if self._pingpong:
+            self._launch(q, k, v, v, bias, out, lse, cu_q, cu_k, table, *self._sizes, *order, *self._switches)
+            return out, lse
         described = (q, k, v) if self._described else (None, None, None)
         lists = call.lists
         listed = (None,) * 6 if lists is None else lists.arguments()
-        order = (call.key_order, call.key_counts, call.tile_bias) if self._ordered else (None, None, None)
         self._launch(
             q, k, v, *described, bias, out, lse, cu_q, cu_k, table, *self._sizes, *listed, *order, *self._switches
         )
         return out, lse
 
 
-def prepare_attention(*args: Any, tuned: dict[str, launch.Config] | None = None) -> PreparedAttention:
-    return PreparedAttention(Call(*args), tuned)
+def prepare_attention(
+    *args: Any, tuned: dict[str, launch.Config] | None = None, pingpong: bool = False
+) -> PreparedAttention:
+    return PreparedAttention(Call(*args), tuned, pingpong)

@@ -148,6 +148,11 @@ def _entry(file_name: str, kernel: str, shape: tuple[tuple[str, int], ...]) -> C
     return nearest(table[kernel], dict(shape)) if kernel in table else None
 
 
+def shapes(kernel: str, device: torch.device) -> list[dict[str, int]]:
+    """The shapes for which the device's file names parameters of a kernel."""
+    return [entry["shape"] for entry in _read(file_of(device)).get(kernel, []) if entry["config"] is not None]
+
+
 def shipped_config(kernel: str, device: torch.device, tuned: dict[str, Config] | None, **shape: int) -> Config:
     """`config` of a kernel that every device has."""
     if (found := config(kernel, device, tuned, **shape)) is None:

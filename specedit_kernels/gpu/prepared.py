@@ -25,20 +25,26 @@ def _hooked() -> bool:
 
 class Descriptor:
     """Makes TMA descriptors over tensors (B, N, H, D) of one shape and strides, as (B, H, N, D) in blocks
-    [1, 1, rows, dim_p2]. Leading unit axes cost nothing."""
+    [1, 1, rows, dim_p2]. Leading unit axes cost nothing. Gluon's have a layout in shared memory."""
 
-    __slots__ = ("_fields",)
+    __slots__ = ("_fields", "_kind")
 
-    def __init__(self, tensor: torch.Tensor, rows: int, dim_p2: int) -> None:
+    def __init__(self, tensor: torch.Tensor, rows: int, dim_p2: int, layout: Any = None) -> None:
         batch, tokens, heads, dim = tensor.shape
         sample, row, head, channel = tensor.stride()
-        checked = TensorDescriptor(
-            tensor, [batch, heads, tokens, dim], [sample, head, row, channel], [1, 1, rows, dim_p2]
-        )
+        self._kind = TensorDescriptor
+        if layout is not None:
+            from triton.experimental.gluon.nvidia import hopper
+
+            self._kind = hopper.TensorDescriptor
+        checked = self._kind(
+            tensor, [batch, heads, tokens, dim], [sample, head, row, channel], [1, 1, rows, dim_p2],
+            *(() if layout is None else (layout,)),
+        )  # fmt: skip
         self._fields = {name: value for name, value in vars(checked).items() if name != "base"}
 
-    def __call__(self, tensor: torch.Tensor) -> TensorDescriptor:
-        described: TensorDescriptor = object.__new__(TensorDescriptor)  # its checks are done, and take long
+    def __call__(self, tensor: torch.Tensor) -> Any:
+        described = object.__new__(self._kind)  # its checks are done, and take long
         described.__dict__.update(self._fields, base=tensor)
         return described
 

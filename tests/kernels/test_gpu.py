@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import specedit_kernels as kernels
-from specedit_kernels import ops, reference
+from specedit_kernels import ops, ready, reference, tune, verdict
 
 pytestmark = [
     pytest.mark.gpu,
@@ -106,6 +106,49 @@ def test_random_ragged_batches(as_good, seed, half):
     as_good(lse, exact[1], same[1])
 
 
+needs_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs sm_90"
+)
+
+
+def with_every_pingpong_tile(as_good, q, k, v, cu_q, cu_k, bias):
+    from specedit_kernels import gpu
+
+    exact = softmax_attention(q, k, v, cu_q, cu_k, bias, torch.float64)
+    same = softmax_attention(q, k, v, cu_q, cu_k, bias, q.dtype)
+    for config in tune.candidates(tune.PINGPONG, {"head_dim": q.shape[-1]}):
+        arguments = (q, k, v, cu_q, cu_k, None, bias, q.shape[-1] ** -0.5, True)
+        order = (*gpu.order(bias, cu_k, config["block_n"]), config["block_n"])
+        for planned in ((), (None, None, 0, 0, None, 0, *order)):
+            out, lse = gpu.run("mixed_attention", (*arguments, *planned), {tune.PINGPONG: config})
+            as_good(out, exact[0], same[0])
+            as_good(lse, exact[1], same[1])
+
+
+@needs_hopper
+@pytest.mark.parametrize("case", LIFE)
+@pytest.mark.parametrize("half", HALVES, ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_pingpong_tiles_at_realistic_sizes(as_good, case, half, dim):
+    q, k, v, cu, bias = attention_inputs(generator(), half, LIFE[case], 2, dim, hidden=0.1)
+    with_every_pingpong_tile(as_good, q, k, v, cu, cu, bias)
+
+
+@needs_hopper
+@pytest.mark.parametrize("seed", range(30))
+def test_pingpong_tiles_of_random_ragged_batches(as_good, seed):
+    """Sequences without keys, without queries, and with fewer keys than a block."""
+    g = generator(seed)
+    lengths = torch.randint(0, 400, (2, 6), generator=g, device="cuda") // (1 + torch.arange(6, device="cuda") ** 2)
+    cu_q, cu_k = torch.nn.functional.pad(lengths.cumsum(1), (1, 0)).to(torch.int32)
+    dim = (64, 128)[seed % 2]
+    q, k, v = (torch.randn(int(n[-1]) + 1, 2, dim, generator=g, device="cuda").bfloat16() for n in (cu_q, cu_k, cu_k))
+    bias = torch.randn(len(k), generator=g, device="cuda")
+    cu_q[-1] += 1  # at least one row of each
+    cu_k[-1] += 1
+    with_every_pingpong_tile(as_good, q, k, v, cu_q, cu_k, bias)
+
+
 def random_lists(g, queries, keys, size, heads=None, share=0.3):
     """Lists of a packed batch with as many blocks as its lengths have, on the GPU."""
     lead = () if heads is None else (heads,)
@@ -118,7 +161,7 @@ def random_lists(g, queries, keys, size, heads=None, share=0.3):
 @pytest.mark.parametrize("half", HALVES, ids=str)
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("case", ["coarse", "two halves of CFG", "batch of 8 masks"])
-def test_block_lists_at_realistic_sizes(as_good, case, half, dim, size):
+def test_block_lists_at_realistic_sizes(as_good, monkeypatch, case, half, dim, size):
     q, k, v, cu, bias = attention_inputs(generator(), half, LIFE[case], 2, dim)
     counts = [a + b for a, b in LIFE[case]]
     masks, keep = random_lists(generator(1), counts, counts, size, heads=2)
@@ -130,6 +173,8 @@ def test_block_lists_at_realistic_sizes(as_good, case, half, dim, size):
     as_good(out, exact[0], same[0])
     as_good(lse, exact[1], same[1])
     every = [torch.ones_like(mask) for mask in masks]
+    monkeypatch.setattr(verdict, "uses_pingpong", lambda device: False)  # which has other tiles, and no lists
+    ready.forget()
     all_kept = kernels.BlockKeep.from_masks(every)
     got = kernels.mixed_attention(q, k, v, **arguments, block_keep=all_kept)
     for a, b in zip(got, kernels.mixed_attention(q, k, v, **arguments)):

@@ -21,9 +21,47 @@ def test_every_kernel_gets_candidates(capability):
     for kernel, shape in tune.shapes(capability, quick=False):
         names.add(kernel)
         configs = list(tune.candidates(kernel, shape))
-        wanted = launch.nearest(default[kernel], shape)
-        assert len(configs) > 1 and all(config.keys() - {"masked_tail"} == wanted.keys() for config in configs)
-    assert names == default.keys() - {"gpu", "capability", "measured"}
+        wanted = {"block_m", "block_n", "num_stages"}  # of the ping-pong kernel, which no default names
+        if kernel != tune.PINGPONG:
+            wanted = launch.nearest(default[kernel], shape).keys()
+        assert len(configs) > 1 and all(config.keys() - {"masked_tail"} == wanted for config in configs)
+    rivals = {tune.PINGPONG} if capability == (9, 0) else set()
+    assert names == (default.keys() - {"gpu", "capability", "measured"}) | rivals
+
+
+@pytest.mark.parametrize("times, named", [({"attention_tma": 2.0, tune.PINGPONG: 1.0}, True),
+                                          ({"attention_tma": 1.0, tune.PINGPONG: 2.0}, False)])  # fmt: skip
+def test_the_pingpong_kernel_is_named_where_it_is_faster(monkeypatch, times, named):
+    """It is tried last, after what was found so far has been saved."""
+    shape, saved = {"head_dim": 128, "bits": 16, "keys": 2560}, []
+    monkeypatch.setattr(tune, "shapes", lambda capability, quick: [(kernel, shape) for kernel in times])
+    monkeypatch.setattr(tune, "workload", lambda kernel, *_: (None, None))
+    monkeypatch.setattr(tune, "best", lambda kernel, call, want, configs, timer: (times[kernel], next(iter(configs))))
+    tables = tune.tune((9, 0), "cpu", None, True, lambda tables: saved.append(dict(tables)))
+    config = launch.nearest(tables[tune.PINGPONG], shape)
+    assert config == (next(tune.candidates(tune.PINGPONG, shape)) if named else None)
+    assert [tables.keys() for tables in saved] == [{"attention_tma"}]
+
+
+def test_what_was_found_is_written_before_a_kernel_that_might_hang(monkeypatch, tmp_path):
+    shape, file = {"head_dim": 128, "bits": 16, "keys": 2560}, tmp_path / "gpu.json"
+    found = {"block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 2}
+
+    def best(kernel, call, want, configs, timer):
+        if kernel == tune.PINGPONG:
+            raise KeyboardInterrupt
+        return 1.0, found
+
+    for name, value in (("is_available", True), ("get_device_name", "Imaginary"), ("get_device_capability", (9, 0))):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(tune, "shapes", lambda capability, quick: [("attention_tma", shape), (tune.PINGPONG, shape)])
+    monkeypatch.setattr(tune, "workload", lambda kernel, *_: (None, None))
+    monkeypatch.setattr(tune, "best", best)
+    with pytest.raises(KeyboardInterrupt):
+        tune.main(["--out", str(file)])
+    written = json.loads(file.read_text())
+    assert written["gpu"] == "Imaginary" and {"shape": shape, "config": found} in written["attention_tma"]
+    assert "attention" in written and tune.PINGPONG not in written  # completed with the defaults
 
 
 def test_fastest_correct_config_wins():
