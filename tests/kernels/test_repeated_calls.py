@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from specedit_kernels import checks, mixed_attention, qk_norm_rope, ready
+from specedit_kernels import (
+    checks, expand_tokens, gather_tokens, mixed_attention, qk_norm_rope, ready, scatter_tokens, weighted_sum,
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -38,6 +40,34 @@ def test_a_repeated_call_skips_its_checks_and_gives_the_same(remembered, argumen
         mixed_attention(q[:, :5], k, k, key_bias=bias)
     with pytest.raises(AssertionError, match="checked again"):
         mixed_attention(q, k, k, key_bias=bias, backend="torch")
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_a_repeated_call_gives_the_tensors_that_it_writes(remembered, arguments, return_lse):
+    q, k = arguments[:2]
+    rows, index, weights = q[0, :, 0], torch.tensor([4, 0]), torch.tensor([0.5, 2.0])
+    pair = torch.empty_like(q), torch.empty(1, 2, 6)
+    written = pair if return_lse else pair[0]
+    calls = [
+        (lambda out: gather_tokens(rows, index, out=out), rows.new_empty(2, 8)),
+        (lambda out: scatter_tokens(rows[:2], index, out), torch.zeros(6, 8)),
+        (lambda out: expand_tokens(rows, 0.5, noise=rows.new_zeros(6, 4, 2, 3), out=out)[0], rows.new_empty(6, 4, 8)),
+        (lambda out: weighted_sum(torch.stack([q, k]), weights, out=out), torch.empty_like(q)),
+        (lambda out: mixed_attention(q, k, k, return_lse=return_lse, out=out), written),
+        (lambda out: qk_norm_rope(*arguments, out=out), (torch.empty_like(q), torch.empty_like(q))),
+    ]
+    for call, out in calls:
+        want = [x.clone() for x in as_list(call(out))]
+        for x in as_list(out):
+            x.fill_(9.0)
+        got = as_list(call(out))
+        assert all(a is b for a, b in zip(got, as_list(out), strict=True))
+        if call is not calls[1][0]:  # which writes some rows alone
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def as_list(tensors):
+    return [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
 
 
 def test_values_memory_and_malformed_arguments_are_checked_every_time(remembered, arguments):

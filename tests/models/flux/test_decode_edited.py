@@ -132,7 +132,8 @@ def attend_above(pipe):
     [(change_nothing, True), (offload_and_slice, True), (tile, False), (compile_decode, False), (attend_above, False)],
 )
 def test_what_decodes_boxes(pipe, change, boxes):
-    pipe.vae = copy.deepcopy(pipe.vae)
+    for name in ("vae", "text_encoder", "text_encoder_2"):  # which pipelines share
+        setattr(pipe, name, copy.deepcopy(getattr(pipe, name)))
     change(pipe)
     part = decode_boxes.decoded_part(pipe.vae, torch.randn(1, 4, 64, 64), cells((0, 6, 4), batch=1)[..., :16], CELL)
     assert (part is not None) == boxes
