@@ -83,6 +83,7 @@ def test_ctrl_c_in_the_middle_of_a_run(pipe, edit, check_untouched):
     check()
 
 
+@pytest.mark.slow
 def test_an_exception_in_the_transformer(pipe, edit, check_untouched):
     check = check_untouched(pipe)
     specedit.install(pipe, **QUICK)

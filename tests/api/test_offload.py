@@ -69,12 +69,13 @@ PLAIN = [offload_models, offload_modules, offload_groups, slice_batches, set_bac
 
 
 # What is compiled before it is installed: test_compiling_changes_nothing, tests/models/test_graphs.py.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "change"),
     [
         *((first, change) for first in ("install", "change") for change in PLAIN),
-        pytest.param("install", compile_transformer, marks=pytest.mark.slow),
-        pytest.param("install", compile_blocks, marks=pytest.mark.slow),
+        ("install", compile_transformer),
+        ("install", compile_blocks),
     ],
 )
 def test_the_same_edit_whatever_becomes_of_the_weights(make_own, edit, change, first):
@@ -108,6 +109,7 @@ def test_tiles(make_own, edit):
         assert specedit.report(pipe).score.shape == (1, 8, 8)
 
 
+@pytest.mark.slow
 def test_another_dtype_after_install(make_own, edit):
     pipe, other = make_own(), make_own()
     specedit.install(pipe, **QUICK, keep_pixels=True)
@@ -120,6 +122,7 @@ def test_another_dtype_after_install(make_own, edit):
     assert torch.equal(edit(pipe, num_inference_steps=2), edit(other, num_inference_steps=2))
 
 
+@pytest.mark.slow
 def test_another_pipeline_from_an_installed_one(make_own, edit):
     pipe = make_own()
     stock = edit(pipe, num_inference_steps=2)

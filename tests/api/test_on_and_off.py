@@ -18,6 +18,7 @@ from specedit.method.adapter import Run
 from tests.api.common import CORNER, QUICK, processors, same_objects
 
 
+@pytest.mark.slow
 def test_install_changes_one_instance(pipe, make_pipe, edit, check_untouched):
     check, other, before = check_untouched(pipe), make_pipe(), FluxKontextPipeline.__call__
     assert specedit.install(pipe, "turbo") is pipe and is_active(pipe)
@@ -31,6 +32,7 @@ def test_install_changes_one_instance(pipe, make_pipe, edit, check_untouched):
     assert torch.equal(edit(pipe, num_inference_steps=3), stock)
 
 
+@pytest.mark.slow
 def test_install_twice_replaces_the_configuration(pipe, edit, check_untouched):
     check = check_untouched(pipe)
     specedit.install(pipe, "turbo")
@@ -77,6 +79,7 @@ def test_uninstall_after_another_engine_came(pipe, edit):
     pipe.transformer = model
 
 
+@pytest.mark.slow
 def test_install_and_uninstall_many_times(pipe, edit, check_untouched):
     check = check_untouched(pipe)
     images = []
@@ -102,6 +105,7 @@ def test_report_needs_an_accelerated_call(pipe, edit):
         specedit.report(None)
 
 
+@pytest.mark.slow
 def test_disabled_runs_the_stock_call(pipe, edit):
     stock = edit(pipe, num_inference_steps=3)
     specedit.install(pipe, **QUICK)
@@ -141,6 +145,7 @@ def test_disabled_blocks_in_many_threads_are_counted(pipe):
     assert is_active(pipe)
 
 
+@pytest.mark.slow
 def test_save_pretrained_while_installed(pipe, edit, tmp_path):
     stock = edit(pipe, num_inference_steps=2)
     specedit.install(pipe)
@@ -153,6 +158,7 @@ def test_save_pretrained_while_installed(pipe, edit, tmp_path):
     torch.testing.assert_close(edit(loaded, num_inference_steps=2), stock, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "duplicate",
     [copy.deepcopy, copy.copy, lambda pipe: pickle.loads(pickle.dumps(pipe))],
@@ -173,6 +179,7 @@ def test_a_copy_of_an_installed_pipeline(pipe, edit, duplicate, check_untouched)
     check()
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_shares_the_transformer(pipe, edit):
     other = FluxKontextPipeline(**pipe.components)
     other.set_progress_bar_config(disable=True)

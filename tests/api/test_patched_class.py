@@ -88,6 +88,7 @@ def nothing_left(pipe, cls):
     return type(pipe) is cls and not {"_original_call", "_is_cached"} & vars(cls).keys()
 
 
+@pytest.mark.slow
 def test_enabled_installed_disabled(own, edit, stock, accelerated):
     cls = type(own)
     enable(own)
@@ -110,6 +111,7 @@ def test_enabled_installed_uninstalled_disabled(own, edit, stock):
     assert nothing_left(own, cls) and torch.equal(edit(own, num_inference_steps=2), stock)
 
 
+@pytest.mark.slow
 def test_installed_enabled_disabled(own, edit, stock, accelerated):
     cls = type(own)
     specedit.install(own, **QUICK)
@@ -122,6 +124,7 @@ def test_installed_enabled_disabled(own, edit, stock, accelerated):
     assert nothing_left(own, cls) and torch.equal(edit(own, num_inference_steps=2), stock)
 
 
+@pytest.mark.slow
 def test_installed_enabled_uninstalled_disabled(own, edit, stock, accelerated):
     """Its patch keeps the class that it stands on; the pipeline is stock all the same."""
     cls = type(own)
@@ -137,6 +140,7 @@ def test_installed_enabled_uninstalled_disabled(own, edit, stock, accelerated):
     assert nothing_left(own, cls)
 
 
+@pytest.mark.slow
 def test_installed_enabled_uninstalled_installed_disabled(own, edit, stock, accelerated):
     cls = type(own)
     specedit.install(own, **QUICK)
@@ -167,6 +171,7 @@ def test_another_call_written_over_ours(own, edit):
     assert is_active(own)
 
 
+@pytest.mark.slow
 def test_a_wrapper_without_a_name_for_what_it_wraps(own, edit, accelerated):
     specedit.install(own, **QUICK)
     ours, calls = type(own).__call__, []

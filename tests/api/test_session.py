@@ -33,6 +33,7 @@ def test_what_is_no_pipeline_is_refused_as_by_install(picture):
         specedit.Session(None, picture())
 
 
+@pytest.mark.slow
 def test_edits_undo_and_redo(session):
     original = session.picture
     assert session.original is original and session.edits == () and session.report is None
@@ -53,6 +54,7 @@ def test_edits_undo_and_redo(session):
         session.undo()
 
 
+@pytest.mark.slow
 def test_a_session_is_the_same_edits_by_hand(session, make_pipe):
     """On the last result and on the original, bit for bit where every pixel of a cell changes."""
     first = edit(session, edit_mask=CORNER, seed=1)
@@ -69,6 +71,7 @@ def test_a_session_is_the_same_edits_by_hand(session, make_pipe):
     assert (a != source).any() and (a[64:] == source[64:]).all() and (a[:, 64:] == source[:, 64:]).all()
 
 
+@pytest.mark.slow
 def test_a_later_edit_encodes_only_what_is_new(session, count_calls):
     pipe = session.pipe
     edit(session, edit_mask=CORNER)
@@ -128,6 +131,7 @@ class Stop(BaseException):
     pass
 
 
+@pytest.mark.slow
 def test_what_fails_leaves_the_session_as_it_was(session):
     first = edit(session)
     edit(session)
@@ -196,6 +200,7 @@ def test_a_stock_call_is_an_edit_without_a_report(session):
     assert session.picture is made and session.report is None and len(session.edits) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "expected"), [((668, 2548), (512, 2016)), ((3951, 2721), (1216, 864)), ((512, 512), None)]
 )

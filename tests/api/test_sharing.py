@@ -70,6 +70,7 @@ class Held:
         return self.image
 
 
+@pytest.mark.slow
 def test_the_last_installation_takes_the_hooks_off(pipe, edit):
     others = [share(pipe), copy.copy(pipe)]
     stock = edit(pipe, num_inference_steps=2)
@@ -98,6 +99,7 @@ def test_uninstalling_a_copy_while_another_call_runs(pipe, edit):
     assert clean(pipe.transformer)
 
 
+@pytest.mark.slow
 def test_uninstalling_while_its_own_call_runs(pipe, edit):
     """The call ends as it began, and the hooks go with it; stock calls meanwhile are stock."""
     stock = edit(pipe, num_inference_steps=2)
@@ -111,6 +113,7 @@ def test_uninstalling_while_its_own_call_runs(pipe, edit):
     assert clean(pipe.transformer) and torch.equal(edit(pipe, num_inference_steps=2), stock)
 
 
+@pytest.mark.slow
 def test_installing_again_before_the_call_ends(pipe, edit):
     specedit.install(pipe, **QUICK)
     expected = edit(pipe)
@@ -220,6 +223,7 @@ def test_a_compiled_transformer_shares_with_the_plain_one(pipe):
     assert clean(pipe.transformer)
 
 
+@pytest.mark.slow
 def test_a_deep_copy_of_the_transformer_has_separate_users(pipe, edit):
     stock = edit(pipe, num_inference_steps=2)
     specedit.install(pipe, **QUICK)

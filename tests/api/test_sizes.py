@@ -95,6 +95,7 @@ def test_qwens_size_is_what_stock_computes_by_itself(qwens):
             assert (16 * state.grid.height, 16 * state.grid.width) == (given["height"], given["width"])
 
 
+@pytest.mark.slow
 def test_a_plus_picture_of_another_area_than_the_output_gets_its_own(qwens, monkeypatch):
     from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as plus
 
@@ -148,6 +149,7 @@ def test_fewer_layers_do_not_make_an_embedded_editor(pipe):
     assert not is_embedded_kontext(SimpleNamespace(transformer=None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(96, 64), (640, 480)])
 def test_the_command_line_does_not_zoom_into_small_pictures(qwens, monkeypatch, size):
     for family in qwens:

@@ -93,6 +93,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_what_it_makes_is_a_stock_pipeline(pipe, edit, tmp_path, way):
     stock = edit(pipe, num_inference_steps=2)
@@ -122,6 +123,7 @@ def test_its_components_make_other_pipelines(pipe):
     assert str(ours.value) == str(stock.value)
 
 
+@pytest.mark.slow
 def test_its_class_can_be_subclassed(pipe, edit):
     stock = edit(pipe, num_inference_steps=2)
     specedit.install(pipe, **QUICK)

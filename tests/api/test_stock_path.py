@@ -70,6 +70,7 @@ class Silent:
         )
 
 
+@pytest.mark.slow
 def test_third_party_processors_run_stock(make_pipe, edit):
     pipe = make_pipe()
     kept = pipe.transformer.attn_processors
@@ -230,6 +231,7 @@ def test_a_diffusers_cache_enabled_before(pipe, edit, cached):
     assert torch.equal(edit(pipe, num_inference_steps=2), ours)
 
 
+@pytest.mark.slow
 def test_a_diffusers_cache_enabled_after(pipe, edit, cached):
     specedit.install(pipe, **QUICK)
     expected = edit(pipe)
@@ -322,6 +324,7 @@ def test_inpaint_pipelines_stay_stock_with_one_warning(pipe):
     specedit.uninstall(pipe)
 
 
+@pytest.mark.slow
 def test_a_stock_call_leaves_no_old_report(pipe, edit):
     specedit.install(pipe, **QUICK)
     edit(pipe)

@@ -137,6 +137,7 @@ def test_a_stock_path_gives_none(pipe, ask):
         assert type(ask(2, sigmas=[1.0, 0.5], return_dict=False)) is tuple
 
 
+@pytest.mark.slow
 def test_the_timestep_shown_to_a_callback_is_its_own_calls(pipe, ask):
     """Another thread's call replaces `pipe.current_timestep`, which all calls of one pipeline share."""
     specedit.install(pipe, steps=(1, 1, 1))

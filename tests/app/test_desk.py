@@ -44,6 +44,7 @@ def test_an_edit_changes_what_was_painted_and_nothing_else(desk, mask):
     assert turn.edit.report.draft_steps == 0 and turn.seconds >= turn.edit.report.seconds
 
 
+@pytest.mark.slow
 def test_without_paint_the_draft_decides(desk):
     assert desk.edit(ASKED, None, silent).edit.report.draft_steps > 0
 
@@ -58,6 +59,7 @@ def test_another_try_starts_from_the_same_picture(desk, mask):
     assert desk.turn is None and desk.base is base and desk.turns == [first, second]
 
 
+@pytest.mark.slow
 def test_an_edit_on_the_result_undo_and_redo(desk, mask):
     base = desk.base
     first = desk.edit(ASKED, mask, silent)
@@ -76,6 +78,7 @@ def test_an_edit_on_the_result_undo_and_redo(desk, mask):
     assert third.before is first.edit.picture and [turn.number for turn in desk.turns] == [1, 2, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [True, False])
 def test_a_cancelled_edit_stops_within_a_step(desk, mask, masked, loaded, hooked):
     """Cancelled in the third step: of the draft, where there is one, which no callback of the pipeline sees."""
@@ -96,6 +99,7 @@ def test_a_cancelled_edit_stops_within_a_step(desk, mask, masked, loaded, hooked
     assert desk.edit(asked, mask, silent).before is first.before
 
 
+@pytest.mark.slow
 def test_a_failed_edit_leaves_the_desk_as_it_was(desk, mask):
     first = desk.edit(ASKED, mask, silent)
     with pytest.raises(ValueError, match="edit_mask: expected some nonzero pixels, got an empty mask"):
@@ -115,6 +119,7 @@ def test_who_waits_hears_of_it_and_can_cancel(desk, models, mask):
     assert heard == ["waiting for another edit"] and desk.turns == []
 
 
+@pytest.mark.slow
 def test_one_desk_does_one_thing_at_a_time(desk, mask):
     refused = []
 
@@ -128,6 +133,7 @@ def test_one_desk_does_one_thing_at_a_time(desk, mask):
     assert {"undo", "redo", "edit this result", "open"} == set(refused)
 
 
+@pytest.mark.slow
 def test_progress_names_every_stage(desk):
     heard = []
     desk.edit(ASKED, None, lambda share, what: heard.append((share, what)))
@@ -140,6 +146,7 @@ def test_progress_names_every_stage(desk):
     assert heard[-2][1] == f"full, step {full} of {full}"
 
 
+@pytest.mark.slow
 def test_two_desks_share_weights_and_nothing_else(models, picture, mask, loaded):
     desks = [Desk(models) for _ in range(2)]
     for i, desk in enumerate(desks):

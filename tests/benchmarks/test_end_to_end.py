@@ -82,6 +82,7 @@ def test_slow_cases_are_repeated_less(tmp_path):
     assert row["repeats"] == row["repeats_stock"] == 1
 
 
+@pytest.mark.slow
 def test_another_machine_or_code_needs_another_file(measured, tmp_path, capsys):
     path = tmp_path / "other.json"
     content = json.loads(measured.read_text())

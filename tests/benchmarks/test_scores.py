@@ -50,6 +50,7 @@ def test_a_resumed_run_scores_only_what_is_missing(shallow_editors, tmp_path, sc
     assert len(scored) == 6 and json.loads(out.read_text()) == second
 
 
+@pytest.mark.slow
 def test_missing_numbers_are_left_out_of_the_mean(shallow_editors, tmp_path, scored):
     """Where everything was to change there is nothing to keep: null in the file, nan in the mean of a resumed run."""
     out = tmp_path / "q.json"

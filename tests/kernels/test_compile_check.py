@@ -72,6 +72,7 @@ def test_too_much_shared_memory_is_rejected():
     assert any("shared memory" in problem for problem in result.problems)
 
 
+@pytest.mark.slow
 def test_a_failure_to_compile_is_a_result():
     result = compile_check.check(first(table([8, 0], block_n=48)), 80, "here")
     assert result.problems and result.problems[0].startswith("does not compile")

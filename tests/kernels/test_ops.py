@@ -85,6 +85,7 @@ def test_fullgraph_compile_with_dynamic_lengths(device):
     assert counter.frame_count == 1, "other lengths must not compile again"
 
 
+@pytest.mark.slow
 def test_other_numbers_do_not_recompile(device):
     """Noise levels and scales change from step to step."""
     counter = CompileCounter()
@@ -209,6 +210,7 @@ def test_works_without_triton(fresh):
     ]
 
 
+@pytest.mark.slow
 def test_an_older_triton_is_named(fresh):
     message = 'ImportError expected Triton 3.6 or newer to run kernels, found 3.2.0; use backend="torch", in '
     message += 'specedit.install attention="torch"'

@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from specedit_kernels import (
-    checks, expand_tokens, gather_tokens, mixed_attention, qk_norm_rope, ready, scatter_tokens, weighted_sum,
+    checks,
+    expand_tokens,
+    gather_tokens,
+    mixed_attention,
+    qk_norm_rope,
+    ready,
+    scatter_tokens,
+    weighted_sum,
 )  # fmt: skip
 
 

@@ -44,6 +44,7 @@ def cells(*places, batch=2):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "places",
     [
@@ -93,6 +94,7 @@ def mask():
     return made
 
 
+@pytest.mark.slow
 def test_calls_decode_boxes_and_keep_the_other_pixels(pipe, edit, mask):
     images = {}
     for decode in ("full", "edited"):
@@ -145,6 +147,7 @@ def test_groups_that_are_offloaded_decode_the_whole(pipe):
     assert "offloaded" in decode_boxes.why_whole(pipe.vae)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("side", "rows"), [(SIDE, 10), (256, 1)])
 def test_large_edits_and_small_pictures_are_decoded_whole(pipe, edit, side, rows):
     mask = np.zeros((side, side), dtype=np.uint8)

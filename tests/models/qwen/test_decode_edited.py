@@ -133,6 +133,7 @@ class Watched:
         return self.said[-1]
 
 
+@pytest.mark.slow
 def test_model_offload_and_slices_decode_boxes(edit):
     mask = np.zeros((128, 128), dtype=np.uint8)
     mask[96:, 96:] = 1

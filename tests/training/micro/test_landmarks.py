@@ -41,6 +41,7 @@ def test_every_prompt_ends_with_landmarks_even_if_truncated(placed, tmp_path):
         assert pipe.text_encoder_2.get_input_embeddings().weight.shape[0] == len(tokenizer)
 
 
+@pytest.mark.slow
 def test_adding_landmarks_twice_changes_nothing(placed):
     before = {name: value.clone() for name, value in placed.transformer.state_dict().items()}
     words = len(placed.tokenizer_2)

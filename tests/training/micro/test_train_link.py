@@ -169,6 +169,7 @@ def test_untrained_teacher_is_refused(student, tmp_path, few_tasks):
         train_link.train_link(student, build.kontext(0), probes_of(student), settings, loop.Log(tmp_path / "log.json"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("follow", [False, True])
 def test_small_images_come_first_unless_following(student, teacher, tmp_path, monkeypatch, follow):
     shares = []
