@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-LIMIT = 5.0  # seconds
+LIMIT = 1.0  # seconds
 SHOWN = 8
 
 _last = 0.0  # CPU time when the latest phase of a test ended
