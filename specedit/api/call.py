@@ -193,8 +193,10 @@ def decoded(
     else:
         images = run.adapter.decode(run.pipe, state, tokens, output_type)
     if keeps and source is not None:
-        changed = haze.changed(images, rendition(run, reuse)) if clears and output_type == "pil" else None
-        images = restore.keep_pixels(images, source, edited, 2 * state.pixels_per_token, output_type, changed)
+        cell, changed = 2 * state.pixels_per_token, None
+        if clears and output_type == "pil":
+            changed = haze.changed(images, rendition(run, reuse), restore.shown(edited, cell, source) > 0)
+        images = restore.keep_pixels(images, source, edited, cell, output_type, changed)
     return images
 
 

@@ -20,7 +20,7 @@ def add(commands) -> None:
     parser.add_argument("--gpu", default="H100", help="A100, H100, H200 or B200")
     parser.add_argument("--model", default="flux-kontext", help="a model's name, as flux-kontext or flux2-klein-9b")
     parser.add_argument("--preset", default=DEFAULT_PRESET, choices=list(presets))
-    parser.add_argument("--restore", default="full", choices=CHOICES["restore"])
+    parser.add_argument("--restore", choices=CHOICES["restore"], help="default: the preset's own")
     parser.add_argument("--height", type=int, default=1024)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--edited", type=float, default=20, help="percentage of the picture that is edited")
@@ -49,8 +49,8 @@ def run(args) -> int:
     from ..cost import roofline
 
     config = resolve(
-        args.preset, restore=args.restore, reference_refresh=args.reference_refresh, guidance_range=args.guidance_range,
-        modulation=args.modulation,
+        args.preset, restore=args.restore or presets[args.preset].restore, reference_refresh=args.reference_refresh,
+        guidance_range=args.guidance_range, modulation=args.modulation,
     )  # fmt: skip
     asked = (args.model, args.height, args.width, args.edited / 100, args.gpu)
     if not 0 <= args.edited <= 100:
@@ -60,7 +60,7 @@ def run(args) -> int:
     row = roofline.measured_row(files, config, *asked) if args.strength == 1 else None
     seconds = {} if row is None else {stage["name"]: stage["seconds"] for stage in row["stages"]}
     print(
-        f"{args.model}, {args.preset}, restore={args.restore}, {args.height} x {args.width}, {args.edited:g} % edited"
+        f"{args.model}, {args.preset}, restore={config.restore}, {args.height} x {args.width}, {args.edited:g} % edited"
     )
     print(f"predicted for {args.gpu} ({roofline.GPUS[args.gpu].source}): roofline, a bound from below\n")
     print(f"{'stage':10}{'steps':>6}{'tokens':>8}{'TFLOPs':>10}{'GB':>9}{'seconds':>10}{'measured':>10}")

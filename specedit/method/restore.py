@@ -46,6 +46,11 @@ def blend(tokens: Tensor, reference: Tensor, weight: Tensor) -> Tensor:
     return torch.where(weight == 0, reference, weight * tokens + (1 - weight) * reference)
 
 
+def shown(edited: Tensor, cell: int, source: Tensor) -> Tensor:
+    """How much of the result is shown at each pixel (B, H, W) of the source (B, 3, H, W): the feathered edit mask."""
+    return feather(edited, cell, cell // 4, (source.shape[-2], source.shape[-1]))
+
+
 def keep_pixels(
     images: Any, source: Tensor, edited: Tensor, cell: int, output_type: str, changed: Tensor | None = None
 ) -> Any:
@@ -55,7 +60,7 @@ def keep_pixels(
     source (B, 3, H, W) float32 in 0..1; edited (B, h, w) bool cells of `cell` px. changed: (B, H, W) further weights,
     0 where the source's pixels are kept inside the mask too.
     """
-    weight = feather(edited, cell, cell // 4, (source.shape[-2], source.shape[-1]))
+    weight = shown(edited, cell, source)
     weight = weight if changed is None else weight * changed.to(weight)
     if output_type == "pt":
         own, share = source.to(images), weight[:, None].to(images)

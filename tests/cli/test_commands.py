@@ -227,6 +227,12 @@ def test_bench_plan_predicts_without_measuring(tmp_path, capsys):
     assert f"{written['clock_ratio']:.2f}x" in out
 
 
+def test_bench_plan_restores_as_the_preset_does(capsys):
+    for more, restore in (([], "reference"), (["--restore", "full"], "full")):
+        assert cli.main(["bench", "plan", "--preset", "few-4", *more]) == 0
+        assert f"few-4, restore={restore}, " in capsys.readouterr().out
+
+
 def test_bench_plan_takes_the_switches(tmp_path):
     path, ratios = tmp_path / "plan.json", []
     for more in ([], ["--reference-refresh", "4"], ["--reference-refresh", "4", "--guidance-range", "0.2", "1"]):

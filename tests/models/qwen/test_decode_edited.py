@@ -159,6 +159,21 @@ def test_pixels_outside_the_cells_do_not_show():
     assert torch.equal(*kept)
 
 
+def test_a_session_shows_what_it_shows_of_the_whole_decode(edit):
+    """Pixels beside a box, which were not decoded, are no change of the picture."""
+    mask = np.zeros((128, 128), dtype=np.uint8)
+    mask[:32, :32] = 1
+    pipe, shown = edit.make(), []
+    for decode in ("full", "edited"):
+        specedit.install(pipe, **KEEP, decode=decode)
+        session = specedit.Session(pipe, edit.call(128, 128)["image"])
+        generator = torch.Generator().manual_seed(0)
+        image = session.edit("make it red", edit_mask=mask, height=128, width=128, generator=generator)
+        shown.append(np.asarray(image, dtype=np.float32))
+    assert specedit.report(pipe).decoded_fraction == 0.25
+    np.testing.assert_allclose(*shown, atol=1)
+
+
 def test_only_with_kept_pixels():
     with pytest.raises(ValueError, match=r"decode: expected 'full' without keep_pixels.*got 'edited'"):
         specedit.SpecEditConfig(decode="edited")
