@@ -24,7 +24,7 @@ from typing import Any, Literal, overload
 import torch
 
 from . import checks, derivatives, merged_operator, ops, ready, reference, verdict
-from .block_keep import BlockKeep, check_fits
+from .block_keep import BlockKeep, check_fits, names_all_keys
 from .key_groups import KeyGroups
 from .planning import AttentionPlan
 
@@ -384,7 +384,9 @@ def mixed_attention(
     name, written = "mixed_attention", out if return_lse else (out, None)
     if out is not None and isinstance(written, tuple) and len(written) == 2:
         name, args = "mixed_attention_out", (*args, *written)
-    in_args = (block_keep is None or kept[0] is not None) and (out is None or name == "mixed_attention_out")
+    in_args = out is None or name == "mixed_attention_out"
+    if block_keep is not None:
+        in_args = in_args and kept[0] is not None and names_all_keys(block_keep, k)
     again: tuple[torch.Tensor, torch.Tensor] = _repeat(backend, name, args) if in_args else ready.MISSED
     if again is not ready.MISSED:
         return again if return_lse else again[0]

@@ -159,6 +159,16 @@ def check_fits(keep: Any, q: torch.Tensor, k: torch.Tensor, packed: bool) -> Non
         _expect_blocks("key", keep.key_blocks, k.shape[1], keep.key_block)
 
 
+def names_all_keys(keep: BlockKeep, k: Any) -> bool:
+    """Whether lists for the keys k of a dense call, (B, N_k, H, D), know as many blocks as these have.
+
+    The number of blocks is no argument of the operator, so a remembered call must look at it anew.
+    """
+    if keep.key_blocks is None or not isinstance(k, torch.Tensor) or k.dim() != 4:
+        return True
+    return keep.key_blocks == -(-k.shape[1] // keep.key_block)
+
+
 def _expect_blocks(name: str, got: int, tokens: int, size: int) -> None:
     wanted = -(-tokens // size)
     if got != wanted:

@@ -1,9 +1,12 @@
 """Calls on a CPU that are like an earlier one: what depends on shapes alone is checked once, all else every time."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from specedit_kernels import (
+    BlockKeep,
     checks,
     expand_tokens,
     gather_tokens,
@@ -90,6 +93,10 @@ def test_values_memory_and_malformed_arguments_are_checked_every_time(remembered
         mixed_attention(q, k, k, return_lse=True, out=out[0])
     with pytest.raises(TypeError, match="block_keep: expected"):
         mixed_attention(q, k, k, return_lse=True, block_keep=object())
+    keep = BlockKeep.from_mask(torch.ones(1, 1, dtype=torch.bool), query_block=64, key_block=64)
+    mixed_attention(q, k, k, block_keep=keep)
+    with pytest.raises(ValueError, match="block_keep: expected 1 key blocks"):
+        mixed_attention(q, k, k, block_keep=dataclasses.replace(keep, key_blocks=5))
 
 
 def test_a_repeated_call_keeps_its_derivatives(remembered, arguments):
