@@ -138,7 +138,8 @@ def decode(vae: Any, latents: Tensor, boxes: list[list[Box]]) -> Tensor:
     height, width = latents.shape[-2:]
     scale, margin, every = 2 ** (len(vae.decoder.up_blocks) - 1), halo(vae), sampled(vae, height, width)
     out = latents.new_zeros(len(latents), vae.decoder.conv_out.out_channels, height * scale, width * scale)
-    early, late = stages(vae)[:WHOLE], stages(vae)[WHOLE:]
+    parts = stages(vae)
+    early, late = parts[:WHOLE], parts[WHOLE:]
     for picture, sample, inside in zip(out, latents.split(1), boxes, strict=True):
         if not inside:
             continue
