@@ -32,6 +32,7 @@ _SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 10
 _MATRIX = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: r"UTC\w*MMA", 103: r"UTC\w*MMA", 120: "HMMA"}
 _STRIDES = ("_sample", "_token", "_row", "_head", "_child")
 _ORDER = ("key_order", "key_counts", "tile_bias")  # of keys whose blocks share a bias
+_PARTS = ("sums", "statistics")  # of query blocks whose keys are split
 _LISTS = ("block_offsets", "blocks", "list_rows", "listed", "list_sample", "list_head")  # of key blocks, when there are
 _LAST_STRIDES = ("_dim", "_channel", "bias_key")
 
@@ -69,6 +70,7 @@ def _attention(table: dict[str, Any]) -> Iterator[Variant]:
     from .gpu.attention import attend
     from .gpu.attention_order import order_keys
     from .gpu.attention_plan import plan_tiles
+    from .gpu.attention_split import JOINED_ROWS, join_parts
 
     everything = {"PACKED": True, "PLANNED": True, "HAS_BIAS": True, "SCALE_FIRST": True, "HAS_LSE": True}
     nothing = dict.fromkeys(everything, False) | dict.fromkeys(("bias", "lse", "cu_q", "cu_k", "plan"))
@@ -79,7 +81,8 @@ def _attention(table: dict[str, Any]) -> Iterator[Variant]:
         "KEY_BLOCK": 0,
         "ORDERED": False,
         "MASKED_TAIL": False,
-    } | dict.fromkeys((*_LISTS, *_ORDER))
+        "SPLIT": False,
+    } | dict.fromkeys((*_LISTS, *_ORDER, *_PARTS, "split_from", "parts"))
     entries = [(True, entry) for entry in table.get("attention_tma", [])]
     for with_descriptors, entry in entries + [(False, entry) for entry in table["attention"]]:
         config, width = entry["config"], entry["shape"]["head_dim"]
@@ -111,10 +114,15 @@ def _attention(table: dict[str, Any]) -> Iterator[Variant]:
             if dim == width and element != "fp16":
                 dense = Variant(f"{label} dense", attend, pointers, fixed | nothing, options, ("scale_log2",), half)
                 yield dense
-                if half:  # a candidate of the tuner
+                if half:  # candidates of the tuner
                     yield replace(
                         dense, name=f"{dense.name} masked tail", constants={**dense.constants, "MASKED_TAIL": True}
                     )
+                    yield _split(_ordered(replace(packed, constants={**packed.constants, "PLANNED": False})))
+                    sizes = {"DIM": dim, "DIM_P2": padded, "BLOCK_M": config["block_m"], "ROWS": JOINED_ROWS}
+                    floats = dict.fromkeys(("sums", "statistics", "lse"), "fp32") | {"cu_q": "i32", "out": element}
+                    yield Variant(f"join_parts {element} D{dim}", join_parts, floats,
+                                  sizes | {"PACKED": True, "HAS_LSE": True}, {"num_warps": 4})  # fmt: skip
                 yield from (*_listed(packed), *_listed(dense))
                 yield Variant(f"{label} packed bias lse gqa", attend, pointers | lengths, fixed | everything, options,
                               ("scale_log2",), half, grouped=True)  # fmt: skip
@@ -167,6 +175,14 @@ def _ordered(variant: Variant) -> Variant:
     constants = {name: value for name, value in variant.constants.items() if name not in _ORDER} | {"ORDERED": True}
     pointers = variant.pointers | {"key_order": "i32", "key_counts": "i32", "tile_bias": "fp32"}
     return replace(variant, name=f"{variant.name} planned", pointers=pointers, constants=constants)
+
+
+def _split(variant: Variant) -> Variant:
+    """A configuration whose last round of programs is split along the keys."""
+    absent = (*_PARTS, "split_from", "parts")
+    constants = {name: value for name, value in variant.constants.items() if name not in absent} | {"SPLIT": True}
+    pointers = variant.pointers | dict.fromkeys(_PARTS, "fp32")
+    return replace(variant, name=f"{variant.name} split", pointers=pointers, constants=constants)
 
 
 def _listed(variant: Variant) -> Iterator[Variant]:

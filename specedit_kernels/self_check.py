@@ -32,6 +32,7 @@ from .self_check_cases import (
     cases,
     pingpong_cases,
     planned_cases,
+    split_cases,
 )
 
 FLOOR = 1e-5
@@ -79,6 +80,7 @@ def run_checks(
             findings = [check(case, ops.run if run is None else run) for case in chosen]
             if run is None and "triton" in backends:
                 findings += _made(planned_cases, ATTENTION, "planned", device, half)
+                findings += _made(split_cases, ATTENTION, "split", device, half)
                 findings += _made(pingpong_cases, PINGPONG, "launch parameters", device, half)
             return findings
     finally:

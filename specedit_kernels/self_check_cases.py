@@ -120,6 +120,22 @@ def pingpong_cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
             yield Case(PINGPONG, ATTENTION, f"{_name(dtype)}, D={dim}, {keys} keys, {label}", args)
 
 
+def split_cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    """Attention whose last round of programs is split, where the device's launch parameters say so; mostly none."""
+    from . import gpu
+
+    for dim, keys, queries in gpu.split_shapes(device):
+        q, k, v = _draw(device, dtype, (1, queries, 1, dim), *[(1, keys, 1, dim)] * 2)
+        bias = torch.zeros(1, keys, device=device)
+        bias[:, : keys // 2], bias[:, 1::7] = math.log(4), -math.inf
+        scale = dim**-0.5
+        plan = gpu.plan(None, None, bias, queries, keys, None, dim, dtype)
+        args = (q, k, v, None, None, None, bias, scale, True)
+        label = f"{_name(dtype)}, D={dim}, {keys} keys, split"
+        yield Case("triton", ATTENTION, label, args)
+        yield Case("triton", ATTENTION, f"{label}, planned", (*args, None, None, 0, 0, *plan))
+
+
 def _tokens(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     x, source, out = _draw(device, dtype, (2, 50, 64), (2, 20, 64), (2, 50, 64))
     index = torch.randperm(50, generator=torch.Generator().manual_seed(0))[:20].to(device)

@@ -28,6 +28,7 @@ Config: TypeAlias = dict[str, int]  # launch parameters
 Shape: TypeAlias = dict[str, int]
 Tables: TypeAlias = dict[str, list[dict[str, Any]]]  # kernel to entries {"shape": ..., "config": ...}
 PINGPONG = "attention_pingpong"
+SPLIT = ("attention", "attention_tma")  # kernels whose last round of programs may be split
 RIVAL = {PINGPONG: "attention_tma"}  # a kernel that is used where it is faster than another
 
 
@@ -104,7 +105,8 @@ def workload(
     if kernel.startswith("attention"):
         dtype = half if shape["bits"] == 16 else torch.float32
         heads = max(1, 3072 // shape["head_dim"])
-        q, k, v = (randn(1, shape["keys"], heads, shape["head_dim"], dtype=dtype) for _ in range(3))
+        lengths = shape.get("queries", shape["keys"]), shape["keys"], shape["keys"]
+        q, k, v = (randn(1, n, heads, shape["head_dim"], dtype=dtype) for n in lengths)
         bias = randn(1, shape["keys"], dtype=torch.float32)
         attend = run("mixed_attention", q, k, v, None, None, None, bias, shape["head_dim"] ** -0.5, False)
         # With its log-sum-exp it is computed in float32.
@@ -173,6 +175,34 @@ def best(
     return found
 
 
+def split(kernel: str, shape: Shape, config: Config, device: str, timer: Timer) -> Config:
+    """`config`, with how many programs run at once on a processor where splitting a short last round by it is faster.
+
+    Both are timed on the queries whose last round is the most worth it, between 1,024 and 2,048.
+    """
+    from .gpu import launch
+    from .gpu.attention_split import saved
+
+    heads, blocks = max(1, 3072 // shape["head_dim"]), shape["keys"] // config["block_n"]
+    fastest, gain = config, 1.0
+    for resident in (1, 2):
+        slots = resident * launch.processors(torch.device(device))
+
+        def share(queries: int, slots: int = slots) -> float:
+            return saved(heads * launch.ceil_div(queries, config["block_m"]), slots, blocks)
+
+        queries = max(range(1024, 2049, config["block_m"]), key=share)
+        if not share(queries):
+            continue
+        call, want = workload(kernel, shape | {"queries": queries}, device)
+        other = config | {"resident": resident}
+        found = [best(kernel, call, want, [one], timer) for one in (config, other)]
+        times = [math.inf if one is None else one[0] for one in found]
+        if times[1] < gain * times[0]:
+            fastest, gain = other, times[1] / times[0]
+    return fastest
+
+
 def tune(
     capability: tuple[int, int], device: str, timer: Timer, quick: bool, save: Callable[[Tables], None]
 ) -> Tables:  # fmt: skip
@@ -189,6 +219,8 @@ def tune(
         print(kernel, shape, found, flush=True)
         if found is not None:
             times[kernel, str(shape)] = found[0]
+            if kernel in SPLIT and shape["bits"] == 16:
+                found = found[0], split(kernel, shape, found[1], device, timer)
         rival = times.get((RIVAL.get(kernel, ""), str(shape)), math.inf)
         if kernel in RIVAL or found is not None:
             config = found[1] if found is not None and found[0] < rival else None

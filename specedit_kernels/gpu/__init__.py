@@ -10,6 +10,7 @@ import torch
 
 from .attention_launch import parameters, prepare_attention
 from .attention_launch import pingpong_shapes as pingpong_shapes
+from .attention_launch import split_shapes as split_shapes
 from .attention_order import order
 from .attention_plan import Schedule
 from .expand import prepare_contract, prepare_expand

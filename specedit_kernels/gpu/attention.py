@@ -9,6 +9,7 @@ from .attention_blocks import _kept_tiles, _tile_start
 from .attention_order import _ordered_tile, _tile_counts
 from .attention_parts import LOG2_E, _attend_block, _store_rows
 from .attention_plan import _rows_before, _span, _work
+from .attention_split import _share, _store_part
 
 
 @triton.jit
@@ -22,18 +23,19 @@ def _load_tile(rows, at, row_stride, offsets, in_dim, WHOLE_DIM: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tiles", "queries", "keys", "scale_log2", "bias_sample", "list_rows", "listed",
-                               "list_sample", "list_head"],
+                               "list_sample", "list_head", "split_from", "parts"],
             do_not_specialize_on_alignment=["cu_q", "cu_k", "plan", "block_offsets", "blocks", "key_order",
                                             "key_counts", "tile_bias"])  # fmt: skip
 def attend(
     q, k, v, q_desc, k_desc, v_desc, bias, out, lse, cu_q, cu_k, plan, tiles, heads, group, queries, keys, scale_log2,
     q_sample, q_row, q_head, q_dim, k_sample, k_row, k_head, k_dim, v_sample, v_row, v_head, v_dim,
     bias_sample, bias_key, block_offsets, blocks, list_rows, listed, list_sample, list_head,
-    key_order, key_counts, tile_bias,
+    key_order, key_counts, tile_bias, sums, statistics, split_from, parts,
     DIM: tl.constexpr, DIM_P2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PACKED: tl.constexpr, PLANNED: tl.constexpr, DESCRIPTORS: tl.constexpr, HAS_BIAS: tl.constexpr,
     SCALE_FIRST: tl.constexpr, HAS_LSE: tl.constexpr, PRECISION: tl.constexpr, LISTED: tl.constexpr,
     QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, ORDERED: tl.constexpr, MASKED_TAIL: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     """out_i = sum_j p_ij v_j / sum_j p_ij,  p_ij = exp(scale * q_i . k_j + bias_j),  lse_i = log sum_j p_ij
 
@@ -42,17 +44,24 @@ def attend(
     then. Its loads are masked, so rows past the sequence, another sample's, are never read. With DESCRIPTORS, full
     blocks are loaded through TMA. With LISTED, only the key blocks in the query block's list are read, by tiles that
     divide them. With ORDERED, a plan lists the blocks whose keys share a bias: a loop of their own adds it per row.
-    With MASKED_TAIL, the partial block is masked inside the main loop instead, which then masks every block.
+    With MASKED_TAIL, the partial block is masked inside the main loop instead, which then masks every block. With
+    SPLIT, every query block from `split_from` on has `parts` programs, each of which takes some of the keys.
     """
-    tile = tl.program_id(0) % tiles
-    head = tl.program_id(0) // tiles
+    program = tl.program_id(0)
+    part, shares = 0, 1
+    if SPLIT:
+        unit = program - split_from  # negative: a program of its own
+        if unit >= 0:
+            program, part, shares = split_from + unit // parts, unit % parts, parts
+    tile = program % tiles
+    head = program // tiles
     sample = 0
     q_start, q_stop = 0, queries
     k_start, k_stop = 0, keys
     if PACKED:
         sequence = 0
         if PLANNED:
-            sequence, head, tile = _work(tl.program_id(0), plan, cu_q, heads, queries, BLOCK_M)
+            sequence, head, tile = _work(program, plan, cu_q, heads, queries, BLOCK_M)
         if sequence < 0:
             return
         q_start, q_stop = _span(cu_q, sequence, queries)
@@ -109,8 +118,9 @@ def attend(
         slot = (tl.cast(sample, tl.int64) * keys + k_start) // BLOCK_N
         shared, others = _tile_counts(key_counts, mine, whole // BLOCK_N)
         others_at = slot + whole // BLOCK_N - others
-        upcoming, rise = _ordered_tile(key_order, tile_bias, slot, 0, shared, whole, BLOCK_N)
-        for i in range(0, shared):
+        begin, end = _share(shared, part, shares, SPLIT)
+        upcoming, rise = _ordered_tile(key_order, tile_bias, slot, begin, shared, whole, BLOCK_N)
+        for i in range(begin, end):
             at, shift = upcoming, rise
             upcoming, rise = _ordered_tile(key_order, tile_bias, slot, i + 1, shared, whole, BLOCK_N)
             if DESCRIPTORS:
@@ -122,10 +132,15 @@ def attend(
             peak, total, acc = _attend_block(query, key, value, bias_row, in_keys, peak, total, acc, scale_log2, shift,
                                              False, False, False, True, PRECISION)  # fmt: skip
         steps = others * BLOCK_N
-        upcoming, rise = _ordered_tile(key_order, tile_bias, others_at, 0, others, whole, BLOCK_N)
     if MASKED_TAIL:
         steps = length
-    for start in range(0, steps, BLOCK_N):
+    begin, stop = 0, steps
+    if SPLIT:
+        begin, end = _share(tl.cdiv(steps, BLOCK_N), part, shares, SPLIT)
+        begin, stop = begin * BLOCK_N, tl.minimum(end * BLOCK_N, steps)
+    if ORDERED:
+        upcoming, rise = _ordered_tile(key_order, tile_bias, others_at, begin // BLOCK_N, others, whole, BLOCK_N)
+    for start in range(begin, stop, BLOCK_N):
         at = start
         if MASKED_TAIL:
             in_keys = at + n < length
@@ -159,6 +174,8 @@ def attend(
         has_tail = keeps_tail
     if MASKED_TAIL:
         has_tail = False
+    if SPLIT:
+        has_tail = has_tail & (part == shares - 1)
     if has_tail:
         in_keys = whole + n < length  # [BN]
         offset = tl.cast(whole, tl.int64)
@@ -172,4 +189,8 @@ def attend(
         peak, total, acc = _attend_block(query, key, value, bias_row, in_keys, peak, total, acc, scale_log2, 0.0,
                                          HAS_BIAS, SCALE_FIRST, True, False, PRECISION)  # fmt: skip
 
+    if SPLIT:  # noqa: SIM102 - without it the compiler knows no `unit`
+        if unit >= 0:
+            _store_part(sums, statistics, unit, peak, total, acc, DIM_P2, BLOCK_M)
+            return
     _store_rows(out, lse, peak, total, acc, sample, head, first, q_stop, queries, heads, DIM, DIM_P2, BLOCK_M, HAS_LSE)

@@ -14,6 +14,7 @@ from . import launch
 from .attention import attend
 from .attention_blocks import BlockLists, tile_of
 from .attention_plan import Schedule
+from .attention_split import LEAST_BLOCKS, Left, Parts, Split, split_of
 from .prepared import Descriptor, Launch
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
@@ -80,7 +81,21 @@ def pingpong_shapes(device: torch.device) -> list[tuple[int, int]]:
     """Head dims and keys for which the device's file names the ping-pong kernel; none where it does not run."""
     if why_no_pingpong() is not None:
         return []
-    return [(shape["head_dim"], shape["keys"]) for shape in launch.shapes(PINGPONG, device)]
+    shapes = [entry["shape"] for entry in launch.entries(PINGPONG, device)]
+    return [(shape["head_dim"], shape["keys"]) for shape in shapes]
+
+
+def split_shapes(device: torch.device) -> list[tuple[int, int, int]]:
+    """Head dim, keys, and queries of one head whose last round is split, where the device's file asks for that."""
+    found = []
+    for kernel in (PLAIN, TMA):
+        for entry in launch.entries(kernel, device):
+            config, shape = entry["config"], entry["shape"]
+            if config.get("resident") and shape["bits"] == 16:
+                slots = config["resident"] * launch.processors(device)
+                keys = max(shape.get("keys", 0), 2 * LEAST_BLOCKS * config["block_n"])
+                found.append((shape["head_dim"], keys, slots * config["block_m"] + 1))
+    return found
 
 
 class Choice(NamedTuple):
@@ -177,6 +192,7 @@ class PreparedAttention:
         self._sizes: tuple[int | float, ...] = (tiles, heads, group, queries, keys, scale * math.log2(math.e))
         self._bias_strides = (0, 0) if bias is None else bias.stride()
         self._switches: tuple[Any, ...] = ()
+        self._parts: Parts | None = None
         grid, scale_first = (tiles * heads * batch, 1, 1), bias is not None or not scale > 0
         self._pingpong = kernel == PINGPONG
         if self._pingpong:
@@ -196,12 +212,19 @@ class PreparedAttention:
         self._described = bool(described)
         self._sizes += (*(stride for x in four for stride in x.stride()), *self._bias_strides)
         self._ordered = self._has_order(call, block_n)
+        split = None if self._empty else self._split(call, config, grid[0], block_n)
+        self._split_at = (0, 1) if split is None else (split.start, split.parts)
+        if split is not None:
+            grid = (split.start + split.blocks * split.parts, 1, 1)
+            tiles, (queries, heads) = int(self._sizes[0]), call.q.shape[-3:-1]
+            self._parts = Parts(split, tiles, heads, queries, dim, block_m, packed, call.return_lse)
         self._switches = (
             dim, dim_p2, block_m, block_n, packed, packed and call.sequences > 1, tma, call.key_bias is not None,
             scale_first, call.return_lse, "ieee" if call.q.dtype == torch.float32 else "tf32",
             call.lists is not None, call.query_block, call.key_block, self._ordered,
             # Past the end of a packed sequence a descriptor would read the next one's rows.
             bool(config.get("masked_tail")) and call.lists is None and not (self._ordered or (packed and tma)),
+            split is not None,
         )  # fmt: skip
         options = {name: config[name] for name in ("num_warps", "num_stages")}
         self._launch = Launch(attend, grid, described, **options)
@@ -225,6 +248,15 @@ class PreparedAttention:
             call.key_bias is not None, scale_first, call.return_lse, self._ordered,
         )  # fmt: skip
         self._launch = Launch(attend_pingpong, grid, described, num_warps=4)
+
+    @staticmethod
+    def _split(call: Call, config: launch.Config, programs: int, block_n: int) -> Split | None:
+        """How to split the last round, if the parameters say how many programs run at once and all are equally long."""
+        resident = config.get("resident", 0)
+        if not resident or call.lists is not None or call.sequences > 1:
+            return None
+        keys = call.k.shape[-3]
+        return split_of(programs, resident * launch.processors(call.q.device), launch.ceil_div(keys, block_n))
 
     def _has_order(self, call: Call, block_n: int) -> bool:
         """Whether the call brings an order of blocks of so many keys that the kernel can use."""
@@ -269,9 +301,15 @@ class PreparedAttention:
         described = (q, k, v) if self._described else (None, None, None)
         lists = call.lists
         listed = (None,) * 6 if lists is None else lists.arguments()
+        parts, left = self._parts, Left()
+        if parts is not None:
+            left = parts.empty(q.device)
         self._launch(
-            q, k, v, *described, bias, out, lse, cu_q, cu_k, table, *self._sizes, *listed, *order, *self._switches
-        )
+            q, k, v, *described, bias, out, lse, cu_q, cu_k, table, *self._sizes, *listed, *order, *left,
+            *self._split_at, *self._switches,
+        )  # fmt: skip
+        if parts is not None:
+            parts.join(left, out, lse, cu_q)
         return out, lse
 
 

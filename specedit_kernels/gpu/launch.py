@@ -73,6 +73,17 @@ def _interpreter_is_exact() -> bool:
     return bool(getattr(interpreter.InterpreterBuilder, "exact_bfloat16", False))
 
 
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many multiprocessors the device has; 4 in the interpreter, where small launches then have several rounds."""
+    if interpreting():
+        return 4
+    from triton.runtime import driver
+
+    index = device.index if device.index is not None else driver.active.get_current_device()
+    return int(driver.active.utils.get_device_properties(index)["multiprocessor_count"])
+
+
 def check_dtype(name: str, tensor: torch.Tensor) -> None:
     if tensor.dtype == torch.float64:
         raise TypeError(f'{name}: expected float16, bfloat16 or float32 on a GPU, got float64; use backend="torch"')
@@ -148,9 +159,9 @@ def _entry(file_name: str, kernel: str, shape: tuple[tuple[str, int], ...]) -> C
     return nearest(table[kernel], dict(shape)) if kernel in table else None
 
 
-def shapes(kernel: str, device: torch.device) -> list[dict[str, int]]:
-    """The shapes for which the device's file names parameters of a kernel."""
-    return [entry["shape"] for entry in _read(file_of(device)).get(kernel, []) if entry["config"] is not None]
+def entries(kernel: str, device: torch.device) -> list[dict[str, Any]]:
+    """The entries of the device's file that name parameters of a kernel."""
+    return [entry for entry in _read(file_of(device)).get(kernel, []) if entry["config"] is not None]
 
 
 def shipped_config(kernel: str, device: torch.device, tuned: dict[str, Config] | None, **shape: int) -> Config:

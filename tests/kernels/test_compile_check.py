@@ -173,6 +173,7 @@ def test_every_kernel_is_listed():
         attention_order,
         attention_pingpong,
         attention_plan,
+        attention_split,
         expand,
         launch,
         norm_rope,
@@ -182,7 +183,8 @@ def test_every_kernel_is_listed():
 
     defaults = json.loads((launch.CONFIG_FOLDER / "default_sm_90.json").read_text())
     listed = {variant.kernel.fn.__name__ for variant in compile_check.variants(defaults)}
-    modules = (attention, attention_order, attention_pingpong, attention_plan, expand, norm_rope, rows, sums)
+    modules = (attention, attention_order, attention_pingpong, attention_plan, attention_split, expand, norm_rope,
+               rows, sums)  # fmt: skip
     launched = {
         name for module in modules for name, value in vars(module).items()
         if isinstance(value, JITFunction) and not name.startswith("_")
@@ -192,11 +194,21 @@ def test_every_kernel_is_listed():
 
 def test_lengths_are_run_time_numbers():
     """No length is a constant or specialised, so one compiled kernel serves every length."""
-    from specedit_kernels.gpu import attention, attention_pingpong, attention_plan, expand, norm_rope, rows
+    from specedit_kernels.gpu import (
+        attention,
+        attention_pingpong,
+        attention_plan,
+        attention_split,
+        expand,
+        norm_rope,
+        rows,
+    )
 
-    lengths = {"queries", "keys", "tiles", "tokens", "out_tokens", "rows", "table_rows", "sequences", "capacity"}
-    kernels = (attention.attend, attention_pingpong.attend_pingpong, attention_plan.plan_tiles, expand.expand,
-               expand.contract, norm_rope.norm_rope, rows.copy_rows)  # fmt: skip
+    lengths = {"queries", "keys", "tiles", "tokens", "out_tokens", "rows", "table_rows", "sequences", "capacity",
+               "split_from", "parts"}  # fmt: skip
+    kernels = (attention.attend, attention_pingpong.attend_pingpong, attention_plan.plan_tiles,
+               attention_split.join_parts, expand.expand, expand.contract, norm_rope.norm_rope,
+               rows.copy_rows)  # fmt: skip
     for kernel in kernels:
         found = [parameter for parameter in kernel.params if parameter.name in lengths]
         assert found and all(p.do_not_specialize and not p.is_constexpr for p in found), kernel.fn.__name__

@@ -36,6 +36,7 @@ def test_the_pingpong_kernel_is_named_where_it_is_faster(monkeypatch, times, nam
     shape, saved = {"head_dim": 128, "bits": 16, "keys": 2560}, []
     monkeypatch.setattr(tune, "shapes", lambda capability, quick: [(kernel, shape) for kernel in times])
     monkeypatch.setattr(tune, "workload", lambda kernel, *_: (None, None))
+    monkeypatch.setattr(tune, "split", lambda kernel, shape, config, *_: config)
     monkeypatch.setattr(tune, "best", lambda kernel, call, want, configs, timer: (times[kernel], next(iter(configs))))
     tables = tune.tune((9, 0), "cpu", None, True, lambda tables: saved.append(dict(tables)))
     config = launch.nearest(tables[tune.PINGPONG], shape)
@@ -56,6 +57,7 @@ def test_what_was_found_is_written_before_a_kernel_that_might_hang(monkeypatch, 
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     monkeypatch.setattr(tune, "shapes", lambda capability, quick: [("attention_tma", shape), (tune.PINGPONG, shape)])
     monkeypatch.setattr(tune, "workload", lambda kernel, *_: (None, None))
+    monkeypatch.setattr(tune, "split", lambda kernel, shape, config, *_: config)
     monkeypatch.setattr(tune, "best", best)
     with pytest.raises(KeyboardInterrupt):
         tune.main(["--out", str(file)])
