@@ -80,7 +80,9 @@ def score(scores: Scores, pipe: Any, name: str, todo: list[micro.scenes.Case], f
 def main(arguments: list[str] | None = None) -> None:
     args = options(__doc__, cases=24).parse_args(arguments)
     chosen = some(variants(), args.only)
-    scores = Scores(args.out, command("few_steps", args), tasks(args, first=10_000), whose(args), args.resume)
+    scores = Scores(
+        args.out, command("few_steps", args), tasks(args, first=10_000), whose(args), args.resume, args.clock, args.part
+    )
     pipe = editor(args.model)
     for name, todo in scores.turns(chosen):
         score(scores, pipe, name, todo, chosen[name])

@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Counted, so that ratios exist even if --only excludes the stock run.
     stock = sum(stock_flops(pipe, case, STOCK_STEPS) for case in cases) / len(cases)
     more = dict(preset=SpecEditConfig.preset(PRESET).steps, stock_flops=stock)
-    scores = Scores(args.out, command("forecast", args), cases, of, args.resume, **more)
+    scores = Scores(args.out, command("forecast", args), cases, of, args.resume, args.clock, args.part, **more)
     chosen = {}
     for name, settings in every.items():
         if (reason := lacking(settings, pipe)) is not None:

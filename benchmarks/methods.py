@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.plugin is not None:
         import_plugin(args.plugin)
     chosen = some(variants(), args.only)
-    scores = Scores(args.out, command("methods", args), tasks(args), whose(args), args.resume)
+    scores = Scores(args.out, command("methods", args), tasks(args), whose(args), args.resume, args.clock, args.part)
     pipe = editor(args.model)
     for name, todo in scores.turns(chosen):
         score(scores, pipe, name, todo, chosen[name])

@@ -24,7 +24,7 @@ def variants() -> dict[str, dict]:
 def main(arguments: list[str] | None = None) -> None:
     args = options(__doc__).parse_args(arguments)
     chosen = some(variants(), args.only)
-    scores = Scores(args.out, command("quality", args), tasks(args), whose(args), args.resume)
+    scores = Scores(args.out, command("quality", args), tasks(args), whose(args), args.resume, args.clock, args.part)
     pipe = editor(args.model)
     for name, todo in scores.turns(chosen):
         settings = chosen[name]

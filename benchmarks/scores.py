@@ -1,14 +1,14 @@
 """A results file of many tasks under many variants, written as they are scored.
 
 The variants take turns every few tasks, so that a machine whose speed drifts is as slow for one as for another. A run
-that was stopped, or that is to see more tasks than before, goes on where the file ends. It refuses to mix scores of
-other weights, of another size or from another machine.
+that was stopped, or that is to see more tasks than before, goes on where the file ends, also on another machine
+(`benchmarks.result_file`). It refuses to mix scores of other weights, of another size or under other versions of torch
+or diffusers.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from benchmarks import result_file
 from specedit import micro
 from specedit.api.installing import last_report
 from specedit.evaluation import results
@@ -39,12 +40,22 @@ def options(
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="+", metavar="NAME")
-    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--resume", action="store_true", help="go on with the file, also on another machine")
+    parser.add_argument("--part", type=part, default=slice(None), metavar="K/N", help="every N-th turn, from the K-th")
+    parser.add_argument("--no-clock", dest="clock", action="store_false", help="no seconds: for a machine that is busy")
     return parser
 
 
+def part(text: str) -> slice:
+    """Which turns of `EVERY` tasks are the K-th of N parts, to be made side by side and merged; "K/N" from 1."""
+    first, _, count = text.partition("/")
+    if not (first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count)):
+        raise argparse.ArgumentTypeError(f"expected K/N with K from 1 to N, got {text}")
+    return slice(int(first) - 1, None, int(count))
+
+
 def command(module: str, args: argparse.Namespace) -> str:
-    """The command for the file, without --out and --only, which the file shows."""
+    """The command for the file, without --out, --only, --part and --no-clock, which the file shows."""
     words = f"python -m benchmarks.{module} --model {args.model} --cases {args.cases}"
     textures = getattr(args, "textures", None)
     return words + ("" if textures is None else f" --textures {textures}") + f" --size {args.size}"
@@ -95,27 +106,41 @@ class Scores:
     """The rows of one file: `variant`, its fields, `mean`, `kinds`, and `cases`, one entry per task."""
 
     def __init__(
-        self, path: Path, command: str, cases: list[micro.scenes.Case], of: dict[str, Any], resume: bool, **more: Any
+        self,
+        path: Path,
+        command: str,
+        cases: list[micro.scenes.Case],
+        of: dict[str, Any],
+        resume: bool,
+        clock: bool = True,
+        part: slice = slice(None),
+        **more: Any,
     ):
-        """`of`: what is scored (editor, size, weights); with `resume`, the file's must be the same.
+        """`of`: what is scored (editor, size, weights); with `resume`, the file's must be the same. `more`: its fields.
+
+        clock: whether seconds are kept. part: of the turns, those that are taken.
 
         Raises:
-            SystemExit: the file holds scores of something else.
+            SystemExit: the file holds scores of something else, or under other versions.
         """
-        self.path, self.command, self.cases, self.more = path, command, cases, {"of": of, **more}
-        self.rows: list[dict[str, Any]] = []
+        turns = [cases[start : start + EVERY] for start in range(0, len(cases), EVERY)]
+        self.path, self.cases, self.clock = path, [case for turn in turns[part] for case in turn], clock
+        here = results.machine()
+        self.content: result_file.Content = {
+            "machine": here,
+            "command": command,
+            "machines": [],
+            "of": of,
+            **more,
+            "rows": [],
+        }
         if resume and path.exists():
-            old = json.loads(path.read_text())
-            here, there = (
-                {k: v for k, v in machine.items() if k not in ("commit", "date")}
-                for machine in (results.machine(), old["machine"])
-            )
-            for expected, got in ((of, old.get("of")), (here, there)):
-                if expected != got:
-                    raise SystemExit(f"--resume: {path} holds scores of {got}, expected {expected}; give another --out")
-            self.rows = old["rows"]
-            for row in self.rows:
-                row["cases"] = [{k: math.nan if v is None else v for k, v in case.items()} for case in row["cases"]]
+            old = result_file.read(path)
+            if reason := result_file.difference(self.content, old):
+                raise SystemExit(f"--resume: {path} {reason}; give another --out")
+            self.content |= {name: old[name] for name in ("machine", "machines", "rows")}
+        self.rows: list[dict[str, Any]] = self.content["rows"]
+        self.at = result_file.position(here, self.content["machines"])
 
     def lacks(self, variant: str) -> list[micro.scenes.Case]:
         """The tasks that `variant` has not run."""
@@ -154,12 +179,15 @@ class Scores:
         if row is None:
             row = dict(variant=variant, **fields, mean={}, kinds={}, cases=[])
             self.rows.append(row)
-        row["cases"] += scored
-        row |= micro.summary(row["cases"])
+        self.content["machine"] = results.machine()
+        self.content["machines"][self.at : self.at + 1] = [self.content["machine"]]  # new, or with the new date
+        untimed = {} if self.clock else {"seconds": math.nan}
+        row["cases"] += [case | untimed | {"machine": self.at} for case in scored]
+        row |= result_file.summary(row["cases"])
         if (last := last_report(pipe)) is not None:
             row |= dict(nfe=last.nfe, cached_steps=last.cached_steps, cache_bytes=last.cache_bytes)
         self.write()
 
     def write(self) -> None:
         """Write the file, as after every turn."""
-        results.write(self.path, self.command, self.rows, **self.more)
+        result_file.write(self.path, self.content)

@@ -122,7 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
     cases = tasks(args, first=10_000)  # not those of quality.py
     words = command("sweep", args) + (" --masks" if args.masks else "")
     of = whose(args) | ({"masks": True} if args.masks else {})
-    scores = Scores(args.out, words, cases, of, args.resume, base=BASE)
+    scores = Scores(args.out, words, cases, of, args.resume, args.clock, args.part, base=BASE)
     pipe = editor(args.model)
     for name, todo in scores.turns(chosen):
         score(scores, pipe, name, todo, **chosen[name], masks=args.masks)

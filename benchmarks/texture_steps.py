@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = options(__doc__, cases=12, textures=False).parse_args(arguments)
     chosen = some({f"stock-{steps}": steps for steps in STEPS}, args.only)
     cases = micro.texture_cases(args.cases, args.size, FIRST)
-    scores = Scores(args.out, command("texture_steps", args), cases, whose(args), args.resume)
+    scores = Scores(args.out, command("texture_steps", args), cases, whose(args), args.resume, args.clock, args.part)
     pipe = editor(args.model)
     for name, todo in scores.turns(chosen):
         scores.score(pipe, name, todo, chosen[name], steps=chosen[name])

@@ -3,10 +3,11 @@
 from pathlib import Path
 from string import ascii_lowercase
 
+from docs_cases import average, clock_ratio, compared
 from docs_figures import over_cost
-from docs_measured import SMALL, average
+from docs_measured import SMALL
 from docs_methods import cases_of
-from docs_results import load, number, source, table
+from docs_results import number, source, table
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -15,38 +16,36 @@ SCORES = {"success": False, "texture distance": True}  # whether it is of textur
 
 def few(name: str) -> str:
     """Settings of few steps against stock with as many."""
-    result = load(name)
+    result = compared(name)
     if result is None:
         return "*not measured yet*"
-    rows, count = shared_cases(result)
+    rows = by_variant(result)
     written = [_row(name, cases, rows) for name, cases in rows.items()]
     header = ["setting", "success", "edit dB", "keep dB", "texture", "material", "recall"]
     header += ["FLOPs vs as many", "small edits", "clock vs as many", "small edits"]
-    small = f"{count} tasks. Small edits change at most {SMALL:.0%} of the picture."
+    small = f"{len(result['rows'][0]['cases'])} tasks. Small edits change at most {SMALL:.0%} of the picture."
     return f"{small}\n\n{table(header, written)}{source(result, name)}"
 
 
-def shared_cases(result: dict) -> tuple[dict[str, list[dict]], int]:
-    """Every variant's tasks that all have run, and how many these are.
-
-    Variants that have run less than half of the tasks are left out.
-    """
-    most = max(len(row["cases"]) for row in result["rows"])
-    rows = {row["variant"]: row["cases"] for row in result["rows"] if len(row["cases"]) >= most / 2}
-    shared = set.intersection(*({case["seed"] for case in cases} for cases in rows.values()))
-    return {name: [case for case in cases if case["seed"] in shared] for name, cases in rows.items()}, len(shared)
+def by_variant(result: dict) -> dict[str, list[dict]]:
+    """Every variant's tasks."""
+    return {row["variant"]: row["cases"] for row in result["rows"]}
 
 
 def _row(name: str, cases: list[dict], rows: dict[str, list[dict]]) -> list[str]:
-    own = rows.get(f"stock-{name.partition(':')[0]}", cases)
+    steps, colon, _ = name.partition(":")
+    own = rows.get(f"stock-{steps}", []) if colon else cases
     small = [[case for case in some if case["mask_share"] <= SMALL] for some in (own, cases)]
-    ratios = [
-        (average(a, key) or 0) / (average(b, key) or 1)
-        for key in ("flops", "seconds") for a, b in ((own, cases), small)
-    ]  # fmt: skip
+    ratios = [_saved(*two) for two in ((own, cases), small)]
+    clocks = [clock_ratio(*two) for two in ((own, cases), small)]
     scores = {"success": ".0%", "edit_psnr": ".1f", "keep_psnr": ".1f", "texture_distance": ".2f", "material": ".0%"}
     shown = [number(average(cases, key), form) for key, form in (scores | {"recall": ".0%"}).items()]
-    return [name, *shown, *(f"{ratio:.2f}" for ratio in ratios)]
+    return [name, *shown, *(number(ratio, ".2f") for ratio in ratios + clocks)]
+
+
+def _saved(own: list[dict], cases: list[dict]) -> float | None:
+    """How many times fewer operations; None without tasks."""
+    return average(own, "flops") / average(cases, "flops") if own and cases else None
 
 
 def pareto(name: str, path: Path) -> None:
@@ -54,10 +53,10 @@ def pareto(name: str, path: Path) -> None:
 
     Both over the tasks that all variants share. A setting has one letter at every number of steps.
     """
-    result = load(name)
+    result = compared(name)
     if result is None:
         return
-    rows, _ = shared_cases(result)
+    rows = by_variant(result)
     settings = list(dict.fromkeys(name.partition(": ")[2] for name in rows if ":" in name))
     letters = dict(zip(settings, ascii_lowercase, strict=False))
     figure = Figure(figsize=(12, 5), layout="constrained")

@@ -3,6 +3,7 @@
 from ast import literal_eval
 from pathlib import Path
 
+from docs_cases import compared
 from docs_results import against_faster, load
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -23,7 +24,7 @@ def over_cost(axis: Axes, label: str, cost: str = "TFLOPs an edit") -> None:
 
 def pareto(name: str, path: Path) -> None:
     """Success and edit PSNR over FLOPs of every variant, and texture distance if there is one."""
-    result = load(name)
+    result = compared(name)
     if result is None:
         return
     panels = [("success", "success"), ("edit_psnr", "edit PSNR, dB"), ("texture_distance", "texture distance")]
@@ -57,7 +58,7 @@ def sweep_curves(name: str, path: Path) -> None:
     """Edit PSNR and texture distance over one setting at a time; a dotted line marks the preset's value."""
     from specedit.config import resolve
 
-    result = load(name)
+    result = compared(name)
     rows, preset, start = result["rows"], resolve("turbo"), resolve(**_plain(result["base"]))
     (base,) = [row for row in rows if row["group"] == "base"]
     curves = [curve for curve in CURVES if any(row["group"] == curve[0] for row in rows)]
@@ -96,7 +97,7 @@ def _first(value: float | tuple) -> float:
 
 def forecast_pareto(name: str, path: Path) -> None:
     """Success and edit PSNR over FLOPs, one colour per family; a cache's intervals are one line."""
-    rows = load(name)["rows"]
+    rows = compared(name)["rows"]
     families = list(dict.fromkeys(row["family"] for row in rows))
     lines: dict[tuple[str, str], list[dict]] = {}
     for row in rows:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import docs_results
 import kernel_pages
+from docs_cases import average, clock_ratio, compared, mean_seconds
 from docs_paper import PAPERS
 from docs_results import against_faster, default_steps, edited_by, load, number, source, table, to_default
 
@@ -12,19 +13,28 @@ from specedit.config import STOCK_STEPS
 SMALL = 0.15  # share of the picture; the goals are about edits up to this size
 
 
-def stock_totals(result: dict) -> dict:
-    """Means of the 50 stock steps. FLOPs may be counted without a run."""
-    row = next((row for row in result["rows"] if row["variant"] == "stock-50"), None)
-    return {"flops": result.get("stock_flops")} if row is None else row["mean"]
+def stock_row(result: dict, steps: int) -> dict | None:
+    """The row of stock with so many steps."""
+    return next((row for row in result["rows"] if row["variant"] == f"stock-{steps}"), None)
 
 
-def against_stock(result: dict, mean: dict) -> list[str]:
-    """How many times fewer operations and seconds than 50 stock steps."""
-    stock = stock_totals(result)
-    return [f"{stock[key] / mean[key]:.2f}" if stock.get(key) else "-" for key in ("flops", "seconds")]
+def ratios_to(stock: dict, row: dict) -> list[str]:
+    """How many times fewer operations and seconds than the row of stock."""
+    return [
+        f"{stock['mean']['flops'] / row['mean']['flops']:.2f}",
+        number(clock_ratio(stock["cases"], row["cases"]), ".2f"),
+    ]
 
 
-def against_default(result: dict, mean: dict) -> dict[str, str]:
+def against_stock(result: dict, row: dict) -> list[str]:
+    """How many times fewer operations and seconds than 50 stock steps. FLOPs may be counted without a run."""
+    stock, counted = stock_row(result, STOCK_STEPS), result.get("stock_flops")
+    if stock is not None:
+        return ratios_to(stock, row)
+    return [number(counted and counted / row["mean"]["flops"], ".2f"), "-"]
+
+
+def against_default(result: dict, row: dict) -> dict[str, str]:
     """Ratios to the pipeline's default steps, by heading: from its row, or from the FLOPs of the 50 steps.
 
     Empty where the default is 50 steps.
@@ -32,15 +42,16 @@ def against_default(result: dict, mean: dict) -> dict[str, str]:
     steps = default_steps(edited_by(result))
     if steps == STOCK_STEPS:
         return {}
-    found = next((r["mean"] for r in result["rows"] if r["variant"] == f"stock-{steps}"), None)
-    if found is not None:
-        return {f"{what} ratio to {steps}": f"{found[key] / mean[key]:.2f}" for what, key in TOTALS.items()}
-    counted = stock_totals(result).get("flops")
-    ratio = to_default(edited_by(result), counted / mean["flops"]) if counted else "-"
+    stock = stock_row(result, steps)
+    if stock is not None:
+        return dict(zip((f"{what} ratio to {steps}" for what in TOTALS), ratios_to(stock, row)))
+    fifty = stock_row(result, STOCK_STEPS)
+    counted = result.get("stock_flops") if fifty is None else fifty["mean"]["flops"]
+    ratio = to_default(edited_by(result), counted / row["mean"]["flops"]) if counted else "-"
     return {f"FLOPs ratio to {steps}": ratio}
 
 
-TOTALS = {"FLOPs": "flops", "clock": "seconds"}
+TOTALS = ("FLOPs", "clock")
 RATIOS = [f"{what} ratio to {STOCK_STEPS}" for what in TOTALS]
 OWN = "FLOPs ratio to its default steps"
 
@@ -72,7 +83,7 @@ def count(row: dict) -> str:
 
 
 def quality(name: str) -> str:
-    result = load(name)
+    result = compared(name)
     if result is None:
         return "*not measured yet*"
     rows = []
@@ -80,12 +91,12 @@ def quality(name: str) -> str:
         m = row["mean"]
         rows.append(
             [row["variant"], count(row), number(m.get("success"), ".1%"), number(m.get("edit_psnr"), ".1f"),
-             *textures(result, m), f"{m['keep_psnr']:.1f}", f"{m['flops'] / 1e12:.2f}", *against_stock(result, m),
-             *against_default(result, m).values()]
+             *textures(result, m), f"{m['keep_psnr']:.1f}", f"{m['flops'] / 1e12:.2f}", *against_stock(result, row),
+             *against_default(result, row).values()]
         )  # fmt: skip
     header = ["variant", "tasks", "success", "edit dB", *(TEXTURES if with_textures(result) else [])]
     header += ["keep dB", "TFLOPs", *RATIOS]
-    header += against_default(result, result["rows"][0]["mean"])
+    header += against_default(result, result["rows"][0])
     return table(header, rows) + source(result, name)
 
 
@@ -94,20 +105,15 @@ def kinds(name: str) -> str:
 
     Those of textures are "distance, right materials, keep dB".
     """
-    result = load(name)
+    result = compared(name)
     if result is None:
         return "*not measured yet*"
     variants = by_cost(result["rows"])
-    most = max(variants, key=lambda row: row["mean"]["count"])["kinds"]
     rows = [
-        [row["variant"]]
-        + [
-            f"{', '.join(of_kind(m))}, {number(m['keep_psnr'], '.1f')}" if m else "-"  # an interrupted run lacks some
-            for m in (row["kinds"].get(kind) for kind in most)
-        ]
+        [row["variant"], *(f"{', '.join(of_kind(m))}, {number(m['keep_psnr'], '.1f')}" for m in row["kinds"].values())]
         for row in variants
     ]
-    header = ["variant"] + [f"{kind} ({m['count']:.0f})" for kind, m in most.items()]
+    header = ["variant"] + [f"{kind} ({m['count']:.0f})" for kind, m in variants[0]["kinds"].items()]
     return table(header, rows) + source(result, name)
 
 
@@ -120,7 +126,7 @@ def of_kind(mean: dict) -> list[str]:
 
 def small_edits(name: str) -> str:
     """Tasks that change at most `SMALL` of the picture, whatever a variant detected."""
-    result = load(name)
+    result = compared(name)
     if result is None:
         return "*not measured yet*"
     share = {c["seed"]: c["mask_share"] for row in result["rows"] for c in row["cases"] if "mask_share" in c}
@@ -153,18 +159,13 @@ def small_edits(name: str) -> str:
     return table(header, rows) + source(result, name)
 
 
-def average(cases: list[dict], key: str) -> float | None:
-    """Mean over the cases that have `key`: a task that changes everything has no keep dB. None if no case has it."""
-    values = [case[key] for case in cases if case.get(key) is not None]
-    return sum(values) / len(values) if values else None
-
-
 def sweep(name: str) -> str:
-    result = load(name)
+    result = compared(name)
     if result is None:
         return "*not measured yet*"
     rows, model = [], edited_by(result)
     whole = default_steps(model) == STOCK_STEPS
+    seconds, machine = mean_seconds(result)
     for row in sorted(result["rows"], key=lambda row: row["group"] != "base"):
         m = row["mean"]
         change = row["variant"] if row["change"] else "none"
@@ -172,10 +173,11 @@ def sweep(name: str) -> str:
             [change, number(m.get("success"), ".0%"), number(m.get("edit_psnr"), ".1f"), *textures(result, m),
              number(m["keep_psnr"], ".1f"),
              f"{m['flops_ratio']:.2f}", *([] if whole else [to_default(model, m["flops_ratio"])]),
-             f"{m['seconds']:.2f}", number(m["recall"], ".0%"), number(m["precision"], ".0%")]
+             number(seconds.get(row["variant"]), ".2f"), number(m["recall"], ".0%"), number(m["precision"], ".0%")]
         )  # fmt: skip
     header = ["change", "success", "edit dB", *(TEXTURES if with_textures(result) else []), "keep dB", RATIOS[0]]
-    header += [*([] if whole else [f"FLOPs ratio to {default_steps(model)}"]), "seconds", "recall", "precision"]
+    header += [] if whole else [f"FLOPs ratio to {default_steps(model)}"]
+    header += [f"seconds{machine}", "recall", "precision"]
     return table(header, rows) + source(result, name)
 
 
@@ -319,7 +321,7 @@ def training(name: str) -> str:
 
 def texture_steps(name: str) -> str:
     """The stock pipeline on textures with few and many steps; ratios are to the most steps."""
-    result = load(name)
+    result = compared(name)
     if result is None:
         return "*not measured yet*"
     found = sorted(result["rows"], key=lambda row: row["steps"])
@@ -381,22 +383,23 @@ def mean_of(rows: list[dict], name: str) -> float | None:
 
 
 def forecast(name: str) -> str:
-    result = load(name)
+    result = compared(name)
     if result is None:
         return "*not measured yet*"
-    rows = []
+    rows, (seconds, machine) = [], mean_seconds(result)
     for row in result["rows"]:
         m = row["mean"]
         cached = f"{row['cached_steps']} of {row['nfe']}" if row.get("cached_steps") else "-"
         held = f"{row['cache_bytes'] / 2**20:.1f}" if row.get("cache_bytes") else "-"
         rows.append(
             [row["variant"], count(row), number(m.get("success"), ".1%"), number(m.get("edit_psnr"), ".1f"),
-             *textures(result, m), number(m["keep_psnr"], ".1f"), f"{m['flops'] / 1e12:.3f}", f"{m['seconds']:.1f}",
-             *against_stock(result, m), *against_default(result, m).values(), cached, held]
+             *textures(result, m), number(m["keep_psnr"], ".1f"), f"{m['flops'] / 1e12:.3f}",
+             number(seconds.get(row["variant"]), ".1f"), *against_stock(result, row),
+             *against_default(result, row).values(), cached, held]
         )  # fmt: skip
     header = ["variant", "tasks", "success", "edit dB", *(TEXTURES if with_textures(result) else []), "keep dB",
-              "TFLOPs", "seconds", *RATIOS,
-              *against_default(result, result["rows"][0]["mean"]), "cached steps", "cache MiB"]  # fmt: skip
+              "TFLOPs", f"seconds{machine}", *RATIOS,
+              *against_default(result, result["rows"][0]), "cached steps", "cache MiB"]  # fmt: skip
     picture = f"\n\n![Success and edit PSNR over FLOPs](images/{Path(name).stem}.png)"
     return table(header, rows) + source(result, name) + picture
 

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from docs_cases import average, clock_ratio, compared, mean_seconds
 from docs_figures import over_cost
-from docs_measured import SMALL, average
+from docs_measured import SMALL
 from docs_paper import REPORTED
-from docs_results import default_steps, edited_by, load, number, source, table
+from docs_results import default_steps, edited_by, number, source, table
 from matplotlib.figure import Figure
 
 from specedit.config import STOCK_STEPS
@@ -23,17 +24,16 @@ def cases_of(row: dict, *, texture: bool, largest: float = 1.0) -> list[dict]:
 
 def methods(name: str) -> str:
     """One row a variant: both metrics, what it costs, and what is left beside stock with as many steps."""
-    result = load(name)
+    result = compared(name)
     if result is None:
         return "*not measured yet*"
     steps = default_steps(edited_by(result))
-    stock = {row["variant"]: row for row in result["rows"]}
-    most = max(len(row["cases"]) for row in result["rows"])
-    rows = [_row(row, stock, steps) for row in _ordered(result["rows"]) if len(row["cases"]) == most]
+    stock = {row["variant"]: row for row in result["rows"] if row["group"] == "stock"}
+    rows = [_row(row, stock, steps) for row in _ordered(result["rows"])]
     header = ["variant", "success", "edit dB", "keep dB", "texture distance", "material", "TFLOPs"]
     header += [f"FLOPs ratio to {n}" for n in dict.fromkeys((STOCK_STEPS, steps))]
     header += [f"clock ratio to {steps}", "FLOPs ratio to stock with as many steps", "its paper"]
-    return f"{most} tasks.\n\n" + table(header, rows) + source(result, name)
+    return f"{len(result['rows'][0]['cases'])} tasks.\n\n" + table(header, rows) + source(result, name)
 
 
 def _ordered(rows: list[dict]) -> list[dict]:
@@ -42,11 +42,12 @@ def _ordered(rows: list[dict]) -> list[dict]:
 
 
 def _row(row: dict, stock: dict[str, dict], steps: int) -> list[str]:
-    m, fifty, default = row["mean"], stock.get(f"stock-{STOCK_STEPS}"), stock.get(f"stock-{steps}")
+    m, default = row["mean"], stock.get(f"stock-{steps}")
     plain, texture = cases_of(row, texture=False), cases_of(row, texture=True)
-    whole = fifty and fifty["mean"]["flops"]
+    # Every stock step costs the same, so any number of them tells what 50 take.
+    whole = next((r["mean"]["flops"] * STOCK_STEPS / r["steps"] for r in stock.values()), None)
     ratios = [whole and whole * n / STOCK_STEPS / m["flops"] for n in dict.fromkeys((STOCK_STEPS, steps))]
-    clock = default and default["mean"]["seconds"] / m["seconds"]
+    clock = default and clock_ratio(default["cases"], row["cases"])
     nfe = row.get("nfe")
     alike = whole and nfe and whole * nfe / STOCK_STEPS / m["flops"]
     return [
@@ -69,23 +70,29 @@ def front(points: list[tuple[float, float, str]], best: Callable) -> list[tuple[
 
 def pareto(name: str, path: Path) -> None:
     """Success of small edits and texture distance, over FLOPs and over seconds; the best at their cost are named."""
-    result = load(name)
+    result = compared(name)
     if result is None:
         return
     figure = Figure(figsize=(12, 9), layout="constrained")
     axes = figure.subplots(2, 2)
-    for line, (cost, label, scale) in enumerate((("flops", "TFLOPs an edit", 1e12), ("seconds", "seconds an edit", 1))):
-        for column, (key, title, texture) in enumerate(
-            (("success", "success", False), ("texture_distance", "texture distance", True))
+    for column, (key, title, texture) in enumerate(
+        (("success", "success", False), ("texture_distance", "texture distance", True))
+    ):
+        rows = [row | dict(cases=cases_of(row, texture=texture, largest=1.0 if texture else SMALL))
+                for row in result["rows"]]  # fmt: skip
+        operations = {row["variant"]: average(row["cases"], "flops") for row in rows}
+        seconds, machine = mean_seconds(result | dict(rows=rows))
+        for line, (costs, label, scale) in enumerate(
+            ((operations, "TFLOPs an edit", 1e12), (seconds, f"seconds an edit{machine}", 1))
         ):
             axis, every = axes[line][column], []
             for group, marker in GROUPS.items():
-                points = []
-                for row in result["rows"]:
-                    cases = cases_of(row, texture=texture, largest=1.0 if texture else SMALL)
-                    if row["group"] == group and (value := average(cases, key)) is not None:
-                        points.append((average(cases, cost) / scale, value, row["variant"]))
-                points.sort()
+                points = sorted(
+                    (costs[row["variant"]] / scale, value, row["variant"])
+                    for row in rows
+                    if row["group"] == group and row["variant"] in costs
+                    and (value := average(row["cases"], key)) is not None
+                )  # fmt: skip
                 if points:
                     x, y, names = zip(*points, strict=True)
                     axis.plot(x, y, marker=marker, linestyle="-" if group == "stock" else "", label=group)
@@ -94,5 +101,6 @@ def pareto(name: str, path: Path) -> None:
                 axis.annotate(at[2], at[:2], fontsize=7, xytext=(3, 3), textcoords="offset points")
             axis.set_ylim(0)
             over_cost(axis, title, label)
-            axis.legend(fontsize=7)
+            if every:  # else nothing was timed
+                axis.legend(fontsize=7)
     figure.savefig(path, dpi=90)

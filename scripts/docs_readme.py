@@ -1,7 +1,8 @@
 """The README's tables: what SpecEdit gives, what has been measured on a GPU, and what the two commands cost."""
 
 import docs_results
-from docs_results import default_steps, edited_by, load, number, table
+from docs_cases import clock_ratio, compared
+from docs_results import default_steps, edited_by, load, machines, number, table, where
 
 from specedit.config import resolve
 
@@ -17,7 +18,7 @@ def gains(name: str) -> str:
     files = sorted(docs_results.RESULTS.glob(f"{name.removesuffix('.json')}*-512.json"))
     if not files:
         return "*not measured yet*"
-    results = [load(file.name) for file in files]
+    results = [compared(file.name) for file in files]
     texture = any("texture_distance" in row["mean"] for result in results for row in result["rows"])
     rows = [row for result in results for row in _gains_of(result, texture)]
     header = [
@@ -26,39 +27,40 @@ def gains(name: str) -> str:
         "FLOPs vs as many", "as many: success", "as many: clock",
     ]  # fmt: skip
     measured = ", ".join(f"`{file.name}`" for file in files)
-    machines = " and ".join(sorted({f"{m['cpu']}, {m['threads']} threads" for m in map(_machine, files)}))
+    measured_on = " and ".join(sorted({where(machine) for result in results for machine in machines(result)}))
+    notes = "".join(f"\n\n`{file.name}`: {r['note']}" for file, r in zip(files, results) if r["note"])
     return table(header, rows) + (
-        f"\n\nMeasured on {machines}, no GPU: {measured} in `benchmarks/results`. Ratios above 1 are savings."
+        f"{notes}\n\nMeasured on {measured_on}: {measured} in `benchmarks/results`. Ratios above 1 are savings."
     )
-
-
-def _machine(file) -> dict:
-    return load(file.name)["machine"]
 
 
 def _gains_of(result: dict, texture: bool) -> list[list[str]]:
     """Rows of one editor. `texture`: with a column for the texture distance, which not every file has."""
     editor = edited_by(result)
-    stock = {row["steps"]: row["mean"] for row in result["rows"] if row["variant"].startswith("stock-")}
+    stock = {row["steps"]: row for row in result["rows"] if row["variant"].startswith("stock-")}
     steps = default_steps(editor)
     own = stock.get(steps)
     rows = []
     if own is not None:
         name = f"{NAMES[editor]}, stock, its default steps"
-        rows.append([name, str(steps), *_scores(own, texture), "1.00", "1.00", *"---"])
+        rows.append([name, str(steps), *_scores(own["mean"], texture), "1.00", _clock(own, own), *"---"])
     for row in sorted((r for r in result["rows"] if r.get("preset") in SHOWN), key=lambda r: -r["mean"]["flops"]):
         mean, nfe = row["mean"], row["nfe"]
         near = min(stock, key=lambda count: abs(count - nfe))
         many = stock[near] if abs(near - nfe) <= NEAR * nfe else None
-        step = next(m["flops"] / count for count, m in stock.items())  # every stock step costs the same
-        against = ["-", "-"] if own is None else [f"{own[key] / mean[key]:.2f}" for key in ("flops", "seconds")]
+        step = next(r["mean"]["flops"] / count for count, r in stock.items())  # every stock step costs the same
+        against = ["-", "-"] if own is None else [f"{own['mean']['flops'] / mean['flops']:.2f}", _clock(own, row)]
         rows.append(
             [f"{NAMES[editor]}, `{row['preset']}`, {row['restore']}", str(nfe), *_scores(mean, texture), *against,
              f"{nfe * step / mean['flops']:.2f}",
-             "-" if many is None else f"{many['success']:.1%} ({near} steps)",
-             "-" if many is None else f"{many['seconds'] / mean['seconds']:.2f}"]
+             "-" if many is None else f"{many['mean']['success']:.1%} ({near} steps)",
+             "-" if many is None else _clock(many, row)]
         )  # fmt: skip
     return rows
+
+
+def _clock(stock: dict, row: dict) -> str:
+    return number(clock_ratio(stock["cases"], row["cases"]), ".2f")
 
 
 def _scores(mean: dict, texture: bool) -> list[str]:
@@ -106,7 +108,7 @@ def models(name: str) -> str:
 def gpu_state(name: str) -> str:
     """One sentence: on which GPUs something was measured."""
     files = sorted(docs_results.RESULTS.glob("*.json"))
-    gpus = sorted({gpu for file in files if (gpu := load(file.name)["machine"].get("gpu"))})
+    gpus = sorted({gpu for file in files for m in machines(load(file.name)) if (gpu := m.get("gpu"))})
     if not gpus:
         return "**Nothing has been measured on a GPU yet.** Every measured figure in this repository comes from a CPU."
     return f"Measured on {', '.join(gpus)}; [docs/benchmarks.md](docs/benchmarks.md) has the figures."

@@ -57,11 +57,22 @@ def age(result: dict) -> str:
     return "" if measured.get("weights") in {None, *now} else " The editor's weights have changed since."
 
 
+def machines(result: dict) -> list[dict]:
+    """All machines that measured the file."""
+    return result.get("machines", [result["machine"]])
+
+
+def where(machine: dict) -> str:
+    """The GPU, or the CPU and that there is none."""
+    return machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads, no GPU"
+
+
 def source(result: dict, name: str) -> str:
-    m = result["machine"]
-    where = m["gpu"] or f"{m['cpu']}, {m['threads']} threads, no GPU"
+    """The note of `docs_cases.compared`, every machine, and the command."""
+    every = [f"{where(m)}; torch {m['torch']}, diffusers {m['diffusers']}, {m['date']}" for m in machines(result)]
+    note = f"\n\n{result['note']}" if result.get("note") else ""
     return (
-        f"\n\nMeasured on {where}; torch {m['torch']}, diffusers {m['diffusers']}, {m['date']}. "
+        f"{note}\n\nMeasured on {'; and on '.join(every)}. "
         f"`{typed(result['command'], name)}` wrote `benchmarks/results/{name}`.{age(result)}"
     )
 

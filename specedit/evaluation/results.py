@@ -38,8 +38,11 @@ def machine() -> dict[str, Any]:
 
 
 def write(path: Path, command: str, rows: list[dict[str, Any]], **more: Any) -> None:
-    """Write {"machine", "command", ..., "rows"} completely or not at all; nan becomes null."""
-    content = {"machine": machine(), "command": command, **more, "rows": rows}
+    """Write {"machine", "command", ..., "rows"} completely or not at all; nan becomes null.
+
+    `more`: further fields, and "machine" if it is not this one.
+    """
+    content = {"machine": more.get("machine") or machine(), "command": command, **more, "rows": rows}
     write_text(path, json.dumps(_plain(content), indent=1) + "\n")
 
 

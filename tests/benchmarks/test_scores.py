@@ -6,7 +6,7 @@ import math
 import pytest
 from diffusers import FluxKontextPipeline
 
-from benchmarks import forecast, quality, scores
+from benchmarks import few_steps, forecast, methods, quality, scores, sweep, texture_steps
 from specedit import micro
 
 TWO = ["--size", "64", "--only", "stock-10", "turbo-reference"]
@@ -72,8 +72,8 @@ def test_missing_numbers_are_left_out_of_the_mean(shallow_editors, tmp_path, sco
     [
         (lambda content: content["of"].update(weights="0123456789ab"), "0123456789ab"),
         (lambda content: content["of"].update(size=512), "'size': 512"),
-        (lambda content: content["machine"].update(threads=1000), "'threads': 1000"),
-        (lambda content: content["machine"].update(wait_policy="PASSIVE"), "'wait_policy': 'PASSIVE'"),
+        (lambda content: content["machine"].update(torch="1.13.1"), "'torch': '1.13'"),
+        (lambda content: content["machine"].update(diffusers="0.1.0"), "'diffusers': '0.1'"),
         (lambda content: content.pop("of"), "scores of None"),
     ],
 )
@@ -87,6 +87,85 @@ def test_scores_of_another_editor_are_not_resumed(shallow_editors, tmp_path, sco
     with pytest.raises(SystemExit, match=r"--resume: .* expected .*; give another --out") as refused:
         quality.main(["--size", "64", "--only", "stock-10", "--cases", "2", "--out", str(out), "--resume"])
     assert named in str(refused.value) and out.read_bytes() == before and scored == [0]
+
+
+MACHINE = dict(gpu=None, driver=None, cpu="A", threads=1, torch="2.13.0+cpu", triton=None, diffusers="0.42.1")
+
+
+@pytest.fixture
+def on(monkeypatch, tmp_path):
+    """Adds tasks of given seconds by seed to a file, as a run on the machine with these changes."""
+
+    def run(seconds, variant="stock", clock=True, **machine):
+        monkeypatch.setattr(scores.results, "machine", lambda: MACHINE | dict(commit="c", date="d") | machine)
+        file = scores.Scores(tmp_path / "s.json", "the command", [], {"size": 64}, True, clock)
+        scored = [dict(seed=seed, kind="add", success=True, seconds=s, flops=1e12) for seed, s in seconds.items()]
+        file.add(object(), variant, scored)
+        return json.loads(file.path.read_text())
+
+    return run
+
+
+def test_file_of_one_machine_names_it_once(on):
+    on({0: 1.0})
+    content = on({1: 3.0}, date="later")
+    assert content["machine"]["date"] == "later" and list(content) == ["machine", "command", "of", "rows"]
+    assert "machine" not in content["rows"][0]["cases"][0] and content["rows"][0]["mean"]["seconds"] == 2.0
+
+
+@pytest.mark.parametrize(
+    "change", [dict(cpu="B"), dict(threads=2), dict(gpu="G"), dict(wait_policy="PASSIVE"), dict(torch="2.13.1")]
+)
+def test_another_machine_goes_on_and_each_task_names_its_own(on, change):
+    on({0: 1.0})
+    on({0: 1.0}, "turbo")
+    on({1: 9.0}, **change)
+    content = on({2: 3.0}, commit="later")
+    stock, turbo = content["rows"]
+    assert [case["machine"] for case in stock["cases"]] == [0, 1, 0] and turbo["cases"][0]["machine"] == 0
+    assert content["machine"] == content["machines"][0] and content["machines"][0]["commit"] == "later"
+    assert content["machines"][1].items() >= change.items() and len(content["machines"]) == 2
+    assert turbo["mean"]["seconds"] == 1.0
+    for mean in (stock["mean"], stock["kinds"]["add"]):
+        assert mean == dict(count=3, success=1.0, flops=1e12, seconds=None)
+
+
+def test_seconds_of_a_busy_machine_are_left_out(on):
+    (row,) = on({0: 5.0, 1: 6.0}, clock=False)["rows"]
+    assert [case["seconds"] for case in row["cases"]] == [None, None] and row["mean"]["seconds"] is None
+    (row,) = on({2: 2.0})["rows"]
+    assert row["mean"]["seconds"] == 2.0 and row["mean"]["count"] == 3
+    (row,) = on({3: 7.0}, clock=False, cpu="B")["rows"]
+    assert row["mean"]["seconds"] == 2.0 and row["cases"][3]["machine"] == 1  # one machine timed all of them
+
+
+@pytest.mark.parametrize("module", [few_steps, forecast, methods, quality, sweep, texture_steps])
+def test_every_table_can_be_made_in_parts_and_without_a_clock(module, monkeypatch, tmp_path):
+    given = {}
+
+    def stop(*args, **more):
+        given.update(dict(zip(("path", "command", "cases", "of", "resume", "clock", "part"), args, strict=True)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "Scores", stop)
+    with pytest.raises(KeyboardInterrupt):
+        module.main(["--cases", "1", "--size", "64", "--no-clock", "--part", "2/3", "--out", str(tmp_path / "x.json")])
+    assert (given["resume"], given["clock"], given["part"]) == (False, False, slice(1, None, 3))
+
+
+def test_parts_take_turns_of_the_tasks(tmp_path):
+    cases = [micro.scenes.sample(seed, 32) for seed in range(10)]
+    parts = [scores.Scores(tmp_path / "p.json", "c", cases, {}, False, part=scores.part(f"{k}/2")) for k in (1, 2)]
+    assert [[case.seed for case in part.cases] for part in parts] == [[0, 1, 2, 3, 8, 9], [4, 5, 6, 7]]
+    turns = [[case.seed for case in todo] for _, todo in parts[0].turns(["stock"])]
+    assert turns == [[0, 1, 2, 3], [8, 9]]
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "1/0", "a/b"])
+def test_a_part_that_is_none_is_refused(text, capsys):
+    with pytest.raises(SystemExit):
+        scores.options("x").parse_args(["--out", "x.json", "--part", text])
+    assert f"--part: expected K/N with K from 1 to N, got {text}" in capsys.readouterr().err
 
 
 @pytest.mark.slow

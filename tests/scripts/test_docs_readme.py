@@ -25,12 +25,17 @@ def scores(flops, seconds, success=0.75):
     return dict(count=4, success=success, keep_psnr=30.0, edit_psnr=20.0, flops=flops, seconds=seconds)
 
 
+def row(variant, mean, **more):
+    cases = [dict(seed=seed, kind="add", seconds=mean["seconds"]) for seed in range(mean["count"])]
+    return dict(variant=variant, mean=mean, cases=cases, **more)
+
+
 def stock(steps, **more):
-    return dict(variant=f"stock-{steps}", steps=steps, mean=scores(steps * 1e9, steps * 1.0, **more))
+    return row(f"stock-{steps}", scores(steps * 1e9, steps * 1.0, **more), steps=steps)
 
 
 def edit(preset, nfe, flops, seconds):
-    return dict(variant=f"{preset}-full", preset=preset, restore="full", nfe=nfe, mean=scores(flops, seconds))
+    return row(f"{preset}-full", scores(flops, seconds), preset=preset, restore="full", nfe=nfe)
 
 
 def cells(text):
