@@ -19,6 +19,7 @@ from .prepared import Descriptor, Launch
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
 PLAIN, TMA, PINGPONG = "attention", "attention_tma", "attention_pingpong"  # tables of launch parameters
+NO_LISTS, NO_ORDER = (None,) * 6, (None,) * 3  # in place of block lists and of a plan's order of keys
 PINGPONG_DIMS = (64, 128)  # head dims, rounded up to a power of 2, that leave its warpgroups enough registers
 PINGPONG_CAPABILITY = 90
 
@@ -193,6 +194,7 @@ class PreparedAttention:
         self._bias_strides = (0, 0) if bias is None else bias.stride()
         self._switches: tuple[Any, ...] = ()
         self._parts: Parts | None = None
+        self._rest: tuple[Any, ...] | None = None  # the arguments after the tensors, where they are always the same
         grid, scale_first = (tiles * heads * batch, 1, 1), bias is not None or not scale > 0
         self._pingpong = kernel == PINGPONG
         if self._pingpong:
@@ -226,6 +228,8 @@ class PreparedAttention:
             bool(config.get("masked_tail")) and call.lists is None and not (self._ordered or (packed and tma)),
             split is not None,
         )  # fmt: skip
+        if call.lists is None and split is None and not self._ordered:
+            self._rest = (*self._sizes, *NO_LISTS, *NO_ORDER, *Left(), *self._split_at, *self._switches)
         options = {name: config[name] for name in ("num_warps", "num_stages")}
         self._launch = Launch(attend, grid, described, **options)
 
@@ -294,23 +298,25 @@ class PreparedAttention:
             cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
             if self._schedule is not None:
                 table = self._schedule(cu_q, cu_k)
-        order = (call.key_order, call.key_counts, call.tile_bias) if self._ordered else (None, None, None)
         if self._pingpong:
+            order = self._order(call)
             self._launch(q, k, v, v, bias, out, lse, cu_q, cu_k, table, *self._sizes, *order, *self._switches)
             return out, lse
         described = (q, k, v) if self._described else (None, None, None)
-        lists = call.lists
-        listed = (None,) * 6 if lists is None else lists.arguments()
-        parts, left = self._parts, Left()
-        if parts is not None:
-            left = parts.empty(q.device)
-        self._launch(
-            q, k, v, *described, bias, out, lse, cu_q, cu_k, table, *self._sizes, *listed, *order, *left,
-            *self._split_at, *self._switches,
-        )  # fmt: skip
+        rest, parts, left = self._rest, self._parts, Left()
+        if rest is None:
+            lists = call.lists
+            listed = NO_LISTS if lists is None else lists.arguments()
+            if parts is not None:
+                left = parts.empty(q.device)
+            rest = (*self._sizes, *listed, *self._order(call), *left, *self._split_at, *self._switches)
+        self._launch(q, k, v, *described, bias, out, lse, cu_q, cu_k, table, *rest)
         if parts is not None:
             parts.join(left, out, lse, cu_q)
         return out, lse
+
+    def _order(self, call: Call) -> tuple[torch.Tensor | None, ...]:
+        return (call.key_order, call.key_counts, call.tile_bias) if self._ordered else NO_ORDER
 
 
 def prepare_attention(

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks import methods
+from benchmarks.scores import editor
 from specedit.config import resolve
 from specedit.registry import forecasts
 from specedit.registry import methods as registered
@@ -57,3 +58,17 @@ def test_every_single_switch_runs(tmp_path):
 def test_an_unknown_row_is_refused(tmp_path):
     with pytest.raises(SystemExit, match=r"^--only: expected some of stock-50"):
         methods.main(["--only", "stock-51", "--out", str(tmp_path / "m.json")])
+
+
+def test_what_an_editor_cannot_run_is_named_before_any_work(capsys):
+    """The embedded Qwen editor computes no single tokens again, and no predictor was trained for it."""
+    pipe, every = editor("qwen"), methods.variants()
+    stock = type(pipe)
+    chosen = {name: every[name] for name in ("stock-4", "reuse N=3", "duca N=3", "lesa N=3")}
+    assert list(methods.fitting(pipe, chosen, named=False)) == ["stock-4", "reuse N=3"]
+    said = capsys.readouterr().out
+    assert "duca N=3: left out: forecast: 'duca' computes single tokens again" in said
+    assert "lesa N=3: left out: forecast='lesa': no trained predictor" in said
+    with pytest.raises(SystemExit, match=r"^--only: 'duca N=3' does not fit this editor: forecast"):
+        methods.fitting(pipe, chosen, named=True)
+    assert type(pipe) is stock  # nothing is left installed

@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[2]
 def test_kernels_in_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     names = ("bfloat16", "tokens", "expand", "attention", "grouped_query", "qk_norm_rope", "weighted_sum", "launch",
-             "tune", "overlap", "derivatives", "block_attention", "block_keep", "out", "plan", "split_attention")  # fmt: skip
+             "tune", "overlap", "derivatives", "block_attention", "block_keep", "out", "plan",
+             "split_attention")  # fmt: skip
     files = [f"tests/kernels/test_{name}.py" for name in names]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
