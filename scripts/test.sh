@@ -2,10 +2,10 @@
 # Installs the package with pinned versions into a virtual environment, and runs every check.
 #   scripts/test.sh [VENV]     VENV: made when missing, default .venv
 # PYTHON names the interpreter that makes it (default python3.11, which the known-good set was recorded with, else
-# python3). Only pip uses the network. The checks run beside the tests and are shown when the tests have ended. Each
-# code path of the kernels is compiled once with the known-good Triton and once with the oldest supported one, which pip
-# puts into a folder of its own that is removed afterwards; `benchmarks/gpu.sh --part compile` compiles every
-# configuration. mypy is run by a test.
+# python3). Only pip uses the network. The checks run beside the tests and are shown when the tests have ended. Every
+# pair of switches of a kernel is compiled for each architecture with the known-good Triton, and once with the oldest
+# supported one, which pip puts into a folder of its own that is removed afterwards; `benchmarks/gpu.sh --part compile`
+# compiles every configuration. mypy is run by a test.
 set -euo pipefail
 set -m # each check has a process group of its own, which ends with this script
 cd "$(dirname "$0")/.."
@@ -44,7 +44,7 @@ finish() {
 
 compile_with_the_oldest_triton() {
     "$venv/bin/python" -m pip install --quiet --no-deps --target "$scratch/oldest-triton" "triton==$oldest_triton" &&
-        PYTHONPATH=$scratch/oldest-triton "$venv/bin/python" -m specedit_kernels.compile_check --each-path-once --jobs 1
+        PYTHONPATH=$scratch/oldest-triton "$venv/bin/python" -m specedit_kernels.compile_check --pairwise-archs --jobs 1
 }
 
 step "install"
@@ -55,7 +55,7 @@ export HF_HUB_OFFLINE=1 MPLBACKEND=Agg OMP_NUM_THREADS=1
 
 beside "ruff" "$venv/bin/ruff" check "$PWD"
 beside "formatting" "$venv/bin/ruff" format --check "$PWD"
-beside "kernels compile without a GPU" "$venv/bin/python" -m specedit_kernels.compile_check --each-path-once --jobs 1
+beside "kernels compile without a GPU" "$venv/bin/python" -m specedit_kernels.compile_check --pairwise --jobs 1
 beside "kernels compile with Triton $oldest_triton, the oldest supported" compile_with_the_oldest_triton
 beside "demo, small" "$venv/bin/specedit" demo --size 128 --out demo
 

@@ -1,7 +1,7 @@
 """Compile every shipped kernel in every shipped configuration, without a GPU.
 
-    python -m specedit_kernels.compile_check [--arch sm_80 sm_90 sm_100] [--json FILE] [--jobs N] [--each-path-once]
-                                            [--only REGEX]
+    python -m specedit_kernels.compile_check [--arch sm_80 sm_90 sm_100] [--json FILE] [--jobs N]
+                                            [--pairwise | --pairwise-archs] [--only REGEX]
 
 Prints registers, spilled bytes, shared memory and matrix instructions of each, read from the cubin with the cuobjdump
 that comes with Triton. Exits with 1 if anything fails to compile, spills, needs more shared memory than the
@@ -13,6 +13,7 @@ same command with PYTHONPATH=DIR. The JSON also has the instructions that each m
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -358,16 +359,23 @@ def shipped(capability: int) -> list[tuple[str, Variant]]:
     return list(found.values())
 
 
-def _path(variant: Variant) -> tuple[Any, ...]:
-    """What decides which code of a kernel is compiled, apart from sizes: its switches."""
-    switches = {name: value for name, value in variant.constants.items() if isinstance(value, (bool, str, type(None)))}
-    return variant.kernel.arg_names, sorted(switches.items()), variant.grouped, variant.aligned
+def _pairs(capability: int, variant: Variant) -> set[tuple[Any, ...]]:
+    """Every two of the settings, apart from sizes and types, that decide which code of a kernel is compiled."""
+    settings: dict[str, Any] = {n: v for n, v in variant.constants.items() if isinstance(v, (bool, str, type(None)))}
+    settings |= {"grouped": variant.grouped, "aligned": variant.aligned, "arch": capability}
+    kernel = variant.kernel.fn.__name__
+    return {(kernel, *pair) for pair in itertools.combinations(sorted(settings.items()), 2)}
 
 
-def _last_of_each_path(capability: int) -> list[int]:
-    """Numbers of `shipped`: of variants that differ only in sizes and types the last, which has the widest head."""
-    paths = [_path(variant) for _, variant in shipped(capability)]
-    return [number for number, path in enumerate(paths) if path not in paths[number + 1 :]]
+def _pairwise(capabilities: list[int]) -> list[tuple[int, int]]:
+    """(capability, number) of `shipped`: few variants that have every pair of settings, each the widest that has it."""
+    pairs = {(c, number): _pairs(c, variant) for c in capabilities for number, (_, variant) in enumerate(shipped(c))}
+    missing, chosen = set[tuple[Any, ...]]().union(*pairs.values()), []
+    while missing:
+        best = max(reversed(pairs), key=lambda task: len(pairs[task] & missing))
+        missing -= pairs[best]
+        chosen.append(best)
+    return sorted(chosen)
 
 
 def _check_shipped(task: tuple[int, int]) -> Result:
@@ -393,8 +401,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="also write the rows as JSON")
     parser.add_argument("--jobs", type=int, metavar="N", default=min(8, os.cpu_count() or 1),
                         help="processes that compile side by side (default: one per core, at most 8)")  # fmt: skip
-    parser.add_argument("--each-path-once", action="store_true",
-                        help="of variants that differ only in sizes and types, compile one")  # fmt: skip
+    few = parser.add_mutually_exclusive_group()
+    few.add_argument("--pairwise", action="store_true",
+                     help="few variants: every pair of a kernel's switches on each architecture")  # fmt: skip
+    few.add_argument("--pairwise-archs", action="store_true",
+                     help="fewer: every pair on some architecture, every switch on each")  # fmt: skip
     parser.add_argument("--only", metavar="REGEX", default="", help="only variants whose name matches")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -407,10 +418,13 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"Triton {triton.__version__} from {os.path.dirname(triton.__file__)}")
     print(f"{'arch':7} {'kernel':38} {'regs':>4} {'spill':>5} {'shared':>7} {'matrix':>6}")
     capabilities = [int(arch.removeprefix("sm_")) for arch in options.arch]
-    chosen = {c: _last_of_each_path(c) if options.each_path_once else range(len(shipped(c))) for c in capabilities}
     names = {c: [variant.name for _, variant in shipped(c)] for c in capabilities}
-    tasks = [(c, number) for c, numbers in chosen.items() for number in numbers
-             if re.search(options.only, names[c][number])]  # fmt: skip
+    if options.pairwise or options.pairwise_archs:
+        together = [capabilities] if options.pairwise_archs else [[c] for c in capabilities]
+        tasks = [task for group in together for task in _pairwise(group)]
+    else:
+        tasks = [(c, number) for c in capabilities for number in range(len(names[c]))]
+    tasks = [(c, number) for c, number in tasks if re.search(options.only, names[c][number])]
     if not tasks:
         parser.error(f"--only: expected part of a variant's name, got {options.only!r}")
     for result in check_shipped(tasks, options.jobs):

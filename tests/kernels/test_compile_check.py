@@ -1,6 +1,7 @@
 """The compile check: what it accepts, what it refuses, and how it says so."""
 
 import importlib.util
+import itertools
 import json
 import os
 
@@ -90,7 +91,7 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert {row["arch"] for row in rows} == {"sm_80", "sm_90"} and all(row["registers"] for row in rows)
     bad = [first(table([8, 0], block_n=128, num_warps=4))]
     monkeypatch.setattr(compile_check, "variants", lambda table: bad)
-    assert compile_check.main(["--arch", "sm_80", "--jobs", "1", "--each-path-once"]) == 1
+    assert compile_check.main(["--arch", "sm_80", "--jobs", "1", "--pairwise"]) == 1
     with pytest.raises(SystemExit):
         compile_check.main(["--jobs", "0"])
     with pytest.raises(SystemExit):
@@ -121,19 +122,29 @@ def test_unpacked_tokens_are_listed_and_compile():
         assert compile_check.check(variant, 90, "here").problems == []
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_each_path_once_leaves_out_sizes_only(capability):
-    everything = [variant for _, variant in compile_check.shipped(capability)]
-    chosen = [everything[number] for number in compile_check._last_of_each_path(capability)]
+@pytest.mark.parametrize("capabilities", [[80], [90], [100], [80, 90, 100]], ids=str)
+def test_pairwise_leaves_out_sizes_and_combinations_of_three(capabilities):
+    everything = {(c, number): v for c in capabilities for number, (_, v) in enumerate(compile_check.shipped(c))}
+    chosen = {task: everything[task] for task in compile_check._pairwise(capabilities)}
     assert len(chosen) < len(everything) / 3
 
     def switches(variants):
         return {
-            (v.kernel.fn.__name__, v.grouped, v.matrix, name, value)
-            for v in variants for name, value in v.constants.items() if not isinstance(value, int) or value in (0, 1)
-        }  # fmt: skip
+            (capability, v.kernel.fn.__name__, name, value)
+            for (capability, _), v in variants.items()
+            for name, value in {**v.constants, "grouped": v.grouped, "matrix": v.matrix}.items()
+            if not isinstance(value, int) or value in (0, 1)
+        }
 
     assert switches(chosen) == switches(everything)
+    # Two switches of a product, as the kernel reads them.
+    names = ("DESCRIPTORS", "PACKED", "HAS_BIAS", "LISTED", "ORDERED", "MASKED_TAIL", "PRECISION")
+    for first, second in itertools.combinations(names, 2):
+        met, shipped = (
+            {(v.constants[first], v.constants[second]) for v in some.values() if v.kernel.fn.__name__ == "attend"}
+            for some in (chosen, everything)
+        )
+        assert met == shipped
 
 
 @pytest.mark.parametrize("scatter", [False, True])
