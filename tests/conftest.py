@@ -11,6 +11,9 @@ import logging
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Dynamo's cache of fake tensors hardly ever hits where sizes are symbols, and costs a third of a trace.
+os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
+os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
 
 import hypothesis
 import numpy as np

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import threading
+import warnings
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from .family import (
     step_of,
     trace,
 )
-from .modulation import ModulationConformance
+from .modulation import NO_EFFECT, ModulationConformance, keeps_modulation
 from .stages import StageConformance
 from .switches import SwitchConformance
 
@@ -213,6 +214,7 @@ class CallConformance(Cases):
         "changes", [{}, {"rope": "phase_aligned"}, {"attention": "merged"}, {"attention": "stock"}]
     )
     def test_other_edits_do_not_compile_again(self, family, changes):
+        """Nor does modulation that is kept: compiled blocks are given it, or make it and say so."""
         if not family.fullgraph:
             pytest.skip("what crosses a graph break becomes a constant")
         if family.compiles_as:
@@ -220,14 +222,25 @@ class CallConformance(Cases):
         self.needs(family, changes)
         counter, counts = CompileCounter(), []
         torch._dynamo.reset()
-        pipe = family.make()
+        pipe, guide = family.make(), self.guides(family)[-1]
         pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=counter)
         specedit.install(pipe, **QUICK, **changes)
         with torch._dynamo.config.patch(recompile_limit=8 if "attention" not in changes else 16):
             for cells in (3, 5, 6, 9, 11):
-                family.run(pipe, edit_mask=(torch.arange(16) < cells).view(4, 4), **self.guides(family)[-1])
+                mask = (torch.arange(16) < cells).view(4, 4)
+                latents = family.run(pipe, edit_mask=mask, **guide)
                 counts.append(counter.frame_count)
-        assert counts[0] and counts[2] == counts[-1], counts
+            assert counts[0] and counts[2] == counts[-1], counts
+            if keeps_modulation(family, family.make()):
+                reason = family.adapter().why_modulated_every_step(pipe)
+                specedit.install(pipe, **QUICK, **changes, modulation="once")
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    self.close(family.run(pipe, edit_mask=mask, **guide), latents)
+                assert counter.frame_count == counts[-1]
+                assert any(NO_EFFECT in str(one.message) for one in caught) == (reason is not None)
+                assert (reason is None) == bool(specedit.report(pipe).modulation)
+                assert reason in (None, "its blocks are compiled, and their graphs compute the modulation")
 
 
 class Conformance(CallConformance, StageConformance, SwitchConformance, ModulationConformance):

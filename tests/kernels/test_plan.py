@@ -37,10 +37,10 @@ def runs(keys, generator):
     return bias
 
 
-@pytest.mark.parametrize("dim, scale", [(64, None), (48, None), (64, -0.1)])
-def test_runs_of_one_bias_give_what_single_biases_give(backend, dtype, device, rng, as_good, dim, scale):
+@pytest.mark.parametrize("heads, dim, scale", [(2, 64, None), (1, 48, None), (1, 64, -0.1)])
+def test_runs_of_one_bias_give_what_single_biases_give(backend, dtype, device, rng, as_good, heads, dim, scale):
     lengths = [[70, 0, 3], [650, 40, 129]]
-    q, k, v, cu_q, cu_k = packed(rng, device, dtype, 2, dim, *lengths)
+    q, k, v, cu_q, cu_k = packed(rng, device, dtype, heads, dim, *lengths)
     bias = torch.cat([runs(n, rng) for n in lengths[1]]).to(device)
     used = dim**-0.5 if scale is None else scale
     exact, same = (expected(q, k, v, cu_q, cu_k, bias, used, one) for one in (torch.float64, dtype))

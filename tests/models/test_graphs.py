@@ -88,42 +88,35 @@ def mask(size, cells, batch):
 
 @pytest.mark.slow
 @torch._dynamo.config.patch(recompile_limit=8)
-def test_sizes_batches_and_masks_share_their_graphs(family):
-    pipe = deeper(family.make())
-    graphs = compile_blocks(pipe)
-    specedit.install(pipe, **QUICK)
-    # Every batch and every size, without guidance and with it, and no two of them twice.
-    for i, batch in enumerate((1, 2, 3, 2, 3, 1)):
-        size, guide = SIZES[i % 3], [{}, family.guided][i // 3]
-        for edit_mask in (None, mask(size, 3 + i % 3, batch)):
-            family.run(pipe, size, num_images_per_prompt=batch, edit_mask=edit_mask, **guide)
-    assert graphs and max(graphs.values()) <= GRAPHS, graphs
-    total = graphs.total()
-    for cells in (2, 4, 6):
-        family.run(pipe, SIZES[0], edit_mask=mask(SIZES[0], cells, 1))
-    assert graphs.total() == total
-    with specedit.disabled(pipe):  # stock calls find room beside them
-        family.run(pipe, SIZES[1], num_images_per_prompt=2, num_inference_steps=1)
-
-
-@pytest.mark.slow
-@torch._dynamo.config.patch(recompile_limit=8)
-def test_stock_calls_of_compiled_blocks_are_stocks(family):
+def test_edits_share_few_graphs_and_stock_calls_beside_them_are_stocks(family):
     """Blocks of one class share their compiled code; the last one must not be taken for any of the others."""
     pipe = deeper(family.make())
-    calls = [dict(num_inference_steps=2, num_images_per_prompt=batch) for batch in (1, 2)]
+    calls = [
+        dict(size=size, num_inference_steps=2, num_images_per_prompt=batch) for batch, size in enumerate(SIZES[:2], 1)
+    ]
     expected = [family.run(pipe, **call) for call in calls]
     eager = family.run(specedit.install(pipe, **QUICK))
     specedit.uninstall(pipe)
     graphs = compile_blocks(pipe)
     assert torch.equal(family.run(pipe, **calls[0]), expected[0])
+    graphs.clear()
     specedit.install(pipe, **QUICK)
     edited = family.run(pipe)
-    with specedit.disabled(pipe):
-        for call, stock in zip(calls, expected, strict=True):
-            assert torch.equal(family.run(pipe, **call), stock)
     assert graphs and not torch.equal(edited, expected[0])
     torch.testing.assert_close(edited, eager, rtol=1e-4, atol=1e-4)
+    # Every batch and every size, without guidance and with it, and no two of them twice.
+    for i, batch in enumerate((1, 2, 3, 2, 3, 1)):
+        size, guide = SIZES[i % 3], [{}, family.guided][i // 3]
+        for edit_mask in (None, mask(size, 3 + i % 3, batch)):
+            family.run(pipe, size, num_images_per_prompt=batch, edit_mask=edit_mask, **guide)
+    assert max(graphs.values()) <= GRAPHS, graphs
+    total = graphs.total()
+    for cells in (2, 4, 6):
+        family.run(pipe, SIZES[0], edit_mask=mask(SIZES[0], cells, 1))
+    assert graphs.total() == total
+    with specedit.disabled(pipe):  # stock calls find room beside them
+        for call, stock in zip(calls, expected, strict=True):
+            assert torch.equal(family.run(pipe, **call), stock)
     specedit.uninstall(pipe)
     assert torch.equal(family.run(pipe, **calls[0]), expected[0])
 
