@@ -23,6 +23,7 @@ FLAGS = (
 )  # fmt: skip
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium was found; apt-get install chromium"),
 ]
 PROMPT = "add a small red star at the right"

@@ -77,6 +77,7 @@ def pages(site, address):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("scheme", "screen"), [("light", "desktop"), ("dark", "phone")])
 def test_every_page_is_whole_in_a_browser(browser, pages, address, raw_formula, scheme, screen):
     found, wrong = opened(browser, pages, scheme, WIDTHS[screen])
@@ -90,6 +91,7 @@ def test_every_page_is_whole_in_a_browser(browser, pages, address, raw_formula, 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_no_link_is_broken_in_a_browser(browser, pages, address):
     found, _ = opened(browser, pages, "light", WIDTHS["desktop"])
     targets = {link for seen in found.values() for link in seen["links"] if link.startswith(address)}

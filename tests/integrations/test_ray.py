@@ -135,6 +135,7 @@ def kill_first_worker(out):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_actor_that_is_killed_is_replaced_and_no_row_is_lost_or_doubled(tmp_path, monkeypatch, capsys):
     """Two actors on a real local Ray; one dies after the first result. Every row has one result, as in process."""
     pytest.importorskip("ray.data", reason="needs Ray Data")
