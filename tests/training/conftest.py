@@ -7,5 +7,5 @@ from tests.small_training import shrink
 
 @pytest.fixture
 def few_tasks(monkeypatch):
-    """Training steps have 8 tasks of 64 px."""
-    shrink(monkeypatch)
+    """Training steps have 4 tasks of 64 px."""
+    shrink(monkeypatch, tasks=4)

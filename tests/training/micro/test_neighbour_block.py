@@ -60,7 +60,7 @@ def test_t5_without_neighbour_block_ignores_order(shallow):
 
 @pytest.mark.slow
 def test_neighbour_block_learns_the_order(shallow, tmp_path, monkeypatch):
-    monkeypatch.setattr(neighbour_block, "BATCH", 24)
+    monkeypatch.setattr(neighbour_block, "BATCH", 12)
     before = states(shallow)
     log = loop.Log(tmp_path / "log.json")
     torch.manual_seed(0)
