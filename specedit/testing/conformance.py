@@ -222,12 +222,25 @@ class CallConformance(Cases):
         torch._dynamo.reset()
         pipe = family.make()
         pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=counter)
-        specedit.install(pipe, **QUICK, **changes)
+        # In the other stages every edit has the same tokens: the settings as they are go through them.
+        settings = QUICK | ({"steps": (0, 2, 0)} if changes else {}) | changes
+        reason = family.adapter().why_modulated_every_step(family.make())
+        specedit.install(pipe, **settings)
         with torch._dynamo.config.patch(recompile_limit=8 if "attention" not in changes else 16):
             for cells in (3, 5, 6, 9, 11):
-                family.run(pipe, edit_mask=(torch.arange(16) < cells).view(4, 4), **self.guides(family)[-1])
+                call = dict(edit_mask=(torch.arange(16) < cells).view(4, 4), **self.guides(family)[-1])
+                latents = family.run(pipe, **call)
                 counts.append(counter.frame_count)
-        assert counts[0] and counts[2] == counts[-1], counts
+            assert counts[0] and counts[2] == counts[-1], counts
+            if reason is not None:
+                return  # no modulation is kept
+            # Compiled blocks are given it or make it, in the graphs that are there.
+            specedit.install(pipe, **settings, modulation="once")
+            self.close(family.run(pipe, **call), latents)
+            assert counter.frame_count == counts[-1]
+        reason = family.adapter().why_modulated_every_step(pipe)
+        assert (reason is None) == bool(specedit.report(pipe).modulation)
+        assert reason in (None, "its blocks are compiled, and their graphs compute the modulation")
 
 
 class Conformance(CallConformance, StageConformance, SwitchConformance, ModulationConformance):

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import cpu_offload
-from torch._dynamo.testing import CompileCounter
 
 import specedit
 from specedit import SpecEditConfig
@@ -171,27 +170,6 @@ class ModulationConformance(Cases):
     @staticmethod
     def is_close(a, b):
         return torch.allclose(a, b, rtol=2e-4, atol=2e-4)
-
-    @pytest.mark.slow
-    def test_compiled_blocks_are_given_kept_modulation_or_make_it(self, family):
-        """No edit compiles again because of it, and what cannot be given says so."""
-        if not family.fullgraph or family.compiles_as:
-            pytest.skip("its blocks do not compile, or as another family's")
-        self.keeping(family, family.make())
-        counter, counts = CompileCounter(), []
-        torch._dynamo.reset()
-        pipe = family.make()
-        pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=counter)
-        reason = family.adapter().why_modulated_every_step(pipe)
-        for changes in ({}, dict(modulation="once")):
-            specedit.install(pipe, **QUICK, **changes)
-            latents = family.run(pipe, edit_mask=torch.eye(4))
-            if not changes:
-                expected = latents
-            counts.append(counter.frame_count)
-        self.close(latents, expected)
-        assert counts[0] == counts[1] and (reason is None) == bool(specedit.report(pipe).modulation)
-        assert reason in (None, "its blocks are compiled, and their graphs compute the modulation")
 
 
 def modulation(embedder, layers, args):
