@@ -29,6 +29,7 @@ def test_text_encoders_learn_what_prompts_say(name, few_blocks):
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.6 * losses[0]
+    assert all(any(p.grad is not None for p in module.parameters()) for module in modules)  # not the heads alone
 
 
 @pytest.mark.slow
