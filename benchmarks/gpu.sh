@@ -70,12 +70,12 @@ if_dry() {
 }
 
 if [ -n "$dry" ]; then
-  # Stands for compute-sanitizer: checks its options and runs the command.
+  # Stands for compute-sanitizer: checks its options and runs the command, which is the same for each tool, once.
   mkdir "$scratch/bin"
   cat > "$scratch/bin/compute-sanitizer" << 'SANITIZER'
 #!/usr/bin/env bash
 [[ "$1 $2 $3 $4" =~ ^--tool\ (memcheck|racecheck)\ --error-exitcode\ 9$ ]] || exit 3
-exec "${@:5}"
+[ "$2" = memcheck ] || exec "${@:5}"
 SANITIZER
   chmod +x "$scratch/bin/compute-sanitizer"
   PATH=$scratch/bin:$PATH

@@ -24,7 +24,9 @@ from PIL import Image
 # pytest listens to loggers that do not propagate, and torch would write a trace of all that it compiles.
 logging.getLogger("torch.__trace").propagate = True
 
-pytest_plugins = ["tests.cpu_times", "tests.shallow", "tests.tiny_flux2", "tests.tiny_qwen", "tests.tiny_qwen21"]
+pytest_plugins = [
+    f"tests.{name}" for name in ("cpu_times", "shallow", "shares", "tiny_flux2", "tiny_qwen", "tiny_qwen21")
+]
 
 # The same examples on every run; machines that are busy need no deadline.
 hypothesis.settings.register_profile("specedit", derandomize=True, deadline=None)
@@ -288,10 +290,6 @@ def pytest_collection():
     gc.set_threshold(10_000, 20, 20)
     gc.enable()
     return collected
-
-
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the option

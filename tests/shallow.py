@@ -45,3 +45,12 @@ def shallow_editors(shallow_weights, monkeypatch):
     from specedit import micro
 
     monkeypatch.setitem(micro.load.__globals__, "WEIGHTS", shallow_weights)
+
+
+@pytest.fixture
+def few_renders(monkeypatch):
+    """Textures are compared with two fresh renders of each kind, for tests of what is written of it."""
+    from specedit.micro import judging
+
+    monkeypatch.setattr(judging, "RENDERS", 2)
+    monkeypatch.setattr(judging, "OTHERS", 2)

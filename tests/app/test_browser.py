@@ -23,6 +23,7 @@ FLAGS = (
 )  # fmt: skip
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium was found; apt-get install chromium"),
 ]
 PROMPT = "add a small red star at the right"
@@ -32,6 +33,12 @@ EXAMPLE = 1  # of the page, which is the task of this number
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 MOST_BYTES = 300_000  # of a picture in the documentation
 PATIENCE = 60_000  # ms; a busy machine is slow
+# Without a GPU the CPU draws the painter, which draws itself anew for every frame: a few in a second are enough.
+FRAME, SOON = 400, 800  # ms between two frames, and until what follows an action is there
+FEW_FRAMES = f"""
+    window.requestAnimationFrame = draw => window.setTimeout(() => draw(performance.now()), {FRAME});
+    window.cancelAnimationFrame = number => window.clearTimeout(number);
+"""
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +58,12 @@ def browsers():
     """Two people's browsers: one process, with nothing in common."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
-        yield [browser.new_context(viewport={"width": 1280, "height": 1000}) for _ in range(2)]
+        people = [
+            browser.new_context(viewport={"width": 1280, "height": 1000}, reduced_motion="reduce") for _ in range(2)
+        ]
+        for one in people:
+            one.add_init_script(FEW_FRAMES)
+        yield people
         browser.close()
 
 
@@ -84,7 +96,7 @@ class Visit:
         """Wait until the painter shows a picture."""
         fits = re.compile(r"(9\d|\d{3})%")  # the empty canvas is twice as large as its place
         expect(self.page.locator("#painter")).to_contain_text(fits, timeout=PATIENCE)
-        self.page.wait_for_timeout(500)
+        self.page.wait_for_timeout(SOON)
 
     def paint(self, *points, size=SIZE):
         """Draw one stroke through points (x, y) of the picture, which has this size, in the painter's middle."""
@@ -97,7 +109,7 @@ class Visit:
         for place in places:
             self.page.mouse.move(*place, steps=3)
         self.page.mouse.up()
-        self.page.wait_for_timeout(500)  # the painter sends its layers a moment later
+        self.page.wait_for_timeout(SOON)  # the painter sends its layers a moment later
 
     def choose(self, name, value):
         self.page.locator(f"#{name} input").click()
@@ -182,7 +194,7 @@ def test_a_painted_edit_changes_its_place_alone_and_can_be_taken_back(visit, dra
     assert np.array_equal(np.asarray(Image.open(tmp_path / "result.png")), after)
 
     page.click("go-on")  # the next edit is one of the result
-    page.page.wait_for_timeout(500)
+    page.page.wait_for_timeout(SOON)
     page.paint(*LEFT)
     page.ask("add a small blue star at the left")
     page.heading("2. add a small blue star at the left")

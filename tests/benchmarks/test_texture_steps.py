@@ -10,7 +10,7 @@ from specedit.micro.evaluation import TEXTURE_SEED
 
 
 @pytest.mark.slow
-def test_the_curve_of_steps_is_resumed_in_turns(tmp_path, monkeypatch):
+def test_the_curve_of_steps_is_resumed_in_turns(shallow_editors, few_renders, tmp_path, monkeypatch):
     ran, real = [], micro.evaluate
     monkeypatch.setattr(scores, "EVERY", 1)
     monkeypatch.setattr(texture_steps, "STEPS", (1, 2))
@@ -30,14 +30,14 @@ def test_the_curve_of_steps_is_resumed_in_turns(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_tables_have_textures_besides(tmp_path, capsys, monkeypatch):
+def test_tables_have_textures_besides(shallow_editors, few_renders, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(quality, "variants", lambda: {"stock-1": {"steps": 1}})
     out = tmp_path / "q.json"
-    some = ["--size", "128", "--cases", "1", "--out", str(out)]
+    some = ["--size", "96", "--cases", "1", "--out", str(out)]
     quality.main([*some, "--textures", "1"])
     (row,) = json.loads(out.read_text())["rows"]
     assert [case["seed"] for case in row["cases"]] == [0, TEXTURE_SEED] and row["mean"]["count"] == 2
-    assert json.loads(out.read_text())["command"].endswith("--cases 1 --textures 1 --size 128")
+    assert json.loads(out.read_text())["command"].endswith("--cases 1 --textures 1 --size 96")
     said = capsys.readouterr().out
     assert "success" in said and "texture" in said
 

@@ -77,7 +77,7 @@ def test_missing_weights_name_the_editor_and_its_trainer(command, monkeypatch, t
 
 
 @pytest.mark.slow
-def test_edit_with_the_embedded_editor(tmp_path, picture, capsys):
+def test_edit_with_the_embedded_editor(shallow_editors, tmp_path, picture, capsys):
     out = tmp_path / "out.png"
     given = ["edit", str(picture), "make it greyscale", "--preset", "turbo", "--out", str(out)]
     assert cli.main([*given, "--figure", str(tmp_path / "figure.png")]) == 0
@@ -168,7 +168,7 @@ def test_commands_run_with_the_attention_of_this_machine(shallow_editors, monkey
 
 
 @pytest.mark.slow
-def test_edit_keeps_pixels_outside_a_mask(tmp_path, picture):
+def test_edit_keeps_pixels_outside_a_mask(shallow_editors, tmp_path, picture):
     mask = Image.new("L", (128, 128))
     mask.paste(255, (0, 0, 32, 32))
     mask.save(tmp_path / "mask.png")
@@ -181,9 +181,9 @@ def test_edit_keeps_pixels_outside_a_mask(tmp_path, picture):
 
 
 @pytest.mark.slow
-def test_eval_micro(shallow_editors, tmp_path, capsys):
+def test_eval_micro(shallow_editors, few_renders, tmp_path, capsys):
     path = tmp_path / "eval.json"
-    given = ["eval", "micro", "--preset", "turbo", "--cases", "1", "--textures", "1", "--size", "128"]
+    given = ["eval", "micro", "--preset", "turbo", "--cases", "1", "--textures", "1", "--size", "96"]
     assert cli.main([*given, "--json", str(path)]) == 0
     written = json.loads(path.read_text())
     assert [row["kind"] == "texture" for row in written["rows"]] == [False, True]

@@ -101,7 +101,7 @@ def test_a_gpu_whose_kernels_are_right(report):
 @pytest.mark.slow
 @needs_driver
 def test_a_wrong_kernel_is_named_and_the_exit_code_is_1(report):
-    with dry_gpu.use((8, 0), generates=False, checks=True, faulty=["mixed_attention", "gather_tokens"]):
+    with dry_gpu.use((9, 0), generates=False, checks=True, faulty=["mixed_attention", "gather_tokens"]):
         code, found = report()
     assert code == 1 and {line.split(" (")[0] for line in found["problems"]} == {
         "GPU: mixed_attention", "GPU: gather_tokens",

@@ -70,6 +70,12 @@ def opened(browser, addresses, scheme, width):
 
 
 @pytest.fixture(scope="module")
+def visited(browser, pages):
+    """`opened` of every page, once for each scheme and width."""
+    return functools.cache(lambda scheme, width: opened(browser, pages, scheme, width))
+
+
+@pytest.fixture(scope="module")
 def pages(site, address):
     """The addresses of all pages, as readers type them."""
     paths = [str(path.relative_to(site[1])).removesuffix("index.html") for path in site[0]]
@@ -77,9 +83,10 @@ def pages(site, address):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("scheme", "screen"), [("light", "desktop"), ("dark", "phone")])
-def test_every_page_is_whole_in_a_browser(browser, pages, address, raw_formula, scheme, screen):
-    found, wrong = opened(browser, pages, scheme, WIDTHS[screen])
+def test_every_page_is_whole_in_a_browser(visited, address, raw_formula, scheme, screen):
+    found, wrong = visited(scheme, WIDTHS[screen])
     assert wrong == []
     for page, seen in found.items():
         assert seen["missing"] == [] and seen["small"] == [], page
@@ -90,8 +97,9 @@ def test_every_page_is_whole_in_a_browser(browser, pages, address, raw_formula, 
 
 
 @pytest.mark.slow
-def test_no_link_is_broken_in_a_browser(browser, pages, address):
-    found, _ = opened(browser, pages, "light", WIDTHS["desktop"])
+@pytest.mark.long
+def test_no_link_is_broken_in_a_browser(browser, visited, address):
+    found, _ = visited("light", WIDTHS["desktop"])
     targets = {link for seen in found.values() for link in seen["links"] if link.startswith(address)}
     assert len(targets) > 100
     context = browser.new_context()

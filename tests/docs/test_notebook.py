@@ -45,6 +45,7 @@ def data(outputs, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_notebook_runs_and_its_first_cell_has_nothing_to_install(shown):
     assert shown[0] == []
     assert all(data(shown[i], "image/png") for i in (1, 2, 3, 5))  # input, stock, edit, edit with a mask
@@ -54,12 +55,14 @@ def test_the_notebook_runs_and_its_first_cell_has_nothing_to_install(shown):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_notebook_shows_a_report_with_its_figure(shown):
     (page,) = data(shown[4], "text/html")
     assert "data:image/png;base64," in page and "<td" in page and "SpecEdit turbo" in page
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_progress_bars_are_widgets(shown):
     pytest.importorskip("ipywidgets")
     assert data(shown[3], "application/vnd.jupyter.widget-view+json")

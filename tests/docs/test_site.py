@@ -15,6 +15,7 @@ LARGEST = 300_000  # bytes of a picture
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_formula_is_rendered(site, raw_formula):
     pages, folder = site
     assert "<math" in (folder / "kernels" / "index.html").read_text()
@@ -23,6 +24,7 @@ def test_every_formula_is_rendered(site, raw_formula):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_internal_links_and_anchors_exist(site):
     pages, folder = site
     for path, page in pages.items():
@@ -40,6 +42,7 @@ def test_internal_links_and_anchors_exist(site):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_pages_load_nothing_from_the_network(site):
     for path, page in site[0].items():
         assert not [address for address in page.loaded if urlsplit(address).netloc], path

@@ -1,5 +1,6 @@
 """Textures are judged by distribution: on renders alone, what is wrong scores worse than a fresh right answer."""
 
+import functools
 import math
 import time
 
@@ -17,7 +18,9 @@ SIDE, SEEDS, SET = 128, 6, 12
 MARGIN = 1.2  # how much farther than fresh answers something wrong must be, at least
 
 
+@functools.cache
 def draw(material, first, count, side=SIDE):
+    """Renders, made once: no test changes them."""
     return torch.stack([texture(material, first + i, side, side) for i in range(count)])
 
 
@@ -68,9 +71,13 @@ def reference(fresh):
 @pytest.fixture(scope="module")
 def distance(reference):
     """Mean distance of pictures of a material in a region."""
+    described = {}  # with the pictures, so that no others get their identity
 
     def measure(material, pictures, region):
-        found = describe(pictures, region)
+        key = id(pictures), int(region.sum())
+        if key not in described:
+            described[key] = describe(pictures, region), pictures
+        found = described[key][0]
         each = [{name: values[i : i + 1] for name, values in found.items()} for i in range(len(pictures))]
         return sum(reference(material, region).distance(one)["distance"] for one in each) / len(each)
 

@@ -19,6 +19,7 @@ from specedit.micro.vocabulary import BACKGROUNDS, COLOURS, PHRASES, PLACES, SHA
 from .saving import strip_name_or_path, write_transformers4_config
 
 T5_LAYERS = 3
+BLOCKS = 2, 5  # of the transformer: double-stream and single-stream
 NEIGHBOUR_LOGIT = 8.0  # bias on a neighbour's logit: the neighbour then gets nearly all of the attention
 
 
@@ -191,8 +192,8 @@ def transformer() -> FluxTransformer2DModel:
     """FLUX's transformer: 2 double and 5 single blocks of 4 heads of 64; axes as the real one's, halved."""
     model = FluxTransformer2DModel(
         in_channels=64,
-        num_layers=2,
-        num_single_layers=5,
+        num_layers=BLOCKS[0],
+        num_single_layers=BLOCKS[1],
         attention_head_dim=64,
         num_attention_heads=4,
         joint_attention_dim=192,

@@ -25,6 +25,7 @@ from .build import attend_to_own_reference, sentences, zero_modulation
 from .saving import strip_name_or_path, write_transformers4_config
 
 WIDTH = 192  # of the text model
+BLOCKS = 6  # of the transformer
 HEADS = 4  # of 64 channels: the transformer is as wide as the Kontext editor's
 SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -176,7 +177,7 @@ def transformer() -> QwenImageTransformer2DModel:
         patch_size=2,
         in_channels=64,
         out_channels=16,
-        num_layers=6,
+        num_layers=BLOCKS,
         attention_head_dim=64,
         num_attention_heads=HEADS,
         joint_attention_dim=WIDTH,

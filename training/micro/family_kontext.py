@@ -82,5 +82,5 @@ KONTEXT = Family(
     probe_inputs=lambda features: features,
     probe_widths=lambda pipe: (pipe.text_encoder_2.config.d_model, pipe.text_encoder.config.hidden_size),
     velocity=velocity,
-    probed_blocks=lambda model: (model.transformer_blocks[-1], *model.single_transformer_blocks[1:4:2]),
+    probed_blocks=lambda model: (model.transformer_blocks[-1], *(model.single_transformer_blocks[i] for i in (1, -2))),
 )

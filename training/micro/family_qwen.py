@@ -131,6 +131,6 @@ QWEN = Family(
     probe_inputs=probe_inputs,
     probe_widths=lambda pipe: (pipe.transformer.config.joint_attention_dim,),
     velocity=velocity,
-    probed_blocks=lambda model: tuple(model.transformer_blocks[i] for i in (1, 3, 4)),
+    probed_blocks=lambda model: tuple(model.transformer_blocks[i] for i in (1, len(model.transformer_blocks) // 2, -2)),
     empty_prompts=0.1,
 )

@@ -68,10 +68,14 @@ class Settings:
     model: str = "kontext"
 
 
-def rate_at(progress: float, step: int, warmup: int = 100, floor: float = 0.05) -> float:
+WARMUP = 100  # steps
+LOGGED = 50  # steps that one row of the log sums up
+
+
+def rate_at(progress: float, step: int, floor: float = 0.05) -> float:
     """Linear warm-up, flat, then a cosine over the last 60 % of the budget."""
     decay = max(0.0, (progress - 0.4) / 0.6)
-    return min(1.0, (step + 1) / warmup) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * decay)))
+    return min(1.0, (step + 1) / WARMUP) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * decay)))
 
 
 # T5 does not scale its attention logits. At the common rate they grow until every token attends to a single one,
@@ -163,7 +167,7 @@ def fit(
     """Minimise the sum of `losses(step)` with AdamW until `clock` runs out or `settings.steps` is reached.
 
     Args:
-        part: name of its rows in the log: every 50 steps one with the mean of each loss.
+        part: name of its rows in the log: every `LOGGED` steps one with the mean of each loss.
         groups: parameter groups, each with its "share" of `rate` (default 1).
     """
     parameters = [p for group in groups for p in group["params"]]
@@ -174,7 +178,7 @@ def fit(
         descend(sum(parts.values()), parameters, [optimizer], rate * rate_at(clock.progress, step))
         step += 1
         history.append([float(one.detach()) for one in parts.values()])
-        if step % 50 == 0:
+        if step % LOGGED == 0:
             means = dict(zip(parts, torch.tensor(history).mean(0).tolist(), strict=True))
             log.add(part=part, step=step, seconds=round(clock.seconds, 1), **means)
             history = []

@@ -18,7 +18,7 @@ from specedit.micro import scenes
 from .cpu import autocast
 from .families import family_of
 from .family import Family
-from .loop import Average, Clock, Log, Settings, descend, optimizers, rate_at, write
+from .loop import LOGGED, Average, Clock, Log, Settings, descend, optimizers, rate_at, write
 from .loop import seeds as training_seeds
 from .probes import Labels, Probes
 
@@ -327,7 +327,7 @@ def learn(
         side = max(batch.grid) * 16
         for name, one in parts.items():
             losses.setdefault(f"{name}_{side}", []).append(float(one.detach()))
-        if step % 50 == 0:
+        if step % LOGGED == 0:
             means = {name: sum(v) / len(v) for name, v in sorted(losses.items())}
             rate = optims[0].param_groups[0]["lr"]
             log.add(part=part, step=step, seconds=round(clock.seconds, 1), rate=rate, **means)

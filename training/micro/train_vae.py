@@ -15,7 +15,7 @@ from .cpu import autocast
 from .families import family_of
 from .family import Family
 from .inherit import copy_latent_statistics
-from .loop import Average, Clock, Log, Settings, descend, rate_at, seeds, write
+from .loop import LOGGED, Average, Clock, Log, Settings, descend, rate_at, seeds, write
 
 
 def vae_images(step: int, count: int, side: int, device: str) -> Tensor:
@@ -91,7 +91,7 @@ def train_vae(pipe, settings: Settings, log: Log, teacher: Any = None) -> None:
         average.update()
         step += 1
         errors.append(error)
-        if step % 50 == 0:
+        if step % LOGGED == 0:
             psnr = 10 * math.log10(4 / (sum(errors) / len(errors)))
             log.add(part="vae", step=step, seconds=round(clock.seconds, 1), loss=float(loss.detach()), psnr=psnr)
             errors = []

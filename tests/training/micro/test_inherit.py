@@ -156,7 +156,7 @@ def test_training_inherits_and_refuses_what_does_not_fit(tmp_path, few_tasks):
         ours.transformer_blocks[1].attn.to_k.weight, theirs.transformer_blocks[1].attn.to_k.weight, **close
     )
     assert torch.allclose(
-        ours.transformer_blocks[5].attn.to_q.weight, theirs.single_transformer_blocks[4].attn.to_q.weight, **close
+        ours.transformer_blocks[3].attn.to_q.weight, theirs.single_transformer_blocks[2].attn.to_q.weight, **close
     )
     assert torch.allclose(ours.proj_out.weight, theirs.proj_out.weight, **close)
     assert pipe.vae.config.latents_mean == [0.25] * 16 and pipe.vae.config.latents_std == [0.5] * 16

@@ -59,12 +59,13 @@ def test_t5_without_neighbour_block_ignores_order(shallow):
 
 
 @pytest.mark.slow
-def test_neighbour_block_learns_the_order(shallow, tmp_path, monkeypatch):
-    monkeypatch.setattr(neighbour_block, "BATCH", 24)
+def test_neighbour_block_learns_the_order(shallow, at_full_rate, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "LOGGED", 25)
+    monkeypatch.setattr(neighbour_block, "BATCH", 12)
     before = states(shallow)
     log = loop.Log(tmp_path / "log.json")
     torch.manual_seed(0)
-    neighbour_block.train_neighbour_block(shallow, loop.Settings(tmp_path, text_minutes=10.0, steps=100), log)
+    neighbour_block.train_neighbour_block(shallow, loop.Settings(tmp_path, text_minutes=10.0, steps=50), log)
     first, second = log.rows
     assert first["part"] == "neighbour_block" and second["neighbours"] < 0.5 * first["neighbours"]
     after = states(shallow)
@@ -94,7 +95,7 @@ def test_t5_queries_and_keys_learn_slowly():
 
 
 @pytest.mark.slow
-def test_training_adds_a_missing_neighbour_block(shallow, tmp_path, few_tasks):
+def test_training_adds_a_missing_neighbour_block(few_tasks, shallow, tmp_path):
     build.save(shallow, tmp_path / "old")
     settings = dict(
         out=tmp_path / "run", start=tmp_path / "old", steps=1, largest=64, probe_minutes=0.0, save_minutes=0.0

@@ -210,7 +210,7 @@ def test_train_and_resume_qwen(tmp_path, few_tasks):
 
 
 @pytest.mark.slow
-def test_gradients_reach_every_used_parameter_of_qwen():
+def test_gradients_reach_every_used_parameter_of_qwen(few_blocks):
     torch.manual_seed(0)
     pipe = families.family_named("qwen").build(0)
     probes = train_editor.Probes(pipe.transformer, families.family_of(pipe).probed_blocks(pipe.transformer))
@@ -231,7 +231,7 @@ def test_gradients_reach_every_used_parameter_of_qwen():
     }  # fmt: skip
     # The last block's text output is unused.
     unread = ("txt_mlp", "txt_norm2", "to_add_out", "add_q_proj", "norm_added_q")
-    expected = {name for name in idle if "transformer_blocks.5." in name and any(part in name for part in unread)}
+    expected = {name for name in idle if "transformer_blocks.3." in name and any(part in name for part in unread)}
     assert idle == expected and expected
 
 
@@ -308,7 +308,7 @@ def test_steps_at_512_px_are_mostly_focused(monkeypatch):
     monkeypatch.setattr(train_editor, "encode", encode)
     settings = loop.Settings(Path(), seed=1)
     stream = train_editor.batches(None, settings, loop.Clock(0.0), 0)  # at its end
-    drawn = [next(stream) for _ in range(200)]
+    drawn = [next(stream) for _ in range(100)]
     focused = [b for b in drawn if b.at is not None]
     large = [b for b in drawn if max(b.grid) == 32]
     assert len(large) / 2 < len(focused) < len(large) and all(max(b.grid) == 32 for b in focused)
@@ -369,7 +369,7 @@ def test_autoencoder_learns(name):
     images = train_vae.vae_images(0, 2, 32, "cpu")
     optimizer = torch.optim.AdamW(pipe.vae.parameters(), lr=1e-4)
     errors = []
-    for _ in range(30):
+    for _ in range(24):
         torch.manual_seed(1)
         loss, error = train_vae.vae_loss(vae, images)
         optimizer.zero_grad()

@@ -20,14 +20,14 @@ def untrained(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["kontext", "qwen"])
-def test_probe_loss_is_learned(name):
+def test_probe_loss_is_learned(name, few_blocks):
     pipe, probes = untrained(name)
-    batch = encode(pipe, [scenes.describe(s) for s in loop.seeds(0, 6)], (64, 64), "cpu")
+    batch = encode(pipe, [scenes.describe(s) for s in loop.seeds(0, 4)], (64, 64), "cpu")
     modules = [pipe.transformer, *families.family_of(pipe).text_modules(pipe), probes]
     parameters = [p.requires_grad_(True) for m in modules for p in m.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3)
     losses = []
-    for _ in range(25):
+    for _ in range(10):
         loss = sum(train_probes.probe_loss(pipe, probes, batch, "cpu").values())
         optimizer.zero_grad()
         loss.backward()
@@ -85,10 +85,11 @@ def test_only_text_encoders_and_first_blocks_change(name, tmp_path, few_tasks):
 
 # Nothing here depends on the family but what the tests above try with both.
 @pytest.mark.slow
-def test_probes_are_first_fitted_to_a_trained_editor(tmp_path, few_tasks, monkeypatch):
+def test_probes_are_first_fitted_to_a_trained_editor(tmp_path, few_tasks, at_full_rate, monkeypatch):
+    monkeypatch.setattr(loop, "LOGGED", 12)
     monkeypatch.setattr(train_probes, "PROBE_SHARE", 1.0)  # no time for the second part
     pipe, probes = untrained("qwen")
-    batch = encode(pipe, [scenes.describe(s) for s in loop.seeds(0, 16)], (64, 64), "cpu")
+    batch = encode(pipe, [scenes.describe(s) for s in loop.seeds(0, 8)], (64, 64), "cpu")
 
     def loss():
         torch.manual_seed(0)  # the same noise
@@ -97,7 +98,7 @@ def test_probes_are_first_fitted_to_a_trained_editor(tmp_path, few_tasks, monkey
     editor = (pipe.transformer, *families.family_of(pipe).text_modules(pipe), pipe.vae)
     before, first = [copy.deepcopy(module.state_dict()) for module in editor], loss()
     log = loop.Log(tmp_path / "log.json")
-    settings = loop.Settings(tmp_path, steps=50, probe_minutes=10.0, largest=64, start=tmp_path)
+    settings = loop.Settings(tmp_path, steps=12, probe_minutes=10.0, largest=64, start=tmp_path)
     train_probes.train_probes(pipe, probes, settings, log)
     for module, old in zip(editor, before, strict=True):
         assert all(torch.equal(value, old[key]) for key, value in module.state_dict().items())
@@ -107,10 +108,11 @@ def test_probes_are_first_fitted_to_a_trained_editor(tmp_path, few_tasks, monkey
 
 
 @pytest.mark.slow
-def test_first_blocks_then_learn_and_stay_near(tmp_path, few_tasks, monkeypatch):
+def test_first_blocks_then_learn_and_stay_near(tmp_path, few_tasks, at_full_rate, monkeypatch):
+    monkeypatch.setattr(loop, "LOGGED", 15)
     monkeypatch.setattr(train_probes, "PROBE_SHARE", 0.0)
     pipe, probes = untrained("kontext")
-    batch = encode(pipe, [scenes.describe(s) for s in loop.seeds(0, 16)], (64, 64), "cpu")
+    batch = encode(pipe, [scenes.describe(s) for s in loop.seeds(0, 8)], (64, 64), "cpu")
 
     def prompt_loss():
         torch.manual_seed(0)  # the same noise
@@ -120,7 +122,7 @@ def test_first_blocks_then_learn_and_stay_near(tmp_path, few_tasks, monkeypatch)
     before = [copy.deepcopy(module.state_dict()) for module in (pipe.transformer, *texts, pipe.vae)]
     first = prompt_loss()
     log = loop.Log(tmp_path / "log.json")
-    settings = loop.Settings(tmp_path, steps=50, probe_minutes=10.0, largest=64, start=tmp_path)
+    settings = loop.Settings(tmp_path, steps=15, probe_minutes=10.0, largest=64, start=tmp_path)
     train_probes.train_probes(pipe, probes, settings, log)
     assert prompt_loss() < 0.8 * first
     (row,) = log.rows
@@ -138,7 +140,7 @@ def test_first_blocks_then_learn_and_stay_near(tmp_path, few_tasks, monkeypatch)
 
 
 @pytest.mark.slow
-def test_drift_of_an_unchanged_editor_is_zero_and_prompt_losses_are_summed():
+def test_drift_of_an_unchanged_editor_is_zero_and_prompt_losses_are_summed(few_blocks):
     pipe, probes = untrained("kontext")
     batch = encode(pipe, [scenes.describe(s) for s in loop.seeds(0, 4)], (64, 64), "cpu")
     old = copy.deepcopy(pipe)
@@ -156,7 +158,7 @@ def test_drift_of_an_unchanged_editor_is_zero_and_prompt_losses_are_summed():
 
 
 @pytest.mark.slow
-def test_probes_are_fitted_at_high_noise(monkeypatch):
+def test_probes_are_fitted_at_high_noise(few_blocks, monkeypatch):
     pipe, probes = untrained("kontext")
     batch = encode(pipe, [scenes.describe(s) for s in loop.seeds(0, 32)], (64, 64), "cpu")
     real, levels = train_editor.noise_levels, []

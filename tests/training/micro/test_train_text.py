@@ -11,7 +11,7 @@ from training.micro.probes import PROMPT_CLASSES
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["kontext", "qwen"])
-def test_text_encoders_learn_what_prompts_say(name):
+def test_text_encoders_learn_what_prompts_say(name, few_blocks):
     torch.manual_seed(0)
     pipe = families.family_named(name).build(0)
     modules = families.family_named(name).text_modules(pipe)
@@ -20,15 +20,16 @@ def test_text_encoders_learn_what_prompts_say(name):
     )
     batch = [scenes.describe(s) for s in loop.seeds(0, 16)]
     parameters = [p.requires_grad_(True) for m in (*modules, heads) for p in m.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3)
+    optimizer = torch.optim.AdamW(parameters, lr=4e-3)
     losses = []
-    for _ in range(25):
+    for _ in range(10):
         loss = train_text.text_loss(pipe, heads, batch, "cpu")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.6 * losses[0]
+    assert all(any(p.grad is not None for p in module.parameters()) for module in modules)  # not the heads alone
 
 
 @pytest.mark.slow
