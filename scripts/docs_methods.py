@@ -69,21 +69,29 @@ def front(points: list[tuple[float, float, str]], best: Callable) -> list[tuple[
 
 
 def pareto(name: str, path: Path) -> None:
-    """Success of small edits and texture distance, over FLOPs and over seconds; the best at their cost are named."""
+    """Success of small edits and texture distance, over FLOPs and over seconds; the best at their cost are named.
+
+    What no task was judged by, and seconds where none were kept, have no panel.
+    """
     result = compared(name)
     if result is None:
         return
-    figure = Figure(figsize=(12, 9), layout="constrained")
-    axes = figure.subplots(2, 2)
-    for column, (key, title, texture) in enumerate(
-        (("success", "success", False), ("texture_distance", "texture distance", True))
-    ):
+    every_case = [case for row in result["rows"] for case in row["cases"]]
+    metrics = [
+        (key, title, texture)
+        for key, title, texture in (("success", "success", False), ("texture_distance", "texture distance", True))
+        if any(case.get(key) is not None for case in every_case)
+    ]
+    timed = any(case.get("seconds") for case in every_case)
+    figure = Figure(figsize=(6 * len(metrics), 9 if timed else 4.5), layout="constrained")
+    axes = figure.subplots(2 if timed else 1, len(metrics), squeeze=False)
+    for column, (key, title, texture) in enumerate(metrics):
         rows = [row | dict(cases=cases_of(row, texture=texture, largest=1.0 if texture else SMALL))
                 for row in result["rows"]]  # fmt: skip
         operations = {row["variant"]: average(row["cases"], "flops") for row in rows}
         seconds, machine = mean_seconds(result | dict(rows=rows))
         for line, (costs, label, scale) in enumerate(
-            ((operations, "TFLOPs an edit", 1e12), (seconds, f"seconds an edit{machine}", 1))
+            ((operations, "TFLOPs an edit", 1e12), (seconds, f"seconds an edit{machine}", 1))[: len(axes)]
         ):
             axis, every = axes[line][column], []
             for group, marker in GROUPS.items():
@@ -101,6 +109,5 @@ def pareto(name: str, path: Path) -> None:
                 axis.annotate(at[2], at[:2], fontsize=7, xytext=(3, 3), textcoords="offset points")
             axis.set_ylim(0)
             over_cost(axis, title, label)
-            if every:  # else nothing was timed
-                axis.legend(fontsize=7)
+            axis.legend(fontsize=7)
     figure.savefig(path, dpi=90)

@@ -11,7 +11,7 @@ import logging
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Dynamo's cache of fake tensors hardly ever hits where sizes are symbols, and costs a third of a trace.
+# Dynamo's cache of fake tensors hardly ever hits where sizes are symbols, and takes a good part of a trace.
 os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
 os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
 

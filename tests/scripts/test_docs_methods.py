@@ -52,3 +52,15 @@ def test_without_a_file_nothing_is_claimed(result):
 def test_the_figure_is_drawn(result, tmp_path):
     result.pareto("methods-64.json", tmp_path / "figure.png")
     assert min(Image.open(tmp_path / "figure.png").size) > 500
+
+
+def test_what_was_not_judged_or_timed_has_no_panel(result, tmp_path):
+    result.pareto("methods-64.json", tmp_path / "whole.png")
+    file = next(tmp_path.rglob("methods-64.json"))
+    content = json.loads(file.read_text())
+    for each in content["rows"]:
+        each["cases"] = [one | {"seconds": None} for one in each["cases"] if one["kind"] != "texture"]
+    file.write_text(json.dumps(content))
+    result.pareto("methods-64.json", tmp_path / "part.png")
+    whole, part = (Image.open(tmp_path / f"{name}.png").size for name in ("whole", "part"))
+    assert part == (whole[0] // 2, whole[1] // 2)
