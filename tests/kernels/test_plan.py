@@ -37,7 +37,7 @@ def runs(keys, generator):
     return bias
 
 
-@pytest.mark.parametrize("heads, dim, scale", [(2, 64, None), (1, 48, None), (1, 64, -0.1)])
+@pytest.mark.parametrize("heads, dim, scale", [(2, 64, None), (1, 48, None), (2, 64, -0.1)])
 def test_runs_of_one_bias_give_what_single_biases_give(backend, dtype, device, rng, as_good, heads, dim, scale):
     lengths = [[70, 0, 3], [650, 40, 129]]
     q, k, v, cu_q, cu_k = packed(rng, device, dtype, heads, dim, *lengths)
