@@ -71,7 +71,7 @@ def _attention(table: dict[str, Any]) -> Iterator[Variant]:
     from .gpu.attention import attend
     from .gpu.attention_order import order_keys
     from .gpu.attention_plan import plan_tiles
-    from .gpu.attention_split import JOINED_ROWS, join_parts
+    from .gpu.attention_split import JOINED_ROWS, LARGEST_DIM, join_parts
 
     everything = {"PACKED": True, "PLANNED": True, "HAS_BIAS": True, "SCALE_FIRST": True, "HAS_LSE": True}
     nothing = dict.fromkeys(everything, False) | dict.fromkeys(("bias", "lse", "cu_q", "cu_k", "plan"))
@@ -115,10 +115,11 @@ def _attention(table: dict[str, Any]) -> Iterator[Variant]:
             if dim == width and element != "fp16":
                 dense = Variant(f"{label} dense", attend, pointers, fixed | nothing, options, ("scale_log2",), half)
                 yield dense
-                if half:  # candidates of the tuner
+                if half:  # a candidate of the tuner
                     yield replace(
                         dense, name=f"{dense.name} masked tail", constants={**dense.constants, "MASKED_TAIL": True}
                     )
+                if half and dim <= LARGEST_DIM:
                     yield _split(_ordered(replace(packed, constants={**packed.constants, "PLANNED": False})))
                     sizes = {"DIM": dim, "DIM_P2": padded, "BLOCK_M": config["block_m"], "ROWS": JOINED_ROWS}
                     floats = dict.fromkeys(("sums", "statistics", "lse"), "fp32") | {"cu_q": "i32", "out": element}

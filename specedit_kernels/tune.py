@@ -219,7 +219,7 @@ def tune(
         print(kernel, shape, found, flush=True)
         if found is not None:
             times[kernel, str(shape)] = found[0]
-            if kernel in SPLIT and shape["bits"] == 16:
+            if kernel in SPLIT and shape["bits"] == 16 and shape["head_dim"] <= 128:
                 found = found[0], split(kernel, shape, found[1], device, timer)
         rival = times.get((RIVAL.get(kernel, ""), str(shape)), math.inf)
         if kernel in RIVAL or found is not None:

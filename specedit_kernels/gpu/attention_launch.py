@@ -14,7 +14,7 @@ from . import launch
 from .attention import attend
 from .attention_blocks import BlockLists, tile_of
 from .attention_plan import Schedule
-from .attention_split import LEAST_BLOCKS, Left, Parts, Split, split_of
+from .attention_split import LARGEST_DIM, LEAST_BLOCKS, Left, Parts, Split, split_of
 from .prepared import Descriptor, Launch
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
@@ -92,7 +92,7 @@ def split_shapes(device: torch.device) -> list[tuple[int, int, int]]:
     for kernel in (PLAIN, TMA):
         for entry in launch.entries(kernel, device):
             config, shape = entry["config"], entry["shape"]
-            if config.get("resident") and shape["bits"] == 16:
+            if config.get("resident") and shape["bits"] == 16 and shape["head_dim"] <= LARGEST_DIM:
                 slots = config["resident"] * launch.processors(device)
                 keys = max(shape.get("keys", 0), 2 * LEAST_BLOCKS * config["block_n"])
                 found.append((shape["head_dim"], keys, slots * config["block_m"] + 1))
@@ -257,7 +257,7 @@ class PreparedAttention:
     def _split(call: Call, config: launch.Config, programs: int, block_n: int) -> Split | None:
         """How to split the last round, if the parameters say how many programs run at once and all are equally long."""
         resident = config.get("resident", 0)
-        if not resident or call.lists is not None or call.sequences > 1:
+        if not resident or call.lists is not None or call.sequences > 1 or call.q.shape[-1] > LARGEST_DIM:
             return None
         keys = call.k.shape[-3]
         return split_of(programs, resident * launch.processors(call.q.device), launch.ceil_div(keys, block_n))

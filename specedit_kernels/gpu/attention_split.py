@@ -20,6 +20,7 @@ from .prepared import Launch
 MOST_PARTS = 8
 LEAST_BLOCKS = 4  # of keys in a part: fewer do not fill the pipeline of loads
 WORTH = 0.08  # share of a launch's time that a split must save, since the parts are joined in a launch of their own
+LARGEST_DIM = 128  # of a head: with 256 the parts' bounds make a tile spill in Triton 3.6
 JOINED_ROWS = 16  # that a program of `join_parts` joins
 
 

@@ -221,7 +221,9 @@ def test_launches_of_a_short_round(dry, capability):
         assert len(dry_run.compiled) == compiled
         dry_run.clear()
         kernels.mixed_attention(q[:, :1408], q, q)  # 264 programs: two full rounds
-        assert dry_run.kernels == ["attend"]
+        wide = torch.zeros(1, 1536, 24, 256, dtype=torch.bfloat16)  # no registers are left for a split
+        kernels.mixed_attention(wide, wide, wide)
+        assert dry_run.kernels == ["attend"] * 2
 
 
 def test_no_default_splits():
@@ -239,7 +241,7 @@ def test_a_gpu_checks_it_before_its_use(dry):
     with dry((9, 0), checks=True) as dry_run:
         kernels.mixed_attention(q, q, q)
         findings = [one for one in verdict.verdict(torch.device("cpu")).findings if "split" in one.label]
-        assert len(findings) == 12 and all(one.passed for one in findings)  # six tiles, with a plan and without
+        assert len(findings) == 8 and all(one.passed for one in findings)  # four tiles, with a plan and without
         assert "join_parts" in dry_run.kernels
 
 
