@@ -11,7 +11,7 @@ run in the file, also with more tasks. A variant without trained weights is repo
 from pathlib import Path
 from typing import Any
 
-from benchmarks.scores import Scores, command, editor, options, some, tasks, whose
+from benchmarks.scores import Scores, command, editor, fitting, options, some, tasks, whose, why_unfit
 from specedit import SpecEditConfig, micro, uninstall
 from specedit.api.installing import install
 from specedit.config import STOCK_STEPS
@@ -51,13 +51,7 @@ def lacking(settings: dict[str, Any], pipe: Any) -> str | None:
     """Which trained weights a variant is missing, or None."""
     if "student" in settings and settings["student"] is None:
         return f"no student at {micro.STUDENT}; python -m training.distil trains one"
-    fields = settings.get("install", {})
-    if fields.get("forecast") == "lesa":
-        try:
-            lesa.load(fields.get("forecast_weights"), pipe.transformer.config)
-        except FileNotFoundError as error:
-            return str(error)
-    return None
+    return why_unfit(pipe, **settings["install"]) if "install" in settings else None
 
 
 def run(scores: Scores, pipe: Any, name: str, todo: list[micro.scenes.Case], settings: dict[str, Any]) -> None:
@@ -89,12 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     stock = sum(stock_flops(pipe, case, STOCK_STEPS) for case in cases) / len(cases)
     more = dict(preset=SpecEditConfig.preset(PRESET).steps, stock_flops=stock)
     scores = Scores(args.out, command("forecast", args), cases, of, args.resume, args.clock, args.part, **more)
-    chosen = {}
-    for name, settings in every.items():
-        if (reason := lacking(settings, pipe)) is not None:
-            print(f"{name}: left out, {reason}")
-            continue
-        chosen[name] = settings
+    chosen = fitting(every, lambda settings: lacking(settings, pipe))
     for name, todo in scores.turns(chosen):
         run(scores, pipe, name, todo, chosen[name])
 

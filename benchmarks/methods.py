@@ -11,18 +11,17 @@ more tasks. --plugin adds the methods that a file registers.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.scores import Scores, command, editor, options, some, tasks, whose
+from benchmarks.scores import Scores, command, editor, fitting, options, some, tasks, whose, why_unfit
 from specedit import micro, uninstall
-from specedit.api.installation import installation_of
 from specedit.api.installing import install
 from specedit.cli.methods import import_plugin
 from specedit.config import STANDARD_PRESETS, STANDARD_RESTORES, STOCK_STEPS, presets
-from specedit.method import offered
 from specedit.registry import forecasts, methods
 
 STOCK = (50, 28, 10, 8, 4, 2, 1)
@@ -77,27 +76,9 @@ def set_up(pipe: Any, settings: dict[str, Any]) -> None:
         install(pipe, settings.get("preset"), **settings["fields"])
 
 
-def fitting(pipe: Any, chosen: dict[str, dict[str, Any]], named: bool) -> dict[str, dict[str, Any]]:
-    """The variants that this editor can run. The others are printed with the reason, before any work.
-
-    Raises:
-        SystemExit: one that cannot run was asked for by its name.
-    """
-    reasons = {}
-    for name, settings in chosen.items():
-        try:
-            set_up(pipe, settings)
-            if (installed := installation_of(pipe)) is not None:
-                offered.check(installed.adapter, installed.config)  # what a call would refuse
-        except (TypeError, ValueError, FileNotFoundError) as error:  # without a trained predictor
-            reasons[name] = str(error)
-        finally:
-            uninstall(pipe)
-    for name, reason in reasons.items():
-        if named:
-            raise SystemExit(f"--only: {name!r} does not fit this editor: {reason}")
-        print(f"{name}: left out: {reason}")
-    return {name: settings for name, settings in chosen.items() if name not in reasons}
+def unfit(pipe: Any, settings: dict[str, Any]) -> str | None:
+    """Why this editor cannot run a variant, or None."""
+    return None if settings["group"] == "stock" else why_unfit(pipe, settings.get("preset"), **settings["fields"])
 
 
 def score(scores: Scores, pipe: Any, name: str, todo: list[micro.scenes.Case], settings: dict[str, Any]) -> None:
@@ -126,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = some(variants(), args.only)
     scores = Scores(args.out, command("methods", args), tasks(args), whose(args), args.resume, args.clock, args.part)
     pipe = editor(args.model)
-    chosen = fitting(pipe, chosen, named=args.only is not None)
+    chosen = fitting(chosen, partial(unfit, pipe), named=args.only is not None)
     for name, todo in scores.turns(chosen):
         score(scores, pipe, name, todo, chosen[name])
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ import torch
 from tqdm.auto import tqdm
 
 from benchmarks import result_file
-from specedit import micro
-from specedit.api.installing import last_report
+from specedit import micro, uninstall
+from specedit.api.installation import installation_of
+from specedit.api.installing import install, last_report
 from specedit.evaluation import results
+from specedit.method import offered
 from specedit.micro import evaluation
 from specedit.micro.loading import identity
 from specedit.pipelines import EDITORS
@@ -100,6 +102,35 @@ def editor(model: str) -> Any:
     pipe = micro.load(model, device="cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def why_unfit(pipe: Any, config: str | None = None, **fields: Any) -> str | None:
+    """Why this editor cannot run a configuration, which may need trained weights, or None. Nothing stays installed."""
+    try:
+        install(pipe, config, **fields)
+        if (installed := installation_of(pipe)) is not None:
+            offered.check(installed.adapter, installed.config)  # what a call would refuse
+    except (TypeError, ValueError, FileNotFoundError) as error:
+        return str(error)
+    finally:
+        uninstall(pipe)
+    return None
+
+
+def fitting(
+    chosen: dict[str, dict[str, Any]], why_not: Callable[[dict[str, Any]], str | None], named: bool = False
+) -> dict[str, dict[str, Any]]:
+    """The variants without those that have a reason not to run, which are printed with it, before any work.
+
+    Raises:
+        SystemExit: one that cannot run was asked for by its name (`named`).
+    """
+    reasons = {name: reason for name, settings in chosen.items() if (reason := why_not(settings)) is not None}
+    for name, reason in reasons.items():
+        if named:
+            raise SystemExit(f"--only: {name!r} does not fit this editor: {reason}")
+        print(f"{name}: left out: {reason}")
+    return {name: settings for name, settings in chosen.items() if name not in reasons}
 
 
 class Scores:

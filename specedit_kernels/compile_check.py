@@ -33,7 +33,7 @@ _SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 10
 _MATRIX = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: r"UTC\w*MMA", 103: r"UTC\w*MMA", 120: "HMMA"}
 _STRIDES = ("_sample", "_token", "_row", "_head", "_child")
 _ORDER = ("key_order", "key_counts", "tile_bias")  # of keys whose blocks share a bias
-_PARTS = ("sums", "statistics")  # of query blocks whose keys are split
+_PARTS = ("sums", "statistics", "split_from", "parts")  # of query blocks whose keys are split
 _LISTS = ("block_offsets", "blocks", "list_rows", "listed", "list_sample", "list_head")  # of key blocks, when there are
 _LAST_STRIDES = ("_dim", "_channel", "bias_key")
 
@@ -83,7 +83,7 @@ def _attention(table: dict[str, Any]) -> Iterator[Variant]:
         "ORDERED": False,
         "MASKED_TAIL": False,
         "SPLIT": False,
-    } | dict.fromkeys((*_LISTS, *_ORDER, *_PARTS, "split_from", "parts"))
+    } | dict.fromkeys((*_LISTS, *_ORDER, *_PARTS))
     entries = [(True, entry) for entry in table.get("attention_tma", [])]
     for with_descriptors, entry in entries + [(False, entry) for entry in table["attention"]]:
         config, width = entry["config"], entry["shape"]["head_dim"]
@@ -172,19 +172,24 @@ def _pingpong(table: dict[str, Any]) -> Iterator[Variant]:
             yield _ordered(packed)
 
 
+def _given(
+    variant: Variant, label: str, arguments: tuple[str, ...], pointers: dict[str, str], **constants: Any
+) -> Variant:  # fmt: skip
+    """A configuration in which arguments that were absent are given, some of them pointers."""
+    kept = {name: value for name, value in variant.constants.items() if name not in arguments}
+    return replace(variant, name=f"{variant.name} {label}", pointers=variant.pointers | pointers,
+                   constants=kept | constants)  # fmt: skip
+
+
 def _ordered(variant: Variant) -> Variant:
     """A configuration with a plan that lists the blocks of keys that share a bias."""
-    constants = {name: value for name, value in variant.constants.items() if name not in _ORDER} | {"ORDERED": True}
-    pointers = variant.pointers | {"key_order": "i32", "key_counts": "i32", "tile_bias": "fp32"}
-    return replace(variant, name=f"{variant.name} planned", pointers=pointers, constants=constants)
+    pointers = {"key_order": "i32", "key_counts": "i32", "tile_bias": "fp32"}
+    return _given(variant, "planned", _ORDER, pointers, ORDERED=True)
 
 
 def _split(variant: Variant) -> Variant:
     """A configuration whose last round of programs is split along the keys."""
-    absent = (*_PARTS, "split_from", "parts")
-    constants = {name: value for name, value in variant.constants.items() if name not in absent} | {"SPLIT": True}
-    pointers = variant.pointers | dict.fromkeys(_PARTS, "fp32")
-    return replace(variant, name=f"{variant.name} split", pointers=pointers, constants=constants)
+    return _given(variant, "split", _PARTS, {"sums": "fp32", "statistics": "fp32"}, SPLIT=True)
 
 
 def _listed(variant: Variant) -> Iterator[Variant]:
@@ -197,12 +202,11 @@ def _listed(variant: Variant) -> Iterator[Variant]:
         if (m, n) in seen:
             continue
         seen.add((m, n))
-        constants = {name: value for name, value in variant.constants.items() if name not in _LISTS}
-        constants |= {"BLOCK_M": m, "BLOCK_N": n, "LISTED": True, "QUERY_BLOCK": sizes[0], "KEY_BLOCK": sizes[1]}
+        blocks = {"BLOCK_M": m, "BLOCK_N": n, "QUERY_BLOCK": sizes[0], "KEY_BLOCK": sizes[1]}
         pointers = {name: re.sub(r"1, 1, \d+", f"1, 1, {m if name == 'q_desc' else n}", kind)
                     for name, kind in variant.pointers.items()}  # fmt: skip
         pointers |= {"block_offsets": "i32", "blocks": "i32"}
-        yield replace(variant, name=f"{variant.name} lists {m}x{n}", pointers=pointers, constants=constants)
+        yield _given(variant, f"lists {m}x{n}", _LISTS, pointers, **blocks, LISTED=True)
 
 
 def _rows(table: dict[str, Any]) -> Iterator[Variant]:

@@ -28,13 +28,13 @@ Config: TypeAlias = dict[str, int]  # launch parameters
 Shape: TypeAlias = dict[str, int]
 Tables: TypeAlias = dict[str, list[dict[str, Any]]]  # kernel to entries {"shape": ..., "config": ...}
 PINGPONG = "attention_pingpong"
-SPLIT = ("attention", "attention_tma")  # kernels whose last round of programs may be split
+ATTENTION = ("attention", "attention_tma")  # without descriptors, and with
 RIVAL = {PINGPONG: "attention_tma"}  # a kernel that is used where it is faster than another
 
 
 def candidates(kernel: str, shape: Shape) -> Iterator[Config]:
     """Candidate launch parameters for a kernel at a shape."""
-    if kernel in ("attention", "attention_tma"):
+    if kernel in ATTENTION:
         if shape["bits"] == 32:
             blocks = [(16, 16), (32, 16)]
         elif shape["head_dim"] > 128:
@@ -178,11 +178,14 @@ def best(
 def split(kernel: str, shape: Shape, config: Config, device: str, timer: Timer) -> Config:
     """`config`, with how many programs run at once on a processor where splitting a short last round by it is faster.
 
-    Both are timed on the queries whose last round is the most worth it, between 1,024 and 2,048.
+    Both are timed on the queries whose last round is the most worth it, between 1,024 and 2,048. Other kernels and
+    shapes are not split.
     """
     from .gpu import launch
-    from .gpu.attention_split import saved
+    from .gpu.attention_split import LARGEST_DIM, saved
 
+    if kernel not in ATTENTION or shape["bits"] != 16 or shape["head_dim"] > LARGEST_DIM:
+        return config
     heads, blocks = max(1, 3072 // shape["head_dim"]), shape["keys"] // config["block_n"]
     fastest, gain = config, 1.0
     for resident in (1, 2):
@@ -219,8 +222,7 @@ def tune(
         print(kernel, shape, found, flush=True)
         if found is not None:
             times[kernel, str(shape)] = found[0]
-            if kernel in SPLIT and shape["bits"] == 16 and shape["head_dim"] <= 128:
-                found = found[0], split(kernel, shape, found[1], device, timer)
+            found = found[0], split(kernel, shape, found[1], device, timer)
         rival = times.get((RIVAL.get(kernel, ""), str(shape)), math.inf)
         if kernel in RIVAL or found is not None:
             config = found[1] if found is not None and found[0] < rival else None

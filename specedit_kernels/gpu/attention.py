@@ -118,7 +118,9 @@ def attend(
         slot = (tl.cast(sample, tl.int64) * keys + k_start) // BLOCK_N
         shared, others = _tile_counts(key_counts, mine, whole // BLOCK_N)
         others_at = slot + whole // BLOCK_N - others
-        begin, end = _share(shared, part, shares, SPLIT)
+        begin, end = 0, shared
+        if SPLIT:
+            begin, end = _share(shared, part, shares)
         upcoming, rise = _ordered_tile(key_order, tile_bias, slot, begin, shared, whole, BLOCK_N)
         for i in range(begin, end):
             at, shift = upcoming, rise
@@ -136,7 +138,7 @@ def attend(
         steps = length
     begin, stop = 0, steps
     if SPLIT:
-        begin, end = _share(tl.cdiv(steps, BLOCK_N), part, shares, SPLIT)
+        begin, end = _share(tl.cdiv(steps, BLOCK_N), part, shares)
         begin, stop = begin * BLOCK_N, tl.minimum(end * BLOCK_N, steps)
     if ORDERED:
         upcoming, rise = _ordered_tile(key_order, tile_bias, others_at, begin // BLOCK_N, others, whole, BLOCK_N)

@@ -215,7 +215,6 @@ class PreparedAttention:
         self._sizes += (*(stride for x in four for stride in x.stride()), *self._bias_strides)
         self._ordered = self._has_order(call, block_n)
         split = None if self._empty else self._split(call, config, grid[0], block_n)
-        self._split_at = (0, 1) if split is None else (split.start, split.parts)
         if split is not None:
             grid = (split.start + split.blocks * split.parts, 1, 1)
             tiles, (queries, heads) = int(self._sizes[0]), call.q.shape[-3:-1]
@@ -229,7 +228,7 @@ class PreparedAttention:
             split is not None,
         )  # fmt: skip
         if call.lists is None and split is None and not self._ordered:
-            self._rest = (*self._sizes, *NO_LISTS, *NO_ORDER, *Left(), *self._split_at, *self._switches)
+            self._rest = self._after_tensors(call, Left())
         options = {name: config[name] for name in ("num_warps", "num_stages")}
         self._launch = Launch(attend, grid, described, **options)
 
@@ -305,15 +304,19 @@ class PreparedAttention:
         described = (q, k, v) if self._described else (None, None, None)
         rest, parts, left = self._rest, self._parts, Left()
         if rest is None:
-            lists = call.lists
-            listed = NO_LISTS if lists is None else lists.arguments()
             if parts is not None:
                 left = parts.empty(q.device)
-            rest = (*self._sizes, *listed, *self._order(call), *left, *self._split_at, *self._switches)
+            rest = self._after_tensors(call, left)
         self._launch(q, k, v, *described, bias, out, lse, cu_q, cu_k, table, *rest)
         if parts is not None:
             parts.join(left, out, lse, cu_q)
         return out, lse
+
+    def _after_tensors(self, call: Call, left: Left) -> tuple[Any, ...]:
+        """The arguments of `attend` from `tiles` on."""
+        lists = call.lists
+        listed = NO_LISTS if lists is None else lists.arguments()
+        return (*self._sizes, *listed, *self._order(call), *left, *self._switches)
 
     def _order(self, call: Call) -> tuple[torch.Tensor | None, ...]:
         return (call.key_order, call.key_counts, call.tile_bias) if self._ordered else NO_ORDER

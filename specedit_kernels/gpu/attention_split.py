@@ -55,12 +55,9 @@ def _parts(last: int, slots: int, key_blocks: int) -> int:
 
 
 @triton.jit
-def _share(count, part, parts, SPLIT: tl.constexpr):
+def _share(count, part, parts):
     """First and last-plus-one of `count` blocks that one of `parts` takes."""
-    first, stop = 0, count
-    if SPLIT:
-        first, stop = count * part // parts, count * (part + 1) // parts
-    return first, stop
+    return count * part // parts, count * (part + 1) // parts
 
 
 @triton.jit
@@ -114,10 +111,15 @@ def join_parts(
 
 
 class Left(NamedTuple):
-    """The memory in which parts leave their sums (units, BM, D) and statistics (units, 2, BM), float32."""
+    """The arguments of a split launch; by default those of one that is not split.
+
+    Parts leave sums (units, BM, D) and statistics (units, 2, BM), float32. The programs from `start` on are split.
+    """
 
     sums: torch.Tensor | None = None
     statistics: torch.Tensor | None = None
+    start: int = 0
+    parts: int = 1
 
 
 class Parts:
@@ -127,15 +129,17 @@ class Parts:
         self, split: Split, tiles: int, heads: int, queries: int, dim: int, block_m: int, packed: bool, lse: bool
     ) -> None:
         dim_p2, rows = launch.next_power_of_2(dim), min(JOINED_ROWS, block_m)
-        self._units, self._shape = split.blocks * split.parts, (block_m, dim_p2)
+        self._split, self._shape = split, (block_m, dim_p2)
         self._arguments = (tiles, heads, queries, split.start, split.parts, dim, dim_p2, block_m, rows, packed, lse)
         self._launch = Launch(join_parts, (split.blocks * (block_m // rows), 1, 1), num_warps=4)
 
     def empty(self, device: torch.device) -> Left:
         """The memory of one call."""
-        shapes = (self._units, *self._shape), (self._units, 2, self._shape[0])
-        return Left(*(torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes))
+        (block_m, dim_p2), units = self._shape, self._split.blocks * self._split.parts
+        shapes = (units, block_m, dim_p2), (units, 2, block_m)
+        sums, statistics = (torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes)
+        return Left(sums, statistics, self._split.start, self._split.parts)
 
     def join(self, left: Left, out: torch.Tensor, lse: torch.Tensor | None, cu_q: torch.Tensor | None) -> None:
         """Write the output, and the lse where there is one."""
-        self._launch(*left, out, lse, cu_q, *self._arguments)
+        self._launch(left.sums, left.statistics, out, lse, cu_q, *self._arguments)

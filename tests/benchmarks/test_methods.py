@@ -1,11 +1,12 @@
 """The table of all methods: what stands in it, and that a run of it can be continued and extended."""
 
 import json
+from functools import partial
 
 import pytest
 
 from benchmarks import methods
-from benchmarks.scores import editor
+from benchmarks.scores import editor, fitting
 from specedit.config import resolve
 from specedit.registry import forecasts
 from specedit.registry import methods as registered
@@ -65,10 +66,11 @@ def test_what_an_editor_cannot_run_is_named_before_any_work(capsys):
     pipe, every = editor("qwen"), methods.variants()
     stock = type(pipe)
     chosen = {name: every[name] for name in ("stock-4", "reuse N=3", "duca N=3", "lesa N=3")}
-    assert list(methods.fitting(pipe, chosen, named=False)) == ["stock-4", "reuse N=3"]
+    why_not = partial(methods.unfit, pipe)
+    assert list(fitting(chosen, why_not)) == ["stock-4", "reuse N=3"]
     said = capsys.readouterr().out
     assert "duca N=3: left out: forecast: 'duca' computes single tokens again" in said
     assert "lesa N=3: left out: forecast='lesa': no trained predictor" in said
     with pytest.raises(SystemExit, match=r"^--only: 'duca N=3' does not fit this editor: forecast"):
-        methods.fitting(pipe, chosen, named=True)
+        fitting(chosen, why_not, named=True)
     assert type(pipe) is stock  # nothing is left installed

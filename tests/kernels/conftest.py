@@ -4,6 +4,7 @@ Every test runs on each backend of this machine: plain PyTorch always, Triton on
 the environment, in Triton's interpreter (test_interpreter.py starts that run), which bfloat16.py teaches bfloat16.
 """
 
+import json
 import os
 
 import pytest
@@ -65,3 +66,21 @@ def as_good():
         assert error <= 2 * yardstick + rounding, f"error {error:.3e}, PyTorch's {yardstick:.3e}"
 
     return check
+
+
+@pytest.fixture
+def tuned_dry_gpu(tmp_path, monkeypatch):
+    """`dry_gpu.use`, without generating code, on a GPU whose file has the defaults as `change` returns them."""
+    from benchmarks import dry_gpu
+    from specedit_kernels.gpu import launch
+
+    def use(capability, change, **options):
+        table = json.loads((launch.CONFIG_FOLDER / launch.default_file_name(capability)).read_text())
+        file = tmp_path / f"{tmp_path.name}.json"
+        file.write_text(json.dumps(change(table)))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setattr(launch, "CONFIG_FOLDER", tmp_path)
+        monkeypatch.setattr(launch, "default_file_name", lambda capability: file.name)
+        return dry_gpu.use(capability, **{"generates": False, **options})
+
+    return use

@@ -307,28 +307,21 @@ def test_warps_of_a_side_wait_for_each_other_before_they_free_a_slot():
 # --- where it is used -------------------------------------------------------------------------------------------------
 
 
-def tuned_file(folder, capability, keys=200):
-    """A file of launch parameters that names the kernel for both head dims at about so many keys."""
-    table = json.loads((launch.CONFIG_FOLDER / launch.default_file_name(capability)).read_text())
+def named(table, keys=200):
+    """Launch parameters that name the kernel for both head dims at about so many keys."""
     config = {"block_m": 128, "block_n": 64, "num_stages": 2}
     near = [{"shape": {"head_dim": dim, "bits": 16, "keys": keys}, "config": config} for dim in (64, 128)]
     far = [{"shape": {"head_dim": dim, "bits": 16, "keys": 20 * keys}, "config": None} for dim in (64, 128)]
-    file = folder / f"{folder.name}.json"
-    file.write_text(json.dumps(table | {"attention_pingpong": near + far}))
-    return file
+    return table | {"attention_pingpong": near + far}
 
 
 @pytest.fixture
-def dry(tmp_path, monkeypatch):
+def dry(tuned_dry_gpu):
     """A dry GPU whose file names the kernel."""
 
     def use(capability, **options):
-        file = tuned_file(tmp_path, capability)
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        monkeypatch.setattr(launch, "CONFIG_FOLDER", tmp_path)
-        monkeypatch.setattr(launch, "default_file_name", lambda capability: file.name)
         attention_launch._warn.cache_clear()
-        return dry_gpu.use(capability, **{"generates": False, **options})
+        return tuned_dry_gpu(capability, named, **options)
 
     return use
 

@@ -182,23 +182,17 @@ def test_lists_of_blocks_are_not_split(device, rng, joined):
 # --- where it is used -------------------------------------------------------------------------------------------------
 
 
+def one_resident(table):
+    """Launch parameters that say how many programs run at once on a processor."""
+    for entry in (*table["attention"], *table.get("attention_tma", [])):
+        entry["config"]["resident"] = 1
+    return table
+
+
 @pytest.fixture
-def dry(tmp_path, monkeypatch):
-    """A dry GPU whose file says how many programs run at once on a processor."""
-
-    def use(capability, **options):
-        table = json.loads((launch.CONFIG_FOLDER / launch.default_file_name(capability)).read_text())
-        for kernel in ("attention", "attention_tma"):
-            for entry in table.get(kernel, []):
-                entry["config"]["resident"] = 1
-        file = tmp_path / f"{tmp_path.name}.json"
-        file.write_text(json.dumps(table))
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        monkeypatch.setattr(launch, "CONFIG_FOLDER", tmp_path)
-        monkeypatch.setattr(launch, "default_file_name", lambda capability: file.name)
-        return dry_gpu.use(capability, **{"generates": False, **options})
-
-    return use
+def dry(tuned_dry_gpu):
+    """A dry GPU whose file asks for a split."""
+    return lambda capability, **options: tuned_dry_gpu(capability, one_resident, **options)
 
 
 @needs_driver
