@@ -52,6 +52,7 @@ step "install"
 venv=$(cd "$venv" && pwd)
 "$venv/bin/python" -m pip install --quiet -c constraints.txt ".[test,docs]"
 export HF_HUB_OFFLINE=1 MPLBACKEND=Agg OMP_NUM_THREADS=1
+unset PYTHONDONTWRITEBYTECODE # else each of many processes compiles every file anew
 
 beside "ruff" "$venv/bin/ruff" check "$PWD"
 beside "formatting" "$venv/bin/ruff" format --check "$PWD"

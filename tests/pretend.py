@@ -9,7 +9,6 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 
@@ -68,9 +67,27 @@ class Pretended(torch.Tensor):
         return self.held.tolist()
 
 
+def mapped(change, value):
+    """The arguments or results of an operator with `change` in the place of everything in them."""
+    if isinstance(value, (list, tuple)):  # torch's own tree_map took half of the time of these tests
+        return type(value)([mapped(change, x) for x in value])
+    if isinstance(value, dict):
+        return {name: mapped(change, x) for name, x in value.items()}
+    return change(value)
+
+
+def tensors_of(values):
+    """The tensors among the arguments of an operator."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors_of(value)
+
+
 def compute(function, args, kwargs):
     """Runs an operator on the CPU; its result is where the operator's would be."""
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    tensors = [*tensors_of(args), *tensors_of(kwargs.values())]
     there = [x for x in tensors if isinstance(x, Pretended)]
     here = [x for x in tensors if not isinstance(x, Pretended) and x.dim()]
     asked = kwargs.get("device")
@@ -81,7 +98,7 @@ def compute(function, args, kwargs):
         waits[str(function)] += 1
     if function is aten._to_copy.default and asked is not None and is_there(asked) != bool(there):
         waits["copied across"] += 1
-    plain_args, plain_kwargs = tree_map(lambda x: x.held if isinstance(x, Pretended) else x, (args, kwargs))
+    plain_args, plain_kwargs = mapped(lambda x: x.held if isinstance(x, Pretended) else x, (args, kwargs))
     if asked is not None:
         plain_kwargs["device"] = torch.device("cpu")
     result = function(*plain_args, **plain_kwargs)
@@ -95,7 +112,7 @@ def compute(function, args, kwargs):
             return x
         return given[id(x)] if id(x) in given else Pretended(x) if goes_there else x
 
-    return tree_map(placed, result)
+    return mapped(placed, result)
 
 
 class Factories(TorchDispatchMode):
@@ -103,7 +120,8 @@ class Factories(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, classes, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if is_there(kwargs.get("device")) or any(isinstance(x, Pretended) for x in tree_leaves((args, kwargs))):
+        given = tensors_of((*args, *kwargs.values()))
+        if is_there(kwargs.get("device")) or any(isinstance(x, Pretended) for x in given):
             return compute(function, args, kwargs)
         return function(*args, **kwargs)
 
