@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.methods import STOCK
-from benchmarks.scores import Scores, command, editor, options, some, tasks, whose
+from benchmarks.scores import Scores, editor, options, some, tasks
 from benchmarks.sweep import found
 from specedit import micro, uninstall
 from specedit.api.installing import install
@@ -80,9 +80,7 @@ def score(scores: Scores, pipe: Any, name: str, todo: list[micro.scenes.Case], f
 def main(arguments: list[str] | None = None) -> None:
     args = options(__doc__, cases=24).parse_args(arguments)
     chosen = some(variants(), args.only)
-    scores = Scores(
-        args.out, command("few_steps", args), tasks(args, first=10_000), whose(args), args.resume, args.clock, args.part
-    )
+    scores = Scores.asked("few_steps", args, tasks(args, first=10_000))
     pipe = editor(args.model)
     for name, todo in scores.turns(chosen):
         score(scores, pipe, name, todo, chosen[name])

@@ -11,7 +11,7 @@ run in the file, also with more tasks. A variant without trained weights is repo
 from pathlib import Path
 from typing import Any
 
-from benchmarks.scores import Scores, command, editor, fitting, options, some, tasks, whose, why_unfit
+from benchmarks.scores import Scores, editor, fitting, options, some, tasks, why_unfit
 from specedit import SpecEditConfig, micro, uninstall
 from specedit.api.installing import install
 from specedit.config import STOCK_STEPS
@@ -78,11 +78,11 @@ def main(arguments: list[str] | None = None) -> None:
     cases = tasks(args)
     pipe = editor(args.model)
     files = dict(student=student, lesa=args.lesa or lesa.packaged(pipe.transformer.config))
-    of = whose(args) | {name: results.fingerprint(file) for name, file in files.items()}
+    of = {name: results.fingerprint(file) for name, file in files.items()}
     # Counted, so that ratios exist even if --only excludes the stock run.
     stock = sum(stock_flops(pipe, case, STOCK_STEPS) for case in cases) / len(cases)
-    more = dict(preset=SpecEditConfig.preset(PRESET).steps, stock_flops=stock)
-    scores = Scores(args.out, command("forecast", args), cases, of, args.resume, args.clock, args.part, **more)
+    preset = SpecEditConfig.preset(PRESET).steps
+    scores = Scores.asked("forecast", args, cases, of, preset=preset, stock_flops=stock)
     chosen = fitting(every, lambda settings: lacking(settings, pipe))
     for name, todo in scores.turns(chosen):
         run(scores, pipe, name, todo, chosen[name])

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.scores import Scores, command, editor, fitting, options, some, tasks, whose, why_unfit
+from benchmarks.scores import Scores, editor, fitting, options, some, tasks, why_unfit
 from specedit import micro, uninstall
 from specedit.api.installing import install
 from specedit.cli.methods import import_plugin
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.plugin is not None:
         import_plugin(args.plugin)
     chosen = some(variants(), args.only)
-    scores = Scores(args.out, command("methods", args), tasks(args), whose(args), args.resume, args.clock, args.part)
+    scores = Scores.asked("methods", args, tasks(args))
     pipe = editor(args.model)
     chosen = fitting(chosen, partial(unfit, pipe), named=args.only is not None)
     for name, todo in scores.turns(chosen):

@@ -8,7 +8,7 @@ tasks.
 """
 
 from benchmarks.methods import STOCK, preset_rows
-from benchmarks.scores import Scores, command, editor, options, some, tasks, whose
+from benchmarks.scores import Scores, editor, options, some, tasks
 from specedit import uninstall
 from specedit.api.installing import install
 
@@ -24,7 +24,7 @@ def variants() -> dict[str, dict]:
 def main(arguments: list[str] | None = None) -> None:
     args = options(__doc__).parse_args(arguments)
     chosen = some(variants(), args.only)
-    scores = Scores(args.out, command("quality", args), tasks(args), whose(args), args.resume, args.clock, args.part)
+    scores = Scores.asked("quality", args, tasks(args))
     pipe = editor(args.model)
     for name, todo in scores.turns(chosen):
         settings = chosen[name]

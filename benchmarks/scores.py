@@ -173,6 +173,23 @@ class Scores:
         self.rows: list[dict[str, Any]] = self.content["rows"]
         self.at = result_file.position(here, self.content["machines"])
 
+    @classmethod
+    def asked(
+        cls,
+        module: str,
+        args: argparse.Namespace,
+        cases: list[micro.scenes.Case],
+        of: dict[str, Any] | None = None,
+        switches: str = "",
+        **more: Any,
+    ) -> Scores:
+        """The file that `args`, read by `options`, ask `module` for.
+
+        of: what is scored besides editor, weights and size. switches: the module's own, as a command has them.
+        """
+        words = command(module, args) + switches
+        return cls(args.out, words, cases, whose(args) | (of or {}), args.resume, args.clock, args.part, **more)
+
     def lacks(self, variant: str) -> list[micro.scenes.Case]:
         """The tasks that `variant` has not run."""
         seen = {case["seed"] for row in self.rows if row["variant"] == variant for case in row["cases"]}

@@ -15,7 +15,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from benchmarks.scores import Scores, command, editor, options, some, tasks, whose
+from benchmarks.scores import Scores, editor, options, some, tasks
 from specedit import micro, report, uninstall
 from specedit.api.installing import install
 
@@ -120,9 +120,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     chosen = variants(some(grid(args.model, args.masks), args.only))
     cases = tasks(args, first=10_000)  # not those of quality.py
-    words = command("sweep", args) + (" --masks" if args.masks else "")
-    of = whose(args) | ({"masks": True} if args.masks else {})
-    scores = Scores(args.out, words, cases, of, args.resume, args.clock, args.part, base=BASE)
+    of, switches = ({"masks": True}, " --masks") if args.masks else ({}, "")
+    scores = Scores.asked("sweep", args, cases, of, switches, base=BASE)
     pipe = editor(args.model)
     for name, todo in scores.turns(chosen):
         score(scores, pipe, name, todo, **chosen[name], masks=args.masks)

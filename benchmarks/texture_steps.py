@@ -7,7 +7,7 @@ throughout. All step counts edit the same unseen textures with the same seeds, i
 --resume continues the run in the file, also with more tasks.
 """
 
-from benchmarks.scores import Scores, command, editor, options, some, whose
+from benchmarks.scores import Scores, editor, options, some
 from specedit import micro
 
 STEPS = (1, 2, 4, 8, 28)
@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = options(__doc__, cases=12, textures=False).parse_args(arguments)
     chosen = some({f"stock-{steps}": steps for steps in STEPS}, args.only)
     cases = micro.texture_cases(args.cases, args.size, FIRST)
-    scores = Scores(args.out, command("texture_steps", args), cases, whose(args), args.resume, args.clock, args.part)
+    scores = Scores.asked("texture_steps", args, cases)
     pipe = editor(args.model)
     for name, todo in scores.turns(chosen):
         scores.score(pipe, name, todo, chosen[name], steps=chosen[name])

@@ -143,14 +143,16 @@ def test_seconds_of_a_busy_machine_are_left_out(on):
 def test_every_table_can_be_made_in_parts_and_without_a_clock(module, monkeypatch, tmp_path):
     given = {}
 
-    def stop(*args, **more):
+    def stop(self, *args, **more):
         given.update(dict(zip(("path", "command", "cases", "of", "resume", "clock", "part"), args, strict=True)))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "Scores", stop)
+    monkeypatch.setattr(scores.Scores, "__init__", stop)
     with pytest.raises(KeyboardInterrupt):
         module.main(["--cases", "1", "--size", "64", "--no-clock", "--part", "2/3", "--out", str(tmp_path / "x.json")])
     assert (given["resume"], given["clock"], given["part"]) == (False, False, slice(1, None, 3))
+    assert given["command"].startswith(f"python -m {module.__name__} --model kontext --cases 1")
+    assert given["of"].items() >= {"model": "kontext", "size": 64}.items()
 
 
 def test_parts_take_turns_of_the_tasks(tmp_path):
