@@ -29,11 +29,18 @@ def methods(name: str) -> str:
         return "*not measured yet*"
     steps = default_steps(edited_by(result))
     stock = {row["variant"]: row for row in result["rows"] if row["group"] == "stock"}
-    rows = [_row(row, stock, steps) for row in _ordered(result["rows"])]
+    seconds, machine = mean_seconds(result)
+    on_gpu = any(row["mean"].get("peak_memory") for row in result["rows"])
+    rows = [
+        _row(row, stock, steps, seconds.get(row["variant"]), "peak_memory" if on_gpu else None)
+        for row in _ordered(result["rows"])
+    ]
     header = ["variant", "success", "edit dB", "keep dB", "texture distance", "material", "TFLOPs"]
     header += [f"FLOPs ratio to {n}" for n in dict.fromkeys((STOCK_STEPS, steps))]
-    header += [f"clock ratio to {steps}", "FLOPs ratio to stock with as many steps", "its paper"]
-    return f"{len(result['rows'][0]['cases'])} tasks.\n\n" + table(header, rows) + source(result, name)
+    header += ["seconds", f"clock ratio to {steps}", "FLOPs ratio to stock with as many steps"]
+    header += ["peak memory, MB" if on_gpu else "kept by caches, MB", "its paper"]
+    notes = f"Seconds are means{machine}.\n\n" if machine else ""
+    return f"{len(result['rows'][0]['cases'])} tasks.\n\n" + table(header, rows) + notes + source(result, name)
 
 
 def _ordered(rows: list[dict]) -> list[dict]:
@@ -41,7 +48,8 @@ def _ordered(rows: list[dict]) -> list[dict]:
     return sorted(rows, key=lambda row: (groups.index(row["group"]), -row["mean"]["flops"]))
 
 
-def _row(row: dict, stock: dict[str, dict], steps: int) -> list[str]:
+def _row(row: dict, stock: dict[str, dict], steps: int, seconds: float | None, memory: str | None) -> list[str]:
+    """memory: which mean is shown; None: what caches kept, since nobody knows the peak of one call on a CPU."""
     m, default = row["mean"], stock.get(f"stock-{steps}")
     plain, texture = cases_of(row, texture=False), cases_of(row, texture=True)
     # Every stock step costs the same, so any number of them tells what 50 take.
@@ -50,12 +58,13 @@ def _row(row: dict, stock: dict[str, dict], steps: int) -> list[str]:
     clock = default and clock_ratio(default["cases"], row["cases"])
     nfe = row.get("nfe")
     alike = whole and nfe and whole * nfe / STOCK_STEPS / m["flops"]
+    held = m.get(memory) if memory else row.get("cache_bytes")
     return [
         row["variant"], number(average(plain, "success"), ".0%"), number(average(plain, "edit_psnr"), ".1f"),
         number(average(plain + texture, "keep_psnr"), ".1f"), number(average(texture, "texture_distance"), ".2f"),
         number(average(texture, "material"), ".0%"), f"{m['flops'] / 1e12:.2f}",
-        *(number(ratio, ".2f") for ratio in ratios), number(clock, ".2f"), number(alike, ".2f"),
-        REPORTED.get(row["variant"].split()[0].split("-")[0], "-"),
+        *(number(ratio, ".2f") for ratio in ratios), number(seconds, ".1f"), number(clock, ".2f"), number(alike, ".2f"),
+        number(None if held is None else held / 1e6, ".0f"), REPORTED.get(row["variant"].split()[0].split("-")[0], "-"),
     ]  # fmt: skip
 
 

@@ -24,8 +24,9 @@ def row(variant, group, flops, seconds, **more):
 def result(docs, tmp_path):
     """The module, and a file with three rows, one of which has not run every task."""
     rows = [
-        row("steps", "specedit", 2e12, 2.0, nfe=4), row("stock-50", "stock", 50e12, 50.0, steps=50),
-        row("stock-28", "stock", 28e12, 28.0, steps=28), row("half", "method", 1e12, 1.0, nfe=5),
+        row("steps", "specedit", 2e12, 2.0, nfe=4, cache_bytes=3_000_000),
+        row("stock-50", "stock", 50e12, 50.0, steps=50), row("stock-28", "stock", 28e12, 28.0, steps=28),
+        row("half", "method", 1e12, 1.0, nfe=5),
     ]  # fmt: skip
     rows[-1]["cases"].pop()
     machine = dict(gpu=None, cpu="Some CPU", threads=2, torch="2", diffusers="0", date="today")
@@ -43,6 +44,18 @@ def test_the_table_has_both_metrics_and_what_the_method_itself_brings(result):
     assert (own["success"], own["edit dB"], own["texture distance"], own["material"]) == ("50%", "15.0", "1.25", "100%")
     assert (own["FLOPs ratio to 50"], own["FLOPs ratio to 28"], own["clock ratio to 28"]) == ("25.00", "14.00", "14.00")
     assert own["FLOPs ratio to stock with as many steps"] == "2.00"  # 4 stock steps take 4e12, this run 2e12
+    assert (own["seconds"], own["kept by caches, MB"], "peak memory, MB" in own) == ("2.0", "3", False)
+
+
+def test_a_gpus_peak_memory_is_shown_in_the_place_of_what_caches_keep(result, tmp_path):
+    file = next(tmp_path.rglob("methods-64.json"))
+    content = json.loads(file.read_text())
+    for each in content["rows"]:
+        each["mean"]["peak_memory"] = each["mean"]["flops"] / 1e5
+    file.write_text(json.dumps(content))
+    header, *lines = [line for line in result.methods("methods-64.json").splitlines() if line.startswith("| ")]
+    at = header.split(" | ").index("peak memory, MB")
+    assert [line.split(" | ")[at] for line in lines] == ["500", "280", "20"] and "caches" not in header
 
 
 def test_without_a_file_nothing_is_claimed(result):
