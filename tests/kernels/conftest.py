@@ -41,9 +41,9 @@ def device():
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """Fresh memory holds NaN, so an output element that a kernel forgets to write shows up."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # unlike use_deterministic_algorithms it imports no compiler
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")
 
 
 @pytest.fixture
