@@ -332,7 +332,7 @@ def check(variant: Variant, capability: int, config_file: str) -> Result:
     except Exception as error:  # any compiler error is this variant's result
         result.problems.append(f"does not compile: {type(error).__name__}: {error}")
         return result
-    code = sass.read(compiled.asm["cubin"])
+    code = sass.read(compiled.asm["cubin"], listing=variant.matrix)
     result.registers, result.spills = code.registers, code.spills
     result.matrix_instructions = code.count(_MATRIX[capability])
     result.main_loop = dict(code.main_loop())
@@ -366,18 +366,35 @@ def shipped(capability: int) -> list[tuple[str, Variant]]:
 
 def _pairs(capability: int, variant: Variant) -> set[tuple[Any, ...]]:
     """Every two of the settings, apart from sizes and types, that decide which code of a kernel is compiled."""
-    settings: dict[str, Any] = {n: v for n, v in variant.constants.items() if isinstance(v, (bool, str, type(None)))}
+    settings: dict[str, Any] = {
+        n: v for n, v in variant.constants.items() if isinstance(v, (bool, str, type(None))) or n == "PATCH"
+    }
     settings |= {"grouped": variant.grouped, "aligned": variant.aligned, "arch": capability}
     kernel = variant.kernel.fn.__name__
     return {(kernel, *pair) for pair in itertools.combinations(sorted(settings.items()), 2)}
 
 
 def _pairwise(capabilities: list[int]) -> list[tuple[int, int]]:
-    """(capability, number) of `shipped`: few variants that have every pair of settings, each the widest that has it."""
-    pairs = {(c, number): _pairs(c, variant) for c in capabilities for number, (_, variant) in enumerate(shipped(c))}
-    missing, chosen = set[tuple[Any, ...]]().union(*pairs.values()), []
+    """(capability, number) of `shipped`: few variants that have every pair of settings.
+
+    The first of each kernel on an architecture has the widest heads, the largest tile and most switches on, where
+    registers run out first. The others are the narrowest that add as many pairs, which compile fastest.
+    """
+    variants = {(c, number): variant for c in capabilities for number, (_, variant) in enumerate(shipped(c))}
+    pairs = {task: _pairs(task[0], variant) for task, variant in variants.items()}
+    kernels = {task: (task[0], variant.kernel.fn.__name__) for task, variant in variants.items()}
+    missing, chosen = set[tuple[Any, ...]]().union(*pairs.values()), list[tuple[int, int]]()
+
+    def rank(task: tuple[int, int]) -> tuple[int, ...]:
+        if kernels[task] in known:
+            return 0, 0, len(pairs[task] & missing), -task[1]
+        sizes = variants[task].constants
+        tile, switches_on = sizes.get("BLOCK_M", 0) * sizes.get("BLOCK_N", 0), sum(x is True for x in sizes.values())
+        return sizes.get("DIM_P2", 0), tile, switches_on, -task[1]
+
     while missing:
-        best = max(reversed(pairs), key=lambda task: len(pairs[task] & missing))
+        known = {kernels[task] for task in chosen}
+        best = max((task for task in pairs if pairs[task] & missing), key=rank)
         missing -= pairs[best]
         chosen.append(best)
     return sorted(chosen)

@@ -24,7 +24,7 @@ _LINE = re.compile(r"^\s*/\*([0-9a-f]{4,5})\*/\s+(.*?);", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Code:
-    """A compiled kernel. `instructions` are (address, text) in order, of every function in the cubin."""
+    """A compiled kernel. `instructions` are (address, text) in order, of every function in a cubin that was listed."""
 
     registers: int
     spills: int  # bytes of stack and local memory per thread, and instructions that access them
@@ -99,8 +99,11 @@ def bound(loop: Mapping[str, int]) -> float | None:
     return loop["tensor"] / max(loop["tensor"], loop["all"], 8 * loop.get("mufu", 0))
 
 
-def read(cubin: bytes) -> Code:
-    """Disassemble a cubin."""
+def read(cubin: bytes, *, listing: bool = True) -> Code:
+    """Disassemble a cubin, or without `listing` only if threads have memory of their own, which spills need.
+
+    A disassembler takes half a second to start.
+    """
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -112,7 +115,8 @@ def read(cubin: bytes) -> Code:
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
         usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", dump("--dump-resource-usage")))
-        listing = dump("--dump-sass")
-    instructions = tuple((int(address, 16), text) for address, text in _LINE.findall(listing))
+        memory = int(usage["STACK"]) + int(usage["LOCAL"])
+        lines = _LINE.findall(dump("--dump-sass")) if listing or memory else []
+    instructions = tuple((int(address, 16), text) for address, text in lines)
     local = sum(_opcode(text).split(".")[0] in ("LDL", "STL") for _, text in instructions)
-    return Code(int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"]) + local, instructions)
+    return Code(int(usage["REG"]), memory + local, instructions)

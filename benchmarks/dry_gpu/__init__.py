@@ -139,10 +139,18 @@ class DryGpu:
 
 
 def _without_code(*arguments: Any) -> tuple[str, str] | None:
-    """Triton's hook on its stages: they end with the GPU's dialect, which is all that a launch needs to know."""
+    """Triton's hook on its stages: they end with its own dialect, or for tensor maps with the GPU's, which has their
+    layouts. A launch needs to know no more."""
     if not arguments:
         return "without code", "without code"  # part of the cache's key
     stages = arguments[1]
+    lower = stages["ttgir"]
+
+    def lower_descriptors(module: Any, metadata: dict[str, Any]) -> Any:
+        if "tensordesc" in str(module):
+            return lower(module, metadata)
+        metadata["tensordesc_meta"] = []
+        return module
 
     def describe(module: Any, metadata: dict[str, Any]) -> str:
         sizes = ("shared", "tmem_size", "global_scratch_size", "profile_scratch_size")
@@ -150,7 +158,7 @@ def _without_code(*arguments: Any) -> tuple[str, str] | None:
         metadata["name"] = module.get_entry_func_name() if hasattr(module, "get_entry_func_name") else "kernel"
         return ""
 
-    stages["llir"] = describe
+    stages["ttgir"], stages["llir"] = lower_descriptors, describe
     stages["ptx"] = lambda source, metadata: ""
     stages["cubin"] = lambda source, metadata: b"none"
     return None

@@ -1,7 +1,8 @@
 """What the kernel tests share: which backends run here, and how an error is judged.
 
 Every test runs on each backend of this machine: plain PyTorch always, Triton on a GPU or, with TRITON_INTERPRET=1 in
-the environment, in Triton's interpreter (test_interpreter.py starts that run), which bfloat16.py teaches bfloat16.
+the environment, in Triton's interpreter (test_interpreter.py starts that run), which bfloat16.py teaches bfloat16 and
+lean_interpreter.py makes faster.
 """
 
 import json
@@ -16,9 +17,10 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = torch.cuda.is_available() and not INTERPRETING
 DEVICE = "cuda" if ON_GPU else "cpu"
 if INTERPRETING:
-    from tests.kernels import bfloat16
+    from tests.kernels import bfloat16, lean_interpreter
 
     bfloat16.install()
+    lean_interpreter.install()
 
 
 def pytest_generate_tests(metafunc):
@@ -39,9 +41,9 @@ def device():
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """Fresh memory holds NaN, so an output element that a kernel forgets to write shows up."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # unlike use_deterministic_algorithms it imports no compiler
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")
 
 
 @pytest.fixture

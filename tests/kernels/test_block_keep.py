@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._dynamo.testing import CompileCounter
 
 import specedit_kernels as kernels
 from specedit_kernels import BlockKeep, available_backends, block_keep
@@ -210,6 +209,8 @@ def test_opcheck(device, listed, lse):
 @compiled_only
 def test_a_compiled_call_makes_its_own_lists(device):
     """Scores, mask, lists and attention in one graph, which other lengths do not compile again."""
+    from torch._dynamo.testing import CompileCounter
+
     counter = CompileCounter()
 
     def edit(q, threshold):

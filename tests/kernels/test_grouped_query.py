@@ -7,6 +7,7 @@ import torch
 
 from specedit_kernels import mixed_attention
 from specedit_kernels.diffusers_backend import attention
+from tests.kernels.shipped import fitting
 
 GROUPS = [(4, 2), (3, 1), (2, 2)]  # heads of q, heads of k and v
 # Each with a bias in one layout and without in the other: heads and bias are independent in the kernels.
@@ -37,7 +38,7 @@ def hiding_bias(rng, device, *shape):
 
 @pytest.mark.parametrize("heads, with_bias", PACKED, ids=str)
 def test_packed(backend, dtype, device, rng, as_good, heads, with_bias):
-    q_lengths, k_lengths = (70, 0, 3), (65, 40, 1)
+    q_lengths, k_lengths = fitting([(70, 0, 3), (65, 40, 1)], dtype)
     q = randn(rng, device, dtype, sum(q_lengths), heads[0], 32)
     k, v = (randn(rng, device, dtype, sum(k_lengths), heads[1], 32) for _ in range(2))
     cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).to(device, torch.int32) for n in (q_lengths, k_lengths))
@@ -56,9 +57,10 @@ def test_packed(backend, dtype, device, rng, as_good, heads, with_bias):
 
 @pytest.mark.parametrize("heads, with_bias", DENSE, ids=str)
 def test_dense(backend, dtype, device, rng, as_good, heads, with_bias):
-    q = randn(rng, device, dtype, 2, 37, heads[0], 64)
-    k, v = (randn(rng, device, dtype, 2, 70, heads[1], 64) for _ in range(2))
-    bias = hiding_bias(rng, device, 2, 70) if with_bias else None
+    ((queries, keys),) = fitting([(37, 70)], dtype)
+    q = randn(rng, device, dtype, 2, queries, heads[0], 64)
+    k, v = (randn(rng, device, dtype, 2, keys, heads[1], 64) for _ in range(2))
+    bias = hiding_bias(rng, device, 2, keys) if with_bias else None
     out, lse = mixed_attention(q, k, v, key_bias=bias, return_lse=True, backend=backend)
     only = mixed_attention(q, k, v, key_bias=bias, backend=backend)
     for b in range(2):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -16,30 +17,14 @@ def test_layout(tmp_path, capsys):
     assert hub_layout.main([str(folder)]) == 0
     build = tomllib.loads((folder / "build.toml").read_text())
     assert build["general"]["name"] == "specedit-kernels" and "torch-noarch" in build
-    package = folder / "torch-ext" / "specedit_kernels"
-    assert (package / "gpu" / "configs" / "default_sm_90.json").exists()
+    assert (folder / "torch-ext" / "specedit_kernels" / "gpu" / "configs" / "default_sm_90.json").exists()
     assert hub_layout.main([str(folder)]) == 2
     assert "expected a new or empty folder" in capsys.readouterr().err
-    package.rename(package.parent / "kernels_copy_1")
-    code = """
-        import sys, torch
-        import specedit_kernels
-        sys.path.insert(0, sys.argv[1])
-        import kernels_copy_1 as copy
-        q = torch.randn(1, 5, 2, 16)
-        assert torch.equal(copy.mixed_attention(q, q, q), specedit_kernels.mixed_attention(q, q, q))
-        assert torch.ops.kernels_copy_1.mixed_attention is not torch.ops.specedit_kernels.mixed_attention
-        assert "diffusers" not in sys.modules and "specedit" not in sys.modules
-        assert copy.__version__ == specedit_kernels.__version__
-    """
-    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(package.parent)],
-                            capture_output=True, text=True)  # fmt: skip
-    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.slow
-def test_the_hubs_loader_takes_the_layout(tmp_path):
-    """In a process of its own, which imports nothing of this package but the copy."""
+def test_the_hubs_loader_takes_the_layout_and_the_copy_stands_alone(tmp_path):
+    """In a process of its own, which imports nothing of this package but the copy, and then the installed one."""
     hub_layout.lay_out(tmp_path / "kernel")
     code = """
         import sys, torch
@@ -52,7 +37,14 @@ def test_the_hubs_loader_takes_the_layout(tmp_path):
         name = "specedit_kernels_cpu_1"
         assert loaded.__name__ == name and hasattr(getattr(torch.ops, name), "gather_tokens")
         assert not {"specedit", "specedit_kernels", "diffusers"} & set(sys.modules), "the copy stands alone"
+        sys.path.insert(0, sys.argv[2])
+        import specedit_kernels
+        assert torch.equal(loaded.mixed_attention(q, q, q), specedit_kernels.mixed_attention(q, q, q))
+        assert getattr(torch.ops, name).mixed_attention is not torch.ops.specedit_kernels.mixed_attention
+        assert loaded.__version__ == specedit_kernels.__version__
+        assert loaded.__file__ != specedit_kernels.__file__ and not {"specedit", "diffusers"} & set(sys.modules)
     """
-    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "kernel")],
+    arguments = [str(tmp_path / "kernel"), str(Path(hub_layout.__file__).parents[1])]
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code), *arguments],
                             capture_output=True, text=True, cwd=tmp_path)  # fmt: skip
     assert result.returncode == 0, result.stderr

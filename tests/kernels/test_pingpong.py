@@ -70,7 +70,7 @@ def test_any_rows_scale_and_head_dim(monkeypatch, rng, as_good, dim, scale, half
     """Rows beyond the end are not written, which `hopper` checks; grouped heads, several samples, and no lse."""
     q, k, v = draw(rng, queries, 70, (4, 2), dim, 2, half)
     rows = 256 if queries == 300 else 128
-    for lse in (True, False):
+    for lse in (True, False) if queries == 65 else (True,):
         with hopper.simulated(monkeypatch, queries):
             got = gpu.run("mixed_attention", (q, k, v, None, None, None, None, scale, lse), parameters(2, 32, rows))
         judge(as_good, got if lse else got[:1], q, k, v, None, scale)
@@ -225,9 +225,10 @@ def test_warps_meet_in_every_order(monkeypatch, stages, bias):
 @pytest.mark.slow
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
 def test_warps_meet_in_every_order_of_longer_sequences(monkeypatch, stages):
-    for blocks in range(1, 7):
+    """More blocks than slots, so that each kind of slot is used again."""
+    for blocks in range(5, 7) if stages < 3 else (stages, stages + 1):
         for bias in (False, True):
-            interleavings.explore(*actions(monkeypatch, blocks, stages, bias))
+            assert interleavings.explore(*actions(monkeypatch, blocks, stages, bias)) > 80
 
 
 def test_a_missing_wait_is_found(monkeypatch):

@@ -230,7 +230,8 @@ def test_no_default_splits():
 
 @needs_driver
 @pytest.mark.slow
-def test_a_gpu_checks_it_before_its_use(dry):
+def test_a_gpu_checks_it_before_its_use(dry, monkeypatch):
+    monkeypatch.setattr(launch, "processors", lambda device: 8)  # of many, a short round has long sequences
     q = torch.zeros(1, 200, 2, 64, dtype=torch.bfloat16)
     with dry((9, 0), checks=True) as dry_run:
         kernels.mixed_attention(q, q, q)
@@ -261,7 +262,7 @@ def test_the_tuner_keeps_what_is_faster(monkeypatch, faster):
 
 @runs_kernels
 def test_the_tuners_workload_takes_fewer_queries_than_keys(device):
-    shape = {"head_dim": 64, "bits": 16, "keys": 80, "queries": 20}
+    shape = {"head_dim": 64, "bits": 16, "keys": 30, "queries": 20}
     call, want = tune.workload("attention", shape, device.type, half=torch.float16)
     assert tuple(want.shape[:2]) == (1, 20)
     assert tune.best("attention", call, want, [TILE], lambda run: 1.0) == (1.0, TILE)

@@ -122,7 +122,7 @@ def test_no_gpu(capsys):
 @pytest.mark.parametrize(
     "kernel,shape",
     [("contract", {"channels": 4}), ("expand", {"channels": 4}), ("copy_rows", {"row_bytes": 128}),
-     ("norm_rope", {"head_dim": 64}), ("attention", {"head_dim": 64, "bits": 16, "keys": 100})],
+     ("norm_rope", {"head_dim": 64}), ("attention", {"head_dim": 64, "bits": 16, "keys": 40})],
     ids=str,
 )  # fmt: skip
 def test_workloads_run(device, kernel, shape):
