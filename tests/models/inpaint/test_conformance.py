@@ -53,8 +53,8 @@ class TestInpainting(Conformance):
 
     # Qwen's pipeline draws the picture's latents, where others take the most likely ones.
     @pytest.mark.parametrize("inpaint", ["kontext", "klein"], indirect=True)
-    def test_reused_encodings_change_no_bit(self, family):
-        super().test_reused_encodings_change_no_bit(family)
+    def test_reused_encodings_change_no_bit(self, family, run_once):
+        super().test_reused_encodings_change_no_bit(family, run_once)
 
     @pytest.mark.parametrize("inpaint", ["kontext", "klein"], indirect=True)
     def test_encoding_undoes_what_decoding_does(self, family):
