@@ -8,6 +8,7 @@ import torch
 import specedit
 
 QUICK = dict(steps=(2, 1, 1), draft_steps=2)
+MADE_ONCE = pytest.StashKey[dict[str, tuple[torch.Tensor, specedit.RunReport | None]]]()  # what `run_once` gave
 
 
 def corner():
@@ -20,17 +21,13 @@ def corner():
 class Cases:
     """Helpers of the tests. A subclass has a fixture `family`."""
 
-    @pytest.fixture(scope="class")
-    def made_once(self):
-        """The results of `run_once`, of all tests of the class."""
-        return {}
-
     @pytest.fixture
-    def run_once(self, request, made_once):
+    def run_once(self, request):
         """(family, settings or None for stock, a call of plain values) to (latents, report) of a new pipeline.
 
         One run serves all tests of the class that ask for it.
         """
+        made_once = request.node.getparent(pytest.Class).stash.setdefault(MADE_ONCE, {})
         params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
         own = inspect.signature(request.function).parameters.keys() - {"family"}
         variant = sorted((name, repr(value)) for name, value in params.items() if name not in own)  # of the family

@@ -107,7 +107,11 @@ def test_the_same_seed_starts_from_the_same_noise_as_stock(inpaint, pipe, monkey
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strength", "first"), [(0.9, "full"), (0.5, "reference")])
+@pytest.mark.parametrize(
+    ("inpaint", "strength", "first"),
+    [("kontext", 0.9, "full"), ("qwen", 0.5, "reference"), ("klein", 0.7, "full")],
+    indirect=["inpaint"],
+)
 def test_every_preset_and_restore_runs_as_planned(pipe, assert_planned, strength, first):
     settings = [(preset, dict(restore=restore)) for preset, restore in presets_and_restores(first)]
     for preset, more in [*settings, ("balanced", dict(restore="pixels")), ("ultra", {}), ("few-4", {})]:
