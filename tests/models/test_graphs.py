@@ -19,7 +19,7 @@ SIZES = ((128, 128), (160, 96), (96, 192))
 QUICK = dict(steps=(2, 1, 1), draft_steps=2)
 EDITS = {  # settings, and batches of the edits
     "flux": (QUICK, (1, 2, 3, 2, 3, 1)),
-    "qwen": (QUICK | dict(rope="phase_aligned"), (2,) * 6),
+    "qwen": (QUICK | dict(rope="phase_aligned"), (1,) * 6),
 }
 
 
