@@ -3,7 +3,6 @@
 The heavy imports stay inside the fixtures: the kernel tests below this folder need none of them.
 """
 
-import copy
 import gc
 import io
 import json
@@ -20,6 +19,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from tests.copies import Copies, copies_of
 
 # pytest listens to loggers that do not propagate, and torch would write a trace of all that it compiles.
 logging.getLogger("torch.__trace").propagate = True
@@ -102,10 +103,11 @@ def make_pipe(tiny_components):
     """Makes pipelines with equal weights and nothing in common that an installation changes."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline
 
+    # Tokenizers are copied too: two threads must not share one.
+    own = {name: Copies(tiny_components[name]) for name in ("transformer", "tokenizer", "tokenizer_2")}
+
     def make(cls=FluxKontextPipeline, scheduler=None):
-        # Tokenizers are copied too: two threads must not share one.
-        own = {name: copy.deepcopy(tiny_components[name]) for name in ("transformer", "tokenizer", "tokenizer_2")}
-        parts = tiny_components | own
+        parts = tiny_components | {name: copies() for name, copies in own.items()}
         scheduler = scheduler or FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
         pipe = cls(scheduler=scheduler, **parts)
         pipe.set_progress_bar_config(disable=True)
@@ -262,13 +264,15 @@ def qwen_parts():
     return {**pipe.components, "transformer": transformer}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_small_qwen(qwen_parts):
     """Makes equal small Qwen pipelines that share no module."""
     from specedit.micro.pipelines import OwnSizeQwenImageEditPipeline
 
+    own = copies_of(qwen_parts)
+
     def make():
-        pipe = OwnSizeQwenImageEditPipeline(**{name: copy.deepcopy(part) for name, part in qwen_parts.items()})
+        pipe = OwnSizeQwenImageEditPipeline(**{name: copies() for name, copies in own.items()})
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

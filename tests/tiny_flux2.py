@@ -1,9 +1,12 @@
 """Fixtures: tiny FLUX.2 pipelines, made in memory."""
 
 import copy
+import functools
 
 import pytest
 import torch
+
+from tests.copies import Copies, copies_of
 
 LAYERS = (1, 2)  # of the text encoder, whose states are the prompt's embeddings
 CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -24,7 +27,7 @@ class StandInChatProcessor:
 
 @pytest.fixture(scope="session")
 def flux2_components(qwen_components):
-    """Random weights, 4 latent channels whose statistics differ among the four pixels of a token, 16 px a token."""
+    """Makers of copies. Random weights, 16 px a token, 4 latent channels; their statistics differ within a token."""
     diffusers = pytest.importorskip("diffusers")
     if not hasattr(diffusers, "Flux2Pipeline"):
         pytest.skip("this diffusers has no FLUX.2")
@@ -56,6 +59,10 @@ def flux2_components(qwen_components):
         vae.bn.running_var.copy_(0.5 + torch.rand(16, generator=draw))
         return vae
 
+    @functools.cache
+    def transformers(**options):
+        return Copies(transformer(**options))
+
     tokenizer = copy.deepcopy(qwen_components["tokenizer"])
     tokenizer.chat_template = CHAT
     sizes = dict(
@@ -66,11 +73,12 @@ def flux2_components(qwen_components):
     mistral = Mistral3Config(
         text_config=dict(model_type="mistral", **sizes), vision_config=dict(model_type="pixtral", **vision)
     )
-    return dict(
-        transformer=transformer, vae=seeded(autoencoder), tokenizer=tokenizer,
+    parts = dict(
+        vae=seeded(autoencoder), tokenizer=tokenizer,
         qwen3=seeded(lambda: Qwen3ForCausalLM(Qwen3Config(**sizes))),
         mistral=seeded(lambda: Mistral3ForConditionalGeneration(mistral)),
     )  # fmt: skip
+    return copies_of(parts) | dict(transformer=lambda **options: transformers(**options)())
 
 
 @pytest.fixture
@@ -82,12 +90,13 @@ def make_flux2(flux2_components):
     def make(name="Flux2KleinPipeline", scheduler=None, **options):
         if not hasattr(diffusers, name):
             pytest.skip(f"this diffusers has no {name}")
+        torch.manual_seed(0)  # of what a test draws
         dev = name == "Flux2Pipeline"
-        tokenizer = copy.deepcopy(flux2_components["tokenizer"])
+        tokenizer = flux2_components["tokenizer"]()
         pipe = getattr(diffusers, name)(
             scheduler=scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-            vae=copy.deepcopy(flux2_components["vae"]),
-            text_encoder=copy.deepcopy(flux2_components["mistral" if dev else "qwen3"]),
+            vae=flux2_components["vae"](),
+            text_encoder=flux2_components["mistral" if dev else "qwen3"](),
             tokenizer=StandInChatProcessor(tokenizer) if dev else tokenizer,
             transformer=flux2_components["transformer"](**({} if dev else dict(guidance_embeds=False))), **options,
         )  # fmt: skip

@@ -1,12 +1,14 @@
 """Fixtures: tiny Qwen-Image-Edit and LongCat-Image-Edit pipelines, made in memory."""
 
-import copy
+import functools
 import importlib
 import inspect
 import re
 
 import pytest
 import torch
+
+from tests.copies import Copies, copies_of
 
 SPECIAL = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -92,6 +94,10 @@ def qwen_components():
             latents_mean=[0.1, -0.2, 0.0, 0.3], latents_std=[1.0, 1.5, 0.8, 2.0],
         )  # fmt: skip
 
+    @functools.cache
+    def transformers(**options):
+        return Copies(transformer(**options))
+
     return dict(
         vae=seeded(autoencoder),
         text_encoder=seeded(lambda: Qwen2_5_VLForConditionalGeneration(config)),
@@ -99,12 +105,18 @@ def qwen_components():
         processor=StandInProcessor(
             ImageProcessor(min_pixels=28 * 28, max_pixels=56 * 56, patch_size=14, merge_size=2), tokenizer
         ),
-        transformer=transformer,
+        transformer=lambda **options: transformers(**options)(),
     )
 
 
+@pytest.fixture(scope="session")
+def qwen_copies(qwen_components):
+    """Makers of copies of the parts that every pipeline has for itself."""
+    return copies_of({name: part for name, part in qwen_components.items() if name != "transformer"})
+
+
 @pytest.fixture
-def make_qwen(qwen_components, monkeypatch):
+def make_qwen(qwen_components, qwen_copies, monkeypatch):
     """Makes pipelines of one class with equal weights and nothing in common; pictures become 128 px, not 1 MP."""
     from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageEditPipeline, QwenImageTransformer2DModel
     from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as edit
@@ -124,9 +136,8 @@ def make_qwen(qwen_components, monkeypatch):
         options = {name: value for name, value in options.items() if value}
         for name in options.keys() - inspect.signature(QwenImageTransformer2DModel).parameters.keys():
             pytest.skip(f"this diffusers has no {name}")
-        parts = {
-            name: copy.deepcopy(qwen_components[name]) for name in ("vae", "text_encoder", "tokenizer", "processor")
-        }
+        torch.manual_seed(0)  # of what a test draws
+        parts = {name: copies() for name, copies in qwen_copies.items()}
         scheduler = scheduler or FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
         pipe = cls(scheduler=scheduler, transformer=qwen_components["transformer"](**options), **parts)
         pipe.set_progress_bar_config(disable=True)
@@ -138,15 +149,31 @@ def make_qwen(qwen_components, monkeypatch):
     return make
 
 
+@pytest.fixture(scope="session")
+def longcat_copies():
+    """Makers of copies of FLUX's parts, with 16 latent channels."""
+    from diffusers import AutoencoderKL, LongCatImageTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = LongCatImageTransformer2DModel(
+        in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=[4, 4, 8],
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            parameter.mul_(1.5)
+    vae = AutoencoderKL(
+        sample_size=32, block_out_channels=(4,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=1, latent_channels=16, norm_num_groups=1,
+        use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0609, scaling_factor=1.5035,
+    ).eval()  # fmt: skip
+    return copies_of(dict(transformer=transformer, vae=vae))
+
+
 @pytest.fixture
-def make_longcat(qwen_components, monkeypatch):
+def make_longcat(longcat_copies, qwen_copies, monkeypatch):
     """Makes LongCatImageEditPipelines: FLUX's parts with 16 latent channels, and the encoder of `qwen_components`."""
-    from diffusers import (
-        AutoencoderKL,
-        FlowMatchEulerDiscreteScheduler,
-        LongCatImageEditPipeline,
-        LongCatImageTransformer2DModel,
-    )
+    from diffusers import FlowMatchEulerDiscreteScheduler, LongCatImageEditPipeline
     from diffusers.pipelines.longcat_image import pipeline_longcat_image_edit as edit
 
     def dimensions(area, ratio):
@@ -156,24 +183,12 @@ def make_longcat(qwen_components, monkeypatch):
     monkeypatch.setattr(edit, "calculate_dimensions", dimensions)
 
     def make():
-        torch.manual_seed(0)
-        transformer = LongCatImageTransformer2DModel(
-            in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-            joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=[4, 4, 8],
-        ).eval()  # fmt: skip
-        with torch.no_grad():
-            for parameter in transformer.parameters():
-                parameter.mul_(1.5)
-        vae = AutoencoderKL(
-            sample_size=32, block_out_channels=(4,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=1, latent_channels=16, norm_num_groups=1,
-            use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0609, scaling_factor=1.5035,
-        ).eval()  # fmt: skip
-        parts = {name: copy.deepcopy(qwen_components[name]) for name in ("text_encoder", "tokenizer")}
-        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-        processor = copy.deepcopy(qwen_components["processor"])
+        torch.manual_seed(0)  # of what a test draws
         pipe = LongCatImageEditPipeline(
-            scheduler=scheduler, vae=vae, transformer=transformer, text_processor=processor, **parts
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            text_processor=qwen_copies["processor"](),
+            **{name: qwen_copies[name]() for name in ("text_encoder", "tokenizer")},
+            **{name: copies() for name, copies in longcat_copies.items()},
         )
         pipe.set_progress_bar_config(disable=True)
         pipe.prompt_template_encode_prefix = "<|vision_start|><|image_pad|><|vision_end|>"

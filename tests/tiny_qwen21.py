@@ -1,10 +1,12 @@
 """Fixtures: tiny Qwen-Image-2.1 pipelines, made in memory."""
 
-import copy
+import functools
 import re
 
 import pytest
 import torch
+
+from tests.copies import Copies, copies_of
 
 PAD = "<|image_pad|>"
 
@@ -34,7 +36,7 @@ class StandInQwen3Processor:
 
 @pytest.fixture(scope="session")
 def qwen21_components(qwen_components):
-    """Random weights, 4 latent channels, 16 px a token, a byte tokenizer, one vision token for each 2 x 2 of them."""
+    """Makers of copies. Random weights, 4 latent channels, 16 px a token, bytes as words, a vision token for 2 x 2."""
     diffusers = pytest.importorskip("diffusers")
     if not hasattr(diffusers, "QwenImage21Pipeline"):
         pytest.skip("this diffusers has no Qwen-Image-2.1")
@@ -55,6 +57,10 @@ def qwen21_components(qwen_components):
         for parameter in model.parameters():  # as initialised its blocks hardly matter
             parameter.mul_(1.5)
         return model
+
+    @functools.cache
+    def transformers(**options):
+        return Copies(transformer(**options))
 
     tokenizer = qwen_components["tokenizer"]
     number = tokenizer.convert_tokens_to_ids
@@ -78,10 +84,11 @@ def qwen21_components(qwen_components):
         )
     )  # fmt: skip
     pictures = Qwen2VLImageProcessorPil(min_pixels=32 * 32, max_pixels=2048 * 2048, patch_size=16, merge_size=2)
-    return dict(
-        transformer=transformer, vae=vae, text_encoder=seeded(lambda: Qwen3VLForConditionalGeneration(config)),
+    parts = dict(
+        vae=vae, text_encoder=seeded(lambda: Qwen3VLForConditionalGeneration(config)),
         processor=StandInQwen3Processor(pictures, tokenizer),
     )  # fmt: skip
+    return copies_of(parts) | dict(transformer=lambda **options: transformers(**options)())
 
 
 @pytest.fixture
@@ -90,7 +97,8 @@ def make_qwen21(qwen21_components):
     from diffusers import FlowMatchEulerDiscreteScheduler, QwenImage21Pipeline
 
     def make(scheduler=None, sample_sigmas=None, **options):
-        parts = {name: copy.deepcopy(qwen21_components[name]) for name in ("vae", "text_encoder", "processor")}
+        torch.manual_seed(0)  # of what a test draws
+        parts = {name: qwen21_components[name]() for name in ("vae", "text_encoder", "processor")}
         pipe = QwenImage21Pipeline(
             scheduler=scheduler or FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
             transformer=qwen21_components["transformer"](**options), sample_sigmas=sample_sigmas, **parts,

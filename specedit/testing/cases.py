@@ -1,13 +1,47 @@
 """What the tests of adapters use together."""
 
+import inspect
+
 import pytest
 import torch
 
+import specedit
+
 QUICK = dict(steps=(2, 1, 1), draft_steps=2)
+MADE_ONCE = pytest.StashKey[dict[str, tuple[torch.Tensor, specedit.RunReport | None]]]()  # what `run_once` gave
+
+
+def corner():
+    """An edit mask of some cells."""
+    mask = torch.zeros(8, 8)
+    mask[2:5, 2:5] = 1
+    return mask
 
 
 class Cases:
     """Helpers of the tests. A subclass has a fixture `family`."""
+
+    @pytest.fixture
+    def run_once(self, request):
+        """(family, settings or None for stock, a call of plain values) to (latents, report) of a new pipeline.
+
+        One run serves all tests of the class that ask for it.
+        """
+        made_once = request.node.getparent(pytest.Class).stash.setdefault(MADE_ONCE, {})
+        params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+        own = inspect.signature(request.function).parameters.keys() - {"family"}
+        variant = sorted((name, repr(value)) for name, value in params.items() if name not in own)  # of the family
+
+        def run(family, settings, **call):
+            key = repr((family.adapter, variant, settings, sorted(call.items())))
+            if key not in made_once:
+                pipe = family.make() if settings is None else specedit.install(family.make(), **settings)
+                latents = family.run(pipe, **call)
+                made_once[key] = latents, None if settings is None else specedit.report(pipe)
+            latents, report = made_once[key]
+            return latents.clone(), report
+
+        return run
 
     def close(self, a, b, tolerance=2e-4):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)

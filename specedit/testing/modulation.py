@@ -33,9 +33,9 @@ class ModulationConformance(Cases):
             pytest.skip("this adapter computes its modulation in every step")
         return family.adapter.modulation_layers
 
-    def test_modulation_is_made_once_or_in_every_step_with_a_reason(self, family):
+    def test_modulation_is_made_once_or_in_every_step_with_a_reason(self, family, run_once):
         for guide in self.guides(family):
-            expected = family.run(specedit.install(family.make(), **QUICK), **guide)
+            expected, _ = run_once(family, QUICK, **guide)
             pipe = specedit.install(family.make(), **ONCE)
             before, reason = trace(pipe), family.adapter().why_modulated_every_step(pipe)
             with warnings.catch_warnings(record=True) as caught:
@@ -48,8 +48,8 @@ class ModulationConformance(Cases):
             self.close(latents, expected)
             assert not said and 1 <= made["passes"] <= (6 if guide else 3) and made["bytes"] > 0
             assert all(a is b for a, b in zip(before[2], trace(pipe)[2], strict=True))
-            stock = family.run(family.make(), num_inference_steps=2)
-            assert torch.equal(family.run(specedit.uninstall(pipe), num_inference_steps=2), stock)
+        stock, _ = run_once(family, None, num_inference_steps=2)
+        assert torch.equal(family.run(specedit.uninstall(pipe), num_inference_steps=2), stock)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_modulation_made_once_is_as_exact_as_that_of_every_step(self, family, dtype):
@@ -104,12 +104,13 @@ class ModulationConformance(Cases):
         handle.remove()
         return kept, {sigma: args for sigma, (args,) in given.items()}
 
-    def test_kept_modulation_is_of_its_run_alone(self, family):
+    def test_kept_modulation_is_of_its_run_alone(self, family, run_once):
         """Another thread's stock call, in the middle of a run, is stock's; and so are two runs at once."""
         pipe, other = family.make(), family.make()
         spec = self.keeping(family, pipe)
-        stock = family.run(other, num_inference_steps=2)
-        expected = family.run(specedit.install(pipe, **ONCE))
+        stock, _ = run_once(family, None, num_inference_steps=2)
+        expected, _ = run_once(family, ONCE)
+        specedit.install(pipe, **ONCE)
         other.transformer = pipe.transformer
         images, here, but = [], threading.get_ident(), [layer for layer, _ in spec.find(pipe.transformer)]
 
@@ -130,10 +131,9 @@ class ModulationConformance(Cases):
         self.close(images[2], expected, 1e-5)
 
     @pytest.mark.parametrize("offload", ["models", "modules"])
-    def test_kept_modulation_of_offloaded_weights(self, family, offload):
-        self.keeping(family, family.make())
-        expected = family.run(specedit.install(family.make(), **QUICK))
-        pipe = family.make()
+    def test_kept_modulation_of_offloaded_weights(self, family, run_once, offload):
+        self.keeping(family, pipe := family.make())
+        expected, _ = run_once(family, QUICK)
         pipe.transformer = copy.deepcopy(pipe.transformer)
         if offload == "models":
             for name, part in pipe.components.items():

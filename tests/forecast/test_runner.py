@@ -82,22 +82,27 @@ def test_alone_it_is_the_stock_loop_with_forecasts(pipe, edit, order):
     assert "NFE 9 (4 cached)" in str(report) and report.to_dict()["cached_steps"] == 4
 
 
+@pytest.fixture(scope="module")
+def plain(make_pipe, edit):
+    """(latents, report) of a run of every stage without a forecast."""
+    pipe = specedit.install(make_pipe(), steps=(5, 5, 5), boundaries=(0.7, 0.55))
+    return edit(pipe, edit_mask=CORNER), specedit.report(pipe)
+
+
 @pytest.mark.parametrize("forecast", METHODS)
-def test_every_method_runs_in_every_stage(pipe, edit, forecast, weights):
+def test_every_method_runs_in_every_stage(pipe, edit, forecast, weights, plain):
     specedit.install(pipe, **STAGES, forecast=forecast, draft_steps=2, **weights.get(forecast, {}))
     image = edit(pipe, edit_mask=CORNER)
     assert image.isfinite().all()
     report = specedit.report(pipe)
     cached = {stage.name: stage.cached for stage in report.stages if stage.steps}
     assert cached["coarse"] >= 1 and cached["full"] >= 1 and report.cache_bytes > 0
-    specedit.install(pipe, steps=(5, 5, 5), boundaries=(0.7, 0.55))
-    plain = edit(pipe, edit_mask=CORNER)
-    assert 0 < (image - plain).abs().max() < 5 and specedit.report(pipe).flops > report.flops
-    assert specedit.report(pipe).cache_bytes == 0
+    assert 0 < (image - plain[0]).abs().max() < 5 and plain[1].flops > report.flops
+    assert plain[1].cache_bytes == 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("forecast", ["taylor", "foca", "freqca", "toca", "duca"])
+@pytest.mark.parametrize("forecast", ["taylor", "freqca", "toca"])
 def test_a_batch_of_two_masks_is_two_single_runs(pipe, edit, picture, forecast):
     specedit.install(pipe, **STAGES, forecast=forecast)
     pictures, prompts, masks = [picture(seed=1), picture(seed=2)], ["make it red", "add a boat"], [CORNER, CENTRE]
@@ -108,7 +113,7 @@ def test_a_batch_of_two_masks_is_two_single_runs(pipe, edit, picture, forecast):
         close(both[i], edit(pipe, image=pictures[i], prompt=prompts[i], edit_mask=masks[i], generator=generator)[0])
 
 
-@pytest.mark.parametrize("forecast", ["taylor", "foca", "toca"])
+@pytest.mark.parametrize("forecast", ["foca", "duca"])
 def test_a_batch_of_one_mask_is_two_single_runs(pipe, edit, picture, forecast):
     specedit.install(pipe, **STAGES, forecast=forecast)
     pictures = [picture(seed=1), picture(seed=2)]
@@ -220,7 +225,7 @@ def test_memory_is_counted(pipe, edit):
 # --------------------------------------------------------------------------------- interruption, errors, callbacks
 
 
-@pytest.mark.parametrize("forecast", ["taylor", "foca", "toca"])
+@pytest.mark.parametrize("forecast", ["foca", "toca"])
 def test_an_interrupted_run_leaves_nothing_behind(pipe, edit, forecast):
     specedit.install(pipe, **ALONE, forecast=forecast)
     expected = edit(pipe)

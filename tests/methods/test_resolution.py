@@ -76,7 +76,7 @@ def test_it_edits_with_qwen_under_true_guidance(method, make_qwen, picture):
 
 
 @each
-@pytest.mark.parametrize("size", [(144, 176), (112, 80), (64, 144)], ids=str)
+@pytest.mark.parametrize("size", [(144, 176), (64, 112)], ids=str)
 def test_odd_and_oblong_grids(method, pipe, edit, size):
     specedit.install(pipe, method=method)
     tokens = edit(pipe, size)

@@ -155,8 +155,7 @@ def test_flops_are_those_of_the_tokens_that_run(pipe, edit):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fusion", ["cosine", "none"])
-@pytest.mark.parametrize("size", [(128, 128), (144, 112)])
+@pytest.mark.parametrize(("size", "fusion"), [((128, 128), "none"), ((144, 112), "cosine")])
 def test_samples_find_their_own_tokens(pipe, edit, picture, size, fusion):
     height, width = size
     both = dict(image=[picture(height, width, seed=i) for i in range(2)], prompt=["red", "make it large"])

@@ -14,13 +14,11 @@ from specedit.testing import QUICK, Conformance, Family
 from specedit.testing.conformance import CallConformance
 from specedit.testing.stages import StageConformance
 
-OTHERS = [{"rope": "phase_aligned"}, {"attention": "stock"}]
-
 
 class TestFluxKontext(Conformance):
     # The settings as they are: tests/models/test_graphs.py.
     @pytest.mark.slow
-    @pytest.mark.parametrize("changes", OTHERS)
+    @pytest.mark.parametrize("changes", [{"rope": "phase_aligned", "attention": "merged"}, {"attention": "stock"}])
     def test_other_edits_do_not_compile_again(self, family, changes):
         super().test_other_edits_do_not_compile_again(family, changes)
 
@@ -63,9 +61,9 @@ class QwenFamily:
 
 @pytest.mark.slow  # tests/models/qwen has quick tests
 class TestQwenImageEdit(QwenFamily, Conformance):
-    # The settings as they are: tests/models/test_graphs.py.
+    # The settings as they are, and rope="phase_aligned": tests/models/test_graphs.py.
     @pytest.mark.slow
-    @pytest.mark.parametrize("changes", OTHERS)
+    @pytest.mark.parametrize("changes", [{"attention": "stock"}])
     def test_other_edits_do_not_compile_again(self, family, changes):
         super().test_other_edits_do_not_compile_again(family, changes)
 
@@ -117,9 +115,9 @@ class TestLongCatImageEdit(Conformance):
             batch=lambda n: dict(num_images_per_prompt=n),
         )  # fmt: skip
 
-    # The settings as they are: tests/models/test_graphs.py. Attention and rotations are those of TestFluxKontext.
+    # Attention and rotations are those of TestFluxKontext.
     @pytest.mark.slow
-    @pytest.mark.parametrize("changes", [{"attention": "stock"}])
+    @pytest.mark.parametrize("changes", [{}])
     def test_other_edits_do_not_compile_again(self, family, changes):
         super().test_other_edits_do_not_compile_again(family, changes)
 

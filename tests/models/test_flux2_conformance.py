@@ -5,6 +5,10 @@ import torch
 
 from specedit.models.flux2 import Flux2Dev, Flux2Klein, Flux2KleinKV
 from specedit.testing import Conformance, Family
+from specedit.testing.conformance import CallConformance
+from specedit.testing.modulation import ModulationConformance
+from specedit.testing.stages import StageConformance
+from specedit.testing.switches import SwitchConformance
 from tests.tiny_flux2 import LAYERS
 
 
@@ -21,7 +25,7 @@ def rotations(pipe, run):
     return table[:, table.shape[1] * rope.axes_dim[0] // sum(rope.axes_dim) :]
 
 
-class Flux2Conformance(Conformance):
+class Flux2Family:
     """Prompts of one call have one length; every one of them is given all pictures."""
 
     pipeline, adapter, guided, more = "Flux2KleinPipeline", Flux2Klein, None, {}
@@ -44,7 +48,7 @@ class Flux2Conformance(Conformance):
 
 @pytest.mark.skipif(Flux2Klein is None, reason="this diffusers has no Flux2KleinPipeline")
 @pytest.mark.slow  # tests/models/flux2 has quick tests
-class TestFlux2Klein(Flux2Conformance):
+class TestFlux2Klein(Flux2Family, Conformance):
     guided, more = dict(guidance_scale=2.5), dict(guidance_scale=1.0)
 
     # The tables of a rotation that is given are those of TestFlux2KleinKV.
@@ -55,8 +59,17 @@ class TestFlux2Klein(Flux2Conformance):
 
 @pytest.mark.skipif(Flux2Dev is None, reason="this diffusers has no Flux2Pipeline")
 @pytest.mark.slow
-class TestFlux2Dev(Flux2Conformance):
-    """The guidance scale is an input of the transformer."""
+class TestFlux2Dev(Flux2Family, CallConformance, ModulationConformance):
+    """The guidance scale is an input of the transformer; but for it stages and switches are TestFlux2Klein's."""
+
+    check_batch = StageConformance.check_batch
+    test_samples_of_a_batch_are_independent = StageConformance.test_samples_of_a_batch_are_independent
+    test_samples_are_independent_with_every_switch = StageConformance.test_samples_are_independent_with_every_switch
+    test_leaves_are_called_in_the_stock_order = StageConformance.test_leaves_are_called_in_the_stock_order
+    test_every_attention_setting_gives_the_same_edit = StageConformance.test_every_attention_setting_gives_the_same_edit
+    test_forecasts_work_on_every_branch = StageConformance.test_forecasts_work_on_every_branch
+    test_locked_cells_that_leave_the_target = SwitchConformance.test_locked_cells_that_leave_the_target
+    test_reused_encodings_change_no_bit = SwitchConformance.test_reused_encodings_change_no_bit
 
     pipeline, adapter, compiles_as = "Flux2Pipeline", Flux2Dev, "Flux2Klein"
 
@@ -74,12 +87,12 @@ def rotations_behind_references(pipe, run):
 
 @pytest.mark.skipif(Flux2KleinKV is None, reason="this diffusers has no Flux2KleinKVPipeline")
 @pytest.mark.slow
-class TestFlux2KleinKV(Flux2Conformance):
+class TestFlux2KleinKV(Flux2Family, Conformance):
     """The first step of every stage computes the references, and the others find their keys and values."""
 
     pipeline, adapter, rotations = "Flux2KleinKVPipeline", Flux2KleinKV, staticmethod(rotations_behind_references)
 
-    # Stock attention is tried by TestFlux2Klein.
-    @pytest.mark.parametrize("changes", [{}, {"rope": "phase_aligned", "attention": "merged"}])
+    # The other stages and stock attention are tried by TestFlux2Klein.
+    @pytest.mark.parametrize("changes", [{"rope": "phase_aligned", "attention": "merged"}])
     def test_other_edits_do_not_compile_again(self, family, changes):
         super().test_other_edits_do_not_compile_again(family, changes)

@@ -17,6 +17,10 @@ from specedit.testing import Family
 GRAPHS = 6  # of one block's code; 8 is the compiler's own limit
 SIZES = ((128, 128), (160, 96), (96, 192))
 QUICK = dict(steps=(2, 1, 1), draft_steps=2)
+EDITS = {  # settings, and batches of the edits
+    "flux": (QUICK, (1, 2, 3, 2, 3, 1)),
+    "qwen": (QUICK | dict(rope="phase_aligned"), (1,) * 6),
+}
 
 
 @pytest.fixture
@@ -87,32 +91,36 @@ def mask(size, cells, batch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", EDITS)
 @torch._dynamo.config.patch(recompile_limit=8)
-def test_edits_share_few_graphs_and_stock_calls_beside_them_are_stocks(family):
+def test_edits_share_few_graphs_and_stock_calls_beside_them_are_stocks(request, name):
     """Blocks of one class share their compiled code; the last one must not be taken for any of the others."""
+    family, (settings, batches) = request.getfixturevalue(name), EDITS[name]
     pipe = deeper(family.make())
-    calls = [
-        dict(size=size, num_inference_steps=2, num_images_per_prompt=batch) for batch, size in enumerate(SIZES[:2], 1)
+    calls = [  # a size for each number of pictures, at most two
+        dict(size=size, num_inference_steps=2, num_images_per_prompt=batch)
+        for batch, size in zip(sorted(set(batches)), SIZES[:2])
     ]
     expected = [family.run(pipe, **call) for call in calls]
-    eager = family.run(specedit.install(pipe, **QUICK))
+    one = dict(num_images_per_prompt=batches[0])
+    eager = family.run(specedit.install(pipe, **settings), **one)
     specedit.uninstall(pipe)
     graphs = compile_blocks(pipe)
     assert torch.equal(family.run(pipe, **calls[0]), expected[0])
     graphs.clear()
-    specedit.install(pipe, **QUICK)
-    edited = family.run(pipe)
+    specedit.install(pipe, **settings)
+    edited = family.run(pipe, **one)
     assert graphs and not torch.equal(edited, expected[0])
     torch.testing.assert_close(edited, eager, rtol=1e-4, atol=1e-4)
     # Every batch and every size, without guidance and with it, and no two of them twice.
-    for i, batch in enumerate((1, 2, 3, 2, 3, 1)):
+    for i, batch in enumerate(batches):
         size, guide = SIZES[i % 3], [{}, family.guided][i // 3]
         for edit_mask in (None, mask(size, 3 + i % 3, batch)):
             family.run(pipe, size, num_images_per_prompt=batch, edit_mask=edit_mask, **guide)
     assert max(graphs.values()) <= GRAPHS, graphs
     total = graphs.total()
     for cells in (2, 4, 6):
-        family.run(pipe, SIZES[0], edit_mask=mask(SIZES[0], cells, 1))
+        family.run(pipe, SIZES[0], edit_mask=mask(SIZES[0], cells, batches[0]), **one)
     assert graphs.total() == total
     with specedit.disabled(pipe):  # stock calls find room beside them
         for call, stock in zip(calls, expected, strict=True):

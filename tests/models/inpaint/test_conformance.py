@@ -7,7 +7,11 @@ from PIL import Image
 from specedit.models.flux2 import Flux2KleinInpaint
 from specedit.models.flux_inpaint import FluxKontextInpaint
 from specedit.models.qwen import QwenImageEditInpaint
-from specedit.testing import Conformance, Family
+from specedit.testing import Family
+from specedit.testing.conformance import CallConformance
+from specedit.testing.modulation import ModulationConformance
+from specedit.testing.stages import StageConformance
+from specedit.testing.switches import SwitchConformance
 
 from ..test_flux2_conformance import rotations
 
@@ -32,7 +36,34 @@ class InpaintFamily(Family):
         return super().run(pipe, size, seed, **changes)
 
 
-class TestInpainting(Conformance):
+class TestInpainting(CallConformance):
+    """Whole calls: the forward passes are those of the adapters that these derive from, which try them."""
+
+    check_batch = StageConformance.check_batch
+    test_samples_of_a_batch_are_independent = StageConformance.test_samples_of_a_batch_are_independent
+    test_samples_are_independent_with_every_switch = StageConformance.test_samples_are_independent_with_every_switch
+    test_leaves_are_called_in_the_stock_order = StageConformance.test_leaves_are_called_in_the_stock_order
+    test_third_party_processors_run_stock = StageConformance.test_third_party_processors_run_stock
+    test_methods_that_skip_run_or_are_refused = StageConformance.test_methods_that_skip_run_or_are_refused
+    test_a_kept_reference_is_offered_or_refused = StageConformance.test_a_kept_reference_is_offered_or_refused
+    test_guidance_only_within_its_range = StageConformance.test_guidance_only_within_its_range
+    test_every_attention_setting_gives_the_same_edit = StageConformance.test_every_attention_setting_gives_the_same_edit
+    test_every_stage_counts_its_tokens = StageConformance.test_every_stage_counts_its_tokens
+    test_forecasts_work_on_every_branch = StageConformance.test_forecasts_work_on_every_branch
+    test_forecasts_of_single_tokens_are_offered_or_refused = (
+        StageConformance.test_forecasts_of_single_tokens_are_offered_or_refused
+    )
+    test_features_come_at_growing_size_and_tell_pictures_apart = (
+        StageConformance.test_features_come_at_growing_size_and_tell_pictures_apart
+    )
+    test_locked_cells_that_leave_the_target = SwitchConformance.test_locked_cells_that_leave_the_target
+    test_locked_cells_that_are_upsampled_as_pixels = SwitchConformance.test_locked_cells_that_are_upsampled_as_pixels
+    test_decoding_the_edited_cells_alone = SwitchConformance.test_decoding_the_edited_cells_alone
+    test_a_reference_whose_tokens_are_selected = SwitchConformance.test_a_reference_whose_tokens_are_selected
+    test_modulation_is_made_once_or_in_every_step_with_a_reason = (
+        ModulationConformance.test_modulation_is_made_once_or_in_every_step_with_a_reason
+    )
+
     @pytest.fixture
     def family(self, inpaint, picture):
         of_call = ("num_inference_steps", "output_type", "max_area")  # each test's own
@@ -53,9 +84,9 @@ class TestInpainting(Conformance):
 
     # Qwen's pipeline draws the picture's latents, where others take the most likely ones.
     @pytest.mark.parametrize("inpaint", ["kontext", "klein"], indirect=True)
-    def test_reused_encodings_change_no_bit(self, family):
-        super().test_reused_encodings_change_no_bit(family)
+    def test_reused_encodings_change_no_bit(self, family, run_once):
+        SwitchConformance.test_reused_encodings_change_no_bit(self, family, run_once)
 
     @pytest.mark.parametrize("inpaint", ["kontext", "klein"], indirect=True)
     def test_encoding_undoes_what_decoding_does(self, family):
-        super().test_encoding_undoes_what_decoding_does(family)
+        SwitchConformance.test_encoding_undoes_what_decoding_does(self, family)

@@ -46,7 +46,7 @@ def test_everything_expanded_is_the_stock_call(inpaint, pipe):
 @pytest.mark.parametrize("strength", [1.0, 0.9, 0.6, 0.3, 0.1])
 def test_stages_start_where_stock_starts(inpaint, pipe, strength):
     """In coarse tokens at the level of as much noise, or in the first stage that ends below the start."""
-    call = dict(strength=strength, num_inference_steps=20)
+    call = dict(strength=strength, num_inference_steps=10)
     _, sigmas = stock_run(inpaint, pipe, **call)
     specedit.install(pipe, boundaries=(0.7, 0.4))
     inpaint(pipe, **call)
@@ -107,9 +107,13 @@ def test_the_same_seed_starts_from_the_same_noise_as_stock(inpaint, pipe, monkey
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strength", "first"), [(0.9, "full"), (0.5, "reference")])
-def test_every_preset_and_restore_runs_as_planned(pipe, assert_planned, strength, first):
-    settings = [(preset, dict(restore=restore)) for preset, restore in presets_and_restores(first)]
+@pytest.mark.parametrize(
+    ("inpaint", "strength", "first", "turn"),
+    [("kontext", 0.9, "full", 0), ("qwen", 0.5, "reference", 1), ("klein", 0.7, "full", 2)],
+    indirect=["inpaint"],
+)
+def test_every_preset_and_restore_runs_as_planned(pipe, assert_planned, strength, first, turn):
+    settings = [(preset, dict(restore=restore)) for preset, restore in presets_and_restores(first, turn)]
     for preset, more in [*settings, ("balanced", dict(restore="pixels")), ("ultra", {}), ("few-4", {})]:
         specedit.install(pipe, preset, **more)
         report = assert_planned(resolve(preset, **more), strength=strength, num_inference_steps=12)
@@ -117,14 +121,14 @@ def test_every_preset_and_restore_runs_as_planned(pipe, assert_planned, strength
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("config", "strength"),
     [
-        dict(restore="reference"), dict(boundaries=(0.5, 0.3)), dict(guidance_range=(0.4, 0.8)),
-        dict(forecast="reuse", forecast_interval=2), dict(draft_steps=0, restore="reference"),
+        (dict(restore="reference"), 1.0), (dict(boundaries=(0.5, 0.3)), 0.7),
+        (dict(guidance_range=(0.4, 0.8)), 0.7), (dict(forecast="reuse", forecast_interval=2), 0.7),
+        (dict(draft_steps=0, restore="reference"), 0.7),
     ],
     ids=str,
 )  # fmt: skip
-@pytest.mark.parametrize("strength", [1.0, 0.7])
 def test_a_plan_counts_what_the_report_counts(inpaint, pipe, assert_planned, config, strength):
     specedit.install(pipe, **config)
     assert_planned(resolve(**config), strength=strength, num_inference_steps=9, **inpaint.guided)
