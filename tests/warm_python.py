@@ -1,10 +1,11 @@
 """A Python whose processes begin with torch and diffusers imported: a pytest plugin which tests/conftest.py loads.
 
-Those imports are most of what a short command costs. Its processes are forked from one that has done nothing but them, so
-what a command imports of this project is imported by itself. They have their own arguments, environment, working folder
-and standard streams, and end as other processes do.
+Those imports are most of what a short command costs. Its processes are forked from one that has done nothing but them,
+so what a command imports of this project is imported by itself. They have their own arguments, environment, working
+folder and standard streams, and end as other processes do.
 """
 
+import contextlib
 import gc
 import importlib
 import json
@@ -27,7 +28,7 @@ if not given or given[0].startswith("-") and given[0] not in ("-m", "-c"):
     os.execv({python!r}, [{python!r}, *given])
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
-body = json.dumps([given, os.getcwd(), dict(os.environ)]).encode()
+body = json.dumps([os.path.abspath(sys.argv[0]), given, os.getcwd(), dict(os.environ)]).encode()
 socket.send_fds(server, [len(body).to_bytes(4, "big")], [0, 1, 2])
 server.sendall(body)
 status = server.recv(4)
@@ -43,7 +44,7 @@ os._exit(code)
 
 
 def serve(listener):
-    """Fork a process for every request. Returns, in that process, its arguments, folder and environment."""
+    """Fork a process for every request. Returns, in that process, the request: see `run`."""
     running = {}  # by process id: what is readable when it has ended, and who asked for it
     with selectors.DefaultSelector() as awaited:
         awaited.register(listener, selectors.EVENT_READ)
@@ -93,18 +94,22 @@ def receive(listener):
         return connection, streams, json.loads(stream.read(int.from_bytes(size, "big")))
 
 
-def run(given, folder, environment):
-    """What `python *given` does there."""
+def run(executable, given, folder, environment):
+    """What `executable *given` does there."""
+    sys.executable = executable
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)
-    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
+    sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
     kind, *rest = given
     first = "" if kind in ("-m", "-c") else str(Path(kind).resolve().parent)
-    sys.path[:1] = [folder if kind == "-m" else first, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    sys.path[:1] = [
+        folder if kind == "-m" else first,
+        *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)),
+    ]
     if kind == "-m":
         sys.argv = rest
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
@@ -116,8 +121,33 @@ def run(given, folder, environment):
         runpy.run_path(kind, run_name="__main__")
 
 
+@contextlib.contextmanager
+def serving(imported):
+    """A folder for the PATH, with a `python3` whose processes have imported these. One thread, and without the hub."""
+    with tempfile.TemporaryDirectory() as folder:  # a socket's address is short
+        command, address = Path(folder) / "bin" / "python3", str(Path(folder) / "socket")
+        command.parent.mkdir()
+        if not hasattr(os, "pidfd_open"):
+            command.symlink_to(sys.executable)
+            yield command.parent
+            return
+        command.write_text(COMMAND.format(python=sys.executable, address=address))
+        command.chmod(0o755)
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(address)
+            listener.listen()
+            start = [sys.executable, __file__, str(listener.fileno()), *imported]
+            with subprocess.Popen(
+                start, env=environment, stdin=subprocess.PIPE, pass_fds=[listener.fileno()]
+            ) as server:
+                yield command.parent
+                server.stdin.close()
+
+
 if __name__ == "__main__":
-    for name in IMPORTED:
+    for name in sys.argv[2:]:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()
@@ -127,28 +157,6 @@ else:
 
     @pytest.fixture(scope="session")
     def warm_python():
-        """A folder for the PATH, with such a `python3`. Its processes run on one thread and without the hub."""
-        with tempfile.TemporaryDirectory() as folder:  # a socket's address is short
-            yield from _served(Path(folder))
-
-    def _served(folder):
-        (folder / "bin").mkdir()
-        command = folder / "bin" / "python3"
-        if not hasattr(os, "pidfd_open"):
-            command.symlink_to(sys.executable)
-            yield command.parent
-            return
-        address = str(folder / "socket")
-        command.write_text(COMMAND.format(python=sys.executable, address=address))
-        command.chmod(0o755)
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(address)
-            listener.listen()
-            with subprocess.Popen(
-                [sys.executable, __file__, str(listener.fileno())], env=environment, stdin=subprocess.PIPE,
-                pass_fds=[listener.fileno()],
-            ) as server:  # fmt: skip
-                yield command.parent
-                server.stdin.close()
+        """A folder for the PATH, with a `python3` whose processes have imported torch and diffusers."""
+        with serving(IMPORTED) as folder:
+            yield folder
