@@ -1,6 +1,5 @@
 """The notebook runs from top to bottom, and is stored without outputs."""
 
-import json
 import os
 from pathlib import Path
 
@@ -26,21 +25,15 @@ def test_a_notebook_is_stored_without_outputs(path):
 
 
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory, warm_python):
+def shown(tmp_path_factory):
     """The outputs of the first notebook's code cells, run in a kernel of its own away from the checkout."""
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
-    kernelspec = pytest.importorskip("jupyter_client.kernelspec")
     notebook = read(NOTEBOOKS[0])
     folder = tmp_path_factory.mktemp("notebook")
-    argv = [str(warm_python / "python3"), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    (folder / "kernels" / "warm").mkdir(parents=True)
-    (folder / "kernels" / "warm" / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "warm"}))
     client = nbclient.NotebookClient(
-        notebook, timeout=SECONDS, kernel_name="warm", resources={"metadata": {"path": str(folder)}}
+        notebook, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
     )
-    client.create_kernel_manager()
-    client.km.kernel_spec_manager = kernelspec.KernelSpecManager(kernel_dirs=[str(folder / "kernels")])
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     client.execute(env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"})
     return [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
