@@ -58,7 +58,7 @@ beside "ruff" "$venv/bin/ruff" check "$PWD"
 beside "formatting" "$venv/bin/ruff" format --check "$PWD"
 beside "kernels compile without a GPU" "$venv/bin/python" -m specedit_kernels.compile_check --pairwise --jobs 1
 beside "kernels compile with Triton $oldest_triton, the oldest supported" compile_with_the_oldest_triton
-beside "demo, small" "$venv/bin/specedit" demo --size 128 --out demo
+beside "demo, small" "$venv/bin/specedit" demo --size 128 --preset few-4 --out demo
 
 step "tests (kernels on a CPU run in Triton's interpreter)"
 # Up to four at a time, each on one thread (tests/conftest.py).

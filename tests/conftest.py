@@ -26,7 +26,8 @@ from tests.copies import Copies, copies_of
 logging.getLogger("torch.__trace").propagate = True
 
 pytest_plugins = [
-    f"tests.{name}" for name in ("cpu_times", "shallow", "shares", "tiny_flux2", "tiny_qwen", "tiny_qwen21")
+    f"tests.{name}"
+    for name in ("cpu_times", "shallow", "shares", "tiny_flux2", "tiny_qwen", "tiny_qwen21", "warm_python")
 ]
 
 # The same examples on every run; machines that are busy need no deadline.

@@ -66,31 +66,34 @@ def set_backend(pipe):
 
 
 PLAIN = [offload_models, offload_modules, offload_groups, slice_batches, set_backend]
+COMPILING = [compile_transformer, compile_blocks]
 
 
-# What is compiled before it is installed: test_compiling_changes_nothing, tests/models/test_graphs.py.
+# What is compiled before it is installed, and drafts: test_compiling_changes_nothing, tests/models/test_graphs.py.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "change"),
     [
         *((first, change) for first in ("install", "change") for change in PLAIN),
-        ("install", compile_transformer),
-        ("install", compile_blocks),
+        *(("install", change) for change in COMPILING),
     ],
 )
 def test_the_same_edit_whatever_becomes_of_the_weights(make_own, edit, change, first):
     pipe = make_own()
+    calls = [dict(edit_mask=CORNER, output_type="pt")]
+    if change not in COMPILING:
+        calls.append({})
     stock = edit(pipe, num_inference_steps=2)
     specedit.install(pipe, **QUICK)
-    drafted, masked = edit(pipe), edit(pipe, edit_mask=CORNER, output_type="pt")
+    expected = [edit(pipe, **call) for call in calls]
     if first == "change":
         specedit.uninstall(pipe)
     change(pipe)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="SpecEdit")  # nothing runs the stock path
         specedit.install(pipe, **QUICK)
-        for expected, got in ((drafted, edit(pipe)), (masked, edit(pipe, edit_mask=CORNER, output_type="pt"))):
-            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        for call, wanted in zip(calls, expected, strict=True):
+            torch.testing.assert_close(edit(pipe, **call), wanted, rtol=1e-5, atol=1e-5)
     specedit.uninstall(pipe)
     assert type(pipe) is FluxKontextPipeline and not any(hasattr(m, "original") for m in pipe.transformer.modules())
     torch.testing.assert_close(edit(pipe, num_inference_steps=2), stock, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,7 @@
-"""The page in a real browser: one server with the embedded editor, one Chromium, and a fresh page for each visit."""
+"""The page in a real browser: one server with the embedded editor, one Chromium, and one page for each of two people.
+
+Opening the page costs more than an edit. The tests go on where the one before has left it, and compare with that.
+"""
 
 import io
 import re
@@ -32,6 +35,7 @@ LEFT, RIGHT = ((36, 60), (44, 68)), ((196, 60), (204, 68))  # strokes
 EXAMPLE = 1  # of the page, which is the task of this number
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 MOST_BYTES = 300_000  # of a picture in the documentation
+WIDTH, SCALE = 1280, 0.25  # of the window, and its pixels for each of them: they are drawn without a GPU
 PATIENCE = 60_000  # ms; a busy machine is slow
 # Without a GPU the CPU draws the painter, which draws itself anew for every frame: a few in a second are enough.
 FRAME, SOON = 400, 800  # ms between two frames, and until what follows an action is there
@@ -54,13 +58,17 @@ def address(example_size):
 
 
 @pytest.fixture(scope="module")
-def browsers():
+def scale(pytestconfig):
+    return 1 if pytestconfig.getoption("--screenshots") else SCALE
+
+
+@pytest.fixture(scope="module")
+def browsers(scale):
     """Two people's browsers: one process, with nothing in common."""
+    window = dict(viewport={"width": WIDTH, "height": 1000}, device_scale_factor=scale, reduced_motion="reduce")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
-        people = [
-            browser.new_context(viewport={"width": 1280, "height": 1000}, reduced_motion="reduce") for _ in range(2)
-        ]
+        people = [browser.new_context(**window) for _ in range(2)]
         for one in people:
             one.add_init_script(FEW_FRAMES)
         yield people
@@ -72,6 +80,7 @@ class Visit:
 
     def __init__(self, context, address):
         self.context, self.page = context, context.new_page()
+        self.is_new, self.picture = True, None
         self.requests, self.errors = [], []
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
@@ -87,21 +96,35 @@ class Visit:
         self.page.locator("#file input[type=file]").set_input_files(str(path))
 
     def open(self, path):
-        """Upload a picture, and wait until the painter shows it."""
+        """Upload a picture that is not there yet, and wait until the painter shows it."""
+        if self.picture == path:
+            return
+        zoom = self.zoom()
         self.upload(path)
         expect(self.page.locator("#file")).to_contain_text(path.stem[:4], timeout=PATIENCE)
-        self.shown()
+        self.shown(zoom)
+        self.picture = path
 
-    def shown(self):
-        """Wait until the painter shows a picture."""
-        fits = re.compile(r"(9\d|\d{3})%")  # the empty canvas is twice as large as its place
+    def take_example(self, number):
+        """Click on an example, and wait until the painter shows it."""
+        zoom, self.picture = self.zoom(), None
+        self.page.locator("#examples img").nth(number).click()
+        self.shown(zoom)
+
+    def zoom(self):
+        """Percent at which the painter shows its picture."""
+        return int(re.search(r"(\d+)%", self.page.locator("#painter").inner_text())[1])
+
+    def shown(self, before):
+        """Wait until the painter shows a picture of another size, at another zoom, than before."""
+        fits = re.compile(rf"(?<!\d)(?!{before}%)(9\d|\d{{3}})%")  # the empty canvas is twice as large as its place
         expect(self.page.locator("#painter")).to_contain_text(fits, timeout=PATIENCE)
         self.page.wait_for_timeout(SOON)
 
     def paint(self, *points, size=SIZE):
         """Draw one stroke through points (x, y) of the picture, which has this size, in the painter's middle."""
         box = self.page.locator("#painter canvas").last.bounding_box()
-        zoom = int(re.search(r"(\d+)%", self.page.locator("#painter").inner_text())[1]) / 100
+        zoom = self.zoom() / 100
         middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
         places = [[m + zoom * (p - side / 2) for m, p, side in zip(middle, point, size)] for point in points]
         self.page.mouse.move(*places[0])
@@ -149,18 +172,29 @@ class Visit:
         return self.page.locator("#history img").count()
 
 
-@pytest.fixture
-def visit(browsers, address):
-    """Opens pages. At the end nothing was loaded from elsewhere, and no script has failed."""
-    visits = []
-
-    def open_page(browser=0):
-        visits.append(Visit(browsers[browser], address))
-        return visits[-1]
-
-    yield open_page
-    for one in visits:
+@pytest.fixture(scope="module")
+def visits(browsers, address):
+    """The page of each browser, as it was left."""
+    opened = {}
+    yield opened
+    for one in opened.values():
         one.page.close()
+
+
+@pytest.fixture
+def visit(browsers, address, visits):
+    """Gives a person's page. At the end nothing was loaded from elsewhere, and no script has failed."""
+
+    def page_of(person=0, new=False):
+        if person not in visits or (new and not visits[person].is_new):
+            if person in visits:
+                visits[person].page.close()
+            visits[person] = Visit(browsers[person], address)
+        visits[person].is_new &= new
+        return visits[person]
+
+    yield page_of
+    for one in visits.values():
         assert not [url for url in one.requests if not url.startswith((address, "data:", f"blob:{address}"))]
         assert not one.errors
 
@@ -178,7 +212,7 @@ def drawn(tmp_path_factory):
 
 def test_a_painted_edit_changes_its_place_alone_and_can_be_taken_back(visit, drawn, tmp_path):
     path, source = drawn[0]
-    page = visit()
+    page = visit(new=True)
     page.open(path)
     page.paint(*RIGHT)
     page.ask()
@@ -216,21 +250,23 @@ def test_a_painted_edit_changes_its_place_alone_and_can_be_taken_back(visit, dra
 def test_a_cancelled_edit_ends_and_changes_nothing(visit, drawn):
     page = visit()
     page.open(drawn[0][0])
+    page.heading("No edit yet.")
+    made = page.history()
     page.ask(preset="quality")
     expect(page.page.locator("#result")).to_contain_text(re.compile("step [0-9]"), timeout=PATIENCE)
     page.click("cancel")
     page.said("Cancelled; nothing was changed.")
     page.heading("No edit yet.")
-    assert page.history() == 0
+    assert page.history() == made
     page.click("cancel")
     page.said("Nothing is under way.")
     page.paint(*RIGHT)
     page.ask()  # and the next one runs
-    page.heading(f"1. {PROMPT}")
+    page.heading(f"{made + 1}. {PROMPT}")
 
 
 def test_what_cannot_be_edited_is_a_message(visit, tmp_path):
-    page = visit()
+    page = visit(1, new=True)
     for name, content, says in (
         ("broken.png", b"\x89PNG\r\n\x1a\nno picture", "broken.png: expected a picture that can be read"),
         ("large.png", bytes(400_000), "maximum allowed size"),
@@ -246,37 +282,40 @@ def test_what_cannot_be_edited_is_a_message(visit, tmp_path):
         assert "Traceback" not in said and str(tmp_path) not in said
     page.ask()
     page.said("picture: expected one to edit, got none")
-    page.page.locator("#examples img").first.click()
+    page.take_example(0)
     expect(page.prompt).to_have_value(re.compile("cross"))
     page.ask("paint a dragon")
     page.said('expected words that the embedded editor knows, got "dragon"')
     page.page.get_by_text("What this editor understands").click()
     expect(page.page.locator("#words")).to_contain_text("remove the <object>")
+    page.page.get_by_text("What this editor understands").click()
 
 
 def test_two_people_at_once_see_their_own_pictures_alone(visit, drawn):
     people = [visit(0), visit(1)]
     people[0].open(drawn[0][0])
+    made = people[0].history()
     people[0].paint(*RIGHT)
     people[0].ask("add a small red star at the right")
-    people[0].heading("1. add a small red star at the right")
+    people[0].heading(f"{made + 1}. add a small red star at the right")
     people[1].heading("No edit yet.")
     assert people[1].history() == 0 and people[1].page.locator("#result img").count() == 0
     people[1].open(drawn[1][0])
     people[1].paint(*RIGHT)
     for page, color in zip(people, ("blue", "green")):  # at once: one waits for the other
         page.ask(f"add a small {color} ring at the right")
-    people[0].heading("2. add a small blue ring at the right")
+    people[0].heading(f"{made + 2}. add a small blue ring at the right")
     people[1].heading("1. add a small green ring at the right")
-    for page, (_, source), count in zip(people, drawn, (2, 1)):
+    for page, (_, source), count in zip(people, drawn, (made + 2, 1)):
         assert np.array_equal(page.pair()[0], source) and page.history() == count
 
 
-def test_an_example_is_edited_and_compared_and_the_page_is_photographed(visit, pytestconfig, example_size, tmp_path):
-    page, case = visit(), scenes.sample(TASKS[EXAMPLE][0], example_size, TASKS[EXAMPLE][1])
-    page.page.locator("#examples img").nth(EXAMPLE).click()
+def test_an_example_is_edited_and_compared_and_the_page_is_photographed(
+    visit, pytestconfig, example_size, scale, tmp_path
+):
+    page, case = visit(1, new=scale == 1), scenes.sample(TASKS[EXAMPLE][0], example_size, TASKS[EXAMPLE][1])
+    page.take_example(EXAMPLE)
     expect(page.prompt).to_have_value(case.prompt)
-    page.shown()
     rows, columns = np.nonzero(case.mask)
     across, middle = (columns.min(), columns.max()), (rows.min() + rows.max()) / 2
     lines = zip((rows.min(), middle, rows.max()), (across, across[::-1], across))
@@ -308,4 +347,4 @@ def test_an_example_is_edited_and_compared_and_the_page_is_photographed(visit, p
     page.page.screenshot(path=file, full_page=True)
     shot = Image.open(file).convert("RGB").quantize(256)
     shot.save(file, optimize=True)
-    assert file.stat().st_size < MOST_BYTES and shot.width == 1280
+    assert file.stat().st_size < MOST_BYTES and shot.width == WIDTH * scale

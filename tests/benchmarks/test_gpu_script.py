@@ -105,8 +105,9 @@ def test_every_part_is_bounded_by_nine_minutes():
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.skipif(bool(dry_gpu.missing()), reason=str(dry_gpu.missing()))
-def test_parts_run_without_a_gpu(tmp_path):
-    result = run("--dry", "--out", tmp_path, *(word for name in DRY for word in ("--part", name)))
+def test_parts_run_without_a_gpu(tmp_path, warm_python):
+    given = [word for name in DRY for word in ("--part", name)]
+    result = run("--dry", "--out", tmp_path, *given, path=warm_python)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-3000:]
     assert parts_of(result) == DRY
     assert (tmp_path / "gpu-done").read_text().split() == DRY

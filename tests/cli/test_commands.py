@@ -29,7 +29,8 @@ def picture(tmp_path):
 
 
 @pytest.mark.slow
-def test_demo(shallow_editors, tmp_path, capsys):
+def test_demo(shallow_editors, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("specedit.micro.demonstration.STOCK_STEPS", 2)
     assert cli.main(["demo", "--size", "128", "--out", str(tmp_path / "demo")]) == 0
     for name in ("demo.png", "report.png", "input.png", "stock.png", "specedit.png"):
         assert Image.open(tmp_path / "demo" / name).size[0] >= 128
@@ -48,7 +49,7 @@ def test_the_qwen_editor_by_name(shallow_editors, monkeypatch, tmp_path, picture
     assert cli.main([*given, "--json", str(path)]) == 0
     assert "--model qwen" in json.loads(path.read_text())["command"]
     edited = tmp_path / "edit.png"
-    given = ["edit", str(picture), "make it greyscale", "--model", "qwen", "--preset", "turbo", "--out", str(edited)]
+    given = ["edit", str(picture), "make it greyscale", "--model", "qwen", "--preset", "few-4", "--out", str(edited)]
     assert cli.main(given) == 0 and Image.open(edited).size == (128, 128)
     assert "FLOPs" in capsys.readouterr().out
 
@@ -79,13 +80,14 @@ def test_missing_weights_name_the_editor_and_its_trainer(command, monkeypatch, t
 @pytest.mark.slow
 def test_edit_with_the_embedded_editor(shallow_editors, tmp_path, picture, capsys):
     out = tmp_path / "out.png"
-    given = ["edit", str(picture), "make it greyscale", "--preset", "turbo", "--out", str(out)]
+    given = ["edit", str(picture), "make it greyscale", "--preset", "few-4", "--out", str(out)]
     assert cli.main([*given, "--figure", str(tmp_path / "figure.png")]) == 0
     assert Image.open(out).size == (128, 128) and (tmp_path / "figure.png").exists()
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("editing with the embedded kontext editor") and said[-1] == f"wrote {out}"
     Image.open(picture).resize((150, 100)).save(tmp_path / "other.png")
-    assert cli.main(["edit", str(tmp_path / "other.png"), "make it greyscale", "--out", str(out)]) == 0
+    given[1] = str(tmp_path / "other.png")
+    assert cli.main(given) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"wrote {out}, 144 x 96 px of 150 x 100"
 
 
@@ -158,9 +160,9 @@ def test_commands_run_with_the_attention_of_this_machine(shallow_editors, monkey
     monkeypatch.setattr("specedit.api.installing.install", recorded)
     for command in (cli.edit, cli.evaluate, cli.bench):
         monkeypatch.setattr(command, "attention_here", lambda: {"attention": "torch"})
-    given = ["make it greyscale", "--out", str(tmp_path / "out.png"), "--preset", "turbo"]
+    given = ["make it greyscale", "--out", str(tmp_path / "out.png"), "--preset", "few-4"]
     assert cli.main(["edit", str(picture), *given]) == 0
-    assert cli.main(["eval", "micro", "--cases", "1", "--size", "64", "--preset", "turbo"]) == 0
+    assert cli.main(["eval", "micro", "--cases", "1", "--size", "64", "--preset", "few-4"]) == 0
     assert taken == ["torch", "torch"]
     monkeypatch.setattr(bench, "presets_against_stock", lambda *_, **settings: taken.append(settings) or [])
     assert cli.main(["bench", "--size", "64"]) == 0
@@ -174,7 +176,7 @@ def test_edit_keeps_pixels_outside_a_mask(shallow_editors, tmp_path, picture):
     mask.save(tmp_path / "mask.png")
     out = tmp_path / "out.png"
     given = ["edit", str(picture), "make it greyscale", "--mask", str(tmp_path / "mask.png"), "--keep-pixels"]
-    assert cli.main([*given, "--preset", "turbo", "--out", str(out)]) == 0
+    assert cli.main([*given, "--preset", "few-4", "--out", str(out)]) == 0
     before, after = (np.asarray(Image.open(p)) for p in (picture, out))
     assert np.array_equal(before[32:], after[32:]) and np.array_equal(before[:, 32:], after[:, 32:])
     assert not np.array_equal(before[:32, :32], after[:32, :32])
@@ -183,7 +185,7 @@ def test_edit_keeps_pixels_outside_a_mask(shallow_editors, tmp_path, picture):
 @pytest.mark.slow
 def test_eval_micro(shallow_editors, few_renders, tmp_path, capsys):
     path = tmp_path / "eval.json"
-    given = ["eval", "micro", "--preset", "turbo", "--cases", "1", "--textures", "1", "--size", "96"]
+    given = ["eval", "micro", "--preset", "few-4", "--cases", "1", "--textures", "1", "--size", "96"]
     assert cli.main([*given, "--json", str(path)]) == 0
     written = json.loads(path.read_text())
     assert [row["kind"] == "texture" for row in written["rows"]] == [False, True]
@@ -201,14 +203,14 @@ def test_bench(shallow_editors, tmp_path, monkeypatch):
 
     path, installed, install = tmp_path / "bench.json", [], bench.install
     monkeypatch.setattr(bench, "STOCK_STEPS", 4)
-    monkeypatch.setattr(bench, "STANDARD_PRESETS", ("turbo", "quality"))
+    monkeypatch.setattr(bench, "STANDARD_PRESETS", ("few-4", "lightning-6"))
     monkeypatch.setattr(
         bench, "install", lambda *args, **more: installed.append((args[1:], more)) or install(*args, **more)
     )
     assert cli.main(["bench", "--size", "64", "--repeat", "2", "--json", str(path)]) == 0
     rows = json.loads(path.read_text())["rows"]
     assert installed[: len(rows)] == installed[len(rows) :] and installed[0] != installed[1]  # they take turns
-    assert [(r["preset"], r["restore"]) for r in rows] == list(product(("turbo", "quality"), STANDARD_RESTORES))
+    assert [(r["preset"], r["restore"]) for r in rows] == list(product(("few-4", "lightning-6"), STANDARD_RESTORES))
     for row in rows:
         assert row["speedup"] == pytest.approx(row["seconds_stock"] / row["seconds"], rel=1e-3)
         assert sum(stage["seconds"] for stage in row["stages"]) <= row["seconds"]  # of one and the same call

@@ -73,8 +73,8 @@ def test_kernels_are_checked_in_the_interpreter(capsys):
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_an_interpreter_that_does_not_run_is_said(report, tmp_path, monkeypatch):
     """Nothing wrong is known then, so the exit code stays 0."""
-    (tmp_path / "triton").mkdir()
-    (tmp_path / "triton" / "__init__.py").write_text("raise SystemError('a broken installation')")
+    (tmp_path / "torch").mkdir()  # which its process imports first
+    (tmp_path / "torch" / "__init__.py").write_text("raise SystemError('a broken installation')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     code, found = report()
     assert code == 0 and {one["where"] for one in found["checks"]} == {"PyTorch"}

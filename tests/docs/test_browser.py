@@ -14,9 +14,13 @@ FLAGS = [
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
 LEFT = "net::ERR_ABORTED"  # a request that was under way when the next page was opened
-WIDTHS = {"desktop": 1280, "phone": 390}  # px
+SCREENS = {"desktop": ("light", 1280), "phone": ("dark", 390)}  # scheme and width in px
+PALETTES = {"desktop": "default", "phone": "slate"}
+SCALE = 0.25  # pixels that are drawn for each: there is no GPU
+LOADED = "[...document.images].every(i => i.complete)"
 # What a reader would miss, as a browser sees it.
 LOOK = """() => ({
+    scheme: document.body.dataset.mdColorScheme,
     ids: [...document.querySelectorAll("[id]")].map(e => e.id),
     links: [...document.querySelectorAll("a[href]")].map(a => a.href),
     missing: [...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src),
@@ -53,26 +57,27 @@ def browser():
         opened.close()
 
 
-def opened(browser, addresses, scheme, width):
-    """{address: what LOOK finds}, and all that went wrong on the way."""
-    wrong, found = [], {}
-    context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
+@pytest.fixture(scope="module")
+def visited(browser, pages):
+    """{screen: {address: what LOOK finds}}, and all that went wrong on the way. Every page is loaded for the first
+    screen, and then shown on the other one."""
+    wrong, found = [], {screen: {} for screen in SCREENS}
+    context = browser.new_context(device_scale_factor=SCALE)
     page = context.new_page()
     page.on("console", lambda said: wrong.append(said.text) if said.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("requestfailed", lambda one: wrong.append(f"{one.failure}: {one.url}") if one.failure != LEFT else None)
     page.on("response", lambda answer: wrong.append(f"{answer.status}: {answer.url}") if answer.status > 399 else None)
-    for address in addresses:
-        page.goto(address, wait_until="load")
-        found[address] = page.evaluate(LOOK)
+    for address in pages:
+        for screen, (scheme, width) in SCREENS.items():
+            page.emulate_media(color_scheme=scheme)
+            page.set_viewport_size({"width": width, "height": 900})
+            if page.url != address:
+                page.goto(address, wait_until="load")
+            page.wait_for_function(LOADED)
+            found[screen][address] = page.evaluate(LOOK)
     context.close()
     return found, wrong
-
-
-@pytest.fixture(scope="module")
-def visited(browser, pages):
-    """`opened` of every page, once for each scheme and width."""
-    return functools.cache(lambda scheme, width: opened(browser, pages, scheme, width))
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +89,12 @@ def pages(site, address):
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize(("scheme", "screen"), [("light", "desktop"), ("dark", "phone")])
-def test_every_page_is_whole_in_a_browser(visited, address, raw_formula, scheme, screen):
-    found, wrong = visited(scheme, WIDTHS[screen])
+@pytest.mark.parametrize("screen", SCREENS)
+def test_every_page_is_whole_in_a_browser(visited, address, raw_formula, screen):
+    found, wrong = visited
     assert wrong == []
-    for page, seen in found.items():
+    for page, seen in found[screen].items():
+        assert seen["scheme"] == PALETTES[screen], page
         assert seen["missing"] == [] and seen["small"] == [], page
         assert seen["wide"] <= 0, f"{page}: {seen['wide']} px wider than the screen"
         assert raw_formula(seen["text"]) is None, f"{page}: {raw_formula(seen['text'])}"
@@ -99,7 +105,7 @@ def test_every_page_is_whole_in_a_browser(visited, address, raw_formula, scheme,
 @pytest.mark.slow
 @pytest.mark.long
 def test_no_link_is_broken_in_a_browser(browser, visited, address):
-    found, _ = visited("light", WIDTHS["desktop"])
+    found = visited[0]["desktop"]
     targets = {link for seen in found.values() for link in seen["links"] if link.startswith(address)}
     assert len(targets) > 100
     context = browser.new_context()

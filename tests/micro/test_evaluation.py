@@ -135,15 +135,14 @@ def test_missing_weights_name_the_training_command(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_autoencoder_round_trip_is_at_least_30_db(pipe, name):
-    assert roundtrip(family_named(name).flat(pipe.vae), "cpu", 512, 2) >= 30
+    assert roundtrip(family_named(name).flat(pipe.vae), "cpu", 512, 1) >= 30
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [128, (128, 192)])
-def test_stock_and_installed_are_scored(shallow_editors, name, size):
+def test_stock_and_installed_are_scored(shallow_editors, name):
     pipe = micro.load(name)
     pipe.set_progress_bar_config(disable=True)
-    cases = [micro.scenes.sample(seed, size) for seed in (0, 1)]
+    cases = [micro.scenes.sample(seed, {"kontext": 128, "qwen": (64, 96)}[name]) for seed in (0, 1)]
     stock = micro.evaluate(pipe, cases, num_inference_steps=4)
     assert len(stock["cases"]) == 2 and stock["mean"]["count"] == 2
     specedit.install(pipe, "turbo", restore="reference")
@@ -162,7 +161,7 @@ def test_stock_and_installed_are_scored(shallow_editors, name, size):
 @pytest.mark.slow
 def test_specedit_solves_what_stock_solves(pipe):
     """Removing and adding an object, in tasks that the stock pipeline solves in ten steps."""
-    cases = [micro.scenes.sample(seed, 256) for seed in (2, 6)]
+    cases = [micro.scenes.sample(seed, 128) for seed in (2, 1)]
     assert [case.kind for case in cases] == ["remove", "add"]
     stock = micro.evaluate(pipe, cases, num_inference_steps=10)["cases"]
     assert all(row["success"] for row in stock)
@@ -183,7 +182,7 @@ def test_reference_restore_preserves_unedited_pixels(pipe, name):
     for case in (micro.scenes.sample(seed, 128) for seed in (0, 1, 11)):  # one of each: shape, add, recolor
         call = dict(image=case.source, prompt=case.prompt, edit_mask=case.mask, **micro.arguments(case.source, name))
         for restore, scores in kept.items():
-            specedit.install(pipe, "turbo", restore=restore)
+            specedit.install(pipe, "few-4", restore=restore)
             image = pipe(**call, generator=torch.Generator().manual_seed(0)).images[0]
             scores.append(score(image, case)["keep_psnr"])
     specedit.uninstall(pipe)
