@@ -22,13 +22,13 @@ class SwitchConformance(Cases):
     def test_without_a_draft_the_coarse_stage_is_verified(self, family):
         if family.masked:
             pytest.skip("nothing has to be found")
-        for guide in self.guides(family):
-            pipe = specedit.install(family.make(), **QUICK | dict(draft_steps=0), restore="reference")
-            latents, report = family.run(pipe, **guide), specedit.report(pipe)
-            assert latents.isfinite().all()
-            names = [stage.name for stage in report.stages]
-            assert names.index("verify") == names.index("coarse") + 1 and "draft" not in names
-            assert report.score is not None and report.draft_steps == 0 and report.nfe == sum(QUICK["steps"])
+        (guide,) = self.guides(family, guided=True)
+        pipe = specedit.install(family.make(), **QUICK | dict(draft_steps=0), restore="reference")
+        latents, report = family.run(pipe, **guide), specedit.report(pipe)
+        assert latents.isfinite().all()
+        names = [stage.name for stage in report.stages]
+        assert names.index("verify") == names.index("coarse") + 1 and "draft" not in names
+        assert report.score is not None and report.draft_steps == 0 and report.nfe == sum(QUICK["steps"])
         assert torch.equal(family.run(pipe, **guide), latents)
 
     def test_reused_encodings_change_no_bit(self, family, run_once):
@@ -48,7 +48,7 @@ class SwitchConformance(Cases):
             assert reused[1]["prompts"] == reused[2]["prompts"] >= 1 and reused[1]["pictures"] >= 1
 
     # Keys and values of this very step: then the fine tokens and the text give what all tokens give.
-    @pytest.mark.parametrize(("changes", "guided"), [({}, None), ({"key_bias": "none"}, True)])
+    @pytest.mark.parametrize(("changes", "guided"), [({}, False), ({"key_bias": "none"}, True)])
     def test_fine_tokens_with_cached_keys_of_locked_cells(self, family, changes, guided):
         self.needs(family, changes)
         config = SpecEditConfig(locked="cached", **changes)
@@ -70,7 +70,7 @@ class SwitchConformance(Cases):
                     self.close(c, a[:, index[0]])
 
     @pytest.mark.parametrize(
-        ("changes", "guided"), [({}, None), ({"rope": "phase_aligned"}, True), ({"attention": "stock"}, False)]
+        ("changes", "guided"), [({}, True), ({"rope": "phase_aligned"}, True), ({"attention": "stock"}, False)]
     )
     def test_a_target_without_its_locked_cells(self, family, changes, guided):
         """A layout's part of all its tokens is the layout; one without locked cells is another call, but a fine one."""
@@ -183,7 +183,7 @@ class SwitchConformance(Cases):
         assert runs[0.15][1] < runs[None][1]
 
     def test_attention_is_measured_beside_what_is_computed(self, family):
-        for guide in self.guides(family):
+        for guide in self.guides(family, guided=True):
             pipe = family.make()
             adapter, state = family.prepare(pipe, (144, 112), **guide)
             if not adapter.measures_attention:

@@ -102,7 +102,7 @@ def test_every_method_runs_in_every_stage(pipe, edit, forecast, weights, plain):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("forecast", ["taylor", "freqca", "toca"])
+@pytest.mark.parametrize("forecast", ["taylor", "freqca", "duca"])
 def test_a_batch_of_two_masks_is_two_single_runs(pipe, edit, picture, forecast):
     specedit.install(pipe, **STAGES, forecast=forecast)
     pictures, prompts, masks = [picture(seed=1), picture(seed=2)], ["make it red", "add a boat"], [CORNER, CENTRE]
@@ -113,7 +113,7 @@ def test_a_batch_of_two_masks_is_two_single_runs(pipe, edit, picture, forecast):
         close(both[i], edit(pipe, image=pictures[i], prompt=prompts[i], edit_mask=masks[i], generator=generator)[0])
 
 
-@pytest.mark.parametrize("forecast", ["foca", "duca"])
+@pytest.mark.parametrize("forecast", ["foca", "toca"])
 def test_a_batch_of_one_mask_is_two_single_runs(pipe, edit, picture, forecast):
     specedit.install(pipe, **STAGES, forecast=forecast)
     pictures = [picture(seed=1), picture(seed=2)]

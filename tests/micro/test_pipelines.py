@@ -118,10 +118,11 @@ def test_a_saved_processor_reads_back(small_qwen, tmp_path):
 # ------------------------------------------------------------------------------------------------- SpecEdit on it
 
 
-@pytest.mark.slow  # the adapter, its stages and its switches are TestQwenImageEdit's
+@pytest.mark.slow  # the adapter, its hooks, its stages and its switches are TestQwenImageEdit's
 class TestOwnSize(CallConformance):
     """Every size here is the picture's own: nothing is patched as for the stock pipeline's tests."""
 
+    test_a_stock_pipeline_on_the_same_transformer_stays_stock = test_offloading_changes_nothing = None
     check_batch = StageConformance.check_batch
     test_samples_of_a_batch_are_independent = StageConformance.test_samples_of_a_batch_are_independent
 

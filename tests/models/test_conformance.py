@@ -11,6 +11,7 @@ from specedit.models.flux import FluxKontext
 from specedit.models.longcat import LongCatImageEdit
 from specedit.models.qwen.edit import QwenImageEdit, QwenImageEditPlus
 from specedit.testing import QUICK, Conformance, Family
+from specedit.testing.cases import Cases
 from specedit.testing.conformance import CallConformance
 from specedit.testing.stages import StageConformance
 
@@ -75,12 +76,21 @@ class PlusFamily(QwenFamily):
         return lambda n: dict(num_images_per_prompt=n)
 
 
-# The stages and the switches of its adapter are tried by TestQwenImageEdit2511, which diffusers before 0.37 has not.
+# Its pipeline, stages and switches are tried by TestQwenImageEdit2511, which diffusers before 0.37 has not.
 TRIED = "zero_cond_t" in inspect.signature(QwenImageTransformer2DModel).parameters
 
 
 @pytest.mark.slow  # but for several references it is TestQwenImageEdit; tests/models/qwen has quick tests of those
-class TestQwenImageEditPlus(PlusFamily, CallConformance if TRIED else Conformance):
+class TestQwenImageEditPlus(PlusFamily, Cases if TRIED else Conformance):
+    test_nothing_locked_equals_stock = CallConformance.test_nothing_locked_equals_stock
+    test_nothing_locked_equals_stock_beside_a_reference_of_another_size = (
+        CallConformance.test_nothing_locked_equals_stock_beside_a_reference_of_another_size
+    )
+    test_a_reference_lies_where_the_models_own_positions_put_it = (
+        CallConformance.test_a_reference_lies_where_the_models_own_positions_put_it
+    )
+    test_everything_edited_equals_stock = CallConformance.test_everything_edited_equals_stock
+    test_uninstall_is_bit_exact = CallConformance.test_uninstall_is_bit_exact
     check_batch = StageConformance.check_batch
     test_samples_of_a_batch_are_independent = StageConformance.test_samples_of_a_batch_are_independent
 
