@@ -4,7 +4,6 @@ import io
 import json
 import os
 import signal
-import sys
 import threading
 import time
 
@@ -138,13 +137,12 @@ def kill_first_worker(out):
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_an_actor_that_is_killed_is_replaced_and_no_row_is_lost_or_doubled(tmp_path, monkeypatch, capsys, warm_python):
+def test_an_actor_that_is_killed_is_replaced_and_no_row_is_lost_or_doubled(tmp_path, monkeypatch, capsys):
     """Two actors on a real local Ray go on with a run in process; one dies after the first result. Every row has one
     result, as in process."""
     pytest.importorskip("ray.data", reason="needs Ray Data")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_worker_niceness", "0")  # by default all other processes come first
-    monkeypatch.setattr(sys, "executable", str(warm_python / "python3"))  # of the workers
     lines = []
     for number in range(12):
         size = (64, 64) if number % 2 else (64, 96)
