@@ -1,5 +1,7 @@
 """The embedded editors with few blocks, for tests of what is done with an editor and not of how well it edits."""
 
+import copy
+import dataclasses
 import json
 import re
 
@@ -39,8 +41,33 @@ def shallow_weights(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def pipelines_read():
+    """The editors that were read, by folder. Nothing changes them."""
+    return {}
+
+
 @pytest.fixture
-def shallow_editors(shallow_weights, monkeypatch):
+def editors_read_once(pipelines_read, monkeypatch):
+    """`micro.load` copies what it has read before while the test runs."""
+    from specedit import micro
+    from specedit.micro.editors import editor_named
+
+    def named(name):
+        editor = editor_named(name)
+
+        def load(folder):
+            if folder not in pipelines_read:
+                pipelines_read[folder] = editor.load(folder)
+            return copy.deepcopy(pipelines_read[folder])
+
+        return dataclasses.replace(editor, load=load)
+
+    monkeypatch.setitem(micro.load.__globals__, "editor_named", named)
+
+
+@pytest.fixture
+def shallow_editors(shallow_weights, editors_read_once, monkeypatch):
     """The embedded editors are shallow while the test runs."""
     from specedit import micro
 

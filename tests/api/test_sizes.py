@@ -21,7 +21,7 @@ from specedit.models.shared.shapes import is_embedded_kontext
 from specedit.testing import Family
 from training.micro import build
 
-SHAPES = [(4032, 3024), (1920, 1080), (300, 599), (640, 640)]
+SHAPES = [(1008, 756), (480, 270), (300, 599), (320, 320)]
 QUICK = dict(steps=(1, 1, 1), draft_steps=1)
 # The released resolutions at about an eighth of a side.
 SMALL = [tuple(max(64, round(side / 128) * 16) for side in size) for size in PREFERRED_KONTEXT_RESOLUTIONS]

@@ -44,7 +44,7 @@ def test_a_run_scores_both_sides_and_a_users_method(tmp_path):
 
 
 @pytest.mark.slow
-def test_every_single_switch_runs(tmp_path):
+def test_every_single_switch_runs(shallow_editors, tmp_path):
     every, out = methods.variants(), tmp_path / "m.json"
     ideas = [name for name, settings in every.items() if settings["group"] == "idea"]
     for name in ideas:

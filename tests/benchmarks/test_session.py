@@ -27,9 +27,9 @@ def test_its_scenes_have_objects_that_their_shapes_name():
 @pytest.mark.slow
 def test_a_row_for_every_edit(shallow_editors, tmp_path):
     path = tmp_path / "session.json"
-    session.main(["--scenes", "1", "--edits", "2", "--size", "64", "--preset", "turbo", "--out", str(path)])
+    session.main(["--scenes", "1", "--edits", "2", "--size", "64", "--preset", "few-4", "--out", str(path)])
     result = json.loads(path.read_text())
-    assert result["command"] == "python -m benchmarks.session --scenes 1 --edits 2 --size 64 --preset turbo"
+    assert result["command"] == "python -m benchmarks.session --scenes 1 --edits 2 --size 64 --preset few-4"
     assert [(r["variant"], r["edit"], r["again"]) for r in result["rows"]] == [
         (variant, *at) for variant in session.VARIANTS for at in ((1, False), (2, False), (2, True))
     ]

@@ -32,8 +32,14 @@ def test_variants_have_unique_names():
     }
 
 
+@pytest.fixture
+def few_steps(shallow_editors, monkeypatch):
+    """For tests of what is written of the variants."""
+    monkeypatch.setitem(sweep.BASE, "preset", "few-4")
+
+
 @pytest.mark.slow
-def test_interrupted_sweep_is_resumed(shallow_editors, tmp_path):
+def test_interrupted_sweep_is_resumed(few_steps, tmp_path):
     out = tmp_path / "sweep-64.json"
     some = ["--only", "base", "guidance_range", "--size", "64", "--out", str(out)]
     sweep.main([*some, "--cases", "1"])
@@ -68,7 +74,7 @@ def test_a_selector_that_needs_no_draft_has_no_recall(shallow_editors, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_qwen_editor_is_compared_under_its_own_guidance(shallow_editors, tmp_path):
+def test_a_qwen_editor_is_compared_under_its_own_guidance(few_steps, tmp_path):
     out = tmp_path / "switches-64.json"
     some = ["--model", "qwen", "--only", "base", "guidance_range", "draft_condition"]
     sweep.main([*some, "--size", "64", "--cases", "1", "--out", str(out)])

@@ -10,12 +10,15 @@ import pytest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-gpu-rasterization", "--disable-software-rasterizer",
+    "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+    "--disable-sync",
 ]  # fmt: skip
 LEFT = "net::ERR_ABORTED"  # a request that was under way when the next page was opened
 SCREENS = {"desktop": ("light", 1280), "phone": ("dark", 390)}  # scheme and width in px
 PALETTES = {"desktop": "default", "phone": "slate"}
+OTHER_PALETTE = """[...document.querySelectorAll("input[name=__palette]")]
+    .find(e => e.dataset.mdColorScheme != document.body.dataset.mdColorScheme).click()"""  # it is kept for later pages
 SCALE = 0.25  # pixels that are drawn for each: there is no GPU
 LOADED = "[...document.images].every(i => i.complete)"
 # What a reader would miss, as a browser sees it.
@@ -27,7 +30,7 @@ LOOK = """() => ({
     small: [...document.querySelectorAll("article img")].filter(i => i.naturalWidth < i.clientWidth).map(i => i.src),
     wide: document.documentElement.scrollWidth - document.documentElement.clientWidth,
     text: [...document.querySelectorAll("article p, article li, article td")]
-        .filter(e => !e.querySelector("code, math")).map(e => e.innerText).join("\\n"),
+        .filter(e => !e.querySelector("code, math")).map(e => e.textContent).join("\\n"),
 })"""
 
 
@@ -59,8 +62,8 @@ def browser():
 
 @pytest.fixture(scope="module")
 def visited(browser, pages):
-    """{screen: {address: what LOOK finds}}, and all that went wrong on the way. Every page is loaded for the first
-    screen, and then shown on the other one."""
+    """{screen: {address: what LOOK finds}}, and all that went wrong on the way. Every page is loaded for one screen, by
+    turns, and then shown on the other one."""
     wrong, found = [], {screen: {} for screen in SCREENS}
     context = browser.new_context(device_scale_factor=SCALE)
     page = context.new_page()
@@ -68,12 +71,16 @@ def visited(browser, pages):
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("requestfailed", lambda one: wrong.append(f"{one.failure}: {one.url}") if one.failure != LEFT else None)
     page.on("response", lambda answer: wrong.append(f"{answer.status}: {answer.url}") if answer.status > 399 else None)
-    for address in pages:
-        for screen, (scheme, width) in SCREENS.items():
+    for number, address in enumerate(pages):
+        for turn in range(2):
+            screen = list(SCREENS)[(number + turn) % 2]
+            scheme, width = SCREENS[screen]
             page.emulate_media(color_scheme=scheme)
             page.set_viewport_size({"width": width, "height": 900})
-            if page.url != address:
+            if turn == 0:
                 page.goto(address, wait_until="load")
+            else:
+                page.evaluate(OTHER_PALETTE)
             page.wait_for_function(LOADED)
             found[screen][address] = page.evaluate(LOOK)
     context.close()

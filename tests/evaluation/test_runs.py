@@ -22,6 +22,7 @@ def imgedit(folder, out, *more):
     return cli.main([*given, *more])
 
 
+pytestmark = pytest.mark.usefixtures("shallow_editors")
 QUICK = ("--preset", "turbo", "--steps", "3")
 STOCK = ("--preset", "stock", "--steps", "1")
 

@@ -15,8 +15,8 @@ def few_blocks(monkeypatch):
 
 @pytest.fixture
 def few_tasks(monkeypatch, few_blocks):
-    """Training steps have 4 tasks of 64 px, and editors few blocks."""
-    shrink(monkeypatch, tasks=4)
+    """Training steps have 2 tasks of 64 px, and editors few blocks."""
+    shrink(monkeypatch, tasks=2)
 
 
 @pytest.fixture

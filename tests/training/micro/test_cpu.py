@@ -85,8 +85,8 @@ FREED = """
 import torch
 from training.micro import cpu
 
-def resident():  # MiB, after 256 of them were taken and dropped at once
-    torch.ones(1 << 26)
+def resident():  # MiB, after 64 of them were taken and dropped at once
+    torch.ones(1 << 24)
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) >> 10
 
 plain = resident()
@@ -101,7 +101,7 @@ print(plain, resident())
 def test_process_keeps_freed_memory():
     run = subprocess.run([sys.executable, "-c", FREED], capture_output=True, check=True, cwd=ROOT)
     plain, kept = map(int, run.stdout.split())
-    assert kept - plain > 200  # MiB
+    assert kept - plain > 50  # MiB
 
 
 def test_command_trains_with_plain_attention(tmp_path, monkeypatch):

@@ -82,7 +82,7 @@ def given(pipe, run, tokens):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed, bound", [(0, 0.5), (1, 0.35), (2, 0.5)])
+@pytest.mark.parametrize("seed, bound", [(0, 0.5), (1, 0.35)])
 def test_attention_to_template_tokens_is_that_to_landmarks(monkeypatch, seed, bound):
     """With the packaged editors, at the size that is fitted for; smaller here, to be quick. The packaged Qwen editor
     has taken over already, so its words come to the blocks as an editor's that has not: by a projection that knows of

@@ -60,12 +60,13 @@ def test_t5_without_neighbour_block_ignores_order(shallow):
 
 @pytest.mark.slow
 def test_neighbour_block_learns_the_order(shallow, at_full_rate, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "LOGGED", 25)
+    monkeypatch.setattr(loop, "LOGGED", 18)
     monkeypatch.setattr(neighbour_block, "BATCH", 12)
     before = states(shallow)
     log = loop.Log(tmp_path / "log.json")
     torch.manual_seed(0)
-    neighbour_block.train_neighbour_block(shallow, loop.Settings(tmp_path, text_minutes=10.0, steps=50), log)
+    settings = loop.Settings(tmp_path, text_minutes=10.0, steps=36)
+    neighbour_block.train_neighbour_block(shallow, settings, log)
     first, second = log.rows
     assert first["part"] == "neighbour_block" and second["neighbours"] < 0.5 * first["neighbours"]
     after = states(shallow)
@@ -105,5 +106,6 @@ def test_training_adds_a_missing_neighbour_block(few_tasks, shallow, tmp_path):
     again = train.train(loop.Settings(**settings, minutes=0.001))  # resumed, and past its time
     for name, value in pipe.text_encoder_2.state_dict().items():
         assert torch.allclose(value, again.text_encoder_2.state_dict()[name], atol=1e-2), name
-    third = train.train(loop.Settings(**settings | dict(out=tmp_path / "more", start=tmp_path / "run" / "editor")))
+    more = dict(out=tmp_path / "more", start=tmp_path / "run" / "editor", minutes=0.0)
+    third = train.train(loop.Settings(**settings | more))
     assert third.text_encoder_2.config.num_layers == build.T5_LAYERS

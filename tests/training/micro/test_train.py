@@ -172,21 +172,20 @@ def test_loss_of_an_untrained_editor_is_that_of_predicting_zero():
 def test_train_resume_and_continue_from_weights(tmp_path, few_tasks):
     few = dict(vae_minutes=10.0, text_minutes=10.0, minutes=10.0, largest=64)
     torch.manual_seed(0)
-    train.train(loop.Settings(tmp_path / "run", steps=2, **few))
+    train.train(loop.Settings(tmp_path / "run", steps=1, **few))
     first = torch.load(tmp_path / "run" / "editor.pt", weights_only=True)
-    assert first["step"] == 2 and (tmp_path / "run" / "editor" / "model_index.json").exists()
-    train.train(loop.Settings(tmp_path / "run", steps=3, **few))
+    assert first["step"] == 1 and (tmp_path / "run" / "editor" / "model_index.json").exists()
+    train.train(loop.Settings(tmp_path / "run", steps=2, **few))
     second = torch.load(tmp_path / "run" / "editor.pt", weights_only=True)
-    assert second["step"] == 3 and second["seconds"] > first["seconds"]
+    assert second["step"] == 2 and second["seconds"] > first["seconds"]
     old, new = (s["modules"][0]["x_embedder.weight"] for s in (first, second))
     assert not torch.equal(old, new) and torch.allclose(old, new, atol=0.1)
 
     start = tmp_path / "run" / "editor"
     more = few | dict(batch_scale=2, practise=("texture",), without_probes=True)
     pipe = train.train(loop.Settings(tmp_path / "more", start=start, steps=1, **more))
-    train.train(loop.Settings(tmp_path / "more", start=start, steps=2, **more))
     state = torch.load(tmp_path / "more" / "editor.pt", weights_only=True)
-    assert state["step"] == 2 and len(state["modules"]) == 3  # transformer and text encoders
+    assert state["step"] == 1 and len(state["modules"]) == 3  # transformer and text encoders
     kept = kontext.read(start, torch_dtype=torch.float32).vae.state_dict()
     assert all(torch.equal(kept[name], value) for name, value in pipe.vae.state_dict().items())
 
@@ -308,7 +307,7 @@ def test_steps_at_512_px_are_mostly_focused(monkeypatch):
     monkeypatch.setattr(train_editor, "encode", encode)
     settings = loop.Settings(Path(), seed=1)
     stream = train_editor.batches(None, settings, loop.Clock(0.0), 0)  # at its end
-    drawn = [next(stream) for _ in range(100)]
+    drawn = [next(stream) for _ in range(50)]
     focused = [b for b in drawn if b.at is not None]
     large = [b for b in drawn if max(b.grid) == 32]
     assert len(large) / 2 < len(focused) < len(large) and all(max(b.grid) == 32 for b in focused)
@@ -359,17 +358,17 @@ def test_loss_of_selected_tokens_uses_the_grids_noise_levels():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["kontext", "qwen"])
-def test_autoencoder_learns(name):
+@pytest.mark.parametrize(("name", "rate", "steps"), [("kontext", 2e-4, 12), ("qwen", 1e-4, 20)])
+def test_autoencoder_learns(name, rate, steps):
     """It improves on its thumbnail initialisation, for one batch under the same noise."""
     torch.manual_seed(0)
     pipe = families.family_named(name).build(0)
     pipe.vae.train().requires_grad_(True)
     vae = families.family_of(pipe).flat(pipe.vae)
     images = train_vae.vae_images(0, 2, 32, "cpu")
-    optimizer = torch.optim.AdamW(pipe.vae.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(pipe.vae.parameters(), lr=rate)
     errors = []
-    for _ in range(24):
+    for _ in range(steps):
         torch.manual_seed(1)
         loss, error = train_vae.vae_loss(vae, images)
         optimizer.zero_grad()

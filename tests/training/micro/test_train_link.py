@@ -126,7 +126,7 @@ def test_all_but_the_autoencoder_is_trained_and_the_teacher_frozen(student, teac
     names = ("transformer", "text_encoder", "vae")
     before = {name: copy.deepcopy(getattr(student, name).state_dict()) for name in names}
     known = copy.deepcopy(teacher.transformer.state_dict())
-    settings = loop.Settings(tmp_path, steps=2, link_minutes=10.0, largest=64)
+    settings = loop.Settings(tmp_path, steps=1, link_minutes=10.0, largest=64)
     train_link.train_link(student, teacher, probes_of(student), settings, loop.Log(tmp_path / "log.json"))
     changed = {
         f"{part}.{name}" for part, old in before.items() for name, value in getattr(student, part).state_dict().items()
@@ -138,9 +138,9 @@ def test_all_but_the_autoencoder_is_trained_and_the_teacher_frozen(student, teac
     assert all(torch.equal(value, known[name]) for name, value in teacher.transformer.state_dict().items())
     assert not any(p.requires_grad for p in student.transformer.parameters())
     assert (tmp_path / "editor" / "model_index.json").exists()
-    settings.steps = 3  # goes on
+    settings.steps = 2  # goes on
     train_link.train_link(student, teacher, probes_of(student), settings, loop.Log(tmp_path / "log.json"))
-    assert torch.load(tmp_path / "link.pt", weights_only=True)["step"] == 3
+    assert torch.load(tmp_path / "link.pt", weights_only=True)["step"] == 2
 
 
 @pytest.mark.slow
@@ -153,7 +153,7 @@ def test_link_loss_is_learned(student, teacher, batch, ask):
     optimizer = torch.optim.Adam([p for m in modules for p in m.parameters()], lr=5e-4)
     # An untrained editor's states hardly depend on its prompts: beside the probes they are not what falls.
     losses = {name: [] for name in ("velocity", "total", "prompt" if ask else "states")}
-    for _ in range(8):
+    for _ in range(6):
         torch.manual_seed(0)
         parts = train_link.link_loss(student, teacher, batch, "cpu", probes=probes)
         optimizer.zero_grad()
