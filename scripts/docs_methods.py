@@ -39,7 +39,7 @@ def methods(name: str) -> str:
     header += [f"FLOPs ratio to {n}" for n in dict.fromkeys((STOCK_STEPS, steps))]
     header += ["seconds", f"clock ratio to {steps}", "FLOPs ratio to stock with as many steps"]
     header += ["peak memory, MB" if on_gpu else "kept by caches, MB", "its paper"]
-    notes = f"Seconds are means{machine}.\n\n" if machine else ""
+    notes = f"\n\nSeconds are means{machine}." if machine else ""
     return f"{len(result['rows'][0]['cases'])} tasks.\n\n" + table(header, rows) + notes + source(result, name)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +42,7 @@ def find_modules(*packages: str) -> dict[str, Path]:
 def imports_of(name: str, modules: dict[str, Path], *, typing: bool = True) -> set[str]:
     """The modules that a module imports, anywhere in its code. typing: also those for type checkers alone."""
     found: set[str] = set()
-    for node in _nodes(ast.parse(modules[name].read_text()), typing):
+    for node in _nodes(_parsed(modules[name]), typing):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -52,11 +53,18 @@ def imports_of(name: str, modules: dict[str, Path], *, typing: bool = True) -> s
     return found & set(modules) - {name}
 
 
+@cache
+def _parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def _nodes(node: ast.AST, typing: bool) -> Iterator[ast.AST]:
     yield node
+    only_types = not typing and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
     for child in ast.iter_child_nodes(node):
-        only_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) and child in node.body
-        if typing or not only_types:
+        if isinstance(child, ast.expr):  # which imports nothing
+            continue
+        if not (only_types and child in node.body):
             yield from _nodes(child, typing)
 
 

@@ -217,5 +217,6 @@ def test_an_older_triton_is_named(fresh):
     assert fresh["older"] == message
 
 
+@pytest.mark.slow
 def test_triton_is_imported_lazily(fresh):
     assert fresh["imported"] is False
