@@ -107,6 +107,7 @@ def test_positions_are_the_middle_of_what_a_token_covers(layout):
     torch.testing.assert_close(layout.positions, expected, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @given(layouts())
 def test_full_grid_shows_large_pixels_for_coarse_tokens(layout):
     grid, cells = layout.grid, layout.grid.coarse()

@@ -142,6 +142,7 @@ def test_small_models_keep_their_digits():
     assert "0.0312" in str(tiny)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "missing",
     [
@@ -219,6 +220,7 @@ class Shown(HTMLParser):
         self.cells.append(data)
 
 
+@pytest.mark.slow
 def test_a_notebook_shows_title_figure_and_table():
     report = make()
     shown = Shown(report._repr_html_())

@@ -67,6 +67,7 @@ def test_missing_numbers_are_left_out_of_the_mean(shallow_editors, tmp_path, sco
     assert math.isfinite(row["mean"]["keep_psnr"]) and row["mean"]["keep_psnr"] == row["cases"][1]["keep_psnr"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "named"),
     [

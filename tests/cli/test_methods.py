@@ -26,6 +26,7 @@ def plugin(tmp_path):
     sys.modules.pop(PLUGIN, None)
 
 
+@pytest.mark.slow
 def test_a_users_own_method_stands_in_the_table(plugin, tmp_path, capsys):
     out = tmp_path / "rows.json"
     given = ["eval", "micro", "--cases", "1", "--size", "64", "--plugin", str(plugin), "--method", "fewer"]

@@ -228,6 +228,7 @@ def test_a_compiled_call_makes_its_own_lists(device):
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 @compiled_only
 def test_lists_from_outside_a_compiled_call(device, monkeypatch):
     monkeypatch.setenv("SPECEDIT_KERNELS_DEBUG", "1")

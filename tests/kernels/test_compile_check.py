@@ -130,6 +130,7 @@ def test_unpacked_tokens_are_listed_and_compile():
     assert compile_check.check(found["contract bf16 unpacked"], 90, "here").problems == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capabilities", [[80], [90], [100], [80, 90, 100]], ids=str)
 def test_pairwise_leaves_out_sizes_and_combinations_of_three(capabilities):
     everything = {(c, number): v for c in capabilities for number, (_, v) in enumerate(compile_check.shipped(c))}
@@ -161,6 +162,7 @@ def test_pairwise_leaves_out_sizes_and_combinations_of_three(capabilities):
             assert max(dims, default=most) == most and (dims or capability != 90)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scatter", [False, True])
 def test_rows_move_in_16_byte_vectors(scatter):
     """Row strides are run-time numbers; the compiler still knows that rows begin at multiples of a vector."""

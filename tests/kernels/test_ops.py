@@ -107,6 +107,7 @@ def test_other_numbers_do_not_recompile(device):
     assert counter.frame_count <= 2, "once with the first numbers, once with any"
 
 
+@pytest.mark.slow
 def test_plain_pytorch_by_choice_compiles_whole_on_the_cpu():
     torch._dynamo.reset()
     x, index, cu = torch.randn(5, 4), torch.tensor([3, 0]), torch.tensor([0, 3, 8], dtype=torch.int32)

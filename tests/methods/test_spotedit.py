@@ -188,6 +188,7 @@ def test_equal_masks_run_together(pipe, edit, count_calls):
     assert len(calls) == 12 and specedit.report(pipe).edit_mask.flatten(1).float().sum(1).tolist() == [1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the output is 112 x 144 px")
 def test_qwen_with_both_guidance_branches(make_qwen, picture):
     pipe = make_qwen()

@@ -419,6 +419,7 @@ def test_partial_rows_with_stored_keys_equal_those_rows_of_the_full_pass(attn, f
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_storing_compiles_once_for_all_modules():
     """As many attention modules as a real model has would be beyond the compiler's limit."""
     counter = CompileCounter()

@@ -110,6 +110,7 @@ def test_options(compare, family, config):
         compare(family, **config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forecast", ["toca", "duca"])
 def test_token_wise_forecasts(compare, forecast):
     compare("flux", CORNER, forecast=forecast, forecast_interval=4)

@@ -70,6 +70,7 @@ def test_the_autoencoder_is_as_near_to_float64_as_it_was(vae, frames):
         assert (a - c).abs().max() <= 2 * (b - c).abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switch", ["enable_tiling", "enable_slicing"])
 def test_tiles_and_slices(vae, frames, switch):
     vae.enable_tiling(32, 32, 24, 24) if switch == "enable_tiling" else vae.enable_slicing()

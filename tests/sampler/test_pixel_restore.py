@@ -93,6 +93,7 @@ def test_the_picture_is_decoded_small_and_upsampled(pipe, edit, upsampled, monke
         close(pixels.through_pixels(run, flat), flat)
 
 
+@pytest.mark.slow
 def test_the_last_step_starts_from_white_noise_at_the_sigma(pipe, edit, upsampled, monkeypatch):
     started, start = [], sampler.start_stage
 

@@ -57,6 +57,7 @@ def test_points_of_the_figure_are_averages_over_the_tasks_of_their_score(few):
     assert few.grouped(rows, "texture_distance", True)["SpecEdit, 8 steps"] == [(1.0, 3.5, "8: start")]
 
 
+@pytest.mark.slow
 def test_the_figure_is_drawn_and_nothing_without_a_file(few, tmp_path):
     few.pareto("few-steps-64.json", tmp_path / "figure.png")
     assert min(Image.open(tmp_path / "figure.png").size) > 400

@@ -67,6 +67,7 @@ def test_the_figure_is_drawn(result, tmp_path):
     assert min(Image.open(tmp_path / "figure.png").size) > 500
 
 
+@pytest.mark.slow
 def test_what_was_not_judged_or_timed_has_no_panel(result, tmp_path):
     result.pareto("methods-64.json", tmp_path / "whole.png")
     file = next(tmp_path.rglob("methods-64.json"))

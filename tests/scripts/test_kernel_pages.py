@@ -73,6 +73,7 @@ def test_the_goal_of_kept_blocks_counts_a_quarter_only(pages):
     assert found[2:] == ["2.86", "3.20", "25% kept", "yes"]
 
 
+@pytest.mark.slow
 def test_a_picture_for_every_operator(pages, tmp_path):
     paths = pages.draw({"rows": ROWS}, tmp_path, "kernels-x")
     assert [path.name for path in paths] == [

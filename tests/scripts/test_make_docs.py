@@ -174,6 +174,7 @@ def test_small_edits_are_chosen_by_the_task(docs, tmp_path):
     assert lines[3] == "| turbo-reference | 2 | 55.0% | 1 | 8.00 | 4.48 | 50.0% | 20.0 | 30.5 |"
 
 
+@pytest.mark.slow
 def test_curves_of_a_sweep_go_through_the_starting_point(docs, tmp_path, monkeypatch):
     def tried(group, psnr, **change):
         mean = dict(edit_psnr=psnr, texture_distance=2.0)
@@ -249,6 +250,7 @@ def test_page_says_when_weights_have_changed(docs):
     assert "changed since" in results.age(dict(of=dict(model="qwen", weights=fingerprint(folder))))
 
 
+@pytest.mark.slow
 def test_textures_have_columns_where_a_file_has_them(docs, tmp_path):
     def with_textures(variant, flops, **of_texture):
         row = scored(variant, flops, add=2)

@@ -34,6 +34,7 @@ def test_full_resolution_throughout_is_the_stock_call(inpaint, pipe, strength):
     assert stage.sigma_start == pytest.approx(float(sigmas[0]), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_everything_expanded_is_the_stock_call(inpaint, pipe):
     for guide in ({}, inpaint.guided):
         call = dict(mask_image=EVERYTHING, strength=0.6, num_inference_steps=5) | guide
@@ -61,6 +62,7 @@ def test_stages_start_where_stock_starts(inpaint, pipe, strength):
     assert report.nfe == report.stock_steps == len(sigmas) - 1 == sum(stage.steps for stage in (first, *others))
 
 
+@pytest.mark.slow
 def test_the_default_strength_is_accelerated(inpaint, pipe):
     """Without num_inference_steps, too: from the sigma of the stock call's own steps, with the preset's steps cut."""
     arguments = {name: value for name, value in inpaint.arguments.items() if name not in ("strength",)}

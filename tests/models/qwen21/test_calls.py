@@ -84,6 +84,7 @@ def several(picture, number):
     )[number]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the output is")
 @pytest.mark.parametrize(("number", "attention"), [(0, "auto"), (1, "stock"), (2, "auto"), (2, "torch")])
 def test_several_references_equal_stock(family, picture, number, attention):

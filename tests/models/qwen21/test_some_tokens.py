@@ -200,6 +200,7 @@ def test_without_the_stock_cache_nothing_changes(family):
     assert torch.equal(family.run(pipe, edit_mask=CORNER, use_kv_cache=False), kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [dict(forecast="toca"), dict(forecast="duca"), dict(method="spotedit")], ids=str)
 def test_what_computes_single_tokens_runs_on_padded_prompts_too(family, config):
     """Each sample of a batch chooses its own tokens; the shorter prompt's padding is hidden from all."""

@@ -77,6 +77,7 @@ def weights(pipe, grid):
     return logits.softmax(-1)[:, heads, :n, :TEXT_TOKENS], ids
 
 
+@pytest.mark.slow
 def test_attention_to_landmarks_follows_the_formula(placed):
     grid = (6, 10)
     given, ids = weights(placed, grid)

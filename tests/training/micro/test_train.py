@@ -157,6 +157,7 @@ def test_noise_levels_follow_the_share_from_the_top():
     assert above[1] == pytest.approx((above[0] + above[2]) / 2, abs=0.05)
 
 
+@pytest.mark.slow
 def test_loss_of_an_untrained_editor_is_that_of_predicting_zero():
     pipe = build.kontext()
     batch = train_editor.encode(pipe, [scenes.describe(s) for s in loop.seeds(0, 8)], (64, 64), "cpu")
@@ -244,6 +245,7 @@ def test_muon_excludes_modulation():
     assert sum(len(o.param_groups[0]["params"]) for o in (adam, muon)) == len(list(pipe.transformer.parameters()))
 
 
+@pytest.mark.slow
 def test_focused_tasks_share_a_place_and_have_every_kind():
     rng, seeds = random.Random(0), iter(loop.seeds(0, 10**6))
     tasks = train_editor.draw_tasks(seeds, 200, rng, (2, 0))

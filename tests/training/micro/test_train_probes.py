@@ -37,6 +37,7 @@ def test_probe_loss_is_learned(name, few_blocks):
     assert not probes.hidden  # later blocks did not run
 
 
+@pytest.mark.slow
 def test_only_first_truncates_and_restores():
     pipe, _ = untrained("qwen")
     model, seen = pipe.transformer, []
@@ -207,6 +208,7 @@ def test_probes_are_kept_for_the_whole_training(tmp_path, few_tasks, monkeypatch
     assert len(calls) == 1  # the probes' own part runs once
 
 
+@pytest.mark.slow
 def test_continued_training_skips_the_text_part(tmp_path, monkeypatch):
     calls = []
     for part in ("text", "probes", "editor"):
