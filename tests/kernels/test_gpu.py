@@ -13,10 +13,12 @@ import torch
 import specedit_kernels as kernels
 from specedit_kernels import ops, ready, reference, tune, verdict
 
-if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("needs a CUDA GPU", allow_module_level=True)
-
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1", reason="needs a CUDA GPU"
+    ),
+]
 HALVES = [torch.bfloat16, torch.float16]
 LOG4 = math.log(4)
 
