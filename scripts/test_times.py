@@ -2,7 +2,8 @@
 
     .venv/bin/python scripts/test_times.py [--out FILE]
 
-Runs the quick tests and then every check, and writes benchmarks/results/test-times.json.
+Runs every check, and then the quick tests as before a commit, in a checkout whose files are compiled. Writes
+benchmarks/results/test-times.json.
 """
 
 import argparse
@@ -61,10 +62,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args(arguments)
-    rows = []
-    for name, command in commands():
-        rows.append(measure(name, command))
-        print("{command}: {seconds:.0f} s, {cpu_seconds:.0f} CPU seconds, {tests} tests".format(**rows[-1]), flush=True)
+    rows: list[dict[str, object]] = []
+    for name, command in reversed(commands()):
+        rows.insert(0, measure(name, command))
+        print("{command}: {seconds:.0f} s, {cpu_seconds:.0f} CPU seconds, {tests} tests".format(**rows[0]), flush=True)
     from specedit.evaluation import results
 
     results.write(options.out, "scripts/test_times.py", rows, cores=os.cpu_count())
