@@ -12,9 +12,10 @@ class Hold:
     which holds the last reference to this object.
     """
 
+    _held = False  # of the class, so that one whose making is interrupted can be deleted
+
     def __init__(self, lock: Any):
         self._lock: Any = lock
-        self._held = False
 
     def __enter__(self) -> Hold:
         self._held = self._lock.acquire()
