@@ -52,6 +52,8 @@ def serve(listener):
         while True:
             for key, _ in awaited.select():
                 if key.fileobj == 0:
+                    for child in running:
+                        os.kill(child, signal.SIGKILL)
                     sys.exit()
                 if key.fileobj is listener:
                     connection, streams, request = receive(listener)

@@ -155,6 +155,40 @@ def test_a_prepared_launch_is_the_one_that_triton_would_choose(gpu, monkeypatch)
     assert len(set(repeated)) == 5  # attend, plan_tiles, copy_rows, norm_rope, weighted_sum
 
 
+@alike
+def test_calls_that_differ_in_alignment_or_strides_alone_have_launches_of_their_own(gpu, monkeypatch):
+    """After other calls each launches what it launches as the first one."""
+    from specedit_kernels.gpu.prepared import Launch
+
+    stock, launched = Launch.__call__, []
+
+    def noted(self, *arguments):
+        stock(self, *arguments)
+        said = [(x.stride(), x.data_ptr() % 16) if isinstance(x, torch.Tensor) else x for x in arguments]
+        launched.append((self._compiled, self._grid, said))
+
+    monkeypatch.setattr(Launch, "__call__", noted)
+    weight, angles, index = torch.ones(64, dtype=BF16), torch.zeros(40, 32), torch.arange(7)
+    calls = (
+        lambda x: kernels.gather_tokens(x.flatten(2), index),
+        lambda x: kernels.qk_norm_rope(x, x, weight, weight, angles, angles),
+        lambda x: kernels.mixed_attention(x, x, x),
+    )
+    memory = torch.zeros(1, 80, 2, 64, dtype=BF16)
+    plain, strided = memory[:, :40], memory[:, ::2]
+    moved = memory.flatten()[1:].as_strided(plain.shape, plain.stride())
+    assert plain.data_ptr() % 16 == 0 and moved.data_ptr() % 16 == 2
+    for call in calls:
+        for other in (moved, strided):
+            ready.forget()
+            call(other)
+            alone = launched.pop()
+            ready.forget()
+            call(plain)
+            call(other)
+            assert launched.pop() == alone != launched.pop()
+
+
 def test_a_repeated_call_skips_its_checks_and_nothing_else(gpu, monkeypatch):
     """Gradients, debug mode and overlapping memory are noticed all the same."""
     q, rows = torch.zeros(1, 40, 2, 64, dtype=BF16), torch.arange(40)
