@@ -24,7 +24,7 @@ MANY = 70_000  # samples: more than the 65,535 that axes y and z of a grid allow
 
 @pytest.fixture(params=[(8, 0), (9, 0)], ids=str)
 def gpu(request):
-    """One with pointers and one with tensor maps, whose host code sm_100 shares."""
+    """sm_80 loads through pointers, and sm_90 through tensor maps; sm_100 shares the host code of these."""
     with dry_gpu.use(request.param, generates=False) as gpu:
         yield gpu
         assert gpu.errors == []
