@@ -54,6 +54,7 @@ def serve(listener):
                 if key.fileobj == 0:
                     for child in running:
                         os.kill(child, signal.SIGKILL)
+                        os.waitpid(child, 0)
                     sys.exit()
                 if key.fileobj is listener:
                     connection, streams, request = receive(listener)
