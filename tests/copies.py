@@ -39,7 +39,7 @@ class Copies:
         writer = _Writer(file)
         writer.dump(original)
         self.written = file.getvalue()
-        self.tensors = [copy.deepcopy(tensor) for _, tensor in writer.tensors.values()]
+        self.tensors = copy.deepcopy([tensor for _, tensor in writer.tensors.values()])
 
     def __call__(self):
         return _Reader(io.BytesIO(self.written), self.tensors).load()

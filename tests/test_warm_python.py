@@ -1,5 +1,6 @@
 """Commands of a Python that has imported something before behave as Python's own."""
 
+import contextlib
 import os
 import subprocess
 import time
@@ -42,12 +43,33 @@ def test_a_command_ends_as_it_would(python):
         assert run(python, "-c", f"import os; os.kill(os.getpid(), {signal})").returncode == -signal
 
 
-def test_a_command_that_is_killed_leaves_nothing_running(python):
+@contextlib.contextmanager
+def sleeping(python):
+    """A command that sleeps, and the process that runs it."""
     code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
-    with subprocess.Popen([python, "-c", code], stdout=subprocess.PIPE, text=True) as process:
-        child = int(process.stdout.readline())
-        process.kill()
+    with subprocess.Popen(
+        [python, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as command:
+        yield command, int(command.stdout.readline())
+
+
+def is_gone(process):
+    """Whether it is not there any more, within a minute."""
     ends = time.monotonic() + 60
-    while os.path.exists(f"/proc/{child}") and time.monotonic() < ends:
+    while os.path.exists(f"/proc/{process}") and time.monotonic() < ends:
         time.sleep(0.01)
-    assert not os.path.exists(f"/proc/{child}")
+    return not os.path.exists(f"/proc/{process}")
+
+
+def test_a_command_that_is_killed_leaves_nothing_running(python):
+    with sleeping(python) as (command, process):
+        command.kill()
+    assert is_gone(process)
+
+
+def test_a_command_ends_with_the_python_that_runs_it():
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(serving(["decimal"]))
+        with sleeping(str(folder / "python3")) as (command, process):
+            stack.close()
+        assert command.returncode == 1 and is_gone(process)

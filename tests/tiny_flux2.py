@@ -90,7 +90,7 @@ def make_flux2(flux2_components):
     def make(name="Flux2KleinPipeline", scheduler=None, **options):
         if not hasattr(diffusers, name):
             pytest.skip(f"this diffusers has no {name}")
-        torch.manual_seed(0)  # of what a test draws
+        torch.manual_seed(0)  # for what the test draws
         dev = name == "Flux2Pipeline"
         tokenizer = flux2_components["tokenizer"]()
         pipe = getattr(diffusers, name)(

@@ -136,7 +136,7 @@ def make_qwen(qwen_components, qwen_copies, monkeypatch):
         options = {name: value for name, value in options.items() if value}
         for name in options.keys() - inspect.signature(QwenImageTransformer2DModel).parameters.keys():
             pytest.skip(f"this diffusers has no {name}")
-        torch.manual_seed(0)  # of what a test draws
+        torch.manual_seed(0)  # for what the test draws
         parts = {name: copies() for name, copies in qwen_copies.items()}
         scheduler = scheduler or FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
         pipe = cls(scheduler=scheduler, transformer=qwen_components["transformer"](**options), **parts)
@@ -183,7 +183,7 @@ def make_longcat(longcat_copies, qwen_copies, monkeypatch):
     monkeypatch.setattr(edit, "calculate_dimensions", dimensions)
 
     def make():
-        torch.manual_seed(0)  # of what a test draws
+        torch.manual_seed(0)  # for what the test draws
         pipe = LongCatImageEditPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
             text_processor=qwen_copies["processor"](),

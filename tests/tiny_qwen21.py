@@ -97,7 +97,7 @@ def make_qwen21(qwen21_components):
     from diffusers import FlowMatchEulerDiscreteScheduler, QwenImage21Pipeline
 
     def make(scheduler=None, sample_sigmas=None, **options):
-        torch.manual_seed(0)  # of what a test draws
+        torch.manual_seed(0)  # for what the test draws
         parts = {name: qwen21_components[name]() for name in ("vae", "text_encoder", "processor")}
         pipe = QwenImage21Pipeline(
             scheduler=scheduler or FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),

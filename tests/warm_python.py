@@ -52,6 +52,9 @@ def serve(listener):
         while True:
             for key, _ in awaited.select():
                 if key.fileobj == 0:
+                    for child in running:
+                        os.kill(child, signal.SIGKILL)
+                        os.waitpid(child, 0)
                     sys.exit()
                 if key.fileobj is listener:
                     connection, streams, request = receive(listener)

@@ -139,8 +139,10 @@ class DryGpu:
 
 
 def _without_code(*arguments: Any) -> tuple[str, str] | None:
-    """Triton's hook on its stages: they end with its own dialect, or for tensor maps with the GPU's, which has their
-    layouts. A launch needs to know no more."""
+    """Triton's hook on its stages: they end with its own dialect, which is all that a launch needs to know.
+
+    Kernels with tensor maps end with the GPU's dialect, which has the maps' layouts.
+    """
     if not arguments:
         return "without code", "without code"  # part of the cache's key
     stages = arguments[1]

@@ -202,7 +202,7 @@ class CallConformance(Cases):
         """Of the transformer as a whole; edits with compiled blocks are compared below."""
         if family.compiles_as:
             pytest.skip(f"its transformer and adapter are those of {family.compiles_as}")
-        # Two steps of the stage whose tokens are mixed: of some models the second one is another call.
+        # Two steps of the mixed stage, because some models are called with other arguments from the second step on.
         settings, mask = dict(steps=(0, 2, 0)), corner()
         expected = family.run(specedit.install(family.make(), **settings), edit_mask=mask)
         kept = trace(pipe := family.make())
@@ -218,7 +218,7 @@ class CallConformance(Cases):
     @pytest.mark.slow
     @pytest.mark.parametrize("changes", [{}, {"rope": "phase_aligned", "attention": "merged"}, {"attention": "stock"}])
     def test_other_edits_do_not_compile_again(self, family, changes):
-        """They give what eager blocks give. Kept modulation needs no graph more: blocks are given it, or make it."""
+        """They give what eager blocks give. Kept modulation needs no other graphs."""
         if not family.fullgraph:
             pytest.skip("what crosses a graph break becomes a constant")
         if family.compiles_as:

@@ -80,7 +80,7 @@ class Visit:
 
     def __init__(self, context, address):
         self.context, self.page = context, context.new_page()
-        self.is_new, self.picture = True, None
+        self.picture = None
         self.requests, self.errors = [], []
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
@@ -145,6 +145,11 @@ class Visit:
             self.choose("preset", preset)
         self.click("edit")
 
+    def shows(self):
+        """What a page has of edits: its heading, its pictures and its history."""
+        heading = self.page.locator("#result-heading").inner_text()
+        return heading, self.page.locator("#result img").count(), self.history()
+
     def heading(self, text):
         expect(self.page.locator("#result-heading")).to_contain_text(text, timeout=PATIENCE)
 
@@ -186,11 +191,10 @@ def visit(browsers, address, visits):
     """Gives a person's page. At the end nothing was loaded from elsewhere, and no script has failed."""
 
     def page_of(person=0, new=False):
-        if person not in visits or (new and not visits[person].is_new):
-            if person in visits:
-                visits[person].page.close()
+        if new and person in visits:
+            visits.pop(person).page.close()
+        if person not in visits:
             visits[person] = Visit(browsers[person], address)
-        visits[person].is_new &= new
         return visits[person]
 
     yield page_of
@@ -250,13 +254,12 @@ def test_a_painted_edit_changes_its_place_alone_and_can_be_taken_back(visit, dra
 def test_a_cancelled_edit_ends_and_changes_nothing(visit, drawn):
     page = visit()
     page.open(drawn[0][0])
-    page.heading("No edit yet.")
-    made = page.history()
+    before, _, made = page.shows()
     page.ask(preset="quality")
     expect(page.page.locator("#result")).to_contain_text(re.compile("step [0-9]"), timeout=PATIENCE)
     page.click("cancel")
     page.said("Cancelled; nothing was changed.")
-    page.heading("No edit yet.")
+    page.heading(before)
     assert page.history() == made
     page.click("cancel")
     page.said("Nothing is under way.")
@@ -294,12 +297,11 @@ def test_what_cannot_be_edited_is_a_message(visit, tmp_path):
 def test_two_people_at_once_see_their_own_pictures_alone(visit, drawn):
     people = [visit(0), visit(1)]
     people[0].open(drawn[0][0])
-    made = people[0].history()
+    made, others = people[0].history(), people[1].shows()
     people[0].paint(*RIGHT)
     people[0].ask("add a small red star at the right")
     people[0].heading(f"{made + 1}. add a small red star at the right")
-    people[1].heading("No edit yet.")
-    assert people[1].history() == 0 and people[1].page.locator("#result img").count() == 0
+    assert people[1].shows() == others
     people[1].open(drawn[1][0])
     people[1].paint(*RIGHT)
     for page, color in zip(people, ("blue", "green")):  # at once: one waits for the other

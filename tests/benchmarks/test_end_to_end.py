@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from benchmarks import end_to_end
-from benchmarks.editor_bench import Case
+from benchmarks.editor_bench import Bench, Case
 
 TINY = ["--tiny", "--repeat", "1", "--size", "128x128", "--preset", "turbo", "--share", "20", "--shape", "blob"]
 TINY += ["--stock-steps", "4"]
@@ -19,9 +19,24 @@ KEYS = {
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
-    path = tmp_path_factory.mktemp("bench") / "end_to_end-tiny.json"
-    assert end_to_end.main(["--json", str(path), *FLUX, "--batch", "1", "--batch", "2"]) == 0
+def stock_calls():
+    """(seconds, steps that were run) of every stock call of `measured`."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory, stock_calls):
+    path, call = tmp_path_factory.mktemp("bench") / "end_to_end-tiny.json", Bench.call
+
+    def counted(self, case, **more):
+        seconds = call(self, case, **more)
+        if case.preset is None:
+            stock_calls.append((seconds, len(self.pipe.scheduler.timesteps)))
+        return seconds
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Bench, "call", counted)
+        assert end_to_end.main(["--json", str(path), *FLUX, "--batch", "1", "--batch", "2"]) == 0
     return path
 
 
@@ -41,6 +56,13 @@ def test_rows_hold_what_result_files_promise(measured):
         assert names[:3] == ["encode", "draft", "verify"] and names[-1] == "decode"
         assert all(stage["seconds"] > 0 for stage in row["stages"])
         assert sum(stage["seconds"] for stage in row["stages"]) <= 1.05 * row["seconds"]
+
+
+@pytest.mark.slow
+def test_the_stock_call_that_is_timed_takes_the_steps_that_rows_name(measured, stock_calls):
+    for row in json.loads(measured.read_text())["rows"]:
+        steps = [steps for seconds, steps in stock_calls if seconds == pytest.approx(row["seconds_stock"], rel=1e-4)]
+        assert row["stock_steps"] == 4 and 4 in steps, (row["seconds_stock"], stock_calls)
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ def test_variants_have_unique_names():
 
 @pytest.fixture
 def few_steps(shallow_editors, monkeypatch):
-    """For tests of what is written of the variants."""
+    """Variants start from few-4, for tests of what is written and not of how well it edits."""
     monkeypatch.setitem(sweep.BASE, "preset", "few-4")
 
 

@@ -147,23 +147,24 @@ def test_gpu_without_kernels_uses_pytorch(monkeypatch):
 
 
 @pytest.mark.slow
-def test_commands_run_with_the_attention_of_this_machine(shallow_editors, monkeypatch, tmp_path, picture):
+def test_commands_run_with_their_preset_and_this_machines_attention(shallow_editors, monkeypatch, tmp_path, picture):
     import specedit
+    from specedit.config import presets, resolve
     from specedit.micro import timing as bench
 
     taken, install = [], specedit.install
 
-    def recorded(pipe, *args, **settings):
-        taken.append(settings["attention"])
-        return install(pipe, *args, **settings)
+    def recorded(pipe, preset, **settings):
+        taken.append((resolve(preset).steps, settings["attention"]))
+        return install(pipe, preset, **settings)
 
     monkeypatch.setattr("specedit.api.installing.install", recorded)
     for command in (cli.edit, cli.evaluate, cli.bench):
         monkeypatch.setattr(command, "attention_here", lambda: {"attention": "torch"})
     given = ["make it greyscale", "--out", str(tmp_path / "out.png"), "--preset", "few-4"]
     assert cli.main(["edit", str(picture), *given]) == 0
-    assert cli.main(["eval", "micro", "--cases", "1", "--size", "64", "--preset", "few-4"]) == 0
-    assert taken == ["torch", "torch"]
+    assert cli.main(["eval", "micro", "--cases", "1", "--size", "64", "--preset", "lightning-6"]) == 0
+    assert taken == [(presets[name].steps, "torch") for name in ("few-4", "lightning-6")]
     monkeypatch.setattr(bench, "presets_against_stock", lambda *_, **settings: taken.append(settings) or [])
     assert cli.main(["bench", "--size", "64"]) == 0
     assert taken[2] == {"model": "kontext", "attention": "torch"}

@@ -62,8 +62,10 @@ def browser():
 
 @pytest.fixture(scope="module")
 def visited(browser, pages):
-    """{screen: {address: what LOOK finds}}, and all that went wrong on the way. Every page is loaded for one screen, by
-    turns, and then shown on the other one."""
+    """{screen: {address: what LOOK finds}}, and all that went wrong on the way.
+
+    Every page is loaded once, for the screens in turn, and then shown on the other one.
+    """
     wrong, found = [], {screen: {} for screen in SCREENS}
     context = browser.new_context(device_scale_factor=SCALE)
     page = context.new_page()

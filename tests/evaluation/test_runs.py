@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from specedit import cli
+from specedit.api import installing
 from specedit.evaluation import runs as evaluation
 
 
@@ -45,9 +46,11 @@ def edited(monkeypatch):
 
 
 @pytest.mark.slow
-def test_gedit_writes_the_scorers_files(write_gedit, gedit_rows, tmp_path, picture, capsys):
-    out, path = tmp_path / "out", tmp_path / "gedit.json"
+def test_gedit_writes_the_scorers_files(write_gedit, gedit_rows, tmp_path, picture, monkeypatch, capsys):
+    out, path, taken, install = tmp_path / "out", tmp_path / "gedit.json", [], installing.install
+    monkeypatch.setattr(installing, "install", lambda *args, **more: taken.append(args[1]) or install(*args, **more))
     assert gedit(write_gedit(gedit_rows), out, *QUICK, "--json", str(path)) == 0
+    assert taken == ["turbo"]
     places = [f"fullset/{kind}" for kind in ("color_alter/en/en0", "color_alter/en/en1", "subject-add/en/en2")]
     assert files(out) == sorted([*(f"{p}{end}" for p in places for end in (".png", "_SRCIMG.png")), "rows.jsonl"])
     result, source = (Image.open(out / f"{places[1]}{end}") for end in (".png", "_SRCIMG.png"))

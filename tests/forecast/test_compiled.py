@@ -19,9 +19,9 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def compiled(make_pipe):
-    """Of one kind of block: what is kept is kept in the same way by the others.
+    """Its double blocks are compiled; single blocks keep keys, values and outputs in the same way.
 
-    Beyond the limit of graphs nothing would be compiled, and nothing shown.
+    Beyond the limit of graphs blocks would run eagerly, and the tests would show nothing.
     """
     torch._dynamo.reset()
     pipe = make_pipe()
@@ -43,3 +43,4 @@ def test_compiling_changes_nothing(compiled, pipe, edit, name):
     specedit.uninstall(compiled)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert report.cached_steps > 0 or "forecast" not in settings
+    assert any(stage.reused for stage in report.stages) or "reference_refresh" not in settings

@@ -24,7 +24,7 @@ MANY = 70_000  # samples: more than the 65,535 that axes y and z of a grid allow
 
 @pytest.fixture(params=[(8, 0), (9, 0)], ids=str)
 def gpu(request):
-    """One with pointers and one with tensor maps, whose host code sm_100 shares."""
+    """sm_80 loads through pointers, and sm_90 through tensor maps; sm_100 shares the host code of these."""
     with dry_gpu.use(request.param, generates=False) as gpu:
         yield gpu
         assert gpu.errors == []
@@ -153,6 +153,40 @@ def test_a_prepared_launch_is_the_one_that_triton_would_choose(gpu, monkeypatch)
     biased()
     biased()
     assert len(set(repeated)) == 5  # attend, plan_tiles, copy_rows, norm_rope, weighted_sum
+
+
+@alike
+def test_calls_that_differ_in_alignment_or_strides_alone_have_launches_of_their_own(gpu, monkeypatch):
+    """After other calls each launches what it launches as the first one."""
+    from specedit_kernels.gpu.prepared import Launch
+
+    stock, launched = Launch.__call__, []
+
+    def noted(self, *arguments):
+        stock(self, *arguments)
+        said = [(x.stride(), x.data_ptr() % 16) if isinstance(x, torch.Tensor) else x for x in arguments]
+        launched.append((self._compiled, self._grid, said))
+
+    monkeypatch.setattr(Launch, "__call__", noted)
+    weight, angles, index = torch.ones(64, dtype=BF16), torch.zeros(40, 32), torch.arange(7)
+    calls = (
+        lambda x: kernels.gather_tokens(x.flatten(2), index),
+        lambda x: kernels.qk_norm_rope(x, x, weight, weight, angles, angles),
+        lambda x: kernels.mixed_attention(x, x, x),
+    )
+    memory = torch.zeros(1, 80, 2, 64, dtype=BF16)
+    plain, strided = memory[:, :40], memory[:, ::2]
+    moved = memory.flatten()[1:].as_strided(plain.shape, plain.stride())
+    assert plain.data_ptr() % 16 == 0 and moved.data_ptr() % 16 == 2
+    for call in calls:
+        for other in (moved, strided):
+            ready.forget()
+            call(other)
+            alone = launched.pop()
+            ready.forget()
+            call(plain)
+            call(other)
+            assert launched.pop() == alone != launched.pop()
 
 
 def test_a_repeated_call_skips_its_checks_and_nothing_else(gpu, monkeypatch):

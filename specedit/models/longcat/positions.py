@@ -18,7 +18,7 @@ from ..attention.sequences import Movable
 from ..shared.position_hook import PositionHook
 
 
-@dataclass(eq=False)  # not frozen: Dynamo makes a frozen one of proxies, whose values the context reads
+@dataclass(eq=False)  # not frozen: Dynamo would rebuild it from proxies, which have no values to read
 class PlacedIds(Movable):
     """`img_ids` (N, 3) of a call with a context. `torch.cat` with other ids gives all ids and the same context."""
 
