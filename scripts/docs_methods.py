@@ -31,10 +31,7 @@ def methods(name: str) -> str:
     stock = {row["variant"]: row for row in result["rows"] if row["group"] == "stock"}
     seconds, machine = mean_seconds(result)
     on_gpu = any(row["mean"].get("peak_memory") for row in result["rows"])
-    rows = [
-        _row(row, stock, steps, seconds.get(row["variant"]), "peak_memory" if on_gpu else None)
-        for row in _ordered(result["rows"])
-    ]
+    rows = [_row(row, stock, steps, seconds.get(row["variant"]), on_gpu) for row in _ordered(result["rows"])]
     header = ["variant", "success", "edit dB", "keep dB", "texture distance", "material", "TFLOPs"]
     header += [f"FLOPs ratio to {n}" for n in dict.fromkeys((STOCK_STEPS, steps))]
     header += ["seconds", f"clock ratio to {steps}", "FLOPs ratio to stock with as many steps"]
@@ -48,8 +45,8 @@ def _ordered(rows: list[dict]) -> list[dict]:
     return sorted(rows, key=lambda row: (groups.index(row["group"]), -row["mean"]["flops"]))
 
 
-def _row(row: dict, stock: dict[str, dict], steps: int, seconds: float | None, memory: str | None) -> list[str]:
-    """memory: which mean is shown; None: what caches kept, since nobody knows the peak of one call on a CPU."""
+def _row(row: dict, stock: dict[str, dict], steps: int, seconds: float | None, on_gpu: bool) -> list[str]:
+    """on_gpu: peak memory is shown, else what caches kept, since nobody knows the peak of one call on a CPU."""
     m, default = row["mean"], stock.get(f"stock-{steps}")
     plain, texture = cases_of(row, texture=False), cases_of(row, texture=True)
     # Every stock step costs the same, so any number of them tells what 50 take.
@@ -58,7 +55,7 @@ def _row(row: dict, stock: dict[str, dict], steps: int, seconds: float | None, m
     clock = default and clock_ratio(default["cases"], row["cases"])
     nfe = row.get("nfe")
     alike = whole and nfe and whole * nfe / STOCK_STEPS / m["flops"]
-    held = m.get(memory) if memory else row.get("cache_bytes")
+    held = m.get("peak_memory") if on_gpu else row.get("cache_bytes")
     return [
         row["variant"], number(average(plain, "success"), ".0%"), number(average(plain, "edit_psnr"), ".1f"),
         number(average(plain + texture, "keep_psnr"), ".1f"), number(average(texture, "texture_distance"), ".2f"),

@@ -1,6 +1,7 @@
 """Copies of models, several times faster than those of `copy.deepcopy`."""
 
 import copy
+import functools
 import io
 import pickle
 
@@ -43,6 +44,12 @@ class Copies:
 
     def __call__(self):
         return _Reader(io.BytesIO(self.written), self.tensors).load()
+
+
+def copying(make):
+    """`make`, run once with each combination of options; every call returns a copy of what that gave."""
+    made = functools.cache(lambda **options: Copies(make(**options)))
+    return lambda **options: made(**options)()
 
 
 def copies_of(parts):

@@ -1,12 +1,11 @@
 """Fixtures: tiny FLUX.2 pipelines, made in memory."""
 
 import copy
-import functools
 
 import pytest
 import torch
 
-from tests.copies import Copies, copies_of
+from tests.copies import copies_of, copying
 
 LAYERS = (1, 2)  # of the text encoder, whose states are the prompt's embeddings
 CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -59,10 +58,6 @@ def flux2_components(qwen_components):
         vae.bn.running_var.copy_(0.5 + torch.rand(16, generator=draw))
         return vae
 
-    @functools.cache
-    def transformers(**options):
-        return Copies(transformer(**options))
-
     tokenizer = copy.deepcopy(qwen_components["tokenizer"])
     tokenizer.chat_template = CHAT
     sizes = dict(
@@ -78,7 +73,7 @@ def flux2_components(qwen_components):
         qwen3=seeded(lambda: Qwen3ForCausalLM(Qwen3Config(**sizes))),
         mistral=seeded(lambda: Mistral3ForConditionalGeneration(mistral)),
     )  # fmt: skip
-    return copies_of(parts) | dict(transformer=lambda **options: transformers(**options)())
+    return copies_of(parts) | dict(transformer=copying(transformer))
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Fixtures: tiny Qwen-Image-Edit and LongCat-Image-Edit pipelines, made in memory."""
 
-import functools
 import importlib
 import inspect
 import re
@@ -8,7 +7,7 @@ import re
 import pytest
 import torch
 
-from tests.copies import Copies, copies_of
+from tests.copies import copies_of, copying
 
 SPECIAL = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -94,10 +93,6 @@ def qwen_components():
             latents_mean=[0.1, -0.2, 0.0, 0.3], latents_std=[1.0, 1.5, 0.8, 2.0],
         )  # fmt: skip
 
-    @functools.cache
-    def transformers(**options):
-        return Copies(transformer(**options))
-
     return dict(
         vae=seeded(autoencoder),
         text_encoder=seeded(lambda: Qwen2_5_VLForConditionalGeneration(config)),
@@ -105,7 +100,7 @@ def qwen_components():
         processor=StandInProcessor(
             ImageProcessor(min_pixels=28 * 28, max_pixels=56 * 56, patch_size=14, merge_size=2), tokenizer
         ),
-        transformer=lambda **options: transformers(**options)(),
+        transformer=copying(transformer),
     )
 
 

@@ -1,12 +1,11 @@
 """Fixtures: tiny Qwen-Image-2.1 pipelines, made in memory."""
 
-import functools
 import re
 
 import pytest
 import torch
 
-from tests.copies import Copies, copies_of
+from tests.copies import copies_of, copying
 
 PAD = "<|image_pad|>"
 
@@ -58,10 +57,6 @@ def qwen21_components(qwen_components):
             parameter.mul_(1.5)
         return model
 
-    @functools.cache
-    def transformers(**options):
-        return Copies(transformer(**options))
-
     tokenizer = qwen_components["tokenizer"]
     number = tokenizer.convert_tokens_to_ids
     config = Qwen3VLConfig(
@@ -88,7 +83,7 @@ def qwen21_components(qwen_components):
         vae=vae, text_encoder=seeded(lambda: Qwen3VLForConditionalGeneration(config)),
         processor=StandInQwen3Processor(pictures, tokenizer),
     )  # fmt: skip
-    return copies_of(parts) | dict(transformer=lambda **options: transformers(**options)())
+    return copies_of(parts) | dict(transformer=copying(transformer))
 
 
 @pytest.fixture
