@@ -2,8 +2,8 @@
 
     .venv/bin/python scripts/test_times.py [--out FILE]
 
-Runs every check, and then the quick tests as before a commit, in a checkout whose files are compiled. Writes
-benchmarks/results/test-times.json.
+Runs every check and the test command, each with empty caches of Triton and of torch's compiler, and then the quick
+tests with what these left, as before a commit. Writes benchmarks/results/test-times.json.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import resource
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -20,20 +21,25 @@ ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "benchmarks" / "results" / "test-times.json"
 
 
-def commands() -> list[tuple[str, list[str]]]:
-    """(as the guide writes it, as it is run) of each command."""
+def commands() -> list[tuple[str, list[str], str]]:
+    """(as the guide writes it, as it is run, whose caches it has) of each command; the last runs first."""
     venv = str(Path(sys.prefix))
     return [
-        ('pytest -m "not slow"', [sys.executable, "-m", "pytest", "-q", "-m", "not slow"]),
-        ("scripts/test.sh", ["scripts/test.sh", venv]),
+        ('pytest -m "not slow"', [sys.executable, "-m", "pytest", "-q", "-m", "not slow"], "tests"),
+        ("scripts/test.sh", ["scripts/test.sh", venv], "tests"),
+        ("scripts/test.sh --all", ["scripts/test.sh", "--all", venv], "all"),
     ]
 
 
-def measure(name: str, command: list[str], cwd: Path = ROOT) -> dict[str, object]:
-    """Run a command that ends with pytest's summary in its output; RuntimeError if it fails."""
+def measure(name: str, command: list[str], caches: Path, cwd: Path = ROOT) -> dict[str, object]:
+    """Run a command that ends with pytest's summary in its output; RuntimeError if it fails.
+
+    caches: the folder that compilers keep their results in.
+    """
     before, start = _cpu(), time.perf_counter()
     # As on most machines: where it is set every process compiles all files anew.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment |= {name: str(caches / name) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
     done = subprocess.run(
         command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -63,9 +69,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args(arguments)
     rows: list[dict[str, object]] = []
-    for name, command in reversed(commands()):
-        rows.insert(0, measure(name, command))
-        print("{command}: {seconds:.0f} s, {cpu_seconds:.0f} CPU seconds, {tests} tests".format(**rows[0]), flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, command, caches in reversed(commands()):
+            row = measure(name, command, Path(scratch, caches))
+            rows.insert(0, row)
+            print("{command}: {seconds:.0f} s, {cpu_seconds:.0f} CPU seconds, {tests} tests".format(**row), flush=True)
     from specedit.evaluation import results
 
     results.write(options.out, "scripts/test_times.py", rows, cores=os.cpu_count())

@@ -1,4 +1,4 @@
-"""Long tests are the first of every worker's share: a pytest plugin which tests/conftest.py loads.
+"""Thorough tests are slow, and long ones first in every worker's share: a pytest plugin which tests/conftest.py loads.
 
 xdist's worksteal gives each worker a consecutive part of the tests, and takes from the end of one whose part is larger.
 """
@@ -22,6 +22,11 @@ def in_shares(items, workers):
     return ordered + list(others)
 
 
-@pytest.hookimpl(trylast=True)  # after the choice of tests, and pytest's own order
+@pytest.hookimpl(wrapper=True)  # around the choice of tests, and pytest's own order
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("thorough") is not None:
+            item.add_marker("slow")
+    result = yield
     items[:] = in_shares(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
+    return result

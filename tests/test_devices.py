@@ -40,12 +40,13 @@ MODELS = ("kontext", "qwen")
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.skipif(HERE, reason="this is the process of its own")
-def test_another_device():
+@pytest.mark.parametrize("chosen", ["not thorough", pytest.param("thorough", marks=pytest.mark.thorough)])
+def test_another_device(chosen):
     pytest.importorskip("torch.utils.backend_registration")
     if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip("this torch takes no device written in Python")
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", chosen, __file__],
         cwd=Path(__file__).parents[1], env={**os.environ, "SPECEDIT_PRETEND": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True,
     )  # fmt: skip
@@ -149,6 +150,7 @@ def test_an_inpainting_edit_is_the_hosts(pipes, strength):
 
 
 @inside
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "method"),
     [("kontext", Ralu((1, 2, 1))), ("qwen", Fresco((2, 1, 1))), ("kontext", Bottleneck((1, 2, 1))), ("qwen", Speed(4))],
@@ -161,6 +163,7 @@ def test_another_methods_edit_is_the_hosts(pipes, name, method):
 
 
 @inside
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", [Ralu, Fresco, Bottleneck])
 def test_no_step_of_another_method_waits_for_the_host(pipes, method, monkeypatch):
     # Canny's loop ends when the picture's edges do, which differs from picture to picture.
@@ -193,6 +196,7 @@ def test_no_step_waits_for_the_host(pipes, name, settings):
 
 
 @inside
+@pytest.mark.thorough
 @pytest.mark.parametrize("changes", [{}, {"start": "kontext"}], ids=str)
 def test_training(tmp_path, monkeypatch, changes):
     """Every part of it, from nothing and going on."""

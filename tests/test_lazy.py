@@ -56,22 +56,22 @@ def fresh():
     return json.loads(python(FRESH))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_functions_take_precedence_over_modules_of_the_same_name(fresh):
     assert fresh["kinds"] == ["function"] * 5 + ["module"]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_nothing_but_the_shipped_tests_imports_pytest(fresh):
     assert fresh["pytest"] is False
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_each_package_has_one_logger(fresh):
     assert sorted(fresh["loggers"]) == ["specedit", "specedit_kernels"]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_shipped_tests_need_no_test_of_the_repository(fresh):
     assert fresh["tests"] == []
 
@@ -85,7 +85,7 @@ def test_every_public_name_is_listed_and_found(package):
         assert names[name] is getattr(package, name)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_submodules_are_found_without_importing_them_first(fresh):
     assert fresh["submodules"] == ["specedit.run_report", "specedit.config"]
 

@@ -75,7 +75,7 @@ COMPILING = [compile_transformer, compile_blocks]
     ("first", "change"),
     [
         *((first, change) for first in ("install", "change") for change in PLAIN),
-        *(("install", change) for change in COMPILING),
+        *(pytest.param("install", change, marks=pytest.mark.thorough) for change in COMPILING),
     ],
 )
 def test_the_same_edit_whatever_becomes_of_the_weights(make_own, edit, change, first):

@@ -251,6 +251,7 @@ def test_a_painted_edit_changes_its_place_alone_and_can_be_taken_back(visit, dra
     page.said("undo: expected at least one edit, got none to take back")
 
 
+@pytest.mark.thorough
 def test_a_cancelled_edit_ends_and_changes_nothing(visit, drawn):
     page = visit()
     page.open(drawn[0][0])
@@ -268,6 +269,7 @@ def test_a_cancelled_edit_ends_and_changes_nothing(visit, drawn):
     page.heading(f"{made + 1}. {PROMPT}")
 
 
+@pytest.mark.thorough
 def test_what_cannot_be_edited_is_a_message(visit, tmp_path):
     page = visit(1, new=True)
     for name, content, says in (
@@ -294,6 +296,7 @@ def test_what_cannot_be_edited_is_a_message(visit, tmp_path):
     page.page.get_by_text("What this editor understands").click()
 
 
+@pytest.mark.thorough
 def test_two_people_at_once_see_their_own_pictures_alone(visit, drawn):
     people = [visit(0), visit(1)]
     people[0].open(drawn[0][0])
@@ -312,6 +315,7 @@ def test_two_people_at_once_see_their_own_pictures_alone(visit, drawn):
         assert np.array_equal(page.pair()[0], source) and page.history() == count
 
 
+@pytest.mark.thorough
 def test_an_example_is_edited_and_compared_and_the_page_is_photographed(
     visit, pytestconfig, example_size, scale, tmp_path
 ):

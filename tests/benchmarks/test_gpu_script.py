@@ -102,7 +102,7 @@ def test_every_part_is_bounded_by_nine_minutes():
         assert seconds and total <= 540, (name, seconds)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.long
 @pytest.mark.skipif(bool(dry_gpu.missing()), reason=str(dry_gpu.missing()))
 def test_parts_run_without_a_gpu(tmp_path, warm_python):

@@ -56,7 +56,7 @@ def test_a_machine_without_a_gpu(report, capsys):
     assert "WRONG" not in text and max(map(len, text.splitlines())) < 160
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_kernels_are_checked_in_the_interpreter(capsys):
     assert cli.main(["doctor"]) == 0

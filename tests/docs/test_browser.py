@@ -96,7 +96,7 @@ def pages(site, address):
     return [address + path for path in sorted(paths)]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.long
 @pytest.mark.parametrize("screen", SCREENS)
 def test_every_page_is_whole_in_a_browser(visited, address, raw_formula, screen):
@@ -111,7 +111,7 @@ def test_every_page_is_whole_in_a_browser(visited, address, raw_formula, screen)
         assert hosts <= {"https", "mailto"}, page
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.long
 def test_no_link_is_broken_in_a_browser(browser, visited, address):
     found = visited[0]["desktop"]

@@ -44,7 +44,7 @@ def data(outputs, kind):
     return [output.data[kind] for output in outputs if kind in output.get("data", {})]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.long
 def test_the_notebook_runs_and_its_first_cell_has_nothing_to_install(shown):
     assert shown[0] == []
@@ -54,14 +54,14 @@ def test_the_notebook_runs_and_its_first_cell_has_nothing_to_install(shown):
     assert int(text.partition("%")[0].split()[-1]) > 30
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.long
 def test_the_notebook_shows_a_report_with_its_figure(shown):
     (page,) = data(shown[4], "text/html")
     assert "data:image/png;base64," in page and "<td" in page and "SpecEdit turbo" in page
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.long
 def test_progress_bars_are_widgets(shown):
     pytest.importorskip("ipywidgets")

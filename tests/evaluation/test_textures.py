@@ -84,7 +84,7 @@ def distance(reference):
     return measure
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("region", [ground(), disc()], ids=["ground", "disc"])
 def test_fresh_answers_average_one(distance, region):
     means = [distance(m, draw(m, 0, SET), region) for m in MATERIALS]
@@ -92,7 +92,7 @@ def test_fresh_answers_average_one(distance, region):
     assert all(0.6 < mean < 1.5 for mean in means)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("material", MATERIALS)
 def test_what_is_wrong_is_farther_than_fresh_answers(distance, material):
     good, region = draw(material, 0, SEEDS), ground()
@@ -112,7 +112,7 @@ def test_what_is_wrong_is_farther_than_fresh_answers(distance, material):
         assert distance(material, pictures, region) > MARGIN * fine, name
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("material", MATERIALS)
 def test_a_blurred_object_is_farther_than_a_fresh_one(distance, material):
     good = draw(material, 0, SEEDS)
@@ -120,7 +120,7 @@ def test_a_blurred_object_is_farther_than_a_fresh_one(distance, material):
     assert bad > MARGIN * fine
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_turned_textures_are_as_near(distance):
     for material in MATERIALS:
         good = draw(material, 0, SEEDS)
@@ -128,7 +128,7 @@ def test_turned_textures_are_as_near(distance):
         assert turned == pytest.approx(fine, rel=0.35)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("region", [ground(), disc(), disc(16)], ids=["ground", "disc", "small disc"])
 def test_nearest_material_is_the_right_one(reference, region):
     known = {m: reference(m, region) for m in MATERIALS}
@@ -141,7 +141,7 @@ def test_nearest_material_is_the_right_one(reference, region):
     assert len(wrong) <= (1 if region.sum() < 1000 else 0)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_material_of_a_picture(fresh):
     picture = Image.fromarray((draw("pebbles", 7, 1)[0].permute(1, 2, 0) * 255).round().byte().numpy())
     few = {name: fresh[name] for name in ("marble", "pebbles")}
@@ -154,7 +154,7 @@ def in_place(textures, region, around):
     return torch.where(region, textures, around)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("material", MATERIALS)
 def test_visible_seams_are_farther_than_fresh_borders(fresh, material):
     region, around = ground(), draw("ripples" if material == "clouds" else "clouds", 50, 1)[0]
@@ -177,7 +177,7 @@ def test_a_whole_picture_has_no_seam(fresh):
     assert math.isnan(judge.seam(fresh["marble"][0][0], torch.ones(SIDE, SIDE, dtype=torch.bool), *fresh["marble"]))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_parts_have_names_and_one_picture_is_enough(fresh):
     parts = judge.texture_distance(draw("marble", 3, 1)[0], ground(), *fresh["marble"])
     names = ["distance", "spectrum", "magnitudes", "orientations", "colours", "patches_5", "patches_13"]
@@ -188,7 +188,7 @@ def test_parts_have_names_and_one_picture_is_enough(fresh):
     assert list(judge.texture_distance(draw("marble", 3, 1)[0], thin, *fresh["marble"])) == names[:-1]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_arrays_tensors_and_pictures_are_judged_alike(fresh):
     region, (a, b) = ground(), (part[:3] for part in fresh["wood grain"])
     array = (draw("wood grain", 3, 1)[0].permute(1, 2, 0) * 255).round().byte().numpy()
@@ -199,7 +199,7 @@ def test_arrays_tensors_and_pictures_are_judged_alike(fresh):
         assert judge.texture_distance(same, region.numpy(), a.numpy(), b) == pytest.approx(first, rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_fresh_answers_go_through_the_autoencoder(fresh):
     """What an autoencoder blurs is not the editor's fault."""
     region, (a, b) = ground(), fresh["brush strokes"]

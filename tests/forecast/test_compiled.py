@@ -15,6 +15,7 @@ CASES = {
     "spotedit": (dict(method=SpotEdit(count=4, initial=2, resets=())), dict(edit_mask=mask_of((0, 0)))),
     "sparge": (dict(method=Sparge(count=2, top=0.4, theta=-1)), {}),
 }
+NAMES = ["kept reference", "taylor", *(pytest.param(name, marks=pytest.mark.thorough) for name in list(CASES)[2:])]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def compiled(make_pipe):
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_compiling_changes_nothing(compiled, pipe, edit, name):
     settings, call = CASES[name]
     expected = edit(specedit.install(pipe, **settings), **call)

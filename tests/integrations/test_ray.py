@@ -135,7 +135,7 @@ def kill_first_worker(out):
     return killed, thread
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.long
 def test_an_actor_that_is_killed_is_replaced_and_no_row_is_lost_or_doubled(tmp_path, monkeypatch, capsys):
     """Two actors on a real local Ray go on with a run in process; one dies after the first result. Every row has one

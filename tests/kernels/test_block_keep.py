@@ -282,7 +282,7 @@ def test_tiles_divide_the_blocks(sizes, tile):
     assert tile_of(sizes, 16, 16) == (16, 16)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(not HAS_TRITON or INTERPRETING, reason="needs Triton, not interpreting")
 @pytest.mark.parametrize("capability,path", [(80, "ptr"), (90, "tma"), (100, "tma")])
 def test_lists_keep_the_loads_ahead(capability, path):

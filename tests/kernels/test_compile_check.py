@@ -75,7 +75,7 @@ def test_main_loop_with_descriptors_is_not_counted_with_its_tail():
     assert result.main_loop["matrix"] == 8 and result.matrix_instructions == 16
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_too_much_shared_memory_is_rejected():
     result = compile_check.check(first(table([8, 9], num_stages=7)), 89, "here")
     assert any("shared memory" in problem for problem in result.problems)
@@ -109,7 +109,7 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert "--jobs: expected at least 1, got 0" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_another_process_agrees():
     """One task, so that one process starts."""
     names = [variant.name for _, variant in compile_check.shipped(80)]

@@ -31,7 +31,8 @@ def gpu(request):
 
 
 # sm_100 has other tiles of attention; launch parameters of the other kernels are equal on all three.
-every_tile = pytest.mark.parametrize("gpu", [(8, 0), (9, 0), (10, 0)], ids=str, indirect=True)
+TILES = [(8, 0), (9, 0), pytest.param((10, 0), marks=pytest.mark.thorough)]
+every_tile = pytest.mark.parametrize("gpu", TILES, ids=str, indirect=True)
 alike = pytest.mark.parametrize("gpu", [(9, 0)], ids=str, indirect=True)
 
 

@@ -22,7 +22,7 @@ def test_layout(tmp_path, capsys):
     assert "expected a new or empty folder" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_hubs_loader_takes_the_layout_and_the_copy_stands_alone(tmp_path):
     """In a process of its own, which imports nothing of this package but the copy, and then the installed one."""
     hub_layout.lay_out(tmp_path / "kernel")

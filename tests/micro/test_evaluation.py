@@ -158,7 +158,7 @@ def test_stock_and_installed_are_scored(shallow_editors, name):
     assert [r["edit_psnr"] for r in again["cases"]] == [r["edit_psnr"] for r in stock["cases"]]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_specedit_solves_what_stock_solves(pipe):
     """Removing and adding an object, in tasks that the stock pipeline solves in ten steps."""
     cases = [micro.scenes.sample(seed, 128) for seed in (2, 1)]
@@ -176,7 +176,7 @@ def test_specedit_solves_what_stock_solves(pipe):
             assert ours["flops"] < theirs["flops"] / 1.2
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_reference_restore_preserves_unedited_pixels(pipe, name):
     kept = {"full": [], "reference": []}
     for case in (micro.scenes.sample(seed, 128) for seed in (0, 1, 11)):  # one of each: shape, add, recolor

@@ -118,7 +118,7 @@ def test_a_saved_processor_reads_back(small_qwen, tmp_path):
 # ------------------------------------------------------------------------------------------------- SpecEdit on it
 
 
-@pytest.mark.slow  # the adapter, its hooks, its stages and its switches are TestQwenImageEdit's
+@pytest.mark.thorough  # the adapter, its hooks, its stages and its switches are TestQwenImageEdit's
 class TestOwnSize(CallConformance):
     """Every size here is the picture's own: nothing is patched as for the stock pipeline's tests."""
 

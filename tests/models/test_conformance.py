@@ -60,7 +60,7 @@ class QwenFamily:
         return lambda n: dict(image=[picture(seed=i) for i in range(n)], prompt=["red", "make it large"][:n])
 
 
-@pytest.mark.slow  # tests/models/qwen has quick tests
+@pytest.mark.thorough  # tests/models/qwen has quick tests
 class TestQwenImageEdit(QwenFamily, Conformance):
     # The settings as they are, and rope="phase_aligned": tests/models/test_graphs.py.
     @pytest.mark.slow
@@ -80,7 +80,7 @@ class PlusFamily(QwenFamily):
 TRIED = "zero_cond_t" in inspect.signature(QwenImageTransformer2DModel).parameters
 
 
-@pytest.mark.slow  # but for several references it is TestQwenImageEdit; tests/models/qwen has quick tests of those
+@pytest.mark.thorough  # but for several references it is TestQwenImageEdit; tests/models/qwen has quick tests of those
 class TestQwenImageEditPlus(PlusFamily, Cases if TRIED else Conformance):
     test_nothing_locked_equals_stock = CallConformance.test_nothing_locked_equals_stock
     test_nothing_locked_equals_stock_beside_a_reference_of_another_size = (
@@ -95,7 +95,7 @@ class TestQwenImageEditPlus(PlusFamily, Cases if TRIED else Conformance):
     test_samples_of_a_batch_are_independent = StageConformance.test_samples_of_a_batch_are_independent
 
 
-@pytest.mark.slow  # but for zero_cond_t it is TestQwenImageEditPlus; tests/models/qwen has quick tests of that
+@pytest.mark.thorough  # but for zero_cond_t it is TestQwenImageEditPlus; tests/models/qwen has quick tests of that
 class TestQwenImageEdit2511(PlusFamily, Conformance):
     sends_values = True  # the index of zero_cond_t
     compiles_as = None
@@ -111,7 +111,7 @@ class TestQwenImageEdit2511(PlusFamily, Conformance):
 
 
 @pytest.mark.skipif(LongCatImageEdit is None, reason="this diffusers has no LongCatImageEditPipeline")
-@pytest.mark.slow
+@pytest.mark.thorough
 class TestLongCatImageEdit(Conformance):
     """The guide's proof: an adapter that was written by it, on a pipeline without size arguments or callbacks."""
 

@@ -58,7 +58,7 @@ class TestFlux2Klein(Flux2Family, Conformance):
 
 
 @pytest.mark.skipif(Flux2Dev is None, reason="this diffusers has no Flux2Pipeline")
-@pytest.mark.slow
+@pytest.mark.thorough
 class TestFlux2Dev(Flux2Family, CallConformance, ModulationConformance):
     """The guidance scale is an input of the transformer; but for it stages and switches are TestFlux2Klein's."""
 
@@ -86,7 +86,7 @@ def rotations_behind_references(pipe, run):
 
 
 @pytest.mark.skipif(Flux2KleinKV is None, reason="this diffusers has no Flux2KleinKVPipeline")
-@pytest.mark.slow
+@pytest.mark.thorough
 class TestFlux2KleinKV(Flux2Family, Conformance):
     """The first step of every stage computes the references, and the others find their keys and values."""
 

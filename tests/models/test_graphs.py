@@ -90,7 +90,7 @@ def mask(size, cells, batch):
     return torch.stack([(torch.arange(height * width) < cells + i).view(height, width) for i in range(batch)])
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", EDITS)
 @torch._dynamo.config.patch(recompile_limit=8)
 def test_edits_share_few_graphs_and_stock_calls_beside_them_are_stocks(request, name):

@@ -29,6 +29,14 @@ def test_a_run_is_one_row(times, tmp_path):
     assert row["command"] == "it" and row["tests"] == 2 and 0 < row["cpu_seconds"] < 10 and row["seconds"] > 0
 
 
+def test_compilers_start_from_the_named_folder(times, tmp_path):
+    names = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+    command = (
+        f"import os; assert all(os.environ[n].startswith({str(tmp_path)!r}) for n in {names}); print('1 passed in 1s')"
+    )
+    assert times.measure("it", [sys.executable, "-c", command], tmp_path)["tests"] == 1
+
+
 def test_a_failed_run_is_no_row(times, tmp_path):
     with pytest.raises(RuntimeError, match=r"expected exit code 0, got 3\nboom"):
         times.measure("it", [sys.executable, "-c", "print('boom'); raise SystemExit(3)"], tmp_path)

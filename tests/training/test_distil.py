@@ -52,7 +52,7 @@ def call(pipe):
     return pipe(generator=torch.Generator().manual_seed(0), **picture_call()).images
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_target_is_the_teachers_result_and_is_learned(trained):
     pytest.importorskip("peft")
     torch.manual_seed(0)
@@ -83,7 +83,7 @@ def test_target_is_the_teachers_result_and_is_learned(trained):
         trained.transformer.unload_lora()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_student_loads_fuses_and_unloads(student):
     pipe, out, losses = student
     assert len(losses) == 3 and json.loads((out / "student.json").read_text())["updates"] == 3
@@ -106,7 +106,7 @@ def test_student_loads_fuses_and_unloads(student):
     torch.testing.assert_close(call(pipe), teacher, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_forecast_runs_with_the_lora(student):
     pipe, out, _ = student
     specedit.install(pipe, steps=(0, 0, 8), forecast="taylor", forecast_order=1, forecast_interval=2)
@@ -138,7 +138,7 @@ def test_wrong_arguments_are_refused(capsys):
     assert "--substeps: expected at least 2, got 1" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_packaged_student_beats_the_editor_at_8_steps():
     pytest.importorskip("peft")
     pipe = micro.load("kontext")

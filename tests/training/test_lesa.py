@@ -63,7 +63,7 @@ def test_duplicates_are_averaged(trajectory):
         torch.testing.assert_close(both.loss(coefficients), mean)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_ground_truth_learns(trajectory):
     torch.manual_seed(0)
     data = list(lesa_training.samples(trajectory, 3, 2))
@@ -71,7 +71,7 @@ def test_ground_truth_learns(trajectory):
     assert losses[-1] < 0.9 * losses[0]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_closed_loop_learns(trajectory):
     torch.manual_seed(0)
     predictor = lesa.Predictor()

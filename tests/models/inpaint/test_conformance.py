@@ -15,7 +15,7 @@ from specedit.testing.switches import SwitchConformance
 
 from ..test_flux2_conformance import rotations
 
-pytestmark = pytest.mark.slow  # the other files in this folder have quick tests
+pytestmark = pytest.mark.thorough  # the other files in this folder have quick tests
 ODD = ((128, 128), (176, 80))  # Qwen's pipeline brings pictures to multiples of 32 px
 FAMILIES = {
     "kontext": dict(adapter=FluxKontextInpaint, compiles_as="FluxKontext", runs_others=True, sizes=ODD),

@@ -70,7 +70,7 @@ def test_one_head_of_every_block_attends_to_its_own_reference_token(pipe):
         assert own[0] > 0.2 and own[0] > 10 * own[1:].max()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_saved_editor_reads_back(pipe, tmp_path):
     build.save(pipe, tmp_path / "editor")
     again = kontext.read(tmp_path / "editor", torch_dtype=torch.float32)

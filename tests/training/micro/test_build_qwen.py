@@ -51,7 +51,7 @@ def test_the_text_stream_is_short(pipe):
     assert embeds.shape[1] <= 4 + 2 + 5 + len(pipe.tokenizer(case.prompt).input_ids) and embeds.shape[2] == 192
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_autoencoder_starts_as_a_thumbnail(pipe):
     image = scenes.draw([scenes.describe(4)], 128, 128)[0] * 2 - 1
     flat = FlatAutoencoder(pipe.vae)
@@ -84,7 +84,7 @@ def test_one_head_of_every_block_attends_to_its_own_reference_token(pipe):
         assert own[0] > 0.2 and own[0] > 10 * own[1:].max()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_saved_editor_is_small_and_reads_back_quickly(pipe, tmp_path):
     folder = tmp_path / "editor"
     rates = pipe.text_encoder.model.language_model.rotary_emb.inv_freq.clone()

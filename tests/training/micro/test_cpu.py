@@ -96,7 +96,7 @@ print(plain, resident())
 """
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_process_keeps_freed_memory():
     run = subprocess.run([sys.executable, "-c", FREED], capture_output=True, check=True, cwd=ROOT)

@@ -100,7 +100,7 @@ def test_whole_transformer_without_text():
     assert torch.allclose(got, expected, rtol=1e-3, atol=1e-3) and expected.std() > 0.1
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_other_sizes_are_refused():
     source = build.transformer()
     for config, message in (
@@ -115,7 +115,7 @@ def test_other_sizes_are_refused():
         assert torch.equal(target.img_in.weight, before)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_autoencoder_is_distilled():
     torch.manual_seed(0)
     vae, other = build.autoencoder(), build.autoencoder()
@@ -140,7 +140,7 @@ def test_autoencoder_is_distilled():
     assert distance() < 0.98 * before and all(p.grad is None for p in other.parameters())
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_training_inherits_and_refuses_what_does_not_fit(tmp_path, few_tasks):
     teacher = build.kontext(1)
     with torch.no_grad():
@@ -177,7 +177,7 @@ def test_training_inherits_and_refuses_what_does_not_fit(tmp_path, few_tasks):
         train.train(loop.Settings(tmp_path / "new", model="qwen", **few | {"like": tmp_path / "bare"}))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_trained_editor_inherits_the_transformer_only(tmp_path, monkeypatch):
     """The packaged editors have the same latents; autoencoder and words stay, and are joined to the new blocks."""
     done = []
@@ -205,7 +205,7 @@ def test_trained_editor_inherits_the_transformer_only(tmp_path, monkeypatch):
     assert torch.equal(ours.state_dict()[bias], fresh.transformer.state_dict()[bias])
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_follow_keeps_the_transformer(tmp_path, monkeypatch):
     done = []
     for part in ("link", "probes", "editor"):

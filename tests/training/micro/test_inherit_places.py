@@ -14,7 +14,7 @@ PROMPTS = ["make it grey", "add a small yellow hexagon at the bottom right of th
 HEADS = [head for head, _ in landmarks.LANDMARK_HEADS]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_every_prompt_begins_with_the_same_tokens(tmp_path):
     pipe = build_qwen.qwen()
     with torch.no_grad():
@@ -81,7 +81,7 @@ def given(pipe, run, tokens):
     return logits.softmax(-1)[:, HEADS, :n, tokens]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("seed, bound", [(0, 0.5), (1, 0.35)])
 def test_attention_to_template_tokens_is_that_to_landmarks(monkeypatch, seed, bound):
     """With the packaged editors, at the size that is fitted for; smaller here, to be quick. The packaged Qwen editor

@@ -14,7 +14,7 @@ from training.micro import build, family_kontext, landmarks, loop, train
 PROMPTS = ["make it grey", "add a small yellow hexagon at the bottom right of the picture", ""]
 
 
-@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 30], ids=["fresh", "trained"])
+@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.thorough), 30], ids=["fresh", "trained"])
 def placed(request):
     pipe = build.kontext()
     with torch.no_grad():  # the blocks of a trained encoder add more to the embeddings than fresh ones do
@@ -25,7 +25,7 @@ def placed(request):
     return pipe
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_every_prompt_ends_with_landmarks_even_if_truncated(placed, tmp_path):
     build.save(placed, tmp_path)
     placed.to(dtype=torch.float32)
@@ -41,7 +41,7 @@ def test_every_prompt_ends_with_landmarks_even_if_truncated(placed, tmp_path):
         assert pipe.text_encoder_2.get_input_embeddings().weight.shape[0] == len(tokenizer)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_adding_landmarks_twice_changes_nothing(placed):
     before = {name: value.clone() for name, value in placed.transformer.state_dict().items()}
     words = len(placed.tokenizer_2)
@@ -77,7 +77,7 @@ def weights(pipe, grid):
     return logits.softmax(-1)[:, heads, :n, :TEXT_TOKENS], ids
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_attention_to_landmarks_follows_the_formula(placed):
     grid = (6, 10)
     given, ids = weights(placed, grid)
@@ -107,7 +107,7 @@ def test_position_is_linearly_readable_from_the_attention(placed):
     assert (known[0] @ solved - places).abs().max() < 0.1
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_other_heads_are_unchanged():
     pipe = build.kontext()
     old = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
@@ -128,7 +128,7 @@ def test_other_heads_are_unchanged():
     assert not attn.to_add_out.weight[:, touched].any()  # text tokens do not read them
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("start", [False, True])
 def test_training_adds_landmarks(start, tmp_path, few_tasks, monkeypatch):
     known = []

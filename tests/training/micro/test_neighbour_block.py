@@ -58,7 +58,7 @@ def test_t5_without_neighbour_block_ignores_order(shallow):
     assert changed == {"encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"}
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_neighbour_block_learns_the_order(shallow, at_full_rate, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "LOGGED", 18)
     monkeypatch.setattr(neighbour_block, "BATCH", 12)
@@ -95,7 +95,7 @@ def test_t5_queries_and_keys_learn_slowly():
         assert step == pytest.approx(1e-4 if name in slow else 1e-3, rel=0.01), name
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_training_adds_a_missing_neighbour_block(few_tasks, shallow, tmp_path):
     build.save(shallow, tmp_path / "old")
     settings = dict(

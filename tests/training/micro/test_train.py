@@ -157,7 +157,7 @@ def test_noise_levels_follow_the_share_from_the_top():
     assert above[1] == pytest.approx((above[0] + above[2]) / 2, abs=0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_loss_of_an_untrained_editor_is_that_of_predicting_zero():
     pipe = build.kontext()
     batch = train_editor.encode(pipe, [scenes.describe(s) for s in loop.seeds(0, 8)], (64, 64), "cpu")
@@ -169,7 +169,7 @@ def test_loss_of_an_untrained_editor_is_that_of_predicting_zero():
     assert float(losses["flow"]) == pytest.approx(expected, rel=0.15)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_train_resume_and_continue_from_weights(tmp_path, few_tasks):
     few = dict(vae_minutes=10.0, text_minutes=10.0, minutes=10.0, largest=64)
     torch.manual_seed(0)
@@ -191,7 +191,7 @@ def test_train_resume_and_continue_from_weights(tmp_path, few_tasks):
     assert all(torch.equal(kept[name], value) for name, value in pipe.vae.state_dict().items())
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_train_and_resume_qwen(tmp_path, few_tasks):
     few = dict(vae_minutes=10.0, text_minutes=10.0, minutes=10.0, largest=64, model="qwen")
     train.train(loop.Settings(tmp_path / "run", steps=1, **few))
@@ -209,7 +209,7 @@ def test_train_and_resume_qwen(tmp_path, few_tasks):
         train.train(loop.Settings(tmp_path / "new", start=tmp_path / "run" / "editor", **few | {"model": "kontext"}))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_gradients_reach_every_used_parameter_of_qwen(few_blocks):
     torch.manual_seed(0)
     pipe = families.family_named("qwen").build(0)
@@ -245,7 +245,7 @@ def test_muon_excludes_modulation():
     assert sum(len(o.param_groups[0]["params"]) for o in (adam, muon)) == len(list(pipe.transformer.parameters()))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_focused_tasks_share_a_place_and_have_every_kind():
     rng, seeds = random.Random(0), iter(loop.seeds(0, 10**6))
     tasks = train_editor.draw_tasks(seeds, 200, rng, (2, 0))
@@ -272,7 +272,7 @@ def test_focus_keeps_tokens_around_small_edits():
     assert len(whole) == len(at) and int(whole.max()) > 200
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["kontext", "qwen"])
 def test_selected_tokens_keep_their_positions(name):
     """A permutation of all tokens permutes the velocities; without most of the tokens they differ."""
@@ -298,7 +298,7 @@ def test_selected_tokens_keep_their_positions(name):
     assert not getattr(pipe.transformer.pos_embed, "_forward_hooks", None)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_steps_at_512_px_are_mostly_focused(monkeypatch):
     def encode(_pipe, tasks, size, _device):
         grid = (size[0] // 16, size[1] // 16)
@@ -341,7 +341,7 @@ def test_continued_training_starts_in_the_middle_of_the_curriculum(monkeypatch):
         assert asked.pop() == pytest.approx(progress, abs=0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_loss_of_selected_tokens_uses_the_grids_noise_levels():
     """The shift must depend on the grid, not on the number of selected tokens."""
     pipe = build.kontext()  # untrained: predicts nothing, so that the loss is what the tokens make it
@@ -359,7 +359,7 @@ def test_loss_of_selected_tokens_uses_the_grids_noise_levels():
     assert torch.equal(*levels)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "rate", "steps"), [("kontext", 2e-4, 12), ("qwen", 1e-4, 20)])
 def test_autoencoder_learns(name, rate, steps):
     """It improves on its thumbnail initialisation, for one batch under the same noise."""

@@ -54,7 +54,7 @@ def batch(teacher):
     return encode(teacher, [scenes.describe(s) for s in loop.seeds(0, 4)], (64, 64), "cpu")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_states_are_recorded_and_hooks_removed(student, teacher):
     batch = encode(student, [scenes.describe(s) for s in loop.seeds(0, 2)], (64, 64), "cpu")
     pairs = inherit.block_pairs(student.transformer, teacher.transformer)
@@ -86,7 +86,7 @@ def test_error_is_normalised_by_each_channels_variance():
     assert torch.allclose(train_link.normalised_mse(far, wanted, weight), got, rtol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_loss_of_the_teacher_itself_is_zero(student, teacher, batch, monkeypatch):
     losses = []
     for _ in range(2):
@@ -121,7 +121,7 @@ def test_loss_of_the_teacher_itself_is_zero(student, teacher, batch, monkeypatch
     assert parts["states"] == 0 and parts["velocity"] > 0  # without a prompt the true velocity counts
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_all_but_the_autoencoder_is_trained_and_the_teacher_frozen(student, teacher, tmp_path, few_tasks):
     names = ("transformer", "text_encoder", "vae")
     before = {name: copy.deepcopy(getattr(student, name).state_dict()) for name in names}
@@ -143,7 +143,7 @@ def test_all_but_the_autoencoder_is_trained_and_the_teacher_frozen(student, teac
     assert torch.load(tmp_path / "link.pt", weights_only=True)["step"] == 2
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("ask", [False, True])
 def test_link_loss_is_learned(student, teacher, batch, ask):
     probes = probes_of(student) if ask else None
@@ -164,14 +164,14 @@ def test_link_loss_is_learned(student, teacher, batch, ask):
     assert all(values[-1] < 0.8 * values[0] for values in losses.values())
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_untrained_teacher_is_refused(student, tmp_path, few_tasks):
     settings = loop.Settings(tmp_path, steps=2, link_minutes=10.0, largest=64)
     with pytest.raises(ValueError, match="expected a trained editor, got one whose output is the same everywhere"):
         train_link.train_link(student, build.kontext(0), probes_of(student), settings, loop.Log(tmp_path / "log.json"))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("follow", [False, True])
 def test_small_images_come_first_unless_following(student, teacher, tmp_path, monkeypatch, follow):
     shares = []

@@ -18,7 +18,7 @@ def untrained(name):
     return pipe, Probes(pipe.transformer, families.family_of(pipe).probed_blocks(pipe.transformer))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["kontext", "qwen"])
 def test_probe_loss_is_learned(name, few_blocks):
     pipe, probes = untrained(name)
@@ -37,7 +37,7 @@ def test_probe_loss_is_learned(name, few_blocks):
     assert not probes.hidden  # later blocks did not run
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_only_first_truncates_and_restores():
     pipe, _ = untrained("qwen")
     model, seen = pipe.transformer, []
@@ -60,7 +60,7 @@ def test_only_first_truncates_and_restores():
         hook.remove()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["kontext", "qwen"])
 def test_only_text_encoders_and_first_blocks_change(name, tmp_path, few_tasks):
     pipe, probes = untrained(name)
@@ -85,7 +85,7 @@ def test_only_text_encoders_and_first_blocks_change(name, tmp_path, few_tasks):
 
 
 # Nothing here depends on the family but what the tests above try with both.
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_probes_are_first_fitted_to_a_trained_editor(tmp_path, few_tasks, at_full_rate, monkeypatch):
     monkeypatch.setattr(loop, "LOGGED", 10)
     monkeypatch.setattr(train_probes, "PROBE_SHARE", 1.0)  # no time for the second part
@@ -108,7 +108,7 @@ def test_probes_are_first_fitted_to_a_trained_editor(tmp_path, few_tasks, at_ful
     assert not any(p.requires_grad for module in (*editor, probes) for p in module.parameters())
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_first_blocks_then_learn_and_stay_near(tmp_path, few_tasks, at_full_rate, monkeypatch):
     monkeypatch.setattr(loop, "LOGGED", 8)
     monkeypatch.setattr(train_probes, "PROBE_SHARE", 0.0)
@@ -140,7 +140,7 @@ def test_first_blocks_then_learn_and_stay_near(tmp_path, few_tasks, at_full_rate
     assert not any(p.requires_grad for module in (pipe.transformer, *texts, probes) for p in module.parameters())
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_drift_of_an_unchanged_editor_is_zero_and_prompt_losses_are_summed(few_blocks):
     pipe, probes = untrained("kontext")
     batch = encode(pipe, [scenes.describe(s) for s in loop.seeds(0, 4)], (64, 64), "cpu")
@@ -158,7 +158,7 @@ def test_drift_of_an_unchanged_editor_is_zero_and_prompt_losses_are_summed(few_b
     assert losses(train_probes.probe_distil_loss, old)["drift"] > 0.0
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_probes_are_fitted_at_high_noise(few_blocks, monkeypatch):
     pipe, probes = untrained("kontext")
     batch = encode(pipe, [scenes.describe(s) for s in loop.seeds(0, 8)], (64, 64), "cpu")
@@ -192,7 +192,7 @@ def test_images_are_small_and_seeds_are_separate(tmp_path, monkeypatch):
     assert all(0 < start != 1 << 20 for _, start in seen)  # where train_link's tasks begin
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_probes_are_kept_for_the_whole_training(tmp_path, few_tasks, monkeypatch):
     calls = []
     monkeypatch.setattr(train, "train_vae", lambda *_: None)
@@ -208,7 +208,7 @@ def test_probes_are_kept_for_the_whole_training(tmp_path, few_tasks, monkeypatch
     assert len(calls) == 1  # the probes' own part runs once
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_continued_training_skips_the_text_part(tmp_path, monkeypatch):
     calls = []
     for part in ("text", "probes", "editor"):

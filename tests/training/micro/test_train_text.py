@@ -9,7 +9,7 @@ from training.micro import build, families, loop, train_text
 from training.micro.probes import PROMPT_CLASSES
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["kontext", "qwen"])
 def test_text_encoders_learn_what_prompts_say(name, few_blocks):
     torch.manual_seed(0)
@@ -32,7 +32,7 @@ def test_text_encoders_learn_what_prompts_say(name, few_blocks):
     assert all(any(p.grad is not None for p in module.parameters()) for module in modules)  # not the heads alone
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_train_text_changes_the_text_encoders_and_nothing_else(tmp_path):
     pipe = build.kontext()
     before = {name: {k: v.clone() for k, v in getattr(pipe, name).state_dict().items()} for name in pipe.components

@@ -14,7 +14,7 @@ def textures(count: int) -> list[scenes.Scene]:
     return [scenes.describe(seed, "texture") for seed in loop.seeds(0, count)]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_batch_with_textures_has_a_finite_loss_with_and_without_probes():
     torch.manual_seed(0)
     pipe = build.kontext()
