@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
 # Installs the package with pinned versions into a virtual environment, and checks it.
 #   scripts/test.sh [--all] [VENV]     VENV: made when missing, default .venv
-# --all adds the tests marked `thorough` and more of the kernels' compilation, as .ci/run does. PYTHON names the
+# --all, as in .ci/run, adds the tests marked `thorough` and compiles every pair of a kernel's switches: for each
+# architecture with the known-good Triton, and once with the oldest supported one, which pip puts into a folder of its
+# own that is removed afterwards. `benchmarks/gpu.sh --part compile` compiles every configuration. PYTHON names the
 # interpreter that makes VENV (default python3.11, which the known-good set was recorded with, else python3). Only pip
-# uses the network. The checks run beside the tests and are shown when the tests have ended. Every pair of a kernel's
-# switches is compiled once with the known-good Triton; with --all for each architecture, and once with the oldest
-# supported Triton, which pip puts into a folder of its own that is removed afterwards. `benchmarks/gpu.sh --part
-# compile` compiles every configuration. mypy is run by a test.
+# uses the network. The checks run beside the tests and are shown when the tests have ended. mypy is run by a test.
 set -euo pipefail
 set -m # each check has a process group of its own, which ends with this script
 cd "$(dirname "$0")/.."
@@ -62,8 +61,6 @@ beside "formatting" "$venv/bin/ruff" format --check "$PWD"
 if [ "$all" ]; then
     beside "kernels compile without a GPU" "$venv/bin/python" -m specedit_kernels.compile_check --pairwise --jobs 1
     beside "kernels compile with Triton $oldest_triton, the oldest supported" compile_with_the_oldest_triton
-else
-    beside "kernels compile without a GPU" "$venv/bin/python" -m specedit_kernels.compile_check --pairwise-archs --jobs 1
 fi
 beside "demo, small" "$venv/bin/specedit" demo --size 128 --preset few-4 --out demo
 

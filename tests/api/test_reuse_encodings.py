@@ -39,7 +39,7 @@ def reused(pipe):
 # --------------------------------------------------------------------------------------------- what is reused, and said
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_another_seed_encodes_and_drafts_nothing(pipe, edit, count_calls):
     specedit.install(pipe, **REUSING)
     first, calls = edit(pipe), count_calls(*encoders(pipe))
@@ -53,7 +53,7 @@ def test_another_seed_encodes_and_drafts_nothing(pipe, edit, count_calls):
     assert json.loads(json.dumps(report.to_dict()))["reused"] == AGAIN
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("change", "kept"),
     [
@@ -111,7 +111,7 @@ def test_an_interrupted_draft_is_not_kept(pipe, edit):
     assert reused(pipe) == {"prompts": 1, "pictures": 1} and specedit.report(pipe).draft_steps == 3
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_what_a_callback_writes_into_embeddings_ends_with_its_call(pipe, edit):
     specedit.install(pipe, **REUSING)
     first = edit(pipe)
@@ -129,7 +129,7 @@ def test_what_a_callback_writes_into_embeddings_ends_with_its_call(pipe, edit):
     assert torch.equal(edit(pipe, prompt="make it blue"), blue)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_drafts_own_small_picture_is_encoded_once(make_small_qwen, picture):
     small = dict(steps=(1, 1, 1), draft_steps=1, draft_condition="small")
     call = dict(image=picture(96, 96), prompt="make it red", output_type="latent", height=96, width=96)
@@ -204,7 +204,7 @@ def replace_scheduler(pipe):
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, base_shift=1.0)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("before", "change"),
     [
@@ -228,7 +228,7 @@ def test_a_change_of_weights_or_settings_ends_it(own, edit, before, change):
     assert torch.equal(edit(own), after)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_pipeline_that_shares_the_encoder_sees_its_change(own, make_pipe, edit):
     other = make_pipe()
     other.text_encoder_2 = own.text_encoder_2
@@ -239,7 +239,7 @@ def test_a_pipeline_that_shares_the_encoder_sees_its_change(own, make_pipe, edit
     assert reused(other) == {}
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_encoders_that_draw_random_numbers_are_run_each_time(own, edit):
     own.text_encoder_2.train()  # dropout
     specedit.install(own, **REUSING)
@@ -270,7 +270,7 @@ def test_a_pipeline_with_its_own_encoding_is_asked_each_time(make_pipe, edit):
     assert reused(pipe) == {"pictures": 1, "findings": 1}
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_weights_that_cannot_be_watched_are_said_once(own, edit):
     with torch.inference_mode():
         own.vae.encoder.conv_in.weight.data = own.vae.encoder.conv_in.weight.data.clone()
@@ -285,7 +285,7 @@ def test_weights_that_cannot_be_watched_are_said_once(own, edit):
 # ----------------------------------------------------------------------------------- offloading, threads, memory, stock
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("offload", ["models", "modules"])
 def test_offloaded_weights_are_the_same_weights(own, edit, offload):
     expected = edit(specedit.install(own, **QUICK))
@@ -302,7 +302,7 @@ def test_offloaded_weights_are_the_same_weights(own, edit, offload):
     torch.testing.assert_close(first, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_threads_share_what_is_kept(pipe, edit):
     embeds, pooled, _ = pipe.encode_prompt("make it red", None, max_sequence_length=16)
     given = dict(prompt=None, prompt_embeds=embeds, pooled_prompt_embeds=pooled, edit_mask=CORNER)
@@ -326,7 +326,7 @@ def test_the_least_recently_used_goes_first():
     assert kept.get(b"e") is None and len(kept) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_memory_ends_with_the_installation(pipe, edit):
     specedit.install(pipe, **REUSING)
     edit(pipe)

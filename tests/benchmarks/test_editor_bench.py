@@ -52,7 +52,7 @@ def bench():
     return made
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_compiling_is_undone(bench):
     block = bench.pipe.transformer.transformer_blocks[0]
     bench.execute("compiled")
@@ -61,7 +61,7 @@ def test_compiling_is_undone(bench):
     assert block._compiled_call_impl is None
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_fastest_backend_is_found_once_and_set(bench, monkeypatch):
     case = Case("flux-kontext", 128, 128, 1, "eager")
     monkeypatch.setattr(editor_bench, "BACKENDS", ("native", "_native_math"))
@@ -73,7 +73,7 @@ def test_fastest_backend_is_found_once_and_set(bench, monkeypatch):
     assert processor._attention_backend == "_native_math"
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_loading_another_model_frees_the_first(bench):
     first = bench.pipe
     assert bench.load("flux-kontext") is first

@@ -40,7 +40,7 @@ def measured(tmp_path_factory, stock_calls):
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_rows_hold_what_result_files_promise(measured):
     content = json.loads(measured.read_text())
     assert content["command"].startswith("python -m benchmarks.end_to_end --json") and content["machine"]["torch"]
@@ -58,14 +58,14 @@ def test_rows_hold_what_result_files_promise(measured):
         assert sum(stage["seconds"] for stage in row["stages"]) <= 1.05 * row["seconds"]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_stock_call_that_is_timed_takes_the_steps_that_rows_name(measured, stock_calls):
     for row in json.loads(measured.read_text())["rows"]:
         steps = [steps for seconds, steps in stock_calls if seconds == pytest.approx(row["seconds_stock"], rel=1e-4)]
         assert row["stock_steps"] == 4 and 4 in steps, (row["seconds_stock"], stock_calls)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_unfinished_file_is_resumed(measured, tmp_path, capsys):
     path = tmp_path / "again.json"
     shutil.copy(measured, path)
@@ -96,7 +96,7 @@ def test_unknown_kind_is_budgeted_as_the_slowest():
     assert budget.fits("quick")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_slow_cases_are_repeated_less(tmp_path):
     path = tmp_path / "slow.json"
     given = ["--json", str(path), *FLUX, "--batch", "1", "--restore", "full", "--repeat", "3"]
@@ -105,7 +105,7 @@ def test_slow_cases_are_repeated_less(tmp_path):
     assert row["repeats"] == row["repeats_stock"] == 1
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_another_machine_or_code_needs_another_file(measured, tmp_path, capsys):
     path = tmp_path / "other.json"
     content = json.loads(measured.read_text())
@@ -116,7 +116,7 @@ def test_another_machine_or_code_needs_another_file(measured, tmp_path, capsys):
     assert json.loads(path.read_text()) == content
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_pipeline_without_an_adapter_is_skipped_and_its_stock_is_measured(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("benchmarks.editor_bench.adapter_of", lambda pipe: None)
     path = tmp_path / "qwen.json"
@@ -128,7 +128,7 @@ def test_a_pipeline_without_an_adapter_is_skipped_and_its_stock_is_measured(tmp_
     assert [m["case"]["preset"] for m in content["measurements"]] == [None] and content["rows"] == []
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_failure_is_recorded_and_other_cases_run(tmp_path, capsys, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("out of\nmemory")
@@ -176,7 +176,7 @@ def test_cases_are_unique_and_stock_comes_first():
     assert wanted[0] == Case("flux-kontext", 1024, 1024, 1, "eager")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_presets_with_other_fields_are_cases_of_their_own(tmp_path):
     path, kept = tmp_path / "kept.json", "reference_refresh=2"
     given = ["--json", str(path), *FLUX, "--batch", "1", "--restore", "reference", "--changes", "", "--changes", kept]
@@ -186,7 +186,7 @@ def test_presets_with_other_fields_are_cases_of_their_own(tmp_path):
     assert changed["flops_ratio"] > plain["flops_ratio"]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_cache_alone_runs_without_a_draft(tmp_path):
     path, cache = tmp_path / "cache.json", "steps=(0,0,50) forecast='reuse' forecast_interval=9"
     assert end_to_end.main(["--json", str(path), *FLUX, "--batch", "1", "--restore", "full", "--changes", cache]) == 0

@@ -15,7 +15,7 @@ def test_every_setting_takes_the_steps_that_it_is_compared_at():
             assert config.nfe == int(name[0]), name
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_settings_stand_beside_stock(shallow_editors, tmp_path):
     out = tmp_path / "few.json"
     names = ["stock-4", "4: few-4", "4: start", "4: draft_steps=0"]

@@ -15,7 +15,7 @@ def test_every_kind_has_a_task_and_textures_two():
     assert sorted(set(kinds)) == sorted(ALL_KINDS) and kinds.count("texture") == 2 and len(kinds) == 8
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_picture_and_its_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(gallery, "PRESETS", (("ultra", "reference"),))
     file = tmp_path / "results.json"

@@ -25,7 +25,7 @@ def test_the_nearest_setting_of_every_method():
     assert method_gallery.nearest(ROWS, 50)[0] == "stock-1"
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_pictures(tmp_path, monkeypatch):
     cheap = {
         "stock-10": {"group": "stock", "steps": 1},

@@ -22,7 +22,7 @@ def test_every_method_and_cache_has_its_rows():
     assert {row.split()[0] for row, group in groups.items() if group == "cache"} == set(forecasts)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_run_scores_both_sides_and_a_users_method(tmp_path):
     out, plugin = tmp_path / "m.json", tmp_path / "mine.py"
     plugin.write_text(
@@ -43,7 +43,7 @@ def test_a_run_scores_both_sides_and_a_users_method(tmp_path):
     assert rows["turbo-reference"]["preset"] == "turbo"
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_every_single_switch_runs(shallow_editors, tmp_path):
     every, out = methods.variants(), tmp_path / "m.json"
     ideas = [name for name, settings in every.items() if settings["group"] == "idea"]

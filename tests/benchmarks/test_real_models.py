@@ -30,7 +30,7 @@ def test_tiny_models_edit_a_batch_from_embeddings(model):
     assert out.shape == (2, 3, 64, 96) and out.isfinite().all() and out.std() > 0
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_prompts_have_realistic_lengths():
     meta = {name: build("meta", torch.bfloat16) for name, build in real_models.MODELS.items()}
     flux = real_models.arguments(meta["flux-kontext"], 64, 64, 3)

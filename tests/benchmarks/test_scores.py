@@ -25,7 +25,7 @@ def scored(monkeypatch):
     return seeds
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_resumed_run_scores_only_what_is_missing(shallow_editors, tmp_path, scored, monkeypatch):
     monkeypatch.setattr(scores, "EVERY", 1)
     out = tmp_path / "q.json"
@@ -50,7 +50,7 @@ def test_a_resumed_run_scores_only_what_is_missing(shallow_editors, tmp_path, sc
     assert len(scored) == 6 and json.loads(out.read_text()) == second
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_missing_numbers_are_left_out_of_the_mean(shallow_editors, tmp_path, scored):
     """Where everything was to change there is nothing to keep: null in the file, nan in the mean of a resumed run."""
     out = tmp_path / "q.json"
@@ -67,7 +67,7 @@ def test_missing_numbers_are_left_out_of_the_mean(shallow_editors, tmp_path, sco
     assert math.isfinite(row["mean"]["keep_psnr"]) and row["mean"]["keep_psnr"] == row["cases"][1]["keep_psnr"]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -171,7 +171,7 @@ def test_a_part_that_is_none_is_refused(text, capsys):
     assert f"--part: expected K/N with K from 1 to N, got {text}" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_caches_and_the_student_are_scored_and_the_pipeline_is_left_plain(tmp_path, scored, monkeypatch):
     out = tmp_path / "f.json"
     pipes, load = [], micro.load

@@ -24,7 +24,7 @@ def test_its_scenes_have_objects_that_their_shapes_name():
     assert keep.shape == source.shape[:2] and 0 < keep.mean() < 1
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_row_for_every_edit(shallow_editors, tmp_path):
     path = tmp_path / "session.json"
     session.main(["--scenes", "1", "--edits", "2", "--size", "64", "--preset", "few-4", "--out", str(path)])

@@ -38,7 +38,7 @@ def few_steps(shallow_editors, monkeypatch):
     monkeypatch.setitem(sweep.BASE, "preset", "few-4")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_interrupted_sweep_is_resumed(few_steps, tmp_path):
     out = tmp_path / "sweep-64.json"
     some = ["--only", "base", "guidance_range", "--size", "64", "--out", str(out)]
@@ -65,7 +65,7 @@ def test_with_masks_nothing_is_drafted(shallow_editors, tmp_path):
     assert written["rows"][0]["mean"]["recall"] == 1
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_selector_that_needs_no_draft_has_no_recall(shallow_editors, tmp_path):
     out = tmp_path / "selectors.json"
     sweep.main(["--only", "selector", "--size", "64", "--cases", "1", "--textures", "0", "--out", str(out)])
@@ -73,7 +73,7 @@ def test_a_selector_that_needs_no_draft_has_no_recall(shallow_editors, tmp_path)
     assert recall["selector=uniform"] is None and 0 <= recall["selector=edges"] <= 1
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_qwen_editor_is_compared_under_its_own_guidance(few_steps, tmp_path):
     out = tmp_path / "switches-64.json"
     some = ["--model", "qwen", "--only", "base", "guidance_range", "draft_condition"]

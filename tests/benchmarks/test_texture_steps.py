@@ -9,7 +9,7 @@ from specedit import micro
 from specedit.micro.evaluation import TEXTURE_SEED
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_curve_of_steps_is_resumed_in_turns(shallow_editors, few_renders, tmp_path, monkeypatch):
     ran, real = [], micro.evaluate
     monkeypatch.setattr(scores, "EVERY", 1)
@@ -29,7 +29,7 @@ def test_the_curve_of_steps_is_resumed_in_turns(shallow_editors, few_renders, tm
         assert row["mean"]["texture_distance"] > 0 and "success" not in row["mean"]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_tables_have_textures_besides(shallow_editors, few_renders, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(quality, "variants", lambda: {"stock-1": {"steps": 1}})
     out = tmp_path / "q.json"

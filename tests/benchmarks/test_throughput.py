@@ -18,7 +18,7 @@ def test_throughput_adds_the_workers_and_leaves_out_their_first_rows():
     ]  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_small_measurement_is_written(tmp_path, capsys, monkeypatch):
     """The command runs in this process, whose imports are made."""
     ran = []

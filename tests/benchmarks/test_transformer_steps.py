@@ -24,7 +24,7 @@ def test_odd_and_tiny_grids_have_no_empty_sequence():
         assert all(layout.tokens > 0 for _, layout in sequences(grid, torch.device("cpu")))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_every_sequence_is_timed_once(tmp_path, capsys):
     path = tmp_path / "steps.json"
     given = ["--json", str(path), *TINY, "--model", "flux-kontext", "--execution", "eager"]

@@ -222,7 +222,7 @@ def test_warps_meet_in_every_order(monkeypatch, stages, bias):
         assert interleavings.explore(*actions(monkeypatch, blocks, stages, bias)) > 80
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
 def test_warps_meet_in_every_order_of_longer_sequences(monkeypatch, stages):
     """More blocks than slots, so that each kind of slot is used again."""
@@ -287,7 +287,7 @@ def test_a_wrong_wait_shows_in_the_numbers(monkeypatch, rng):
 # --- the compiled kernel ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_warps_of_a_side_wait_for_each_other_before_they_free_a_slot():
     """One thread arrives for all, so a barrier of its warps comes first, in every version of Triton."""
     import triton
@@ -327,7 +327,7 @@ def dry(tuned_dry_gpu):
     return use
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @needs_driver
 def test_launches_of_any_layout(dry):
     from tests.kernels.test_dry_gpu import layouts, offsets
@@ -353,7 +353,7 @@ def test_launches_of_any_layout(dry):
         assert dry_run.errors == [] and dry_run.maps
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @needs_driver
 def test_a_launch_has_the_warps_and_the_memory_of_the_compiled_kernel(dry):
     """Two warpgroups, and a third one for the loading warp. A repeated launch is prepared, with Triton 3.7."""
@@ -365,7 +365,7 @@ def test_a_launch_has_the_warps_and_the_memory_of_the_compiled_kernel(dry):
     assert line.startswith("launch attend_pingpong grid 4 1 1 block 384 shared ") and int(line.split()[-1]) > 48 << 10
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @needs_driver
 def test_only_where_the_file_says_so(dry):
     """Other lengths, types, head dims, and lists of blocks have the plain kernel; a plan is made for whichever runs."""
@@ -397,7 +397,7 @@ def test_no_default_names_it():
         assert tune.PINGPONG not in json.loads(path.read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @needs_driver
 @pytest.mark.parametrize("capability", [(8, 0), (10, 0)], ids=str)
 def test_elsewhere_the_plain_kernel_runs_with_one_warning(dry, capability):
@@ -430,7 +430,7 @@ def call():
     return lambda **more: kernels.mixed_attention(q, q, q, key_bias=bias, **more)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @needs_driver
 def test_a_gpu_checks_it_before_its_use(dry):
     attend = call()
@@ -444,7 +444,7 @@ def test_a_gpu_checks_it_before_its_use(dry):
         assert plan.tile_keys == 64
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @needs_driver
 def test_the_plain_kernel_takes_the_place_of_a_wrong_one(dry):
     attend = call()

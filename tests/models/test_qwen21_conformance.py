@@ -31,7 +31,7 @@ def rotations(pipe, run):
 
 
 @pytest.mark.skipif(QwenImage21 is None, reason="this diffusers has no QwenImage21Pipeline")
-@pytest.mark.slow  # tests/models/qwen21 has quick tests
+@pytest.mark.thorough  # tests/models/qwen21 has quick tests
 class TestQwenImage21(Conformance):
     """Sides are multiples of two tokens. Padding moves the target, so the prompts of a batch have one length."""
 

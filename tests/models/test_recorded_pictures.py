@@ -24,9 +24,12 @@ DRAFT_STEPS = {"quality": 8, "balanced": 8, "fast": 8, "turbo": 8, "lightning-8"
 
 
 def processor():
+    """What rounding depends on. Processors of one name differ, and a virtual machine may hide instructions."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return f"{name or platform.processor()}, torch {torch.__version__}"
+    said = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    kind = "/".join(said.get(name, "?") for name in ("cpu family", "model", "stepping"))
+    flags = hashlib.sha256(said.get("flags", "").encode()).hexdigest()[:8]
+    return f"{said.get('model name') or platform.processor()}, {kind}, flags {flags}, torch {torch.__version__}"
 
 
 @pytest.fixture
