@@ -19,10 +19,8 @@ from tqdm.auto import tqdm
 
 from benchmarks import result_file
 from specedit import micro, uninstall
-from specedit.api.installation import installation_of
 from specedit.api.installing import install, last_report
 from specedit.evaluation import results
-from specedit.method import offered
 from specedit.micro import evaluation
 from specedit.micro.loading import identity
 from specedit.pipelines import EDITORS
@@ -108,8 +106,6 @@ def why_unfit(pipe: Any, config: str | None = None, **fields: Any) -> str | None
     """Why this editor cannot run a configuration, which may need trained weights, or None. Nothing stays installed."""
     try:
         install(pipe, config, **fields)
-        if (installed := installation_of(pipe)) is not None:
-            offered.check(installed.adapter, installed.config)  # what a call would refuse
     except (TypeError, ValueError, FileNotFoundError) as error:
         return str(error)
     finally:

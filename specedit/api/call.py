@@ -14,7 +14,7 @@ from specedit_kernels import check_backend
 
 from ..choices import backend_of
 from ..config import SpecEditConfig
-from ..method import haze, offered, restore, sampler
+from ..method import haze, restore, sampler
 from ..method.adapter import Run
 from ..method.callback import StepCallback
 from ..method.timesteps import modulated
@@ -116,7 +116,6 @@ def accelerated_call(
         with trace.timed("encode"):
             mask = inputs.mask_of(adapter, pipe, arguments, edit_mask, config)
             edit_mask = inputs.check(arguments, mask, config, "edit_mask" if mask is edit_mask else "mask_image")
-            offered.check(adapter, config)
             check_backend(backend_of(config.attention), _device(pipe))
             drafted = config.uses_draft and edit_mask is None
             if config.needs_decoder(masked=edit_mask is not None) == "features":

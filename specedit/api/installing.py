@@ -10,6 +10,7 @@ from typing import Any, TypeVar, Unpack
 
 from ..config import DEFAULT_THRESHOLDS, SpecEditConfig, fitted, resolve
 from ..hold import Hold
+from ..method import offered
 from ..method.adapter import Adapter
 from ..method.selectors import reads_threshold
 from ..models import adapter_of, adapters
@@ -41,8 +42,8 @@ def install(pipe: P, config: str | SpecEditConfig | None = None, **overrides: Un
 
     Raises:
         TypeError: a pipeline that is not supported, or an unknown field.
-        ValueError: a preset or value that does not exist, fields that exclude each other, a method that does not fit
-            the model, or a pipeline that was loaded without its transformer. The pipeline stays as it was.
+        ValueError: a preset or value that does not exist, fields that exclude each other, a method or a field that
+            does not fit the model, or a pipeline that was loaded without its transformer. The pipeline stays as it was.
         FileNotFoundError: a forecast without trained weights for this model.
         ImportError: a diffusers that is too old.
     """
@@ -90,17 +91,18 @@ def _install(pipe: Any, config: SpecEditConfig) -> None:
 
 
 def _check_fit(config: SpecEditConfig, adapter: Adapter, pipe: Any) -> None:
-    """As `check_method`, and errors of a forecast that finds nothing for this model, such as trained weights."""
-    check_method(config, adapter, pipe)
+    """As `check_offered`, and errors of a forecast that finds nothing for this model, such as trained weights."""
+    check_offered(config, adapter, pipe)
     if config.forecast_options is not None:
         config.forecast_options.prepare(pipe)
 
 
-def check_method(config: SpecEditConfig, adapter: Adapter, pipe: Any) -> None:
-    """ValueError where the configuration's method does not fit the model family."""
+def check_offered(config: SpecEditConfig, adapter: Adapter, pipe: Any) -> None:
+    """ValueError where the configuration's method, or another field, does not fit the model family."""
     method = config.method_options
     if method is not None and (reason := method.refusal(adapter)) is not None:
         raise ValueError(f"method: expected another one for {type(pipe).__name__}, {reason}, got {method.name!r}")
+    offered.check(adapter, config)
 
 
 def not_supported(pipe: Any) -> str:
@@ -179,13 +181,13 @@ def serve_next(pipe: Any, settings: served.Served) -> None:
     """Have this thread's next call of `pipe` run with settings of its own.
 
     Raises:
-        ValueError: SpecEdit is not installed, or the method does not fit the model.
+        ValueError: SpecEdit is not installed, or the method or another field does not fit the model.
     """
     installation = installation_of(pipe)
     if installation is None:
         raise ValueError(f"expected a pipeline with SpecEdit installed, got a plain {type(pipe).__name__}")
-    check_method(settings.config, installation.adapter, pipe)
     config = fitted(settings.config, skips_tokens=installation.adapter.skips_tokens)
+    check_offered(config, installation.adapter, pipe)
     served.put(installation, dataclasses.replace(settings, config=config))
 
 

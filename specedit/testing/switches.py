@@ -101,9 +101,8 @@ class SwitchConformance(Cases):
         steps = dict(steps=(2, 3, 1), draft_steps=2)
         offered = ["reference", "cached"] if family.adapter.skips_tokens else ["reference"]
         if "cached" not in offered:
-            pipe = specedit.install(family.make(), locked="cached", **steps)
             with pytest.raises(ValueError, match=f"locked: expected 'coarse' or 'reference' for {family.adapter.name}"):
-                family.run(pipe)
+                specedit.install(family.make(), locked="cached", **steps)
         (guide,), everything = self.guides(family, guided=True), torch.ones(8, 8)
         pipe, runs = family.make(), {}
         for locked in ("coarse", *offered):
@@ -119,13 +118,14 @@ class SwitchConformance(Cases):
         """Of every size that the pipeline takes: decoded at the coarse size, upsampled, encoded, and one full step."""
         steps = dict(steps=(2, 2, 2), draft_steps=2)
         for size in family.sizes:
-            pipe = specedit.install(family.make(), restore="pixels", **steps)
+            pipe = family.make()
             if not family.adapter.encodes_pixels:
                 with pytest.raises(
                     ValueError, match=f"restore: expected 'full' or 'reference' for {family.adapter.name}"
                 ):
-                    family.run(pipe, size)
+                    specedit.install(pipe, restore="pixels", **steps)
                 return
+            specedit.install(pipe, restore="pixels", **steps)
             latents, report = family.run(pipe, size), specedit.report(pipe)
             assert latents.isfinite().all()
             full = report.stages[-2]
@@ -170,9 +170,8 @@ class SwitchConformance(Cases):
         """What a part of the reference is, follows its positions; a run measures, shortens and ends."""
         steps = dict(steps=(2, 3, 2), draft_steps=2)
         if not family.adapter.measures_attention:
-            pipe = specedit.install(family.make(), reference_keep=0.15, **steps)
             with pytest.raises(ValueError, match=f"reference_keep: expected None for {family.adapter.name}"):
-                family.run(pipe)
+                specedit.install(family.make(), reference_keep=0.15, **steps)
             return
         (guide,), pipe, runs = self.guides(family, guided=True), family.make(), {}
         for keep in (None, 1.0, 0.15):

@@ -7,6 +7,7 @@ from diffusers import AutoencoderTiny
 from PIL import Image
 
 import specedit
+from specedit.api.installing import is_active
 from specedit.models.flux import FluxKontext
 from tests.api.common import CORNER, QUICK
 
@@ -184,9 +185,13 @@ def test_a_huge_picture(pipe, edit, picture, monkeypatch):
         ("token_wise", dict(forecast="toca")),
     ],
 )
-def test_what_a_model_does_not_offer_is_refused_before_its_inputs_are_encoded(pipe, edit, monkeypatch, offer, fields):
+def test_what_a_model_does_not_offer_is_refused_when_it_is_installed(pipe, edit, monkeypatch, offer, fields):
     monkeypatch.setattr(FluxKontext, offer, False)
-    monkeypatch.setattr(FluxKontext, "prepare", lambda *_: pytest.fail("the call's inputs were encoded"))
-    specedit.install(pipe, **fields)
-    with pytest.raises(ValueError, match=f"^{next(iter(fields))}: .*flux-kontext"):
-        edit(pipe)
+    for before in ({}, QUICK):
+        if before:
+            specedit.install(pipe, **before)
+        with pytest.raises(ValueError, match=f"^{next(iter(fields))}: .*flux-kontext"):
+            specedit.install(pipe, **fields)
+        assert is_active(pipe) == bool(before)
+    edit(pipe)
+    assert specedit.report(pipe).config.steps == QUICK["steps"]

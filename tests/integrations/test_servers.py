@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import specedit
+from specedit.api.installation import installation_of
 from specedit.api.installing import is_active
 from specedit.integrations import serving
 
@@ -42,6 +43,14 @@ def test_a_request_runs_with_the_servers_settings_and_its_own_mask(host, picture
     assert not torch.allclose(edited[..., :32, :32].float(), source[..., :32, :32], atol=1e-2)
     host.request(picture())
     assert not specedit.report(host.pipe).config.keep_pixels and specedit.report(host.pipe).draft_steps == 1
+
+
+def test_a_field_that_the_model_does_not_offer_is_refused_and_the_next_request_runs(host, picture, monkeypatch):
+    monkeypatch.setattr(type(installation_of(host.pipe).adapter), "encodes_pixels", False)
+    with pytest.raises(ValueError, match="restore: expected .full. or .reference. for"):
+        host.request(picture(), specedit={"restore": "pixels"})
+    host.request(picture())
+    assert specedit.report(host.pipe).nfe == 3
 
 
 def test_steps_that_a_server_sends_leave_the_preset_alone_and_this_is_said(host, picture, caplog):

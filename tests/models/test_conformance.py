@@ -16,6 +16,7 @@ from specedit.testing.conformance import CallConformance
 from specedit.testing.stages import StageConformance
 
 
+@pytest.mark.slow  # tests/models/flux and tests/extension have quick tests
 class TestFluxKontext(Conformance):
     # The settings as they are: tests/models/test_graphs.py.
     @pytest.mark.slow

@@ -18,7 +18,7 @@ import specedit
 from specedit.config import presets
 
 FILE = Path(__file__).with_name("recorded_pictures.json")
-FAMILIES = ("flux", "qwen", "longcat")
+FAMILIES = ("flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen", "longcat")))
 THRESHOLD = dict(flux=1.6, qwen=1.15, longcat=1.6)  # of random weights: about a third of the cells
 DRAFT_STEPS = {"quality": 8, "balanced": 8, "fast": 8, "turbo": 8, "lightning-8": 4, "lightning-6": 4}
 
