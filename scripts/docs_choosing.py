@@ -23,8 +23,8 @@ def choosing(name: str) -> str:
     header = ["model", "its own steps", *(f"`{preset}`" for preset in MANY + FEW)]
     return table(header, rows) + (
         f"\n\nTimes fewer FLOPs than the model's own number of steps at {SIZE} x {SIZE} with one reference, "
-        f'{SHARE:.0%} edited: with `restore="full"` / with `restore="reference"`. One number where the preset names '
-        "its own restore. Predicted by `specedit.flops.plan`, not measured."
+        f'{SHARE:.0%} edited: with `restore="full"` / with `restore="reference"`. A single number where the preset '
+        "sets its own restore. Predicted by `specedit.flops.plan`, not measured."
     )
 
 

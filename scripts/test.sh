@@ -14,6 +14,7 @@ oldest_triton=3.6.0
 all=
 [ "${1:-}" != --all ] || { all=yes; shift; }
 venv=${1:-.venv}
+[ $# -le 1 ] && [[ $venv != -* ]] || { echo "usage: scripts/test.sh [--all] [VENV]" >&2; exit 2; }
 python=${PYTHON:-$(command -v python3.11 || command -v python3)}
 scratch=$(mktemp -d)
 checks=()

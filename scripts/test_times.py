@@ -2,8 +2,8 @@
 
     .venv/bin/python scripts/test_times.py [--out FILE]
 
-Runs every check and the test command, each with empty caches of Triton and of torch's compiler, and then the quick
-tests with what these left, as before a commit. Writes benchmarks/results/test-times.json.
+Runs `scripts/test.sh --all` and `scripts/test.sh`, each with empty caches of Triton and of torch's compiler, and then
+the quick tests with the caches of the second. Writes benchmarks/results/test-times.json.
 """
 
 import argparse
@@ -31,17 +31,17 @@ def commands() -> list[tuple[str, list[str], str]]:
     ]
 
 
-def measure(name: str, command: list[str], caches: Path, cwd: Path = ROOT) -> dict[str, object]:
+def measure(name: str, command: list[str], caches: Path) -> dict[str, object]:
     """Run a command that ends with pytest's summary in its output; RuntimeError if it fails.
 
     caches: the folder that compilers keep their results in.
     """
     before, start = _cpu(), time.perf_counter()
     # As on most machines: where it is set every process compiles all files anew.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    environment |= {name: str(caches / name) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
+    environment = {variable: value for variable, value in os.environ.items() if variable != "PYTHONDONTWRITEBYTECODE"}
+    environment |= {variable: str(caches / variable) for variable in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
     done = subprocess.run(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     seconds = time.perf_counter() - start
     if done.returncode:

@@ -1,4 +1,4 @@
-"""Thorough tests are slow, and long ones first in every worker's share: a pytest plugin which tests/conftest.py loads.
+"""Marks thorough tests as slow, and puts long tests first in every worker's share: tests/conftest.py loads it.
 
 xdist's worksteal gives each worker a consecutive part of the tests, and takes from the end of one whose part is larger.
 """

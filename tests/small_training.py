@@ -8,7 +8,8 @@ import torch
 def shrink(monkeypatch, tasks=8):
     """`tasks` at 64 px and prompts a step, 4 crops of 32 px for the autoencoder, initial fits to few prompts.
 
-    Muon leaves out the products of bfloat16 that make its steps orthogonal, which many CPUs compute slowly.
+    Muon skips its Newton-Schulz iterations, bfloat16 products that many CPUs compute slowly. Its steps are then not
+    orthogonal.
     """
     from training.micro import inherit_places, landmarks, neighbour_block, train_editor, train_text, train_vae
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.shares import in_shares
+from tests.shares import in_shares, pytest_collection_modifyitems
 
 
 def item(name, long=False):
@@ -32,3 +32,22 @@ def test_every_worker_begins_with_long_tests_of_whole_folders(workers, expected)
 def test_few_tests_are_all_there():
     long = [item(f"a{i}", True) for i in range(5)]
     assert {one.name for one in in_shares([*long, item("b1")], 4)} == {"a0", "a1", "a2", "a3", "a4", "b1"}
+
+
+def test_thorough_tests_are_slow_before_tests_are_chosen():
+    def marked(name, *markers):
+        found = {marker: True for marker in markers}
+        return SimpleNamespace(
+            path=Path("a", name),
+            name=name,
+            get_closest_marker=found.get,
+            add_marker=lambda new: found.update({new: True}),
+        )
+
+    items = [marked("a1", "thorough"), marked("a2"), marked("a3", "slow", "long")]
+    around = pytest_collection_modifyitems(items)
+    next(around)
+    assert [one.name for one in items if one.get_closest_marker("slow")] == ["a1", "a3"]
+    with pytest.raises(StopIteration):
+        next(around)
+    assert [one.name for one in items] == ["a3", "a1", "a2"]

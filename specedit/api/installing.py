@@ -91,7 +91,7 @@ def _install(pipe: Any, config: SpecEditConfig) -> None:
 
 
 def _check_fit(config: SpecEditConfig, adapter: Adapter, pipe: Any) -> None:
-    """As `check_offered`, and errors of a forecast that finds nothing for this model, such as trained weights."""
+    """As `check_offered`; also raises what a forecast raises if this model lacks something, such as trained weights."""
     check_offered(config, adapter, pipe)
     if config.forecast_options is not None:
         config.forecast_options.prepare(pipe)

@@ -47,7 +47,7 @@ def test_a_request_runs_with_the_servers_settings_and_its_own_mask(host, picture
 
 def test_a_field_that_the_model_does_not_offer_is_refused_and_the_next_request_runs(host, picture, monkeypatch):
     monkeypatch.setattr(type(installation_of(host.pipe).adapter), "encodes_pixels", False)
-    with pytest.raises(ValueError, match="restore: expected .full. or .reference. for"):
+    with pytest.raises(ValueError, match="restore: expected 'full' or 'reference' for"):
         host.request(picture(), specedit={"restore": "pixels"})
     host.request(picture())
     assert specedit.report(host.pipe).nfe == 3

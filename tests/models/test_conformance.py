@@ -19,7 +19,6 @@ from specedit.testing.stages import StageConformance
 @pytest.mark.slow  # tests/models/flux and tests/extension have quick tests
 class TestFluxKontext(Conformance):
     # The settings as they are: tests/models/test_graphs.py.
-    @pytest.mark.slow
     @pytest.mark.parametrize("changes", [{"rope": "phase_aligned", "attention": "merged"}, {"attention": "stock"}])
     def test_other_edits_do_not_compile_again(self, family, changes):
         super().test_other_edits_do_not_compile_again(family, changes)
@@ -64,7 +63,6 @@ class QwenFamily:
 @pytest.mark.thorough  # tests/models/qwen has quick tests
 class TestQwenImageEdit(QwenFamily, Conformance):
     # The settings as they are, and rope="phase_aligned": tests/models/test_graphs.py.
-    @pytest.mark.slow
     @pytest.mark.parametrize("changes", [{"attention": "stock"}])
     def test_other_edits_do_not_compile_again(self, family, changes):
         super().test_other_edits_do_not_compile_again(family, changes)

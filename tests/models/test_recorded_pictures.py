@@ -20,15 +20,18 @@ from specedit.config import presets
 FILE = Path(__file__).with_name("recorded_pictures.json")
 FAMILIES = ("flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen", "longcat")))
 THRESHOLD = dict(flux=1.6, qwen=1.15, longcat=1.6)  # of random weights: about a third of the cells
+KIND = ("cpu family", "model", "stepping", "CPU implementer", "CPU part")
+ARITHMETIC = ("sse", "ssse", "avx", "fma", "f16c", "bf16", "amx", "asimd", "sve", "fphp", "i8mm")  # of the flags
 DRAFT_STEPS = {"quality": 8, "balanced": 8, "fast": 8, "turbo": 8, "lightning-8": 4, "lightning-6": 4}
 
 
 def processor():
-    """What rounding depends on. Processors of one name differ, and a virtual machine may hide instructions."""
+    """What rounding depends on: processors of the same name differ, and a virtual machine may hide instructions."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     said = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    kind = "/".join(said.get(name, "?") for name in ("cpu family", "model", "stepping"))
-    flags = hashlib.sha256(said.get("flags", "").encode()).hexdigest()[:8]
+    kind = "/".join(said[name] for name in KIND if name in said)
+    can = [word for word in (said.get("flags") or said.get("Features", "")).split() if word.startswith(ARITHMETIC)]
+    flags = hashlib.sha256(" ".join(sorted(can)).encode()).hexdigest()[:8]
     return f"{said.get('model name') or platform.processor()}, {kind}, flags {flags}, torch {torch.__version__}"
 
 

@@ -37,6 +37,12 @@ def test_compilers_start_from_the_named_folder(times, tmp_path):
     assert times.measure("it", [sys.executable, "-c", command], tmp_path)["tests"] == 1
 
 
+def test_the_quick_tests_have_the_caches_of_the_run_before(times):
+    names, _, caches = zip(*times.commands(), strict=True)
+    assert names == ('pytest -m "not slow"', "scripts/test.sh", "scripts/test.sh --all")  # the last runs first
+    assert caches[0] == caches[1] != caches[2]
+
+
 def test_a_failed_run_is_no_row(times, tmp_path):
     with pytest.raises(RuntimeError, match=r"expected exit code 0, got 3\nboom"):
         times.measure("it", [sys.executable, "-c", "print('boom'); raise SystemExit(3)"], tmp_path)

@@ -235,6 +235,18 @@ def test_gradients_reach_every_used_parameter_of_qwen(few_blocks):
     assert idle == expected and expected
 
 
+def test_a_matrix_of_a_block_takes_an_orthogonal_step():
+    """As it is trained, with the products that the small trainings leave out."""
+    model, rate = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.Linear(16, 16)])}), 1e-2
+    before = model["blocks"][0].weight.detach().clone()
+    parameters, optims = list(model.parameters()), loop.optimizers([model], rate)
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    loop.descend(model["blocks"][0](x).square().mean(), parameters, optims, rate)
+    step = (before * (1 - 0.01 * rate) - model["blocks"][0].weight).detach() / rate  # without the weight's decay
+    values = torch.linalg.svdvals(step / 0.2 / 4)  # match_rms_adamw: 0.2 sqrt(16)
+    assert values.isfinite().all() and values.min() > 0.5 and values.max() < 1.3
+
+
 def test_muon_excludes_modulation():
     pipe = build_qwen.qwen()
     adam, muon = loop.optimizers([pipe.transformer], 1e-3)
