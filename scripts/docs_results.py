@@ -68,11 +68,11 @@ def where(machine: dict) -> str:
 
 
 def source(result: dict, name: str) -> str:
-    """The note of `docs_cases.compared`, every machine, and the command."""
+    """The note of `docs_cases.compared`, every kind of machine, and the command."""
     every = [f"{where(m)}; torch {m['torch']}, diffusers {m['diffusers']}, {m['date']}" for m in machines(result)]
     note = f"\n\n{result['note']}" if result.get("note") else ""
     return (
-        f"{note}\n\nMeasured on {'; and on '.join(every)}. "
+        f"{note}\n\nMeasured on {'; and on '.join(dict.fromkeys(every))}. "
         f"`{typed(result['command'], name)}` wrote `benchmarks/results/{name}`.{age(result)}"
     )
 

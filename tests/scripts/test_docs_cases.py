@@ -144,6 +144,15 @@ def test_every_table_names_the_machines_and_never_mixes_their_seconds(two):
     assert "Measured on Some GPU" in two.MAKERS["gpu-state"]("")
 
 
+def test_machines_of_one_kind_are_named_once(two):
+    machine = dict(gpu=None, cpu="A CPU", threads=1, torch="2", diffusers="0", date="today")
+    shown = importlib.import_module("docs_results").source(
+        {"machine": machine, "machines": [machine, dict(machine), machine | {"date": "later"}], "command": "c"},
+        "x.json",
+    )
+    assert shown.count("A CPU") == 2 and shown.count("today") == 1
+
+
 def test_figure_over_the_clock_has_points_of_one_machine(two, tmp_path, monkeypatch):
     axes = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: axes.extend(figure.axes))
