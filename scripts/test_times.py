@@ -45,7 +45,10 @@ def measure(name: str, command: list[str], caches: Path) -> dict[str, object]:
     )
     seconds = time.perf_counter() - start
     if done.returncode:
-        raise RuntimeError(f"{shlex.join(command)}: expected exit code 0, got {done.returncode}\n{done.stdout[-4000:]}")
+        failed = "".join(re.findall(r"^(?:FAILED|ERROR) .*\n", done.stdout, re.MULTILINE))  # then the checks' output
+        raise RuntimeError(
+            f"{shlex.join(command)}: expected exit code 0, got {done.returncode}\n{failed}{done.stdout[-4000:]}"
+        )
     cpu = _cpu() - before
     return {"command": name, "seconds": seconds, "cpu_seconds": cpu, "tests": count(done.stdout)}
 

@@ -178,9 +178,8 @@ def test_latents_that_a_callback_changes_take_effect(pipe, edit, locked):
 
 def test_an_adapter_that_cannot_keep_them_says_so_before_any_work(pipe, edit, monkeypatch):
     monkeypatch.setattr(FluxKontext, "skips_tokens", False)
-    specedit.install(pipe, **QUICK, locked="cached")
     with pytest.raises(ValueError, match=r"locked: expected 'coarse' or 'reference' for flux-kontext.*got 'cached'"):
-        edit(pipe)
+        specedit.install(pipe, **QUICK, locked="cached")
     specedit.install(pipe, **QUICK, locked="reference")
     edit(pipe)
 

@@ -44,5 +44,7 @@ def test_the_quick_tests_have_the_caches_of_the_run_before(times):
 
 
 def test_a_failed_run_is_no_row(times, tmp_path):
-    with pytest.raises(RuntimeError, match=r"expected exit code 0, got 3\nboom"):
-        times.measure("it", [sys.executable, "-c", "print('boom'); raise SystemExit(3)"], tmp_path)
+    with pytest.raises(RuntimeError, match=r"expected exit code 0, got 3\nFAILED a::b\n.*boom"):
+        times.measure(
+            "it", [sys.executable, "-c", "print('FAILED a::b\\n' + 5000 * '.' + 'boom'); raise SystemExit(3)"], tmp_path
+        )
