@@ -1,9 +1,9 @@
 """Measures how long the tests take on this machine, which should have nothing else to do.
 
-    .venv/bin/python scripts/test_times.py [--out FILE]
+    .venv/bin/python scripts/test_times.py [--all] [--out FILE]
 
-Runs `scripts/test.sh --all` and `scripts/test.sh`, each with empty caches of Triton and of torch's compiler, and then
-the quick tests with the caches of the second. Writes benchmarks/results/test-times.json.
+Runs `scripts/test.sh` with empty caches of Triton and of torch's compiler, and then the quick tests with the caches that
+it left; with --all, `scripts/test.sh --all` too, also with empty ones. Writes benchmarks/results/test-times.json.
 """
 
 import argparse
@@ -70,10 +70,11 @@ def _cpu() -> float:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--all", action="store_true", help="measure scripts/test.sh --all too")
     options = parser.parse_args(arguments)
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        for name, command, caches in reversed(commands()):
+        for name, command, caches in reversed(commands() if options.all else commands()[:2]):
             row = measure(name, command, Path(scratch, caches))
             rows.insert(0, row)
             print("{command}: {seconds:.0f} s, {cpu_seconds:.0f} CPU seconds, {tests} tests".format(**row), flush=True)
