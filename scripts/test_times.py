@@ -2,8 +2,8 @@
 
     .venv/bin/python scripts/test_times.py [--all] [--out FILE]
 
-Runs `scripts/test.sh` with empty caches of Triton and of torch's compiler, and then the quick tests with the caches that
-it left; with --all, `scripts/test.sh --all` too, also with empty ones. Writes benchmarks/results/test-times.json.
+Runs `scripts/test.sh` with empty caches of Triton and of torch's compiler, and then the quick tests with what it left
+there; with --all, `scripts/test.sh --all` too, also with empty ones. Writes benchmarks/results/test-times.json.
 """
 
 import argparse
