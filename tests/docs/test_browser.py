@@ -21,6 +21,13 @@ OTHER_PALETTE = """[...document.querySelectorAll("input[name=__palette]")]
     .find(e => e.dataset.mdColorScheme != document.body.dataset.mdColorScheme).click()"""  # it is kept for later pages
 SCALE = 0.25  # pixels that are drawn for each: there is no GPU
 LOADED = "[...document.images].every(i => i.complete)"
+# The theme moves what it hides on a narrow screen, which takes a moment on a busy machine.
+SETTLED = """() => new Promise(done => {
+    const since = performance.now(), page = document.documentElement;
+    const over = () => page.scrollWidth <= page.clientWidth || performance.now() - since > 2000;
+    const look = () => over() ? done() : setTimeout(look, 50);
+    look();
+})"""
 # What a reader would miss, as a browser sees it.
 LOOK = """() => ({
     scheme: document.body.dataset.mdColorScheme,
@@ -84,6 +91,7 @@ def visited(browser, pages):
             else:
                 page.evaluate(OTHER_PALETTE)
             page.wait_for_function(LOADED)
+            page.evaluate(SETTLED)
             found[screen][address] = page.evaluate(LOOK)
     context.close()
     return found, wrong
