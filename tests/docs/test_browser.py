@@ -22,12 +22,8 @@ OTHER_PALETTE = """[...document.querySelectorAll("input[name=__palette]")]
 SCALE = 0.25  # pixels that are drawn for each: there is no GPU
 LOADED = "[...document.images].every(i => i.complete)"
 # The theme moves what it hides on a narrow screen, which takes a moment on a busy machine.
-SETTLED = """() => new Promise(done => {
-    const since = performance.now(), page = document.documentElement;
-    const over = () => page.scrollWidth <= page.clientWidth || performance.now() - since > 2000;
-    const look = () => over() ? done() : setTimeout(look, 50);
-    look();
-})"""
+SETTLED = """since => document.documentElement.scrollWidth <= document.documentElement.clientWidth
+    || performance.now() - since > 2000"""
 # What a reader would miss, as a browser sees it.
 LOOK = """() => ({
     scheme: document.body.dataset.mdColorScheme,
@@ -91,7 +87,7 @@ def visited(browser, pages):
             else:
                 page.evaluate(OTHER_PALETTE)
             page.wait_for_function(LOADED)
-            page.evaluate(SETTLED)
+            page.wait_for_function(SETTLED, arg=page.evaluate("performance.now()"))
             found[screen][address] = page.evaluate(LOOK)
     context.close()
     return found, wrong
