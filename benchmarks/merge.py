@@ -1,11 +1,12 @@
-"""Joins result files of `benchmarks.scores` that were made side by side on several machines.
+"""Joins result files of `benchmarks.scores` that were made side by side.
 
     python -m benchmarks.merge A.json B.json --out C.json
 
 Variants and tasks are united. Files of another editor, size or version are refused as by --resume. A task that a
 variant has in both must have equal scores; the seconds of the first file are kept. Machines of different files count as
 different, even if they are of one kind, so clock ratios come from the tasks that a variant and its baseline have in the
-same file. --part of the commands divides a table that way.
+same file. --one-machine says that the files are of one machine, whose seconds can be compared. --part of the commands
+divides a table that way.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks.result_file import Content, difference, read, summary, without, write
+from benchmarks.result_file import Content, difference, position, read, summary, without, write
 
 OF_FILE = ("machine", "machines", "command", "rows")  # the other fields of a file must agree
 SCORED = ("mean", "kinds", "cases", "nfe", "cached_steps", "cache_bytes")  # likewise of a row
@@ -67,11 +68,27 @@ def _renumbered(content: Content) -> Content:
     return content | {"machines": [content["machines"][i] for i in used]}
 
 
+def on_one_machine(content: Content) -> Content:
+    """The content with all tasks on its latest machine.
+
+    Raises:
+        ValueError: it has machines of several kinds.
+    """
+    machine = content["machine"]
+    if odd := [other for other in content["machines"] if position(other, [machine])]:
+        raise ValueError(f"expected one kind of machine, got {machine} and {odd[0]}")
+    for row in content["rows"]:
+        row["cases"] = [case | {"machine": 0} for case in row["cases"]]
+        row |= summary(row["cases"])
+    return content | {"machines": [machine]}
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("first", type=Path)
     parser.add_argument("others", nargs="+", type=Path, metavar="other")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--one-machine", action="store_true", help="one machine wrote all files")
     args = parser.parse_args(arguments)
     content = read(args.first)
     for path in args.others:
@@ -79,6 +96,11 @@ def main(arguments: list[str] | None = None) -> None:
             content = merged(content, read(path))
         except ValueError as error:
             raise SystemExit(f"merge: {path}: {error}") from None
+    if args.one_machine:
+        try:
+            content = on_one_machine(content)
+        except ValueError as error:
+            raise SystemExit(f"merge: --one-machine: {error}") from None
     write(args.out, content)
 
 

@@ -12,15 +12,18 @@ def average(cases: list[dict], key: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def compared(name: str) -> dict | None:
+ENOUGH = 0.5  # of the fullest row's tasks
+
+
+def compared(name: str, enough: float = ENOUGH) -> dict | None:
     """The file with its rows over the tasks that all of them have run; None without a file.
 
-    `note` has sentences for below the table, where some rows have run fewer tasks than others.
+    `note` has sentences for below the table, where some rows have run fewer tasks than others. enough: as in `shared`.
     """
     result = load(name)
     if result is None:
         return None
-    rows, left_out = shared(result["rows"])
+    rows, left_out = shared(result["rows"], enough)
     count, notes = len(rows[0]["cases"]), []
     if any(len(row["cases"]) > count for row in result["rows"]):
         notes.append(f"Rows are compared on the {count} tasks that all of them have run.")
@@ -29,10 +32,10 @@ def compared(name: str) -> dict | None:
     return result | dict(rows=rows, note=" ".join(notes))
 
 
-def shared(rows: list[dict]) -> tuple[list[dict], list[str]]:
+def shared(rows: list[dict], enough: float = ENOUGH) -> tuple[list[dict], list[str]]:
     """The rows over the tasks that all of them have, and the names of those left out.
 
-    A row is left out if with it fewer than half of the fullest row's textures, or of its other tasks, would be shared.
+    A row is left out if with it less than `enough` of the fullest row's textures, or of its other tasks, are shared.
     """
     seeds_of = {row["variant"]: {case["seed"] for case in row["cases"]} for row in rows}
     textures = {case["seed"] for row in rows for case in row["cases"] if case["kind"] == "texture"}
@@ -40,7 +43,8 @@ def shared(rows: list[dict]) -> tuple[list[dict], list[str]]:
     left_out = []
     for name in sorted(seeds_of, key=lambda name: -len(seeds_of[name])):
         both = seeds & seeds_of[name]
-        if 2 * len(both & textures) < len(fullest & textures) or 2 * len(both - textures) < len(fullest - textures):
+        pairs = ((both & textures, fullest & textures), (both - textures, fullest - textures))
+        if any(len(some) < enough * len(most) for some, most in pairs):
             left_out.append(name)
         else:
             seeds = both
@@ -83,7 +87,7 @@ def clock_ratio(baseline: list[dict], cases: list[dict]) -> float | None:
     return math.exp(logs / sum(count for count, *_ in sums))
 
 
-def mean_seconds(result: dict) -> tuple[dict[str, float | None], str]:
+def mean_seconds(result: dict, enough: float = ENOUGH) -> tuple[dict[str, float | None], str]:
     """Mean seconds by variant, and ", on MACHINE" if the file has several.
 
     They are of the machine that timed most, over the tasks of `shared` there; the rows that it leaves out are missing.
@@ -96,6 +100,6 @@ def mean_seconds(result: dict) -> tuple[dict[str, float | None], str]:
         row | dict(cases=[case for case in row["cases"] if case.get("seconds") and case.get("machine", 0) == machine])
         for row in result["rows"]
     ]
-    every = machines(result)
-    means = {row["variant"]: average(row["cases"], "seconds") for row in shared(rows)[0]}
+    rows, every = [row for row in rows if row["cases"]], machines(result)
+    means = {row["variant"]: average(row["cases"], "seconds") for row in shared(rows, enough)[0]}
     return means, f", on {where(every[machine])}" if len(every) > 1 else ""

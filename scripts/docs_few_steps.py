@@ -5,8 +5,8 @@ from string import ascii_lowercase
 
 from docs_cases import average, clock_ratio, compared
 from docs_figures import over_cost
-from docs_measured import SMALL
 from docs_methods import cases_of
+from docs_quality import SMALL
 from docs_results import number, source, table
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from docs_cases import average, clock_ratio, compared, mean_seconds
+from docs_cases import ENOUGH, average, clock_ratio, compared, mean_seconds
 from docs_figures import over_cost
-from docs_measured import SMALL
 from docs_paper import REPORTED
+from docs_quality import SMALL
 from docs_results import default_steps, edited_by, number, source, table
 from matplotlib.figure import Figure
 
@@ -22,14 +22,17 @@ def cases_of(row: dict, *, texture: bool, largest: float = 1.0) -> list[dict]:
     ]
 
 
-def methods(name: str) -> str:
-    """One row a variant: both metrics, what it costs, and what is left beside stock with as many steps."""
-    result = compared(name)
+def methods(name: str, enough: float = ENOUGH) -> str:
+    """One row a variant: both metrics, what it costs, and what is left beside stock with as many steps.
+
+    enough: the share of the tasks that a variant must have run, else it is only named.
+    """
+    result = compared(name, enough)
     if result is None:
         return "*not measured yet*"
     steps = default_steps(edited_by(result))
     stock = {row["variant"]: row for row in result["rows"] if row["group"] == "stock"}
-    seconds, machine = mean_seconds(result)
+    seconds, machine = mean_seconds(result, enough)
     on_gpu = any(row["mean"].get("peak_memory") for row in result["rows"])
     rows = [_row(row, stock, steps, seconds.get(row["variant"]), on_gpu) for row in _ordered(result["rows"])]
     header = ["variant", "success", "edit dB", "keep dB", "texture distance", "material", "TFLOPs"]
@@ -38,6 +41,11 @@ def methods(name: str) -> str:
     header += ["peak memory, MB" if on_gpu else "kept by caches, MB", "its paper"]
     notes = f"\n\nSeconds are means{machine}." if machine else ""
     return f"{len(result['rows'][0]['cases'])} tasks.\n\n" + table(header, rows) + notes + source(result, name)
+
+
+def all_methods(name: str) -> str:
+    """`methods` with every variant, over the tasks that all of them have run."""
+    return methods(name, enough=0.0)
 
 
 def _ordered(rows: list[dict]) -> list[dict]:

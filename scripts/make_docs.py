@@ -18,6 +18,7 @@ import docs_inpainting
 import docs_measured as measured
 import docs_methods
 import docs_predicted as predicted
+import docs_quality as quality
 import docs_readme as readme
 import docs_scale
 import kernel_pages
@@ -28,16 +29,17 @@ from specedit.micro import words
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 MAKERS = {
     "kernels": measured.kernels,
-    "forecast": measured.forecast,
+    "forecast": quality.forecast,
     "forecast-plan": predicted.forecast_plan,
     "forecast-paper": predicted.forecast_paper,
-    "quality": measured.quality,
+    "quality": quality.quality,
     "methods": docs_methods.methods,
-    "kinds": measured.kinds,
-    "small": measured.small_edits,
-    "sweep": measured.sweep,
+    "all-methods": docs_methods.all_methods,
+    "kinds": quality.kinds,
+    "small": quality.small_edits,
+    "sweep": quality.sweep,
     "few": docs_few_steps.few,
-    "texture-steps": measured.texture_steps,
+    "texture-steps": quality.texture_steps,
     "bench": measured.bench,
     "plan": predicted.plan,
     "plan-models": predicted.plan_models,

@@ -91,18 +91,10 @@ def _install(pipe: Any, config: SpecEditConfig) -> None:
 
 
 def _check_fit(config: SpecEditConfig, adapter: Adapter, pipe: Any) -> None:
-    """As `check_offered`; also raises what a forecast raises if this model lacks something, such as trained weights."""
-    check_offered(config, adapter, pipe)
+    """As `offered.check`; also raises what a forecast raises if this model lacks something, such as trained weights."""
+    offered.check(adapter, config)
     if config.forecast_options is not None:
         config.forecast_options.prepare(pipe)
-
-
-def check_offered(config: SpecEditConfig, adapter: Adapter, pipe: Any) -> None:
-    """ValueError where the configuration's method, or another field, does not fit the model family."""
-    method = config.method_options
-    if method is not None and (reason := method.refusal(adapter)) is not None:
-        raise ValueError(f"method: expected another one for {type(pipe).__name__}, {reason}, got {method.name!r}")
-    offered.check(adapter, config)
 
 
 def not_supported(pipe: Any) -> str:
@@ -187,7 +179,7 @@ def serve_next(pipe: Any, settings: served.Served) -> None:
     if installation is None:
         raise ValueError(f"expected a pipeline with SpecEdit installed, got a plain {type(pipe).__name__}")
     config = fitted(settings.config, skips_tokens=installation.adapter.skips_tokens)
-    check_offered(config, installation.adapter, pipe)
+    offered.check(installation.adapter, config)
     served.put(installation, dataclasses.replace(settings, config=config))
 
 

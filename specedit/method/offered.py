@@ -8,7 +8,9 @@ from .adapter import Adapter
 
 def check(adapter: Adapter, config: SpecEditConfig) -> None:
     """ValueError where the adapter cannot do what the configuration asks for."""
-    options = config.forecast_options
+    method, options = config.method_options, config.forecast_options
+    if method is not None and (reason := method.refusal(adapter)) is not None:
+        raise ValueError(f"method: expected another one for {adapter.name}, {reason}, got {method.name!r}")
     if options is not None and options.token_wise and not adapter.token_wise:
         raise ValueError(
             f"forecast: {options.name!r} computes single tokens again, which {adapter.name} does not offer; expected "

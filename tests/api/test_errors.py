@@ -175,22 +175,22 @@ def test_a_huge_picture(pipe, edit, picture, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("offer", "fields"),
+    ("offer", "fields", "message"),
     [
-        ("skips_tokens", dict(locked="cached")),
-        ("encodes_pixels", dict(restore="pixels")),
-        ("decodes_boxes", dict(decode="edited", keep_pixels=True)),
-        ("measures_attention", dict(reference_keep=0.5)),
-        ("keeps_reference", dict(reference_refresh=2)),
-        ("token_wise", dict(forecast="toca")),
+        ("skips_tokens", dict(locked="cached"), "expected 'coarse' or 'reference' for flux-kontext.*, got 'cached'"),
+        ("encodes_pixels", dict(restore="pixels"), "expected 'full' or 'reference' for flux-kontext.*, got 'pixels'"),
+        ("decodes_boxes", dict(decode="edited", keep_pixels=True), "expected 'full' for flux-kontext.*, got 'edited'"),
+        ("measures_attention", dict(reference_keep=0.5), r"expected None for flux-kontext.*, got 0\.5"),
+        ("keeps_reference", dict(reference_refresh=2), "expected None for flux-kontext.*, got 2"),
+        ("token_wise", dict(forecast="toca"), "'toca' computes single tokens again, which flux-kontext does not"),
     ],
 )
-def test_what_a_model_does_not_offer_is_refused_when_it_is_installed(pipe, edit, monkeypatch, offer, fields):
+def test_what_a_model_does_not_offer_is_refused_when_it_is_installed(pipe, edit, monkeypatch, offer, fields, message):
     monkeypatch.setattr(FluxKontext, offer, False)
     for before in ({}, QUICK):
         if before:
             specedit.install(pipe, **before)
-        with pytest.raises(ValueError, match=f"^{next(iter(fields))}: .*flux-kontext"):
+        with pytest.raises(ValueError, match=f"^{next(iter(fields))}: {message}"):
             specedit.install(pipe, **fields)
         assert is_active(pipe) == bool(before)
     edit(pipe)

@@ -25,11 +25,11 @@ def content(**rows):
 def join(tmp_path):
     """Merges contents by the command."""
 
-    def run(*contents):
+    def run(*contents, options=()):
         files = [tmp_path / f"{i}.json" for i in range(len(contents))]
         for file, one in zip(files, contents, strict=True):
             file.write_text(json.dumps(one))
-        merge.main([*map(str, files), "--out", str(tmp_path / "out.json")])
+        merge.main([*map(str, files), "--out", str(tmp_path / "out.json"), *options])
         return json.loads((tmp_path / "out.json").read_text())
 
     return run
@@ -62,6 +62,15 @@ def test_a_copy_adds_no_machine(join):
     joined = join(first, grown)
     assert [one["cpu"] for one in joined["machines"]] == ["A", "B"]
     assert [one["machine"] for one in joined["rows"][0]["cases"]] == [0, 0, 1]
+
+
+def test_files_of_one_machine_share_their_seconds(join):
+    later = content(stock=[case(1, seconds=3.0)]) | dict(machine=MACHINE | {"date": "2026-02", "commit": "d"})
+    joined = join(content(stock=[case(0)]), later, options=["--one-machine"])
+    assert "machines" not in joined and joined["machine"] == later["machine"]
+    assert joined["rows"][0]["mean"]["seconds"] == 2.0 and "machine" not in joined["rows"][0]["cases"][0]
+    with pytest.raises(SystemExit, match=r"^merge: --one-machine: expected one kind of machine, got .*'A'.*'B'"):
+        join(content(stock=[case(0)]) | dict(machine=MACHINE | {"cpu": "B"}), later, options=["--one-machine"])
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_it_runs_by_its_name(toy):
 
 def test_a_model_that_it_does_not_fit_is_left_as_it_was(pipe):
     stock = type(pipe)
-    with pytest.raises(ValueError, match=r"^method: expected another one for FluxKontextPipeline, it only knows toys"):
+    with pytest.raises(ValueError, match=r"^method: expected another one for flux-kontext, it only knows toys"):
         specedit.install(pipe, method="halves")
     assert type(pipe) is stock
     specedit.install(pipe, "turbo")

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from specedit_kernels import compile_check, sass
+from specedit_kernels import compile_check, compile_variants, sass
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1",
@@ -21,13 +21,13 @@ def table(capability, **config):
 
 
 def first(table):
-    return next(compile_check._attention(table))
+    return next(compile_variants.attention(table))
 
 
 def spilling():
     """A small kernel with fewer registers than it needs."""
     entries = [{"shape": {"rows": 3}, "config": {"block": 1024, "num_warps": 4}}]
-    variant = list(compile_check._weighted_sum({"weighted_sum": entries}))[-1]
+    variant = list(compile_variants.weighted_sum({"weighted_sum": entries}))[-1]
     variant.options |= {"maxnreg": 24}
     return variant
 
@@ -90,7 +90,7 @@ def test_a_failure_to_compile_is_a_result():
 @pytest.mark.slow
 def test_command(tmp_path, capsys, monkeypatch):
     """The whole command on the small kernels; every kernel of every configuration is CI's own step."""
-    monkeypatch.setattr(compile_check, "variants", lambda table: list(compile_check._rows(table))[:2])
+    monkeypatch.setattr(compile_check, "variants", lambda table: list(compile_variants.rows(table))[:2])
     file = tmp_path / "rows.json"
     assert compile_check.main(["--arch", "sm_80", "sm_90", "--jobs", "1", "--json", str(file)]) == 0
     said = capsys.readouterr().out
@@ -171,8 +171,10 @@ def test_rows_move_in_16_byte_vectors(scatter):
 
     defaults = {"copy_rows": [{"shape": {"row_bytes": 128}, "config": {"tile_bytes": 8192, "block_bytes": 4096,
                                                                       "num_warps": 4}}]}  # fmt: skip
-    variant = next(v for v in compile_check._rows(defaults) if v.constants["SCATTER"] == scatter)
-    compiled = triton.compile(compile_check._source(variant), target=GPUTarget("cuda", 90, 32), options=variant.options)
+    variant = next(v for v in compile_variants.rows(defaults) if v.constants["SCATTER"] == scatter)
+    compiled = triton.compile(
+        compile_variants.source(variant), target=GPUTarget("cuda", 90, 32), options=variant.options
+    )
     ptx = compiled.asm["ptx"]
     for access in ("ld.global", "st.global"):
         rows = [line for line in ptx.splitlines() if access in line and "b64" not in line]
@@ -185,8 +187,10 @@ def test_sums_read_16_byte_vectors_where_layers_are_aligned(aligned):
     from triton.backends.compiler import GPUTarget
 
     defaults = {"weighted_sum": [{"shape": {"rows": 3}, "config": {"block": 1024, "num_warps": 4}}]}
-    variant = next(v for v in compile_check._weighted_sum(defaults) if bool(v.aligned) == aligned)
-    compiled = triton.compile(compile_check._source(variant), target=GPUTarget("cuda", 90, 32), options=variant.options)
+    variant = next(v for v in compile_variants.weighted_sum(defaults) if bool(v.aligned) == aligned)
+    compiled = triton.compile(
+        compile_variants.source(variant), target=GPUTarget("cuda", 90, 32), options=variant.options
+    )
     wide = [line for line in compiled.asm["ptx"].splitlines() if "ld.global" in line and ".v4.b32" in line]
     assert len(wide) == (3 if aligned else 0)  # a mask that ends anywhere splits vectors
 

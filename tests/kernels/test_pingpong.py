@@ -16,7 +16,7 @@ import torch
 
 import specedit_kernels as kernels
 from benchmarks import dry_gpu
-from specedit_kernels import compile_check, ops, self_check, tune, verdict
+from specedit_kernels import compile_check, compile_variants, ops, self_check, tune, verdict
 from specedit_kernels.self_check_cases import pingpong_cases
 from tests.kernels.test_attention import LENGTHS, expected, packed, softmax_attention
 
@@ -295,8 +295,10 @@ def test_warps_of_a_side_wait_for_each_other_before_they_free_a_slot():
 
     table = json.loads((launch.CONFIG_FOLDER / "default_sm_90.json").read_text())
     name = "attend bf16 D128 pingpong 128x64x2 packed bias lse"
-    variant = next(variant for variant in compile_check._pingpong(table) if variant.name == name)
-    compiled = triton.compile(compile_check._source(variant), target=GPUTarget("cuda", 90, 32), options=variant.options)
+    variant = next(variant for variant in compile_variants.pingpong(table) if variant.name == name)
+    compiled = triton.compile(
+        compile_variants.source(variant), target=GPUTarget("cuda", 90, 32), options=variant.options
+    )
     said = ("bar.sync", "bar.warp.sync", "mbarrier.arrive.shared", "ld.shared", "st.shared", "wgmma.wait")
     found = [word for line in compiled.asm["ptx"].splitlines() for word in said if word in line]
     before = {found[i - 1] for i, word in enumerate(found) if word == "mbarrier.arrive.shared"}

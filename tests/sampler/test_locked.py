@@ -176,12 +176,10 @@ def test_latents_that_a_callback_changes_take_effect(pipe, edit, locked):
     assert (edit(pipe, edit_mask=CORNER, callback_on_step_end=double) - plain).abs().max() > 1e-2
 
 
-def test_an_adapter_that_cannot_keep_them_says_so_before_any_work(pipe, edit, monkeypatch):
+def test_cells_are_left_out_also_where_an_adapter_cannot_skip_tokens(pipe, edit, monkeypatch):
     monkeypatch.setattr(FluxKontext, "skips_tokens", False)
-    with pytest.raises(ValueError, match=r"locked: expected 'coarse' or 'reference' for flux-kontext.*got 'cached'"):
-        specedit.install(pipe, **QUICK, locked="cached")
     specedit.install(pipe, **QUICK, locked="reference")
-    edit(pipe)
+    assert torch.isfinite(edit(pipe)).all()
 
 
 @pytest.mark.parametrize(

@@ -145,12 +145,6 @@ def test_an_interrupt_before_the_pixels_returns_the_latents_as_they_are(pipe, ed
     assert not upsampled and specedit.report(pipe).nfe == 4
 
 
-def test_an_adapter_that_encodes_nothing_says_so_before_any_work(pipe, monkeypatch):
-    monkeypatch.setattr(FluxKontext, "encodes_pixels", False)
-    with pytest.raises(ValueError, match=r"restore: expected 'full' or 'reference' for flux-kontext.*got 'pixels'"):
-        specedit.install(pipe, **QUICK)
-
-
 def test_an_encoding_of_the_wrong_shape_is_named(pipe, edit, monkeypatch):
     monkeypatch.setattr(FluxKontext, "encode", lambda self, pipe, pictures, grid: torch.zeros(1, 3, 16))
     specedit.install(pipe, **QUICK)

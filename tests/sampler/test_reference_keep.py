@@ -12,7 +12,6 @@ from specedit.method.reference_selection import ReferenceMass, beside_edited, ke
 from specedit.models.attention.contexts import Mixed, Packed
 from specedit.models.attention.measuring import Measuring, received
 from specedit.models.attention.sequences import pack
-from specedit.models.flux import FluxKontext
 from specedit.part_layout import PartLayout
 from specedit.placement import Placement
 from tests.sampler.common import CENTRE, CORNER, assert_two_single_runs, close, count_calls
@@ -99,12 +98,6 @@ def test_what_is_kept_is_what_was_attended_to(pipe, edit, monkeypatch):
         ranked = mass.total[kept[~mass.first[kept]]]
         assert not len(ranked) or ranked.min() >= mass.total[left & ~mass.first].max()
     assert seen[2][0].first.any()  # the ring around the edited corner
-
-
-def test_an_adapter_that_measures_nothing_says_so_before_any_work(pipe, monkeypatch):
-    monkeypatch.setattr(FluxKontext, "measures_attention", False)
-    with pytest.raises(ValueError, match=r"reference_keep: expected None for flux-kontext.*got 0\.15"):
-        specedit.install(pipe, **QUICK, reference_keep=0.15)
 
 
 # ----------------------------------------------------------------------------------------------------- its parts

@@ -69,7 +69,7 @@ def test_a_row_that_would_leave_fewer_than_half_of_the_tasks_is_named_below_the_
     result = cases.compared("x.json")
     assert [one["variant"] for one in result["rows"]] == ["stock-28", "b"]
     assert result["note"] == "Not run on enough tasks to compare: few."
-    for maker in (docs.measured.quality, docs.measured.kinds, docs.measured.small_edits):
+    for maker in (docs.quality.quality, docs.quality.kinds, docs.quality.small_edits):
         text = maker("x.json")
         assert "| few |" not in text and "\n\nNot run on enough tasks to compare: few.\n\nMeasured on" in text
 
@@ -170,9 +170,9 @@ def test_without_a_clock_tables_have_dashes(docs, tmp_path, monkeypatch):
     for one in rows:
         one["mean"] |= dict(flops_ratio=1.0, recall=None, precision=None)
     write(tmp_path, rows, "x.json", of=dict(model="qwen"))
-    assert cells(docs.measured.quality("x.json"), "turbo")[-2:] == ["5.00", "-"]
-    assert cells(docs.measured.forecast("x.json"), "turbo")[6:9] == ["-", "5.00", "-"]
-    assert cells(docs.measured.sweep("x.json"), "turbo")[5:] == ["-", "-", "-"]
+    assert cells(docs.quality.quality("x.json"), "turbo")[-2:] == ["5.00", "-"]
+    assert cells(docs.quality.forecast("x.json"), "turbo")[6:9] == ["-", "5.00", "-"]
+    assert cells(docs.quality.sweep("x.json"), "turbo")[5:] == ["-", "-", "-"]
     rows[0]["group"] = "stock"
     write(tmp_path, rows, "x.json", of=dict(model="qwen"))
     assert cells(docs.MAKERS["methods"]("x.json"), "turbo")[8] == "-"

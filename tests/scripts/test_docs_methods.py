@@ -58,6 +58,13 @@ def test_a_gpus_peak_memory_is_shown_in_the_place_of_what_caches_keep(result, tm
     assert [line.split(" | ")[at] for line in lines] == ["500", "280", "20"] and "caches" not in header
 
 
+def test_every_variant_stands_in_a_table_of_the_tasks_that_all_have(result):
+    text = result.all_methods("methods-64.json")
+    assert text.startswith("2 tasks.") and "Rows are compared on the 2 tasks that all of them have run." in text
+    names = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| ")]
+    assert names == ["| variant", "| stock-50", "| stock-28", "| half", "| steps"]
+
+
 def test_without_a_file_nothing_is_claimed(result):
     assert result.methods("methods-none.json") == "*not measured yet*"
 

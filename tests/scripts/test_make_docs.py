@@ -137,11 +137,11 @@ def test_variants_are_ordered_by_cost_with_a_column_per_kind(docs, tmp_path):
     rows = [scored(name, flops, add=1, shape=3)
             for name, flops in (("turbo-full", 1e12), ("stock-10", 2e12), ("stock-50", 8e12))]  # fmt: skip
     write(tmp_path, rows, "quality-512.json")
-    lines = docs.measured.quality("quality-512.json").splitlines()
+    lines = docs.quality.quality("quality-512.json").splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:5]] == ["stock-50", "stock-10", "turbo-full"]
     assert lines[4].endswith("| 8.00 | 1.00 | 4.48 |")
     assert lines[0].endswith("| FLOPs ratio to 50 | clock ratio to 50 | FLOPs ratio to 28 |")
-    lines = docs.measured.kinds("quality-512.json").splitlines()
+    lines = docs.quality.kinds("quality-512.json").splitlines()
     assert lines[0] == "| variant | add (1) | shape (3) |"
     assert lines[3] == "| stock-10 | 100%, 20.0, - | 100%, 20.0, - |"
 
@@ -169,7 +169,7 @@ def test_small_edits_are_chosen_by_the_task(docs, tmp_path):
         ),
     ]
     write(tmp_path, rows, "quality-512.json")
-    lines = docs.measured.small_edits("quality-512.json").splitlines()
+    lines = docs.quality.small_edits("quality-512.json").splitlines()
     assert lines[2] == "| stock-50 | 2 | - | - | 1.00 | 0.56 | 50.0% | 20.0 | 30.5 |"
     assert lines[3] == "| turbo-reference | 2 | 55.0% | 1 | 8.00 | 4.48 | 50.0% | 20.0 | 30.5 |"
 
@@ -201,7 +201,7 @@ def test_curves_of_a_sweep_go_through_the_starting_point(docs, tmp_path, monkeyp
 
 def test_stock_flops_are_known_without_a_run(docs, tmp_path):
     write(tmp_path, [scored("student-8", 2e12, add=4)], "forecast-512.json", stock_flops=16e12)
-    (line,) = [line for line in docs.measured.forecast("forecast-512.json").splitlines() if "student-8" in line]
+    (line,) = [line for line in docs.quality.forecast("forecast-512.json").splitlines() if "student-8" in line]
     assert line == "| student-8 | 4 | 50.0% | 18.0 | 30.0 | 2.000 | 2.0 | 8.00 | - | 4.48 | - | - |"
 
 
@@ -209,11 +209,11 @@ def test_ratios_are_to_50_steps_and_to_the_pipelines_own_default(docs, tmp_path)
     rows = [scored("stock-50", 8e12, add=1), scored("stock-28", 4e12, add=1), scored("turbo-full", 1e12, add=1)]
     rows[1]["cases"][0]["seconds"] = 1.0
     write(tmp_path, rows, "quality-512.json")
-    lines = docs.measured.quality("quality-512.json").splitlines()
+    lines = docs.quality.quality("quality-512.json").splitlines()
     assert lines[0].endswith("| FLOPs ratio to 28 | clock ratio to 28 |")
     assert lines[4].endswith("| 8.00 | 1.00 | 4.00 | 0.50 |")  # of the row that ran them, not 28 / 50 of the other
     write(tmp_path, rows, "quality-qwen-512.json", of=dict(model="qwen"))
-    lines = docs.measured.quality("quality-qwen-512.json").splitlines()
+    lines = docs.quality.quality("quality-qwen-512.json").splitlines()
     assert lines[0].endswith("| FLOPs ratio to 50 | clock ratio to 50 |")  # which is Qwen's default
 
 
@@ -262,13 +262,13 @@ def test_textures_have_columns_where_a_file_has_them(docs, tmp_path):
         return row | dict(cases=[case | exact, case | texture])
 
     write(tmp_path, [with_textures("stock-50", 8e12), with_textures("turbo-full", 1e12)], "quality-512.json")
-    lines = docs.measured.quality("quality-512.json").splitlines()
+    lines = docs.quality.quality("quality-512.json").splitlines()
     assert lines[0].startswith("| variant | tasks | success | edit dB | texture | material | keep dB | TFLOPs |")
     assert lines[3].startswith("| turbo-full | 2 + 3 | 50.0% | 18.0 | 1.23 | 50% | 30.0 | 1.00 |")
-    lines = docs.measured.kinds("quality-512.json").splitlines()
+    lines = docs.quality.kinds("quality-512.json").splitlines()
     assert lines[0] == "| variant | add (2) | texture (3) |"
     assert lines[3] == "| turbo-full | 100%, 20.0, - | 1.23, 50%, - |"
-    lines = docs.measured.small_edits("quality-512.json").splitlines()
+    lines = docs.quality.small_edits("quality-512.json").splitlines()
     assert lines[3].endswith("| 100.0% | 20.0 | 2.00 | 0% | 30.0 |")
     docs.figures.pareto("quality-512.json", tmp_path / "figure.png")
     assert Image.open(tmp_path / "figure.png").size[0] > 1300  # three panels
