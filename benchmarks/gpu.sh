@@ -21,12 +21,13 @@
 #   compile   every shipped configuration of every kernel, for sm_80, sm_90 and sm_100; needs no GPU
 #   micro     the embedded editor: quality of every preset on 64 tasks, and clock against FLOPs
 #   forecast  temporal caches alone and with SpecEdit on the embedded editor, 64 tasks
+#   methods   every method, cache and preset on the embedded editor, 64 tasks and 16 textures, with peak memory
 #   real      everything of benchmarks/end_to_end.py, hours of it; REAL holds more of its arguments
 #
 # JSON goes to FOLDER (default benchmarks/results). Uses the python3 on the PATH and whatever torch and Triton it has.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-known=" doctor tests tune kernels flux qwen klein steps caches train compile micro forecast real "
+known=" doctor tests tune kernels flux qwen klein steps caches train compile micro forecast methods real "
 out=benchmarks/results
 parts=()
 again=
@@ -130,6 +131,14 @@ measure() {
   ! grep -q "run the same command again" "$scratch/log" || return $UNFINISHED
 }
 
+# scored SECONDS MODULE ARGUMENTS...: a table of benchmarks.scores, which goes on where its file ends.
+scored() {
+  local code=0
+  timeout "$1" python3 -m "${@:2}" --resume || code=$?
+  [ $code != 124 ] || return $UNFINISHED # what timeout says when the time is over
+  return $code
+}
+
 turbo=(--preset turbo --restore full --restore reference --share 10 --share 20 --shape blob)
 
 # Stock eager and compiled; the faster one is the baseline.
@@ -183,19 +192,24 @@ run_compile() {
 }
 
 run_micro() {
-  local failed=0
+  local code=0 left=0
   if_dry 64 1 1 -- 512 5 64
   local size=${chosen[0]} repeat=${chosen[1]} cases=${chosen[2]}
-  timeout 120 python3 -m specedit.cli bench --size "$size" --repeat "$repeat" --json "$out/end_to_end-micro-gpu.json" || failed=1
+  timeout 120 python3 -m specedit.cli bench --size "$size" --repeat "$repeat" --json "$out/end_to_end-micro-gpu.json" || code=1
   if_dry --only turbo-reference --
-  timeout 380 python3 -m benchmarks.quality --cases "$cases" --size "$size" --resume --out "$out/quality-gpu.json" \
-    "${chosen[@]}" || failed=1
-  return $failed
+  scored 380 benchmarks.quality --cases "$cases" --size "$size" --out "$out/quality-gpu.json" "${chosen[@]}" || left=$?
+  [ $code != 0 ] || code=$left
+  return $code
 }
 
 run_forecast() {
   if_dry --cases 1 --size 64 --only stock-50 -- --cases 64 --size 512
-  timeout 530 python3 -m benchmarks.forecast "${chosen[@]}" --resume --out "$out/forecast-gpu.json"
+  scored 530 benchmarks.forecast "${chosen[@]}" --out "$out/forecast-gpu.json"
+}
+
+run_methods() {
+  if_dry --cases 1 --size 64 --only stock-4 turbo-reference -- --cases 64 --size 512
+  scored 530 benchmarks.methods "${chosen[@]}" --out "$out/methods-gpu.json"
 }
 
 # shellcheck disable=SC2086 # REAL is a list of arguments

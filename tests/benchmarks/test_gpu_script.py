@@ -15,7 +15,7 @@ from benchmarks import dry_gpu
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 DEFAULT = ["doctor", "tests", "tune", "kernels", "flux", "qwen", "klein", "steps", "caches", "train"]
-BY_NAME = ["compile", "micro", "forecast", "real"]
+BY_NAME = ["compile", "micro", "forecast", "methods", "real"]
 DRY = ["doctor", "tests", "kernels", "klein"]  # cheap ones; by hand `benchmarks/gpu.sh --dry` runs them all
 
 
@@ -91,12 +91,24 @@ def test_complete_parts_are_left_out_the_next_time(tmp_path, stand_in):
     ]
 
 
+def test_a_table_whose_time_is_over_goes_on_the_next_time(tmp_path, stand_in):
+    """124 is what `timeout` exits with. A part that also failed is not said to be on its way."""
+    folder, calls = stand_in('case "$*" in *specedit.cli*) exit 0;; *benchmarks.*) exit 124;; esac')
+    given = [word for name in ("micro", "forecast", "methods") for word in ("--part", name)]
+    result = run("--out", tmp_path, *given, path=folder)
+    assert result.returncode == 0 and "== goes on the next time: micro forecast methods" in result.stdout
+    assert not (tmp_path / "gpu-done").exists() and sum("--resume" in line for line in calls()) == 3
+    folder, _ = stand_in('case "$*" in *specedit.cli*) exit 1;; *benchmarks.*) exit 124;; esac')
+    result = run("--out", tmp_path, "--part", "micro", path=folder)
+    assert result.returncode == 1 and "== failed: micro" in result.stdout and "goes on" not in result.stdout
+
+
 def test_every_part_is_bounded_by_nine_minutes():
-    """The seconds of `timeout` and `measure` in each part's function."""
+    """The seconds of `timeout`, `measure` and `scored` in each part's function."""
     functions = dict(re.findall(r"^run_(\w+)\(\) \{\n(.*?)^\}", SCRIPT.read_text(), re.MULTILINE | re.DOTALL))
     assert set(functions) == {*DEFAULT, *BY_NAME}
     for name, body in functions.items():
-        seconds = [int(n) for n in re.findall(r"\b(?:timeout|measure) (\d+)", body)]
+        seconds = [int(n) for n in re.findall(r"\b(?:timeout|measure|scored) (\d+)", body)]
         tools = 2 if name == "tests" else 1  # the sanitizer's line runs for each of two tools
         total = sum(n * (tools if n == 95 else 1) for n in seconds)
         assert seconds and total <= 540, (name, seconds)
