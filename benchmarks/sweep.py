@@ -57,6 +57,11 @@ GRID: dict[str, list[dict]] = {
         {"draft_steps": 0, "threshold": 0.1},
         {"restore": "full", "draft_steps": 0, "boundaries": (0.8, 0.65)},
     ],
+    "short coarse stage": [
+        {"locked": "cached", "boundaries": (0.8, 0.65), "uniform_stride": 0, "steps": steps, "draft_steps": draft}
+        for steps, drafts in (((0, 4, 5), (8, 4, 2, 1)), ((1, 3, 5), (0, 2)))
+        for draft in drafts
+    ],
 }
 
 QWEN: dict[str, list[dict]] = {
@@ -67,7 +72,7 @@ QWEN: dict[str, list[dict]] = {
 
 FINDING = (  # groups that change nothing where the caller gives the mask
     "verify_coarse", "threshold (full)", "threshold (draft)", "dilation", "draft_steps", "draft_steps (full)",
-    "draft_scale", "selector", "draft_condition", "together",
+    "draft_scale", "selector", "draft_condition", "together", "short coarse stage",
 )  # fmt: skip
 
 

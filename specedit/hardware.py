@@ -8,14 +8,21 @@ import shutil
 import subprocess
 from pathlib import Path
 
+CPUINFO = Path("/proc/cpuinfo")
+
 
 def cpu_name() -> str:
-    """The processor's name, as the system gives it."""
+    """The processor's name, as the system gives it, and on x86 its family and model: several may share a name."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        lines = CPUINFO.read_text().splitlines()
+    except OSError:
+        lines = []
+    first = lines[: lines.index("")] if "" in lines else lines  # of the first core
+    said = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first)}
+    name = said.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" not in said or "model" not in said:
+        return name
+    return f"{name} (family {said['cpu family']}, model {said['model']})"
 
 
 def compiler() -> str | None:

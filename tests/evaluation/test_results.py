@@ -3,11 +3,13 @@
 import importlib
 import json
 import math
+import platform
 import sys
 from pathlib import Path
 
 import pytest
 
+from specedit import hardware
 from specedit.evaluation import results
 
 ROOT = Path(__file__).parents[2]
@@ -60,3 +62,20 @@ def test_fingerprint_distinguishes_weights(tmp_path):
     (folder / "vae" / "a.safetensors").write_bytes(b"2")
     assert results.fingerprint(folder) != first
     assert results.fingerprint(None) is None and results.fingerprint(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("model name\t: AMD EPYC\ncpu family\t: 25\nmodel\t\t: 1\n\nmodel\t\t: 2\n", "AMD EPYC (family 25, model 1)"),
+        ("model name\t: Some CPU\n\n", "Some CPU"),
+        ("CPU part\t: 0xd0c\n\n", platform.processor() or platform.machine()),
+        (None, platform.processor() or platform.machine()),
+    ],
+)
+def test_processors_that_share_a_name_are_told_apart(monkeypatch, tmp_path, text, name):
+    file = tmp_path / "cpuinfo"
+    if text is not None:
+        file.write_text(text)
+    monkeypatch.setattr(hardware, "CPUINFO", file)
+    assert results.machine()["cpu"] == name
