@@ -3,20 +3,23 @@
     python -m benchmarks.merge A.json B.json --out C.json
 
 Variants and tasks are united. Files of another editor, size or version are refused as by --resume. A task that a
-variant has in both must have equal scores; the seconds of the first file are kept. Machines of different files count as
-different, even if they are of one kind, so clock ratios come from the tasks that a variant and its baseline have in the
-same file. --one-machine says that the files are of one machine, whose seconds can be compared. --part of the commands
-divides a table that way.
+variant has in both must have equal scores, within what rounding may change; those of the first file are kept, and its
+seconds. Machines of different files count as different, even if they are of one kind, so clock ratios come from the
+tasks that a variant and its baseline have in the same file. --one-machine says that the files are of one machine, whose
+seconds can be compared. --part of the commands divides a table that way.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
+from typing import Any
 
 from benchmarks.result_file import Content, difference, position, read, summary, without, write
 
 OF_FILE = ("machine", "machines", "command", "rows")  # the other fields of a file must agree
+ROUNDING = 1e-3  # relative; even one processor does not add in the same order in every process
 SCORED = ("mean", "kinds", "cases", "nfe", "cached_steps", "cache_bytes")  # likewise of a row
 
 
@@ -52,11 +55,16 @@ def _united(variant: str, cases: list[Content], more: list[Content]) -> list[Con
 
 
 def _agree(what: str, expected: Content, got: Content) -> None:
-    # In lists, which compare by identity first: `read` has one nan.
-    names = [name for name in expected | got if [expected.get(name)] != [got.get(name)]]
+    names = [name for name in expected | got if not _alike(expected.get(name), got.get(name))]
     if names:
         wanted, found = ({name: one.get(name) for name in names} for one in (expected, got))
         raise ValueError(f"{what}: expected {wanted}, got {found}")
+
+
+def _alike(expected: Any, got: Any) -> bool:
+    if isinstance(expected, float) and isinstance(got, float):
+        return math.isclose(expected, got, rel_tol=ROUNDING) or (math.isnan(expected) and math.isnan(got))
+    return bool(expected == got)
 
 
 def _renumbered(content: Content) -> Content:

@@ -64,6 +64,13 @@ def test_a_copy_adds_no_machine(join):
     assert [one["machine"] for one in joined["rows"][0]["cases"]] == [0, 0, 1]
 
 
+def test_scores_may_differ_by_rounding(join):
+    joined = join(content(stock=[case(0)]), content(stock=[case(0, edit_psnr=20.001)]))
+    assert joined["rows"][0]["cases"][0]["edit_psnr"] == 20.0
+    with pytest.raises(SystemExit, match=r"stock, task 0: expected {'edit_psnr': 20\.0}, got {'edit_psnr': 20\.1}"):
+        join(content(stock=[case(0)]), content(stock=[case(0, edit_psnr=20.1)]))
+
+
 def test_files_of_one_machine_share_their_seconds(join):
     later = content(stock=[case(1, seconds=3.0)]) | dict(machine=MACHINE | {"date": "2026-02", "commit": "d"})
     joined = join(content(stock=[case(0)]), later, options=["--one-machine"])
