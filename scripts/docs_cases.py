@@ -35,7 +35,8 @@ def compared(name: str, enough: float = ENOUGH) -> dict | None:
 def shared(rows: list[dict], enough: float = ENOUGH) -> tuple[list[dict], list[str]]:
     """The rows over the tasks that all of them have, and the names of those left out.
 
-    A row is left out if with it less than `enough` of the fullest row's textures, or of its other tasks, are shared.
+    A row is left out if with it less than `enough` of the fullest row's textures, or of its other tasks, are shared, or
+    no task at all.
     """
     seeds_of = {row["variant"]: {case["seed"] for case in row["cases"]} for row in rows}
     textures = {case["seed"] for row in rows for case in row["cases"] if case["kind"] == "texture"}
@@ -44,7 +45,7 @@ def shared(rows: list[dict], enough: float = ENOUGH) -> tuple[list[dict], list[s
     for name in sorted(seeds_of, key=lambda name: -len(seeds_of[name])):
         both = seeds & seeds_of[name]
         pairs = ((both & textures, fullest & textures), (both - textures, fullest - textures))
-        if any(len(some) < enough * len(most) for some, most in pairs):
+        if (fullest and not both) or any(len(some) < enough * len(most) for some, most in pairs):
             left_out.append(name)
         else:
             seeds = both
@@ -100,6 +101,6 @@ def mean_seconds(result: dict, enough: float = ENOUGH) -> tuple[dict[str, float 
         row | dict(cases=[case for case in row["cases"] if case.get("seconds") and case.get("machine", 0) == machine])
         for row in result["rows"]
     ]
-    rows, every = [row for row in rows if row["cases"]], machines(result)
+    every = machines(result)
     means = {row["variant"]: average(row["cases"], "seconds") for row in shared(rows, enough)[0]}
     return means, f", on {where(every[machine])}" if len(every) > 1 else ""

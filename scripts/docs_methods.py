@@ -40,12 +40,17 @@ def methods(name: str, enough: float = ENOUGH) -> str:
     header += ["seconds", f"clock ratio to {steps}", "FLOPs ratio to stock with as many steps"]
     header += ["peak memory, MB" if on_gpu else "kept by caches, MB", "its paper"]
     notes = f"\n\nSeconds are means{machine}." if machine else ""
-    return f"{len(result['rows'][0]['cases'])} tasks.\n\n" + table(header, rows) + notes + source(result, name)
+    return _tasks(result["rows"][0]) + "\n\n" + table(header, rows) + notes + source(result, name)
 
 
 def all_methods(name: str) -> str:
     """`methods` with every variant, over the tasks that all of them have run."""
     return methods(name, enough=0.0)
+
+
+def _tasks(row: dict) -> str:
+    plain, textures = (len(cases_of(row, texture=texture)) for texture in (False, True))
+    return f"Tasks: {plain}" + (f", and {textures} of textures." if textures else ".")
 
 
 def _ordered(rows: list[dict]) -> list[dict]:

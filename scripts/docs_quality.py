@@ -163,11 +163,19 @@ def sweep(name: str) -> str:
         change = row["variant"] if row["change"] else "none"
         rows.append(
             [change, number(m.get("success"), ".0%"), number(m.get("edit_psnr"), ".1f"), *textures(result, m),
-             number(m["keep_psnr"], ".1f"),
-             f"{m['flops_ratio']:.2f}", *([] if whole else [to_default(model, m["flops_ratio"])]),
+             number(m["keep_psnr"], ".1f"), f"{m['flops'] / 1e12:.3f}", f"{m['flops_ratio']:.2f}",
+             *([] if whole else [to_default(model, m["flops_ratio"])]),
              number(seconds.get(row["variant"]), ".2f"), number(m["recall"], ".0%"), number(m["precision"], ".0%")]
         )  # fmt: skip
-    header = ["change", "success", "edit dB", *(TEXTURES if with_textures(result) else []), "keep dB", RATIOS[0]]
+    header = [
+        "change",
+        "success",
+        "edit dB",
+        *(TEXTURES if with_textures(result) else []),
+        "keep dB",
+        "TFLOPs",
+        RATIOS[0],
+    ]
     header += [] if whole else [f"FLOPs ratio to {default_steps(model)}"]
     header += [f"seconds{machine}", "recall", "precision"]
     return table(header, rows) + source(result, name)

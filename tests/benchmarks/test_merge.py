@@ -69,6 +69,8 @@ def test_scores_may_differ_by_rounding(join):
     assert joined["rows"][0]["cases"][0]["edit_psnr"] == 20.0
     with pytest.raises(SystemExit, match=r"stock, task 0: expected {'edit_psnr': 20\.0}, got {'edit_psnr': 20\.1}"):
         join(content(stock=[case(0)]), content(stock=[case(0, edit_psnr=20.1)]))
+    with pytest.raises(SystemExit, match=r"stock, task 0: expected {'flops': 1000.0}, got {'flops': 1000.1}"):
+        join(content(stock=[case(0, flops=1000.0)]), content(stock=[case(0, flops=1000.1)]))
 
 
 def test_files_of_one_machine_share_their_seconds(join):

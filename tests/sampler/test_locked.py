@@ -177,9 +177,13 @@ def test_latents_that_a_callback_changes_take_effect(pipe, edit, locked):
 
 
 def test_cells_are_left_out_also_where_an_adapter_cannot_skip_tokens(pipe, edit, monkeypatch):
+    specedit.install(pipe, **QUICK, locked="reference")
+    expected = edit(pipe, edit_mask=CORNER)
     monkeypatch.setattr(FluxKontext, "skips_tokens", False)
     specedit.install(pipe, **QUICK, locked="reference")
-    assert torch.isfinite(edit(pipe)).all()
+    assert torch.equal(edit(pipe, edit_mask=CORNER), expected)
+    specedit.install(pipe, **QUICK)
+    assert not torch.equal(edit(pipe, edit_mask=CORNER), expected)
 
 
 @pytest.mark.parametrize(

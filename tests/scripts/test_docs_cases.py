@@ -80,6 +80,14 @@ def test_two_halves_are_not_reduced_to_nothing(cases):
     assert (first["variant"], second["variant"], left_out) == ("c", "a", ["b"])
 
 
+def test_rows_without_a_common_task_are_left_out_even_where_any_number_is_enough(cases):
+    rows, left_out = cases.shared([row("a", [case(0), case(1)]), row("b", [case(2)]), row("c", [case(1)])], enough=0.0)
+    assert [(one["variant"], len(one["cases"])) for one in rows] == [("a", 1), ("c", 1)] and left_out == ["b"]
+    machine = dict(gpu=None, cpu="A", threads=1)
+    timed = [row("a", [case(0, 2.0)]), row("b", [case(1, 3.0)]), row("c", [case(0, None)])]
+    assert cases.mean_seconds(dict(machine=machine, rows=timed), enough=0.0)[0] == {"a": 2.0}
+
+
 def test_clock_ratios_pair_tasks_within_a_machine(cases):
     baseline = [case(0, 8.0), case(1, 4.0), case(2, 100.0, 1), case(3, 50.0, 1), case(4, None)]
     own = [case(0, 2.0), case(1, 1.0), case(2, 5.0), case(3, 5.0, 1), case(4, 1.0)]  # 2 on another, 4 not timed
@@ -172,7 +180,7 @@ def test_without_a_clock_tables_have_dashes(docs, tmp_path, monkeypatch):
     write(tmp_path, rows, "x.json", of=dict(model="qwen"))
     assert cells(docs.quality.quality("x.json"), "turbo")[-2:] == ["5.00", "-"]
     assert cells(docs.quality.forecast("x.json"), "turbo")[6:9] == ["-", "5.00", "-"]
-    assert cells(docs.quality.sweep("x.json"), "turbo")[5:] == ["-", "-", "-"]
+    assert cells(docs.quality.sweep("x.json"), "turbo")[6:] == ["-", "-", "-"]
     rows[0]["group"] = "stock"
     write(tmp_path, rows, "x.json", of=dict(model="qwen"))
     assert cells(docs.MAKERS["methods"]("x.json"), "turbo")[8] == "-"

@@ -36,7 +36,10 @@ def result(docs, tmp_path):
 
 def test_the_table_has_both_metrics_and_what_the_method_itself_brings(result):
     text = result.methods("methods-64.json")
-    assert text.startswith("3 tasks.") and "\n\nNot run on enough tasks to compare: half.\n\nMeasured on" in text
+    assert (
+        text.startswith("Tasks: 2, and 1 of textures.")
+        and "\n\nNot run on enough tasks to compare: half.\n\nMeasured on" in text
+    )
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert [line[0] for line in cells] == ["variant", "stock-50", "stock-28", "steps"]
@@ -60,9 +63,11 @@ def test_a_gpus_peak_memory_is_shown_in_the_place_of_what_caches_keep(result, tm
 
 def test_every_variant_stands_in_a_table_of_the_tasks_that_all_have(result):
     text = result.all_methods("methods-64.json")
-    assert text.startswith("2 tasks.") and "Rows are compared on the 2 tasks that all of them have run." in text
+    assert text.startswith("Tasks: 2.") and "Rows are compared on the 2 tasks that all of them have run." in text
     names = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| ")]
     assert names == ["| variant", "| stock-50", "| stock-28", "| half", "| steps"]
+    header, *lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert [line[header.index("seconds")] for line in lines] == ["50.0", "28.0", "1.0", "2.0"]
 
 
 def test_without_a_file_nothing_is_claimed(result):
