@@ -40,6 +40,8 @@ def merged(first: Content, second: Content) -> Content:
         _agree(row["variant"], without(held, *SCORED), without(row, *SCORED))
         held["cases"] = _united(row["variant"], held["cases"], moved)
         held |= summary(held["cases"])
+        if "cache_bytes" in row:
+            held["cache_bytes"] = max(held.get("cache_bytes") or 0, row["cache_bytes"] or 0)
     commands = dict.fromkeys((first["command"], second["command"]))
     latest = max((first["machine"], second["machine"]), key=lambda machine: machine["date"])
     result = first | {"machine": latest, "command": "; ".join(commands), "rows": list(rows.values())}

@@ -229,7 +229,8 @@ class Scores:
         row["cases"] += [case | untimed | {"machine": self.at} for case in scored]
         row |= result_file.summary(row["cases"])
         if (last := last_report(pipe)) is not None:
-            row |= dict(nfe=last.nfe, cached_steps=last.cached_steps, cache_bytes=last.cache_bytes)
+            most = max(row.get("cache_bytes") or 0, last.cache_bytes)  # a task without an edited cell keeps nothing
+            row |= dict(nfe=last.nfe, cached_steps=last.cached_steps, cache_bytes=most)
         self.write()
 
     def write(self) -> None:

@@ -51,6 +51,13 @@ def test_tasks_and_variants_are_united_and_keep_their_machines(join):
     assert joined["command"] == "python -m benchmarks.methods" and joined["of"] == dict(size=64)
 
 
+def test_the_largest_cache_is_kept(join):
+    files = [content(stock=[case(0)]), content(stock=[case(1)]), content(stock=[case(2)])]
+    for file, held in zip(files, (0, 7, 3)):
+        file["rows"][0]["cache_bytes"] = held
+    assert join(*files)["rows"][0]["cache_bytes"] == 7
+
+
 def test_a_copy_adds_no_machine(join):
     first = content(stock=[case(0), case(1)])
     joined = join(first, content(stock=[case(0)]))
