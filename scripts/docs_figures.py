@@ -96,27 +96,28 @@ def _first(value: float | tuple) -> float:
 
 
 def forecast_pareto(name: str, path: Path) -> None:
-    """Success and edit PSNR over FLOPs, one colour per family; a cache's intervals are one line."""
+    """Success, edit PSNR and texture distance over FLOPs, one colour per family; a cache's intervals are one line."""
     rows = compared(name)["rows"]
     families = list(dict.fromkeys(row["family"] for row in rows))
     lines: dict[tuple[str, str], list[dict]] = {}
     for row in rows:
         lines.setdefault((row["family"], row["variant"].rpartition("-N")[0] or row["variant"]), []).append(row)
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    success, edit = figure.subplots(1, 2)
-    for (family, method), members in lines.items():
-        x = [row["mean"]["flops"] / 1e12 for row in members]
-        first = method == next(other for kind, other in lines if kind == family)
-        for axis, key in ((success, "success"), (edit, "edit_psnr")):
+    # Many variants have equal success: their names stand in the other panels.
+    panels = [("success", "success"), ("edit_psnr", "edit PSNR, dB")]
+    if any("texture_distance" in row["mean"] for row in rows):
+        panels.append(("texture_distance", "texture distance"))
+    figure = Figure(figsize=(6 * len(panels), 5), layout="constrained")
+    for axis, (key, label) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        for (family, method), members in lines.items():
+            x, y = [row["mean"]["flops"] / 1e12 for row in members], [row["mean"][key] for row in members]
+            first = method == next(other for kind, other in lines if kind == family)
             axis.plot(
-                x, [row["mean"][key] for row in members], marker="o", linewidth=0.7,
-                color=f"C{families.index(family)}", label=family if first else None,
-            )  # fmt: skip
-        edit.annotate(method, (x[-1], members[-1]["mean"]["edit_psnr"]), fontsize=7)
-    # Many variants have equal success: put their names beside.
-    for axis, label in ((success, "success"), (edit, "edit PSNR, dB")):
+                x, y, marker="o", linewidth=0.7, color=f"C{families.index(family)}", label=family if first else None
+            )
+            if key != "success":
+                axis.annotate(method, (x[-1], y[-1]), fontsize=7)
         over_cost(axis, label)
-    success.legend(fontsize=7)
+    figure.axes[0].legend(fontsize=7)
     figure.savefig(path, dpi=90)
 
 

@@ -219,5 +219,6 @@ def forecast(name: str) -> str:
     header = ["variant", "tasks", "success", "edit dB", *(TEXTURES if with_textures(result) else []), "keep dB",
               "TFLOPs", f"seconds{machine}", *RATIOS,
               *against_default(result, result["rows"][0]), "cached steps", "cache MiB"]  # fmt: skip
-    picture = f"\n\n![Success and edit PSNR over FLOPs](images/{Path(name).stem}.png)"
+    shown = "Success, edit PSNR and texture distance" if with_textures(result) else "Success and edit PSNR"
+    picture = f"\n\n![{shown} over FLOPs](images/{Path(name).stem}.png)"
     return table(header, rows) + source(result, name) + picture
