@@ -5,14 +5,13 @@ from collections import Counter
 
 from docs_results import load, machines, where
 
+ENOUGH = 0.5  # of the fullest row's tasks
+
 
 def average(cases: list[dict], key: str) -> float | None:
     """Mean over the cases that have `key`: a task that changes everything has no keep dB. None if no case has it."""
     values = [case[key] for case in cases if case.get(key) is not None]
     return sum(values) / len(values) if values else None
-
-
-ENOUGH = 0.5  # of the fullest row's tasks
 
 
 def compared(name: str, enough: float = ENOUGH) -> dict | None:

@@ -10,7 +10,6 @@ from specedit.config import STOCK_STEPS
 SMALL = 0.15  # share of the picture; the goals are about edits up to this size
 TOTALS = ("FLOPs", "clock")
 RATIOS = [f"{what} ratio to {STOCK_STEPS}" for what in TOTALS]
-TEXTURES = ["texture", "material"]
 
 
 def stock_row(result: dict, steps: int) -> dict | None:
@@ -61,8 +60,13 @@ def with_textures(result: dict) -> bool:
     return any("texture_distance" in row["mean"] for row in result["rows"])
 
 
+def texture_headings(result: dict) -> list[str]:
+    """Of the cells of `textures`. None in files without textures."""
+    return ["texture", "material"] if with_textures(result) else []
+
+
 def textures(result: dict, mean: dict) -> list[str]:
-    """The cells under `TEXTURES`: distance, and the share of right materials. None in files without textures."""
+    """Distance, and the share of right materials. None in files without textures."""
     if not with_textures(result):
         return []
     return [number(mean.get("texture_distance"), ".2f"), number(mean.get("material"), ".0%")]
@@ -86,7 +90,7 @@ def quality(name: str) -> str:
              *textures(result, m), f"{m['keep_psnr']:.1f}", f"{m['flops'] / 1e12:.2f}", *against_stock(result, row),
              *against_default(result, row).values()]
         )  # fmt: skip
-    header = ["variant", "tasks", "success", "edit dB", *(TEXTURES if with_textures(result) else [])]
+    header = ["variant", "tasks", "success", "edit dB", *texture_headings(result)]
     header += ["keep dB", "TFLOPs", *RATIOS]
     header += against_default(result, result["rows"][0])
     return table(header, rows) + source(result, name)
@@ -147,7 +151,7 @@ def small_edits(name: str) -> str:
         )  # fmt: skip
     header = ["variant", "tasks", "found", "drafts without a change", RATIOS[0]]
     header += [*([] if whole else [f"FLOPs ratio to {steps}"]), "success", "edit dB"]
-    header += [*(TEXTURES if with_textures(result) else []), "keep dB"]
+    header += [*texture_headings(result), "keep dB"]
     return table(header, rows) + source(result, name)
 
 
@@ -167,15 +171,7 @@ def sweep(name: str) -> str:
              *([] if whole else [to_default(model, m["flops_ratio"])]),
              number(seconds.get(row["variant"]), ".2f"), number(m["recall"], ".0%"), number(m["precision"], ".0%")]
         )  # fmt: skip
-    header = [
-        "change",
-        "success",
-        "edit dB",
-        *(TEXTURES if with_textures(result) else []),
-        "keep dB",
-        "TFLOPs",
-        RATIOS[0],
-    ]
+    header = ["change", "success", "edit dB", *texture_headings(result), "keep dB", "TFLOPs", RATIOS[0]]
     header += [] if whole else [f"FLOPs ratio to {default_steps(model)}"]
     header += [f"seconds{machine}", "recall", "precision"]
     return table(header, rows) + source(result, name)
@@ -216,7 +212,7 @@ def forecast(name: str) -> str:
              number(seconds.get(row["variant"]), ".1f"), *against_stock(result, row),
              *against_default(result, row).values(), cached, held]
         )  # fmt: skip
-    header = ["variant", "tasks", "success", "edit dB", *(TEXTURES if with_textures(result) else []), "keep dB",
+    header = ["variant", "tasks", "success", "edit dB", *texture_headings(result), "keep dB",
               "TFLOPs", f"seconds{machine}", *RATIOS,
               *against_default(result, result["rows"][0]), "cached steps", "cache MiB"]  # fmt: skip
     shown = "Success, edit PSNR and texture distance" if with_textures(result) else "Success and edit PSNR"

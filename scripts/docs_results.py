@@ -71,11 +71,12 @@ def source(result: dict, name: str) -> str:
     """The note of `docs_cases.compared`, every kind of machine, and the command."""
     every = [f"{where(m)}; torch {m['torch']}, diffusers {m['diffusers']}, {m['date']}" for m in machines(result)]
     note = f"\n\n{result['note']}" if result.get("note") else ""
-    first, *more = result["command"].split("; python -m benchmarks.")
-    wrote = f"`{typed(first, name)}`"
-    if more:  # of `benchmarks.merge`
-        parts = "` and `python -m benchmarks.".join([first, *more])
+    command = result["command"]
+    if "; python -m benchmarks." in command:  # of files that were merged
+        parts = command.replace("; ", "` and `")
         wrote = f"`{parts}`, each with its own `--out` and joined by `python -m benchmarks.merge`,"
+    else:
+        wrote = f"`{typed(command, name)}`"
     return (
         f"{note}\n\nMeasured on {'; and on '.join(dict.fromkeys(every))}. "
         f"{wrote} wrote `benchmarks/results/{name}`.{age(result)}"

@@ -11,14 +11,18 @@ from pathlib import Path
 CPUINFO = Path("/proc/cpuinfo")
 
 
+def cpuinfo() -> dict[str, str]:
+    """What Linux says of the first core, by its names; empty elsewhere."""
+    try:
+        first, _, _ = CPUINFO.read_text().partition("\n\n")
+    except OSError:
+        return {}
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+
+
 def cpu_name() -> str:
     """The processor's name, as the system gives it, and on x86 its family and model: several may share a name."""
-    try:
-        lines = CPUINFO.read_text().splitlines()
-    except OSError:
-        lines = []
-    first = lines[: lines.index("")] if "" in lines else lines  # of the first core
-    said = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first)}
+    said = cpuinfo()
     name = said.get("model name") or platform.processor() or platform.machine()
     if "cpu family" not in said or "model" not in said:
         return name

@@ -16,6 +16,7 @@ import torch
 
 import specedit
 from specedit.config import presets
+from specedit.hardware import cpuinfo
 
 FILE = Path(__file__).with_name("recorded_pictures.json")
 FAMILIES = ("flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen", "longcat")))
@@ -27,8 +28,7 @@ DRAFT_STEPS = {"quality": 8, "balanced": 8, "fast": 8, "turbo": 8, "lightning-8"
 
 def processor():
     """What rounding depends on: processors of the same name differ, and a virtual machine may hide instructions."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    said = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    said = cpuinfo()
     kind = "/".join(said[name] for name in KIND if name in said)
     can = [word for word in (said.get("flags") or said.get("Features", "")).split() if word.startswith(ARITHMETIC)]
     flags = hashlib.sha256(" ".join(sorted(can)).encode()).hexdigest()[:8]

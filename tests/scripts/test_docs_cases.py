@@ -161,6 +161,16 @@ def test_machines_of_one_kind_are_named_once(two):
     assert shown.count("A CPU") == 2 and shown.count("today") == 1
 
 
+def test_a_merged_file_names_every_command(two):
+    machine = dict(gpu=None, cpu="A CPU", threads=1, torch="2", diffusers="0", date="today")
+    command = "python -m benchmarks.methods --cases 8; python -m benchmarks.methods --cases 64"
+    shown = importlib.import_module("docs_results").source(dict(machine=machine, command=command), "x.json")
+    assert shown.endswith(
+        "`python -m benchmarks.methods --cases 8` and `python -m benchmarks.methods --cases 64`, each with its own "
+        "`--out` and joined by `python -m benchmarks.merge`, wrote `benchmarks/results/x.json`."
+    )
+
+
 def test_figure_over_the_clock_has_points_of_one_machine(two, tmp_path, monkeypatch):
     axes = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: axes.extend(figure.axes))
