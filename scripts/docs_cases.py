@@ -87,7 +87,7 @@ def clock_ratio(baseline: list[dict], cases: list[dict]) -> float | None:
     return math.exp(logs / sum(count for count, *_ in sums))
 
 
-def mean_seconds(result: dict, enough: float = ENOUGH) -> tuple[dict[str, float | None], str]:
+def mean_seconds(result: dict) -> tuple[dict[str, float | None], str]:
     """Mean seconds by variant, and ", on MACHINE" if the file has several.
 
     They are of the machine that timed most, over the tasks of `shared` there; the rows that it leaves out are missing.
@@ -101,5 +101,5 @@ def mean_seconds(result: dict, enough: float = ENOUGH) -> tuple[dict[str, float 
         for row in result["rows"]
     ]
     every = machines(result)
-    means = {row["variant"]: average(row["cases"], "seconds") for row in shared(rows, enough)[0]}
+    means = {row["variant"]: average(row["cases"], "seconds") for row in shared(rows)[0]}
     return means, f", on {where(every[machine])}" if len(every) > 1 else ""

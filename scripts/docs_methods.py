@@ -32,7 +32,7 @@ def methods(name: str, enough: float = ENOUGH) -> str:
         return "*not measured yet*"
     steps = default_steps(edited_by(result))
     stock = {row["variant"]: row for row in result["rows"] if row["group"] == "stock"}
-    seconds, machine = mean_seconds(result, enough)
+    seconds, machine = mean_seconds(result)
     on_gpu = any(row["mean"].get("peak_memory") for row in result["rows"])
     rows = [_row(row, stock, steps, seconds.get(row["variant"]), on_gpu) for row in _ordered(result["rows"])]
     header = ["variant", "success", "edit dB", "keep dB", "texture distance", "material", "TFLOPs"]

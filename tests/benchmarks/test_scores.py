@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 from diffusers import FluxKontextPipeline
@@ -169,6 +170,17 @@ def test_a_part_that_is_none_is_refused(text, capsys):
     with pytest.raises(SystemExit):
         scores.options("x").parse_args(["--out", "x.json", "--part", text])
     assert f"--part: expected K/N with K from 1 to N, got {text}" in capsys.readouterr().err
+
+
+def test_a_row_keeps_the_largest_cache_of_its_turns(tmp_path, monkeypatch):
+    table = scores.Scores(tmp_path / "q.json", "the command", [], {}, resume=False)
+    for seed, held in enumerate((0, 7, 3)):
+        report = SimpleNamespace(nfe=9, cached_steps=2, cache_bytes=held)
+        monkeypatch.setattr(scores, "last_report", lambda pipe, report=report: report)
+        case = dict(seed=seed, kind="add", mask_share=0.1, success=True, edit_psnr=20.0, keep_psnr=30.0, seconds=1.0)
+        table.add(None, "turbo", [case])
+    (row,) = json.loads((tmp_path / "q.json").read_text())["rows"]
+    assert (row["cache_bytes"], row["cached_steps"], row["nfe"], len(row["cases"])) == (7, 2, 9, 3)
 
 
 @pytest.mark.thorough

@@ -85,7 +85,7 @@ def test_rows_without_a_common_task_are_left_out_even_where_any_number_is_enough
     assert [(one["variant"], len(one["cases"])) for one in rows] == [("a", 1), ("c", 1)] and left_out == ["b"]
     machine = dict(gpu=None, cpu="A", threads=1)
     timed = [row("a", [case(0, 2.0)]), row("b", [case(1, 3.0)]), row("c", [case(0, None)])]
-    assert cases.mean_seconds(dict(machine=machine, rows=timed), enough=0.0)[0] == {"a": 2.0}
+    assert cases.mean_seconds(dict(machine=machine, rows=timed))[0] == {"a": 2.0}
 
 
 def test_clock_ratios_pair_tasks_within_a_machine(cases):
