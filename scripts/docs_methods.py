@@ -5,7 +5,7 @@ from pathlib import Path
 
 from docs_cases import ENOUGH, average, clock_ratio, compared, mean_seconds
 from docs_figures import over_cost
-from docs_paper import REPORTED
+from docs_paper import FRESCO_ABLATIONS, REPORTED
 from docs_quality import SMALL
 from docs_results import default_steps, edited_by, number, source, table
 from matplotlib.figure import Figure
@@ -46,6 +46,32 @@ def methods(name: str, enough: float = ENOUGH) -> str:
 def all_methods(name: str) -> str:
     """`methods` with every variant, over the tasks that all of them have run."""
     return methods(name, enough=0.0)
+
+
+def ablations(name: str) -> str:
+    """One row a variant, in the order of its paper's figures."""
+    result = compared(name)
+    if result is None:
+        return "*not measured yet*"
+    found = {row["variant"]: row for row in result["rows"]}
+    whole = _distances(found["full"])
+    rows = []
+    for variant, reward in FRESCO_ABLATIONS.items():
+        plain, texture = (cases_of(found[variant], texture=is_texture) for is_texture in (False, True))
+        farther = sum(distance > whole[seed] for seed, distance in _distances(found[variant]).items())
+        rows.append([
+            variant, number(average(plain, "success"), ".0%"), number(average(plain, "edit_psnr"), ".2f"),
+            number(average(plain + texture, "keep_psnr"), ".2f"), number(average(texture, "texture_distance"), ".2f"),
+            "-" if variant == "full" else f"{farther} of {len(whole)}", f"{reward:.4f}",
+        ])  # fmt: skip
+    header = ["variant", "success", "edit dB", "keep dB", "texture distance", "textures farther than in full"]
+    header += ["its paper's ImageReward, FLUX.1"]
+    return _tasks(result["rows"][0]) + "\n\n" + table(header, rows) + source(result, name)
+
+
+def _distances(row: dict) -> dict[int, float]:
+    """Texture distance by the task's seed."""
+    return {case["seed"]: case["texture_distance"] for case in cases_of(row, texture=True)}
 
 
 def _tasks(row: dict) -> str:

@@ -42,3 +42,5 @@ REPORTED: dict[str, str] = {
     "regione": "2.41x, FLUX.1-Kontext; 2.06x, Qwen-Image-Edit",
     "speed": "1.63x, FLUX.1-dev",
 }
+# ImageReward of FLUX.1-dev by the rows of benchmarks.ablations (arXiv 2601.07462).
+FRESCO_ABLATIONS = {"full": 1.0369, "interpolated": 0.9876, "fresh noise": 0.9632, "edges": 0.9482, "random": 0.9143}

@@ -35,6 +35,7 @@ MAKERS = {
     "quality": quality.quality,
     "methods": docs_methods.methods,
     "all-methods": docs_methods.all_methods,
+    "ablations": docs_methods.ablations,
     "kinds": quality.kinds,
     "small": quality.small_edits,
     "sweep": quality.sweep,

@@ -3,6 +3,7 @@
 import pytest
 
 from specedit.config import SpecEditConfig, presets
+from specedit.methods import Fresco
 
 
 def test_switches_are_off_by_default():
@@ -58,6 +59,8 @@ def test_switches_that_do_not_go_together(fields, message):
         ({"selector": "edges"}, True, True, "picture"),
         ({"method": "regione"}, False, False, None),
         ({"method": "spotedit"}, False, False, "features"),
+        ({"method": "fresco"}, False, False, None),
+        ({"method": Fresco(select="edges")}, False, False, "picture"),
         ({"method": "steps", "keep_pixels": True}, False, False, None),
     ],
     ids=str,

@@ -27,7 +27,7 @@ from . import resolution
 from .shared import outcome_of, run_stage
 
 CHOICES = {
-    "select": ("variance", "random"),
+    "select": ("variance", "edges", "random"),
     "noise": ("unified", "fresh"),
     "expansion": ("hadamard", "interpolated"),
 }
@@ -49,7 +49,7 @@ class Fresco(Method):
         steps: model evaluations of the coarse, mixed and full stage.
         boundaries: sigmas at which the coarse and the mixed stage end.
         early: share of the cells that the mixed stage splits.
-        select: "variance", or "random" cells, as the paper's ablation.
+        select: "variance"; "edges" or "random" cells, as the paper's ablations. Edges are found as in `Ralu`.
         noise: "unified", or "fresh" noise at every change of resolution, as the ablation.
         expansion: "hadamard", or "interpolated" tokens without detail of their own, as the ablation.
     """
@@ -57,7 +57,7 @@ class Fresco(Method):
     steps: tuple[int, int, int] = (7, 6, 5)
     boundaries: tuple[float, float] = (0.7, 0.55)
     early: float = 0.45
-    select: Literal["variance", "random"] = "variance"
+    select: Literal["variance", "edges", "random"] = "variance"
     noise: Literal["unified", "fresh"] = "unified"
     expansion: Literal["hadamard", "interpolated"] = "hadamard"
 
@@ -68,11 +68,15 @@ class Fresco(Method):
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if not isinstance(value, str) or value not in choices:
-                listed = " or ".join(map(repr, choices))
+                listed = ", ".join(map(repr, choices[:-1])) + f" or {choices[-1]!r}"
                 raise ValueError(f"{name}: expected {listed}, got {value!r}{suggest(value, choices)}")
         self.set("steps", resolution.check_stage_steps("steps", self.steps))
         self.set("boundaries", boundaries(self.boundaries))
         self.set("early", share("early", self.early))
+
+    @property
+    def needs_decoder(self) -> Literal["picture"] | None:  # type: ignore[override]
+        return "picture" if self.select == "edges" else None
 
     @property
     def nfe(self) -> int:
@@ -103,12 +107,14 @@ class Fresco(Method):
         tokens = start_tokens(state.noise, layout)
         groups = [new_group(inner, list(range(state.batch)), layout, tokens, coarse, coarse.start)]
         states = [tokens]
-        run_stage(inner, coarse.name, groups, watch=lambda: states.append(groups[0].tokens))
+        run_stage(
+            inner, coarse.name, groups, keep_clean=self.select == "edges",
+            watch=lambda: states.append(groups[0].tokens),
+        )  # fmt: skip
         score = split = None
         if not run.trace.interrupted:
-            score = temporal_variance(states).view(state.batch, *state.grid.coarse().shape)
-            order = score if self.select == "variance" else state.draw(score[0].numel())[..., 0].view_as(score)
-            split = resolution.top_share(-order, self.early)
+            score, order = self._scores(inner, groups[0], states)
+            split = resolution.top_share(order, self.early)
             groups = self._enter(inner, groups, mixed, split_layouts(state.grid, split))
             run_stage(inner, mixed.name, groups)
         if not run.trace.interrupted:
@@ -117,6 +123,14 @@ class Fresco(Method):
             run_stage(inner, full.name, groups)
         score = None if score is None else to_tokens(score, state.grid)
         return outcome_of(run, groups, edit_mask, score=score, refined=split)
+
+    def _scores(self, run: Run, group: LayoutGroup, states: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Two of (B, cells_h, cells_w): what the report shows, and the scores of which the largest are split early."""
+        if self.select == "edges":
+            shares = resolution.edge_shares(run, group)
+            return shares, resolution.ties_broken(shares, run.state)
+        variance = temporal_variance(states).view(run.state.batch, *run.state.grid.coarse().shape)
+        return variance, -variance if self.select == "variance" else resolution.random_scores(run.state)
 
     def _enter(
         self, run: Run, groups: list[LayoutGroup], stage: Stage, layouts: list[MixedLayout]

@@ -17,7 +17,6 @@ from torch import Tensor
 from ..checks import number, sequence, share
 from ..layout import MixedLayout, TokenGrid
 from ..method.adapter import LayoutGroup, Run
-from ..method.canny import canny
 from ..method.expand import coarsen_noise
 from ..method.groups import group_at, split_layouts, start_tokens
 from ..method.sampler import Outcome
@@ -27,8 +26,6 @@ from ..method_options import Method, register_method
 from ..method_plan import MethodRun, PlannedStage
 from . import resolution
 from .shared import outcome_of, run_stage
-
-TIE = 1e-6  # of random numbers that decide between equal counts of edge pixels
 
 
 @register_method
@@ -110,9 +107,8 @@ class Ralu(Method):
         run_stage(inner, "coarse", groups, keep_clean=True)
         counts = split = None
         if not run.trace.interrupted:
-            counts = edge_shares(inner, groups[0])
-            ties = state.draw(counts[0].numel())[..., 0].view_as(counts)
-            split = resolution.top_share(counts + TIE * ties, self.early)
+            counts = resolution.edge_shares(inner, groups[0])
+            split = resolution.top_share(resolution.ties_broken(counts, state), self.early)
             groups = self._enter(inner, groups, 1, split_layouts(state.grid, split, counted=2))
             run_stage(inner, "mixed", groups)
         if not run.trace.interrupted:
@@ -173,19 +169,6 @@ def decorrelating(noise: Tensor, grid: TokenGrid, c: float) -> Tensor:
     less = (1 - (1 - c * inside).sqrt()) * mean
     less = less.repeat_interleave(2, 2).repeat_interleave(2, 3)[..., :height, :width]
     return grid.geometry.from_image(image - less)
-
-
-def edge_shares(run: Run, group: LayoutGroup) -> Tensor:
-    """(B, cells_h, cells_w) float32: which share of a cell's pixels Canny finds to be edges.
-
-    group: all samples after the coarse stage. Its clean prediction is decoded as the small picture that it is.
-    """
-    state = run.state
-    assert group.clean is not None  # `run_stage` kept it
-    with run.trace.timed("edges"):
-        small = replace(state, grid=state.grid.coarse())
-        image = run.adapter.decode(run.pipe, small, group.clean, "pt").float()
-        return F.avg_pool2d(canny(image).float()[:, None], state.pixels_per_token)[:, 0]
 
 
 def _above(name: str, value: Any, low: float, expected: str) -> float:

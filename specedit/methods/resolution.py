@@ -7,18 +7,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import integer, sequence
 from ..field_checks import scaled_steps
 from ..layout import MixedLayout
 from ..method.adapter import EditState, LayoutGroup, Run
+from ..method.canny import canny
 from ..method.groups import alike, group_at
 from ..method.selectors import highest
 from ..method_options import Method
 from ..method_plan import PlannedStage, all_steps
 
 LEAST_SIDE = 4  # tokens: a picture that can be halved twice
+TIE = 1e-6  # of random numbers that decide between equal counts of edge pixels
 
 Move = Callable[[int, Tensor, MixedLayout, MixedLayout], Tensor]
 
@@ -101,3 +104,27 @@ def repeated(tokens: Tensor, old: MixedLayout, new: MixedLayout) -> Tensor:
 def top_share(score: Tensor, share: float) -> Tensor:
     """(B, cells_h, cells_w) bool: the `share` of every sample's cells with the largest score, at least one."""
     return highest(score, max(1, int(share * score[0].numel())))
+
+
+def edge_shares(run: Run, group: LayoutGroup) -> Tensor:
+    """(B, cells_h, cells_w) float32: which share of a cell's pixels Canny finds to be edges.
+
+    group: all samples after the coarse stage. Its clean prediction is decoded as the small picture that it is.
+    """
+    state = run.state
+    assert group.clean is not None  # `run_stage` kept it
+    with run.trace.timed("edges"):
+        small = dataclasses.replace(state, grid=state.grid.coarse())
+        image = run.adapter.decode(run.pipe, small, group.clean, "pt").float()
+        return F.avg_pool2d(canny(image).float()[:, None], state.pixels_per_token)[:, 0]
+
+
+def ties_broken(shares: Tensor, state: EditState) -> Tensor:
+    """Shares of edge pixels (B, cells_h, cells_w), of which no two are equal."""
+    return shares + TIE * random_scores(state)
+
+
+def random_scores(state: EditState) -> Tensor:
+    """(B, cells_h, cells_w): a random number for every cell."""
+    cells = state.grid.coarse()
+    return state.draw(cells.tokens)[..., 0].view(state.batch, *cells.shape)

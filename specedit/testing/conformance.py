@@ -236,7 +236,9 @@ class CallConformance(Cases):
                 mask = (torch.arange(16) < cells).view(4, 4)
                 latents = family.run(pipe, edit_mask=mask, **guide)
                 counts.append(counter.frame_count)
-            assert counts[0] and counts[2] == counts[-1], counts
+            # Lengths are marked as dynamic, but for a mask that the model's own processors take.
+            known = counts[1 if changes == {"attention": "stock"} else 0]
+            assert 0 < known == counts[-1], counts
             eager = specedit.install(family.make(), **settings)
             self.close(latents, family.run(eager, edit_mask=mask, **guide))
             if keeps_modulation(family, family.make()):

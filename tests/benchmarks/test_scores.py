@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from diffusers import FluxKontextPipeline
 
-from benchmarks import few_steps, forecast, methods, quality, scores, sweep, texture_steps
+from benchmarks import ablations, few_steps, forecast, methods, quality, scores, sweep, texture_steps
 from specedit import micro
 
 TWO = ["--size", "64", "--only", "stock-10", "turbo-reference"]
@@ -141,7 +141,7 @@ def test_seconds_of_a_busy_machine_are_left_out(on):
     assert row["mean"]["seconds"] == 2.0 and row["cases"][3]["machine"] == 1  # one machine timed all of them
 
 
-@pytest.mark.parametrize("module", [few_steps, forecast, methods, quality, sweep, texture_steps])
+@pytest.mark.parametrize("module", [ablations, few_steps, forecast, methods, quality, sweep, texture_steps])
 def test_every_table_can_be_made_in_parts_and_without_a_clock(module, monkeypatch, tmp_path):
     given = {}
 

@@ -125,7 +125,11 @@ def test_hadamard_children_hold_white_noise_and_interpolated_ones_do_not():
         (dict(boundaries=(0.5, 0.9)), ValueError, r"^boundaries: expected two sigmas"),
         (dict(early=0), ValueError, r"^early: expected a number above 0"),
         (dict(early="some"), TypeError, r"^early: expected a number above 0"),
-        (dict(select="varianze"), ValueError, r"^select: expected 'variance' or 'random', .*did you mean 'variance'"),
+        (
+            dict(select="varianze"),
+            ValueError,
+            r"^select: expected 'variance', 'edges' or 'random', .*did you mean 'variance'",
+        ),
         (dict(noise=None), ValueError, r"^noise: expected 'unified' or 'fresh', got None"),
         (dict(expansion="nearest"), ValueError, r"^expansion: expected 'hadamard' or 'interpolated', got 'nearest'"),
     ],
@@ -137,7 +141,8 @@ def test_options_are_checked(options, error, message):
 
 def test_every_ablation_runs(pipe, edit):
     pictures = []
-    for options in ({}, dict(noise="fresh"), dict(expansion="interpolated"), dict(select="random")):
+    ablations = (dict(noise="fresh"), dict(expansion="interpolated"), dict(select="random"), dict(select="edges"))
+    for options in ({}, *ablations):
         specedit.install(pipe, method=Fresco((1, 1, 1), **options))
         pictures.append(edit(pipe))
         assert pictures[-1].isfinite().all()

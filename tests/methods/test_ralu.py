@@ -10,7 +10,7 @@ import torch
 import specedit
 from specedit.geometry import PACKED, UNPACKED
 from specedit.layout import MixedLayout, TokenGrid
-from specedit.methods import Ralu
+from specedit.methods import Fresco, Ralu
 from specedit.methods.ralu import decorrelating, raised, transition
 
 SETTINGS = ("4x", "5x", "7x")
@@ -124,7 +124,10 @@ def test_added_noise_has_the_published_covariance(geometry):
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(size, dtype=torch.float64) - c * blocks)
 
 
-def test_it_splits_the_cells_with_most_edges(pipe, edit, monkeypatch):
+@pytest.mark.parametrize(
+    "method", [Ralu((1, 1, 1), early=1 / 16), Fresco((1, 1, 1), early=1 / 16, select="edges")], ids=lambda m: m.name
+)
+def test_it_splits_the_cells_with_most_edges(pipe, edit, monkeypatch, method):
     """One square in the decoded prediction, whose outline is what is split."""
     from specedit.models.flux import FluxKontext
 
@@ -138,7 +141,7 @@ def test_it_splits_the_cells_with_most_edges(pipe, edit, monkeypatch):
         return image
 
     monkeypatch.setattr(FluxKontext, "decode", decode)
-    specedit.install(pipe, method=Ralu((1, 1, 1), early=1 / 16))
+    specedit.install(pipe, method=method)
     edit(pipe)
     report = specedit.report(pipe)
     assert report.expand_mask.nonzero().tolist() == [[0, 1, 1]]
@@ -156,7 +159,7 @@ def test_the_mixed_stage_keeps_the_coarse_positions(pipe, edit, monkeypatch):
 
     seen = []
     monkeypatch.setattr(ralu, "run_stage", lambda run, name, groups, **more: seen.append((name, groups)))
-    monkeypatch.setattr(ralu, "edge_shares", lambda run, group: torch.arange(16.0).view(1, 4, 4))
+    monkeypatch.setattr(ralu.resolution, "edge_shares", lambda run, group: torch.arange(16.0).view(1, 4, 4))
     specedit.install(pipe, method=Ralu(early=1 / 16))
     edit(pipe)
     layouts = {name: groups[0].layout for name, groups in seen}

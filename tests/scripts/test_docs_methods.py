@@ -48,6 +48,24 @@ def test_the_table_has_both_metrics_and_what_the_method_itself_brings(result):
     assert (own["seconds"], own["kept by caches, MB"], "peak memory, MB" in own) == ("2.0", "3", False)
 
 
+def test_ablations_stand_in_the_order_of_their_paper(result, tmp_path):
+    changes = importlib.import_module("benchmarks.ablations").CHANGES
+    file = next(tmp_path.rglob("methods-64.json"))
+    content = json.loads(file.read_text()) | dict(rows=[row(name, "method", 1e12, 1.0) for name in sorted(changes)])
+    for each in content["rows"]:
+        if each["variant"] in ("edges", "random"):
+            each["cases"][2]["texture_distance"] = 2.5 if each["variant"] == "random" else 1.0
+    file.write_text(json.dumps(content))
+    text = result.ablations("methods-64.json")
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    names, rewards = [line[0] for line in lines[1:]], [float(line[-1]) for line in lines[1:]]
+    assert names == list(changes) and rewards == sorted(rewards, reverse=True)
+    own = dict(zip(lines[0], lines[1 + names.index("random")], strict=True))
+    assert (own["success"], own["edit dB"], own["texture distance"]) == ("50%", "15.00", "2.50")
+    farther = {line[0]: line[lines[0].index("textures farther than in full")] for line in lines[1:]}
+    assert farther == {name: "0 of 1" for name in changes} | {"full": "-", "random": "1 of 1"}
+
+
 def test_a_gpus_peak_memory_is_shown_in_the_place_of_what_caches_keep(result, tmp_path):
     file = next(tmp_path.rglob("methods-64.json"))
     content = json.loads(file.read_text())
