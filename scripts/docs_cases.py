@@ -6,6 +6,7 @@ from collections import Counter
 from docs_results import load, machines, where
 
 ENOUGH = 0.5  # of the fullest row's tasks
+MOST = 0.75  # likewise, where rows with fewer have a table of their own
 
 
 def average(cases: list[dict], key: str) -> float | None:

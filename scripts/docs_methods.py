@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from docs_cases import ENOUGH, average, clock_ratio, compared, mean_seconds
+from docs_cases import MOST, average, clock_ratio, compared, mean_seconds
 from docs_figures import over_cost
 from docs_paper import FRESCO_ABLATIONS, REPORTED
 from docs_quality import SMALL
@@ -22,7 +22,7 @@ def cases_of(row: dict, *, texture: bool, largest: float = 1.0) -> list[dict]:
     ]
 
 
-def methods(name: str, enough: float = ENOUGH) -> str:
+def methods(name: str, enough: float = MOST) -> str:
     """One row a variant: both metrics, what it costs, and what is left beside stock with as many steps.
 
     enough: the share of the tasks that a variant must have run, else it is only named.
@@ -118,7 +118,7 @@ def pareto(name: str, path: Path) -> None:
 
     What no task was judged by, and seconds where none were kept, have no panel.
     """
-    result = compared(name)
+    result = compared(name, MOST)
     if result is None:
         return
     every_case = [case for row in result["rows"] for case in row["cases"]]

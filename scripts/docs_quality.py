@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from docs_cases import average, clock_ratio, compared, mean_seconds
+from docs_cases import MOST, average, clock_ratio, compared, mean_seconds
 from docs_results import default_steps, edited_by, number, source, table, to_default
 
 from specedit.config import STOCK_STEPS
@@ -101,7 +101,7 @@ def kinds(name: str) -> str:
 
     Those of textures are "distance, right materials, keep dB".
     """
-    result = compared(name)
+    result = compared(name, MOST)
     if result is None:
         return "*not measured yet*"
     variants = by_cost(result["rows"])

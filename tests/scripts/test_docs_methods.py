@@ -48,6 +48,19 @@ def test_the_table_has_both_metrics_and_what_the_method_itself_brings(result):
     assert (own["seconds"], own["kept by caches, MB"], "peak memory, MB" in own) == ("2.0", "3", False)
 
 
+@pytest.mark.parametrize(("count", "named"), [(2, True), (3, False)])
+def test_half_of_the_tasks_would_make_the_main_table_coarse(result, tmp_path, count, named):
+    file = next(tmp_path.rglob("methods-64.json"))
+    content = json.loads(file.read_text())
+    for each in content["rows"]:
+        ran = count if each["variant"] == "half" else 4
+        each["cases"] = [case(seed, "add", success=True, edit_psnr=20.0) for seed in range(ran)]
+    file.write_text(json.dumps(content))
+    text = result.methods("methods-64.json")
+    assert ("Not run on enough tasks to compare: half." in text) == named
+    assert text.startswith(f"Tasks: {4 if named else 3}.") and "| half |" in result.all_methods("methods-64.json")
+
+
 def test_ablations_stand_in_the_order_of_their_paper(result, tmp_path):
     changes = importlib.import_module("benchmarks.ablations").CHANGES
     file = next(tmp_path.rglob("methods-64.json"))
