@@ -11,7 +11,8 @@ from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStream
 from torch._dynamo.testing import CompileCounter
 
 from specedit.models.attention import processors as attention
-from specedit.models.attention.contexts import Masked, Mixed, Packed, Partial, PhaseAligned, Stock, Storing
+from specedit.models.attention.contexts import Masked, Mixed, Packed, PhaseAligned, Stock
+from specedit.models.attention.kept_keys import Partial, Storing
 from specedit.models.attention.processors import (
     FluxMixedProcessor,
     QwenMixedProcessor,

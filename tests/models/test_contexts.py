@@ -4,7 +4,8 @@ from dataclasses import fields
 
 import torch
 
-from specedit.models.attention.contexts import Mixed, Packed, Partial, PhaseAligned
+from specedit.models.attention.contexts import Mixed, Packed, PhaseAligned
+from specedit.models.attention.kept_keys import Partial
 from specedit.models.attention.sequences import QueryRows, pack, segments
 
 

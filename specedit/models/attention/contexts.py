@@ -4,9 +4,8 @@ Stock    the model's own processors, except for the last block
 Masked   the model's own attention backend, with the bias as its mask
 Mixed    dense sequences [text | target | reference] through specedit_kernels
 Packed   sequences of different length, back to back, through specedit_kernels
-Storing  a Mixed or Packed call that leaves keys and values behind
-Measuring (in `measuring`)  one that says how much attention the reference's tokens get
-Partial  some rows of such a sequence, with the stored keys and values of all others
+Storing, Partial (in `kept_keys`)  calls that keep keys and values, and calls of some rows that read them
+Measuring (in `measuring`)  a Mixed or Packed call that says how much attention the reference's tokens get
 
 A context travels in `joint_attention_kwargs` and serves every block of every step of a stage. Rotary tables are cos and
 sin (S, D/2) float32, as the kernel takes them, the text stream's rows before the image stream's.
@@ -25,11 +24,9 @@ from specedit_kernels import AttentionPlan, KeyGroups, attention_backend, mixed_
 from specedit_kernels.key_groups import NotMergeable
 
 from ...method.sparse_blocks import BlockPredictor
-from .fused_rows import FusedRows
 from .sequences import Movable, Packing, Pair, QueryRows, Segments, Tables, mark_all_dynamic
 
 Queries = TypeVar("Queries", QueryRows, Packing)
-KeysAndValues = dict[nn.Module, Pair]  # (b, S, H, D) each, of every attention module
 
 
 class Rotated(NamedTuple):
@@ -331,106 +328,6 @@ class Packed(ByKernels):
             max_seqlen_q=queries.longest, block_keep=keep,
             **self.biased(None if bias is None else bias[0].contiguous()),
         )[None]  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Wrapped(Context):
-    """A whole call, Mixed or Packed, to which something is added."""
-
-    whole: ByKernels
-
-    @property
-    def rotary(self) -> Tables:
-        return self.whole.rotary
-
-    @property
-    def output_rows(self) -> QueryRows | None:
-        return self.whole.output_rows
-
-    @property
-    def kernels(self) -> str | None:
-        return self.whole.backend
-
-    @property
-    def in_order(self) -> bool:
-        return self.whole.in_order
-
-    def places(self, text: int, image: int) -> tuple[Tensor, Tensor]:
-        return self.whole.places(text, image)
-
-    def join(self, image: Tensor, *text: Tensor) -> Tensor:
-        return self.whole.join(image, *text)
-
-    def split(self, joint: Tensor, text: int) -> tuple[Tensor, Tensor]:
-        return self.whole.split(joint, text)
-
-    def attend(self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | None, processor: Any) -> Tensor:
-        return self.whole.attend(scales, v, query_rows, processor)
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Storing(Wrapped):
-    """A whole call whose keys and values every attention module leaves in `entries`."""
-
-    entries: KeysAndValues
-
-    @torch.compiler.disable  # it would compile for each module's own entry
-    def update_kv_cache(self, attn: nn.Module, k: Tensor, v: Tensor, beside: Pair | None = None) -> Pair:
-        self.entries[attn] = (k, v)
-        return k, v
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Partial(Context):
-    """Some rows (b, n) of a whole sequence: they replace their keys and values in `entries` and attend to all of it.
-
-    The streams hold these rows alone, in the order of the joint sequence, with tables (n, D/2) or (b, n, D/2) of their
-    own. index: (n,) int64 from 0, or longer. query_rows: these rows, as `whole` takes them. packing: where the streams'
-    rows lie among these rows, if `whole` is Packed and each sequence has text among them. fused: other rows that move,
-    towards rows of the sequence, or of what is kept `beside` it.
-    """
-
-    whole: ByKernels
-    entries: KeysAndValues
-    rows: Tensor
-    rotary: Tables
-    index: Tensor
-    query_rows: QueryRows | Packing
-    output_rows: QueryRows | None
-    packing: Packing | None = None
-    fused: FusedRows | None = None
-
-    @property
-    def kernels(self) -> str | None:
-        return self.whole.backend
-
-    @property
-    def in_order(self) -> bool:
-        return self.packing is None
-
-    def places(self, text: int, image: int) -> tuple[Tensor, Tensor]:
-        return super().places(text, image) if self.packing is None else self.packing.places
-
-    def join(self, image: Tensor, *text: Tensor) -> Tensor:
-        streams = super().join(image, *text)
-        return streams if self.packing is None else self.packing.join(streams)
-
-    def split(self, joint: Tensor, text: int) -> tuple[Tensor, Tensor]:
-        return super().split(joint, text) if self.packing is None else self.packing.split(joint)
-
-    @torch.compiler.disable  # it would compile for each module's own entry
-    def update_kv_cache(self, attn: nn.Module, k: Tensor, v: Tensor, beside: Pair | None = None) -> Pair:
-        index = self.rows[..., None, None].expand_as(k)
-        k, v = (kept.scatter(1, index, new) for kept, new in zip(self.entries[attn], (k, v), strict=True))
-        if self.fused is not None:
-            k, v = self.fused.fuse((k, v), beside)
-        self.entries[attn] = (k, v)
-        return k, v
-
-    def attend(
-        self, scales: list[Rotated], v: Tensor, query_rows: QueryRows | Packing | None, processor: Any
-    ) -> Tensor:
-        return self.whole.attend(scales, v, self.query_rows if query_rows is None else query_rows, processor)
 
 
 def dispatched(scale: Rotated, v: Tensor, mask: Tensor | None, processor: Any) -> Tensor:

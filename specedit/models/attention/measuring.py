@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ...method.reference_selection import ReferenceMass
-from .contexts import Rotated, Wrapped
+from .contexts import Rotated
+from .kept_keys import Wrapped
 from .sequences import QueryRows
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...forecast.kv_cache import Fusion, PartialForward
 from ...method.adapter import LayoutGroup, Run, rows_index
-from ..attention import contexts
+from ..attention import contexts, kept_keys
 from ..attention.fused_rows import FusedRows
 from ..attention.measuring import Measuring
 from ..attention.sequences import QueryRows, cumulative, pack, segments
@@ -34,7 +34,7 @@ class Sequences:
     """
 
     placed: ImgShapesWithFreqs
-    context: contexts.Packed | contexts.Partial
+    context: contexts.Packed | kept_keys.Partial
     texts: tuple[Tensor, ...]
     lengths: tuple[int, ...]
     count: int
@@ -49,7 +49,7 @@ class Sequences:
         ends = self.target * torch.arange(self.count + 1, dtype=torch.int32, device=device)
         tables = tuple(table[text : text + len(index)] for table in self.context.rotary)
         query_rows = self.context.planned(QueryRows(index, cu_seqlens=ends))
-        partial = contexts.Partial(
+        partial = kept_keys.Partial(
             whole=self.context,
             entries={},  # each step brings its branch's own
             rows=self.context.packing.image[None, : len(index)],
@@ -73,7 +73,7 @@ class Sequences:
         output_rows = None
         if whole.output_rows is not None:
             output_rows = whole.planned(QueryRows(at, cu_seqlens=cumulative([m] * self.count, device)))
-        context = contexts.Partial(
+        context = kept_keys.Partial(
             whole=whole, entries={}, rows=rows, rotary=tables, index=torch.arange(rows.shape[1], device=device),
             query_rows=whole.planned(packing), output_rows=output_rows, packing=packing,
         )  # fmt: skip
@@ -132,7 +132,7 @@ class QwenForward:
             call.store.keep(sequences.length)
             context = dataclasses.replace(sequences.context, entries=call.store.entries, fused=fused)
         elif call is not None:
-            context = contexts.Storing(whole=context, entries=call.store.entries)
+            context = kept_keys.Storing(whole=context, entries=call.store.entries)
         elif (mass := self.group.mass) is not None:
             sizes = dict(target=sequences.target, reference=self.group.reference.shape[1])
             context = Measuring(whole=context, mass=mass, texts=sequences.lengths, **sizes)

@@ -13,8 +13,9 @@ from diffusers.models.transformers.transformer_qwenimage21 import (
 )
 from torch import Tensor, nn
 
-from ..attention.contexts import ByKernels, Context, KeysAndValues, Partial, Rotated, Storing
+from ..attention.contexts import ByKernels, Context, Rotated
 from ..attention.fused_rows import FusedRows
+from ..attention.kept_keys import KeysAndValues, Partial, Storing
 from ..attention.processors import MixedProcessor, image_output, runs_stock, streams
 from ..attention.sequences import QueryRows, Tables, mark_dynamic
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...forecast.toca import PartialForward
 from ...layout import MixedLayout, TokenGrid
 from ...method.adapter import EditState, LayoutGroup, Run, active_branches, rows_index
-from ..attention import contexts, processors, sequences
+from ..attention import contexts, kept_keys, processors, sequences
 from ..attention.fused_rows import FusedRows
 from ..attention.measuring import Measuring
 from . import decode_boxes
@@ -207,11 +207,11 @@ def partial_inputs(inputs: FluxForward, call: PartialForward, text: int, target:
     whole, entries, batch = inputs.context, call.store.entries, len(inputs.states)
     trimmed = whole.output_rows
     if not call.partial:
-        return replace(inputs, context=contexts.Storing(whole=whole, entries=entries))
+        return replace(inputs, context=kept_keys.Storing(whole=whole, entries=entries))
     inputs = replace(inputs, tables=None)
     if call.target:
         rows = torch.arange(text, text + target, device=inputs.ids.device).expand(batch, -1)
-        context = contexts.Partial(
+        context = kept_keys.Partial(
             whole=whole, entries=entries, rows=rows, index=whole.index,
             rotary=tuple(table[text : text + target] for table in whole.rotary),
             query_rows=sequences.QueryRows(whole.index[:target]),
@@ -223,7 +223,7 @@ def partial_inputs(inputs: FluxForward, call: PartialForward, text: int, target:
         )  # fmt: skip
     rows = torch.arange(text, device=inputs.ids.device).expand(batch, -1)
     rows = torch.cat([rows, text + call.index], 1)  # (b, text + m) of the joint sequence
-    context = contexts.Partial(
+    context = kept_keys.Partial(
         whole=whole, entries=entries, rows=rows, index=whole.index,
         rotary=tuple(table[rows] for table in whole.rotary), query_rows=sequences.QueryRows(rows[0]),
         output_rows=None if trimmed is None else sequences.QueryRows(call.index[0], before=whole.index[:text]),
