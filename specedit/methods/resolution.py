@@ -21,7 +21,7 @@ from ..method_options import Method
 from ..method_plan import PlannedStage, all_steps
 
 LEAST_SIDE = 4  # tokens: a picture that can be halved twice
-TIE = 1e-6  # of random numbers that decide between equal counts of edge pixels
+TIE = 1e-6  # of the random numbers that decide between equal counts of edge pixels
 
 Move = Callable[[int, Tensor, MixedLayout, MixedLayout], Tensor]
 
@@ -120,7 +120,7 @@ def edge_shares(run: Run, group: LayoutGroup) -> Tensor:
 
 
 def ties_broken(shares: Tensor, state: EditState) -> Tensor:
-    """Shares of edge pixels (B, cells_h, cells_w), of which no two are equal."""
+    """Shares of edge pixels (B, cells_h, cells_w), equal ones in random order."""
     return shares + TIE * random_scores(state)
 
 
