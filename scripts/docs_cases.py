@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from typing import NamedTuple
 
 from docs_results import load, machines, where
 
@@ -88,19 +89,25 @@ def clock_ratio(baseline: list[dict], cases: list[dict]) -> float | None:
     return math.exp(logs / sum(count for count, *_ in sums))
 
 
-def mean_seconds(result: dict) -> tuple[dict[str, float | None], str]:
-    """Mean seconds by variant, and ", on MACHINE" if the file has several.
+class Timing(NamedTuple):
+    """Mean seconds by variant, of how many tasks, and ", on MACHINE" if the file has several."""
 
-    They are of the machine that timed most, over the tasks of `shared` there; the rows that it leaves out are missing.
-    """
+    seconds: dict[str, float | None]
+    tasks: int
+    machine: str
+
+
+def mean_seconds(result: dict, enough: float = ENOUGH) -> Timing:
+    """Of the machine that timed most, over the tasks of `shared` there; the rows that it leaves out are missing."""
     timed = Counter(case.get("machine", 0) for row in result["rows"] for case in row["cases"] if case.get("seconds"))
     if not timed:
-        return {}, ""
+        return Timing({}, 0, "")
     machine = timed.most_common(1)[0][0]
     rows = [
         row | dict(cases=[case for case in row["cases"] if case.get("seconds") and case.get("machine", 0) == machine])
         for row in result["rows"]
     ]
     every = machines(result)
-    means = {row["variant"]: average(row["cases"], "seconds") for row in shared(rows)[0]}
-    return means, f", on {where(every[machine])}" if len(every) > 1 else ""
+    rows, _ = shared(rows, enough)
+    means = {row["variant"]: average(row["cases"], "seconds") for row in rows}
+    return Timing(means, len(rows[0]["cases"]), f", on {where(every[machine])}" if len(every) > 1 else "")

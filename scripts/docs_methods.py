@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from docs_cases import MOST, average, clock_ratio, compared, mean_seconds
+from docs_cases import ENOUGH, MOST, average, clock_ratio, compared, mean_seconds
 from docs_figures import over_cost
 from docs_paper import FRESCO_ABLATIONS, REPORTED
 from docs_quality import SMALL
@@ -32,14 +32,15 @@ def methods(name: str, enough: float = MOST) -> str:
         return "*not measured yet*"
     steps = default_steps(edited_by(result))
     stock = {row["variant"]: row for row in result["rows"] if row["group"] == "stock"}
-    seconds, machine = mean_seconds(result)
+    seconds, timed, machine = mean_seconds(result, min(enough, ENOUGH))
     on_gpu = any(row["mean"].get("peak_memory") for row in result["rows"])
     rows = [_row(row, stock, steps, seconds.get(row["variant"]), on_gpu) for row in _ordered(result["rows"])]
     header = ["variant", "success", "edit dB", "keep dB", "texture distance", "material", "TFLOPs"]
     header += [f"FLOPs ratio to {n}" for n in dict.fromkeys((STOCK_STEPS, steps))]
     header += ["seconds", f"clock ratio to {steps}", "FLOPs ratio to stock with as many steps"]
     header += ["peak memory, MB" if on_gpu else "kept by caches, MB", "its paper"]
-    notes = f"\n\nSeconds are means{machine}." if machine else ""
+    partly = seconds and timed < len(result["rows"][0]["cases"])
+    notes = f"\n\nSeconds are means of {timed} tasks{machine}." if machine or partly else ""
     return _tasks(result["rows"][0]) + "\n\n" + table(header, rows) + notes + source(result, name)
 
 
@@ -134,7 +135,7 @@ def pareto(name: str, path: Path) -> None:
         rows = [row | dict(cases=cases_of(row, texture=texture, largest=1.0 if texture else SMALL))
                 for row in result["rows"]]  # fmt: skip
         operations = {row["variant"]: average(row["cases"], "flops") for row in rows}
-        seconds, machine = mean_seconds(result | dict(rows=rows))
+        seconds, _, machine = mean_seconds(result | dict(rows=rows))
         for line, (costs, label, scale) in enumerate(
             ((operations, "TFLOPs an edit", 1e12), (seconds, f"seconds an edit{machine}", 1))[: len(axes)]
         ):

@@ -161,7 +161,7 @@ def sweep(name: str) -> str:
         return "*not measured yet*"
     rows, model = [], edited_by(result)
     whole = default_steps(model) == STOCK_STEPS
-    seconds, machine = mean_seconds(result)
+    seconds, _, machine = mean_seconds(result)
     for row in sorted(result["rows"], key=lambda row: row["group"] != "base"):
         m = row["mean"]
         change = row["variant"] if row["change"] else "none"
@@ -201,7 +201,7 @@ def forecast(name: str) -> str:
     result = compared(name)
     if result is None:
         return "*not measured yet*"
-    rows, (seconds, machine) = [], mean_seconds(result)
+    rows, (seconds, _, machine) = [], mean_seconds(result)
     for row in result["rows"]:
         m = row["mean"]
         cached = f"{row['cached_steps']} of {row['nfe']}" if row.get("cached_steps") else "-"

@@ -104,13 +104,13 @@ def test_mean_seconds_are_of_one_machine_and_the_same_tasks(cases):
         row("c", [case(0, 50.0, 1), case(1, 50.0, 1), case(2, 50.0, 1)]),
     ]
     result = dict(machine=OTHER, machines=[ONE, OTHER], rows=rows)
-    assert cases.mean_seconds(result) == ({"a": 2.0, "b": 1.0}, ", on Old CPU, 2 threads, no GPU")
+    assert cases.mean_seconds(result) == ({"a": 2.0, "b": 1.0}, 1, ", on Old CPU, 2 threads, no GPU")
     rows[1]["cases"][1]["seconds"] = 3.0
-    assert cases.mean_seconds(result)[0] == {"a": 3.0, "b": 2.0}
-    assert cases.mean_seconds(dict(machine=ONE, rows=rows[:1]))[1] == ""
+    assert cases.mean_seconds(result)[:2] == ({"a": 3.0, "b": 2.0}, 2)
+    assert cases.mean_seconds(dict(machine=ONE, rows=rows[:1])).machine == ""
     for one in rows:
         one["cases"] = [case(0, None)]
-    assert cases.mean_seconds(result) == ({}, "")
+    assert cases.mean_seconds(result) == ({}, 0, "")
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_every_table_names_the_machines_and_never_mixes_their_seconds(two):
         assert "Old CPU, 2 threads, no GPU" in text and "Some GPU" in text
     assert cells(quality, "fast")[-2:] == ["7.00", ratio] and cells(quality, "late")[-2:] == ["7.00", "-"]
     assert cells(methods, "fast")[8:11] == ["7.00", "2.0", ratio] and cells(methods, "late")[8:11] == ["7.00", "-", "-"]
-    assert "\n\nSeconds are means, on Old CPU, 2 threads, no GPU.\n\n" in methods
+    assert "\n\nSeconds are means of 2 tasks, on Old CPU, 2 threads, no GPU.\n\n" in methods
     assert cells(gains, "fast")[4:6] == ["7.00", ratio] and cells(gains, "turbo")[4:6] == ["7.00", "-"]
     measured = "Measured on Old CPU, 2 threads, no GPU; torch 2, diffusers 0, today; and on Some GPU; torch 2, "
     assert measured + "diffusers 0, tomorrow. `the command` wrote" in quality

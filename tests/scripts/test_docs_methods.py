@@ -48,6 +48,21 @@ def test_the_table_has_both_metrics_and_what_the_method_itself_brings(result):
     assert (own["seconds"], own["kept by caches, MB"], "peak memory, MB" in own) == ("2.0", "3", False)
 
 
+def test_seconds_are_of_the_tasks_that_every_row_was_timed_on(result, tmp_path):
+    file = next(tmp_path.rglob("methods-64.json"))
+    content = json.loads(file.read_text())
+    for each in content["rows"]:
+        each["cases"] = [case(seed, "add", success=True, edit_psnr=20.0, seconds=float(seed)) for seed in range(1, 4)]
+    for timed in content["rows"][-1]["cases"][:2]:
+        timed["seconds"] = None
+    file.write_text(json.dumps(content))
+    main, every = (make("methods-64.json") for make in (result.methods, result.all_methods))
+    assert "Seconds are means" not in main and "\n\nSeconds are means of 1 tasks.\n\n" in every
+    for text, seconds in ((main, ["2.0", "2.0", "-", "2.0"]), (every, ["3.0"] * 4)):
+        header, *lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+        assert [line[header.index("seconds")] for line in lines] == seconds
+
+
 @pytest.mark.parametrize(("count", "named"), [(2, True), (3, False)])
 def test_half_of_the_tasks_would_make_the_main_table_coarse(result, tmp_path, count, named):
     file = next(tmp_path.rglob("methods-64.json"))
