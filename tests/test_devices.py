@@ -167,7 +167,7 @@ def test_another_methods_edit_is_the_hosts(pipes, name, method):
 @pytest.mark.parametrize("method", [Ralu, Fresco, Bottleneck])
 def test_no_step_of_another_method_waits_for_the_host(pipes, method, monkeypatch):
     # Canny's loop ends when the picture's edges do, which differs from picture to picture.
-    monkeypatch.setattr("specedit.methods.ralu.canny", lambda image: image[:, 0] > 0.5)
+    monkeypatch.setattr("specedit.methods.resolution.canny", lambda image: image[:, 0] > 0.5)
     counts = []
     for steps in ((1, 2, 2), (2, 4, 4)):
         pretend.waits.clear()
