@@ -176,7 +176,7 @@ def test_figure_over_the_clock_has_points_of_one_machine(two, tmp_path, monkeypa
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: axes.extend(figure.axes))
     importlib.import_module("docs_methods").pareto("quality-512.json", tmp_path / "x.png")
     drawn = {axis.get_xlabel(): [tuple(map(list, line.get_data())) for line in axis.get_lines()] for axis in axes}
-    assert drawn["seconds an edit, on Old CPU, 2 threads, no GPU"] == [([4.0], [1.0]), ([2.0], [1.0])]
+    assert drawn["seconds an edit, 2 tasks, on Old CPU, 2 threads, no GPU"] == [([4.0], [1.0]), ([2.0], [1.0])]
     assert drawn["TFLOPs an edit"] == [([28.0], [1.0]), ([4.0, 4.0], [1.0, 1.0])]
 
 
