@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from docs_cases import MOST, average, clock_ratio, compared, mean_seconds
+from docs_cases import MOST, average, compared, mean_seconds
 from docs_figures import over_cost
 from docs_paper import FRESCO_ABLATIONS, REPORTED
 from docs_quality import SMALL
@@ -34,13 +34,13 @@ def methods(name: str, enough: float = MOST) -> str:
     stock = {row["variant"]: row for row in result["rows"] if row["group"] == "stock"}
     seconds, timed, machine = mean_seconds(result, enough=0.0)
     on_gpu = any(row["mean"].get("peak_memory") for row in result["rows"])
-    rows = [_row(row, stock, steps, seconds.get(row["variant"]), on_gpu) for row in _ordered(result["rows"])]
+    rows = [_row(row, stock, steps, seconds, on_gpu) for row in _ordered(result["rows"])]
     header = ["variant", "success", "edit dB", "keep dB", "texture distance", "material", "TFLOPs"]
     header += [f"FLOPs ratio to {n}" for n in dict.fromkeys((STOCK_STEPS, steps))]
     header += ["seconds", f"clock ratio to {steps}", "FLOPs ratio to stock with as many steps"]
     header += ["peak memory, MB" if on_gpu else "kept by caches, MB", "its paper"]
     partly = seconds and timed < len(result["rows"][0]["cases"])
-    notes = f"\n\nSeconds are means of {timed} tasks{machine}." if machine or partly else ""
+    notes = f"\n\nSeconds and their ratios are of {timed} tasks{machine}." if machine or partly else ""
     return _tasks(result["rows"][0]) + "\n\n" + table(header, rows) + notes + source(result, name)
 
 
@@ -55,15 +55,18 @@ def ablations(name: str) -> str:
     if result is None:
         return "*not measured yet*"
     found = {row["variant"]: row for row in result["rows"]}
-    whole = _distances(found["full"])
+    whole = _distances(found["full"]) if "full" in found else {}
     rows = []
     for variant, reward in FRESCO_ABLATIONS.items():
+        if variant not in found:
+            continue
         plain, texture = (cases_of(found[variant], texture=is_texture) for is_texture in (False, True))
-        farther = sum(distance > whole[seed] for seed, distance in _distances(found[variant]).items())
+        own = _distances(found[variant])
+        farther = sum(own[seed] > distance for seed, distance in whole.items())
         rows.append([
             variant, number(average(plain, "success"), ".0%"), number(average(plain, "edit_psnr"), ".2f"),
             number(average(plain + texture, "keep_psnr"), ".2f"), number(average(texture, "texture_distance"), ".2f"),
-            "-" if variant == "full" else f"{farther} of {len(whole)}", f"{reward:.4f}",
+            f"{farther} of {len(whole)}" if whole and variant != "full" else "-", f"{reward:.4f}",
         ])  # fmt: skip
     header = ["variant", "success", "edit dB", "keep dB", "texture distance", "textures farther than in full"]
     header += ["its paper's ImageReward, FLUX.1"]
@@ -85,14 +88,18 @@ def _ordered(rows: list[dict]) -> list[dict]:
     return sorted(rows, key=lambda row: (groups.index(row["group"]), -row["mean"]["flops"]))
 
 
-def _row(row: dict, stock: dict[str, dict], steps: int, seconds: float | None, on_gpu: bool) -> list[str]:
-    """on_gpu: peak memory is shown, else what caches kept, since nobody knows the peak of one call on a CPU."""
-    m, default = row["mean"], stock.get(f"stock-{steps}")
+def _row(row: dict, stock: dict[str, dict], steps: int, seconds: dict[str, float | None], on_gpu: bool) -> list[str]:
+    """One line of `methods`.
+
+    seconds: means by variant, all of the same tasks. on_gpu: peak memory is shown, else what caches kept, since nobody
+    knows the peak of one call on a CPU.
+    """
+    m, own, default = row["mean"], seconds.get(row["variant"]), seconds.get(f"stock-{steps}")
     plain, texture = cases_of(row, texture=False), cases_of(row, texture=True)
     # Every stock step costs the same, so any number of them tells what 50 take.
     whole = next((r["mean"]["flops"] * STOCK_STEPS / r["steps"] for r in stock.values()), None)
     ratios = [whole and whole * n / STOCK_STEPS / m["flops"] for n in dict.fromkeys((STOCK_STEPS, steps))]
-    clock = default and clock_ratio(default["cases"], row["cases"])
+    clock = default / own if default and own else None
     nfe = row.get("nfe")
     alike = whole and nfe and whole * nfe / STOCK_STEPS / m["flops"]
     held = m.get("peak_memory") if on_gpu else row.get("cache_bytes")
@@ -100,7 +107,7 @@ def _row(row: dict, stock: dict[str, dict], steps: int, seconds: float | None, o
         row["variant"], number(average(plain, "success"), ".0%"), number(average(plain, "edit_psnr"), ".1f"),
         number(average(plain + texture, "keep_psnr"), ".1f"), number(average(texture, "texture_distance"), ".2f"),
         number(average(texture, "material"), ".0%"), f"{m['flops'] / 1e12:.2f}",
-        *(number(ratio, ".2f") for ratio in ratios), number(seconds, ".1f"), number(clock, ".2f"), number(alike, ".2f"),
+        *(number(ratio, ".2f") for ratio in ratios), number(own, ".1f"), number(clock, ".2f"), number(alike, ".2f"),
         number(None if held is None else held / 1e6, ".0f"), REPORTED.get(row["variant"].split()[0].split("-")[0], "-"),
     ]  # fmt: skip
 

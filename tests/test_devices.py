@@ -7,6 +7,7 @@ file again in one of its own.
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -164,7 +165,7 @@ def test_another_methods_edit_is_the_hosts(pipes, name, method):
 
 @inside
 @pytest.mark.thorough
-@pytest.mark.parametrize("method", [Ralu, Fresco, Bottleneck])
+@pytest.mark.parametrize("method", [Ralu, Fresco, partial(Fresco, select="edges"), Bottleneck])
 def test_no_step_of_another_method_waits_for_the_host(pipes, method, monkeypatch):
     # Canny's loop ends when the picture's edges do, which differs from picture to picture.
     monkeypatch.setattr("specedit.methods.resolution.canny", lambda image: image[:, 0] > 0.5)

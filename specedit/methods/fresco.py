@@ -1,7 +1,7 @@
 """Fresco: coarse tokens that have converged become fine first, and one noise field serves all resolutions.
 
-Zheng et al., "From Sketch to Fresco: Efficient Diffusion Transformer with Progressive Resolution", arXiv 2601.07462. No
-code is public.
+Zheng et al., "From Sketch to Fresco: Efficient Diffusion Transformer with Progressive Resolution", arXiv 2601.07462.
+Public notes on it name github.com/DarrenZheng303/Fresco as its code, which could not be read.
 """
 
 from __future__ import annotations

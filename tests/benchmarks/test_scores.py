@@ -9,6 +9,7 @@ from diffusers import FluxKontextPipeline
 
 from benchmarks import ablations, few_steps, forecast, methods, quality, scores, sweep, texture_steps
 from specedit import micro
+from specedit.methods import Fresco
 
 TWO = ["--size", "64", "--only", "stock-10", "turbo-reference"]
 
@@ -155,6 +156,17 @@ def test_every_table_can_be_made_in_parts_and_without_a_clock(module, monkeypatc
     assert (given["resume"], given["clock"], given["part"]) == (False, False, slice(1, None, 3))
     assert given["command"].startswith(f"python -m {module.__name__} --model kontext --cases 1")
     assert given["of"].items() >= {"model": "kontext", "size": 64}.items()
+
+
+def test_ablations_run_what_they_are_named_after(monkeypatch, tmp_path):
+    ran = []
+    monkeypatch.setattr(ablations, "editor", lambda model: None)
+    monkeypatch.setattr(ablations, "score", lambda scores, pipe, name, todo, variant: ran.append((name, variant)))
+    asked = ["--cases", "1", "--textures", "0", "--size", "64", "--out", str(tmp_path / "x.json")]
+    ablations.main([*asked, "--only", "edges", "fresh noise"])
+    assert [(name, variant["fields"]["method"]) for name, variant in ran] == [
+        ("edges", Fresco(select="edges")), ("fresh noise", Fresco(noise="fresh")),
+    ]  # fmt: skip
 
 
 def test_parts_take_turns_of_the_tasks(tmp_path):

@@ -56,14 +56,16 @@ def test_converged_cells_are_promoted_first(pipe, edit, monkeypatch):
 
 
 def test_random_selection_does_not_look(pipe, edit):
-    masks = []
+    masks, scores = [], []
     for select in ("variance", "random"):
         specedit.install(pipe, method=Fresco((2, 1, 1), select=select))
         for seed in range(2):
             edit(pipe, seed=seed)
             masks.append(specedit.report(pipe).expand_mask)
+            scores.append(specedit.report(pipe).score)
             assert masks[-1].sum() == int(0.45 * 16)
     assert not torch.equal(masks[2], masks[3]) and not torch.equal(masks[0], masks[2])
+    assert torch.equal(scores[0], scores[2]) and torch.equal(scores[1], scores[3])  # the report shows the variance
 
 
 @packed_and_not

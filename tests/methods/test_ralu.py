@@ -124,6 +124,24 @@ def test_added_noise_has_the_published_covariance(geometry):
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(size, dtype=torch.float64) - c * blocks)
 
 
+def finding(monkeypatch, square):
+    """The tokens in which edges are looked for: their picture is black, or with one white square."""
+    from specedit.models.flux import FluxKontext
+
+    stock, found = FluxKontext.decode, []
+
+    def decode(self, pipe, state, tokens, output_type):
+        if output_type != "pt" or state.grid.tokens != 16:
+            return stock(self, pipe, state, tokens, output_type)
+        found.append(tokens)
+        image = torch.zeros(1, 3, 64, 64)
+        image[..., 20:28, 20:28] = float(square)
+        return image
+
+    monkeypatch.setattr(FluxKontext, "decode", decode)
+    return found
+
+
 @pytest.mark.parametrize(
     "method", [Ralu((1, 1, 1), early=1 / 16), Fresco((1, 1, 1), early=1 / 16, select="edges")], ids=lambda m: m.name
 )
@@ -131,21 +149,28 @@ def test_it_splits_the_cells_with_most_edges(pipe, edit, monkeypatch, method):
     """One square in the decoded prediction, whose outline is what is split."""
     from specedit.models.flux import FluxKontext
 
-    stock = FluxKontext.decode
-
-    def decode(self, pipe, state, tokens, output_type):
-        if output_type != "pt" or state.grid.tokens != 16:
-            return stock(self, pipe, state, tokens, output_type)
-        image = torch.zeros(1, 3, 64, 64)
-        image[..., 20:28, 20:28] = 1
-        return image
-
-    monkeypatch.setattr(FluxKontext, "decode", decode)
+    found = finding(monkeypatch, square=True)
+    # What is predicted is nothing, of whatever noise.
+    monkeypatch.setattr(FluxKontext, "velocity", lambda self, run, group, sigma: group.tokens / sigma)
     specedit.install(pipe, method=method)
     edit(pipe)
     report = specedit.report(pipe)
     assert report.expand_mask.nonzero().tolist() == [[0, 1, 1]]
-    assert report.score.shape == (1, 8, 8) and report.score[0, 2:4, 2:4].min() > 0
+    score = report.score[0, ::2, ::2].clone()
+    assert report.score.shape == (1, 8, 8) and score[1, 1] > 0 and score.count_nonzero() == 1
+    (tokens,) = found
+    assert tokens.shape[1] == 16 and tokens.abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("method", [Ralu((1, 1, 1)), Fresco((1, 1, 1), select="edges")], ids=lambda m: m.name)
+def test_cells_with_equally_many_edges_are_split_by_chance(pipe, edit, monkeypatch, method):
+    finding(monkeypatch, square=False)
+    specedit.install(pipe, method=method)
+    masks = []
+    for seed in (0, 1, 0):
+        edit(pipe, seed=seed)
+        masks.append(specedit.report(pipe).expand_mask)
+    assert torch.equal(masks[0], masks[2]) and not torch.equal(masks[0], masks[1])
 
 
 def test_the_share_that_is_split_early(pipe, edit):

@@ -4,6 +4,7 @@ import importlib
 import json
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 
@@ -57,13 +58,15 @@ def test_seconds_are_of_the_tasks_that_every_row_was_timed_on(result, tmp_path):
         timed["seconds"] = None
     file.write_text(json.dumps(content))
     text = result.methods("methods-64.json")
-    assert "\n\nSeconds are means of 1 tasks.\n\n" in text
+    assert "\n\nSeconds and their ratios are of 1 tasks.\n\n" in text
     header, *lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
     assert [line[header.index("seconds")] for line in lines] == ["3.0"] * 4
+    assert [line[header.index("clock ratio to 28")] for line in lines] == ["1.00"] * 4
 
 
 @pytest.mark.parametrize(("count", "named"), [(2, True), (3, False)])
-def test_half_of_the_tasks_would_make_the_main_table_coarse(result, tmp_path, count, named):
+def test_half_of_the_tasks_would_make_the_main_table_coarse(result, tmp_path, monkeypatch, count, named):
+    """And that of kinds and the figure, which stand beside it."""
     file = next(tmp_path.rglob("methods-64.json"))
     content = json.loads(file.read_text())
     for each in content["rows"]:
@@ -73,6 +76,13 @@ def test_half_of_the_tasks_would_make_the_main_table_coarse(result, tmp_path, co
     text = result.methods("methods-64.json")
     assert ("Not run on enough tasks to compare: half." in text) == named
     assert text.startswith(f"Tasks: {4 if named else 3}.") and "| half |" in result.all_methods("methods-64.json")
+    kinds = importlib.import_module("docs_quality").kinds("methods-64.json")
+    assert ("Not run on enough tasks to compare: half." in kinds) == named
+    axes = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: axes.extend(figure.axes))
+    result.pareto("methods-64.json", tmp_path / "x.png")
+    drawn = {line.get_label() for axis in axes for line in axis.get_lines()}
+    assert drawn == {"stock", "specedit"} | (set() if named else {"method"})
 
 
 def test_ablations_stand_in_the_order_of_their_paper(result, tmp_path):
@@ -91,6 +101,13 @@ def test_ablations_stand_in_the_order_of_their_paper(result, tmp_path):
     assert (own["success"], own["edit dB"], own["texture distance"]) == ("50%", "15.00", "2.50")
     farther = {line[0]: line[lines[0].index("textures farther than in full")] for line in lines[1:]}
     assert farther == {name: "0 of 1" for name in changes} | {"full": "-", "random": "1 of 1"}
+
+
+def test_ablations_that_have_not_run_are_left_out(result, tmp_path):
+    file = next(tmp_path.rglob("methods-64.json"))
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(rows=[row("edges", "method", 1e12, 1.0)])))
+    _, line = [line.split(" | ") for line in result.ablations("methods-64.json").splitlines() if line.startswith("| ")]
+    assert line[0] == "| edges" and line[-2] == "-"
 
 
 def test_a_gpus_peak_memory_is_shown_in_the_place_of_what_caches_keep(result, tmp_path):
