@@ -73,7 +73,7 @@ def source(result: dict, name: str) -> str:
     note = f"\n\n{result['note']}" if result.get("note") else ""
     command = result["command"]
     if "; python -m benchmarks." in command:  # of files that were merged
-        parts = command.replace("; ", "` and `")
+        parts = "` and `".join(dict.fromkeys(command.split("; ")))
         wrote = f"`{parts}`, each with its own `--out` and joined by `python -m benchmarks.merge`,"
     else:
         wrote = f"`{typed(command, name)}`"
