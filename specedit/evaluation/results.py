@@ -32,7 +32,7 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "diffusers": diffusers.__version__,
-        "commit": _output("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"),
+        "commit": _commit(),
         "date": datetime.date.today().isoformat(),
     }
 
@@ -64,6 +64,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return None if math.isnan(value) else float(f"{value:.6g}")
     return value
+
+
+def _commit() -> str | None:
+    """The commit of this checkout, with "-dirty" if its code is not that of the commit; None outside one."""
+    git = ("git", "-C", str(Path(__file__).parent))
+    commit = _output(*git, "rev-parse", "--short", "HEAD")
+    code = (":/specedit", ":/specedit_kernels", ":/benchmarks/*.py")  # result files change while they are made
+    changed = _output(*git, "status", "--porcelain", "--", *code)
+    return f"{commit}-dirty" if commit and changed else commit
 
 
 def _version(package: str) -> str | None:

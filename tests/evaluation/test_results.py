@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,6 +29,23 @@ def test_other_wait_policy_counts_as_another_machine(monkeypatch):
     plain = results.machine()
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     assert results.machine() == plain | {"wait_policy": "PASSIVE"} and "wait_policy" not in plain
+
+
+def test_a_measurement_says_that_its_code_is_not_that_of_the_commit(monkeypatch, tmp_path):
+    module = tmp_path / "specedit" / "evaluation" / "results.py"
+    module.parent.mkdir(parents=True)
+    monkeypatch.setattr(results, "__file__", str(module))
+    assert results.machine()["commit"] is None
+    module.write_text("1")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *command], check=True)
+    commit = results.machine()["commit"]
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "benchmarks" / "results" / "x.json").write_text("{}")
+    assert results.machine()["commit"] == commit and "-" not in commit
+    (tmp_path / "benchmarks" / "x.py").write_text("2")
+    assert results.machine()["commit"] == f"{commit}-dirty"
 
 
 def test_every_committed_result_names_its_machine_and_command():
