@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from benchmarks import kernel_harness
+from specedit.evaluation import results
 
 ROWS = pytest.StashKey[list]()
 
@@ -19,7 +20,7 @@ def pytest_configure(config):
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    machine_info.update(kernel_harness.machine())
+    machine_info.update(results.machine())
 
 
 def pytest_sessionfinish(session):
@@ -27,7 +28,7 @@ def pytest_sessionfinish(session):
     if path and rows:
         command = " ".join(["pytest", *sys.argv[1:]])
         with open(path, "w") as file:
-            json.dump({"machine": kernel_harness.machine(), "command": command, "rows": rows}, file, indent=1)
+            json.dump({"machine": results.machine(), "command": command, "rows": rows}, file, indent=1)
 
 
 @pytest.fixture

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
 import itertools
-import subprocess
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from specedit.hardware import cpu_name
 from specedit_kernels import timing
 
 ON_GPU = torch.cuda.is_available()
@@ -41,31 +38,6 @@ def rooflines() -> dict[str, float]:
     a, b = (torch.randn(n, n, device=DEVICE).to(DTYPE) for _ in range(2))
     product = device_milliseconds(lambda: a @ b)
     return {"gbps": 2 * size / copy / 1e6, "tflops": 2 * n**3 / product / 1e9}
-
-
-def machine() -> dict[str, str | None]:
-    """The machine, for a result file."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    def of(package):
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    def output(*command):
-        try:
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().split("\n")[0]
-        except (OSError, subprocess.CalledProcessError):
-            return None
-
-    return {
-        "gpu": torch.cuda.get_device_name() if ON_GPU else None,
-        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if ON_GPU else None,
-        "cpu": cpu_name(), "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "triton": of("triton"), "diffusers": of("diffusers"),
-        "commit": output("git", "rev-parse", "HEAD"), "date": datetime.date.today().isoformat(),
-    }  # fmt: skip
 
 
 def measure(
